@@ -1,0 +1,159 @@
+"""Files that one stage hands to the next: score files, coresets, and the fingerprint that ties both to a dataset.
+
+Owns their format and nothing else. Both are `.npz` files that `np.load(allow_pickle=False)` reads; what is not an
+array is one JSON string under `meta`. Every file is written aside, synced and renamed, so a name that exists is a
+file that is whole.
+"""
+
+# N dataset, M kept samples
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from tdds_dist.errors import InputError
+
+UNKNOWN_LABEL = -1  # label of a sample whose class was not recorded (the authors' dynamics folders hold no labels)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What makes two datasets the same for scores: size, number of classes and the label of every index."""
+
+    num_samples: int
+    num_classes: int
+    labels_sha256: str  # "" when the labels are unknown
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One score per global index; higher means keep."""
+
+    key: str
+    score_N: np.ndarray  # float32
+    label_N: np.ndarray  # int64, UNKNOWN_LABEL where not recorded
+    fingerprint: Fingerprint
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """The kept samples: sorted global indices and the importance of each in retraining."""
+
+    index_M: np.ndarray  # int64, strictly increasing
+    importance_M: np.ndarray  # float32
+    score_key: str
+    pruning_rate: float
+    fingerprint: Fingerprint
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def fingerprint(label_N: np.ndarray, num_classes: int) -> Fingerprint:
+    """Fingerprint of a dataset from its labels by global index (int64 [N])."""
+    label_N = np.ascontiguousarray(label_N, dtype="<i8")
+    unknown = bool((label_N == UNKNOWN_LABEL).any())
+    digest = "" if unknown else hashlib.sha256(label_N.tobytes()).hexdigest()
+    return Fingerprint(len(label_N), int(num_classes), digest)
+
+
+def require_same_dataset(have: Fingerprint, need: Fingerprint, what: str) -> None:
+    """Raise InputError unless `have` (of the file called `what`) describes the dataset `need`.
+
+    An unknown label hash on either side is compared by size alone.
+    """
+    differs = [
+        f"{name} {a!r} instead of {b!r}"
+        for name, a, b in (
+            ("num_samples", have.num_samples, need.num_samples),
+            ("num_classes", have.num_classes, need.num_classes),
+            ("labels_sha256", have.labels_sha256[:12], need.labels_sha256[:12]),
+        )
+        if a != b and not (name != "num_samples" and "" in (have.labels_sha256, need.labels_sha256))
+    ]
+    if differs:
+        raise InputError(
+            f"{what} belongs to another dataset ({'; '.join(differs)}); "
+            "use the scores and coresets that were made from this .beton"
+        )
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Run `write` on a temporary file in the same folder, sync it, and rename it to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_scores(path: Path, scores: Scores) -> None:
+    """Write `score` float32 [N], `label` int64 [N] and `meta` (JSON) to an .npz file."""
+    meta = {"kind": "scores", "key": scores.key, "fingerprint": asdict(scores.fingerprint), "settings": scores.settings}
+    _save(path, meta, score=scores.score_N.astype(np.float32), label=scores.label_N.astype(np.int64))
+
+
+def load_scores(path: Path) -> Scores:
+    """Read a score file; InputError when it is missing, damaged or something else."""
+    meta, arrays = _load(path, "scores", ("score", "label"))
+    found = Fingerprint(**meta["fingerprint"])
+    if not (arrays["score"].shape == arrays["label"].shape == (found.num_samples,)):
+        raise InputError(f"{path}: score {arrays['score'].shape} and label {arrays['label'].shape} must both be "
+                         f"[{found.num_samples}]; the file is damaged, write it again with `tdds score`")
+    return Scores(meta["key"], arrays["score"], arrays["label"], found, meta["settings"])
+
+
+def save_coreset(path: Path, coreset: Coreset) -> None:
+    """Write `index` int64 [M] sorted, `importance` float32 [M] and `meta` (JSON) to an .npz file."""
+    meta = {
+        "kind": "coreset", "score_key": coreset.score_key, "pruning_rate": coreset.pruning_rate,
+        "fingerprint": asdict(coreset.fingerprint), "settings": coreset.settings,
+    }
+    _save(path, meta, index=coreset.index_M.astype(np.int64), importance=coreset.importance_M.astype(np.float32))
+
+
+def load_coreset(path: Path) -> Coreset:
+    """Read a coreset; InputError when it is missing, damaged or something else."""
+    meta, arrays = _load(path, "coreset", ("index", "importance"))
+    found = Fingerprint(**meta["fingerprint"])
+    index_M = arrays["index"]
+    in_order = len(index_M) > 0 and bool((np.diff(index_M) > 0).all())
+    if not in_order or index_M[0] < 0 or index_M[-1] >= found.num_samples or arrays["importance"].shape != index_M.shape:
+        raise InputError(f"{path}: index must be non-empty, strictly increasing within [0, {found.num_samples}) and as "
+                         "long as importance; the file is damaged, write it again with `tdds select`")
+    return Coreset(index_M, arrays["importance"], meta["score_key"], meta["pruning_rate"], found, meta["settings"])
+
+
+def _save(path: Path, meta: dict[str, Any], **arrays: np.ndarray) -> None:
+    text = np.array(json.dumps(meta, sort_keys=True))
+    write_atomically(Path(path), lambda file: np.savez(file, meta=text, **arrays))  # type: ignore[arg-type]
+
+
+def _load(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; `tdds {'select' if kind == 'coreset' else 'score'}` writes such files")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            meta = json.loads(str(file["meta"]))
+            arrays = {name: file[name] for name in names if name in file}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a {kind} file of tdds ({error}); expected an .npz written by `tdds`") from error
+    if meta.get("kind") != kind or len(arrays) != len(names):
+        raise InputError(f"{path} holds {meta.get('kind', 'something else')!r}, expected {kind!r}")
+    return meta, arrays

@@ -1,0 +1,72 @@
+"""Stage `collect`: train on everything once, and leave the scores of every sample behind."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tdds_dist.artifacts import Scores, save_scores
+from tdds_dist.config import Config, to_dict
+from tdds_dist.console import say
+from tdds_dist.distributed import World, together
+from tdds_dist.engine import Job, fit, open_files
+from tdds_dist.partition import EpochOrder, per_rank_batch
+from tdds_dist.rundir import RunDir
+from tdds_dist.scorer import ShardedScorer
+from tdds_dist.tdds import window_settings
+
+
+class Scoring:
+    """Feeds a scorer from the training loop, and ends training early when asked to."""
+
+    def __init__(self, scorer: ShardedScorer, stop_after_last_window: bool):
+        self._scorer, self._stop = scorer, stop_after_last_window
+
+    def begin_epoch(self, order: EpochOrder) -> None:
+        self._scorer.expect(order)
+
+    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
+        self._scorer.record(index_B, logits_BC, label_B)
+
+    def check(self) -> None:
+        self._scorer.check()
+
+    def end_epoch(self) -> bool:
+        self._scorer.end_epoch()
+        return self._stop and self._scorer.is_complete
+
+
+def collect(config: Config, world: World) -> list[Path]:
+    """Run the stage; returns the score files, one per window of the config.
+
+    Every rank calls it. Bad input is found before the first training step and raised on every rank.
+    """
+    run = RunDir(config.run.directory)
+    with together(world):
+        config.check_collect()
+        per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
+        train_file, val_file, fingerprint = open_files(config)
+        if world.is_main:
+            run.start(to_dict(config), world.world_size, str(world.device))
+    scorer = ShardedScorer(
+        train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,
+        logp_dtype=getattr(torch, config.score.logp_dtype), trajectory=run.trajectory if config.score.trajectory else None)
+    if world.is_main:
+        say(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
+            f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
+            f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", run.log_file)
+    observer = Scoring(scorer, config.collect.stop_after == "last_window")
+    result = fit(Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size, observer))
+
+    score_of_window = scorer.gather()
+    label_N = scorer.gather_labels().numpy()
+    paths = [run.scores / f"{window.key(config.score.preset)}.npz" for window in score_of_window]
+    if world.is_main:
+        for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
+            settings = window_settings(window, config.score.preset) | {
+                "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
+            save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
+        run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result})
+    return paths
+
+

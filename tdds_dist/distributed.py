@@ -1,0 +1,205 @@
+"""The process group and the few collectives of the package. Nothing else calls torch.distributed.
+
+The launcher is known here only, through the env:// variables that torchrun and SLURM scripts set (RANK, LOCAL_RANK,
+WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Without them a process group of one is made, so that world size 1 runs
+the same code. A foreign loop brings its own group, or none: then the collectives are identities.
+"""
+
+# W world size, N dataset, M rows per shard, R rows received
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tdds_dist.errors import InputError
+from tdds_dist.partition import rows_per_shard, shard_bounds
+
+TIMEOUT_SECONDS = 600.0  # of a collective; the first step may wait for compilation on other ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among its peers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that writes files that are not shards, and prints."""
+        return self.rank == 0
+
+
+def current_world(device: torch.device | str | None = None) -> World:
+    """The world of the already initialised default group; a world of one when there is none."""
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if not dist.is_initialized():
+        return World(0, 0, 1, 1, device)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), local_world_size, device)
+
+
+@contextmanager
+def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
+    """Join the process group that the environment describes, and leave it in order.
+
+    A clean exit is: all ranks meet at a barrier, then destroy the group (gloo aborts processes that leave a
+    collective behind). After an exception nobody waits: the launcher ends the other ranks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise InputError("run.device='cuda' but no CUDA device is visible; use run.device=cpu or run.device=auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"LOCAL_RANK={local_rank} needs {local_rank + 1} visible CUDA devices, there are "
+                             f"{torch.cuda.device_count()}; start fewer processes per node or show more devices")
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield current_world(torch.device(device, local_rank) if device == "cuda" else device)
+        gc.collect()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """Run a block that may find bad input on some ranks only; then all ranks raise, with the first rank's message.
+
+    Protocol: every rank enters and leaves the block; inside it there is no collective.
+    """
+    error: InputError | None = None
+    try:
+        yield
+    except InputError as caught:
+        error = caught
+    messages: list[str | None] = [None] * world.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(messages, None if error is None else str(error))
+    else:
+        messages = [None if error is None else str(error)]
+    first = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if first is not None:
+        if error is not None and world.rank == first:
+            raise error
+        raise InputError(f"{messages[first]} (found on rank {first})")
+
+
+class Exchange:
+    """Rows under way between ranks, started by `exchange_rows`; `wait` gives what this rank received."""
+
+    def __init__(self, received_RX: Tensor, work: dist.Work | None, sent_BX: Tensor):
+        self._received_RX = received_RX
+        self._work = work
+        self._sent_BX = sent_BX  # must outlive the transfer
+
+    def wait(self) -> Tensor:
+        """Received rows [R, X], ordered by sending rank. On CUDA this orders streams and does not block the host."""
+        if self._work is not None:
+            self._work.wait()
+        return self._received_RX
+
+
+def exchange_rows(rows_BX: Tensor, sends: list[int], receives: list[int]) -> Exchange:
+    """Start sending the first sends[0] rows to rank 0, the next sends[1] to rank 1, and so on.
+
+    Protocol: every rank calls it equally often, also with nothing to send; `receives` must be what the others send.
+    """
+    if not dist.is_initialized():
+        return Exchange(rows_BX, None, rows_BX)
+    received_RX = rows_BX.new_empty((sum(receives), rows_BX.shape[1]))
+    work = dist.all_to_all_single(received_RX, rows_BX.contiguous(), receives, sends, async_op=True)
+    return Exchange(received_RX, work, rows_BX)
+
+
+def exchange_counts(sends_W: Tensor) -> list[int]:
+    """How many rows each rank will send to this one, given how many this one sends to each (int64 [W]); blocks."""
+    if not dist.is_initialized():
+        return sends_W.tolist()
+    receives_W = torch.empty_like(sends_W)
+    dist.all_to_all_single(receives_W, sends_W)
+    return receives_W.tolist()
+
+
+def all_gather_shards(shard_MX: Tensor, num_samples: int, world: World) -> Tensor:
+    """Rows of all shards in global order, [N, ...], on every rank; `shard_MX` holds this rank's rows only."""
+    if not dist.is_initialized():
+        return shard_MX
+    rows = rows_per_shard(num_samples, world.world_size)
+    padded_MX = shard_MX.new_zeros((rows, *shard_MX.shape[1:]))
+    padded_MX[: len(shard_MX)] = shard_MX
+    gathered = shard_MX.new_empty((world.world_size * rows, *shard_MX.shape[1:]))
+    dist.all_gather_into_tensor(gathered, padded_MX)
+    return gathered[:num_samples]
+
+
+def all_gather_same(value_X: Tensor, world: World) -> Tensor:
+    """The equally shaped `value_X` of every rank, [W, ...]."""
+    gathered_WX = value_X.new_empty((world.world_size, *value_X.shape))
+    if not dist.is_initialized():
+        gathered_WX[0] = value_X
+    else:
+        dist.all_gather_into_tensor(gathered_WX.view(-1), value_X.contiguous().view(-1))
+    return gathered_WX
+
+
+def sum_over_ranks(value_X: Tensor) -> Tensor:
+    """Sum of `value_X` over ranks, in place, on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(value_X)
+    return value_X
+
+
+def min_over_ranks(value_X: Tensor) -> Tensor:
+    """Minimum of `value_X` over ranks, in place, on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(value_X, op=dist.ReduceOp.MIN)
+    return value_X
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, so that replicas agree."""
+    if not dist.is_initialized():
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def data_parallel(model: nn.Module, world: World) -> nn.parallel.DistributedDataParallel:
+    """The model wrapped for gradient averaging; buffers stay local during an epoch (see `average_buffers`)."""
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def own_shard(num_samples: int, world: World) -> tuple[int, int]:
+    """Half-open range of global indices that this rank owns."""
+    return shard_bounds(num_samples, world.world_size, world.rank)

@@ -1,0 +1,395 @@
+"""The training loop: DDP at every world size, AMP, evaluation, metrics. It shows every batch of outputs to an `Observer`
+and knows nothing of scores.
+
+Losses are sums over real rows divided by the number of real rows of the whole step (known in advance on every rank), so
+that the gradient is the mean over the global batch, padding and world size notwithstanding. Device totals are read at
+log cadence only.
+"""
+
+# B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from tdds_dist import distributed
+from tdds_dist.artifacts import Fingerprint, write_atomically
+from tdds_dist.beton import BetonInfo, check_labels, dataset_fingerprint, inspect_beton, read_manifest
+from tdds_dist.config import Config
+from tdds_dist.console import Progress, say
+from tdds_dist.distributed import World
+from tdds_dist.errors import InputError
+from tdds_dist.loader import BetonLoader, View, default_workers
+from tdds_dist.models import InputStage, build_model
+from tdds_dist.partition import EpochOrder, epoch_order, per_rank_batch
+from tdds_dist.rundir import RunDir
+from tdds_dist.schedule import learning_rate
+
+
+class Observer(Protocol):
+    """Sees the outputs of training. Every rank calls every method equally often."""
+
+    def begin_epoch(self, order: EpochOrder) -> None:
+        """An epoch of this order starts."""
+
+    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
+        """One forward pass; index -1 marks padding. Must not wait for the device."""
+
+    def check(self) -> None:
+        """Raise what is wrong with the values seen so far; may wait for the device."""
+
+    def end_epoch(self) -> bool:
+        """The epoch is over; True lets training stop here."""
+
+
+class Nobody:
+    """The observer of a run that is not observed."""
+
+    def begin_epoch(self, order: EpochOrder) -> None: ...
+
+    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None: ...
+
+    def check(self) -> None: ...
+
+    def end_epoch(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    `subset_M` int64 restricts it to these global indices. `importance_N` float32 by global index weighs the loss as
+    `importance` says: `sample` weighs each sample by its own, `batch` by the mean over its global batch.
+    """
+
+    config: Config
+    world: World
+    run: RunDir
+    train_file: BetonInfo
+    val_file: BetonInfo
+    epochs: int
+    global_batch_size: int
+    observer: Observer = field(default_factory=Nobody)
+    subset_M: np.ndarray | None = None
+    importance_N: np.ndarray | None = None
+    importance: str = "none"
+
+    @property
+    def num_samples(self) -> int:
+        """Images trained on."""
+        return self.train_file.num_samples if self.subset_M is None else len(self.subset_M)
+
+
+def fit(job: Job) -> dict[str, Any]:
+    """Train; returns and writes the result record (final and best top-1 and top-5 in percent, images, seconds)."""
+    trainer = Trainer(job)
+    log = job.run.log_file if job.world.is_main else None
+    started = time.perf_counter()
+    best: dict[str, Any] = {}
+    record: dict[str, Any] = {}
+    seconds: list[float] = []
+    for epoch in range(job.epochs):
+        record = trainer.train_epoch(epoch)
+        scoring = time.perf_counter()
+        stop = job.observer.end_epoch()
+        record["scoring_share"] = (record.pop("record_seconds") + time.perf_counter() - scoring) / record["epoch_seconds"]
+        is_last = stop or epoch + 1 == job.epochs
+        if is_last or (epoch + 1) % job.config.train.eval_every == 0:
+            record |= trainer.evaluate(epoch)
+            if not best or record["val_top1"] > best["val_top1"]:
+                best = dict(record)
+                trainer.save("best")
+        seconds.append(record["epoch_seconds"])
+        if job.world.is_main:
+            job.run.append_metrics(record)
+            trainer.write_tensorboard(record)
+            remaining = np.median(seconds) * (job.epochs - epoch - 1)
+            say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining), log)
+        if is_last:
+            break
+    trainer.save("final")
+    trainer.close()
+    return {
+        "num_images": job.num_samples, "epochs": epoch + 1, "epochs_planned": job.epochs, "seed": job.config.run.seed,
+        "global_batch_size": job.global_batch_size, "steps": record["step"],
+        "final_top1": record["val_top1"], "final_top5": record["val_top5"], "final_loss": record["val_loss"],
+        "best_top1": best["val_top1"], "best_epoch": best["epoch"],
+        "train_seconds": time.perf_counter() - started,
+        "median_images_per_second": job.num_samples / float(np.median(seconds)),
+    }
+
+
+class Trainer:
+    """Model, optimizer and loaders of a job, and one epoch of each kind."""
+
+    def __init__(self, job: Job):
+        config, world = job.config, job.world
+        self.job = job
+        self.rows = per_rank_batch(job.global_batch_size, world.world_size, config.train.accumulation)
+        self.micro_batch = self.rows * world.world_size
+        self.steps_per_epoch = math.ceil(job.num_samples / job.global_batch_size)
+        self.step = 0
+        if world.device.type == "cpu":
+            torch.set_num_threads(default_workers(world.local_world_size))
+        torch.manual_seed(config.run.seed)
+        self.input_stage = InputStage(config.data.mean, config.data.std, config.model.channels_last).to(world.device)
+        model = build_model(config.model.name, config.data.num_classes, cifar_stem=config.model.cifar_stem,
+                            channels_last=config.model.channels_last).to(world.device)
+        self.model = distributed.data_parallel(model, world)
+        # From here on every rank draws its own numbers (dropout, mixing).
+        torch.manual_seed(int(np.random.SeedSequence([config.run.seed, world.rank]).generate_state(1)[0]))
+        self.optimizer = build_optimizer(model, config)
+        self.mix = build_mix(config)
+        on_gpu = world.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=on_gpu and config.train.amp == "fp16")
+        self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp] if on_gpu else None
+        self.train_loader, self.val_loader = build_loaders(job, self.rows)
+        self.tensorboard: Any = None
+
+    # ---- training
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """One pass over the samples; the record of its metrics (over all ranks)."""
+        job, train = self.job, self.job.config.train
+        order = epoch_order(job.num_samples, self.micro_batch, seed=job.config.run.seed, epoch=epoch, subset=job.subset_M)
+        step_weight = self._step_weights(order)
+        self.model.train()
+        job.observer.begin_epoch(order)
+        totals_3 = torch.zeros(3, dtype=torch.float64, device=job.world.device)  # loss, correct, images
+        record_seconds, lr = 0.0, 0.0
+        started = time.perf_counter()
+        with Progress(f"epoch {epoch + 1}/{job.epochs}", job.num_samples, "images", job.world.is_main) as progress:
+            for micro, batch in enumerate(self._batches(order, epoch)):
+                is_update = (micro + 1) % train.accumulation == 0 or micro + 1 == order.num_steps
+                with nullcontext() if is_update else self.model.no_sync():
+                    record_seconds += self._forward_backward(batch, step_weight[micro], totals_3)
+                if is_update:
+                    lr = self._update()
+                    if self.step % train.log_every == 0:
+                        loss, _ = self._read_totals(totals_3, epoch)
+                        progress.note(f"loss {loss:.3f}")
+                progress.advance(int((order.index_SG[micro] >= 0).sum()))
+            if job.world.device.type == "cuda":
+                torch.cuda.synchronize()
+        epoch_seconds = time.perf_counter() - started
+        loss, top1 = self._read_totals(totals_3, epoch)
+        distributed.average_buffers(self.model)
+        return {
+            "epoch": epoch, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1,
+            "epoch_seconds": epoch_seconds, "images_per_second": job.num_samples / epoch_seconds,
+            "record_seconds": record_seconds, "memory_bytes": memory_bytes(job.world.device),
+        }
+
+    def _step_weights(self, order: EpochOrder) -> list[float]:
+        """Factor on the sum of losses of each forward pass: W / rows of its optimizer step, times the batch importance.
+
+        DDP averages gradients over ranks, hence the W.
+        """
+        job, accumulation = self.job, self.job.config.train.accumulation
+        real_S = order.num_real_S()
+        step_of_S = np.arange(order.num_steps) // accumulation
+        rows_S = np.bincount(step_of_S, weights=real_S)[step_of_S]
+        factor_S = job.world.world_size / rows_S
+        if job.importance == "batch":
+            assert job.importance_N is not None
+            importance_SG = np.where(order.index_SG >= 0, job.importance_N[order.index_SG], 0.0)
+            total_S = np.bincount(step_of_S, weights=importance_SG.sum(axis=1))[step_of_S]
+            factor_S = factor_S * total_S / rows_S
+        return factor_S.tolist()
+
+    def _forward_backward(self, batch: Any, weight: float, totals_3: Tensor) -> float:
+        """Forward, record, backward; returns the host seconds that the observer took."""
+        job, train = self.job, self.job.config.train
+        image, target = self.input_stage(batch.image), batch.label
+        clean_logits_BC = self._clean_view(image) if job.config.score.view == "clean" and self._observed() else None
+        if self.mix is not None:
+            image, target = self.mix(image, batch.label)
+        with self._autocast():
+            logits_BC = self.model(image)
+        started = time.perf_counter()
+        job.observer.record(batch.index, logits_BC.detach() if clean_logits_BC is None else clean_logits_BC, batch.label)
+        record_seconds = time.perf_counter() - started
+        loss_B = F.cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing)
+        real_B = batch.index >= 0
+        weighted_B = loss_B * real_B
+        if job.importance == "sample":
+            weighted_B = weighted_B * self._importance_N()[batch.index.clamp_min(0)]
+        self.scaler.scale(weighted_B.sum() * weight).backward()
+        with torch.no_grad():
+            correct_B = (logits_BC.argmax(dim=1) == batch.label) & real_B
+            totals_3 += torch.stack([(loss_B * real_B).sum(), correct_B.sum(), real_B.sum()])
+        return record_seconds
+
+    def _observed(self) -> bool:
+        return not isinstance(self.job.observer, Nobody)
+
+    @torch.no_grad()
+    def _clean_view(self, image: Tensor) -> Tensor:
+        """Outputs on the un-mixed image in evaluation mode: touches neither batch statistics nor random numbers."""
+        module = self.model.module
+        module.eval()
+        with self._autocast():
+            logits_BC = module(image)
+        module.train()
+        return logits_BC
+
+    def _importance_N(self) -> Tensor:
+        if not hasattr(self, "_importance_cache"):
+            self._importance_cache = torch.from_numpy(self.job.importance_N).to(self.job.world.device)
+        return self._importance_cache
+
+    def _update(self) -> float:
+        """One optimizer step; returns its learning rate."""
+        train = self.job.config.train
+        lr = learning_rate(self.step, self.job.epochs * self.steps_per_epoch, train.lr, final=train.final_lr,
+                           warmup_steps=round(train.warmup_epochs * self.steps_per_epoch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if train.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return lr
+
+    def _read_totals(self, totals_3: Tensor, epoch: int) -> tuple[float, float]:
+        """Mean loss and top-1 (percent) so far, over all ranks; waits for the device. Raises when the loss is not finite."""
+        loss, correct, images = distributed.sum_over_ranks(totals_3.clone()).tolist()
+        if not math.isfinite(loss):
+            self.job.observer.check()
+            raise InputError(f"epoch {epoch}, up to step {self.step}: the training loss is not finite; lower train.lr="
+                             f"{self.job.config.train.lr} or add train.warmup_epochs")
+        return loss / images, 100.0 * correct / images
+
+    # ---- evaluation and records
+
+    @torch.no_grad()
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image counted once."""
+        job = self.job
+        order = epoch_order(job.val_file.num_samples, self.micro_batch, shuffle=False)
+        module = self.model.module.eval()
+        totals_4 = torch.zeros(4, dtype=torch.float64, device=job.world.device)
+        ranks = job.world
+        for batch in self.val_loader.batches(order, rank=ranks.rank, world_size=ranks.world_size, epoch=epoch):
+            with self._autocast():
+                logits_BC = module(self.input_stage(batch.image)).float()
+            real_B = batch.index >= 0
+            top_Bk = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == batch.label[:, None]
+            loss_B = F.cross_entropy(logits_BC, batch.label, reduction="none")
+            totals_4 += torch.stack([(loss_B * real_B).sum(), (top_Bk[:, 0] & real_B).sum(),
+                                     (top_Bk.any(dim=1) & real_B).sum(), real_B.sum()])
+        loss, top1, top5, images = distributed.sum_over_ranks(totals_4).tolist()
+        return {"val_loss": loss / images, "val_top1": 100.0 * top1 / images, "val_top5": 100.0 * top5 / images}
+
+    def save(self, name: str) -> None:
+        """Weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
+        if self.job.world.is_main:
+            state = self.model.module.state_dict()
+            write_atomically(self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file))
+
+    def write_tensorboard(self, record: dict[str, Any]) -> None:
+        """The record's numbers as TensorBoard scalars by epoch."""
+        if self.tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.job.run.tensorboard))
+        for key, value in record.items():
+            if key != "epoch" and value is not None:
+                self.tensorboard.add_scalar(key, value, record["epoch"])
+
+    def close(self) -> None:
+        """Finish writing."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _batches(self, order: EpochOrder, epoch: int) -> Iterator[Any]:
+        world = self.job.world
+        return self.train_loader.batches(order, rank=world.rank, world_size=world.world_size, epoch=epoch)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.amp_dtype is None else torch.autocast("cuda", dtype=self.amp_dtype)
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
+    train = config.train
+    everything = list(model.parameters())
+    if train.decay_norm_and_bias:
+        groups: list[dict[str, Any]] = [{"params": everything, "weight_decay": train.weight_decay}]
+    else:
+        groups = [{"params": [p for p in everything if p.ndim > 1], "weight_decay": train.weight_decay},
+                  {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0}]
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov)
+
+
+def build_mix(config: Config) -> Any:
+    """MixUp and/or CutMix on (image, label), or None."""
+    classes = config.data.num_classes
+    mixes: list[Any] = []
+    if config.train.mixup:
+        mixes.append(v2.MixUp(alpha=config.train.mixup, num_classes=classes))
+    if config.train.cutmix:
+        mixes.append(v2.CutMix(alpha=config.train.cutmix, num_classes=classes))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
+    """Training and evaluation loaders of this rank."""
+    data, world = job.config.data, job.world
+    workers = data.num_workers or default_workers(world.local_world_size)
+    train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0),
+                      ratio=1.0)
+    eval_view = View(data.image_size, "center", ratio=data.eval_crop_ratio)
+    seed = job.config.run.seed
+    return tuple(  # type: ignore[return-value]
+        BetonLoader(file.path, rows, view, device=world.device, num_workers=workers, seed=seed)
+        for file, view in ((job.train_file, train_view), (job.val_file, eval_view)))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak device memory on CUDA, resident memory of this process on the CPU; bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -> str:
+    evaluation = f"val top-1 {record['val_top1']:5.2f} %  " if "val_top1" in record else ""
+    eta = f"  {remaining_seconds / 60:.1f} min left" if remaining_seconds else ""
+    return (f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1 "
+            f"{record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f} images/s{eta}")
+
+
+def open_files(config: Config) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
+    """The training and evaluation files, checked against the config, and the fingerprint of the training labels.
+
+    Raises:
+        InputError: file missing or damaged, label outside [0, C), another number of classes.
+    """
+    files = []
+    for key in ("train", "val"):
+        path = Path(getattr(config.data, key))
+        if not path.is_file():
+            raise InputError(f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`")
+        info = inspect_beton(path)
+        check_labels(info, config.data.num_classes, read_manifest(path))
+        files.append(info)
+    return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)

@@ -1,0 +1,280 @@
+"""Batches of (image, label, global index) from any `.beton` with an image and a label field, through FFCV.
+
+FFCV is a rough stone; this room is where its edges are dealt with. Order: the stock orders pad with unmarked duplicates
+or drop tails, so the order comes from `partition`, also from the middle of an epoch. Errors: an exception in FFCV's
+thread leaves the consumer waiting for ever, so ours carries it over and watches for stalls. Corrupt images: the return
+code of the decoder is checked and the index named. Buffers: a batch is valid only until the next one, so what is yielded
+is either copied to the device or valid until the next iteration, as said below. Memory: the stock memory manager
+builds Python sets per sample (646 MB at ImageNet size) that this access pattern never reads. Threads: FFCV sets torch's
+thread count for the whole process; ours leaves it alone.
+"""
+
+# B rows per rank and step, S steps, N samples of the file
+
+import collections
+import math
+import os
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+os.environ.setdefault("NUMBA_THREADING_LAYER", "tbb")  # the others abort with two loaders, or after a fork
+
+import ffcv
+import numba
+import numpy as np
+import torch
+from ffcv.loader.epoch_iterator import EpochIterator, select_buffer
+from ffcv.memory_managers import OSCacheManager
+from ffcv.memory_managers.os_cache import OSCacheContext
+from ffcv.pipeline import Compiler, PipelineSpec
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.graph import Graph
+from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.state import State
+from ffcv.reader import Reader
+from torch import Tensor
+
+from tdds_dist import imaging
+from tdds_dist.beton import inspect_beton
+from tdds_dist.errors import InputError
+from tdds_dist.partition import EpochOrder
+
+STALL_SECONDS = 300.0  # no batch for that long is an error; the first batch may wait for compilation
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image becomes a square of `size` pixels.
+
+    `center` cuts `ratio` of the shorter side; `pad` shifts by up to `padding` pixels with a black border (CIFAR);
+    `resized` is RandomResizedCrop with areas in `scale` (ImageNet). Aspect ratios as in torchvision.
+    """
+
+    size: int
+    crop: Literal["center", "pad", "resized"] = "center"
+    flip: bool = False
+    padding: int = 4
+    ratio: float = 1.0
+    scale: tuple[float, float] = (0.08, 1.0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of one rank. `image` uint8 [B, 3, size, size] in channels_last memory; on the CPU it is valid until the
+    next batch only. `label` and `index` int64 [B] are copies; `index` is -1 in padding rows."""
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class BetonLoader(ffcv.Loader):
+    """Reads one `.beton` for one rank.
+
+    Args:
+        path: the file; any names for its one image and one label field.
+        batch_size: rows per step of this rank.
+        view: what is done to images.
+        device: where batches go.
+        num_workers: decoding threads.
+        seed: of the augmentation.
+
+    Raises:
+        InputError: file missing, damaged, or unfit for the view.
+    """
+
+    def __init__(self, path: Path | str, batch_size: int, view: View, *, device: torch.device | str = "cpu",
+                 num_workers: int = 1, seed: int = 0):
+        # The stock constructor is replaced, not called: see "Memory" and "Threads" above.
+        info = inspect_beton(Path(path))
+        sides = np.concatenate([info.width_N, info.height_N])
+        if view.crop == "pad" and not (sides == view.size).all():
+            raise InputError(f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {path} has "
+                             f"sides {sides.min()}..{sides.max()}; "
+                             "use data.crop=resized, or write the file at that size")
+        self.view = view
+        self.device = torch.device(device)
+        self.fname, self.batch_size, self.batches_ahead = str(path), batch_size, 3
+        self.num_workers = max(1, min(num_workers, numba.config.NUMBA_NUM_THREADS))
+        self.drop_last, self.distributed, self.recompile, self.seed = False, False, False, seed
+        self.reader = Reader(self.fname)
+        self.indices = np.arange(self.reader.num_samples, dtype=np.int64)
+        self.memory_manager = _Blocks(self.reader)
+        self.next_epoch = 0
+        self._image_operation = _LoadImage(view, seed, self.memory_manager)
+        self.field_name_to_f_ix = {name: position for position, name in enumerate(self.reader.handlers)}
+        self.pipeline_specs = {
+            "image": PipelineSpec(info.image_field, decoder=self._image_operation),
+            "label": PipelineSpec(info.label_field, decoder=_LoadLabel()),
+        }
+        self.graph = Graph(self.pipeline_specs, self.reader.handlers, self.field_name_to_f_ix, self.reader.metadata, None)
+        Compiler.set_enabled(False)  # our operations are compiled already (imaging), FFCV need not
+        try:
+            self.generate_code()
+        finally:
+            Compiler.set_enabled(True)
+
+    def batches(self, order: EpochOrder, *, rank: int, world_size: int, epoch: int) -> Iterator[Batch]:
+        """The batches of `rank` in `order`, one per step.
+
+        Raises:
+            InputError: an image that cannot be decoded, naming its global index.
+            RuntimeError: the loading thread failed or stalled.
+        """
+        sample_SB, index_SB = (np.ascontiguousarray(part) for part in order.of_rank(rank, world_size))
+        assert sample_SB.shape[1] == self.batch_size, (sample_SB.shape, self.batch_size)
+        self._image_operation.epoch = epoch
+        copies: collections.deque[torch.cuda.Event] = collections.deque()
+        with _EpochThread(self, sample_SB.reshape(-1)) as iterator:
+            for (image, failed, label), sample_B, index_B in zip(iterator, sample_SB, index_SB, strict=True):
+                if failed.any():
+                    bad = sample_B[np.flatnonzero(failed)][:8].tolist()
+                    raise InputError(f"{self.fname}: the images at global indices {bad} cannot be decoded; "
+                                     "the file is damaged, write it again with `tdds write`")
+                batch = Batch(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label[:, 0].copy()),
+                              torch.from_numpy(index_B))
+                yield self._to_device(batch, copies)
+
+    def _to_device(self, batch: Batch, copies: "collections.deque[torch.cuda.Event]") -> Batch:
+        """Start the copy to the GPU. At most two copies may be unfinished, else a buffer is decoded over while it leaves."""
+        if self.device.type != "cuda":
+            return batch
+        moved = Batch(*(part.to(self.device, non_blocking=True) for part in (batch.image, batch.label, batch.index)))
+        copies.append(torch.cuda.Event())
+        copies[-1].record()
+        if len(copies) > 2:
+            copies.popleft().synchronize()
+        return moved
+
+
+class _Blocks(OSCacheManager):
+    """Where the file's data blocks lie: two sorted arrays, and the file as a memory map."""
+
+    def __init__(self, reader: Reader):
+        order = np.argsort(reader.alloc_table["ptr"], kind="stable")
+        self.reader = reader
+        self.ptrs = np.ascontiguousarray(reader.alloc_table["ptr"][order])
+        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
+        self.context = OSCacheContext(self)
+
+
+class _LoadImage(Operation):
+    """Decoder of the image field: (image, failed) by `imaging.load_batch`."""
+
+    def __init__(self, view: View, seed: int, blocks: _Blocks):
+        super().__init__()
+        self.view, self.seed, self.blocks = view, seed, blocks
+        self.epoch = 0
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
+        pixels = int((self.metadata["width"].astype(np.int64) * self.metadata["height"]).max()) * 3
+        shape = (self.view.size, self.view.size, 3)
+        bytes_type = np.dtype("u1")
+        memory = (AllocationQuery(shape, bytes_type), AllocationQuery((pixels,), bytes_type), AllocationQuery((), bytes_type))
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=bytes_type), memory
+
+    def generate_code(self) -> Any:
+        view, crop = self.view, {"center": imaging.CENTER, "pad": imaging.PAD, "resized": imaging.RESIZED}[self.view.crop]
+
+        def load(index_B: np.ndarray, memory: Any, metadata: np.ndarray, storage_state: Any) -> Any:
+            image, scratch, failed = memory
+            file_bytes, block_start, block_size = storage_state
+            imaging.load_batch(
+                index_B, image, scratch, failed, metadata, np.asarray(file_bytes), block_start, block_size,
+                crop, view.flip, view.padding, view.ratio, view.scale[0], view.scale[1], self.seed, self.epoch)
+            return image, failed
+
+        return load
+
+
+class _LoadLabel(Operation):
+    """Decoder of the label field, int64 [B, 1]."""
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
+        kind = np.dtype("<i8")
+        return replace(previous_state, jit_mode=True, shape=(1,), dtype=kind), AllocationQuery((1,), kind)
+
+    def generate_code(self) -> Any:
+        def load(index_B: np.ndarray, memory: np.ndarray, metadata: np.ndarray, storage_state: Any) -> np.ndarray:
+            memory[:, 0] = metadata[index_B]
+            return memory
+
+        return load
+
+
+class _EpochThread(EpochIterator):
+    """FFCV's loading thread, with its errors carried to the consumer and an orderly end."""
+
+    def __init__(self, loader: BetonLoader, sample_SB: np.ndarray):
+        self.error: BaseException | None = None
+        super().__init__(loader, sample_SB)
+
+    def run(self) -> None:
+        try:
+            numba.set_num_threads(self.loader.num_workers)
+            for step, index_B in enumerate(self.iter_ixes):
+                slot = step % (self.loader.batches_ahead + 2)
+                if not self._offer(self._load(index_B, slot)):
+                    return
+        except BaseException as error:
+            self.error = error
+        self._offer(None)
+
+    def _load(self, index_B: np.ndarray, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        arguments = {
+            "batch_indices": index_B, "storage_state": self.storage_state, "metadata": self.metadata,
+            **{f"memory_{node}": select_buffer(buffer, slot, len(index_B))
+               for node, buffer in self.memory_allocations["operation"].items()},
+            **{f"shared_memory_{node}": None for node in self.memory_allocations["shared"]},
+        }
+        stages, outputs = self.loader.code
+        for stage, nodes in stages:
+            arguments.update(zip((f"result_{node}" for node in nodes), stage(**arguments), strict=True))
+        (image, failed), label = (arguments[f"result_{node}"] for node in outputs)
+        return image, failed, label
+
+    def _offer(self, item: Any) -> bool:
+        """Put into the queue; False when the consumer has left."""
+        while not self.terminate_event.is_set():
+            try:
+                self.output_queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> Any:
+        deadline = time.monotonic() + STALL_SECONDS
+        while True:
+            try:
+                item = self.output_queue.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if not self.is_alive() and self.output_queue.empty():
+                    raise RuntimeError("the loading thread died without a word") from self.error
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.loader.fname}: no batch for {STALL_SECONDS:.0f} s; the storage or a "
+                                       "decoding thread hangs") from None
+        if item is None:
+            if self.error is not None:
+                raise RuntimeError(f"loading from {self.loader.fname} failed: {self.error}") from self.error
+            raise StopIteration
+        return item
+
+    def __enter__(self) -> "_EpochThread":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.terminate_event.set()
+        self.join(timeout=30.0)
+        self.close()
+
+
+def default_workers(local_world_size: int) -> int:
+    """Decoding threads per rank: the CPUs this process may use, shared among the ranks of the node."""
+    return max(1, math.floor(len(os.sched_getaffinity(0)) / local_world_size))

@@ -1,0 +1,69 @@
+"""Stage `retrain`: train on a coreset, weighted by importance, for as long as the strategy says."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tdds_dist.artifacts import Coreset, load_coreset, require_same_dataset
+from tdds_dist.config import Config, to_dict
+from tdds_dist.console import say
+from tdds_dist.distributed import World, together
+from tdds_dist.engine import Job, fit, open_files
+from tdds_dist.errors import InputError
+from tdds_dist.partition import per_rank_batch
+from tdds_dist.rundir import RunDir
+from tdds_dist.schedule import batch_size_factor, retrain_epochs
+
+
+def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, importance: str | None = None,
+            name: str | None = None) -> RunDir:
+    """Run the stage; returns its run directory, `<run.dir>/retrain/<name>`.
+
+    Every rank calls it. `importance` defaults to the config's; `name` says score, pruning rate, strategy, importance
+    and seed by default.
+    """
+    importance = importance or config.retrain.importance
+    with together(world):
+        coreset = load_coreset(Path(coreset_file))
+        train_file, val_file, fingerprint = open_files(config)
+        require_same_dataset(coreset.fingerprint, fingerprint, str(coreset_file))
+        _check_importance(coreset, importance, coreset_file)
+        rate = coreset.pruning_rate
+        factor = batch_size_factor(rate, config.retrain.batch_size_rule)
+        global_batch_size = max(1, round(config.train.global_batch_size * factor))
+        key = "train.global_batch_size" + (f" x {factor} (retrain.batch_size_rule at p={rate})" if factor != 1 else "")
+        per_rank_batch(global_batch_size, world.world_size, config.train.accumulation, key)
+        epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
+        run = RunDir(RunDir(config.run.directory).retrain / (name or _name(config, coreset, strategy, importance)))
+        if world.is_main:
+            resolved = to_dict(config)
+            resolved["train"] |= {"epochs": epochs, "global_batch_size": global_batch_size}
+            resolved["run"] |= {"dir": str(run.path)}
+            run.start(resolved, world.world_size, str(world.device))
+    importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
+    importance_N[coreset.index_M] = coreset.importance_M
+    if world.is_main:
+        say(f"retrain {run.path.name}: {len(coreset.index_M)} of {train_file.num_samples} images, {epochs} epochs "
+            f"(Strategy-{strategy}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
+            run.log_file)
+    job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
+              importance_N=importance_N, importance=importance)
+    result = fit(job)
+    if world.is_main:
+        run.write_result({
+            "stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
+            "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings, **result})
+    return run
+
+
+def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
+    if importance == "none":
+        return
+    values = coreset.importance_M
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() <= 0:
+        raise InputError(f"{path}: importance must be finite, not negative, and somewhere positive; "
+                         "retrain with --importance none or select again")
+
+
+def _name(config: Config, coreset: Coreset, strategy: str, importance: str) -> str:
+    return f"{coreset.score_key}_p{coreset.pruning_rate:g}_{strategy}_{importance}_seed{config.run.seed}"

@@ -1,0 +1,126 @@
+"""The run directory: where every file of a run lies, and the small JSON records in it.
+
+Owns paths and records (`env.json`, `metrics.jsonl`, `result.json`, `config.yaml`, TensorBoard); not the formats of
+scores, coresets (`artifacts`) or trajectories (`trajectory`). Only rank 0 writes through it.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tdds_dist.artifacts import write_atomically
+from tdds_dist.errors import InputError
+
+
+class RunDir:
+    """Paths of one run; `retrain/<name>` inside it are run directories of their own."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.env_file = self.path / "env.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.result_file = self.path / "result.json"
+        self.log_file = self.path / "log.txt"
+        self.tensorboard = self.path / "tb"
+        self.trajectory = self.path / "trajectory"
+        self.scores = self.path / "scores"
+        self.coresets = self.path / "coresets"
+        self.models = self.path / "models"
+        self.retrain = self.path / "retrain"
+        self.report_file = self.path / "report.html"
+
+    def start(self, config: dict[str, Any], world_size: int, device: str) -> None:
+        """Create the directory and record how the run was started. Refuses a directory that already holds a run."""
+        if self.metrics_file.exists():
+            raise InputError(f"{self.path} already holds a run; choose another run.dir or remove it")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+            self._write_json(self.env_file, environment(world_size, device))
+        except OSError as error:
+            raise InputError(f"cannot write to run.dir={self.path} ({error}); choose a writable directory") from error
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved config as it was run."""
+        if not self.config_file.is_file():
+            raise InputError(f"{self.path} is not a run directory (no config.yaml); `tdds collect` makes one")
+        return yaml.safe_load(self.config_file.read_text())
+
+    def read_env(self) -> dict[str, Any]:
+        """How the run was started; empty when not recorded."""
+        return json.loads(self.env_file.read_text()) if self.env_file.is_file() else {}
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Append one epoch's record to metrics.jsonl."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One record per epoch, in order; empty when there is none yet."""
+        if not self.metrics_file.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines() if line]
+
+    def write_result(self, record: dict[str, Any]) -> None:
+        """Write the outcome; its presence says that the run finished."""
+        self._write_json(self.result_file, record)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The outcome, or None while the run has not finished."""
+        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
+
+    def retrain_runs(self) -> list["RunDir"]:
+        """Finished and unfinished retraining runs inside this one, by name."""
+        return [RunDir(path.parent) for path in sorted(self.retrain.glob("*/config.yaml"))]
+
+    def _write_json(self, path: Path, record: dict[str, Any]) -> None:
+        write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
+
+
+def environment(world_size: int, device: str) -> dict[str, Any]:
+    """Provenance of a run: versions, commit, hardware, command."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _commit(),
+        "world_size": world_size,
+        "device": device,
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("tdds-dist", "torch", "torchvision", "ffcv", "numba", "numpy")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    source = Path(__file__).resolve().parent
+    try:
+        git = subprocess.run(["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"],
+                             capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return git.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
