@@ -86,7 +86,8 @@ def _add_write(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _write(options: argparse.Namespace) -> None:
-    from tdds_dist.beton import manifest_path, write_beton
+    from tdds_dist.beton import manifest_path
+    from tdds_dist.beton_writer import write_beton
     from tdds_dist.sources import open_source
 
     source = open_source(options.source, options.split, options.subset)

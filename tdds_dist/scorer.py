@@ -165,8 +165,9 @@ class ShardedScorer:
         exchange, dtype, step = self._pending
         self._pending = None
         payload_RX = exchange.wait()
-        header_R2 = payload_RX[:, :_HEADER_BYTES].contiguous().view(torch.int64)
-        logits_RC = payload_RX[:, _HEADER_BYTES:].contiguous().view(dtype)
+        # Flatten before the view: a single row counts as contiguous whatever its stride.
+        header_R2 = payload_RX[:, :_HEADER_BYTES].reshape(-1).view(torch.int64).view(-1, 2)
+        logits_RC = payload_RX[:, _HEADER_BYTES:].reshape(-1).view(dtype).view(-1, self.num_classes)
         index_R, label_R = header_R2[:, 0], header_R2[:, 1]
         real_R = index_R != PADDING
         row_R = torch.where(real_R, index_R - self._first, self._end - self._first)

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Sets up what `make demo` and `make test` need: system packages, .venv, this package in it. Safe to run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+[ -t 2 ] || say() { printf '== %s\n' "$*" >&2; }
+
+# FFCV compiles one C++ file against OpenCV and libjpeg-turbo; the demo and tests need nothing else from the system.
+missing=()
+command -v g++ >/dev/null || missing+=(g++)
+command -v pkg-config >/dev/null || missing+=(pkg-config)
+pkg-config --exists opencv4 2>/dev/null || missing+=(libopencv-dev)
+pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
+if ! command -v "$python" >/dev/null; then missing+=(python3 python3-venv python3-dev)
+elif ! "$python" -c 'import sys, ensurepip, sysconfig, os; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null
+then missing+=(python3-venv python3-dev); fi
+
+if ((${#missing[@]})); then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing system packages: ${missing[*]}"
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    else
+        cat >&2 <<TXT
+These system packages are missing: ${missing[*]}
+Get them, then run this again:
+  Debian, Ubuntu:  sudo apt-get install ${missing[*]}
+  conda:           conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo python=3.11
+TXT
+        exit 1
+    fi
+fi
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "$python is $("$python" -V); Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+
+stamp=.venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+[ -e "$stamp" ] && exit 0
+say "installing Python packages into .venv (torch is the large one, about 5 GB with CUDA libraries; minutes)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[digits,dev]' |
+    { grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' || true; } | cut -c1-110 >&2
+rm -f .venv/.installed-*
+touch "$stamp"
+say "ready: .venv/bin/tdds --help"

@@ -1,0 +1,302 @@
+"""`.beton` files: check one, read single images back; and the manifest beside it. `beton_writer` makes them.
+
+Uses NumPy on the file format, not FFCV: importing FFCV costs seconds, and its reader takes truncated and corrupted
+files without a word. What is not checked here is the content of the images.
+"""
+
+# N samples, A entries of the allocation table
+
+import io
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from tdds_dist.artifacts import Fingerprint, fingerprint, write_atomically
+from tdds_dist.errors import InputError
+
+MANIFEST_FORMAT = "tdds-manifest-1"
+JPG, RAW = 0, 1  # FFCV's storage modes of an image
+
+# The file format, version 2: header, field descriptors, metadata [N], pages of data, allocation table [A].
+VERSION = 2
+HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
+                   ("alloc_table_ptr", "<u8")], align=True)
+DESCRIPTOR = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+INT_TYPE, IMAGE_TYPE = 1, 2
+FIELD_TYPES = {0: np.dtype("<f8"), INT_TYPE: np.dtype("<i8"), IMAGE_TYPE: IMAGE, 3: BYTES, 4: np.dtype("<u8"),
+               5: BYTES, 6: np.dtype("<u8")}  # float, int, image, bytes, array, JSON, tensor
+FIXED_SIZE_TYPES = (0, INT_TYPE)  # all other fields have one entry per sample in the allocation table
+
+
+
+# --- manifest ---
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """What a `.beton` was made from: class names and the origin of every global index."""
+
+    source: str
+    split: str
+    num_samples: int
+    num_classes: int
+    class_names: list[str]
+    path: list[str]  # [N], relative: never absolute, no `..`
+    label_N: np.ndarray  # int64
+    beton_bytes: int  # size of the .beton
+    labels_sha256: str
+    settings: dict[str, Any]  # write_mode, quality, max_resolution, and those of the source
+    image_size: tuple[int, int]  # largest height and largest width in the file, pixels
+
+
+def manifest_path(beton: Path) -> Path:
+    """Where the manifest of a `.beton` lies: X.beton -> X.manifest.json."""
+    return Path(beton).with_suffix(".manifest.json")
+
+
+def read_manifest(beton: Path) -> Manifest | None:
+    """The manifest beside a `.beton`; None when there is none.
+
+    Raises InputError when it is damaged, holds unsafe paths, or contradicts the size or sample count of the file.
+    """
+    beton, path = Path(beton), manifest_path(beton)
+    if not path.is_file():
+        return None
+    header, beton_bytes = _read_header(beton)
+    try:
+        record = json.loads(path.read_bytes())
+        columns = record.pop("columns")
+        if record.pop("format") != MANIFEST_FORMAT:
+            raise ValueError(f"format is not {MANIFEST_FORMAT}")
+        max_height, max_width = record.pop("image_size")
+        manifest = Manifest(**record, path=columns["path"], label_N=np.array(columns["label"], dtype=np.int64),
+                            image_size=(int(max_height), int(max_width)))
+        _check_manifest(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path} is not a whole manifest ({error}); remove it, or write the .beton again with "
+                         "`tdds write`") from error
+    if (manifest.num_samples, manifest.beton_bytes) != (int(header["num_samples"]), beton_bytes):
+        raise InputError(f"{path} describes {manifest.num_samples} samples in {manifest.beton_bytes} bytes, but "
+                         f"{beton} has {header['num_samples']} in {beton_bytes}; remove the manifest, or write "
+                         "the .beton again with `tdds write`")
+    return manifest
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """ValueError unless the fields agree with each other."""
+    names, label_N = manifest.class_names, manifest.label_N
+    if not (isinstance(manifest.path, list) and isinstance(manifest.num_samples, int) and manifest.num_samples > 0
+            and label_N.shape == (len(manifest.path),) == (manifest.num_samples,)):
+        raise ValueError(f"{len(manifest.path)} paths and {label_N.size} labels for {manifest.num_samples!r} samples")
+    if not (isinstance(names, list) and len(names) == manifest.num_classes and isinstance(manifest.settings, dict)
+            and all(isinstance(text, str) for text in (manifest.source, manifest.split, *names))):
+        raise ValueError(f"class_names are not {manifest.num_classes!r} names, or another field has a wrong type")
+    if not (label_N.min() >= 0 and label_N.max() < manifest.num_classes):
+        raise ValueError(f"labels outside [0, {manifest.num_classes})")
+    if fingerprint(label_N, manifest.num_classes).labels_sha256 != manifest.labels_sha256:
+        raise ValueError("labels do not have the recorded sha256")
+    check_paths(manifest.path)
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """ValueError for a path that leads out of its folder or cannot stand on a line of its own."""
+    unsafe = re.compile(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|[\x00-\x1f]|^$")
+    bad = next((path for path in paths if unsafe.search(path)), None)
+    if bad is not None:
+        raise ValueError(f"path {bad!r} must be relative, without `..`, backslashes and control characters")
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    record = {
+        "format": MANIFEST_FORMAT, "source": manifest.source, "split": manifest.split,
+        "num_samples": manifest.num_samples, "num_classes": manifest.num_classes,
+        "class_names": manifest.class_names, "beton_bytes": manifest.beton_bytes,
+        "labels_sha256": manifest.labels_sha256, "settings": manifest.settings, "image_size": manifest.image_size,
+        "columns": {"path": manifest.path, "label": manifest.label_N.tolist()},
+    }
+
+    def write(file: IO[bytes]) -> None:
+        file.write(json.dumps(record).encode())
+
+    write_atomically(path, write)
+
+
+# --- inspecting ---
+
+
+@dataclass(frozen=True, eq=False)
+class BetonInfo:
+    """What the checked metadata of a `.beton` says; arrays are by global index."""
+
+    path: Path
+    num_samples: int
+    num_bytes: int
+    field_names: list[str]
+    image_field: str
+    label_field: str
+    label_N: np.ndarray  # int64
+    width_N: np.ndarray  # uint16, pixels
+    height_N: np.ndarray  # uint16, pixels
+    mode_N: np.ndarray  # uint8, JPG or RAW
+    data_ptr_N: np.ndarray  # uint64, offset of the image in the file, bytes
+    size_N: np.ndarray  # uint64, bytes of the image in the file
+
+
+def inspect_beton(path: Path) -> BetonInfo:
+    """Check the structure of a `.beton` and return its metadata, without FFCV and without reading image data.
+
+    Raises InputError when it is missing, truncated, of another version, has no single image and label field, or when
+    metadata and allocation table contradict each other.
+    """
+    path = Path(path)
+    header, num_bytes = _read_header(path)
+    num_samples, num_fields, table_ptr = (int(header[key]) for key in ("num_samples", "num_fields", "alloc_table_ptr"))
+    start = HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
+    if min(table_ptr, num_bytes) < start or num_samples == 0 or num_fields == 0:
+        raise _damaged(path, f"{num_bytes} bytes, {num_samples} samples, {num_fields} fields and an allocation table "
+                             f"at {table_ptr} are not a finished file")
+    names, types = _read_fields(path, num_fields)
+    image, label = _pick_field(path, names, types, IMAGE_TYPE), _pick_field(path, names, types, INT_TYPE)
+    metadata_type = np.dtype([("", FIELD_TYPES[type_id]) for type_id in types], align=True)
+    data_start = start + num_samples * metadata_type.itemsize
+    num_allocations = num_samples * sum(type_id not in FIXED_SIZE_TYPES for type_id in types)
+    expected = table_ptr + num_allocations * ALLOCATION.itemsize
+    if table_ptr < data_start or num_bytes != expected:
+        raise _damaged(path, f"{num_bytes} bytes instead of {max(expected, data_start)} for {num_samples} samples: "
+                             "truncated, or header corrupted")
+    metadata_N = np.fromfile(path, metadata_type, num_samples, offset=start)
+    table_A = np.fromfile(path, ALLOCATION, num_allocations, offset=table_ptr)
+    image_N = metadata_N[f"f{image}"]
+    size_N = _allocated_bytes(path, image_N["data_ptr"], table_A, data_start, table_ptr)
+    _check_images(path, image_N, size_N)
+    width_N, height_N, mode_N, data_ptr_N = (np.ascontiguousarray(image_N[key])
+                                             for key in ("width", "height", "mode", "data_ptr"))
+    return BetonInfo(path, num_samples, num_bytes, names, names[image], names[label],
+                     metadata_N[f"f{label}"].astype(np.int64), width_N, height_N, mode_N, data_ptr_N, size_N)
+
+
+def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = None) -> None:
+    """Raise InputError unless the labels are those of the manifest, if any, and those of `num_classes` classes."""
+    outside = np.flatnonzero((info.label_N < 0) | (info.label_N >= num_classes))
+    if outside.size:
+        first = int(outside[0])
+        raise InputError(f"{info.path}: sample {first} has label {info.label_N[first]}, outside [0, {num_classes}) "
+                         f"({outside.size} such samples); set data.num_classes to the number of classes of the file, "
+                         "or write it again with labels from 0")
+    if manifest is not None and fingerprint(info.label_N, num_classes).labels_sha256 != manifest.labels_sha256:
+        raise InputError(f"{info.path}: labels are not those of {manifest_path(info.path)}; remove the manifest, or "
+                         "write the .beton again with `tdds write`")
+    present = manifest.num_classes if manifest is not None else int(info.label_N.max()) + 1
+    if present != num_classes:
+        where = manifest_path(info.path) if manifest is not None else info.path
+        raise InputError(f"data.num_classes={num_classes}, but {where} has {present} classes; "
+                         f"set data.num_classes={present}")
+
+
+def dataset_fingerprint(info: BetonInfo, num_classes: int) -> Fingerprint:
+    """The fingerprint that ties scores and coresets to this file's samples."""
+    return fingerprint(info.label_N, num_classes)
+
+
+def read_images(path: Path, index: Iterable[int], info: BetonInfo | None = None) -> list[np.ndarray]:
+    """Images at the global indices `index`, each uint8 [H, W, 3] RGB, decoded straight from the file.
+
+    `info` saves inspecting the file again. Raises InputError for an index outside the file and a damaged image.
+    """
+    info = inspect_beton(path) if info is None else info
+    images = []
+    with Path(path).open("rb") as file:
+        for i in map(int, index):
+            if not 0 <= i < info.num_samples:
+                raise InputError(f"index {i} is outside [0, {info.num_samples}) of {path}; use indices of this file")
+            shape = (int(info.height_N[i]), int(info.width_N[i]), 3)
+            file.seek(int(info.data_ptr_N[i]))
+            data = file.read(int(info.size_N[i]))
+            try:
+                if info.mode_N[i] == RAW:
+                    image = np.frombuffer(data, np.uint8).reshape(shape)
+                else:
+                    image = np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB"))
+            except (OSError, ValueError, SyntaxError) as error:
+                raise _damaged(path, f"image {i} cannot be decoded ({error})") from error
+            if image.shape != shape:
+                raise _damaged(path, f"image {i} is {image.shape[:2]}, its metadata says {shape[:2]}")
+            images.append(image)
+    return images
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path} is not a whole .beton file: {what}; copy it again, or write it again with `tdds write`")
+
+
+def _read_header(path: Path) -> tuple[np.void, int]:
+    """Header and size in bytes of a file of the right version."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file; `tdds write` makes .beton files")
+    try:
+        num_bytes = path.stat().st_size
+        header = np.fromfile(path, HEADER, 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}); check its permissions") from error
+    if len(header) == 0:
+        raise _damaged(path, f"{num_bytes} bytes do not hold a header")
+    if header[0]["version"] != VERSION:
+        raise _damaged(path, f"format version {header[0]['version']} instead of {VERSION}")
+    return header[0], num_bytes
+
+
+def _read_fields(path: Path, num_fields: int) -> tuple[list[str], list[int]]:
+    """Name and type id of every field, in the order of the metadata's columns."""
+    descriptors = np.fromfile(path, DESCRIPTOR, num_fields, offset=HEADER.itemsize)
+    names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"]]
+    types = [int(type_id) for type_id in descriptors["type_id"]]
+    for name, type_id in zip(names, types, strict=True):
+        if type_id not in FIELD_TYPES:
+            raise InputError(f"{path}: field {name!r} has the custom type {type_id}; only FFCV's own fields can be "
+                             "read, write the file again with an image and a label field")
+    return names, types
+
+
+def _pick_field(path: Path, names: list[str], types: list[int], type_id: int) -> int:
+    """Position of the one field of this type; of several int fields, the one named label."""
+    found = [i for i, other in enumerate(types) if other == type_id]
+    if type_id == INT_TYPE and len(found) > 1:
+        found = [i for i in found if names[i] == "label"]
+    if len(found) != 1:
+        what = "RGB image field" if type_id == IMAGE_TYPE else "int field (or, of several, one named label)"
+        raise InputError(f"{path}: fields {names} must hold exactly one {what}; write the file again with `tdds write`")
+    return found[0]
+
+
+def _allocated_bytes(path: Path, data_ptr_N: np.ndarray, table_A: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Size of each image, uint64 [N], looked up in the allocation table; all regions must lie in [start, end)."""
+    table_A = table_A[table_A["size"] > 0]
+    table_A = table_A[np.argsort(table_A["ptr"], kind="stable")]
+    ptr_A, size_A = np.ascontiguousarray(table_A["ptr"]), np.ascontiguousarray(table_A["size"])
+    if len(ptr_A) == 0 or ptr_A[0] < start or ptr_A[-1] >= end or (size_A > end - ptr_A).any():
+        raise _damaged(path, f"its allocation table points outside the data region [{start}, {end})")
+    entry_N = np.minimum(np.searchsorted(ptr_A, data_ptr_N), len(ptr_A) - 1)
+    unknown = np.flatnonzero(ptr_A[entry_N] != data_ptr_N)
+    if unknown.size:
+        raise _damaged(path, f"{unknown.size} images, the first of them {unknown[0]}, are not in the allocation table")
+    if np.count_nonzero(np.bincount(entry_N)) != len(data_ptr_N):
+        raise _damaged(path, "two samples share one image")
+    return size_A[entry_N]
+
+
+def _check_images(path: Path, image_N: np.ndarray, size_N: np.ndarray) -> None:
+    pixels_N = image_N["width"].astype(np.uint64) * image_N["height"]
+    wrong = (pixels_N == 0) | (image_N["mode"] > RAW) | ((image_N["mode"] == RAW) & (size_N != pixels_N * 3))
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        raise _damaged(path, f"image {first} has mode {image_N['mode'][first]}, {image_N['width'][first]} x "
+                             f"{image_N['height'][first]} pixels and {size_N[first]} bytes, which cannot be")

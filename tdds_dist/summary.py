@@ -1,0 +1,295 @@
+"""What a run directory says, read once, and its accuracy table: by setting, seeds averaged, unfinished runs included.
+
+Owns reading and averaging; not the page (`report`) nor the formats of what it reads. A damaged or foreign file becomes
+a sentence in `Facts.problems` instead of an exception: a report is most wanted half-way.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, require_same_dataset
+from tdds_dist.errors import InputError
+from tdds_dist.published import PublishedTable, base_key, find_table, score_order
+from tdds_dist.rundir import RunDir
+
+FULL_DATA = "full data"
+MISSING = "–"
+_NAME = re.compile(r"(?P<score_key>.+)_p(?P<pruning_rate>\d(?:\.\d+)?(?:e-\d+)?)"
+                   r"_(?P<strategy>[EP])_(?P<importance>none|batch|sample)_seed\d+")
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """One retraining run; `setting` holds what it was asked for, `result` is None until it finishes.
+
+    Strategy, importance, score and pruning rate of an unfinished run are known from its name alone, unless it was
+    given another.
+    """
+
+    name: str
+    setting: dict[str, Any]
+    result: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    env: dict[str, Any]
+
+    @property
+    def score(self) -> str:
+        """The score key, with `_balanced` for a class-balanced choice; FULL_DATA where nothing was pruned."""
+        if self.setting.get("pruning_rate") == 0:
+            return FULL_DATA
+        balanced = (self.setting.get("coreset_settings") or {}).get("class_balanced")
+        return self.setting.get("score_key", "?") + ("_balanced" if balanced else "")
+
+    @property
+    def strategy(self) -> str | None:
+        """`E` or `P`, however it was spelled."""
+        text = self.setting.get("strategy")
+        return text[-1].upper() if text else None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that was read from one run directory, each file once.
+
+    `scores` and `coresets` are by file name; `names` gives each score key a short name to show, e.g. `tdds` for
+    `tdds_official_T30_K10_beta0.9`, where no other window of it serves the same pruning rate.
+    """
+
+    run: RunDir
+    config: dict[str, Any]
+    env: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    retrained: list[Retrained]
+    scores: dict[str, Scores]
+    coresets: dict[str, Coreset]
+    manifest: Any  # beton.Manifest, or None when there is none
+    published: PublishedTable | None
+    names: dict[str, str]
+    problems: list[str]
+
+
+def read_facts(run: RunDir) -> Facts:
+    """Read one run directory. InputError when it is none."""
+    config, problems = run.read_config(), list[str]()
+    scores: dict[str, Scores] = {}
+    coresets: dict[str, Coreset] = {}
+    for path in sorted(run.scores.glob("*.npz"), key=lambda path: score_order(path.stem)):
+        try:
+            scores[path.stem] = load_scores(path)
+        except InputError as error:
+            problems.append(str(error))
+    for path in sorted(run.coresets.glob("*.npz"), key=lambda path: score_order(path.stem)):
+        try:
+            coreset = load_coreset(path)
+            for score in list(scores.values())[:1]:
+                require_same_dataset(coreset.fingerprint, score.fingerprint, str(path))
+            coresets[path.stem] = coreset
+        except InputError as error:
+            problems.append(str(error))
+    data = config.get("data", {})
+    manifest = _read_manifest(data.get("train"), problems)
+    names = [str(data.get("train", "")), str(getattr(manifest, "source", ""))]
+    table = find_table(names, int(data.get("num_classes") or 0), str(config.get("model", {}).get("name", "")))
+    retrained = sorted(map(_read_retrained, run.retrain_runs()), key=_retrained_order)
+    return Facts(run, config, run.read_env(), _read_metrics(run), run.read_result(), retrained,
+                 scores, coresets, manifest, table, _short_names([*scores], retrained), problems)
+
+
+def summary_table(run: RunDir) -> list[dict[str, Any]]:
+    """Accuracy by setting, seeds averaged: the collection run, then one row per setting, then what has not finished.
+
+    Keys of a row: `score` (key) and `score_name` (what to show for it), `strategy` ("E", "P" or None), `importance`,
+    `pruning_rate`, `num_images`, `epochs`, `seeds` (list), `final_top1`, `best_top1` (means, percent),
+    `final_top1_std`, `best_top1_std` (sample standard deviation over seeds, None for one), `difference` (final top-1
+    minus the reference row's), `is_reference`, `published` (the paper's number, or None), `status` ("finished" or how
+    far it got), `name` ("collect", "retrain", or that of an unfinished run).
+
+    The reference is the retraining on the full data, and where there is none the collection run, unless that was
+    stopped before the end of its schedule.
+    """
+    return summary_rows(read_facts(run))
+
+
+def summary_rows(facts: Facts) -> list[dict[str, Any]]:
+    """The rows of `summary_table` from facts already read."""
+    epochs = facts.config.get("train", {}).get("epochs")
+    seed = facts.config.get("run", {}).get("seed")
+    collect = _row(facts, "collect", (FULL_DATA, None, None, 0.0, epochs), [{"seed": seed, **(facts.result or {})}])
+    planned = (facts.result or {}).get("epochs_planned", collect["epochs"])
+    if facts.result is None:
+        collect["status"] = _progress(facts.metrics, epochs)
+    elif collect["epochs"] != planned:
+        collect["status"] = f"stopped after {collect['epochs']} of {planned} epochs"
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    unfinished = []
+    for sub in facts.retrained:
+        key = (sub.score, sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"),
+               sub.setting.get("epochs"))
+        if sub.result is not None:
+            groups.setdefault(key, []).append(sub.result)
+        else:
+            row = _row(facts, sub.name, key, [{"seed": sub.setting.get("seed")}])
+            unfinished.append(row | {"status": _progress(sub.metrics, sub.setting.get("epochs"))})
+    rows = sorted((_row(facts, "retrain", key, results) for key, results in groups.items()), key=_row_order)
+    full = [row for row in [*rows, collect]
+            if row["pruning_rate"] == 0 and row["final_top1"] is not None and row["status"] == "finished"]
+    full.sort(key=lambda row: (row is collect, row["importance"] not in (None, "none")))
+    if full:
+        full[0]["is_reference"] = True
+    for row in [collect, *rows]:
+        if full and row is not full[0] and row["final_top1"] is not None:
+            row["difference"] = row["final_top1"] - full[0]["final_top1"]
+    return [collect, *rows, *unfinished]
+
+
+def format_summary(rows: list[dict[str, Any]]) -> str:
+    """The rows of `summary_table` as an aligned plain-text table. Top-1 in percent; "best" is over epochs."""
+    columns: list[tuple[str, str, Any]] = [
+        ("stage", "<", lambda row: row["name"]),
+        ("score", "<", lambda row: row["score_name"]),
+        ("strategy", "<", lambda row: row["strategy"]),
+        ("importance", "<", lambda row: row["importance"]),
+        ("pruned", ">", lambda row: percent(row["pruning_rate"])),
+        ("images", ">", lambda row: count(row["num_images"])),
+        ("epochs", ">", lambda row: count(row["epochs"])),
+        ("seeds", ">", lambda row: len(row["seeds"])),
+        ("final top-1", ">", lambda row: plus_minus(row["final_top1"], row["final_top1_std"])),
+        ("best top-1", ">", lambda row: plus_minus(row["best_top1"], row["best_top1_std"])),
+        ("vs full", ">", lambda row: "reference" if row["is_reference"] else signed(row["difference"])),
+        ("published", ">", lambda row: decimal(row["published"])),
+        ("status", "<", lambda row: row["status"]),
+    ]
+    if all(row["published"] is None for row in rows):
+        columns = [column for column in columns if column[0] != "published"]
+    if all(row["status"] == "finished" for row in rows):
+        columns = [column for column in columns if column[0] != "status"]
+    plain = str.maketrans({"–": "-", "−": "-"})
+    cells = [[name for name, _, _ in columns]]
+    for row in rows:
+        shown = [show(row) for _, _, show in columns]
+        cells.append([str(MISSING if cell is None else cell).translate(plain) for cell in shown])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    form = "  ".join(f"{{:{side}{width}}}" for (_, side, _), width in zip(columns, widths, strict=True))
+    return "\n".join(form.format(*line).rstrip() for line in cells)
+
+
+# ------------------------------------------------------------------------------- numbers as text, for page and terminal
+
+
+def count(value: float | None) -> str:
+    """1281167 -> 1,281,167."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def percent(rate: float | None) -> str:
+    """A fraction as percent: 0.7 -> 70 %."""
+    return MISSING if rate is None else f"{100 * rate:.4g} %"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A fixed number of decimals."""
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float | None) -> str:
+    """Two decimals with their sign."""
+    return MISSING if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def plus_minus(mean: float | None, std: float | None) -> str:
+    """A mean, with its standard deviation where there is one."""
+    return decimal(mean) if std is None else f"{decimal(mean)} ± {decimal(std)}"
+
+
+# ----------------------------------------------------------------------------------------------------------- details
+
+
+def _row(facts: Facts, name: str, key: tuple[Any, ...], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table from the results of all seeds of one setting."""
+    score, strategy, importance, rate, epochs = key
+    final, final_std = _mean_std(result.get("final_top1") for result in results)
+    best, best_std = _mean_std(result.get("best_top1") for result in results)
+    return {
+        "name": name, "score": score, "score_name": facts.names.get(score, score),
+        "strategy": strategy, "importance": importance, "pruning_rate": rate,
+        "num_images": results[0].get("num_images"), "epochs": results[0].get("epochs", epochs),
+        "seeds": sorted(result["seed"] for result in results if result.get("seed") is not None),
+        "final_top1": final, "final_top1_std": final_std, "best_top1": best, "best_top1_std": best_std,
+        "difference": None, "is_reference": False, "status": "finished",
+        "published": facts.published.lookup(strategy, score, rate) if facts.published else None,
+    }
+
+
+def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:
+    setting = (str(row["strategy"]), str(row["importance"]), row["epochs"] or 0)
+    return row["pruning_rate"] or 0, *score_order(row["score"]), *setting
+
+
+def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
+    rate, importance = sub.setting.get("pruning_rate"), sub.setting.get("importance")
+    return rate != 0, *score_order(sub.score), str(sub.strategy), str(importance), rate or 0, sub.name
+
+
+def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
+    """A name to show for each score key: the score alone, unless two of its settings compete at one pruning rate."""
+    def short(key: str) -> str:
+        return base_key(key) + ("_balanced" if key.endswith("_balanced") else "")
+
+    competing: dict[tuple[Any, ...], set[str]] = {}
+    for sub in retrained:
+        setting = (short(sub.score), sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"))
+        competing.setdefault(setting, set()).add(sub.score)
+    ambiguous = {setting[0] for setting, scores in competing.items() if len(scores) > 1}
+    return {key: key if short(key) in ambiguous else short(key) for key in [*keys, *(sub.score for sub in retrained)]}
+
+
+def _progress(metrics: list[dict[str, Any]], epochs: int | None) -> str:
+    return f"unfinished, {len(metrics)} of {'?' if epochs is None else epochs} epochs"
+
+
+def _mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def _read_retrained(run: RunDir) -> Retrained:
+    config, result = run.read_config(), run.read_result()
+    named = _NAME.fullmatch(run.path.name)
+    setting = {"seed": config.get("run", {}).get("seed"), "epochs": config.get("train", {}).get("epochs")}
+    if named:
+        setting |= named.groupdict() | {"pruning_rate": float(named["pruning_rate"])}
+    return Retrained(run.path.name, setting | (result or {}), result, _read_metrics(run), run.read_env())
+
+
+def _read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """One record per epoch. A line that a kill cut short is left out; of a repeated epoch the last record counts."""
+    by_epoch: dict[int, dict[str, Any]] = {}
+    for line in run.metrics_file.read_text().splitlines() if run.metrics_file.is_file() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        by_epoch[record["epoch"]] = record
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def _read_manifest(beton: str | None, problems: list[str]) -> Any:
+    if not beton or not Path(beton).is_file():
+        return None
+    try:
+        from tdds_dist.beton import read_manifest
+
+        return read_manifest(Path(beton))
+    except (InputError, OSError, ImportError) as error:
+        problems.append(str(error))
+        return None

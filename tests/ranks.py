@@ -1,0 +1,78 @@
+"""Run a function on several ranks with gloo, each in its own process, under a deadline.
+
+Processes are forked from a server that has torch loaded (a fresh interpreter per rank would import it each time).
+"""
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, deadline: float = 120.0) -> list[Any]:
+    """Results of `function(rank, *arguments)` by rank. An exception is returned as ("error", type name, message)."""
+    results: Any = _context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        processes = [_context.Process(target=_main, args=(rank, world_size, str(store), function, arguments, results), daemon=True)
+                     for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        by_rank: dict[int, Any] = {}
+        end = time.monotonic() + deadline
+        try:
+            while len(by_rank) < world_size:
+                try:
+                    rank, kind, value = results.get(timeout=0.5)
+                except queue.Empty:
+                    dead = [rank for rank, process in enumerate(processes) if not process.is_alive() and rank not in by_rank]
+                    if time.monotonic() > end or (dead and results.empty()):
+                        raise AssertionError(f"ranks {dead or 'all'} died or hung for {deadline} s") from None
+                    continue
+                if kind == "crash":
+                    raise AssertionError(f"rank {rank} failed:\n{value}")
+                by_rank[rank] = value
+        finally:
+            for process in processes:
+                process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+    return [by_rank[rank] for rank in range(world_size)]
+
+
+def catch(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
+    """Name and text of the exception that a call raises, or ("", "")."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def _main(rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> None:
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+                                timeout=timedelta(seconds=60))
+        value = function(rank, *arguments)
+        dist.barrier()
+        dist.destroy_process_group()
+        results.put((rank, "done", value))
+    except BaseException:
+        results.put((rank, "crash", traceback.format_exc()))
+    results.close()
+    results.join_thread()
+    os._exit(0)

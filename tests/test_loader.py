@@ -1,0 +1,221 @@
+"""The FFCV loader: exact coverage, pixels that depend on nothing but (seed, epoch, index), and faults that surface."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+from tdds_dist import imaging
+from tdds_dist.beton import inspect_beton, read_images
+from tdds_dist.errors import InputError
+from tdds_dist.loader import BetonLoader, View
+from tdds_dist.partition import epoch_order
+
+
+def read_epoch(path, view, *, global_batch=12, world_size=1, epoch=0, seed=0, workers=1, shuffle=True, subset=None):
+    """Images and labels by global index, and how often each was seen, over all ranks in turn."""
+    info = inspect_beton(path)
+    num = info.num_samples if subset is None else len(subset)
+    order = epoch_order(num, global_batch, seed=seed, epoch=epoch, shuffle=shuffle, subset=subset)
+    images = np.zeros((info.num_samples, view.size, view.size, 3), dtype=np.uint8)
+    labels, seen = np.full(info.num_samples, -1), np.zeros(info.num_samples, dtype=int)
+    for rank in range(world_size):
+        loader = BetonLoader(path, global_batch // world_size, view, num_workers=workers, seed=seed)
+        for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=epoch):
+            real = (batch.index >= 0).numpy()
+            index = batch.index.numpy()[real]
+            images[index] = batch.image.permute(0, 2, 3, 1).numpy()[real]
+            labels[index] = batch.label.numpy()[real]
+            np.add.at(seen, index, 1)
+    return images, labels, seen
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("per_rank", [1, 5, 32, 100])
+def test_every_index_exactly_once(betons, world_size, per_rank):
+    for epoch in (0, 1):
+        _, labels, seen = read_epoch(betons["raw"], View(32), global_batch=per_rank * world_size, world_size=world_size, epoch=epoch)
+        assert (seen == 1).all()
+        assert np.array_equal(labels, inspect_beton(betons["raw"]).label_N)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_index_exactly_once_on_real_ranks(betons, world_size):
+    for num_batches, index in run_ranks(world_size, _indices_of_rank, world_size, betons["raw"]):
+        assert num_batches == math.ceil(97 / (10 * world_size))
+        assert sorted(index) == list(range(97))
+
+
+def _indices_of_rank(rank, world_size, path):
+    from tdds_dist import distributed
+
+    order = epoch_order(97, 10 * world_size, epoch=4)
+    batches = list(BetonLoader(path, 10, View(32)).batches(order, rank=rank, world_size=world_size, epoch=4))
+    index = torch.cat([batch.index for batch in batches])
+    gathered = distributed.all_gather_same(index, distributed.current_world("cpu")).view(-1)
+    return len(batches), gathered[gathered >= 0].tolist()
+
+
+def test_a_subset_is_visited_once_and_nothing_else(betons):
+    subset = np.array([3, 4, 50, 96, 11])
+    _, _, seen = read_epoch(betons["raw"], View(32), global_batch=4, world_size=2, subset=np.sort(subset))
+    assert np.flatnonzero(seen).tolist() == sorted(subset)
+    assert seen.max() == 1
+
+
+def test_without_augmentation_pixels_are_those_of_the_file(betons):
+    images, _, _ = read_epoch(betons["raw"], View(32))
+    assert np.array_equal(images, np.stack(read_images(betons["raw"], range(97))))
+
+
+VIEWS = {"pad": View(32, "pad", flip=True, padding=4), "resized": View(24, "resized", flip=True)}
+
+
+@pytest.mark.parametrize("crop", VIEWS)
+def test_augmentation_depends_on_seed_epoch_and_index_only(betons, crop):
+    path = betons["raw" if crop == "pad" else "big"]
+    images, _, _ = read_epoch(path, VIEWS[crop])
+    for other in ({"workers": 2}, {"world_size": 3}, {"global_batch": 50, "world_size": 2, "workers": 2}):
+        assert np.array_equal(images, read_epoch(path, VIEWS[crop], **other)[0]), other
+    for other in ({"epoch": 1}, {"seed": 1}):
+        differ = (images != read_epoch(path, VIEWS[crop], **other)[0]).any(axis=(1, 2, 3))
+        assert differ.mean() > 0.8, other
+
+
+def test_pad_crop_is_a_shift_with_black_border_and_a_fair_flip(betons):
+    originals = np.stack(read_images(betons["raw"], range(97)))
+    padded = np.pad(originals, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    shifts, flips = [], []
+    for epoch in range(6):
+        images, _, _ = read_epoch(betons["raw"], VIEWS["pad"], epoch=epoch, global_batch=97)
+        for image, big in zip(images, padded, strict=True):
+            found = [(y, x, flip) for y in range(9) for x in range(9) for flip in (False, True)
+                     if np.array_equal(image[:, ::-1] if flip else image, big[y : y + 32, x : x + 32])]
+            assert len(found) == 1
+            shifts.append(found[0][:2])
+            flips.append(found[0][2])
+    assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(9))  # 582 draws, both ends included
+    assert 0.4 < np.mean(flips) < 0.6
+
+
+def test_random_resized_crop_follows_torchvision(betons):
+    areas, ratios = [], []
+    for index in range(4000):
+        key = np.uint64(imaging.sample_key(0, 0, index))
+        top, left, h, w = imaging.random_resized_crop(key, 300, 400, 0.08, 1.0)
+        assert 0 <= top <= 300 - h
+        assert 0 <= left <= 400 - w
+        areas.append(h * w / (300 * 400))
+        ratios.append(w / h)
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    blank = torch.zeros(3, 300, 400)
+    boxes = [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    for ours, theirs in [(areas, [h * w / 120_000 for _, _, h, w in boxes]), (ratios, [w / h for _, _, h, w in boxes])]:
+        for quantile in (0.1, 0.5, 0.9):
+            assert np.quantile(ours, quantile) == pytest.approx(np.quantile(theirs, quantile), abs=0.03)
+
+
+def test_batches_are_channels_last_and_the_last_one_is_full(betons):
+    order = epoch_order(97, 20)
+    batches = list(BetonLoader(betons["raw"], 20, View(32)).batches(order, rank=0, world_size=1, epoch=0))
+    assert len(batches) == 5
+    for batch in batches:
+        assert batch.image.shape == (20, 3, 32, 32)
+        assert batch.image.is_contiguous(memory_format=torch.channels_last)
+        assert batch.index.dtype == batch.label.dtype == torch.int64
+    assert (batches[-1].index == -1).sum() == 3
+
+
+def test_an_epoch_can_start_in_the_middle(betons):
+    order = epoch_order(97, 10, epoch=2)
+    loader = BetonLoader(betons["raw"], 10, VIEWS["pad"])
+    whole = [(b.index.clone(), b.image.clone()) for b in loader.batches(order, rank=0, world_size=1, epoch=2)]
+    rest = [(b.index.clone(), b.image.clone()) for b in loader.batches(order.from_step(6), rank=0, world_size=1, epoch=2)]
+    assert len(rest) == 4
+    for (index, image), (expected_index, expected_image) in zip(rest, whole[6:], strict=True):
+        assert torch.equal(index, expected_index)
+        assert torch.equal(image, expected_image)
+
+
+# ---- faults
+
+
+def test_a_corrupt_image_is_named_by_its_index(betons, tmp_path):
+    info = inspect_beton(betons["big"])
+    damaged = tmp_path / "damaged.beton"
+    content = bytearray(betons["big"].read_bytes())
+    start, size = int(info.data_ptr_N[17]), int(info.size_N[17])
+    content[start : start + size] = bytes(size)
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match=r"global indices \[17\] cannot be decoded"):
+        read_epoch(damaged, VIEWS["resized"])
+
+
+def test_an_exception_in_the_loading_thread_reaches_the_consumer_at_once(betons, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("boom")
+
+    monkeypatch.setattr(imaging, "load_batch", fail)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="boom"):
+        read_epoch(betons["raw"], View(32))
+    assert time.monotonic() - started < 5
+
+
+def test_a_stall_is_an_error(betons, monkeypatch):
+    monkeypatch.setattr("tdds_dist.loader.STALL_SECONDS", 1.0)
+    monkeypatch.setattr(imaging, "load_batch", lambda *arguments: time.sleep(4))
+    with pytest.raises(RuntimeError, match="no batch for 1 s"):
+        read_epoch(betons["raw"], View(32))
+
+
+def test_leaving_early_ends_the_thread(betons):
+    before = threading.active_count()
+    loader = BetonLoader(betons["raw"], 2, View(32))
+    for _ in range(3):
+        for batch in loader.batches(epoch_order(97, 2), rank=0, world_size=1, epoch=0):
+            assert batch.image.shape[0] == 2
+            break
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_the_thread_count_of_torch_is_left_alone(betons):
+    torch.set_num_threads(2)
+    read_epoch(betons["raw"], View(32), workers=1)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_pad_crop_of_other_sizes_is_refused(betons):
+    with pytest.raises(InputError, match=r"needs images of exactly 32x32.*crop=resized"):
+        BetonLoader(betons["big"], 4, View(32, "pad"))
+
+
+def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
+    from ffcv.fields import FloatField, IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    class Foreign:
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, i):
+            return 0.5, i % 3, np.full((16, 16, 3), 10 * i, dtype=np.uint8)
+
+    path = tmp_path / "foreign.beton"
+    fields = {"weight": FloatField(), "target": IntField(), "picture": RGBImageField(write_mode="raw")}
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(Foreign())
+    images, labels, seen = read_epoch(path, View(16), global_batch=4)
+    assert seen.tolist() == [1] * 7
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert images[:, 3, 3, 1].tolist() == [0, 10, 20, 30, 40, 50, 60]

@@ -1,0 +1,301 @@
+"""ShardedScorer: the authors' numbers, bitwise the same at every world size, and errors that all ranks raise."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import catch, run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdds_dist import ShardedScorer, Window, distributed
+from tdds_dist.partition import epoch_order
+from tdds_dist.scalars import SCALARS
+from tdds_dist.tdds import DELTA_OF_PRESET, score_trajectory
+from tdds_dist.trajectory import Trajectory
+
+GOLDEN = Path(__file__).parent / "golden" / "tdds_official_digits.npz"
+
+
+def golden_scores():
+    with np.load(GOLDEN) as file:
+        found = {}
+        for key in file:
+            if match := re.fullmatch(r"score_T(\d+)_K(\d+)_beta([\d.]+)", key):
+                found[Window(int(match[1]), int(match[2]), float(match[3]))] = file[key]
+    assert len(found) == 5
+    return found
+
+
+def record_golden(rank, world_size, batch=50, scorer=None, **options):
+    """Feed the golden stream: global batches of the recorded order, dealt to ranks."""
+    with np.load(GOLDEN) as file:
+        logits, index, labels = (torch.from_numpy(file[name]) for name in ("logits", "index", "labels"))
+    scorer = scorer or ShardedScorer(600, 10, list(golden_scores()), device="cpu", **options)
+    for epoch in range(30):
+        for start in range(0, 600, batch):
+            rows = slice(start + rank, min(start + batch, 600), world_size)
+            scorer.record(index[epoch, rows], logits[epoch, rows], labels[index[epoch, rows]])
+        scorer.end_epoch()
+    return {window: score.numpy() for window, score in scorer.gather().items()}
+
+
+def random_stream(num_samples, num_classes, epochs, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(7)
+    base = torch.randn(num_samples, num_classes, generator=generator) * 3
+    logits = [(base + torch.randn(num_samples, num_classes, generator=generator)).to(dtype) for _ in range(epochs)]
+    return logits, torch.randint(num_classes, (num_samples,), generator=generator)
+
+
+def record_stream(rank, world_size, num_samples, num_classes, global_batch, *, known, preset="official", dtype=torch.float32,
+                  windows=None, **options):
+    """Feed a random stream in the order of `partition`, with or without announcing it."""
+    windows = windows or [Window(6, 3, 0.9), Window(5, 4, 0.0)]
+    logits_TNC, label_N = random_stream(num_samples, num_classes, 6, dtype)
+    scorer = ShardedScorer(num_samples, num_classes, windows, preset, "cpu", **options)
+    for epoch, logits_NC in enumerate(logits_TNC):
+        order = epoch_order(num_samples, global_batch, seed=3, epoch=epoch)
+        if known:
+            scorer.expect(order)
+        for sample_B, index_B in zip(*order.of_rank(rank, world_size), strict=True):
+            sample_B = torch.from_numpy(sample_B.copy())
+            scorer.record(torch.from_numpy(index_B.copy()), logits_NC[sample_B], label_N[sample_B])
+        scorer.end_epoch()
+    return {window: score.numpy() for window, score in scorer.gather().items()}, scorer.gather_labels().numpy()
+
+
+def same_bits(a, b):
+    return all(a[window].tobytes() == b[window].tobytes() for window in b) and a.keys() == b.keys()
+
+
+# ---- parity and invariance
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_live_scores_meet_the_authors_numbers(world_size):
+    for scores in run_ranks(world_size, record_golden, world_size):
+        for window, expected in golden_scores().items():
+            assert np.abs(scores[window] - expected).max() <= 1e-5 * expected.mean(), window
+
+
+def test_a_foreign_loop_without_process_group():
+    scores = record_golden(0, 1)
+    for window, expected in golden_scores().items():
+        assert np.abs(scores[window] - expected).max() <= 1e-5 * expected.mean(), window
+
+
+@pytest.mark.distributed
+def test_one_stream_gives_the_same_bits_at_every_world_size():
+    alone = record_golden(0, 1)
+    for world_size in (1, 2, 3, 4):
+        for batch in (50, 37) if world_size == 3 else (60,):
+            for scores in run_ranks(world_size, record_golden, world_size, batch):
+                assert same_bits(scores, alone), (world_size, batch)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("num_samples", "num_classes", "global_batch", "preset", "dtype"), [
+    (97, 257, 24, "paper", torch.float32), (48, 3, 48, "official", torch.bfloat16), (2, 5, 12, "official", torch.float32),
+    (25, 1000, 12, "official", torch.float16), (1, 2, 12, "paper", torch.float32)])
+def test_world_size_and_announced_order_do_not_change_a_bit(num_samples, num_classes, global_batch, preset, dtype):
+    case = (num_samples, num_classes, global_batch)
+    alone, label_N = record_stream(0, 1, *case, known=False, preset=preset, dtype=dtype)
+    assert np.isfinite(alone[Window(6, 3, 0.9)]).all()
+    for world_size in (1, 2, 3, 4):
+        for known in (False, True):
+            for scores, labels in run_ranks(world_size, _stream_rank, world_size, case, known, preset, dtype):
+                assert same_bits(scores, alone), (world_size, known)
+                assert np.array_equal(labels, label_N)
+
+
+def _stream_rank(rank, world_size, case, known, preset, dtype, options=None):
+    return record_stream(rank, world_size, *case, known=known, preset=preset, dtype=dtype, **(options or {}))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_offline_scores_from_the_trajectory_are_bitwise_the_live_ones(tmp_path, preset):
+    windows = [Window(6, 3, 0.9), Window(5, 4, 0.0), Window(6, 5, 0.3)]
+    live, label_N = run_ranks(3, _stream_rank, 3, (31, 12, 6), True, preset, torch.float32,
+                              {"trajectory": tmp_path / "t", "windows": windows})[0]
+    trajectory = Trajectory(tmp_path / "t")
+    assert trajectory.num_epochs == 6
+    assert np.array_equal(trajectory.labels(), label_N)
+    delta_TN = trajectory.read(DELTA_OF_PRESET[preset])
+    assert np.isnan(delta_TN[0]).all()
+    for window in windows:
+        assert score_trajectory(delta_TN, window, preset).tobytes() == live[window].tobytes()
+
+
+def test_float16_log_probabilities_stay_close():
+    exact, _ = record_stream(0, 1, 200, 50, 20, known=True)
+    rough, _ = record_stream(0, 1, 200, 50, 20, known=True, logp_dtype=torch.float16)
+    for window, score_N in exact.items():
+        assert 0 < np.abs(rough[window] - score_N).max() < 5e-3 * score_N.mean()
+
+
+def test_a_window_keeps_its_score_after_its_last_epoch():
+    short, _ = record_stream(0, 1, 40, 6, 10, known=True, windows=[Window(4, 3, 0.9), Window(6, 3, 0.9)])
+    logits_TNC, label_N = random_stream(40, 6, 6)
+    scorer = ShardedScorer(40, 6, [Window(4, 3, 0.9)], device="cpu")
+    for logits_NC in logits_TNC[:4]:
+        scorer.record(torch.arange(40), logits_NC, label_N)
+        scorer.end_epoch()
+    assert torch.equal(scorer.gather()[Window(4, 3, 0.9)], torch.from_numpy(short[Window(4, 3, 0.9)]))
+
+
+# ---- the step
+
+
+class Forbid(TorchDispatchMode):
+    """Fails on operations that make the host wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not re.search(r"_local_scalar_dense|nonzero|masked_select|unique|is_nonzero|equal", name), name
+        assert not (name.startswith("aten.index.Tensor") and any(
+            part is not None and part.dtype == torch.bool for part in args[1])), "boolean indexing"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_record_never_reads_from_the_device(known):
+    scorer = ShardedScorer(12, 4, [Window(3, 2, 0.9)], device="cpu")
+    logits_TNC, label_N = random_stream(12, 4, 3)
+    for epoch, logits_NC in enumerate(logits_TNC):
+        order = epoch_order(12, 4, epoch=epoch)
+        if known:
+            scorer.expect(order)
+        with Forbid():
+            for sample_B in torch.from_numpy(order.sample_SG):
+                scorer.record(sample_B, logits_NC[sample_B], label_N[sample_B])
+        scorer.end_epoch()
+
+
+def test_the_guard_against_host_reads_works():
+    with pytest.raises(AssertionError), Forbid():
+        torch.ones(2).sum().item()
+    with pytest.raises(AssertionError), Forbid():
+        torch.ones(2)[torch.tensor([True, False])]
+
+
+@pytest.mark.distributed
+def test_one_collective_per_step_and_no_byte_more_than_needed():
+    for calls, num_bytes in run_ranks(2, _count_traffic):
+        assert calls == 5  # 17 samples in global batches of 4
+        assert num_bytes == 5 * 2 * (11 * 4 + 16)
+
+
+def _count_traffic(rank):
+    import torch.distributed as dist
+
+    calls, real = [], {}
+    for name in ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "broadcast", "all_gather_object"):
+        real[name] = getattr(dist, name)
+
+        def counted(*args, _name=name, **kwargs):
+            calls.append((_name, args[1].numel() * args[1].element_size() if _name == "all_to_all_single" else 0))
+            return real[_name](*args, **kwargs)
+
+        setattr(dist, name, counted)
+    scorer = ShardedScorer(17, 11, [Window(2, 2, 0.9)], device="cpu")
+    order = epoch_order(17, 4)
+    scorer.expect(order)
+    for sample_B, index_B in zip(*order.of_rank(rank, 2), strict=True):
+        scorer.record(torch.from_numpy(index_B.copy()), torch.zeros(len(sample_B), 11), torch.zeros(len(sample_B), dtype=torch.int64))
+    return len(calls), sum(size for _, size in calls)
+
+
+def test_state_is_what_the_design_says():
+    scorer = ShardedScorer(10_000, 100, [Window(30, 10, 0.9), Window(20, 10, 0.9)], device="cpu")
+    rows = 10_001
+    expected = rows * (100 * 4 + len(SCALARS) * 4 + 8 + 4 + 4) + 10_000 * (9 * 4 + 2 * 4)
+    assert scorer.state_bytes() == expected
+
+
+# ---- what is refused
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("fault", "kind", "words"), [
+    ("missing", "CoverageError", ["epoch 1", "of 9 samples 1 were not recorded", "0 more than once", "5"]),
+    ("repeated", "CoverageError", ["epoch 1", "0 were not recorded", "1 more than once", "index -1"]),
+    ("out_of_range", "InputError", ["epoch 1", "1 recorded indices", "[0, 9)"]),
+    ("label", "InputError", ["epoch 1", "1 recorded labels", "[0, 4)"]),
+    ("nan", "NonFiniteLogitsError", ["epoch 1", "step 2", "1 samples", "global indices 5"]),
+    ("inf", "NonFiniteLogitsError", ["epoch 1", "step 2", "global indices 5"])])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_rank_raises_the_same_error(fault, kind, words, world_size):
+    outcomes = run_ranks(world_size, _faulty_epoch, world_size, fault)
+    assert len(set(outcomes)) == 1, outcomes
+    assert outcomes[0][0] == kind
+    for word in words:
+        assert word in outcomes[0][1], (word, outcomes[0][1])
+
+
+def _faulty_epoch(rank, world_size, fault):
+    scorer = ShardedScorer(9, 4, [Window(2, 2, 0.9)], device="cpu")
+    for epoch in range(2):
+        for step in range(3):
+            index = torch.arange(3 * step + rank, 3 * step + 3, world_size)
+            logits, label = torch.zeros(len(index), 4), torch.zeros(len(index), dtype=torch.int64)
+            if epoch == 1 and fault != "" and 5 in index:  # sample 5 is visited in step 1
+                at = index == 5
+                if fault == "missing":
+                    index = torch.where(at, -1, index)
+                elif fault == "out_of_range":
+                    index = torch.where(at, 9, index)
+                elif fault == "label":
+                    label = torch.where(at, 4, label)
+            if epoch == 1 and fault in ("nan", "inf"):  # the recorded step is what counts: put sample 5 last
+                order = [torch.arange(0, 3), torch.tensor([3, 4, 6]), torch.tensor([5, 7, 8])][step][rank::world_size]
+                index = order
+                bad = float("nan") if fault == "nan" else float("inf")
+                logits = torch.where((order == 5)[:, None], bad, torch.zeros(len(order), 4))
+                label = torch.zeros(len(order), dtype=torch.int64)
+            scorer.record(index, logits, label)
+        if epoch == 1 and fault == "repeated":
+            extra = torch.tensor([5] if rank == 0 else [], dtype=torch.int64)
+            scorer.record(extra, torch.zeros(len(extra), 4), torch.zeros(len(extra), dtype=torch.int64))
+        name, text = catch(scorer.end_epoch)
+        if name:
+            return name, text
+    return "", ""
+
+
+def test_padding_rows_leave_no_trace_even_when_they_hold_nonsense():
+    plain, padded = (ShardedScorer(6, 3, [Window(3, 2, 0.9)], device="cpu") for _ in range(2))
+    logits_TNC, label_N = random_stream(6, 3, 3)
+    for logits_NC in logits_TNC:
+        plain.record(torch.arange(6), logits_NC, label_N)
+        padded.record(torch.tensor([-1, 0, 1, 2, -1, 3, 4, 5]), torch.cat([
+            torch.full((1, 3), torch.nan), logits_NC[:3], torch.full((1, 3), torch.inf), logits_NC[3:]]),
+            torch.tensor([99, *label_N[:3], -7, *label_N[3:]]))
+        plain.end_epoch()
+        padded.end_epoch()
+    assert torch.equal(plain.gather()[Window(3, 2, 0.9)], padded.gather()[Window(3, 2, 0.9)])
+
+
+def test_settings_and_shapes_are_checked_at_once():
+    assert "K=4" in catch(ShardedScorer, 5, 3, [Window(3, 4, 0.9)], "official", "cpu")[1]
+    assert "preset" in catch(ShardedScorer, 5, 3, [Window(3, 2, 0.9)], "authors", "cpu")[1]
+    assert "windows" in catch(ShardedScorer, 5, 3, [], "official", "cpu")[1]
+    scorer = ShardedScorer(5, 3, [Window(3, 2, 0.9)], device="cpu")
+    good = (torch.arange(2), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+    for position, wrong in [(1, torch.zeros(2, 4)), (1, torch.zeros(2, 3, dtype=torch.int64)), (0, torch.arange(3)),
+                            (0, torch.zeros(2)), (2, torch.zeros(2))]:
+        arguments = [*good]
+        arguments[position] = wrong
+        assert catch(scorer.record, *arguments)[0] == "ValueError"
+    name, text = catch(scorer.gather)
+    assert name == "InputError"
+    assert "needs 3 epochs, 0 are recorded" in text
+    scorer.expect(epoch_order(5, 4))
+    assert "does not follow the order" in catch(scorer.record, *good)[1]
+
+
+def test_world_of_a_process_without_group():
+    world = distributed.current_world("cpu")
+    assert (world.rank, world.world_size, world.is_main) == (0, 1, True)
