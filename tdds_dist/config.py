@@ -161,9 +161,6 @@ class Config(Section):
     def _check(self) -> "Config":
         for setting in self.score.windows:
             check_window(self.window_of(setting), self.score.preset)
-            if setting.T > self.train.epochs:
-                raise InputError(f"score.windows: T={setting.T} is longer than train.epochs={self.train.epochs}; "
-                                 "lower T or train longer")
             bad = [rate for rate in setting.pruning_rates if not 0.0 <= rate < 1.0]
             if bad:
                 raise InputError(f"score.windows: pruning_rates={bad} must lie in [0, 1)")
@@ -178,6 +175,10 @@ class Config(Section):
 
     def check_collect(self) -> None:
         """Rules that matter to collection only."""
+        for setting in self.score.windows:
+            if setting.T > self.train.epochs:
+                raise InputError(f"score.windows: T={setting.T} is longer than train.epochs={self.train.epochs}; "
+                                 "lower T or train longer")
         if (self.train.mixup or self.train.cutmix) and self.score.view == "train":
             raise InputError("train.mixup and train.cutmix change the images that are scored; set score.view=clean "
                              "(one more forward pass per step) or switch both off")

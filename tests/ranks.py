@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # many ranks share few cores here
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.engine", "tdds_dist.scorer"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, deadline: float = 120.0) -> list[Any]:
