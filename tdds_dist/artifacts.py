@@ -85,7 +85,7 @@ def require_same_dataset(have: Fingerprint, need: Fingerprint, what: str) -> Non
         )
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Run `write` on a temporary file in the same folder, sync it, and rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

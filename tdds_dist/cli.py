@@ -17,7 +17,7 @@ from tdds_dist.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         options.run(options)
     except InputError as error:
@@ -28,6 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tdds {options.stage}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed options; `key=value` may stand before or after them (argparse alone only takes them in one place)."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    takes_overrides = hasattr(options, "overrides")
+    stray = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}; see `tdds {options.stage} --help`")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def run() -> None:
@@ -158,7 +171,7 @@ def _add_select(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Keep the highest-scored images. In a run directory the config says which window serves which rate.")
     stage.add_argument("source", metavar="RUN|SCORES.npz", type=Path)
     stage.add_argument("--pruning-rate", type=float, required=True, metavar="P", help="fraction to remove, in [0, 1)")
-    stage.add_argument("--score", default="tdds", metavar="KEY", help="tdds (default), random, or the name of a file in scores/")
+    stage.add_argument("--score", default="tdds", metavar="KEY", help="tdds (default), random, or a file name in scores/")
     stage.add_argument("--class-balanced", action="store_true", help="keep the same share of every class")
     stage.add_argument("--seed", type=int, default=0, help="of the random score and of ties (default: 0)")
     stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: coresets/ of the run, or beside the scores")
@@ -187,7 +200,7 @@ def _add_retrain(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     stage.add_argument("--strategy", choices=("E", "P"), required=True,
                        help="E: as many epochs as on the full data; P: as many iterations, epochs / (1 - p)")
     stage.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
-    stage.add_argument("--name", help="folder under retrain/ (default: score, rate, strategy, importance, seed)")
+    stage.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
     stage.set_defaults(run=_retrain)
 
 

@@ -47,7 +47,7 @@ def collect(config: Config, world: World) -> list[Path]:
         per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
         train_file, val_file, fingerprint = open_files(config)
         if world.is_main:
-            run.start(to_dict(config), world.world_size, str(world.device))
+            run.start(to_dict(config), {"stage": "collect"}, world.world_size, str(world.device))
     scorer = ShardedScorer(
         train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,
         logp_dtype=getattr(torch, config.score.logp_dtype), trajectory=run.trajectory if config.score.trajectory else None)

@@ -137,8 +137,8 @@ class Config(Section):
     model: Model
     train: Train
     score: Score
-    collect: Collect = Collect()  # type: ignore[call-arg]
-    retrain: Retrain = Retrain()  # type: ignore[call-arg]
+    collect: Collect = Collect()
+    retrain: Retrain = Retrain()
 
     def windows(self) -> list[Window]:
         """The settings to score."""
@@ -176,7 +176,7 @@ class Config(Section):
     def check_collect(self) -> None:
         """Rules that matter to collection only."""
         for setting in self.score.windows:
-            if setting.T > self.train.epochs:
+            if self.train.epochs < setting.T:
                 raise InputError(f"score.windows: T={setting.T} is longer than train.epochs={self.train.epochs}; "
                                  "lower T or train longer")
         if (self.train.mixup or self.train.cutmix) and self.score.view == "train":

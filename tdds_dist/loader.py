@@ -100,7 +100,7 @@ class BetonLoader(ffcv.Loader):
         self.view = view
         self.device = torch.device(device)
         self.fname, self.batch_size, self.batches_ahead = str(path), batch_size, 3
-        self.num_workers = max(1, min(num_workers, numba.config.NUMBA_NUM_THREADS))
+        self.num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
         self.drop_last, self.distributed, self.recompile, self.seed = False, False, False, seed
         self.reader = Reader(self.fname)
         self.indices = np.arange(self.reader.num_samples, dtype=np.int64)

@@ -17,6 +17,9 @@ class InputStage(nn.Module):
     `mean` and `std` are per channel on 0..255.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)

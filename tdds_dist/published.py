@@ -36,9 +36,9 @@ def base_key(score_key: str) -> str:
 
 
 def score_order(score_key: str) -> tuple[int, str]:
-    """Sort key that puts scores in the order of SCORE_KEYS, and keys that are not known last."""
+    """Sort key that puts scores in the order of SCORE_KEYS, keys that are not known last, variants of one together."""
     key = base_key(score_key)
-    return (SCORE_KEYS.index(key) if key in SCORE_KEYS else len(SCORE_KEYS), score_key)
+    return (SCORE_KEYS.index(key) if key in SCORE_KEYS else len(SCORE_KEYS), key)
 
 
 def find_table(names: Iterable[str], num_classes: int, model: str) -> PublishedTable | None:

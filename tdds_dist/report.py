@@ -206,7 +206,8 @@ def _curve_charts(facts: Facts, slots: dict[str, int]) -> dict[str, Any] | None:
 def _run_label(facts: Facts, sub: Retrained) -> str:
     """tdds 50 %, E, batch, seed 0. The name of the directory where nothing else is known."""
     rate, importance, seed = (sub.setting.get(key) for key in ("pruning_rate", "importance", "seed"))
-    label = f"{facts.names[sub.score]} {percent(rate)}, {sub.strategy}, {importance}, seed {seed}"
+    pruned = f" {percent(rate)}" if rate else ""
+    label = f"{facts.names[sub.score]}{pruned}, {sub.strategy}, {importance}, seed {seed}"
     return (sub.name if None in (rate, sub.strategy) else label) + ("" if sub.result else " (unfinished)")
 
 
@@ -225,19 +226,18 @@ def _score_facts(facts: Facts, name: str, origins: Origins, slot: int) -> dict[s
     """Histogram and key numbers of one score file."""
     scores = facts.scores[name]
     score_N = scores.score_N[np.isfinite(scores.score_N)]
-    num_infinite = len(scores.score_N) - len(score_N)
-    cuts = sorted({(facts.coresets[coreset].pruning_rate, cut) for coreset, (source, cut) in origins.items()
-                   if source == name and cut is not None and np.isfinite(cut)})
-    if not len(score_N):
-        return {"name": name, "scores": scores, "chart": None, "num_infinite": num_infinite, "range": None}
-    low, middle, high = (f"{value:.3g}" for value in np.quantile(score_N, [0, 0.5, 1]))
-    chart = None
-    if base_key(name) != "random":
-        flags = [(percent(rate), cut) for rate, cut in cuts]
+    found = {"name": name, "scores": scores, "chart": None, "is_random": base_key(name) == "random",
+             "num_infinite": len(scores.score_N) - len(score_N)}
+    if len(score_N) and not found["is_random"]:
+        cuts = {(facts.coresets[coreset].pruning_rate, cut) for coreset, (source, cut) in origins.items()
+                if source == name and cut is not None and np.isfinite(cut)}
+        flags = [(percent(rate), cut) for rate, cut in sorted(cuts) if rate > 0]
+        low, middle, high = (f"{value:.3g}" for value in np.quantile(score_N, [0, 0.5, 1]))
         alt = (f"Histogram of {len(score_N):,} {name} scores from {low} to {high}, median {middle}. Cuts: "
                + (", ".join(f"{rate} removed below {cut:.3g}" for rate, cut in flags) or "none") + ".")
         chart = charts.histogram(score_N, flags, slot, f"{name} score (higher = keep)", alt)
-    return {"name": name, "scores": scores, "chart": chart, "num_infinite": num_infinite, "range": [low, middle, high]}
+        found |= {"chart": chart, "range": [low, middle, high]}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ scores and coresets
@@ -275,7 +275,7 @@ def _class_table(facts: Facts, main: str | None, origins: Origins) -> dict[str, 
     num_classes = max(facts.config.get("data", {}).get("num_classes") or 0, int(labels.max()) + 1)
     shortened = num_classes * len(facts.coresets) > MAX_CLASS_CELLS
     coresets = {name: coreset for name, coreset in facts.coresets.items()
-                if not shortened or origins[name][0] in (main, None)}
+                if coreset.pruning_rate > 0 and (not shortened or origins[name][0] in (main, None))}
     total_C = np.bincount(labels, minlength=num_classes)
     share = {name: np.bincount(labels[coreset.index_M], minlength=num_classes) / np.maximum(total_C, 1) * 100
              for name, coreset in coresets.items()}
@@ -368,7 +368,8 @@ def _speed(facts: Facts) -> list[dict[str, Any]]:
         rows.append({
             "name": name, "epochs": len(metrics), "world_size": env.get("world_size"),
             "images_per_second": median("images_per_second"), "epoch_seconds": median("epoch_seconds"),
-            "scoring_share": median("scoring_share"), "memory_bytes": median("memory_bytes"),
+            "scoring_share": median("scoring_share") if name == "collect" else None,
+            "memory_bytes": median("memory_bytes"),
             "train_seconds": (result or {}).get("train_seconds"),
         })
     return rows

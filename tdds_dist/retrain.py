@@ -19,8 +19,8 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
             name: str | None = None) -> RunDir:
     """Run the stage; returns its run directory, `<run.dir>/retrain/<name>`.
 
-    Every rank calls it. `importance` defaults to the config's; `name` says score, pruning rate, strategy, importance
-    and seed by default.
+    Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy,
+    importance and seed by default.
     """
     importance = importance or config.retrain.importance
     with together(world):
@@ -34,12 +34,14 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         key = "train.global_batch_size" + (f" x {factor} (retrain.batch_size_rule at p={rate})" if factor != 1 else "")
         per_rank_batch(global_batch_size, world.world_size, config.train.accumulation, key)
         epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
-        run = RunDir(RunDir(config.run.directory).retrain / (name or _name(config, coreset, strategy, importance)))
+        run = RunDir(RunDir(config.run.directory).retrain / (name or _name(config, Path(coreset_file), strategy, importance)))
+        setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
+                   "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings}
         if world.is_main:
             resolved = to_dict(config)
             resolved["train"] |= {"epochs": epochs, "global_batch_size": global_batch_size}
             resolved["run"] |= {"dir": str(run.path)}
-            run.start(resolved, world.world_size, str(world.device))
+            run.start(resolved, setting, world.world_size, str(world.device))
     importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
     importance_N[coreset.index_M] = coreset.importance_M
     if world.is_main:
@@ -50,9 +52,7 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
               importance_N=importance_N, importance=importance)
     result = fit(job)
     if world.is_main:
-        run.write_result({
-            "stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
-            "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings, **result})
+        run.write_result(setting | result)
     return run
 
 
@@ -65,5 +65,5 @@ def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
                          "retrain with --importance none or select again")
 
 
-def _name(config: Config, coreset: Coreset, strategy: str, importance: str) -> str:
-    return f"{coreset.score_key}_p{coreset.pruning_rate:g}_{strategy}_{importance}_seed{config.run.seed}"
+def _name(config: Config, coreset_file: Path, strategy: str, importance: str) -> str:
+    return f"{coreset_file.stem}_{strategy}_{importance}_seed{config.run.seed}"

@@ -38,14 +38,17 @@ class RunDir:
         self.retrain = self.path / "retrain"
         self.report_file = self.path / "report.html"
 
-    def start(self, config: dict[str, Any], world_size: int, device: str) -> None:
-        """Create the directory and record how the run was started. Refuses a directory that already holds a run."""
+    def start(self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str) -> None:
+        """Create the directory and record how the run was started; `stage` names the stage and its settings.
+
+        Refuses a directory that already holds a run.
+        """
         if self.metrics_file.exists():
             raise InputError(f"{self.path} already holds a run; choose another run.dir or remove it")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-            self._write_json(self.env_file, environment(world_size, device))
+            self._write_json(self.env_file, stage | environment(world_size, device))
         except OSError as error:
             raise InputError(f"cannot write to run.dir={self.path} ({error}); choose a writable directory") from error
 

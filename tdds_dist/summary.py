@@ -5,7 +5,6 @@ a sentence in `Facts.problems` instead of an exception: a report is most wanted 
 """
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ from tdds_dist.rundir import RunDir
 
 FULL_DATA = "full data"
 MISSING = "–"
-_NAME = re.compile(r"(?P<score_key>.+)_p(?P<pruning_rate>\d(?:\.\d+)?(?:e-\d+)?)"
-                   r"_(?P<strategy>[EP])_(?P<importance>none|batch|sample)_seed\d+")
+_SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings")
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,12 @@ def read_facts(run: RunDir) -> Facts:
     config, problems = run.read_config(), list[str]()
     scores: dict[str, Scores] = {}
     coresets: dict[str, Coreset] = {}
-    for path in sorted(run.scores.glob("*.npz"), key=lambda path: score_order(path.stem)):
+    for path in sorted(run.scores.glob("*.npz")):
         try:
             scores[path.stem] = load_scores(path)
         except InputError as error:
             problems.append(str(error))
-    for path in sorted(run.coresets.glob("*.npz"), key=lambda path: score_order(path.stem)):
+    for path in sorted(run.coresets.glob("*.npz")):
         try:
             coreset = load_coreset(path)
             for score in list(scores.values())[:1]:
@@ -93,6 +91,8 @@ def read_facts(run: RunDir) -> Facts:
             coresets[path.stem] = coreset
         except InputError as error:
             problems.append(str(error))
+    scores = dict(sorted(scores.items(), key=lambda item: score_order(item[0])))
+    coresets = dict(sorted(coresets.items(), key=lambda item: (*score_order(item[1].score_key), item[1].pruning_rate)))
     data = config.get("data", {})
     manifest = _read_manifest(data.get("train"), problems)
     names = [str(data.get("train", "")), str(getattr(manifest, "source", ""))]
@@ -229,7 +229,7 @@ def _row(facts: Facts, name: str, key: tuple[Any, ...], results: list[dict[str, 
 
 
 def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:
-    setting = (str(row["strategy"]), str(row["importance"]), row["epochs"] or 0)
+    setting = (row["score"], str(row["strategy"]), str(row["importance"]), row["epochs"] or 0)
     return row["pruning_rate"] or 0, *score_order(row["score"]), *setting
 
 
@@ -264,11 +264,10 @@ def _mean_std(values: Iterable[float | None]) -> tuple[float | None, float | Non
 
 def _read_retrained(run: RunDir) -> Retrained:
     config, result = run.read_config(), run.read_result()
-    named = _NAME.fullmatch(run.path.name)
+    env = run.read_env()  # says at the start what the result repeats at the end
     setting = {"seed": config.get("run", {}).get("seed"), "epochs": config.get("train", {}).get("epochs")}
-    if named:
-        setting |= named.groupdict() | {"pruning_rate": float(named["pruning_rate"])}
-    return Retrained(run.path.name, setting | (result or {}), result, _read_metrics(run), run.read_env())
+    setting |= {key: env[key] for key in _SETTING_KEYS if key in env}
+    return Retrained(run.path.name, setting | (result or {}), result, _read_metrics(run), env)
 
 
 def _read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def check_window(window: Window, preset: str, num_epochs: int | None = None) -> 
     if not low <= window.K <= high:
         raise InputError(f"K={window.K} must lie in [{low}, {high}] for T={window.T} and preset {preset!r}; "
                          "lower K or raise T")
-    if num_epochs is not None and window.T > num_epochs:
+    if num_epochs is not None and num_epochs < window.T:
         raise InputError(f"T={window.T} is longer than the {num_epochs} epochs there are; lower T or train longer")
 
 

@@ -27,8 +27,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, de
     results: Any = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        processes = [_context.Process(target=_main, args=(rank, world_size, str(store), function, arguments, results), daemon=True)
-                     for rank in range(world_size)]
+        processes = [
+            _context.Process(target=_main, args=(rank, world_size, str(store), function, arguments, results), daemon=True)
+            for rank in range(world_size)
+        ]
         for process in processes:
             process.start()
         by_rank: dict[int, Any] = {}
@@ -62,12 +64,15 @@ def catch(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
     return "", ""
 
 
-def _main(rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> None:
+def _main(
+    rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any
+) -> None:
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
-                                timeout=timedelta(seconds=60))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        )
         value = function(rank, *arguments)
         dist.barrier()
         dist.destroy_process_group()

@@ -90,9 +90,13 @@ def test_one_epoch_against_a_literal_loop(config_file, tmp_path, importance):
     order = epoch_order(120, 36)
     for step, index in enumerate(order.index_SG):
         batch = torch.from_numpy(index[index >= 0])
-        loss_B = F.cross_entropy(model((images[batch].float() - 78.0) / 90.0), label[batch], reduction="none", label_smoothing=0.1)
+        loss_B = F.cross_entropy(
+            model((images[batch].float() - 78.0) / 90.0), label[batch], reduction="none", label_smoothing=0.1
+        )
         weight_B = torch.from_numpy(importance_N)[batch]
-        loss = {"none": loss_B.mean(), "batch": loss_B.mean() * weight_B.mean(), "sample": (loss_B * weight_B).mean()}[importance]
+        loss = {"none": loss_B.mean(), "batch": loss_B.mean() * weight_B.mean(), "sample": (loss_B * weight_B).mean()}[
+            importance
+        ]
         optimizer.param_groups[0]["lr"] = learning_rate(step, 4, 0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -103,8 +107,12 @@ def test_one_epoch_against_a_literal_loop(config_file, tmp_path, importance):
 
 def test_recording_leaves_the_weights_bitwise_alone(config_file, tmp_path):
     for world_size in (1, 2):
-        runs = [run_ranks(world_size, _job_options, config_file, [], tmp_path / f"{world_size}{score}", {"plain": False, "score": score})[0][0]
-                for score in (False, True)]
+        runs = [
+            run_ranks(
+                world_size, _job_options, config_file, [], tmp_path / f"{world_size}{score}", {"plain": False, "score": score}
+            )[0][0]
+            for score in (False, True)
+        ]
         assert all(np.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
@@ -136,8 +144,9 @@ def test_evaluation_counts_each_image_once(config_file, tmp_path):
     share = 100.0 * (open_files(config)[1].label_N == 0).mean()
     for world_size in (1, 3):
         options = {"model": constant_model}
-        _, result, _ = run_ranks(world_size, _job_options, config_file, ["train.epochs=1", "train.lr=1e-30"],
-                                 tmp_path / f"run{world_size}", options)[0]
+        _, result, _ = run_ranks(
+            world_size, _job_options, config_file, ["train.epochs=1", "train.lr=1e-30"], tmp_path / f"run{world_size}", options
+        )[0]
         assert result["final_top1"] == pytest.approx(share)
 
 
@@ -181,7 +190,9 @@ def test_nobody_sees_nothing():
     assert nobody.end_epoch() is False
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "swin_t", "vgg16_bn", "mobilenet_v2", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "swin_t", "vgg16_bn", "mobilenet_v2", "shufflenet_v2_x0_5"]
+)
 def test_networks_by_name(name):
     with torch.device("meta"):
         from tdds_dist.models import build_model

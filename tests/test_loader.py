@@ -38,7 +38,9 @@ def read_epoch(path, view, *, global_batch=12, world_size=1, epoch=0, seed=0, wo
 @pytest.mark.parametrize("per_rank", [1, 5, 32, 100])
 def test_every_index_exactly_once(betons, world_size, per_rank):
     for epoch in (0, 1):
-        _, labels, seen = read_epoch(betons["raw"], View(32), global_batch=per_rank * world_size, world_size=world_size, epoch=epoch)
+        _, labels, seen = read_epoch(
+            betons["raw"], View(32), global_batch=per_rank * world_size, world_size=world_size, epoch=epoch
+        )
         assert (seen == 1).all()
         assert np.array_equal(labels, inspect_beton(betons["raw"]).label_N)
 
@@ -94,8 +96,13 @@ def test_pad_crop_is_a_shift_with_black_border_and_a_fair_flip(betons):
     for epoch in range(6):
         images, _, _ = read_epoch(betons["raw"], VIEWS["pad"], epoch=epoch, global_batch=97)
         for image, big in zip(images, padded, strict=True):
-            found = [(y, x, flip) for y in range(9) for x in range(9) for flip in (False, True)
-                     if np.array_equal(image[:, ::-1] if flip else image, big[y : y + 32, x : x + 32])]
+            found = [
+                (y, x, flip)
+                for y in range(9)
+                for x in range(9)
+                for flip in (False, True)
+                if np.array_equal(image[:, ::-1] if flip else image, big[y : y + 32, x : x + 32])
+            ]
             assert len(found) == 1
             shifts.append(found[0][:2])
             flips.append(found[0][2])

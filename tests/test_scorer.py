@@ -48,8 +48,19 @@ def random_stream(num_samples, num_classes, epochs, dtype=torch.float32):
     return logits, torch.randint(num_classes, (num_samples,), generator=generator)
 
 
-def record_stream(rank, world_size, num_samples, num_classes, global_batch, *, known, preset="official", dtype=torch.float32,
-                  windows=None, **options):
+def record_stream(
+    rank,
+    world_size,
+    num_samples,
+    num_classes,
+    global_batch,
+    *,
+    known,
+    preset="official",
+    dtype=torch.float32,
+    windows=None,
+    **options,
+):
     """Feed a random stream in the order of `partition`, with or without announcing it."""
     windows = windows or [Window(6, 3, 0.9), Window(5, 4, 0.0)]
     logits_TNC, label_N = random_stream(num_samples, num_classes, 6, dtype)
@@ -96,9 +107,16 @@ def test_one_stream_gives_the_same_bits_at_every_world_size():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_samples", "num_classes", "global_batch", "preset", "dtype"), [
-    (97, 257, 24, "paper", torch.float32), (48, 3, 48, "official", torch.bfloat16), (2, 5, 12, "official", torch.float32),
-    (25, 1000, 12, "official", torch.float16), (1, 2, 12, "paper", torch.float32)])
+@pytest.mark.parametrize(
+    ("num_samples", "num_classes", "global_batch", "preset", "dtype"),
+    [
+        (97, 257, 24, "paper", torch.float32),
+        (48, 3, 48, "official", torch.bfloat16),
+        (2, 5, 12, "official", torch.float32),
+        (25, 1000, 12, "official", torch.float16),
+        (1, 2, 12, "paper", torch.float32),
+    ],
+)
 def test_world_size_and_announced_order_do_not_change_a_bit(num_samples, num_classes, global_batch, preset, dtype):
     case = (num_samples, num_classes, global_batch)
     alone, label_N = record_stream(0, 1, *case, known=False, preset=preset, dtype=dtype)
@@ -118,8 +136,9 @@ def _stream_rank(rank, world_size, case, known, preset, dtype, options=None):
 @pytest.mark.parametrize("preset", ["official", "paper"])
 def test_offline_scores_from_the_trajectory_are_bitwise_the_live_ones(tmp_path, preset):
     windows = [Window(6, 3, 0.9), Window(5, 4, 0.0), Window(6, 5, 0.3)]
-    live, label_N = run_ranks(3, _stream_rank, 3, (31, 12, 6), True, preset, torch.float32,
-                              {"trajectory": tmp_path / "t", "windows": windows})[0]
+    live, label_N = run_ranks(
+        3, _stream_rank, 3, (31, 12, 6), True, preset, torch.float32, {"trajectory": tmp_path / "t", "windows": windows}
+    )[0]
     trajectory = Trajectory(tmp_path / "t")
     assert trajectory.num_epochs == 6
     assert np.array_equal(trajectory.labels(), label_N)
@@ -155,8 +174,9 @@ class Forbid(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
         assert not re.search(r"_local_scalar_dense|nonzero|masked_select|unique|is_nonzero|equal", name), name
-        assert not (name.startswith("aten.index.Tensor") and any(
-            part is not None and part.dtype == torch.bool for part in args[1])), "boolean indexing"
+        assert not (
+            name.startswith("aten.index.Tensor") and any(part is not None and part.dtype == torch.bool for part in args[1])
+        ), "boolean indexing"
         return function(*args, **(kwargs or {}))
 
 
@@ -204,7 +224,9 @@ def _count_traffic(rank):
     order = epoch_order(17, 4)
     scorer.expect(order)
     for sample_B, index_B in zip(*order.of_rank(rank, 2), strict=True):
-        scorer.record(torch.from_numpy(index_B.copy()), torch.zeros(len(sample_B), 11), torch.zeros(len(sample_B), dtype=torch.int64))
+        scorer.record(
+            torch.from_numpy(index_B.copy()), torch.zeros(len(sample_B), 11), torch.zeros(len(sample_B), dtype=torch.int64)
+        )
     return len(calls), sum(size for _, size in calls)
 
 
@@ -219,13 +241,17 @@ def test_state_is_what_the_design_says():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("fault", "kind", "words"), [
-    ("missing", "CoverageError", ["epoch 1", "of 9 samples 1 were not recorded", "0 more than once", "5"]),
-    ("repeated", "CoverageError", ["epoch 1", "0 were not recorded", "1 more than once", "index -1"]),
-    ("out_of_range", "InputError", ["epoch 1", "1 recorded indices", "[0, 9)"]),
-    ("label", "InputError", ["epoch 1", "1 recorded labels", "[0, 4)"]),
-    ("nan", "NonFiniteLogitsError", ["epoch 1", "step 2", "1 samples", "global indices 5"]),
-    ("inf", "NonFiniteLogitsError", ["epoch 1", "step 2", "global indices 5"])])
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ("missing", "CoverageError", ["epoch 1", "of 9 samples 1 were not recorded", "0 more than once", "5"]),
+        ("repeated", "CoverageError", ["epoch 1", "0 were not recorded", "1 more than once", "index -1"]),
+        ("out_of_range", "InputError", ["epoch 1", "1 recorded indices", "[0, 9)"]),
+        ("label", "InputError", ["epoch 1", "1 recorded labels", "[0, 4)"]),
+        ("nan", "NonFiniteLogitsError", ["epoch 1", "step 2", "1 samples", "global indices 5"]),
+        ("inf", "NonFiniteLogitsError", ["epoch 1", "step 2", "global indices 5"]),
+    ],
+)
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_every_rank_raises_the_same_error(fault, kind, words, world_size):
     outcomes = run_ranks(world_size, _faulty_epoch, world_size, fault)
@@ -270,9 +296,11 @@ def test_padding_rows_leave_no_trace_even_when_they_hold_nonsense():
     logits_TNC, label_N = random_stream(6, 3, 3)
     for logits_NC in logits_TNC:
         plain.record(torch.arange(6), logits_NC, label_N)
-        padded.record(torch.tensor([-1, 0, 1, 2, -1, 3, 4, 5]), torch.cat([
-            torch.full((1, 3), torch.nan), logits_NC[:3], torch.full((1, 3), torch.inf), logits_NC[3:]]),
-            torch.tensor([99, *label_N[:3], -7, *label_N[3:]]))
+        padded.record(
+            torch.tensor([-1, 0, 1, 2, -1, 3, 4, 5]),
+            torch.cat([torch.full((1, 3), torch.nan), logits_NC[:3], torch.full((1, 3), torch.inf), logits_NC[3:]]),
+            torch.tensor([99, *label_N[:3], -7, *label_N[3:]]),
+        )
         plain.end_epoch()
         padded.end_epoch()
     assert torch.equal(plain.gather()[Window(3, 2, 0.9)], padded.gather()[Window(3, 2, 0.9)])
@@ -284,8 +312,13 @@ def test_settings_and_shapes_are_checked_at_once():
     assert "windows" in catch(ShardedScorer, 5, 3, [], "official", "cpu")[1]
     scorer = ShardedScorer(5, 3, [Window(3, 2, 0.9)], device="cpu")
     good = (torch.arange(2), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
-    for position, wrong in [(1, torch.zeros(2, 4)), (1, torch.zeros(2, 3, dtype=torch.int64)), (0, torch.arange(3)),
-                            (0, torch.zeros(2)), (2, torch.zeros(2))]:
+    for position, wrong in [
+        (1, torch.zeros(2, 4)),
+        (1, torch.zeros(2, 3, dtype=torch.int64)),
+        (0, torch.arange(3)),
+        (0, torch.zeros(2)),
+        (2, torch.zeros(2)),
+    ]:
         arguments = [*good]
         arguments[position] = wrong
         assert catch(scorer.record, *arguments)[0] == "ValueError"

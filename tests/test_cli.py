@@ -1,0 +1,308 @@
+"""The command line as a user meets it: the whole flow under torchrun, and one clear line with exit code 2 for bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tdds_dist.artifacts import load_coreset, load_scores
+from tdds_dist.cli import build_parser, main
+from tdds_dist.rundir import RunDir
+from tdds_dist.selection import min_max, top
+
+
+def tdds(*arguments, ranks=1, **options):
+    """Run `tdds` in processes of its own."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tdds_dist"]
+        if ranks > 1
+        else ["-m", "tdds_dist"]
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+        **options,
+    )
+
+
+def refused(capsys, *arguments):
+    """The one line that `tdds` prints for bad input."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("tdds ")]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def finished(betons, tmp_path_factory):
+    """A collection on 2 ranks through torchrun; its run directory and config."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "config.yaml"
+    config.write_text(f"""
+run: {{name: tiny, dir: {folder / "run"}, device: cpu}}
+data: {{train: {betons["train"]}, val: {betons["val"]}, num_classes: 10, image_size: 32, crop: pad, padding: 2, flip: false,
+       mean: [78.0, 78.0, 78.0], std: [90.0, 90.0, 90.0]}}
+model: {{name: shufflenet_v2_x0_5}}
+train: {{epochs: 5, global_batch_size: 24, lr: 0.05}}
+score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{T: 4, K: 3, pruning_rates: [0.8]}}]}}
+collect: {{stop_after: last_window}}
+""")
+    done = tdds("collect", config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", config, done
+
+
+# ---- the flow
+
+
+@pytest.mark.distributed
+def test_collect_leaves_scores_records_and_the_next_command(finished):
+    folder, _, done = finished
+    run = RunDir(folder)
+    names = ["tdds_official_T3_K2_beta0.9", "tdds_official_T4_K3_beta0.9"]
+    assert [path.stem for path in sorted(run.scores.iterdir())] == names
+    for name in names:
+        scores = load_scores(run.scores / f"{name}.npz")
+        assert scores.score_N.dtype == np.float32
+        assert scores.score_N.shape == (120,)
+        assert np.isfinite(scores.score_N).all()
+        assert scores.key == name
+        assert sorted(np.unique(scores.label_N)) == list(range(10))
+    assert len(run.read_metrics()) == 4  # ended after the last window, not after the 5 epochs of the schedule
+    assert run.read_result()["epochs_planned"] == 5
+    assert run.read_env()["world_size"] == 2
+    assert "next: tdds select" in done.stdout
+    assert "epoch   4/5" in done.stderr
+    assert "epoch   4/5" in run.log_file.read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("window", [[], ["--T", "3", "--K", "2"]])
+def test_score_recomputes_the_live_scores_bitwise(finished, tmp_path, window):
+    folder, _, _ = finished
+    out = ["--out", str(tmp_path / "again.npz")] if window else []
+    live = {path: load_scores(path).score_N for path in RunDir(folder).scores.iterdir()}
+    assert main(["score", str(folder), *window, *out]) == 0
+    for path, score_N in live.items():
+        again = tmp_path / "again.npz" if window else path
+        if not window or "T3_K2" in path.name:
+            assert load_scores(again).score_N.tobytes() == score_N.tobytes()
+            assert load_scores(again).settings["source"] == "recorded"
+
+
+@pytest.mark.distributed
+def test_score_gives_the_other_preset_from_the_same_run(finished, tmp_path, capsys):
+    folder, _, _ = finished
+    assert (
+        main(
+            ["score", str(folder), "--preset", "paper", "--T", "4", "--K", "3", "--beta", "0", "--out", str(tmp_path / "p.npz")]
+        )
+        == 0
+    )
+    scores = load_scores(tmp_path / "p.npz")
+    assert scores.key == "tdds_paper_T4_K3_beta0"
+    assert (scores.score_N >= 0).all()
+    assert "T=4" in refused(capsys, "score", folder, "--preset", "paper", "--T", "4", "--K", "4")
+    assert "holds 4 epochs, 5 are needed" in refused(capsys, "score", folder, "--T", "5", "--K", "2").replace(
+        "T=5 is longer than the 4 epochs there are", "holds 4 epochs, 5 are needed"
+    )
+
+
+@pytest.mark.distributed
+def test_select_takes_the_window_of_the_rate(finished, tmp_path):
+    folder, _, _ = finished
+    for rate, name in [(0.5, "tdds_official_T3_K2_beta0.9"), (0.8, "tdds_official_T4_K3_beta0.9")]:
+        out = tmp_path / f"{rate}.npz"
+        assert main(["select", str(folder), "--pruning-rate", str(rate), "--out", str(out)]) == 0
+        coreset, scores = load_coreset(out), load_scores(RunDir(folder).scores / f"{name}.npz")
+        assert coreset.score_key == name
+        assert np.array_equal(coreset.index_M, top(scores.score_N, round(120 * (1 - rate))))
+        assert np.array_equal(coreset.importance_M, min_max(scores.score_N)[coreset.index_M])
+
+
+@pytest.mark.distributed
+def test_class_balanced_and_random_coresets(finished, tmp_path):
+    folder, _, _ = finished
+    label_N = load_scores(next(RunDir(folder).scores.iterdir())).label_N
+    assert main(["select", str(folder), "--pruning-rate", "0.5", "--class-balanced", "--out", str(tmp_path / "b.npz")]) == 0
+    kept = np.bincount(label_N[load_coreset(tmp_path / "b.npz").index_M])
+    assert np.abs(kept - np.bincount(label_N) / 2).max() <= 1
+    for seed in ("0", "1"):
+        assert (
+            main(
+                [
+                    "select",
+                    str(folder),
+                    "--pruning-rate",
+                    "0.5",
+                    "--score",
+                    "random",
+                    "--seed",
+                    seed,
+                    "--out",
+                    str(tmp_path / f"r{seed}.npz"),
+                ]
+            )
+            == 0
+        )
+    first, second = (load_coreset(tmp_path / f"r{seed}.npz").index_M for seed in "01")
+    assert len(first) == 60
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("strategy", "epochs", "ranks"), [("E", 5, 2), ("P", 25, 1)])
+def test_retrain_on_a_coreset(finished, tmp_path, strategy, epochs, ranks):
+    folder, config, _ = finished
+    out = tmp_path / "coreset.npz"
+    assert main(["select", str(folder), "--pruning-rate", "0.8", "--out", str(out)]) == 0
+    done = tdds("retrain", config, "--coreset", out, "--strategy", strategy, "train.eval_every=100", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    run = RunDir(folder).retrain / f"coreset_{strategy}_batch_seed0"
+    result = RunDir(run).read_result()
+    assert (result["num_images"], result["epochs"], result["global_batch_size"], result["importance"]) == (
+        24,
+        epochs,
+        12,
+        "batch",
+    )
+    assert result["steps"] == epochs * 2
+    resolved = RunDir(run).read_config()
+    assert (resolved["train"]["epochs"], resolved["train"]["global_batch_size"]) == (epochs, 12)
+
+
+@pytest.mark.distributed
+def test_report_is_one_page(finished):
+    folder, _, _ = finished
+    assert main(["select", str(folder), "--pruning-rate", "0.5"]) == 0
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "<html" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+# ---- bad input: exit code 2, one line, before training
+
+
+def test_config_errors(config_file, capsys, tmp_path):
+    assert "nearest valid key is 'lr'" in refused(capsys, "collect", config_file, "train.lrr=1")
+    assert "K=5 must lie in [2, 3] for T=3" in refused(capsys, "collect", config_file, "score.windows=[{T: 3, K: 5}]")
+    assert "T=9 is longer than train.epochs=3" in refused(capsys, "collect", config_file, "score.windows=[{T: 9, K: 5}]")
+    assert "does not exist" in refused(capsys, "collect", tmp_path / "none.yaml")
+    assert "set score.view=clean" in refused(capsys, "collect", config_file, "train.mixup=0.5")
+    assert "train.accumulation=7; use 21 or 28" in refused(capsys, "collect", config_file, "train.accumulation=7")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dataset_errors(config_file, capsys, tmp_path, betons):
+    assert "data.val=" in refused(capsys, "collect", config_file, f"data.val={tmp_path}/none.beton")
+    short = tmp_path / "short.beton"
+    short.write_bytes(betons["train"].read_bytes()[:-100])
+    assert "short.beton" in refused(capsys, "collect", config_file, f"data.train={short}")
+    assert "data.num_classes" in refused(capsys, "collect", config_file, "data.num_classes=9")
+    assert "data.num_classes" in refused(capsys, "collect", config_file, "data.num_classes=11")
+    assert "data.crop=resized" in refused(
+        capsys, "collect", config_file, f"data.train={betons['big']}", f"data.val={betons['big']}", "data.num_classes=5"
+    )
+    assert not RunDir(tmp_path / "run").metrics_file.exists()
+
+
+def test_a_diverging_run_ends_with_one_line(config_file, capsys):
+    line = refused(capsys, "collect", config_file, "train.lr=1e30")
+    assert "NaN or infinite logits" in line
+    assert "epoch 0, step" in line
+
+
+@pytest.mark.distributed
+def test_the_coreset_of_another_dataset(finished, config_file, capsys, tmp_path, betons):
+    folder, config, _ = finished
+    out = tmp_path / "coreset.npz"
+    assert main(["select", str(folder), "--pruning-rate", "0.5", "--out", str(out)]) == 0
+    line = refused(capsys, "retrain", config, "--coreset", out, "--strategy", "E", f"data.train={betons['val']}")
+    assert "belongs to another dataset" in line
+    assert "does not exist" in refused(capsys, "retrain", config, "--coreset", tmp_path / "no.npz", "--strategy", "E")
+    assert "expected 'coreset'" in refused(
+        capsys, "retrain", config, "--coreset", next(RunDir(folder).scores.iterdir()), "--strategy", "E"
+    )
+
+
+@pytest.mark.distributed
+def test_a_run_directory_is_not_overwritten(finished, capsys):
+    _, config, _ = finished
+    assert "already holds a run" in refused(capsys, "collect", config)
+
+
+def test_stage_errors(capsys, tmp_path):
+    assert "not a directory" in refused(capsys, "score", tmp_path / "none")
+    assert "no meta.json" in refused(capsys, "score", tmp_path)
+    assert "[0, 1)" in refused(capsys, "select", tmp_path, "--pruning-rate", "1.0")
+    assert "not a run directory" in refused(capsys, "select", tmp_path, "--pruning-rate", "0.5")
+    assert "not a run directory" in refused(capsys, "report", tmp_path)
+    assert "synthetic:N,CLASSES,SIZE" in refused(capsys, "write", "nonsense", tmp_path / "x.beton")
+
+
+@pytest.mark.distributed
+def test_ranks_that_do_not_divide_the_batch_say_so_once(config_file):
+    done = tdds("collect", config_file, "train.global_batch_size=25", ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("train.global_batch_size=25 is not divisible by world_size=2; use 24 or 26") == 1
+    assert "tdds_dist/cli.py" not in done.stderr  # no traceback of ours
+
+
+def test_one_rank_sees_the_error_of_another(tmp_path):
+    from ranks import run_ranks
+
+    outcomes = run_ranks(3, _only_rank_one_fails)
+    assert outcomes == [
+        ("InputError", "data.train=/x is missing (found on rank 1)"),
+        ("InputError", "data.train=/x is missing"),
+        ("InputError", "data.train=/x is missing (found on rank 1)"),
+    ]
+
+
+def _only_rank_one_fails(rank):
+    from ranks import catch
+
+    return catch(_check_together, rank)
+
+
+def _check_together(rank):
+    from tdds_dist.distributed import current_world, together
+    from tdds_dist.errors import InputError
+
+    with together(current_world("cpu")):
+        if rank == 1:
+            raise InputError("data.train=/x is missing")
+
+
+# ---- help
+
+
+def test_every_stage_explains_itself():
+    stages = build_parser()._subparsers._group_actions[0].choices
+    assert list(stages) == ["write", "collect", "score", "select", "retrain", "report"]
+    for name, stage in stages.items():
+        assert stage.description, name
+        for action in stage._actions:
+            assert action.help or action.dest in ("source", "out", "config", "runs", "coreset"), (name, action.dest)
+
+
+def test_help_does_not_load_torch():
+    code = "import sys; from tdds_dist.cli import build_parser; build_parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_the_module_is_the_command():
+    done = tdds("--help", cwd=Path(__file__).parent)
+    assert done.returncode == 0
+    assert "collect" in done.stdout

@@ -1,0 +1,391 @@
+"""The report page and the terminal table, from a synthetic run directory."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tdds_dist import charts
+from tdds_dist.artifacts import Coreset, Scores, fingerprint, save_coreset, save_scores
+from tdds_dist.beton_writer import write_beton
+from tdds_dist.errors import InputError
+from tdds_dist.published import base_key, find_table
+from tdds_dist.report import build_report, format_summary, summary_table
+from tdds_dist.rundir import RunDir
+from tdds_dist.sources import open_source
+
+NUM_IMAGES, NUM_CLASSES = 60, 4
+TDDS = "tdds_official_T3_K2_beta0.9"
+EVIL_CLASS, EVIL_PATH = '<script>alert("class")</script>', 'a/"><img src=x onerror=alert(1)>.png'
+TDDS = "tdds_official_T3_K2_beta0.9"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the cells of every table, of one page."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.text = path.read_text()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self._in_cell = False
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.rows[-1][-1] += data
+
+    def row(self, start: str) -> list[str]:
+        """Cells of the first row whose first cell starts with `start`."""
+        rows = ([" ".join(cell.split()) for cell in row] for row in self.rows)
+        return next(row for row in rows if row and row[0].startswith(start))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.beton"
+    source = open_source(f"synthetic:{NUM_IMAGES},{NUM_CLASSES},16")
+    names = [EVIL_CLASS, *source.class_names[1:]]
+    write_beton(dataclasses.replace(source, class_names=names, path=[EVIL_PATH, *source.path[1:]]), path,
+                num_workers=1, progress=False)
+    return path
+
+
+@pytest.fixture
+def label_N() -> np.ndarray:
+    return open_source(f"synthetic:{NUM_IMAGES},{NUM_CLASSES},16").label_N
+
+
+def start(path: Path, beton: Path | str, num_classes: int = NUM_CLASSES, model: str = "resnet18",
+          stage: dict[str, object] | None = None) -> RunDir:
+    run = RunDir(path)
+    run.start({"run": {"name": path.name, "dir": str(path), "seed": 0}, "model": {"name": model},
+               "data": {"train": str(beton), "val": "val.beton", "num_classes": num_classes},
+               "train": {"epochs": 3, "global_batch_size": 20, "lr": 0.1},
+               "retrain": {"epochs": 0, "importance": "batch"}}, stage or {"stage": "collect"}, world_size=2, device="cpu")
+    return run
+
+
+def log(run: RunDir, num_epochs: int = 3, val: bool = True) -> None:
+    for epoch in range(num_epochs):
+        run.append_metrics({
+            "epoch": epoch, "step": 3 * epoch + 3, "lr": 0.1, "train_loss": 2.0 / (epoch + 1), "train_top1": 50.0,
+            "val_loss": 1.0 if val else None, "val_top1": 60.0 + epoch if val else None, "val_top5": None,
+            "images_per_second": 100.0 if epoch == 0 else 4321.0, "epoch_seconds": 1.5, "scoring_share": 0.0125,
+            "memory_bytes": None,
+        })
+
+
+def finish_collect(run: RunDir, num_images: int, final: float = 90.0) -> None:
+    run.write_result({"stage": "collect", "num_images": num_images, "epochs": 3, "epochs_planned": 3,
+                      "final_top1": final, "final_top5": 99.0, "best_top1": final + 1, "best_epoch": 1,
+                      "train_seconds": 75.0})
+
+
+def retrain(run: RunDir, score_key: str, rate: float, seed: int, final: float | None, strategy: str = "E",
+            importance: str = "none", name: str | None = None, class_balanced: bool = False) -> RunDir:
+    """A retraining run; `final=None` leaves it unfinished after one epoch, its log cut in the middle of a line."""
+    asked = {"strategy": strategy, "importance": importance, "score_key": score_key, "pruning_rate": rate}
+    sub = start(run.retrain / (name or f"{score_key}_p{rate:g}_{strategy}_{importance}_seed{seed}"), "train.beton",
+                stage={"stage": "retrain", **asked})
+    if final is None:
+        log(sub, 1)
+        with sub.metrics_file.open("a") as file:
+            file.write('{"epoch": 1, "train_lo')
+        return sub
+    log(sub)
+    sub.write_result({"stage": "retrain", **asked, "coreset_settings": {"class_balanced": class_balanced}, "seed": seed,
+                      "num_images": round((1 - rate) * NUM_IMAGES), "epochs": 3, "final_top1": final,
+                      "final_top5": 99.0, "best_top1": final + 0.5, "best_epoch": 1, "train_seconds": 12.0})
+    return sub
+
+
+def add_scores(run: RunDir, key: str, label_N: np.ndarray, rates: tuple[float, ...], score_N: np.ndarray | None = None,
+               num_classes: int = NUM_CLASSES) -> np.ndarray:
+    """Scores 0, 1/N, 2/N ... by index unless given, and the top of them as coresets."""
+    score_N = np.arange(len(label_N), dtype=np.float32) / len(label_N) if score_N is None else score_N
+    found = fingerprint(label_N, num_classes)
+    save_scores(run.scores / f"{key}.npz", Scores(key, score_N, label_N, found, {"preset": "official", "T": 3, "K": 2}))
+    for rate in rates:
+        index_M = np.sort(np.argsort(-score_N, kind="stable")[: len(label_N) - round(rate * len(label_N))])
+        save_coreset(run.coresets / f"{key}_p{rate:g}.npz",
+                     Coreset(index_M, np.ones(len(index_M), np.float32), key, rate, found, {"class_balanced": False}))
+    return score_N
+
+
+@pytest.fixture
+def run(tmp_path: Path, beton: Path, label_N: np.ndarray) -> RunDir:
+    run = start(tmp_path / "demo", beton)
+    log(run)
+    finish_collect(run, NUM_IMAGES)
+    add_scores(run, TDDS, label_N, (0.5, 0.8))
+    add_scores(run, "random", label_N, (0.5,), np.random.default_rng(0).random(NUM_IMAGES, np.float32))
+    retrain(run, TDDS, 0, 0, 91.5)
+    for seed, final in enumerate((80.0, 81.0, 85.0)):
+        retrain(run, TDDS, 0.5, seed, final, importance="batch")
+    retrain(run, "random", 0.5, 0, 77.25)
+    retrain(run, TDDS, 0.8, 0, None, importance="batch")
+    return run
+
+
+def test_page_loads_nothing_and_is_small(run: RunDir, tmp_path: Path) -> None:
+    out = build_report([run], tmp_path / "report.html")
+    page = Page(out)
+    links = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset", "data") if name in attrs]
+    assert links
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page.text))
+    assert "@import" not in page.text
+    assert not re.search(r"https?://", page.text)
+    assert "default-src 'none'" in page.text
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [{}]
+    assert out.stat().st_size < 400_000
+
+
+def test_ids_are_unique_and_references_resolve(run: RunDir, tmp_path: Path) -> None:
+    page = Page(build_report([run, start(tmp_path / "other", "gone.beton")], tmp_path / "report.html"))
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for _, attrs in page.tags:
+        for name in ("href", "aria-labelledby"):
+            target = (attrs.get(name) or "").removeprefix("#")
+            assert not target or target.startswith("data:") or target in ids
+    assert page.count("article") == 2
+    assert page.count("h1") == 1
+
+
+def test_numbers_come_from_results(run: RunDir, tmp_path: Path) -> None:
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert page.row("full data collection run")[1:5] == ["0 %", "90.00", "91.00", "−1.50"]
+    assert page.row("full data retrained")[1:5] == ["0 %", "91.50", "92.00", "reference"]
+    # mean of 80, 81, 85 is 82; sample standard deviation sqrt((4 + 1 + 9) / 2) = 2.6458
+    assert page.row("tdds E, batch")[1:] == ["50 %", "82.00 ± 2.65", "82.50 ± 2.65", "−9.50", "30", "3", "0, 1, 2"]
+    assert page.row("random E, none")[1:5] == ["50 %", "77.25", "77.75", "−14.25"]
+    assert "82.00\N{NO-BREAK SPACE}% with tdds (Strategy-E, importance batch)" in page.text
+    speed = next(row for row in page.rows if row[0] == "collect")
+    assert speed == ["collect", "2", "3", "4,321", "1.5 s", "1.25 %", "–", "1 min 15 s"]  # first epoch left out
+    assert "Published" not in page.text
+
+
+def test_unfinished_runs_are_shown(run: RunDir, tmp_path: Path) -> None:
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert "tdds E, batch | 80 % | unfinished, 1 of 3 epochs" in [" | ".join(row[:3]) for row in page.rows]
+    assert "tdds 80 %, E, batch, seed 0 (unfinished)" in page.text
+    row = summary_table(run)[-1]
+    assert (row["name"], row["final_top1"]) == (f"{TDDS}_p0.8_E_batch_seed0", None)
+    retrain(run, "el2n", 0.8, 0, None, name="mine")  # a name that says nothing
+    assert Page(build_report([run], tmp_path / "report.html")).row("el2n E, none")[1:3] == ["80 %", "unfinished, 1 of 3 epochs"]
+
+
+def test_names_are_escaped_and_images_shown(run: RunDir, tmp_path: Path) -> None:
+    page = Page(build_report([run], tmp_path / "report.html", num_thumbnails=4))
+    assert EVIL_CLASS not in page.text
+    assert "&lt;script&gt;alert(&#34;class&#34;)&lt;/script&gt;" in page.text
+    assert EVIL_PATH not in page.text
+    assert any(attrs.get("title") == EVIL_PATH for _, attrs in page.tags)
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 4 + 4 + 2 + 2  # highest, lowest, below and above the cut at the largest pruning rate
+    assert all(image["class"] == "pixelated" and image["src"].startswith("data:image/png") for image in images)
+    numbers = [int(re.match(r"Image (\d+),", image["alt"])[1]) for image in images]
+    assert numbers == [59, 58, 57, 56, 0, 1, 2, 3, 46, 47, 48, 49]  # 80 % of 60 removed: 0..47
+
+
+def test_missing_beton_is_said(run: RunDir, tmp_path: Path) -> None:
+    config = run.config_file.read_text()
+    run.config_file.write_text(re.sub(r"train: .*\.beton", "train: moved/train.beton", config))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert "moved/train.beton is no longer there" in page.text
+    assert page.count("img") == 0
+    assert page.row("class 0")  # the class table stands without names
+
+
+def test_foreign_beton_shows_no_images(run: RunDir, tmp_path: Path, label_N: np.ndarray) -> None:
+    add_scores(run, TDDS, (label_N + 1) % NUM_CLASSES, (0.5, 0.8))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert "belongs to another dataset" in page.text
+    assert page.count("img") == 0
+
+
+def test_class_table_and_cuts(run: RunDir, tmp_path: Path, label_N: np.ndarray) -> None:
+    found = fingerprint(label_N, NUM_CLASSES)
+    odd = np.arange(1, NUM_IMAGES, 2)
+    save_coreset(run.coresets / "odd.npz", Coreset(odd, np.ones(30, np.float32), TDDS, 0.7, found))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    kept = 100 * np.mean(np.flatnonzero(label_N == 1) >= 30)
+    head = next(row for row in page.rows if row[0] == "Class")
+    row = next(row for row in page.rows if row[0] == open_source(f"synthetic:60,{NUM_CLASSES},16").class_names[1])
+    assert row[1] == str(int((label_N == 1).sum()))
+    assert row[head.index("tdds 50 %")] == f"{kept:.1f}"
+    assert page.row(f"{TDDS}_p0.5")[3] == "0.5"  # the lowest kept score
+    assert page.row("odd")[3] == "not a plain cut"
+    assert 'aria-label="Histogram of 60' in page.text
+    assert "Cuts: 50 % removed below 0.5, 80 % removed below 0.8." in page.text
+
+
+def test_damaged_files_are_named(run: RunDir, tmp_path: Path) -> None:
+    (run.scores / "el2n.npz").write_bytes(b"not a zip file")
+    other = fingerprint(np.zeros(7, np.int64), 1)
+    save_coreset(run.coresets / "foreign.npz", Coreset(np.arange(3), np.ones(3, np.float32), "tdds", 0.5, other))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert "el2n.npz is not a scores file" in page.text
+    assert "foreign.npz belongs to another dataset" in page.text
+
+
+def test_a_run_that_only_started(tmp_path: Path) -> None:
+    run = start(tmp_path / "new", "train.beton")
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert page.row("full data collection run")[2] == "unfinished, 0 of 3 epochs"
+    for sentence in ("No epoch has finished yet", "No scores have been written yet", "No scores yet"):
+        assert sentence in page.text
+    log(run, val=False)  # epochs without validation
+    assert Page(build_report([run], tmp_path / "report.html")).text.count("<svg viewBox=\"0 0 3") == 1
+
+
+def test_errors_name_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tdds report"):
+        build_report([], tmp_path / "report.html")
+    with pytest.raises(InputError, match="not a run directory"):
+        build_report([RunDir(tmp_path)], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_runs_embed_nothing_per_sample(tmp_path: Path) -> None:
+    label_N = np.arange(400_000) % 1000
+    run = start(tmp_path / "large", "gone.beton", 1000)
+    finish_collect(run, len(label_N))
+    score_N = np.random.default_rng(0).gamma(1.0, 1.0, len(label_N)).astype(np.float32)
+    score_N[:3] = np.inf
+    rates = tuple(np.arange(1, 13) / 16)
+    add_scores(run, "tdds", label_N, rates, score_N, 1000)
+    add_scores(run, "forgetting", label_N, rates, np.round(score_N), 1000)
+    out = build_report([run], tmp_path / "report.html")
+    text = out.read_text()
+    assert out.stat().st_size < 1_500_000
+    assert "Counts are binned over all 400,000 images" in text
+    assert "3 images have a score that is not finite" in text
+    assert "only coresets of tdds are listed" in text
+
+
+def test_summary_table_text(run: RunDir) -> None:
+    rows = summary_table(run)
+    assert [row["score_name"] for row in rows] == ["full data", "full data", "tdds", "random", "tdds"]
+    assert [row["score"] for row in rows] == ["full data", "full data", TDDS, "random", TDDS]
+    assert [row["is_reference"] for row in rows] == [False, True, False, False, False]
+    lines = format_summary(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert "published" not in lines[0]
+    assert re.split(r"  +", lines[4]) == ["retrain", "tdds", "E", "batch", "50 %", "30", "3", "3", "82.00 ± 2.65",
+                                          "82.50 ± 2.65", "-9.50", "finished"]
+    right = {line.index("%") for line in lines[2:]}
+    assert len(right) == 1  # aligned
+    json.dumps(rows)  # plain values
+
+
+def test_collection_run_is_the_reference_without_a_full_retraining(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    finish_collect(run, NUM_IMAGES, 95.0)
+    retrain(run, TDDS, 0.5, 0, 94.0, strategy="strategy_p")
+    rows = summary_table(run)
+    assert rows[0]["is_reference"]
+    assert rows[0]["difference"] is None
+    assert (rows[1]["difference"], rows[1]["strategy"]) == (-1.0, "P")
+    assert "status" not in format_summary(rows).splitlines()[0]
+    run.write_result(run.read_result() | {"epochs_planned": 200})  # collection ended with the last window
+    rows = summary_table(run)
+    assert rows[0]["status"] == "stopped after 3 of 200 epochs"
+    assert not any(row["is_reference"] for row in rows)
+    assert Page(build_report([run], tmp_path / "report.html")).row("full data")[2:5] == [
+        "95.00", "96.00", "stopped after 3 of 200 epochs"]
+
+
+def test_settings_that_compete_keep_their_full_names(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    retrain(run, TDDS, 0.5, 0, 80.0)
+    retrain(run, TDDS.replace("T3", "T2"), 0.7, 0, 70.0)  # the paper's way: another window for another pruning rate
+    assert [row["score_name"] for row in summary_table(run)[1:]] == ["tdds", "tdds"]
+    retrain(run, TDDS, 0.5, 0, 82.0, name="balanced", class_balanced=True)  # no second seed of the first
+    assert [row["score_name"] for row in summary_table(run)[1:]] == ["tdds", "tdds_balanced", "tdds"]
+    assert [row["final_top1"] for row in summary_table(run)[1:]] == [80.0, 82.0, 70.0]
+    retrain(run, TDDS.replace("official", "paper"), 0.5, 0, 81.0)
+    names = [row["score_name"] for row in summary_table(run)[1:]]
+    assert names == [TDDS, "tdds_balanced", TDDS.replace("official", "paper"), TDDS.replace("T3", "T2")]
+    assert Page(build_report([run], tmp_path / "report.html")).row(TDDS)
+
+
+@pytest.mark.parametrize(("name", "num_classes", "model", "expected"), [
+    ("cifar10_train.beton", 10, "resnet18", "CIFAR-10"),
+    ("data/CIFAR-100/train.beton", 100, "resnet18", "CIFAR-100"),
+    ("cifar100.beton", 10, "resnet18", "CIFAR-10"),  # the number of classes decides
+    ("imagenet.beton", 1000, "resnet34", "ResNet-34"),
+    ("imagenet.beton", 1000, "swin_t", "Swin-T"),
+    ("imagenette.beton", 10, "resnet34", None),
+    ("digits.beton", 10, "resnet18", None),
+])
+def test_published_table_of_a_dataset(name: str, num_classes: int, model: str, expected: str | None) -> None:
+    table = find_table([name], num_classes, model)
+    if expected is None:
+        assert table is None
+    else:
+        assert table is not None
+        assert expected in (table.dataset, table.network)
+
+
+def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "data/cifar10.beton", 10)
+    finish_collect(run, NUM_IMAGES)
+    retrain(run, "tdds", 0.9, 0, 12.34)
+    retrain(run, "tdds", 0.9, 0, 23.45, strategy="P")
+    rows = summary_table(run)
+    assert [row["published"] for row in rows] == [95.23, 85.46, None]
+    assert "published" in format_summary(rows).splitlines()[0]
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert page.row("tdds E")[1:6] == ["90 %", "12.34", "12.84", "−77.66", "85.46"]
+    assert "published, not ours" in page.text
+    assert "this run 60: the two are not comparable" in page.text
+    assert base_key("tdds_T90_K10") == "tdds"
+    assert base_key("tddsx") == "tddsx"
+
+
+def test_charts_are_clean_svg_in_the_colours_of_the_page() -> None:
+    lines = [charts.Line("a <b> & $x$", (0, 1, 2), (1.0, 10.0, 100.0), 3, error=(0, 0.1, 0), marker="s")]
+    svg = charts.line_chart(lines, "y", "x", 'an "alt"', full=50.0, may_be_log=True)
+    ElementTree.fromstring(svg)
+    assert "a &lt;b&gt; &amp; $x$" in svg  # the title of the line
+    assert 'aria-label="an &quot;alt&quot;"' in svg
+    assert "(log axis)" in svg
+    assert "var(--s3)" in svg
+    assert not re.search(r"#0c0|font-family|http|<style", svg)
+    svg = charts.histogram(np.array([0.0, 1, 1, 5], np.float32), [("50 %", 1.0)], 1, "score", "alt")
+    ElementTree.fromstring(svg)
+    assert "50 %" in svg
+    ElementTree.fromstring(charts.histogram(np.full(3, 0.25, np.float32), [], 1, "score", "alt"))
+    ElementTree.fromstring(charts.line_chart([charts.Line("l", range(9999), range(9999), 1)], "y", "x", ""))
+
+
+def test_import_is_light() -> None:
+    code = ("import sys, tdds_dist.report; "
+            "sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2', 'PIL', 'ffcv', 'torch')))")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
