@@ -84,7 +84,7 @@ class Train(Section):
     mixup: float = Field(0.0, ge=0, description="Alpha of MixUp; 0 switches it off. Needs score.view=clean in collect.")
     cutmix: float = Field(0.0, ge=0, description="Alpha of CutMix; 0 switches it off. Needs score.view=clean in collect.")
     clip_norm: float = Field(0.0, ge=0, description="Largest gradient norm; 0 does not clip.")
-    amp: Literal["off", "bf16", "fp16"] = Field("off", description="Mixed precision; off on the CPU in any case.")
+    amp: Literal["none", "bf16", "fp16"] = Field("none", description="Mixed precision on CUDA; the CPU trains in float32.")
     eval_every: int = Field(1, ge=1, description="Epochs between evaluations; the last epoch is always evaluated.")
     log_every: int = Field(50, ge=1, description="Steps between looks at the device: progress line, check for NaN.")
 

@@ -154,7 +154,7 @@ class Trainer:
         self.mix = build_mix(config)
         on_gpu = world.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=on_gpu and config.train.amp == "fp16")
-        self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp] if on_gpu else None
+        self.amp_dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp] if on_gpu else None
         self.train_loader, self.val_loader = build_loaders(job, self.rows)
         self.tensorboard: Any = None
 
