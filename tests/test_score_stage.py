@@ -194,9 +194,9 @@ def test_trajectory_longer_than_the_folder(dynamics, tmp_path):
 def test_missing_epoch(dynamics, tmp_path, name):
     folder = copied(dynamics, tmp_path, 6)
     (folder / f"3_{name}.npy").unlink()
-    with pytest.raises(InputError, match=r"(T=6 is longer than the 3 epochs|copy/3_Index\.npy cannot be read)"):
+    with pytest.raises(InputError, match=rf"T=6 is longer than the 3 epochs|copy.*3_{name}\.npy"):
         score(folder, T=6, K=2)
-    assert score(folder, T=3, K=2), "epochs before the gap are whole"
+    assert not list(folder.glob("*.npz"))
 
 
 @pytest.mark.parametrize("epoch", [0, 3])

@@ -98,6 +98,7 @@ def test_leftovers_of_a_killed_writer_are_ignored(folder):
     want = Trajectory(folder).read("second")
     (folder / "epoch_0001" / ".0000000004-0000000008.npy.k3j2.tmp").write_bytes(b"half")
     (folder / "epoch_0001" / "notes.txt").write_text("kept by hand")
+    (folder / "epoch_0001" / "old_0000000004-0000000008.npy").write_bytes(b"kept by hand")
     (folder / ".meta.json.x.tmp").write_bytes(b"{")
     (folder / "epoch_0007.tmp").mkdir()
     np.testing.assert_array_equal(Trajectory(folder).read("second"), want)

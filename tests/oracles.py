@@ -1,0 +1,167 @@
+"""Slow, literal transcriptions of the formulas, for the tests to compare with.
+
+Plain Python loops over one sample at a time, `math` only, float64 throughout: nothing here is fast, clever or shared
+with the package. Epochs count from 0, and `delta[t]` is the loss difference between epochs t and t + 1.
+"""
+
+import math
+from collections.abc import Sequence
+
+EPSILON = 1e-8  # in both logarithms of the authors' code
+FLOOR = -1e4  # the package floors log-probabilities here; without it two certain epochs would give 0 * log(0 / 0)
+
+Row = Sequence[float]  # one sample, one epoch: C logits
+
+
+# ---- one sample, one epoch
+
+
+def log_softmax(logits: Row) -> list[float]:
+    """log p_c, floored at FLOOR. The floor changes no probability: exp(-1e4) is 0 in float64."""
+    largest = max(logits)
+    total = 0.0
+    for logit in logits:
+        total += math.exp(logit - largest)
+    return [max(logit - largest - math.log(total), FLOOR) for logit in logits]
+
+
+def softmax(logits: Row) -> list[float]:
+    return [math.exp(logp) for logp in log_softmax(logits)]
+
+
+def entropy(logits: Row) -> float:
+    """H(p) = -sum_c p_c log p_c."""
+    total = 0.0
+    for p, logp in zip(softmax(logits), log_softmax(logits), strict=True):
+        total -= p * logp
+    return total
+
+
+def el2n(logits: Row, label: int) -> float:
+    """|| p - onehot(y) ||_2."""
+    total = 0.0
+    for c, p in enumerate(softmax(logits)):
+        total += (p - (1.0 if c == label else 0.0)) ** 2
+    return math.sqrt(total)
+
+
+def margin(values: Row, label: int) -> float:
+    """The label's value minus the largest of the other classes: of logits for AUM, of probabilities for its variant."""
+    largest_other = -math.inf
+    for c, value in enumerate(values):
+        if c != label and value > largest_other:
+            largest_other = value
+    return values[label] - largest_other
+
+
+def correct(logits: Row, label: int) -> float:
+    """1 where the first of the largest logits is the label's."""
+    best = 0
+    for c, logit in enumerate(logits):
+        if logit > logits[best]:
+            best = c
+    return 1.0 if best == label else 0.0
+
+
+# ---- one sample, two adjacent epochs
+
+
+def loss_difference_official(previous: Row, now: Row) -> float:
+    """sum_c | p'_c (log(p'_c + 1e-8) - log(p_c + 1e-8)) |: the absolute value is taken per class."""
+    total = 0.0
+    for p_previous, p_now in zip(softmax(previous), softmax(now), strict=True):
+        total += abs(p_now * (math.log(p_now + EPSILON) - math.log(p_previous + EPSILON)))
+    return total
+
+
+def loss_difference_paper(previous: Row, now: Row) -> float:
+    """sum_c p'_c log(p'_c / p_c), Eq. 10, with floored logarithms: a class may have had probability 0."""
+    total = 0.0
+    for logp_previous, logp_now in zip(log_softmax(previous), log_softmax(now), strict=True):
+        total += math.exp(logp_now) * (logp_now - logp_previous)
+    return total
+
+
+def loss_difference_ce(previous: Row, now: Row, label: int) -> float:
+    """log(p'_y / p_y), section 5.4, with floored logarithms for the same reason."""
+    return log_softmax(now)[label] - log_softmax(previous)[label]
+
+
+# ---- one sample, a whole trajectory
+
+
+def window_variability(delta: Sequence[float], preset: str) -> float:
+    """Eq. 11: the sum of squared deviations from the mean; its square root in preset `official`."""
+    mean = 0.0
+    for d in delta:
+        mean += d / len(delta)
+    squares = 0.0
+    for d in delta:
+        squares += (d - mean) ** 2
+    return math.sqrt(squares) if preset == "official" else squares
+
+
+def windows_official(delta: Sequence[float], T: int, K: int) -> list[float]:
+    """R_k for k = 0..T-K. Window k holds the K snapshots k..k+K-1, between which lie K-1 differences."""
+    found = []
+    for k in range(T - K + 1):
+        found.append(window_variability([delta[t] for t in range(k, k + K - 1)], "official"))
+    return found
+
+
+def windows_paper(delta: Sequence[float], T: int, K: int) -> list[float]:
+    """R_t for the T-K windows of K differences each."""
+    found = []
+    for first in range(T - K):
+        found.append(window_variability([delta[t] for t in range(first, first + K)], "paper"))
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
+
+
+def score_official(delta: Sequence[float], T: int, K: int, beta: float) -> float:
+    """sum_k beta (1-beta)^(T-K-k) R_k, the closed form of the authors' code; beta = 0 stands for the plain mean."""
+    windows = windows_official(delta, T, K)
+    if beta == 0:
+        return mean(windows)
+    total = 0.0
+    for k, variability in enumerate(windows):
+        total += beta * (1.0 - beta) ** (T - K - k) * variability  # 0.0 ** 0 is 1: beta = 1 takes the last window
+    return total
+
+
+def score_paper(delta: Sequence[float], T: int, K: int, beta: float) -> float:
+    """R <- beta R_t + (1-beta) R from R = 0, Eq. 12; beta = 0 stands for the plain mean."""
+    windows = windows_paper(delta, T, K)
+    if beta == 0:
+        return mean(windows)
+    average = 0.0
+    for variability in windows:
+        average = beta * variability + (1.0 - beta) * average
+    return average
+
+
+def score(delta: Sequence[float], T: int, K: int, beta: float, preset: str) -> float:
+    return (score_official if preset == "official" else score_paper)(delta, T, K, beta)
+
+
+def tdds(logits: Sequence[Row], T: int, K: int, beta: float, preset: str) -> float:
+    """TDDS of one sample from its logits by epoch, [>= T][C]."""
+    difference = loss_difference_official if preset == "official" else loss_difference_paper
+    delta = []
+    for t in range(T - 1):
+        delta.append(difference(logits[t], logits[t + 1]))
+    return score(delta, T, K, beta, preset)
+
+
+# ---- pruning
+
+
+def num_kept(num_samples: int, pruning_rate: float) -> int:
+    """M = N - round(p N)."""
+    return num_samples - round(pruning_rate * num_samples)
