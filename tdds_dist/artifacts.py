@@ -139,6 +139,9 @@ def load_coreset(path: Path) -> Coreset:
     return Coreset(index_M, arrays["importance"], meta["score_key"], meta["pruning_rate"], found, meta["settings"])
 
 
+_META_KEYS = {"scores": ("key", "settings"), "coreset": ("score_key", "pruning_rate", "settings")}
+
+
 def _save(path: Path, meta: dict[str, Any], **arrays: np.ndarray) -> None:
     text = np.array(json.dumps(meta, sort_keys=True))
     write_atomically(Path(path), lambda file: np.savez(file, meta=text, **arrays))  # type: ignore[arg-type]
@@ -149,11 +152,18 @@ def _load(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any]
     if not path.is_file():
         raise InputError(f"{path} does not exist; `tdds {'select' if kind == 'coreset' else 'score'}` writes such files")
     try:
+        with zipfile.ZipFile(path):  # else a plain .npy would come back as an array
+            pass
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
-            arrays = {name: file[name] for name in names if name in file}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a {kind} file of tdds ({error}); expected an .npz written by `tdds`") from error
-    if meta.get("kind") != kind or len(arrays) != len(names):
-        raise InputError(f"{path} holds {meta.get('kind', 'something else')!r}, expected {kind!r}")
+            found = meta["kind"]
+            if found == kind:
+                Fingerprint(**meta["fingerprint"])
+                if missing := [key for key in _META_KEYS[kind] if key not in meta]:
+                    raise KeyError(*missing)
+                arrays = {name: file[name] for name in names}
+    except (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a {kind} file of tdds ({error!r}); expected an .npz written by `tdds`") from error
+    if found != kind:
+        raise InputError(f"{path} holds {found!r}, expected {kind!r}")
     return meta, arrays

@@ -4,7 +4,9 @@ A config is one YAML file (`yaml.safe_load`, so no tag can execute anything). Er
 """
 
 import difflib
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +23,7 @@ Positive = Field(gt=0)
 class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent conversion of strings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -164,6 +166,12 @@ class Config(Section):
             bad = [rate for rate in setting.pruning_rates if not 0.0 <= rate < 1.0]
             if bad:
                 raise InputError(f"score.windows: pruning_rates={bad} must lie in [0, 1)")
+        rates = [rate for setting in self.score.windows for rate in setting.pruning_rates]
+        if twice := sorted({rate for rate in rates if rates.count(rate) > 1}):
+            raise InputError(f"score.windows: pruning_rates={twice} stand in more than one window; leave each in one")
+        rule = self.retrain.batch_size_rule
+        if wrong := {rate: factor for rate, factor in rule.items() if not (0 < factor <= 1 and 0 <= rate < 1)}:
+            raise InputError(f"retrain.batch_size_rule={wrong} must map pruning rates in [0, 1) to factors in (0, 1]")
         if self.train.nesterov and self.train.optimizer == "sgd" and self.train.momentum == 0:
             raise InputError("train.nesterov=true needs momentum; set train.momentum=0.9 or train.nesterov=false")
         if self.train.warmup_epochs >= self.train.epochs:
@@ -190,8 +198,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise InputError(f"{path} does not exist; configs/ holds examples")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = _read_yaml(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that does not exist
         raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold the sections {', '.join(Config.model_fields)}")
@@ -224,22 +232,35 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not isinstance(node, dict):
         raise InputError(f"override {key!r} goes through something that is not a section; keys look like train.lr")
     try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        node[leaf] = _read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"override {override!r}: the value is not YAML") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 5e-4 is a number; YAML 1.1 wants 5.0e-4 and takes the rest for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        tree = loader.get_single_data()
+    finally:
+        loader.dispose()
+    json.dumps(tree, default=str)  # an anchor that holds itself ends here
+    return tree
+
+
 def _tuples(value: Any) -> Any:
-    """YAML lists as tuples (frozen fields), and numbers like 5e-4 that YAML 1.1 takes for text."""
+    """YAML lists as tuples (frozen fields)."""
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return tuple(_tuples(item) for item in value)
-    if isinstance(value, str) and "e" in value.lower() and value[:1] in "0123456789.-+":
-        try:
-            return float(value)
-        except ValueError:
-            return value
     return value
 
 
@@ -254,8 +275,8 @@ def _one_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section, name = _section(first["loc"][:-1]), str(first["loc"][-1])
-        near = difflib.get_close_matches(name, section, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest valid key is {near[0]!r} (valid: {', '.join(section)})"
+        near = max(section, key=lambda valid: difflib.SequenceMatcher(None, valid.lower(), name.lower()).ratio())
+        return f"unknown key {key!r}; the nearest valid key is {near!r} (valid: {', '.join(section)})"
     if first["type"] == "missing":
         return f"key {key!r} is missing; {_describe(first['loc'])}"
     if first["type"] == "value_error":

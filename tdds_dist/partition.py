@@ -52,6 +52,7 @@ def epoch_order(
     """Visit order of one epoch over [0, num_samples), or over the global indices `subset` (int64 [num_samples])."""
     if num_samples < 1 or global_batch_size < 1:
         raise ValueError(f"num_samples={num_samples} and global_batch_size={global_batch_size} must be at least 1")
+    assert subset is None or len(subset) == num_samples, (num_samples, len(subset))
     index_N = np.random.default_rng([seed, epoch]).permutation(num_samples) if shuffle else np.arange(num_samples)
     if subset is not None:
         index_N = subset[index_N]

@@ -7,19 +7,22 @@ visit order). The latter is streamed: two epochs of log-probabilities are in mem
 # T epochs, N dataset, C classes
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tdds_dist.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, save_scores
-from tdds_dist.beton import dataset_fingerprint, inspect_beton
+from tdds_dist.beton import check_labels, dataset_fingerprint, inspect_beton, read_manifest
 from tdds_dist.config import parse_config
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
 from tdds_dist.scalars import log_probabilities, loss_difference_official, loss_difference_paper
 from tdds_dist.tdds import DELTA_OF_PRESET, Window, check_window, score_trajectory, window_settings
 from tdds_dist.trajectory import Trajectory
+
+_OUTPUT = re.compile(r"(\d+)_Output\.npy")
 
 
 def score(source: Path, *, preset: str | None = None, T: int | None = None, K: int | None = None, beta: float | None = None,
@@ -36,18 +39,20 @@ def score(source: Path, *, preset: str | None = None, T: int | None = None, K: i
     source = Path(source)
     if not source.is_dir():
         raise InputError(f"{source} is not a directory; give a run directory, a trajectory, or a folder of *_Output.npy")
+    if any(_OUTPUT.fullmatch(path.name) for path in source.iterdir()):
+        window = Window(*_settings(T, K, beta, _num_dynamics(source)))
+        return _score_dynamics(source, window, preset or "official", beton, out)
     is_run = (source / "config.yaml").is_file()
-    if (source / "0_Output.npy").is_file():
-        return _score_dynamics(source, Window(*_settings(T, K, beta, _num_dynamics(source))), preset or "official", beton, out)
     trajectory = Trajectory(source / "trajectory" if is_run else source)
+    windows = None
     if is_run:
         config = parse_config(RunDir(source).read_config(), str(source / "config.yaml"))
         preset = preset or config.score.preset
+        if T is None and K is None:
+            windows = [window if beta is None else replace(window, beta=beta) for window in config.windows()]
         beta = config.score.beta if beta is None else beta
-        windows = config.windows() if T is None and K is None else [Window(*_settings(T, K, beta, trajectory.num_epochs))]
-    else:
-        preset = preset or "official"
-        windows = [Window(*_settings(T, K, beta, trajectory.num_epochs))]
+    windows = windows or [Window(*_settings(T, K, beta, trajectory.num_epochs))]
+    preset = preset or "official"
     for window in windows:
         check_window(window, preset, trajectory.num_epochs)
     if out is not None and len(windows) > 1:
@@ -83,8 +88,10 @@ def _score_dynamics(folder: Path, window: Window, preset: str, beton: Path | Non
 
 
 def _num_dynamics(folder: Path) -> int:
-    epochs = {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"(\d+)_Output\.npy", path.name))}
-    return next(epoch for epoch in range(len(epochs) + 1) if epoch not in epochs)
+    epochs = {int(match[1]) for path in folder.iterdir() if (match := _OUTPUT.fullmatch(path.name))}
+    if missing := sorted(set(range(max(epochs))) - epochs):
+        raise InputError(f"{folder} holds no {missing[0]}_Output.npy but later epochs; restore it or remove the later ones")
+    return len(epochs)
 
 
 def _read_dynamics(folder: Path, epoch: int) -> torch.Tensor:
@@ -118,6 +125,9 @@ def _labels(label_N: np.ndarray, num_classes: int, beton: Path | None) -> tuple[
     if info.num_samples != len(label_N):
         raise InputError(f"--beton={beton} holds {info.num_samples} samples, the recorded outputs {len(label_N)}; "
                          "give the file that was trained on")
+    check_labels(info, num_classes, read_manifest(Path(beton)))
+    if ((label_N != UNKNOWN_LABEL) & (label_N != info.label_N)).any():
+        raise InputError(f"--beton={beton} has other labels than those recorded; give the file that was trained on")
     return info.label_N, dataset_fingerprint(info, num_classes)
 
 

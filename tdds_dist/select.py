@@ -42,14 +42,18 @@ def select(source: Path, pruning_rate: float, *, score: str = "tdds", class_bala
         warnings.append(f"{message}; --class-balanced keeps every class")
     settings = scores.settings | {"importance": _importance_kind(scores), "class_balanced": class_balanced, "seed": seed}
     coreset = Coreset(index_M, _importance(scores)[index_M], scores.key, pruning_rate, scores.fingerprint, settings)
-    path = Path(out) if out is not None else _default_path(source, scores.key, pruning_rate, class_balanced)
+    name = f"random_s{seed}" if score == "random" else scores.key
+    path = Path(out) if out is not None else _default_path(source, name, pruning_rate, class_balanced)
     save_coreset(path, coreset)
     return path, warnings
 
 
 def _find(source: Path, score: str, pruning_rate: float) -> Scores:
     if source.is_file():
-        return load_scores(source)
+        scores = load_scores(source)
+        if score not in ("tdds", scores.key):
+            raise InputError(f"{source} holds the score {scores.key!r}, not {score!r}; leave --score out, or give a run")
+        return scores
     run = RunDir(source)
     if score == "tdds":
         config = parse_config(run.read_config(), str(run.config_file))
@@ -73,7 +77,7 @@ def _any_scores(source: Path) -> Scores:
 
 def _random(like: Scores, seed: int) -> Scores:
     score_N = baselines.random(len(like.score_N), seed)
-    return Scores("random", score_N, like.label_N, like.fingerprint, {"score": "random", "seed": seed})
+    return Scores("random", score_N, like.label_N, like.fingerprint, {"score": "random"})
 
 
 def _importance_kind(scores: Scores) -> str:
@@ -91,6 +95,6 @@ def _importance(scores: Scores) -> np.ndarray:
     return scores.score_N if kind == "score" else selection.min_max(scores.score_N)
 
 
-def _default_path(source: Path, key: str, pruning_rate: float, class_balanced: bool) -> Path:
+def _default_path(source: Path, name: str, pruning_rate: float, class_balanced: bool) -> Path:
     folder = source.parent if source.is_file() else RunDir(source).coresets
-    return folder / f"{key}_p{pruning_rate:g}{'_balanced' if class_balanced else ''}.npz"
+    return folder / f"{name}_p{pruning_rate:g}{'_balanced' if class_balanced else ''}.npz"

@@ -100,10 +100,13 @@ class Trajectory:
                              "`tdds collect`, or ShardedScorer(trajectory=...), writes one")
         try:
             meta = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is damaged ({error}); restore it or collect again") from error
-        if meta.get("format") != FORMAT:
-            raise InputError(f"{path} has format {meta.get('format')!r}, this version reads {FORMAT!r}")
+            found = meta["format"]
+            if found == FORMAT and (missing := [key for key in ("scalars", "num_samples", "num_classes") if key not in meta]):
+                raise KeyError(*missing)
+        except (ValueError, TypeError, KeyError) as error:  # not text, not JSON, not these keys
+            raise InputError(f"{path} is damaged ({error!r}); restore it or collect again") from error
+        if found != FORMAT:
+            raise InputError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
         return meta
 
     def _blocks(self, folder: Path) -> list[tuple[int, int, Path]]:
