@@ -306,3 +306,27 @@ def test_the_module_is_the_command():
     done = tdds("--help", cwd=Path(__file__).parent)
     assert done.returncode == 0
     assert "collect" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path):
+    """Digits, 12 epochs: batch norm sees other batches on 2 ranks than on 1, so scores differ; less than between seeds."""
+    from scipy.stats import spearmanr
+
+    root = Path(__file__).resolve().parent.parent
+    for split in ("train", "val"):
+        assert main(["write", "digits", str(tmp_path / f"{split}.beton"), "--split", split]) == 0
+    score = {}
+    for ranks, seed in [(1, 0), (2, 0), (2, 1)]:
+        folder = tmp_path / f"run{ranks}{seed}"
+        done = tdds("collect", root / "configs/digits.yaml", f"run.dir={folder}", f"run.seed={seed}", "train.epochs=12",
+                    f"data.train={tmp_path}/train.beton", f"data.val={tmp_path}/val.beton", "train.eval_every=12",
+                    "score.windows=[{T: 12, K: 10}]", ranks=ranks)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        score[ranks, seed] = load_scores(folder / "scores" / "tdds_official_T12_K10_beta0.9.npz").score_N
+    ranks_differ = spearmanr(score[1, 0], score[2, 0])[0]
+    seeds_differ = spearmanr(score[2, 0], score[2, 1])[0]
+    print(f"rank correlation: 1 and 2 ranks {ranks_differ:.3f}, two seeds {seeds_differ:.3f}")
+    assert ranks_differ >= seeds_differ
+    assert ranks_differ > 0.2

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from ranks import catch, run_ranks
@@ -146,6 +147,54 @@ def test_offline_scores_from_the_trajectory_are_bitwise_the_live_ones(tmp_path, 
     assert np.isnan(delta_TN[0]).all()
     for window in windows:
         assert score_trajectory(delta_TN, window, preset).tobytes() == live[window].tobytes()
+
+
+def hard_stream(num_samples, num_classes, epochs, seed):
+    """Random logits with the cases that break formulas: a certain class, extreme logits, epochs that repeat."""
+    generator = np.random.default_rng(seed)
+    logits_TNC = generator.normal(
+        0, generator.choice([0.1, 3.0, 30.0], (1, num_samples, 1)), (epochs, num_samples, num_classes)
+    )
+    logits_TNC[:, 0] = [[60.0] + [0.0] * (num_classes - 1)] * epochs
+    logits_TNC[epochs // 2, num_samples // 2] *= 1000.0
+    logits_TNC[-1, num_samples - 1] = logits_TNC[-2, num_samples - 1]
+    return torch.from_numpy(logits_TNC.astype(np.float32))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_live_scores_against_a_literal_oracle(world_size, preset):
+    """N around multiples of W and below it, K = 2, K as large as it goes, several settings in one run."""
+    for num_samples, num_classes, windows, rows, scores in run_ranks(world_size, _oracle_rank, world_size, preset)[0]:
+        for window in windows:
+            expected = [oracles.tdds(row, window.T, window.K, window.beta, preset) for row in rows]
+            np.testing.assert_allclose(
+                scores[window], expected, rtol=2e-4, atol=2e-5, err_msg=f"{num_samples} {num_classes} {window}"
+            )
+
+
+def _oracle_rank(rank, world_size, preset):
+    largest = 0 if preset == "official" else 1
+    cases = []
+    for seed, num_samples in enumerate(
+        {max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 5 * world_size}
+    ):
+        num_classes, epochs = 2 + seed, 4 + seed
+        windows = [Window(epochs, 2, 0.9), Window(epochs, epochs - largest, 0.5), Window(epochs - 1, 2, 0.0)]
+        logits_TNC = hard_stream(num_samples, num_classes, epochs, seed)
+        scorer = ShardedScorer(num_samples, num_classes, windows, preset, "cpu")
+        for epoch in range(epochs):
+            order = epoch_order(num_samples, 2 * world_size, seed=seed, epoch=epoch)
+            if seed % 2:
+                scorer.expect(order)
+            for index_B in order.of_rank(rank, world_size)[1]:
+                index_B = torch.from_numpy(index_B.copy())
+                scorer.record(index_B, logits_TNC[epoch, index_B], index_B.clamp_min(0) % num_classes)
+            scorer.end_epoch()
+        scores = {window: score.numpy() for window, score in scorer.gather().items()}
+        cases.append((num_samples, num_classes, windows, logits_TNC.transpose(0, 1).tolist(), scores))
+    return cases
 
 
 def test_float16_log_probabilities_stay_close():
