@@ -9,8 +9,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tdds_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from tdds_dist.config import Config
 
 # Stages are imported when they run: `tdds --help` should not wait for torch.
 
@@ -21,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or "found on rank" not in str(error):
+        if os.environ.get("RANK", "0") == "0" or not error.shared:
             print(f"tdds {options.stage}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -126,10 +130,18 @@ def _add_collect(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     stage.set_defaults(run=_collect)
 
 
-def _collect(options: argparse.Namespace) -> None:
+def _load_config(options: argparse.Namespace) -> "Config":
     from tdds_dist.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    try:
+        return load_config(options.config, options.overrides)
+    except InputError as error:
+        error.shared = True  # every rank reads the same file
+        raise
+
+
+def _collect(options: argparse.Namespace) -> None:
+    config = _load_config(options)
 
     from tdds_dist.collect import collect
     from tdds_dist.distributed import session
@@ -205,9 +217,7 @@ def _add_retrain(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _retrain(options: argparse.Namespace) -> None:
-    from tdds_dist.config import load_config
-
-    config = load_config(options.config, options.overrides)
+    config = _load_config(options)
 
     from tdds_dist.distributed import session
     from tdds_dist.retrain import retrain

@@ -100,8 +100,9 @@ def together(world: World) -> Iterator[None]:
     first = next((rank for rank, message in enumerate(messages) if message is not None), None)
     if first is not None:
         if error is not None and world.rank == first:
+            error.shared = True
             raise error
-        raise InputError(f"{messages[first]} (found on rank {first})")
+        raise InputError(f"{messages[first]} (found on rank {first})", shared=True)
 
 
 class Exchange:

@@ -272,7 +272,7 @@ class Trainer:
         if not math.isfinite(loss):
             self.job.observer.check()
             raise InputError(f"epoch {epoch}, up to step {self.step}: the training loss is not finite; lower train.lr="
-                             f"{self.job.config.train.lr} or add train.warmup_epochs")
+                             f"{self.job.config.train.lr} or add train.warmup_epochs", shared=True)
         return loss / images, 100.0 * correct / images
 
     # ---- evaluation and records

@@ -8,9 +8,14 @@ and keeps its traceback. A message says three things: the value, the rule, the w
 class InputError(ValueError):
     """A value from outside (config, file, command line, logits) that breaks a rule.
 
-    Every rank must raise it at the same point of the program, before the next collective:
-    a raise on one rank is a hang on the others (see `distributed.agree`).
+    Where ranks work together, every rank must raise it at the same point, before the next collective: a raise on one
+    rank is a hang on the others (see `distributed.together`). `shared` says that all ranks raise it, so that only rank 0
+    need print it.
     """
+
+    def __init__(self, message: str, *, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
 
 
 class NonFiniteLogitsError(InputError):

@@ -203,15 +203,15 @@ class ShardedScorer:
         num_nonfinite, num_bad_index, num_bad_label = counts
         if num_bad_index:
             raise InputError(f"epoch {self.epoch}: {num_bad_index} recorded indices lie outside [0, {self.num_samples}) "
-                             "and are not -1; record global indices of the full dataset")
+                             "and are not -1; record global indices of the full dataset", shared=True)
         if num_bad_label:
             raise InputError(f"epoch {self.epoch}: {num_bad_label} recorded labels lie outside [0, {self.num_classes}); "
-                             "check num_classes and the dataset")
+                             "check num_classes and the dataset", shared=True)
         if num_nonfinite:
             step = int(distributed.min_over_ranks(self._nonfinite_step.clone()))
             named = self._name_rows(self._nonfinite_M[:rows] > 0)
             raise NonFiniteLogitsError(f"epoch {self.epoch}, step {step}: NaN or infinite logits for {num_nonfinite} samples "
-                                       f"(global indices {named}); lower the learning rate or check these images")
+                                       f"(global indices {named}); lower the learning rate or check these images", shared=True)
 
     def end_epoch(self) -> None:
         """Close the epoch: verify coverage, append the trajectory, advance windows.
@@ -228,7 +228,7 @@ class ShardedScorer:
             named = self._name_rows(visits_M != 1)
             raise CoverageError(f"epoch {self.epoch}: of {self.num_samples} samples {missing} were not recorded and "
                                 f"{repeated} more than once (global indices {named}); record every sample exactly once per "
-                                "epoch and give rows that merely fill a batch the index -1")
+                                "epoch and give rows that merely fill a batch the index -1", shared=True)
         if self._trajectory is not None:
             if self.epoch == 0:
                 self._trajectory.write_labels(self._label_M[:rows].cpu().numpy())
