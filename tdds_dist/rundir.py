@@ -93,7 +93,7 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
     """Provenance of a run: versions, commit, hardware, command."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "tdds"), *sys.argv[1:]],
         "commit": _commit(),
         "world_size": world_size,
         "device": device,
