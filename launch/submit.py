@@ -100,7 +100,7 @@ def _check_batch(config: Config, num_ranks: int, stage: str) -> None:
     errors = []
     for factor in factors:
         try:
-            per_rank_batch(max(1, round(config.train.global_batch_size * factor)), num_ranks, config.train.accumulation)
+            per_rank_batch(config.train.global_batch_size, num_ranks, config.train.accumulation, factor)
         except InputError as error:
             errors.append(error)
     if len(errors) == len(factors):

@@ -16,7 +16,7 @@ for split in train val; do
     do_ tdds write digits "data/digits_$split.beton" --split "$split" --overwrite
 done
 step "2/5 collect: train on all of them on $ranks ranks, score every image on the way"
-distributed collect configs/digits.yaml run.name=demo
+distributed collect configs/digits.yaml run.name=demo run.device=cpu
 step "3/5 select: coresets at pruning rates 0.5 and 0.8, by TDDS and at random"
 do_ tdds select "$run" --pruning-rate 0 --score random --out "$run/coresets/full.npz"
 for rate in 0.5 0.8; do
@@ -24,9 +24,9 @@ for rate in 0.5 0.8; do
     do_ tdds select "$run" --pruning-rate "$rate" --score random --out "$run/coresets/random_p$rate.npz"
 done
 step "4/5 retrain: on each coreset from scratch, for the same number of epochs (Strategy-E)"
-distributed retrain configs/digits.yaml run.name=demo --coreset "$run/coresets/full.npz" --strategy E --name full
+distributed retrain configs/digits.yaml run.name=demo run.device=cpu --coreset "$run/coresets/full.npz" --strategy E --name full
 for coreset in tdds_p0.5 random_p0.5 tdds_p0.8 random_p0.8; do
-    distributed retrain configs/digits.yaml run.name=demo --coreset "$run/coresets/$coreset.npz" --strategy E --name "$coreset"
+    distributed retrain configs/digits.yaml run.name=demo run.device=cpu --coreset "$run/coresets/$coreset.npz" --strategy E --name "$coreset"
 done
 step "5/5 report"
 do_ tdds report "$run"

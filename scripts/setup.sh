@@ -12,6 +12,7 @@ command -v g++ >/dev/null || missing+=(g++)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 pkg-config --exists opencv4 2>/dev/null || missing+=(libopencv-dev)
 pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
+/sbin/ldconfig -p 2>/dev/null | grep -q 'libtbb\.so\.12' || [ -e "${CONDA_PREFIX:-/nowhere}/lib/libtbb.so.12" ] || missing+=(libtbb12)
 if ! command -v "$python" >/dev/null; then missing+=(python3 python3-venv python3-dev)
 elif ! "$python" -c 'import sys, ensurepip, sysconfig, os; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null
 then missing+=(python3-venv python3-dev); fi
@@ -26,7 +27,7 @@ if ((${#missing[@]})); then
 These system packages are missing: ${missing[*]}
 Get them, then run this again:
   Debian, Ubuntu:  sudo apt-get install ${missing[*]}
-  conda:           conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo python=3.11
+  conda:           conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo tbb python=3.11
 TXT
         exit 1
     fi

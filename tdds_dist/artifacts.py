@@ -132,9 +132,9 @@ def load_coreset(path: Path) -> Coreset:
     meta, arrays = _load(path, "coreset", ("index", "importance"))
     found = Fingerprint(**meta["fingerprint"])
     index_M = arrays["index"]
-    in_order = len(index_M) > 0 and bool((np.diff(index_M) > 0).all())
+    in_order = index_M.dtype == np.int64 and index_M.ndim == 1 and len(index_M) > 0 and bool((np.diff(index_M) > 0).all())
     if not in_order or index_M[0] < 0 or index_M[-1] >= found.num_samples or arrays["importance"].shape != index_M.shape:
-        raise InputError(f"{path}: index must be non-empty, strictly increasing within [0, {found.num_samples}) and as "
+        raise InputError(f"{path}: index must be int64, non-empty, strictly increasing within [0, {found.num_samples}) and as "
                          "long as importance; the file is damaged, write it again with `tdds select`")
     return Coreset(index_M, arrays["importance"], meta["score_key"], meta["pruning_rate"], found, meta["settings"])
 

@@ -184,8 +184,12 @@ def inspect_beton(path: Path) -> BetonInfo:
                      metadata_N[f"f{label}"].astype(np.int64), width_N, height_N, mode_N, data_ptr_N, size_N)
 
 
-def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = None) -> None:
-    """Raise InputError unless the labels are those of the manifest, if any, and those of `num_classes` classes."""
+def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = None, complete: bool = True) -> None:
+    """Raise InputError unless the labels are those of the manifest, if any, and those of `num_classes` classes.
+
+    Without a manifest the largest label tells the number of classes, where the file is `complete` (the training file;
+    an evaluation file may lack classes).
+    """
     outside = np.flatnonzero((info.label_N < 0) | (info.label_N >= num_classes))
     if outside.size:
         first = int(outside[0])
@@ -195,6 +199,8 @@ def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = 
     if manifest is not None and fingerprint(info.label_N, num_classes).labels_sha256 != manifest.labels_sha256:
         raise InputError(f"{info.path}: labels are not those of {manifest_path(info.path)}; remove the manifest, or "
                          "write the .beton again with `tdds write`")
+    if manifest is None and not complete:
+        return
     present = manifest.num_classes if manifest is not None else int(info.label_N.max()) + 1
     if present != num_classes:
         where = manifest_path(info.path) if manifest is not None else info.path

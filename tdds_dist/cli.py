@@ -1,6 +1,7 @@
 """The command line, and the only place where stages meet processes: `tdds <stage> --help`.
 
-Exit codes: 0 done; 2 bad input, said in one line on standard error; 1 a defect, with its traceback.
+Exit codes: 0 done; 2 bad input, said in one line on standard error; 1 a defect, with its traceback. torchrun turns any
+failure of a rank into its own exit code 1 and adds a report of its own.
 """
 
 import argparse
@@ -150,7 +151,8 @@ def _collect(options: argparse.Namespace) -> None:
         paths = collect(config, world)
         if world.is_main:
             print(f"wrote {', '.join(str(path) for path in paths)}")
-            print(f"next: tdds select {config.run.directory} --pruning-rate 0.5")
+            served = [rate for window in config.score.windows for rate in window.pruning_rates if rate > 0]
+            print(f"next: tdds select {config.run.directory} --pruning-rate {max(served, default='P --score KEY')}")
 
 
 def _add_score(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -210,7 +212,7 @@ def _add_retrain(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_config(stage)
     stage.add_argument("--coreset", type=Path, required=True, metavar="FILE.npz")
     stage.add_argument("--strategy", choices=("E", "P"), required=True,
-                       help="E: as many epochs as on the full data; P: as many iterations, epochs / (1 - p)")
+                       help="E: as many epochs as on the full data; P: as many images seen, epochs / (1 - p)")
     stage.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
     stage.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
     stage.set_defaults(run=_retrain)

@@ -9,7 +9,7 @@ from tdds_dist.artifacts import Scores, save_scores
 from tdds_dist.config import Config, to_dict
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
-from tdds_dist.engine import Job, fit, open_files
+from tdds_dist.engine import Job, fit, open_files, preflight
 from tdds_dist.partition import EpochOrder, per_rank_batch
 from tdds_dist.rundir import RunDir
 from tdds_dist.scorer import ShardedScorer
@@ -44,8 +44,9 @@ def collect(config: Config, world: World) -> list[Path]:
     run = RunDir(config.run.directory)
     with together(world):
         config.check_collect()
-        per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
+        rows = per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
         train_file, val_file, fingerprint = open_files(config)
+        preflight(config, train_file, val_file, rows)
         if world.is_main:
             run.start(to_dict(config), {"stage": "collect"}, world.world_size, str(world.device))
     scorer = ShardedScorer(
@@ -55,18 +56,21 @@ def collect(config: Config, world: World) -> list[Path]:
         say(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
             f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
             f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", run.log_file)
-    observer = Scoring(scorer, config.collect.stop_after == "last_window")
-    result = fit(Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size, observer))
+    stops_early = config.collect.stop_after == "last_window"
+    result = fit(Job(
+        config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,
+        Scoring(scorer, stops_early), stops_after=max(window.T for window in config.windows()) if stops_early else None))
 
     score_of_window = scorer.gather()
     label_N = scorer.gather_labels().numpy()
     paths = [run.scores / f"{window.key(config.score.preset)}.npz" for window in score_of_window]
-    if world.is_main:
-        for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
-            settings = window_settings(window, config.score.preset) | {
-                "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
-            save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
-        run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result})
+    with together(world):
+        if world.is_main:
+            for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
+                settings = window_settings(window, config.score.preset) | {
+                    "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
+                save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
+            run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result})
     return paths
 
 

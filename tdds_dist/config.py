@@ -123,7 +123,7 @@ class Collect(Section):
 class Retrain(Section):
     """How coresets are trained on."""
 
-    epochs: int = Field(0, ge=0, description="Epochs of Strategy-E; 0 means train.epochs.")
+    epochs: int = Field(0, ge=0, description="Epochs of Strategy-E (Strategy-P divides them by 1 - p); 0 means train.epochs.")
     importance: Literal["none", "batch", "sample"] = Field(
         "batch", description="Weight of the loss: none; batch, the batch's mean importance (authors' code); sample, each its "
                              "own (Eq. 13).")
@@ -177,6 +177,9 @@ class Config(Section):
         if self.train.warmup_epochs >= self.train.epochs:
             raise InputError(f"train.warmup_epochs={self.train.warmup_epochs} must be less than "
                              f"train.epochs={self.train.epochs}")
+        if self.retrain.epochs and self.train.warmup_epochs >= self.retrain.epochs:
+            raise InputError(f"train.warmup_epochs={self.train.warmup_epochs} must be less than "
+                             f"retrain.epochs={self.retrain.epochs}")
         if min(self.data.std) <= 0:
             raise InputError(f"data.std={self.data.std} must be positive")
         return self

@@ -55,7 +55,8 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
     """Join the process group that the environment describes, and leave it in order.
 
     A clean exit is: all ranks meet at a barrier, then destroy the group (gloo aborts processes that leave a
-    collective behind). After an exception nobody waits: the launcher ends the other ranks.
+    collective behind). After an exception nobody waits, not even for the group's shutdown: the program says what is
+    wrong and leaves (`cli.run`), and the launcher ends the other ranks.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,17 +74,22 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    world = current_world(torch.device(device, local_rank) if device == "cuda" else device)
     try:
-        yield current_world(torch.device(device, local_rank) if device == "cuda" else device)
-        gc.collect()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+        yield world
+    except BaseException:
+        if world.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """Run a block that may find bad input on some ranks only; then all ranks raise, with the first rank's message.
+    """Run a block that may find bad input, or a full disk, on some ranks only; then all ranks raise an InputError with
+    the first rank's message.
 
     Protocol: every rank enters and leaves the block; inside it there is no collective.
     """
@@ -92,6 +98,9 @@ def together(world: World) -> Iterator[None]:
         yield
     except InputError as caught:
         error = caught
+    except OSError as caught:
+        error = InputError(f"cannot read or write ({caught}); free space, or choose another run.dir")
+        error.__cause__ = caught
     messages: list[str | None] = [None] * world.world_size
     if dist.is_initialized():
         dist.all_gather_object(messages, None if error is None else str(error))

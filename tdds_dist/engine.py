@@ -2,8 +2,8 @@
 and knows nothing of scores.
 
 Losses are sums over real rows divided by the number of real rows of the whole step (known in advance on every rank), so
-that the gradient is the mean over the global batch, padding and world size notwithstanding. Device totals are read at
-log cadence only.
+that the gradient is that of the mean over the global batch, padding and world size notwithstanding (batch norm aside: its
+statistics are those of one rank's rows, padding included). Device totals are read at log cadence only.
 """
 
 # B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples
@@ -30,7 +30,7 @@ from tdds_dist.config import Config
 from tdds_dist.console import Progress, say
 from tdds_dist.distributed import World
 from tdds_dist.errors import InputError
-from tdds_dist.loader import BetonLoader, View, default_workers
+from tdds_dist.loader import BetonLoader, View, check_view, default_workers
 from tdds_dist.models import InputStage, build_model
 from tdds_dist.partition import EpochOrder, epoch_order, per_rank_batch
 from tdds_dist.rundir import RunDir
@@ -85,6 +85,7 @@ class Job:
     subset_M: np.ndarray | None = None
     importance_N: np.ndarray | None = None
     importance: str = "none"
+    stops_after: int | None = None  # epochs after which the observer will end the run, for the time left
 
     @property
     def num_samples(self) -> int:
@@ -100,7 +101,9 @@ def fit(job: Job) -> dict[str, Any]:
     best: dict[str, Any] = {}
     record: dict[str, Any] = {}
     seconds: list[float] = []
+    wall_seconds: list[float] = []
     for epoch in range(job.epochs):
+        epoch_started = time.perf_counter()
         record = trainer.train_epoch(epoch)
         scoring = time.perf_counter()
         stop = job.observer.end_epoch()
@@ -112,11 +115,13 @@ def fit(job: Job) -> dict[str, Any]:
                 best = dict(record)
                 trainer.save("best")
         seconds.append(record["epoch_seconds"])
-        if job.world.is_main:
-            job.run.append_metrics(record)
-            trainer.write_tensorboard(record)
-            remaining = np.median(seconds) * (job.epochs - epoch - 1)
-            say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining), log)
+        wall_seconds.append(time.perf_counter() - epoch_started)
+        with distributed.together(job.world):
+            if job.world.is_main:
+                job.run.append_metrics(record)
+                trainer.write_tensorboard(record)
+                remaining = np.median(wall_seconds) * ((job.stops_after or job.epochs) - epoch - 1)
+                say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining), log)
         if is_last:
             break
     trainer.save("final")
@@ -210,17 +215,19 @@ class Trainer:
         return factor_S.tolist()
 
     def _forward_backward(self, batch: Any, weight: float, totals_3: Tensor) -> float:
-        """Forward, record, backward; returns the host seconds that the observer took."""
+        """Forward, record, backward; returns the host seconds that recording took (on CUDA: to launch it)."""
         job, train = self.job, self.job.config.train
         image, target = self.input_stage(batch.image), batch.label
+        started = time.perf_counter()
         clean_logits_BC = self._clean_view(image) if job.config.score.view == "clean" and self._observed() else None
+        clean_seconds = time.perf_counter() - started
         if self.mix is not None:
             image, target = self.mix(image, batch.label)
         with self._autocast():
             logits_BC = self.model(image)
         started = time.perf_counter()
         job.observer.record(batch.index, logits_BC.detach() if clean_logits_BC is None else clean_logits_BC, batch.label)
-        record_seconds = time.perf_counter() - started
+        record_seconds = clean_seconds + time.perf_counter() - started
         loss_B = F.cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing)
         real_B = batch.index >= 0
         weighted_B = loss_B * real_B
@@ -298,9 +305,10 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
-        if self.job.world.is_main:
-            state = self.model.module.state_dict()
-            write_atomically(self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file))
+        with distributed.together(self.job.world):
+            if self.job.world.is_main:
+                state = self.model.module.state_dict()
+                write_atomically(self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file))
 
     def write_tensorboard(self, record: dict[str, Any]) -> None:
         """The record's numbers as TensorBoard scalars by epoch."""
@@ -350,13 +358,18 @@ def build_mix(config: Config) -> Any:
     return v2.RandomChoice(mixes) if mixes else None
 
 
+def build_views(config: Config) -> tuple[View, View]:
+    """How training and evaluation see an image."""
+    data = config.data
+    train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0))
+    return train_view, View(data.image_size, "center", ratio=data.eval_crop_ratio)
+
+
 def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
     """Training and evaluation loaders of this rank."""
     data, world = job.config.data, job.world
     workers = data.num_workers or default_workers(world.local_world_size)
-    train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0),
-                      ratio=1.0)
-    eval_view = View(data.image_size, "center", ratio=data.eval_crop_ratio)
+    train_view, eval_view = build_views(job.config)
     seed = job.config.run.seed
     return tuple(  # type: ignore[return-value]
         BetonLoader(file.path, rows, view, device=world.device, num_workers=workers, seed=seed)
@@ -378,6 +391,27 @@ def _epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -
             f"{record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f} images/s{eta}")
 
 
+def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
+    """InputError for a network or a view that would fail at the first step of `rows` images per rank.
+
+    The network runs once on shapes alone (torch's meta device), which costs no memory.
+    """
+    for file, view in zip((train_file, val_file), build_views(config), strict=True):
+        check_view(file, view)
+    size, name = config.data.image_size, config.model.name
+    try:
+        with torch.device("meta"):
+            model = build_model(name, config.data.num_classes, cifar_stem=config.model.cifar_stem, channels_last=False)
+            output = model(torch.empty(rows, 3, size, size))
+    except InputError:
+        raise
+    except Exception as error:  # torchvision's networks say in many ways that an image is too small
+        raise InputError(f"model.name={name} cannot train on {rows} images of {size}x{size} per rank and step "
+                         f"({error}); use another data.image_size, network, or a larger train.global_batch_size") from error
+    if not isinstance(output, torch.Tensor):
+        raise InputError(f"model.name={name} gives several outputs in training; use a network with one")
+
+
 def open_files(config: Config) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
     """The training and evaluation files, checked against the config, and the fingerprint of the training labels.
 
@@ -390,6 +424,6 @@ def open_files(config: Config) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
         if not path.is_file():
             raise InputError(f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`")
         info = inspect_beton(path)
-        check_labels(info, config.data.num_classes, read_manifest(path))
+        check_labels(info, config.data.num_classes, read_manifest(path), complete=key == "train")
         files.append(info)
     return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)

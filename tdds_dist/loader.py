@@ -6,12 +6,11 @@ thread leaves the consumer waiting for ever, so ours carries it over and watches
 code of the decoder is checked and the index named. Buffers: a batch is valid only until the next one, so what is yielded
 is either copied to the device or valid until the next iteration, as said below. Memory: the stock memory manager
 builds Python sets per sample (646 MB at ImageNet size) that this access pattern never reads. Threads: FFCV sets torch's
-thread count for the whole process; ours leaves it alone.
+thread count for the whole process in every epoch; ours does not (importing FFCV sets it to 1; `engine` chooses it then).
 """
 
 # B rows per rank and step, S steps, N samples of the file
 
-import collections
 import math
 import os
 import queue
@@ -40,7 +39,7 @@ from ffcv.reader import Reader
 from torch import Tensor
 
 from tdds_dist import imaging
-from tdds_dist.beton import inspect_beton
+from tdds_dist.beton import BetonInfo, inspect_beton
 from tdds_dist.errors import InputError
 from tdds_dist.partition import EpochOrder
 
@@ -73,6 +72,25 @@ class Batch:
     index: Tensor
 
 
+def check_view(info: BetonInfo, view: View) -> None:
+    """InputError when the file cannot be read in this view, or not at all on this machine."""
+    sides = np.concatenate([info.width_N, info.height_N])
+    if view.crop == "pad" and not (sides == view.size).all():
+        raise InputError(f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {info.path} has sides "
+                         f"{sides.min()}..{sides.max()}; use data.crop=resized, or write the file at that size")
+    if os.environ["NUMBA_THREADING_LAYER"] == "tbb" and not _has_tbb():
+        raise InputError("numba cannot load Intel TBB (libtbb.so.12), which decodes images in parallel; install Debian's "
+                         "libtbb12 or conda-forge's tbb, or set NUMBA_THREADING_LAYER=omp")
+
+
+def _has_tbb() -> bool:
+    try:
+        import numba.np.ufunc.tbbpool  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 class BetonLoader(ffcv.Loader):
     """Reads one `.beton` for one rank.
 
@@ -92,11 +110,7 @@ class BetonLoader(ffcv.Loader):
                  num_workers: int = 1, seed: int = 0):
         # The stock constructor is replaced, not called: see "Memory" and "Threads" above.
         info = inspect_beton(Path(path))
-        sides = np.concatenate([info.width_N, info.height_N])
-        if view.crop == "pad" and not (sides == view.size).all():
-            raise InputError(f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {path} has "
-                             f"sides {sides.min()}..{sides.max()}; "
-                             "use data.crop=resized, or write the file at that size")
+        check_view(info, view)
         self.view = view
         self.device = torch.device(device)
         self.fname, self.batch_size, self.batches_ahead = str(path), batch_size, 3
@@ -129,7 +143,6 @@ class BetonLoader(ffcv.Loader):
         sample_SB, index_SB = (np.ascontiguousarray(part) for part in order.of_rank(rank, world_size))
         assert sample_SB.shape[1] == self.batch_size, (sample_SB.shape, self.batch_size)
         self._image_operation.epoch = epoch
-        copies: collections.deque[torch.cuda.Event] = collections.deque()
         with _EpochThread(self, sample_SB.reshape(-1)) as iterator:
             for (image, failed, label), sample_B, index_B in zip(iterator, sample_SB, index_SB, strict=True):
                 if failed.any():
@@ -138,18 +151,19 @@ class BetonLoader(ffcv.Loader):
                                      "the file is damaged, write it again with `tdds write`")
                 batch = Batch(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label[:, 0].copy()),
                               torch.from_numpy(index_B))
-                yield self._to_device(batch, copies)
+                batch, copied = self._to_device(batch)
+                yield batch
+                if copied is not None:
+                    copied.synchronize()  # taking the next batch lets the thread decode over this one's pinned buffer
 
-    def _to_device(self, batch: Batch, copies: "collections.deque[torch.cuda.Event]") -> Batch:
-        """Start the copy to the GPU. At most two copies may be unfinished, else a buffer is decoded over while it leaves."""
+    def _to_device(self, batch: Batch) -> tuple[Batch, "torch.cuda.Event | None"]:
+        """Start the copy to the GPU; the event says when it is done. Waiting for it here would delay the step's launch."""
         if self.device.type != "cuda":
-            return batch
+            return batch, None
         moved = Batch(*(part.to(self.device, non_blocking=True) for part in (batch.image, batch.label, batch.index)))
-        copies.append(torch.cuda.Event())
-        copies[-1].record()
-        if len(copies) > 2:
-            copies.popleft().synchronize()
-        return moved
+        copied = torch.cuda.Event()
+        copied.record()
+        return moved, copied
 
 
 class _Blocks(OSCacheManager):

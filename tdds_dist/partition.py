@@ -8,6 +8,7 @@ first samples so that all ranks see full batches; such a padding row carries ind
 
 # G global batch, B rows per rank and step (G = W B), W world size, S steps, N samples, M rows per shard (ceil(N / W))
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,16 +65,26 @@ def epoch_order(
     return EpochOrder(sample_SG, index_SG)
 
 
-def per_rank_batch(global_batch_size: int, world_size: int, accumulation: int = 1, key: str = "train.global_batch_size",
-                   ) -> int:
-    """Rows per rank and forward pass; InputError when the global batch cannot be dealt out evenly."""
+def per_rank_batch(global_batch_size: int, world_size: int, accumulation: int = 1, factor: float = 1.0) -> int:
+    """Rows per rank and forward pass of a global batch of `global_batch_size * factor`.
+
+    Raises InputError when it cannot be dealt out evenly, naming the nearest values of train.global_batch_size that can.
+    """
     parts = world_size * accumulation
-    if global_batch_size % parts:
-        below, above = global_batch_size // parts * parts, -(-global_batch_size // parts) * parts
-        nearest = " or ".join(str(value) for value in (below, above) if value)
-        divisor = f"world_size={world_size}" + (f" x train.accumulation={accumulation}" if accumulation > 1 else "")
-        raise InputError(f"{key}={global_batch_size} is not divisible by {divisor}; use {nearest}")
-    return global_batch_size // parts
+
+    def fits(size: int) -> bool:
+        batch = size * factor
+        return batch >= parts and abs(batch - round(batch)) < 1e-9 and round(batch) % parts == 0
+
+    if fits(global_batch_size):
+        return round(global_batch_size * factor) // parts
+    reach = range(1, global_batch_size + math.ceil(parts / factor) * 100)
+    below = next((global_batch_size - step for step in reach if fits(global_batch_size - step)), None)
+    above = next((global_batch_size + step for step in reach if fits(global_batch_size + step)), None)
+    nearest = " or ".join(str(size) for size in (below, above) if size is not None)
+    divisor = f"world_size={world_size}" + (f" x train.accumulation={accumulation}" if accumulation > 1 else "")
+    scaled = f" x {factor:g} (retrain.batch_size_rule)" if factor != 1 else ""
+    raise InputError(f"train.global_batch_size={global_batch_size}{scaled} is not divisible by {divisor}; use {nearest}")
 
 
 def rows_per_shard(num_samples: int, world_size: int) -> int:

@@ -8,7 +8,7 @@ from tdds_dist.artifacts import Coreset, load_coreset, require_same_dataset
 from tdds_dist.config import Config, to_dict
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
-from tdds_dist.engine import Job, fit, open_files
+from tdds_dist.engine import Job, fit, open_files, preflight
 from tdds_dist.errors import InputError
 from tdds_dist.partition import per_rank_batch
 from tdds_dist.rundir import RunDir
@@ -30,9 +30,9 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         _check_importance(coreset, importance, coreset_file)
         rate = coreset.pruning_rate
         factor = batch_size_factor(rate, config.retrain.batch_size_rule)
-        global_batch_size = max(1, round(config.train.global_batch_size * factor))
-        key = "train.global_batch_size" + (f" x {factor} (retrain.batch_size_rule at p={rate})" if factor != 1 else "")
-        per_rank_batch(global_batch_size, world.world_size, config.train.accumulation, key)
+        rows = per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation, factor)
+        global_batch_size = rows * world.world_size * config.train.accumulation
+        preflight(config, train_file, val_file, rows)
         epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
         run = RunDir(RunDir(config.run.directory).retrain / (name or _name(config, Path(coreset_file), strategy, importance)))
         setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,

@@ -43,7 +43,7 @@ class RunDir:
 
         Refuses a directory that already holds a run.
         """
-        if self.metrics_file.exists():
+        if self.metrics_file.exists() or (self.trajectory / "meta.json").exists():
             raise InputError(f"{self.path} already holds a run; choose another run.dir or remove it")
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ def learning_rate(step: int, total_steps: int, peak: float, *, warmup_steps: int
 
 
 def retrain_epochs(epochs: int, pruning_rate: float, strategy: str) -> int:
-    """Epochs on a coreset: Strategy-E keeps the epochs of the full data, Strategy-P the number of iterations."""
+    """Epochs on a coreset: Strategy-E keeps those of the full data, Strategy-P as many images seen (epochs / (1 - p))."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
     return epochs if strategy == "E" else round(epochs / (1.0 - pruning_rate))

@@ -44,13 +44,15 @@ def score(source: Path, *, preset: str | None = None, T: int | None = None, K: i
         return _score_dynamics(source, window, preset or "official", beton, out)
     is_run = (source / "config.yaml").is_file()
     trajectory = Trajectory(source / "trajectory" if is_run else source)
-    windows = None
+    windows: list[Window] | None = None
+    origin: dict[str, object] = {}
     if is_run:
         config = parse_config(RunDir(source).read_config(), str(source / "config.yaml"))
         preset = preset or config.score.preset
         if T is None and K is None:
             windows = [window if beta is None else replace(window, beta=beta) for window in config.windows()]
         beta = config.score.beta if beta is None else beta
+        origin = {"seed": config.run.seed, "world_size": RunDir(source).read_env().get("world_size")}
     windows = windows or [Window(*_settings(T, K, beta, trajectory.num_epochs))]
     preset = preset or "official"
     for window in windows:
@@ -60,7 +62,8 @@ def score(source: Path, *, preset: str | None = None, T: int | None = None, K: i
     label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
     delta_TN = trajectory.read(DELTA_OF_PRESET[preset], max(window.T for window in windows))
     folder = RunDir(source).scores if is_run else source
-    return [_save(score_trajectory(delta_TN, window, preset), window, preset, label_N, found, folder, out)
+    origin["epochs"] = trajectory.num_epochs
+    return [_save(score_trajectory(delta_TN, window, preset), window, preset, label_N, found, folder, out, origin)
             for window in windows]
 
 
@@ -132,9 +135,9 @@ def _labels(label_N: np.ndarray, num_classes: int, beton: Path | None) -> tuple[
 
 
 def _save(score_N: np.ndarray, window: Window, preset: str, label_N: np.ndarray, found: Fingerprint, folder: Path,
-          out: Path | None) -> Path:
+          out: Path | None, origin: dict[str, object] | None = None) -> Path:
     key = window.key(preset)
     path = Path(out) if out is not None else folder / f"{key}.npz"
-    settings = window_settings(window, preset) | {"source": "recorded"}
+    settings = window_settings(window, preset) | {"source": "recorded"} | (origin or {})
     save_scores(path, Scores(key, score_N, label_N, found, settings))
     return path

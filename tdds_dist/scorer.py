@@ -27,7 +27,7 @@ from tdds_dist.tdds import (
     differences_per_window,
     window_variability,
 )
-from tdds_dist.trajectory import TrajectoryWriter
+from tdds_dist.trajectory import TrajectoryWriter, require_no_trajectory
 
 _HEADER_BYTES = 16  # global index and label of a row, int64 each
 _NEVER = 2**62  # step of the first non-finite row while there is none
@@ -77,8 +77,13 @@ class ShardedScorer:
         self._counts: tuple[list[list[int]], list[list[int]]] | None = None
         self._pending: tuple[distributed.Exchange, torch.dtype, int] | None = None
         self._allocate(logp_dtype)
-        self._trajectory = None if trajectory is None else TrajectoryWriter(
-            trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main)
+        self._trajectory = None
+        if trajectory is not None:
+            with distributed.together(self.world):
+                if self.world.is_main:
+                    require_no_trajectory(Path(trajectory))
+            self._trajectory = TrajectoryWriter(
+                trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main)
 
     def _allocate(self, logp_dtype: torch.dtype) -> None:
         """State of this shard. Row M of the per-sample tables takes what padding rows write."""
@@ -110,8 +115,10 @@ class ShardedScorer:
 
         Args:
             index_B: int64 [B] global indices; -1 marks a padding row, which is ignored.
-            logits_BC: floating point [B, C], detached; copied before the call returns.
+            logits_BC: floating point [B, C].
             label_B: int64 [B] classes.
+
+        All three may be reused once the device has done what is queued on it (on the CPU: at once).
 
         Raises:
             ValueError: shapes or dtypes that do not fit. Values are checked later, by `check` or `end_epoch`.
@@ -230,9 +237,10 @@ class ShardedScorer:
                                 f"{repeated} more than once (global indices {named}); record every sample exactly once per "
                                 "epoch and give rows that merely fill a batch the index -1", shared=True)
         if self._trajectory is not None:
-            if self.epoch == 0:
-                self._trajectory.write_labels(self._label_M[:rows].cpu().numpy())
-            self._trajectory.append(self.epoch, self._scalars_MF[:rows].T.contiguous().cpu().numpy())
+            with distributed.together(self.world):
+                if self.epoch == 0:
+                    self._trajectory.write_labels(self._label_M[:rows].cpu().numpy())
+                self._trajectory.append(self.epoch, self._scalars_MF[:rows].T.contiguous().cpu().numpy())
         if self.epoch > 0:
             self._advance_windows()
         self._visits_M.zero_()

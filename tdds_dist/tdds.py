@@ -67,7 +67,7 @@ def window_variability(delta_DM: Sequence[Tensor], preset: str) -> Tensor:
     total_M = delta_DM[0].clone()
     for delta_M in delta_DM[1:]:
         total_M += delta_M
-    mean_M = total_M / num_differences
+    mean_M = total_M * (1.0 / num_differences)  # CUDA divides this way; the CPU must round alike
     squares_M = (delta_DM[0] - mean_M) ** 2
     for delta_M in delta_DM[1:]:
         squares_M += (delta_M - mean_M) ** 2

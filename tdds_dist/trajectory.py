@@ -25,6 +25,12 @@ _BLOCK = re.compile(r"(\d{10})-(\d{10})\.npy")
 _EPOCH = re.compile(r"epoch_(\d{4,})")
 
 
+def require_no_trajectory(directory: Path) -> None:
+    """InputError when there is one already: epochs of two runs must not mix."""
+    if (directory / "meta.json").exists() or any(directory.glob("epoch_*")):
+        raise InputError(f"{directory} already holds a trajectory; choose another directory or remove it")
+
+
 class TrajectoryWriter:
     """Appends the blocks of one rank. All ranks may create it; they write different files."""
 
@@ -34,16 +40,15 @@ class TrajectoryWriter:
         self._scalars = scalars
         self._block = f"{first:010d}-{end:010d}.npy"
         self._rows = end - first
-        meta = {"format": FORMAT, "scalars": list(scalars), "num_samples": num_samples, "num_classes": num_classes,
-                "dtype": "float32"}
-        if is_main:
-            existing = self._directory / "meta.json"
-            if existing.exists() or list(self._directory.glob("epoch_*")):
-                raise InputError(f"{self._directory} already holds a trajectory; choose another directory or remove it")
-            write_atomically(existing, lambda file: file.write(json.dumps(meta, indent=2).encode()))
+        self._meta = {"format": FORMAT, "scalars": list(scalars), "num_samples": num_samples, "num_classes": num_classes,
+                      "dtype": "float32"}
+        self._is_main = is_main  # nothing is written before the first epoch ends
 
     def write_labels(self, label_M: np.ndarray) -> None:
-        """Labels of the owned samples, int64 [M]; once per run."""
+        """Labels of the owned samples, int64 [M]; once per run, before the first `append`. Rank 0 adds meta.json."""
+        if self._is_main:
+            text = json.dumps(self._meta, indent=2)
+            write_atomically(self._directory / "meta.json", lambda file: file.write(text.encode()))
         self._write(self._directory / "labels" / self._block, label_M.astype(np.int64))
 
     def append(self, epoch: int, scalars_FM: np.ndarray) -> None:

@@ -217,6 +217,61 @@ def test_dataset_errors(config_file, capsys, tmp_path, betons):
     assert not RunDir(tmp_path / "run").metrics_file.exists()
 
 
+def test_a_refused_run_leaves_nothing_and_the_corrected_command_runs(config_file, capsys, tmp_path, betons):
+    for wrong, words in [
+        ("model.name=resnet99", "not a torchvision classifier"),
+        ("model.name=vit_b_16", "cannot train on 24 images of 32x32"),
+        ("model.name=googlenet", "several outputs"),
+        ("model.name=alexnet", "cannot train on 24 images of 32x32"),
+        (f"data.train={betons['big']}", "data."),
+    ]:
+        assert words in refused(capsys, "collect", config_file, wrong)
+        assert not (tmp_path / "run").exists()
+    assert "cannot train on 1 images" in refused(capsys, "collect", config_file, "train.global_batch_size=1")
+    assert main(["collect", str(config_file)]) == 0
+
+
+def test_an_evaluation_file_may_lack_classes(config_file, tmp_path, betons):
+    from dataclasses import replace
+
+    from tdds_dist.beton import manifest_path
+    from tdds_dist.beton_writer import write_beton
+    from tdds_dist.config import load_config
+    from tdds_dist.engine import open_files
+    from tdds_dist.sources import open_source
+
+    source = open_source("digits", "val", 50)
+    kept = np.flatnonzero(source.label_N < 9)
+    paths = [source.path[i] for i in kept]
+    part = replace(source, path=paths, label_N=source.label_N[kept], reader=lambda i: source.read(int(kept[i])))
+    path = tmp_path / "part.beton"
+    write_beton(part, path, num_workers=1, progress=False)
+    manifest_path(path).unlink()
+    assert open_files(load_config(config_file, [f"data.val={path}"]))[1].num_samples == len(kept)
+
+
+def test_a_full_disk_is_one_line_on_every_rank(config_file, tmp_path):
+    """A file where the trajectory's folder should be fails like a disk that takes no more."""
+    from ranks import run_ranks
+
+    for kind, text in run_ranks(2, _collect_without_room, config_file, tmp_path):
+        assert kind == "InputError"
+        assert "cannot read or write" in text
+
+
+def _collect_without_room(rank, config_file, tmp_path):
+    from ranks import catch
+
+    from tdds_dist.collect import collect
+    from tdds_dist.config import load_config
+    from tdds_dist.distributed import current_world
+
+    if rank == 0:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "models").write_text("in the way")
+    return catch(collect, load_config(config_file, ["train.epochs=3"]), current_world("cpu"))
+
+
 def test_a_diverging_run_ends_with_one_line(config_file, capsys):
     line = refused(capsys, "collect", config_file, "train.lr=1e30")
     assert "NaN or infinite logits" in line
@@ -320,9 +375,9 @@ def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path)
     score = {}
     for ranks, seed in [(1, 0), (2, 0), (2, 1)]:
         folder = tmp_path / f"run{ranks}{seed}"
-        done = tdds("collect", root / "configs/digits.yaml", f"run.dir={folder}", f"run.seed={seed}", "train.epochs=12",
-                    f"data.train={tmp_path}/train.beton", f"data.val={tmp_path}/val.beton", "train.eval_every=12",
-                    "score.windows=[{T: 12, K: 10}]", ranks=ranks)  # fmt: skip
+        done = tdds("collect", root / "configs/digits.yaml", f"run.dir={folder}", f"run.seed={seed}", "run.device=cpu",
+                    f"data.train={tmp_path}/train.beton", f"data.val={tmp_path}/val.beton", "train.eval_every=9",
+                    "train.epochs=12", "score.windows=[{T: 12, K: 10}]", ranks=ranks)  # fmt: skip
         assert done.returncode == 0, done.stderr
         score[ranks, seed] = load_scores(folder / "scores" / "tdds_official_T12_K10_beta0.9.npz").score_N
     ranks_differ = spearmanr(score[1, 0], score[2, 0])[0]

@@ -225,6 +225,9 @@ def test_uneven_batch_names_the_nearest_even_ones(world_size, accumulation):
             assert per_rank_batch(number, world_size, accumulation) * parts == number
 
 
-def test_uneven_batch_names_the_key_it_came_from():
-    with pytest.raises(InputError, match=r"^retrain\.batch=10 is not divisible by world_size=3; use 9 or 12$"):
-        per_rank_batch(10, 3, key="retrain.batch")
+def test_a_scaled_batch_names_values_of_the_key_itself():
+    """At p = 0.9 a quarter of the batch must still be dealt out evenly."""
+    assert per_rank_batch(128, 8, factor=0.25) == 4
+    with pytest.raises(InputError, match=r"batch_size=40 x 0\.25 \(retrain\.batch_size_rule\) .* world_size=8; use 32 or 64$"):
+        per_rank_batch(40, 8, factor=0.25)
+    assert per_rank_batch(32, 8, factor=0.25) == 1

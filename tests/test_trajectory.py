@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tdds_dist import ShardedScorer, Window
 from tdds_dist.errors import InputError
 from tdds_dist.partition import shard_bounds
-from tdds_dist.trajectory import Trajectory, TrajectoryWriter
+from tdds_dist.trajectory import Trajectory, TrajectoryWriter, require_no_trajectory
 
 NAMES = ("first", "second", "third")
 
@@ -72,8 +73,10 @@ def test_an_empty_shard_writes_no_block(tmp_path):
         "0000000000-0000000001.npy", "0000000001-0000000002.npy"]
 
 
-def test_a_new_trajectory_has_no_epochs(tmp_path):
-    TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, is_main=True)
+def test_a_new_trajectory_has_no_epochs_and_no_files_before_its_labels(tmp_path):
+    writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, is_main=True)
+    assert not list(tmp_path.iterdir())
+    writer.write_labels(np.zeros(10, dtype=np.int64))
     trajectory = Trajectory(tmp_path)
     assert trajectory.num_epochs == 0
     assert trajectory.read("first").shape == (0, 10)
@@ -118,10 +121,12 @@ def test_wrong_shape_is_a_defect_of_the_caller(tmp_path):
 def test_an_existing_trajectory_is_not_written_into(folder):
     before = Trajectory(folder).read("first")
     with pytest.raises(InputError, match=r"trajectory already holds a trajectory; choose another"):
-        TrajectoryWriter(folder, NAMES, 10, 4, 0, 10, is_main=True)
+        require_no_trajectory(folder)
     (folder / "meta.json").unlink()
     with pytest.raises(InputError, match="already holds a trajectory"):
-        TrajectoryWriter(folder, NAMES, 10, 4, 0, 10, is_main=True)
+        require_no_trajectory(folder)
+    with pytest.raises(InputError, match="already holds a trajectory"):
+        ShardedScorer(10, 4, [Window(3, 2)], device="cpu", trajectory=folder)
     assert not (folder / "meta.json").exists()
     assert len(before) == 3
 
