@@ -48,19 +48,27 @@ def test_every_index_exactly_once(betons, world_size, per_rank):
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_index_exactly_once_on_real_ranks(betons, world_size):
-    for num_batches, index in run_ranks(world_size, _indices_of_rank, world_size, betons["raw"]):
-        assert num_batches == math.ceil(97 / (10 * world_size))
-        assert sorted(index) == list(range(97))
+    """N below, at and around multiples of the number of ranks, and a batch larger than the data."""
+    for cases in run_ranks(world_size, _indices_of_rank, world_size, betons["raw"]):
+        assert len(cases) >= 8
+        for num, per_rank, num_batches, index in cases:
+            assert num_batches == math.ceil(num / (per_rank * world_size))
+            assert sorted(index) == list(range(num)), (num, per_rank)
 
 
 def _indices_of_rank(rank, world_size, path):
+    """On this rank, for each case: (N, rows per rank, batches seen, indices gathered from all ranks)."""
     from tdds_dist import distributed
 
-    order = epoch_order(97, 10 * world_size, epoch=4)
-    batches = list(BetonLoader(path, 10, View(32)).batches(order, rank=rank, world_size=world_size, epoch=4))
-    index = torch.cat([batch.index for batch in batches])
-    gathered = distributed.all_gather_same(index, distributed.current_world("cpu")).view(-1)
-    return len(batches), gathered[gathered >= 0].tolist()
+    cases = []
+    for num in sorted({1, max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 97}):
+        for per_rank in (1, 10):
+            order = epoch_order(num, per_rank * world_size, epoch=4, subset=np.arange(num))
+            loader = BetonLoader(path, per_rank, View(32))
+            batches = [batch.index for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=4)]
+            gathered = distributed.all_gather_same(torch.cat(batches), distributed.current_world("cpu")).view(-1)
+            cases.append((num, per_rank, len(batches), gathered[gathered >= 0].tolist()))
+    return cases
 
 
 def test_a_subset_is_visited_once_and_nothing_else(betons):
