@@ -6,6 +6,7 @@ failure of a rank into its own exit code 1 and adds a report of its own.
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -108,6 +109,7 @@ def _write(options: argparse.Namespace) -> None:
     from tdds_dist.beton_writer import write_beton
     from tdds_dist.sources import open_source
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
     source = open_source(options.source, options.split, options.subset)
     manifest = write_beton(
         source, options.out, max_resolution=options.max_resolution, write_mode=options.write_mode, quality=options.quality,

@@ -340,6 +340,23 @@ def _check_together(rank):
             raise InputError("data.train=/x is missing")
 
 
+def test_a_terminated_write_leaves_nothing(tmp_path):
+    import signal
+    import time
+
+    out = tmp_path / "x.beton"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tdds_dist", "write", "synthetic:5000,3,256", str(out)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert not list(tmp_path.iterdir())
+
+
 # ---- help
 
 
