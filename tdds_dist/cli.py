@@ -154,7 +154,7 @@ def _collect(options: argparse.Namespace) -> None:
         if world.is_main:
             print(f"wrote {', '.join(str(path) for path in paths)}")
             served = [rate for window in config.score.windows for rate in window.pruning_rates if rate > 0]
-            print(f"next: tdds select {config.run.directory} --pruning-rate {max(served, default='P --score KEY')}")
+            print(f"next: tdds select {config.run.directory} --pruning-rate {min(served, default='P --score KEY')}")
 
 
 def _add_score(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -187,7 +187,7 @@ def _add_select(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Keep the highest-scored images. In a run directory the config says which window serves which rate.")
     stage.add_argument("source", metavar="RUN|SCORES.npz", type=Path)
     stage.add_argument("--pruning-rate", type=float, required=True, metavar="P", help="fraction to remove, in [0, 1)")
-    stage.add_argument("--score", default="tdds", metavar="KEY", help="tdds (default), random, or a file name in scores/")
+    stage.add_argument("--score", default="tdds", metavar="KEY", help="tdds (default), random, or a name in scores/")
     stage.add_argument("--class-balanced", action="store_true", help="keep the same share of every class")
     stage.add_argument("--seed", type=int, default=0, help="of the random score and of ties (default: 0)")
     stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: coresets/ of the run, or beside the scores")
@@ -204,7 +204,8 @@ def _select(options: argparse.Namespace) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     coreset = load_coreset(path)
     print(f"wrote {path} ({len(coreset.index_M)} of {coreset.fingerprint.num_samples} images by {coreset.score_key})")
-    print(f"next: tdds retrain CONFIG.yaml --coreset {path} --strategy E")
+    config = options.source / "config.yaml" if options.source.is_dir() else "CONFIG.yaml"
+    print(f"next: tdds retrain {config} --coreset {path} --strategy E")
 
 
 def _add_retrain(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -13,7 +13,7 @@ from tdds_dist.engine import Job, fit, open_files, preflight
 from tdds_dist.partition import EpochOrder, per_rank_batch
 from tdds_dist.rundir import RunDir
 from tdds_dist.scorer import ShardedScorer
-from tdds_dist.tdds import window_settings
+from tdds_dist.tdds import differences_per_window, window_settings
 
 
 class Scoring:
@@ -36,6 +36,18 @@ class Scoring:
         return self._stop and self._scorer.is_complete
 
 
+def _warnings(config: Config, num_samples: int) -> list[str]:
+    """What is allowed and hardly meant."""
+    preset = config.score.preset
+    found = [
+        f"K={window.K} leaves one loss difference per window in preset {preset}, so scores of T={window.T} will be 0; raise K"
+        for window in config.windows() if differences_per_window(window, preset) == 1]
+    if config.train.global_batch_size > num_samples:
+        found.append(f"train.global_batch_size={config.train.global_batch_size} is larger than the {num_samples} images and "
+                     "repeats some to fill up; lower it")
+    return found
+
+
 def collect(config: Config, world: World) -> list[Path]:
     """Run the stage; returns the score files, one per window of the config.
 
@@ -56,6 +68,8 @@ def collect(config: Config, world: World) -> list[Path]:
         say(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
             f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
             f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", run.log_file)
+        for warning in _warnings(config, train_file.num_samples):
+            say(f"warning: {warning}", run.log_file)
     stops_early = config.collect.stop_after == "last_window"
     result = fit(Job(
         config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,

@@ -274,17 +274,25 @@ def _lists(value: Any) -> Any:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains what is missing
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section, name = _section(first["loc"][:-1]), str(first["loc"][-1])
-        near = max(section, key=lambda valid: difflib.SequenceMatcher(None, valid.lower(), name.lower()).ratio())
+        near = _nearest(name, section)
         return f"unknown key {key!r}; the nearest valid key is {near!r} (valid: {', '.join(section)})"
     if first["type"] == "missing":
         return f"key {key!r} is missing; {_describe(first['loc'])}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; {_describe(first['loc'])}"
+
+
+def _nearest(name: str, section: Sequence[str]) -> str:
+    """The valid key most like `name`; initials count, so that learning_rate finds lr."""
+    initials = "".join(word[:1] for word in name.lower().split("_"))
+    if len(initials) > 1 and initials in section:
+        return initials
+    return max(section, key=lambda valid: difflib.SequenceMatcher(None, valid.lower(), name.lower()).ratio())
 
 
 def _section(location: Sequence[str | int]) -> list[str]:
@@ -304,6 +312,8 @@ def _describe(location: Sequence[str | int]) -> str:
         if part not in fields:
             break
         if position == len(names) - 1:
-            return fields[part].description or f"it has the keys {', '.join(fields[part].annotation.model_fields)}"
+            if fields[part].description:
+                return f"{part}: {fields[part].description}"
+            return f"it has the keys {', '.join(fields[part].annotation.model_fields)}"
         model = ScoreWindow if part == "windows" else fields[part].annotation
     return "see `configs/` for examples"

@@ -98,7 +98,7 @@ def _section(facts: Facts, num_thumbnails: int) -> dict[str, Any]:
     sizes = [result.get("num_images"), *(scores.fingerprint.num_samples for scores in facts.scores.values())]
     return {
         "name": facts.config.get("run", {}).get("name") or facts.run.path.name,
-        "dataset": str(getattr(facts.manifest, "source", None) or Path(str(data.get("train", "?"))).name),
+        "dataset": _dataset_name(str(getattr(facts.manifest, "source", "")), str(data.get("train", "?"))),
         "num_images": next((size for size in sizes if size is not None), None), "num_classes": data.get("num_classes"),
         "model": facts.config.get("model", {}).get("name", "?"), "train": facts.config.get("train", {}),
         "seed": facts.config.get("run", {}).get("seed"), "env": facts.env, "result": facts.result,
@@ -111,6 +111,12 @@ def _section(facts: Facts, num_thumbnails: int) -> dict[str, Any]:
         "config_text": yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
         "env_text": json.dumps(facts.env, indent=2, ensure_ascii=False),
     }
+
+
+def _dataset_name(source: str, beton: str) -> str:
+    """The source's name without the folders above it, or the file's."""
+    kind, _, folder = source.partition(":")
+    return f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name
 
 
 def _finding(rows: list[dict[str, Any]]) -> str | None:

@@ -41,19 +41,33 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
             resolved = to_dict(config)
             resolved["train"] |= {"epochs": epochs, "global_batch_size": global_batch_size}
             resolved["run"] |= {"dir": str(run.path)}
-            run.start(resolved, setting, world.world_size, str(world.device))
+            run.start(resolved, setting, world.world_size, str(world.device), "choose another --name, or remove it")
     importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
     importance_N[coreset.index_M] = coreset.importance_M
     if world.is_main:
-        say(f"retrain {run.path.name}: {len(coreset.index_M)} of {train_file.num_samples} images, {epochs} epochs "
-            f"(Strategy-{strategy}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
-            run.log_file)
+        _announce(config, run, coreset, strategy, importance, epochs, global_batch_size, world)
     job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
               importance_N=importance_N, importance=importance)
     result = fit(job)
     if world.is_main:
         run.write_result(setting | result)
     return run
+
+
+def _announce(config: Config, run: RunDir, coreset: Coreset, strategy: str, importance: str, epochs: int,
+              global_batch_size: int, world: World) -> None:
+    """What is about to be trained, and what about it may surprise."""
+    base = f"retrain.epochs={config.retrain.epochs}" if config.retrain.epochs else f"train.epochs={config.train.epochs}"
+    say(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
+        f"(Strategy-{strategy} of {base}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
+        run.log_file)
+    mean = float(coreset.importance_M.mean())
+    if importance != "none" and mean > 2.0:
+        say(f"warning: importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain with --importance "
+            "none, or select by a score of preset official", run.log_file)
+    if global_batch_size > len(coreset.index_M):
+        say(f"warning: a batch of {global_batch_size} is larger than the {len(coreset.index_M)} images and repeats some to "
+            "fill up; lower train.global_batch_size", run.log_file)
 
 
 def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:

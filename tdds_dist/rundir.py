@@ -38,13 +38,14 @@ class RunDir:
         self.retrain = self.path / "retrain"
         self.report_file = self.path / "report.html"
 
-    def start(self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str) -> None:
+    def start(self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str,
+              way_out: str = "choose another run.name or run.dir, or remove it") -> None:
         """Create the directory and record how the run was started; `stage` names the stage and its settings.
 
         Refuses a directory that already holds a run.
         """
         if self.metrics_file.exists() or (self.trajectory / "meta.json").exists():
-            raise InputError(f"{self.path} already holds a run; choose another run.dir or remove it")
+            raise InputError(f"{self.path} already holds a run; {way_out}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))

@@ -42,7 +42,7 @@ def select(source: Path, pruning_rate: float, *, score: str = "tdds", class_bala
         warnings.append(f"{message}; --class-balanced keeps every class")
     settings = scores.settings | {"importance": _importance_kind(scores), "class_balanced": class_balanced, "seed": seed}
     coreset = Coreset(index_M, _importance(scores)[index_M], scores.key, pruning_rate, scores.fingerprint, settings)
-    name = f"random_s{seed}" if score == "random" else scores.key
+    name = f"random_s{seed}" if score == "random" else source.stem if source.is_file() else scores.key
     path = Path(out) if out is not None else _default_path(source, name, pruning_rate, class_balanced)
     save_coreset(path, coreset)
     return path, warnings
@@ -58,7 +58,7 @@ def _find(source: Path, score: str, pruning_rate: float) -> Scores:
     if score == "tdds":
         config = parse_config(run.read_config(), str(run.config_file))
         score = config.window_for(pruning_rate).key(config.score.preset)
-    path = run.scores / f"{score}.npz"
+    path = run.scores / f"{score.removesuffix('.npz')}.npz"
     if not path.is_file():
         known = ["tdds", "random", *sorted(path.stem for path in run.scores.glob("*.npz"))]
         raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(known)}")
@@ -96,5 +96,6 @@ def _importance(scores: Scores) -> np.ndarray:
 
 
 def _default_path(source: Path, name: str, pruning_rate: float, class_balanced: bool) -> Path:
-    folder = source.parent if source.is_file() else RunDir(source).coresets
+    run = source.parent.parent if source.is_file() and source.parent.name == "scores" else source
+    folder = RunDir(run).coresets if run.is_dir() else source.parent
     return folder / f"{name}_p{pruning_rate:g}{'_balanced' if class_balanced else ''}.npz"

@@ -152,7 +152,7 @@ def summary_rows(facts: Facts) -> list[dict[str, Any]]:
 def format_summary(rows: list[dict[str, Any]]) -> str:
     """The rows of `summary_table` as an aligned plain-text table. Top-1 in percent; "best" is over epochs."""
     columns: list[tuple[str, str, Any]] = [
-        ("stage", "<", lambda row: row["name"]),
+        ("stage", "<", lambda row: row["name"] if row["name"] == "collect" else "retrain"),
         ("score", "<", lambda row: row["score_name"]),
         ("strategy", "<", lambda row: row["strategy"]),
         ("importance", "<", lambda row: row["importance"]),

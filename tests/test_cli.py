@@ -217,6 +217,20 @@ def test_dataset_errors(config_file, capsys, tmp_path, betons):
     assert not RunDir(tmp_path / "run").metrics_file.exists()
 
 
+def test_what_is_hardly_meant_is_said(config_file, capsys):
+    settings = ["train.global_batch_size=144", "score.windows=[{T: 3, K: 2}]"]
+    assert main(["collect", str(config_file), *settings]) == 0
+    said = capsys.readouterr().err
+    assert "warning: train.global_batch_size=144 is larger than the 120 images" in said
+    assert "warning: K=2 leaves one loss difference per window" in said
+
+
+def test_a_typo_is_named_before_the_key_that_it_leaves_missing(config_file, capsys):
+    text = config_file.read_text()
+    config_file.write_text(text.replace("lr: 0.05", "learning_rate: 0.05"))
+    assert "unknown key 'train.learning_rate'; the nearest valid key is 'lr'" in refused(capsys, "collect", config_file)
+
+
 def test_a_refused_run_leaves_nothing_and_the_corrected_command_runs(config_file, capsys, tmp_path, betons):
     for wrong, words in [
         ("model.name=resnet99", "not a torchvision classifier"),

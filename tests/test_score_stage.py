@@ -367,7 +367,10 @@ def test_default_paths(run, tmp_path):
     assert select(run, 0.3, class_balanced=True)[0].name == "tdds_official_T30_K10_beta0.9_p0.3_balanced.npz"
     assert select(run, 0.25, score=second.stem)[0] == run / "coresets" / f"{second.stem}_p0.25.npz"
     assert select(run, 0.5, score="random")[0] == run / "coresets" / "random_s0_p0.5.npz"
-    assert select(first, 0.5)[0] == run / "scores" / f"{first.stem}_p0.5.npz", "beside the score file"
+    assert select(first, 0.5)[0] == run / "coresets" / f"{first.stem}_p0.5.npz", "of the run that the score is from"
+    alone = tmp_path / "alone.npz"
+    alone.write_bytes(first.read_bytes())
+    assert select(alone, 0.5)[0] == tmp_path / "alone_p0.5.npz", "beside the score file"
     out = tmp_path / "elsewhere" / "mine.npz"
     assert select(run, 0.3, out=out)[0] == out
     assert out.exists()
