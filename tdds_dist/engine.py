@@ -94,7 +94,7 @@ class Job:
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train; returns and writes the result record (final and best top-1 and top-5 in percent, images, seconds)."""
+    """Train; returns the result record (final and best top-1 and top-5 in percent, images, seconds)."""
     trainer = Trainer(job)
     log = job.run.log_file if job.world.is_main else None
     started = time.perf_counter()

@@ -49,8 +49,9 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
     job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
               importance_N=importance_N, importance=importance)
     result = fit(job)
-    if world.is_main:
-        run.write_result(setting | result)
+    with together(world):
+        if world.is_main:
+            run.write_result(setting | result)
     return run
 
 
