@@ -42,6 +42,7 @@ class Scores:
     label_N: np.ndarray  # int64, UNKNOWN_LABEL where not recorded
     fingerprint: Fingerprint
     settings: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [N] each: what a sampler needs beside the score
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,18 @@ class Coreset:
     pruning_rate: float
     fingerprint: Fingerprint
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """Score and way of choosing as one name, e.g. `el2n`, `ccs_aum`, `tdds_official_T30_K10_beta0.9_balanced`."""
+        sampler = self.settings.get("sampler", "top")
+        plain = "centre" if self.settings.get("score") == "moderate" else "top"
+        name = self.score_key if sampler == plain else f"{sampler}_{self.score_key}"
+        if (cutoff := self.settings.get("own_hard_cutoff_rate")) is not None:
+            name += f"_cut{cutoff:g}"
+        if (strata := self.settings.get("num_strata", 50)) != 50:
+            name += f"_strata{strata}"
+        return name + ("_balanced" if self.settings.get("class_balanced") else "")
 
 
 def fingerprint(label_N: np.ndarray, num_classes: int) -> Fingerprint:
@@ -103,19 +116,22 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def save_scores(path: Path, scores: Scores) -> None:
-    """Write `score` float32 [N], `label` int64 [N] and `meta` (JSON) to an .npz file."""
-    meta = {"kind": "scores", "key": scores.key, "fingerprint": asdict(scores.fingerprint), "settings": scores.settings}
-    _save(path, meta, score=scores.score_N.astype(np.float32), label=scores.label_N.astype(np.int64))
+    """Write `score` float32 [N], `label` int64 [N], `extra_<name>` float32 [N] and `meta` (JSON) to an .npz file."""
+    meta = {"kind": "scores", "key": scores.key, "fingerprint": asdict(scores.fingerprint), "settings": scores.settings,
+            "extra": sorted(scores.extra)}
+    extra = {f"extra_{name}": values_N.astype(np.float32) for name, values_N in scores.extra.items()}
+    _save(path, meta, score=scores.score_N.astype(np.float32), label=scores.label_N.astype(np.int64), **extra)
 
 
 def load_scores(path: Path) -> Scores:
     """Read a score file; InputError when it is missing, damaged or something else."""
     meta, arrays = _load(path, "scores", ("score", "label"))
     found = Fingerprint(**meta["fingerprint"])
-    if not (arrays["score"].shape == arrays["label"].shape == (found.num_samples,)):
-        raise InputError(f"{path}: score {arrays['score'].shape} and label {arrays['label'].shape} must both be "
-                         f"[{found.num_samples}]; the file is damaged, write it again with `tdds score`")
-    return Scores(meta["key"], arrays["score"], arrays["label"], found, meta["settings"])
+    if wrong := {name: array.shape for name, array in arrays.items() if array.shape != (found.num_samples,)}:
+        raise InputError(f"{path}: arrays {wrong} must all be [{found.num_samples}]; the file is damaged, write it again "
+                         "with `tdds score`")
+    extra = {name.removeprefix("extra_"): array for name, array in arrays.items() if name.startswith("extra_")}
+    return Scores(meta["key"], arrays["score"], arrays["label"], found, meta["settings"], extra)
 
 
 def save_coreset(path: Path, coreset: Coreset) -> None:
@@ -161,7 +177,7 @@ def _load(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any]
                 Fingerprint(**meta["fingerprint"])
                 if missing := [key for key in _META_KEYS[kind] if key not in meta]:
                     raise KeyError(*missing)
-                arrays = {name: file[name] for name in names}
+                arrays = {name: file[name] for name in (*names, *(f"extra_{name}" for name in meta.get("extra", ())))}
     except (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a {kind} file of tdds ({error!r}); expected an .npz written by `tdds`") from error
     if found != kind:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from tdds_dist.artifacts import Fingerprint, fingerprint, write_atomically
+from tdds_dist.corruptions import KINDS
 from tdds_dist.errors import InputError
 
 MANIFEST_FORMAT = "tdds-manifest-1"
@@ -56,6 +57,13 @@ class Manifest:
     labels_sha256: str
     settings: dict[str, Any]  # write_mode, quality, max_resolution, and those of the source
     image_size: tuple[int, int]  # largest height and largest width in the file, pixels
+    true_label_N: np.ndarray | None = None  # int64, before label noise; None where label_N is clean
+    corruption: list[str] | None = None  # [N], one of corruptions.KINDS, "" where clean; None without corruption
+
+    @property
+    def noisy_N(self) -> np.ndarray | None:
+        """bool [N], the samples whose label is not the true one; None without label noise."""
+        return None if self.true_label_N is None else self.true_label_N != self.label_N
 
 
 def manifest_path(beton: Path) -> Path:
@@ -78,8 +86,10 @@ def read_manifest(beton: Path) -> Manifest | None:
         if record.pop("format") != MANIFEST_FORMAT:
             raise ValueError(f"format is not {MANIFEST_FORMAT}")
         max_height, max_width = record.pop("image_size")
+        true_label = columns.get("true_label")
         manifest = Manifest(**record, path=columns["path"], label_N=np.array(columns["label"], dtype=np.int64),
-                            image_size=(int(max_height), int(max_width)))
+                            image_size=(int(max_height), int(max_width)), corruption=columns.get("corruption"),
+                            true_label_N=None if true_label is None else np.array(true_label, dtype=np.int64))
         _check_manifest(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is not a whole manifest ({error}); remove it, or write the .beton again with "
@@ -104,6 +114,13 @@ def _check_manifest(manifest: Manifest) -> None:
         raise ValueError(f"labels outside [0, {manifest.num_classes})")
     if fingerprint(label_N, manifest.num_classes).labels_sha256 != manifest.labels_sha256:
         raise ValueError("labels do not have the recorded sha256")
+    true_N, corruption = manifest.true_label_N, manifest.corruption
+    if true_N is not None and not (true_N.shape == label_N.shape and true_N.min() >= 0
+                                   and true_N.max() < manifest.num_classes):
+        raise ValueError(f"true labels are not {manifest.num_samples} numbers in [0, {manifest.num_classes})")
+    if corruption is not None and not (isinstance(corruption, list) and len(corruption) == manifest.num_samples
+                                       and all(kind in ("", *KINDS) for kind in corruption)):
+        raise ValueError(f"corruption is not {manifest.num_samples} of {', '.join(KINDS)} or nothing")
     check_paths(manifest.path)
 
 
@@ -116,12 +133,17 @@ def check_paths(paths: Iterable[str]) -> None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
+    columns: dict[str, list[Any]] = {"path": manifest.path, "label": manifest.label_N.tolist()}
+    if manifest.true_label_N is not None:
+        columns["true_label"] = manifest.true_label_N.tolist()
+    if manifest.corruption is not None:
+        columns["corruption"] = manifest.corruption
     record = {
         "format": MANIFEST_FORMAT, "source": manifest.source, "split": manifest.split,
         "num_samples": manifest.num_samples, "num_classes": manifest.num_classes,
         "class_names": manifest.class_names, "beton_bytes": manifest.beton_bytes,
         "labels_sha256": manifest.labels_sha256, "settings": manifest.settings, "image_size": manifest.image_size,
-        "columns": {"path": manifest.path, "label": manifest.label_N.tolist()},
+        "columns": columns,
     }
 
     def write(file: IO[bytes]) -> None:

@@ -59,7 +59,8 @@ def write_beton(source: Source, out: Path, *, max_resolution: int | None = None,
         manifest = Manifest(source.name, source.split, len(source), len(source.class_names), source.class_names,
                             source.path, source.label_N, info.num_bytes,
                             fingerprint(source.label_N, len(source.class_names)).labels_sha256, settings,
-                            (int(info.height_N.max()), int(info.width_N.max())))
+                            (int(info.height_N.max()), int(info.width_N.max())), source.true_label_N,
+                            source.corruption)
         write_manifest(manifest_path(temporary), manifest)
         _publish(temporary, out)
     except OSError as error:

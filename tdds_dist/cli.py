@@ -68,13 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
     """All subcommands."""
     parser = argparse.ArgumentParser(
         prog="tdds", description="Find out which images matter: pruning scores, coresets and retraining.",
-        epilog="The usual order: write, collect, select, retrain, report. `tdds STAGE --help` explains one.")
+        epilog="The usual order: write, collect, score, select, retrain, report. `tdds STAGE --help` explains one.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     _add_write(stages)
     _add_collect(stages)
     _add_score(stages)
     _add_select(stages)
     _add_retrain(stages)
+    _add_compare(stages)
+    _add_experiment(stages)
+    _add_export(stages)
+    _add_import(stages)
     _add_report(stages)
     return parser
 
@@ -100,6 +104,12 @@ def _add_write(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     stage.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality, 1 to 100 (default: 90)")
     stage.add_argument("--num-workers", type=int, metavar="W", help="processes (default: one per CPU, at most 16)")
     stage.add_argument("--subset", type=int, metavar="N", help="only N images, classes in proportion")
+    stage.add_argument("--label-noise", type=float, default=0.0, metavar="R",
+                       help="change this share of the labels to another class, for robustness experiments (default: 0)")
+    stage.add_argument("--corrupt", type=float, default=0.0, metavar="R",
+                       help="corrupt this share of the images, in equal parts by noise, occlusion, low resolution, fog and "
+                            "motion blur (default: 0)")
+    stage.add_argument("--seed", type=int, default=0, metavar="S", help="of --label-noise and --corrupt only (default: 0)")
     stage.add_argument("--overwrite", action="store_true", help="replace an existing file")
     stage.set_defaults(run=_write)
 
@@ -107,16 +117,28 @@ def _add_write(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _write(options: argparse.Namespace) -> None:
     from tdds_dist.beton import manifest_path
     from tdds_dist.beton_writer import write_beton
-    from tdds_dist.sources import open_source
+    from tdds_dist.corruptions import KINDS
+    from tdds_dist.sources import open_source, with_corruption, with_label_noise
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
     source = open_source(options.source, options.split, options.subset)
+    source = with_corruption(with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed)
+    noisy = source.true_label_N is not None or source.corruption is not None
+    if noisy and options.split == "val":
+        print("warning: images for evaluation should stay clean; leave out --label-noise and --corrupt with --split val",
+              file=sys.stderr)
     manifest = write_beton(
         source, options.out, max_resolution=options.max_resolution, write_mode=options.write_mode, quality=options.quality,
         num_workers=options.num_workers, overwrite=options.overwrite)
     print(f"wrote {options.out} ({manifest.num_samples} images, {manifest.num_classes} classes, "
           f"{manifest.beton_bytes / 2**20:.1f} MiB) and {manifest_path(options.out).name}")
     print("next: put both splits into a config (see configs/) and run `tdds collect CONFIG.yaml`")
+    if noisy:
+        num_changed = 0 if manifest.noisy_N is None else int(manifest.noisy_N.sum())
+        corruption = manifest.corruption or []
+        by_kind = ", ".join(f"{corruption.count(kind)} {kind}" for kind in KINDS)
+        print(f"noise (seed {options.seed}): {num_changed} labels changed, {len(corruption) - corruption.count('')} images "
+              f"corrupted ({by_kind})")
 
 
 def _add_config(stage: argparse.ArgumentParser) -> None:
@@ -159,37 +181,96 @@ def _collect(options: argparse.Namespace) -> None:
 
 def _add_score(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     stage = stages.add_parser(
-        "score", help="compute scores again from what was recorded",
-        description="Recompute TDDS from a run's trajectory, or from a folder of {epoch}_Output.npy and {epoch}_Index.npy as "
-                    "the authors' code writes it. No image is read.")
+        "score", help="scores from what was recorded", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Compute scores from a run's trajectory, from one that ShardedScorer(trajectory=DIR) wrote, or from\n"
+                    "a folder of {epoch}_Output.npy and {epoch}_Index.npy as the authors' code writes it. No image is read.\n\n"
+                    "Without --all or --score: TDDS, with --T, --K, --beta, --preset, --delta.\n"
+                    "With --final-pass, alone or under torchrun: entropy and moderate, by one pass over the images.")
     stage.add_argument("source", metavar="RUN|DIR", type=Path)
+    stage.add_argument("overrides", metavar="key=value", nargs="*",
+                       help="option of --all and --score, e.g. el2n_epochs=20 never_learned=0 aum_of=probability "
+                            "uncertainty_window=5")
+    stage.add_argument("--all", action="store_true", help="every score that needs no final model")
+    stage.add_argument("--score", action="append", default=[], metavar="KEY",
+                       help="only this one (again for more): tdds, forgetting, el2n, aum, dyn_unc, dual, random")
+    stage.add_argument("--final-pass", action="store_true", help="entropy and moderate, from the run's final weights")
     stage.add_argument("--preset", choices=("official", "paper"), help="default: the run's, else official")
     stage.add_argument("--T", type=int, help="trajectory length in epochs (default: the run's windows, else all epochs)")
     stage.add_argument("--K", type=int, help="window size (default: the run's windows, else 10)")
     stage.add_argument("--beta", type=float, help="EMA decay, 0 averages the windows (default: the run's, else 0.9)")
+    stage.add_argument("--delta", choices=("kl", "kl_signed", "ce", "ce_absolute", "el2n"), default="kl",
+                       help="what varies in a window: the preset's loss difference, or an ablation (default: kl)")
     stage.add_argument("--beton", type=Path, metavar="FILE", help="take labels from this file (dynamics folders have none)")
-    stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: scores/ of the run, or DIR")
+    stage.add_argument("--out", type=Path, metavar="FILE.npz|DIR",
+                       help="a directory with --all and --score, else a file (default: scores/ of the run, or DIR)")
     stage.set_defaults(run=_score)
 
 
 def _score(options: argparse.Namespace) -> None:
-    from tdds_dist.score import score
+    many = options.all or options.score
+    tdds_only = ("preset", "T", "K", "beta")
+    if options.all and options.score:
+        raise InputError("--all and --score exclude each other; leave one out")
+    if options.final_pass:
+        _final_pass(options)
+        return
+    if many and (given := [name for name in tdds_only if getattr(options, name) is not None]):
+        raise InputError(f"--{given[0]} belongs to `tdds score` without --all and --score, which take the windows of the run's "
+                         "config; run it separately")
+    if options.overrides and not many:
+        raise InputError(f"{options.overrides[0]} is an option of --all and --score KEY; TDDS alone takes --T, --K, --beta, "
+                         "--preset, --delta")
 
-    paths = score(options.source, preset=options.preset, T=options.T, K=options.K, beta=options.beta, beton=options.beton,
-                  out=options.out)
+    from tdds_dist.score import score, score_all
+
+    if many:
+        paths, skipped = score_all(options.source, options.score, options=options.overrides, beton=options.beton,
+                                   out=options.out)
+        for reason in skipped:
+            print(f"not computed: {reason}", file=sys.stderr)
+    else:
+        paths = score(options.source, preset=options.preset, T=options.T, K=options.K, beta=options.beta,
+                      delta=options.delta, beton=options.beton, out=options.out)
     print(f"wrote {', '.join(str(path) for path in paths)}")
     print(f"next: tdds select {paths[0]} --pruning-rate 0.5")
+
+
+def _final_pass(options: argparse.Namespace) -> None:
+    from tdds_dist.config import parse_config
+    from tdds_dist.distributed import session
+    from tdds_dist.final_pass import final_pass
+    from tdds_dist.rundir import RunDir
+
+    run = RunDir(options.source)
+    try:
+        config = parse_config(run.read_config(), str(run.config_file))
+    except InputError as error:
+        error.shared = True
+        raise
+    with session(config.run.device, config.run.timeout_seconds) as world:
+        paths = final_pass(options.source, world)
+        if world.is_main:
+            print(f"wrote {', '.join(str(path) for path in paths)}")
 
 
 def _add_select(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     stage = stages.add_parser(
         "select", help="scores -> coreset",
-        description="Keep the highest-scored images. In a run directory the config says which window serves which rate.")
+        description="Keep the images that a score ranks first, or another choice by --sampler. In a run directory the config "
+                    "says which TDDS window serves which rate.")
     stage.add_argument("source", metavar="RUN|SCORES.npz", type=Path)
     stage.add_argument("--pruning-rate", type=float, required=True, metavar="P", help="fraction to remove, in [0, 1)")
-    stage.add_argument("--score", default="tdds", metavar="KEY", help="tdds (default), random, or a name in scores/")
+    stage.add_argument("--score", default="tdds", metavar="KEY",
+                       help="tdds (default), random, ccs (AUM in strata), or a name in scores/")
+    stage.add_argument("--sampler", choices=("top", "ccs", "centre", "beta"),
+                       help="top: the highest (default); ccs: from all strata alike, without the hardest; centre: the middle "
+                            "of the ranking (default of moderate); beta: DUAL's weighted draw")
     stage.add_argument("--class-balanced", action="store_true", help="keep the same share of every class")
-    stage.add_argument("--seed", type=int, default=0, help="of the random score and of ties (default: 0)")
+    stage.add_argument("--seed", type=int, default=0, help="of draws and ties (default: 0)")
+    stage.add_argument("--num-strata", type=int, metavar="S", help="of sampler ccs (default: 50)")
+    stage.add_argument("--hard-cutoff-rate", type=float, metavar="R",
+                       help="of sampler ccs: share of all images dropped as too hard (default: 0.2 from P = 0.8, 0.3 from 0.9)")
+    stage.add_argument("--c-d", type=float, metavar="C", help="of sampler beta: its exponent (default: 4)")
     stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: coresets/ of the run, or beside the scores")
     stage.set_defaults(run=_select)
 
@@ -198,12 +279,18 @@ def _select(options: argparse.Namespace) -> None:
     from tdds_dist.artifacts import load_coreset
     from tdds_dist.select import select
 
-    path, warnings = select(options.source, options.pruning_rate, score=options.score, class_balanced=options.class_balanced,
-                            seed=options.seed, out=options.out)
+    sampler = "ccs" if options.score == "ccs" else options.sampler
+    given = {key: value for key in ("num_strata", "hard_cutoff_rate", "c_d") if (value := getattr(options, key)) is not None}
+    fitting = {"ccs": {"num_strata", "hard_cutoff_rate"}, "beta": {"c_d"}}.get(sampler or "", set())
+    if wrong := sorted(set(given) - fitting):
+        raise InputError(f"--{wrong[0].replace('_', '-')} does nothing with sampler {sampler or 'top'}; leave it out, or "
+                         f"choose --sampler {'beta' if wrong[0] == 'c_d' else 'ccs'}")
+    path, warnings = select(options.source, options.pruning_rate, score=options.score, sampler=options.sampler,
+                            class_balanced=options.class_balanced, seed=options.seed, out=options.out, **given)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     coreset = load_coreset(path)
-    print(f"wrote {path} ({len(coreset.index_M)} of {coreset.fingerprint.num_samples} images by {coreset.score_key})")
+    print(f"wrote {path} ({len(coreset.index_M)} of {coreset.fingerprint.num_samples} images by {coreset.method})")
     config = options.source / "config.yaml" if options.source.is_dir() else "CONFIG.yaml"
     print(f"next: tdds retrain {config} --coreset {path} --strategy E")
 
@@ -233,6 +320,114 @@ def _retrain(options: argparse.Namespace) -> None:
             result = run.read_result() or {}
             print(f"wrote {run.path} (final top-1 {result['final_top1']:.2f} %, best {result['best_top1']:.2f} %)")
             print(f"next: tdds report {config.run.directory}")
+
+
+def _add_compare(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stage = stages.add_parser(
+        "compare", help="how scores, windows and seeds agree",
+        description="Rank correlation and overlap between the scores of a run, and of one score between runs; what is kept of "
+                    "each class, and of images known to be mislabelled or corrupted.")
+    stage.add_argument("runs", metavar="RUN", type=Path, nargs="+")
+    stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[0.3, 0.5, 0.7, 0.8, 0.9])
+    stage.add_argument("--out", type=Path, metavar="FILE.csv", help="default: compare.csv of the first run")
+    stage.set_defaults(run=_compare)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from tdds_dist.compare import compare
+
+    print(compare(options.runs, pruning_rates=options.pruning_rates, out=options.out))
+
+
+def _add_experiment(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stage = stages.add_parser(
+        "experiment", help="a table: methods x pruning rates x seeds",
+        description="Run a table of retrainings from one collection per seed, several at a time (--jobs), or one after the "
+                    "other on all ranks under torchrun. Started again, it goes on where it was. Writes table.md, cells.csv.")
+    stage.add_argument("config", metavar="EXPERIMENT.yaml", type=Path)
+    stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the experiment, e.g. seeds=[0]")
+    stage.add_argument("--jobs", type=int, default=1, metavar="J",
+                       help="runs at a time, each with its share of CPUs and GPUs (default: 1)")
+    stage.set_defaults(run=_experiment)
+
+
+def _experiment(options: argparse.Namespace) -> None:
+    from tdds_dist.config import load_config, load_experiment
+
+    try:
+        plan = load_experiment(options.config, options.overrides)
+        config = load_config(plan.config, plan.overrides)
+    except InputError as error:
+        error.shared = True
+        raise
+
+    from tdds_dist.distributed import session
+    from tdds_dist.experiment import experiment
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if options.jobs != 1:
+            raise InputError(f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the other; leave it "
+                             "out", shared=True)
+        with session(config.run.device, config.run.timeout_seconds) as world:
+            table, failed = experiment(plan, world=world)
+            is_main = world.is_main
+    else:
+        table, failed = experiment(plan, jobs=options.jobs)
+        is_main = True
+    if is_main:
+        print(f"\n{table.read_text()}\nwrote {table} and cells.csv")
+    if failed:
+        raise InputError(f"{len(failed)} runs failed ({failed[0]}); correct the cause and run the same command again",
+                         shared=True)
+
+
+def _add_export(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stage = stages.add_parser(
+        "export", help="scores and coresets for other tools", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write scores or a coreset in a form that other tools read.",
+        epilog="parquet, csv   index, path, label, every score, its ranks, keep flags per pruning rate\n"
+               "paths          the kept images, one path per line\n"
+               "official       data_mask_*.npy and score_*.npy of the authors' code\n"
+               "torch-subset   a .pt with the indices for torch.utils.data.Subset, and importances")
+    stage.add_argument("source", metavar="RUN|SCORES.npz|CORESET.npz", type=Path)
+    stage.add_argument("--format", required=True, choices=("parquet", "csv", "paths", "official", "torch-subset"))
+    stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[],
+                       help="of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)")
+    stage.add_argument("--beton", type=Path, metavar="FILE", help="take paths and labels from the manifest of this file")
+    stage.add_argument("--out", type=Path, metavar="PATH", help="default: beside the source, or export/ of the run")
+    stage.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from tdds_dist.interchange import export
+
+    paths, notes = export(options.source, options.format, options.out, pruning_rates=options.pruning_rates, beton=options.beton)
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _add_import(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stage = stages.add_parser(
+        "import", help="scores from other tools",
+        description="Make a score file from a CSV (index or path, score), or from score_*.npy and data_mask_*.npy of the "
+                    "authors' code.")
+    stage.add_argument("source", metavar="FILE.csv|score_*.npy", type=Path)
+    stage.add_argument("--key", metavar="NAME", help="name of the score; of a CSV the column (default: from the file)")
+    stage.add_argument("--data-mask", type=Path, metavar="FILE.npy", help="default: data_mask_*.npy beside score_*.npy")
+    stage.add_argument("--beton", type=Path, metavar="FILE", help="the dataset they belong to: labels, paths, checks")
+    stage.add_argument("--run", type=Path, metavar="RUN", dest="run_directory", help="a run of that dataset, to put them into")
+    stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: scores/ of the run, or beside the source")
+    stage.set_defaults(run=_import)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from tdds_dist.interchange import import_scores
+
+    path = import_scores(options.source, key=options.key, data_mask=options.data_mask, beton=options.beton,
+                         run=options.run_directory, out=options.out)
+    print(f"wrote {path}")
+    print(f"next: tdds select {path} --pruning-rate 0.5")
 
 
 def _add_report(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

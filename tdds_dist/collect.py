@@ -1,15 +1,18 @@
 """Stage `collect`: train on everything once, and leave the scores of every sample behind."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdds_dist.artifacts import Scores, save_scores
+from tdds_dist.artifacts import Fingerprint, Scores, save_scores
+from tdds_dist.beton import BetonInfo
 from tdds_dist.config import Config, to_dict
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
 from tdds_dist.engine import Job, fit, open_files, preflight
+from tdds_dist.final_pass import run_model, write_scores
 from tdds_dist.partition import EpochOrder, per_rank_batch
 from tdds_dist.rundir import RunDir
 from tdds_dist.scorer import ShardedScorer
@@ -48,10 +51,11 @@ def _warnings(config: Config, num_samples: int) -> list[str]:
     return found
 
 
-def collect(config: Config, world: World) -> list[Path]:
-    """Run the stage; returns the score files, one per window of the config.
+def collect(config: Config, world: World, *, settings: dict[str, Any] | None = None) -> list[Path]:
+    """Run the stage; returns the score files: one per window of the config, and those of the final pass.
 
-    Every rank calls it. Bad input is found before the first training step and raised on every rank.
+    Every rank calls it. Bad input is found before the first training step and raised on every rank. `settings` are added to
+    the record of how the run was started.
     """
     run = RunDir(config.run.directory)
     with together(world):
@@ -60,10 +64,11 @@ def collect(config: Config, world: World) -> list[Path]:
         train_file, val_file, fingerprint = open_files(config)
         preflight(config, train_file, val_file, rows)
         if world.is_main:
-            run.start(to_dict(config), {"stage": "collect"}, world.world_size, str(world.device))
+            run.start(to_dict(config), {"stage": "collect"} | (settings or {}), world.world_size, str(world.device))
     scorer = ShardedScorer(
         train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,
-        logp_dtype=getattr(torch, config.score.logp_dtype), trajectory=run.trajectory if config.score.trajectory else None)
+        logp_dtype=getattr(torch, config.score.logp_dtype), trajectory=run.trajectory if config.score.trajectory else None,
+        trajectory_dtype=getattr(torch, config.score.trajectory_dtype))
     if world.is_main:
         say(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
             f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
@@ -84,7 +89,20 @@ def collect(config: Config, world: World) -> list[Path]:
                 settings = window_settings(window, config.score.preset) | {
                     "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
                 save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
+    if config.score.final_pass:
+        paths += _final_scores(config, world, run, train_file, fingerprint, result)
+    with together(world):
+        if world.is_main:
             run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result})
     return paths
 
 
+def _final_scores(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
+                  result: dict[str, Any]) -> list[Path]:
+    """Entropy and Moderate of the weights that training ended with."""
+    if world.is_main and result["epochs"] < result["epochs_planned"]:
+        say(f"entropy and moderate are those of the model after {result['epochs']} of "
+            f"{result['epochs_planned']} epochs", run.log_file)
+    settings = {"source": "final_pass", "view": "evaluation", "epochs": result["epochs"], "seed": config.run.seed,
+                "world_size": world.world_size}
+    return write_scores(run, world, run_model(config, world, train_file, run), train_file, found, settings)

@@ -1,29 +1,15 @@
-"""The schema of a run: every key with its sentence, strict about unknown keys, overridable by `key=value`.
+"""Every key of a run and of an experiment, each with its sentence; strict about unknown keys, overridable by `key=value`."""
 
-A config is one YAML file (`yaml.safe_load`, so no tag can execute anything). Errors are one line: value, rule, way out.
-"""
-
-import difflib
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tdds_dist.errors import InputError
+from tdds_dist.schema import Section, apply_override, parse_tree, plain_data, read_tree
 from tdds_dist.tdds import Window, check_window
-
-Positive = Field(gt=0)
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent conversion of strings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -100,6 +86,24 @@ class ScoreWindow(Section):
     pruning_rates: tuple[float, ...] = Field((), description="Pruning rates for which `tdds select` takes this setting.")
 
 
+class Baselines(Section):
+    """Options of the scores that TDDS is compared with."""
+
+    el2n_epochs: int = Field(10, ge=1, description="EL2N averages the first so many epochs.")
+    never_learned: Literal["inf", "0"] = Field(
+        "inf", description="Forgetting of samples that were never right: inf ranks them first (data-diet), 0 last (CCS).")
+    aum_of: Literal["logit", "probability"] = Field("logit", description="AUM's margin of logits, or of probabilities (CCS).")
+    aum_keep: Literal["hardest", "easiest"] = Field("hardest", description="Which end of AUM is kept.")
+    uncertainty_window: int = Field(10, ge=2, description="Window J of Dyn-Unc and DUAL, epochs.")
+    num_epochs: int = Field(
+        0, ge=0, description="Epochs that Forgetting, AUM, Dyn-Unc and DUAL look at; 0 means all that were recorded.")
+
+    @field_validator("never_learned", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return {0: "0", math.inf: "inf"}.get(value, value) if isinstance(value, int | float) else value
+
+
 class Score(Section):
     """What is scored during collection."""
 
@@ -111,6 +115,11 @@ class Score(Section):
                              "on the un-mixed image (about a third more compute).")
     logp_dtype: Literal["float32", "float16"] = Field("float32", description="Precision of stored log-probabilities.")
     trajectory: bool = Field(True, description="Write the per-epoch scalars, so that scores can be recomputed.")
+    trajectory_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="Precision of the per-epoch scalars; float16 halves the disk, recomputed scores are close.")
+    final_pass: bool = Field(
+        True, description="After training, one pass over the training images in evaluation view, for Entropy and Moderate.")
+    baselines: Baselines = Baselines()
 
 
 class Collect(Section):
@@ -195,125 +204,134 @@ class Config(Section):
                              "(one more forward pass per step) or switch both off")
 
 
+class Method(Section):
+    """One row of an experiment: a score, how samples are chosen by it, and how they are weighted in retraining."""
+
+    name: str = Field(description="Name of the row, in files too.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    score: str = Field("", description="Score key; empty means the name. tdds takes the window that serves the pruning rate.")
+    sampler: Literal["top", "ccs", "centre", "beta"] | None = Field(None, description="Empty: what the score is meant for.")
+    class_balanced: bool = Field(False, description="The same share of every class.")
+    importance: Literal["none", "batch", "sample"] | None = Field(
+        None, description="Weight of the loss; empty means retrain.importance for tdds and none for other scores.")
+    preset: Literal["official", "paper"] | None = Field(None, description="Of tdds; empty means score.preset.")
+    delta: Literal["kl", "kl_signed", "ce", "ce_absolute", "el2n"] = Field("kl", description="Of tdds: what varies.")
+    T: int | None = Field(None, ge=1, description="Of tdds: trajectory length at every pruning rate.")
+    K: int | None = Field(None, ge=1, description="Of tdds: window size at every pruning rate.")
+    beta: float | None = Field(None, ge=0, le=1, description="Of tdds: EMA decay; empty means that of the window.")
+    options: tuple[str, ...] = Field((), description="Of other scores: keys of score.baselines, e.g. el2n_epochs=20.")
+    num_strata: int | None = Field(None, ge=1, description="Of sampler ccs.")
+    hard_cutoff_rate: float | None = Field(None, ge=0, lt=1, description="Of sampler ccs.")
+    c_d: float | None = Field(None, gt=0, description="Of sampler beta.")
+
+    @property
+    def score_key(self) -> str:
+        """The score this method ranks by."""
+        return self.score or self.name
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the method that the literature calls by its name, with every option left alone."""
+        return self == BUILT_IN_METHODS.get(self.name)
+
+    @property
+    def selector_options(self) -> dict[str, Any]:
+        """Options of the sampler that were given."""
+        given = {key: getattr(self, key) for key in ("num_strata", "hard_cutoff_rate", "c_d")}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+BUILT_IN_METHODS = {
+    method.name: method for method in (
+        *(Method(name=name) for name in (
+            "tdds", "random", "entropy", "forgetting", "el2n", "aum", "moderate", "dyn_unc", "dual")),
+        Method(name="ccs", score="aum", sampler="ccs"), Method(name="dual_beta", score="dual", sampler="beta"))}
+
+
+class Architecture(Section):
+    """A network to retrain with; the coreset stays that of the network of the collection."""
+
+    name: str = Field(description="Name of the network in files and tables.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    overrides: tuple[str, ...] = Field(description="Changes to the config, e.g. model.name=vgg16_bn.")
+
+
+class Experiment(Section):
+    """A table of retrainings: methods x pruning rates x strategies x seeds (x architectures), one collection per seed."""
+
+    name: str = Field(description="Name of the experiment.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    config: str = Field(description="Config of every run.")
+    overrides: tuple[str, ...] = Field((), description="Changes to that config, e.g. train.epochs=20.")
+    dir: str = Field("", description="Where everything goes; empty means runs/<name>.")
+    methods: tuple[Method, ...] = Field(min_length=1, description="Names of methods, or methods with options.")
+    pruning_rates: tuple[float, ...] = Field(min_length=1, description="Fractions to remove.")
+    strategies: tuple[Literal["E", "P"], ...] = Field(("E",), min_length=1, description="Strategy-E, Strategy-P.")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="One collection, and one retraining per cell, for each.")
+    architectures: tuple[Architecture, ...] = Field((), description="Networks to retrain with; empty means the config's.")
+
+    @property
+    def directory(self) -> Path:
+        """Where everything goes."""
+        return Path(self.dir or f"runs/{self.name}")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _built_in(cls, value: Any) -> Any:
+        for name in value if isinstance(value, list | tuple) else ():
+            if isinstance(name, str) and name not in BUILT_IN_METHODS:
+                raise InputError(f"methods: {name!r} is not known by name ({', '.join(BUILT_IN_METHODS)}); describe it, e.g. "
+                                 f"{{name: {name}, score: el2n}}")
+        return tuple(BUILT_IN_METHODS[item] if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Experiment":
+        for key in ("methods", "architectures"):
+            names = [item.name for item in getattr(self, key)]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise InputError(f"{key}: the names {sorted(twice)} stand twice; give each another")
+        for key in ("pruning_rates", "strategies", "seeds"):
+            if len(set(values := getattr(self, key))) != len(values):
+                raise InputError(f"{key}={list(values)} holds a value twice; leave each in once")
+        if bad := [rate for rate in self.pruning_rates if not 0.0 < rate < 1.0]:
+            raise InputError(f"pruning_rates={bad} must lie between 0 and 1; the full data is trained on in the collection")
+        if min(self.seeds) < 0:
+            raise InputError(f"seeds={list(self.seeds)} must not be negative")
+        for method in self.methods:
+            tdds_only = {key: getattr(method, key) for key in ("preset", "T", "K", "beta")} | {
+                "delta": None if method.delta == "kl" else method.delta}
+            if method.score_key != "tdds" and (given := [key for key, value in tdds_only.items() if value is not None]):
+                raise InputError(f"methods: {method.name} has {given[0]}, which belongs to score tdds; set score: tdds, or "
+                                 "leave it out")
+            if method.score_key == "tdds" and method.options:
+                raise InputError(f"methods: {method.name} has options={list(method.options)}, which belong to other scores; "
+                                 "use preset, delta, T, K, beta")
+            if (method.T is None) != (method.K is None):
+                raise InputError(f"methods: {method.name} has one of T and K; give both, or neither")
+        return self
+
+
+def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment from YAML, with `key=value` overrides; InputError for anything wrong."""
+    path = Path(path)
+    return parse_tree(Experiment, read_tree(path, overrides, list(Experiment.model_fields)), str(path))
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `section.key=value` overrides (values are YAML); InputError for anything wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; configs/ holds examples")
-    try:
-        tree = _read_yaml(path.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that does not exist
-        raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} must hold the sections {', '.join(Config.model_fields)}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(read_tree(Path(path), overrides, list(Config.model_fields)), str(path))
 
 
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Build a Config from plain data; InputError naming key, value and rule for the first thing wrong."""
-    try:
-        return Config.model_validate(_tuples(tree))
-    except ValidationError as error:
-        raise InputError(f"{where}: {_one_line(error)}") from error
+    return parse_tree(Config, tree, where)
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def parse_baselines(base: Baselines, overrides: Sequence[str]) -> Baselines:
+    """`base` with `key=value` overrides (values are YAML; `score.baselines.` before the key may be left out)."""
+    tree = base.model_dump()
+    for override in overrides:
+        apply_override(tree, override.removeprefix("score.baselines."))
+    return parse_tree(Baselines, tree, "option")
+
+
+def to_dict(config: Section) -> dict[str, Any]:
     """The resolved config as plain data for YAML."""
-    return _lists(config.model_dump())
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise InputError(f"override {override!r} must look like section.key=value, e.g. train.lr=0.1")
-    *parents, leaf = key.split(".")
-    node: Any = tree
-    for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise InputError(f"override {key!r} goes through something that is not a section; keys look like train.lr")
-    try:
-        node[leaf] = _read_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"override {override!r}: the value is not YAML") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 5e-4 is a number; YAML 1.1 wants 5.0e-4 and takes the rest for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
-
-
-def _read_yaml(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        tree = loader.get_single_data()
-    finally:
-        loader.dispose()
-    json.dumps(tree, default=str)  # an anchor that holds itself ends here
-    return tree
-
-
-def _tuples(value: Any) -> Any:
-    """YAML lists as tuples (frozen fields)."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_tuples(item) for item in value)
-    return value
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _one_line(error: ValidationError) -> str:
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains what is missing
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section, name = _section(first["loc"][:-1]), str(first["loc"][-1])
-        near = _nearest(name, section)
-        return f"unknown key {key!r}; the nearest valid key is {near!r} (valid: {', '.join(section)})"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing; {_describe(first['loc'])}"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; {_describe(first['loc'])}"
-
-
-def _nearest(name: str, section: Sequence[str]) -> str:
-    """The valid key most like `name`; initials count, so that learning_rate finds lr."""
-    initials = "".join(word[:1] for word in name.lower().split("_"))
-    if len(initials) > 1 and initials in section:
-        return initials
-    return max(section, key=lambda valid: difflib.SequenceMatcher(None, valid.lower(), name.lower()).ratio())
-
-
-def _section(location: Sequence[str | int]) -> list[str]:
-    """Valid keys below a location of the schema."""
-    model: Any = Config
-    for part in location:
-        if isinstance(part, str):
-            model = ScoreWindow if part == "windows" else model.model_fields[part].annotation
-    return list(model.model_fields)
-
-
-def _describe(location: Sequence[str | int]) -> str:
-    names = [part for part in location if isinstance(part, str)]
-    model: Any = Config
-    for position, part in enumerate(names):
-        fields = getattr(model, "model_fields", {})
-        if part not in fields:
-            break
-        if position == len(names) - 1:
-            if fields[part].description:
-                return f"{part}: {fields[part].description}"
-            return f"it has the keys {', '.join(fields[part].annotation.model_fields)}"
-        model = ScoreWindow if part == "windows" else fields[part].annotation
-    return "see `configs/` for examples"
+    return plain_data(config)

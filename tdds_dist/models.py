@@ -46,6 +46,12 @@ def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channe
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
+def classifier_layer(model: nn.Module, num_classes: int) -> nn.Linear | None:
+    """The last linear layer, whose input are the penultimate features; None where the classifier is something else."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear and linear[-1].out_features == num_classes else None
+
+
 def _use_cifar_stem(model: Any, name: str) -> None:
     """3x3 stride-1 first convolution and no max-pool, as ResNets on CIFAR have it."""
     family = next((family for family in _FIRST_CONVOLUTION if name.startswith(family)), None)

@@ -98,15 +98,28 @@ def shard_bounds(num_samples: int, world_size: int, rank: int) -> tuple[int, int
     return min(rank * rows, num_samples), min((rank + 1) * rows, num_samples)
 
 
-def routing_counts(order: EpochOrder, rank: int, world_size: int, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+def class_owners(label_N: np.ndarray, world_size: int) -> np.ndarray:
+    """The rank that keeps each class as a whole, int64 [C]: large classes first, each to the rank with the fewest samples."""
+    size_C = np.bincount(label_N)
+    owner_C = np.zeros(len(size_C), dtype=np.int64)
+    load_W = np.zeros(world_size, dtype=np.int64)
+    for label in np.argsort(-size_C, kind="stable"):
+        owner_C[label] = rank = int(load_W.argmin())
+        load_W[rank] += size_C[label]
+    return owner_C
+
+
+def routing_counts(order: EpochOrder, rank: int, world_size: int, num_samples: int,
+                   owner_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Rows that `rank` sends to, and receives from, each rank at every step: two int64 [S, W].
 
-    A real row goes to the owner of its index; a padding row stays where it is.
+    A real row goes to the owner of its index (that of its shard, or `owner_N` int64 [N]); a padding row stays where it is.
     """
     num_steps, global_batch_size = order.index_SG.shape
     rows = rows_per_shard(num_samples, world_size)
     visitor_G = np.arange(global_batch_size) % world_size
-    owner_SG = np.where(order.index_SG == PADDING, visitor_G, order.index_SG // rows)
+    owner_of_row_SG = order.index_SG // rows if owner_N is None else owner_N[order.index_SG]
+    owner_SG = np.where(order.index_SG == PADDING, visitor_G, owner_of_row_SG)
     step_SG = np.broadcast_to(np.arange(num_steps)[:, None], owner_SG.shape)
 
     def count(cell: np.ndarray) -> np.ndarray:

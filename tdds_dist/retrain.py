@@ -1,6 +1,7 @@
 """Stage `retrain`: train on a coreset, weighted by importance, for as long as the strategy says."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,11 @@ from tdds_dist.schedule import batch_size_factor, retrain_epochs
 
 
 def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, importance: str | None = None,
-            name: str | None = None) -> RunDir:
+            name: str | None = None, settings: dict[str, Any] | None = None) -> RunDir:
     """Run the stage; returns its run directory, `<run.dir>/retrain/<name>`.
 
-    Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy,
-    importance and seed by default.
+    Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy, importance and
+    seed by default. `settings` are added to the record of how the run was started and of what came out.
     """
     importance = importance or config.retrain.importance
     with together(world):
@@ -36,7 +37,8 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
         run = RunDir(RunDir(config.run.directory).retrain / (name or _name(config, Path(coreset_file), strategy, importance)))
         setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
-                   "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings}
+                   "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings,
+                   "method": coreset.method, "model": config.model.name} | (settings or {})
         if world.is_main:
             resolved = to_dict(config)
             resolved["train"] |= {"epochs": epochs, "global_batch_size": global_batch_size}

@@ -1,124 +1,205 @@
-"""Stage `score`: compute scores again from what was recorded, without touching an image.
+"""Stage `score`: compute scores from what was recorded, without touching an image.
 
-Reads our trajectory, or a dynamics folder of the authors' code (`{epoch}_Output.npy` logits and `{epoch}_Index.npy` in
-visit order). The latter is streamed: two epochs of log-probabilities are in memory, not all of them.
+Reads our trajectory, or a dynamics folder of the authors' code. `score` gives TDDS in any setting, `score_all` every
+score that needs no final model; `final_pass` makes the two that do.
 """
 
-# T epochs, N dataset, C classes
+# T epochs, N dataset
 
-import re
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
+from tdds_dist import baselines
 from tdds_dist.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, save_scores
 from tdds_dist.beton import check_labels, dataset_fingerprint, inspect_beton, read_manifest
-from tdds_dist.config import parse_config
+from tdds_dist.config import Baselines, Config, parse_baselines, parse_config
+from tdds_dist.dynamics import Dynamics, is_dynamics
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
-from tdds_dist.scalars import log_probabilities, loss_difference_official, loss_difference_paper
-from tdds_dist.tdds import DELTA_OF_PRESET, Window, check_window, score_trajectory, window_settings
+from tdds_dist.tdds import Window, check_window, delta_scalar, score_trajectory, window_settings
 from tdds_dist.trajectory import Trajectory
 
-_OUTPUT = re.compile(r"(\d+)_Output\.npy")
+Recorded = Trajectory | Dynamics
+MODEL_SCORES = ("entropy", "moderate")  # need the final model; see `final_pass`
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """How a score comes out of one recorded scalar; `compute(values_TN, options)` -> (score_N, extra, settings)."""
+
+    scalar: Callable[[Baselines], str]
+    compute: Callable[[np.ndarray, Baselines], tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]]
+    suffix: Callable[[Baselines], str]  # of the key, where an option is not the default
+
+
+def _suffixed(**options: tuple[Any, Any, str]) -> str:
+    """`_text` for every option whose value is not its default; options are (value, default, text)."""
+    return "".join(f"_{text}" for value, default, text in options.values() if value != default)
+
+
+BASELINES: dict[str, _Baseline] = {
+    "forgetting": _Baseline(
+        lambda o: "correct",
+        lambda v, o: (baselines.forgetting(v, o.never_learned), {}, {"never_learned": o.never_learned}),
+        lambda o: _suffixed(a=(o.never_learned, "inf", "never0"), t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
+    "el2n": _Baseline(
+        lambda o: "el2n",
+        lambda v, o: (baselines.el2n(v, o.el2n_epochs), {}, {"el2n_epochs": o.el2n_epochs}),
+        lambda o: _suffixed(a=(o.el2n_epochs, 10, f"T{o.el2n_epochs}"))),
+    "aum": _Baseline(
+        lambda o: "logit_margin" if o.aum_of == "logit" else "p_margin",
+        lambda v, o: (baselines.aum(v, o.aum_keep), {}, {"aum_of": o.aum_of, "keep": o.aum_keep}),
+        lambda o: _suffixed(a=(o.aum_of, "logit", o.aum_of), b=(o.aum_keep, "hardest", o.aum_keep),
+                            t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
+    "dyn_unc": _Baseline(
+        lambda o: "p_label",
+        lambda v, o: (baselines.dyn_unc(v, o.uncertainty_window), {}, {"J": o.uncertainty_window}),
+        lambda o: _suffixed(a=(o.uncertainty_window, 10, f"J{o.uncertainty_window}"), t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
+    "dual": _Baseline(
+        lambda o: "p_label",
+        lambda v, o: (baselines.dual(v, o.uncertainty_window), {"p_mean": baselines.mean_probability(v)},
+                      {"J": o.uncertainty_window}),
+        lambda o: _suffixed(a=(o.uncertainty_window, 10, f"J{o.uncertainty_window}"), t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
+}
 
 
 def score(source: Path, *, preset: str | None = None, T: int | None = None, K: int | None = None, beta: float | None = None,
-          beton: Path | None = None, out: Path | None = None) -> list[Path]:
-    """Run the stage; returns the score files.
+          delta: str = "kl", beton: Path | None = None, out: Path | None = None) -> list[Path]:
+    """TDDS from what was recorded; returns the score files.
 
     `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset default to the
     run's config; without a config T defaults to all epochs, K to 10, beta to 0.9, preset to `official`. A run without T
-    and K gives every window of its config. `beton` supplies labels where the source has none.
+    and K gives every window of its config. `delta` chooses an ablation of section 5.4 (see `tdds.ABLATIONS`). `beton`
+    supplies labels where the source has none.
 
     Raises:
         InputError: nothing recorded there, epochs missing, settings that do not fit.
     """
-    source = Path(source)
-    if not source.is_dir():
-        raise InputError(f"{source} is not a directory; give a run directory, a trajectory, or a folder of *_Output.npy")
-    if any(_OUTPUT.fullmatch(path.name) for path in source.iterdir()):
-        window = Window(*_settings(T, K, beta, _num_dynamics(source)))
-        return _score_dynamics(source, window, preset or "official", beton, out)
-    is_run = (source / "config.yaml").is_file()
-    trajectory = Trajectory(source / "trajectory" if is_run else source)
-    windows: list[Window] | None = None
-    origin: dict[str, object] = {}
-    if is_run:
-        config = parse_config(RunDir(source).read_config(), str(source / "config.yaml"))
-        preset = preset or config.score.preset
-        if T is None and K is None:
-            windows = [window if beta is None else replace(window, beta=beta) for window in config.windows()]
-        beta = config.score.beta if beta is None else beta
-        origin = {"seed": config.run.seed, "world_size": RunDir(source).read_env().get("world_size")}
-    windows = windows or [Window(*_settings(T, K, beta, trajectory.num_epochs))]
-    preset = preset or "official"
-    for window in windows:
-        check_window(window, preset, trajectory.num_epochs)
+    origin = _open(Path(source), beton)
+    windows, preset = origin.windows(preset, T, K, beta)
     if out is not None and len(windows) > 1:
         raise InputError(f"--out={out} names one file, the run has {len(windows)} windows; choose one with --T and --K")
-    label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
-    delta_TN = trajectory.read(DELTA_OF_PRESET[preset], max(window.T for window in windows))
-    folder = RunDir(source).scores if is_run else source
-    origin["epochs"] = trajectory.num_epochs
-    return [_save(score_trajectory(delta_TN, window, preset), window, preset, label_N, found, folder, out, origin)
-            for window in windows]
+    return _score_windows(origin, windows, preset, delta, None if out is None else Path(out))
 
 
-def _settings(T: int | None, K: int | None, beta: float | None, num_epochs: int) -> tuple[int, int, float]:
-    return (num_epochs if T is None else T, 10 if K is None else K, 0.9 if beta is None else beta)
+def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] = (), beton: Path | None = None,
+              out: Path | None = None) -> tuple[list[Path], list[str]]:
+    """Every score that needs no final model, or those called `keys`; returns the files and what could not be computed.
 
+    `options` are `key=value` for the config section score.baselines. `out` is a directory, by default scores/ of the run,
+    or the source itself. Files of scores under other than default options carry them in their names.
 
-def _score_dynamics(folder: Path, window: Window, preset: str, beton: Path | None, out: Path | None) -> list[Path]:
-    check_window(window, preset, _num_dynamics(folder))
-    difference = loss_difference_official if preset == "official" else loss_difference_paper
-    delta = []
-    previous_NC: torch.Tensor | None = None
-    for epoch in range(window.T):
-        logp_NC = log_probabilities(_read_dynamics(folder, epoch))
-        if previous_NC is not None and previous_NC.shape != logp_NC.shape:
-            raise InputError(f"{folder}: epoch {epoch} has outputs {tuple(logp_NC.shape)}, the one before "
-                             f"{tuple(previous_NC.shape)}; the folder mixes runs")
-        delta.append(torch.full((len(logp_NC),), torch.nan) if previous_NC is None else difference(previous_NC, logp_NC))
-        previous_NC = logp_NC
-    assert previous_NC is not None
-    num_samples, num_classes = previous_NC.shape
-    label_N, found = _labels(np.full(num_samples, UNKNOWN_LABEL), num_classes, beton)
-    score_N = score_trajectory(torch.stack(delta).numpy(), window, preset)
-    return [_save(score_N, window, preset, label_N, found, folder, out)]
-
-
-def _num_dynamics(folder: Path) -> int:
-    epochs = {int(match[1]) for path in folder.iterdir() if (match := _OUTPUT.fullmatch(path.name))}
-    if missing := sorted(set(range(max(epochs))) - epochs):
-        raise InputError(f"{folder} holds no {missing[0]}_Output.npy but later epochs; restore it or remove the later ones")
-    return len(epochs)
-
-
-def _read_dynamics(folder: Path, epoch: int) -> torch.Tensor:
-    """Logits of an epoch by global index, float32 [N, C]."""
-    arrays = []
-    for name in ("Output", "Index"):
-        path = folder / f"{epoch}_{name}.npy"
+    Raises:
+        InputError: as `score`; a key that was asked for by name and cannot be computed; nothing that can be.
+    """
+    origin = _open(Path(source), beton)
+    known = ("tdds", "random", *BASELINES)
+    if unknown := [key for key in keys if key not in known]:
+        hint = " (they need the final model: `tdds score RUN --final-pass`)" if set(unknown) <= set(MODEL_SCORES) else ""
+        raise InputError(f"score {unknown[0]!r} is not computed from recorded epochs{hint}; use one of {', '.join(known)}")
+    settings = parse_baselines(origin.config.score.baselines if origin.config else Baselines(), options)
+    folder = Path(out) if out is not None else origin.folder
+    if folder.suffix == ".npz":
+        raise InputError(f"--out={folder} must be a directory: one file per score goes there")
+    paths: list[Path] = []
+    skipped: list[str] = []
+    for key in keys or known:
         try:
-            arrays.append(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path} cannot be read ({error}); T epochs need 0_{name}.npy to (T-1)_{name}.npy") from error
-    output_NC, index_N = arrays[0], arrays[1].astype(np.int64).reshape(-1)
-    if output_NC.ndim != 2 or not np.issubdtype(output_NC.dtype, np.floating):
-        raise InputError(f"{folder / f'{epoch}_Output.npy'} is {output_NC.dtype} {output_NC.shape}, expected floating-point "
-                         "logits [N, C]")
-    if not np.array_equal(np.sort(index_N), np.arange(len(output_NC))):
-        raise InputError(f"{folder / f'{epoch}_Index.npy'} does not hold every index 0..{len(output_NC) - 1} once; "
-                         "an epoch must record every sample exactly once")
-    if not np.isfinite(output_NC).all():
-        bad = index_N[~np.isfinite(output_NC).all(axis=1)][:8].tolist()
-        raise InputError(f"{folder / f'{epoch}_Output.npy'} holds NaN or infinite logits (global indices {bad})")
-    by_index_NC = np.empty(output_NC.shape, dtype=np.float32)
-    by_index_NC[index_N] = output_NC
-    return torch.from_numpy(by_index_NC)
+            paths += _score_one(origin, key, settings, folder)
+        except InputError as error:
+            if keys:
+                raise
+            skipped.append(f"{key}: {error}")
+    if not paths:
+        raise InputError(f"{source}: no score can be computed ({skipped[0]})")
+    for key in MODEL_SCORES if not keys else ():
+        if not (folder / f"{key}.npz").is_file():
+            skipped.append(f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights")
+    return paths, skipped
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What is scored, and where results go."""
+
+    recorded: Recorded
+    config: Config | None
+    label_N: np.ndarray
+    found: Fingerprint
+    folder: Path
+    settings: dict[str, Any]  # provenance for score files
+
+    def windows(self, preset: str | None, T: int | None, K: int | None, beta: float | None) -> tuple[list[Window], str]:
+        """The windows to score and their preset, checked against what was recorded."""
+        windows: list[Window] = []
+        if self.config is not None:
+            preset = preset or self.config.score.preset
+            if T is None and K is None:
+                windows = [window if beta is None else replace(window, beta=beta) for window in self.config.windows()]
+            beta = self.config.score.beta if beta is None else beta
+        num_epochs = self.recorded.num_epochs
+        windows = windows or [Window(num_epochs if T is None else T, 10 if K is None else K, 0.9 if beta is None else beta)]
+        preset = preset or "official"
+        for window in windows:
+            check_window(window, preset, num_epochs)
+        return list(dict.fromkeys(windows)), preset
+
+    def save(self, folder_or_file: Path, key: str, score_N: np.ndarray, settings: dict[str, Any],
+             extra: dict[str, np.ndarray] | None = None) -> Path:
+        path = folder_or_file if folder_or_file.suffix == ".npz" else folder_or_file / f"{key}.npz"
+        save_scores(path, Scores(key, score_N, self.label_N, self.found, settings | {"source": "recorded"} | self.settings,
+                                 extra or {}))
+        return path
+
+
+def _open(source: Path, beton: Path | None) -> _Origin:
+    if not source.is_dir():
+        raise InputError(f"{source} is not a directory; give a run directory, a trajectory, or a folder of *_Output.npy")
+    if is_dynamics(source):
+        dynamics = Dynamics(source)
+        label_N, found = _labels(dynamics.labels(), dynamics.num_classes, beton)
+        return _Origin(Dynamics(source, None if beton is None else label_N), None, label_N, found, source, {})
+    run = RunDir(source)
+    is_run = run.config_file.is_file()
+    trajectory = Trajectory(run.trajectory if is_run else source)
+    label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
+    if not is_run:
+        return _Origin(trajectory, None, label_N, found, source, {"epochs": trajectory.num_epochs})
+    config = parse_config(run.read_config(), str(run.config_file))
+    settings = {"epochs": trajectory.num_epochs, "seed": config.run.seed, "world_size": run.read_env().get("world_size")}
+    return _Origin(trajectory, config, label_N, found, run.scores, settings)
+
+
+def _score_windows(origin: _Origin, windows: list[Window], preset: str, delta: str, out: Path | None) -> list[Path]:
+    scalar, absolute = delta_scalar(delta, preset)
+    delta_TN = origin.recorded.read(scalar, max(window.T for window in windows))
+    delta_TN = np.abs(delta_TN) if absolute else delta_TN
+    return [origin.save(out or origin.folder, window.key(preset, delta), score_trajectory(delta_TN, window, preset),
+                        window_settings(window, preset, delta)) for window in windows]
+
+
+def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> list[Path]:
+    if key == "tdds":
+        windows, preset = origin.windows(None, None, None, None)
+        return _score_windows(origin, windows, preset, "kl", folder)
+    if key == "random":
+        seed = origin.config.run.seed if origin.config else 0
+        score_N = baselines.random(origin.recorded.num_samples, seed)
+        return [origin.save(folder, key, score_N, {"score": key, "draw_seed": seed})]
+    baseline = BASELINES[key]
+    num_epochs = options.el2n_epochs if key == "el2n" else options.num_epochs or origin.recorded.num_epochs
+    if num_epochs > origin.recorded.num_epochs:
+        name = "el2n_epochs" if key == "el2n" else "num_epochs"
+        raise InputError(f"{name}={num_epochs} is longer than the {origin.recorded.num_epochs} recorded epochs; lower it or "
+                         "collect longer")
+    values_TN = origin.recorded.read(baseline.scalar(options), num_epochs)
+    score_N, extra, settings = baseline.compute(values_TN, options)
+    setting = {"score": key, "T": num_epochs} | settings
+    return [origin.save(folder, key + baseline.suffix(options), score_N, setting, extra)]
 
 
 def _labels(label_N: np.ndarray, num_classes: int, beton: Path | None) -> tuple[np.ndarray, Fingerprint]:
@@ -132,12 +213,3 @@ def _labels(label_N: np.ndarray, num_classes: int, beton: Path | None) -> tuple[
     if ((label_N != UNKNOWN_LABEL) & (label_N != info.label_N)).any():
         raise InputError(f"--beton={beton} has other labels than those recorded; give the file that was trained on")
     return info.label_N, dataset_fingerprint(info, num_classes)
-
-
-def _save(score_N: np.ndarray, window: Window, preset: str, label_N: np.ndarray, found: Fingerprint, folder: Path,
-          out: Path | None, origin: dict[str, object] | None = None) -> Path:
-    key = window.key(preset)
-    path = Path(out) if out is not None else folder / f"{key}.npz"
-    settings = window_settings(window, preset) | {"source": "recorded"} | (origin or {})
-    save_scores(path, Scores(key, score_N, label_N, found, settings))
-    return path

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tdds_dist import distributed
+from tdds_dist.artifacts import fingerprint
 from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.partition import PADDING, EpochOrder, routing_counts, rows_per_shard
 from tdds_dist.scalars import SCALARS, log_probabilities, sample_scalars
@@ -45,6 +46,8 @@ class ShardedScorer:
         device: where logits live and state is kept; default CUDA when available.
         logp_dtype: precision of the stored log-probabilities, float32 or float16.
         trajectory: directory to which every epoch's scalars are appended; None keeps no record.
+        trajectory_dtype: precision of the scalars in that directory, float32 or float16. Only float32 gives the same
+            scores again bit by bit.
 
     Protocol: all ranks of the default process group construct it and call `record` equally often per epoch (an empty
     call counts), then `end_epoch`; without a process group it works alone. When the visit order is known, `expect`
@@ -57,7 +60,7 @@ class ShardedScorer:
     def __init__(
         self, num_samples: int, num_classes: int, windows: Sequence[Window], preset: str = "official",
         device: torch.device | str | None = None, *, logp_dtype: torch.dtype = torch.float32,
-        trajectory: Path | str | None = None,
+        trajectory: Path | str | None = None, trajectory_dtype: torch.dtype = torch.float32,
     ):
         if num_samples < 1 or num_classes < 2:
             raise InputError(f"num_samples={num_samples} must be at least 1 and num_classes={num_classes} at least 2")
@@ -65,6 +68,8 @@ class ShardedScorer:
             raise InputError("windows=[] scores nothing; give at least one Window(T, K, beta)")
         if logp_dtype not in (torch.float32, torch.float16):
             raise InputError(f"logp_dtype={logp_dtype} must be torch.float32 or torch.float16")
+        if trajectory_dtype not in (torch.float32, torch.float16):
+            raise InputError(f"trajectory_dtype={trajectory_dtype} must be torch.float32 or torch.float16")
         for window in windows:
             check_window(window, preset)
         self.num_samples, self.num_classes, self.preset = num_samples, num_classes, preset
@@ -83,7 +88,8 @@ class ShardedScorer:
                 if self.world.is_main:
                     require_no_trajectory(Path(trajectory))
             self._trajectory = TrajectoryWriter(
-                trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main)
+                trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main,
+                dtype=str(trajectory_dtype).removeprefix("torch."))
 
     def _allocate(self, logp_dtype: torch.dtype) -> None:
         """State of this shard. Row M of the per-sample tables takes what padding rows write."""
@@ -237,9 +243,12 @@ class ShardedScorer:
                                 f"{repeated} more than once (global indices {named}); record every sample exactly once per "
                                 "epoch and give rows that merely fill a batch the index -1", shared=True)
         if self._trajectory is not None:
+            labels_sha256 = None
+            if self.epoch == 0:
+                labels_sha256 = fingerprint(self.gather_labels().numpy(), self.num_classes).labels_sha256
             with distributed.together(self.world):
                 if self.epoch == 0:
-                    self._trajectory.write_labels(self._label_M[:rows].cpu().numpy())
+                    self._trajectory.write_labels(self._label_M[:rows].cpu().numpy(), labels_sha256)
                 self._trajectory.append(self.epoch, self._scalars_MF[:rows].T.contiguous().cpu().numpy())
         if self.epoch > 0:
             self._advance_windows()

@@ -1,6 +1,13 @@
-"""Stage `select`: from a score to a coreset file."""
+"""Stage `select`: from a score to a coreset file.
 
+Owns which sampler a score is meant for, the importance that goes with it, and names; the samplers are `selection`'s.
+"""
+
+# N dataset, M kept samples
+
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,45 +17,119 @@ from tdds_dist.config import parse_config
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
 
+SAMPLERS = ("top", "ccs", "centre", "beta")
+CCS_SCORE = "aum"  # what `--score ccs` cuts into strata, as in its paper
+DEFAULT_STRATA = 50
+DEFAULT_C_D = 4.0  # DUAL's exponent for CIFAR-100; its paper has 5.5 for CIFAR-10 and 11 for ImageNet
 
-def select(source: Path, pruning_rate: float, *, score: str = "tdds", class_balanced: bool = False, seed: int = 0,
-           out: Path | None = None) -> tuple[Path, list[str]]:
-    """Run the stage; returns the coreset file and warnings.
 
-    `source` is a run directory or a score file. In a run, `score` is `tdds` (the window that its config assigns to the
-    pruning rate), `random` (a seeded draw), or the name of a file in `scores/`.
+def default_sampler(scores: Scores) -> str:
+    """The sampler a score is meant for: the centre of the ranking for Moderate, else the top."""
+    return "centre" if scores.settings.get("score", scores.key) == "moderate" else "top"
+
+
+def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False, seed: int = 0,
+           num_strata: int = DEFAULT_STRATA, hard_cutoff_rate: float | None = None, c_d: float = DEFAULT_C_D) -> np.ndarray:
+    """The kept global indices, sorted int64 [M], M = N - round(p N).
+
+    `sampler`: `top`, `centre` (Moderate), `ccs` (strata; `num_strata`, `hard_cutoff_rate`, by default that of the pruning
+    rate), `beta` (DUAL's weighted draw; `c_d`); default the one the score is meant for. `class_balanced` applies it to
+    each class by itself. `seed` decides draws and ties.
 
     Raises:
-        InputError: no such score, or a pruning rate that keeps nothing.
+        InputError: a sampler that does not fit the score, scores that are not finite, a rate that keeps nothing.
     """
-    source = Path(source)
-    selection.num_kept(10**9, pruning_rate)  # the range, before any file is read
-    scores = _random(_any_scores(source), seed) if score == "random" else _find(source, score, pruning_rate)
-    score_N, label_N = scores.score_N, scores.label_N
+    sampler = sampler or default_sampler(scores)
+    score_N = scores.score_N
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler={sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
     if not np.isfinite(score_N).all():
-        raise InputError(f"{source}: score {scores.key!r} holds {int((~np.isfinite(score_N)).sum())} values that are not "
+        raise InputError(f"score {scores.key!r} holds {int((~np.isfinite(score_N)).sum())} values that are not "
                          "finite; compute it again with `tdds score`")
     num = selection.num_kept(len(score_N), pruning_rate)
-    if class_balanced:
-        index_M = selection.top_per_class(score_N, label_N, num, seed)
+    if sampler == "ccs":
+        if scores.settings.get("keep") == "easiest":
+            raise InputError(f"score {scores.key!r} ranks easy samples first, and sampler ccs cuts off what ranks first as too "
+                             "hard; score again with aum_keep=hardest")
+        cutoff = selection.default_hard_cutoff(pruning_rate) if hard_cutoff_rate is None else hard_cutoff_rate
+        pick = partial(selection.ccs, num_strata=num_strata, hard_cutoff_rate=cutoff, seed=seed)
+    elif sampler == "beta":
+        if "p_mean" not in scores.extra:
+            raise InputError(f"score {scores.key!r} comes without the mean probability that sampler beta looks at; use "
+                             "--score dual")
     else:
-        index_M = selection.top(score_N, num, seed)
-    empty = selection.empty_classes(index_M, label_N)
+        pick = partial(selection.centre if sampler == "centre" else selection.top, seed=seed)
+
+    def pick_among(member_m: np.ndarray, quota: int) -> np.ndarray:
+        if sampler == "beta":
+            return selection.beta_sample(score_N[member_m], scores.extra["p_mean"][member_m], quota, pruning_rate, c_d=c_d,
+                                         seed=seed)
+        return pick(score_N[member_m], quota)
+
+    if class_balanced:
+        return selection.per_class(pick_among, scores.label_N, num)
+    return pick_among(np.arange(len(score_N)), num)
+
+
+def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False,
+                 seed: int = 0, **options: Any) -> tuple[Coreset, list[str]]:
+    """The coreset of `choose` with its importances, and warnings about it.
+
+    Importance: the score scaled to [0, 1] over all N for TDDS in preset `official`, the score itself in `paper`
+    (section 4.3), 1 for every other score, which its paper does not weigh by.
+    """
+    index_M = choose(scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options)
     warnings = []
+    empty = selection.empty_classes(index_M, scores.label_N)
     if len(empty):
-        message = f"{len(empty)} of {len(np.unique(label_N))} classes keep no sample (first: {empty[:8].tolist()})"
+        message = f"{len(empty)} of {len(np.unique(scores.label_N))} classes keep no sample (first: {empty[:8].tolist()})"
         if class_balanced:
             raise InputError(f"pruning_rate={pruning_rate}: {message}; lower the pruning rate")
         warnings.append(f"{message}; --class-balanced keeps every class")
-    settings = scores.settings | {"importance": _importance_kind(scores), "class_balanced": class_balanced, "seed": seed}
+    sampler = sampler or default_sampler(scores)
+    settings = scores.settings | {"importance": importance_kind(scores), "sampler": sampler,
+                                  "class_balanced": class_balanced, "seed": seed}
+    if sampler == "ccs":
+        own = options.get("hard_cutoff_rate")
+        settings |= {"num_strata": options.get("num_strata", DEFAULT_STRATA),
+                     "hard_cutoff_rate": selection.default_hard_cutoff(pruning_rate) if own is None else own}
+        settings |= {} if own is None else {"own_hard_cutoff_rate": own}
+    if sampler == "beta":
+        settings["c_d"] = options.get("c_d", DEFAULT_C_D)
     coreset = Coreset(index_M, _importance(scores)[index_M], scores.key, pruning_rate, scores.fingerprint, settings)
-    name = f"random_s{seed}" if score == "random" else source.stem if source.is_file() else scores.key
-    path = Path(out) if out is not None else _default_path(source, name, pruning_rate, class_balanced)
+    return coreset, warnings
+
+
+def select(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
+           class_balanced: bool = False, seed: int = 0, out: Path | None = None, **options: Any) -> tuple[Path, list[str]]:
+    """Run the stage; returns the coreset file and warnings.
+
+    `source` is a run directory or a score file. In a run, `score` is `tdds` (the window that its config assigns to the
+    pruning rate), `random` (a seeded draw), `ccs` (AUM in strata), or the name of a file in `scores/`. Sampler and
+    options as in `choose`.
+
+    Raises:
+        InputError: no such score, or what `choose` raises.
+    """
+    source = Path(source)
+    selection.num_kept(10**9, pruning_rate)  # the range, before any file is read
+    if score == "ccs":
+        if sampler not in (None, "ccs"):
+            raise InputError(f"--score ccs means sampler ccs on {CCS_SCORE}, not sampler {sampler}; name the score instead")
+        score, sampler = CCS_SCORE, "ccs"
+    scores = random_scores(any_scores(source), seed) if score == "random" else find_scores(source, score, pruning_rate)
+    try:
+        coreset, warnings = make_coreset(scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed,
+                                         **options)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    path = Path(out) if out is not None else _default_path(source, coreset)
     save_coreset(path, coreset)
     return path, warnings
 
 
-def _find(source: Path, score: str, pruning_rate: float) -> Scores:
+def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
+    """The scores called `score` of a run directory, or those of a score file; InputError when there are none."""
     if source.is_file():
         scores = load_scores(source)
         if score not in ("tdds", scores.key):
@@ -61,11 +142,12 @@ def _find(source: Path, score: str, pruning_rate: float) -> Scores:
     path = run.scores / f"{score.removesuffix('.npz')}.npz"
     if not path.is_file():
         known = ["tdds", "random", *sorted(path.stem for path in run.scores.glob("*.npz"))]
-        raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(known)}")
+        raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(known)}; `tdds score {source} --all` "
+                         "computes every score of the run")
     return load_scores(path)
 
 
-def _any_scores(source: Path) -> Scores:
+def any_scores(source: Path) -> Scores:
     """Any score file, for the labels and fingerprint of the dataset."""
     if source.is_file():
         return load_scores(source)
@@ -75,27 +157,33 @@ def _any_scores(source: Path) -> Scores:
     return load_scores(found[0])
 
 
-def _random(like: Scores, seed: int) -> Scores:
+def random_scores(like: Scores, seed: int) -> Scores:
+    """A seeded draw as scores, for the dataset of `like`."""
     score_N = baselines.random(len(like.score_N), seed)
     return Scores("random", score_N, like.label_N, like.fingerprint, {"score": "random"})
 
 
-def _importance_kind(scores: Scores) -> str:
-    if scores.settings.get("score") == "random":
+def importance_kind(scores: Scores) -> str:
+    """What importance in a coreset of these scores is: `min_max`, `score` or `uniform`."""
+    if scores.settings.get("score") != "tdds":
         return "uniform"
     return "score" if scores.settings.get("preset") == "paper" else "min_max"
 
 
 def _importance(scores: Scores) -> np.ndarray:
-    """Importance of all N samples: the score itself in preset `paper` (section 4.3), scaled to [0, 1] over the whole
-    dataset in `official`, 1 for a random coreset."""
-    kind = _importance_kind(scores)
+    """Importance of all N samples, float32 [N]."""
+    kind = importance_kind(scores)
     if kind == "uniform":
         return np.ones_like(scores.score_N)
     return scores.score_N if kind == "score" else selection.min_max(scores.score_N)
 
 
-def _default_path(source: Path, name: str, pruning_rate: float, class_balanced: bool) -> Path:
+def _default_path(source: Path, coreset: Coreset) -> Path:
     run = source.parent.parent if source.is_file() and source.parent.name == "scores" else source
     folder = RunDir(run).coresets if run.is_dir() else source.parent
-    return folder / f"{name}_p{pruning_rate:g}{'_balanced' if class_balanced else ''}.npz"
+    name = coreset.method
+    if source.is_file():
+        name = name.replace(coreset.score_key, source.stem)  # two files may hold the same key
+    drawn = coreset.score_key == "random" or coreset.settings["sampler"] in ("ccs", "beta")
+    seed = f"_s{coreset.settings['seed']}" if drawn else ""
+    return folder / f"{name}{seed}_p{coreset.pruning_rate:g}.npz"

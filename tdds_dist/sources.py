@@ -1,8 +1,8 @@
-"""Where images come from: folders, CIFAR archives, scikit-learn's digits, synthetic images.
+"""Where images come from: folders, CIFAR archives, scikit-learn's digits, synthetic images; and noise on purpose.
 
 Owns the order of a dataset's samples (the global index of a sample is its position here, for ever), their labels,
 class names and paths, and reading one image by index. Writing them to a file is `beton`'s. A reader runs in forked
-worker processes, so it keeps no open files and draws its random numbers from the index alone.
+worker processes, so it keeps no open files and draws its random numbers from a seed and the index alone.
 """
 
 # N samples of the source, C classes
@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tdds_dist.corruptions import KINDS, corrupt
 from tdds_dist.errors import InputError
 
 FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES,SIZE"
 SPLITS = ("train", "val")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 SPLIT_SEED, SUBSET_SEED, SYNTHETIC_SEED = 20, 21, 22
+LABEL_NOISE_SEED, CORRUPTED_SEED, CORRUPTION_SEED = 24, 25, 26  # which labels, which images, what is done to an image
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,8 @@ class Source:
     label_N: np.ndarray  # int64, in [0, C)
     reader: Callable[[int], np.ndarray]
     settings: dict[str, Any] = field(default_factory=dict)  # what else decided which samples these are
+    true_label_N: np.ndarray | None = None  # int64, before label noise; None without
+    corruption: list[str] | None = None  # per sample: one of corruptions.KINDS, "" where clean; None without
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -88,7 +92,72 @@ def _take_subset(source: Source, subset: int) -> Source:
                          f"({source.split}); choose a number in that range or leave it out")
     index = stratified_pick(source.label_N, subset, SUBSET_SEED)
     return replace(source, path=[source.path[i] for i in index], label_N=source.label_N[index],
-                   reader=lambda i: source.reader(int(index[i])), settings=source.settings | {"subset": subset})
+                   reader=lambda i: source.reader(int(index[i])), settings=source.settings | {"subset": subset},
+                   true_label_N=None if source.true_label_N is None else source.true_label_N[index],
+                   corruption=None if source.corruption is None else [source.corruption[i] for i in index])
+
+
+# --- noise on purpose ---
+
+
+def with_label_noise(source: Source, rate: float, seed: int) -> Source:
+    """`source` with round(rate * N) labels changed to another class, uniformly (symmetric noise).
+
+    With the same seed the changes at a lower rate are among those at a higher one. A rate of 0 gives `source` itself.
+    Raises InputError for a rate outside [0, 1), a seed outside [0, 2**32), a single class, and noise upon noise.
+    """
+    _check_noise(source, "label_noise", rate, seed)
+    if rate == 0:
+        return source
+    num_samples, num_classes = len(source), len(source.class_names)
+    if num_classes < 2:
+        raise InputError(f"label_noise={rate} needs another class to change to, but {source.name} has {num_classes}; use a "
+                         "source with at least 2, or leave label noise out")
+    rng = np.random.default_rng([LABEL_NOISE_SEED, seed])
+    changed = rng.permutation(num_samples)[:round(rate * num_samples)]
+    shift_N = rng.integers(1, num_classes, num_samples)  # one for every sample, so that none depends on the rate
+    label_N = source.label_N.copy()
+    label_N[changed] = (label_N + shift_N)[changed] % num_classes
+    return replace(source, label_N=label_N, true_label_N=source.label_N,
+                   settings=source.settings | {"label_noise": rate, "noise_seed": seed})
+
+
+def with_corruption(source: Source, rate: float, seed: int) -> Source:
+    """`source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to rounding.
+
+    With the same seed the corruptions at a lower rate are among those at a higher one; they have nothing to do with the
+    changed labels. A rate of 0 gives `source` itself.
+    Raises InputError for a rate outside [0, 1), a seed outside [0, 2**32), and corruption upon corruption.
+    """
+    _check_noise(source, "corrupt", rate, seed)
+    if rate == 0:
+        return source
+    order = np.random.default_rng([CORRUPTED_SEED, seed]).permutation(len(source))
+    corruption = [""] * len(source)
+    for place, index in enumerate(order[:round(rate * len(source))]):
+        corruption[index] = KINDS[place % len(KINDS)]
+
+    def read(index: int) -> np.ndarray:
+        image = source.reader(index)
+        if not corruption[index]:
+            return image
+        return corrupt(image, corruption[index], np.random.default_rng([CORRUPTION_SEED, seed, index]))
+
+    return replace(source, reader=read, corruption=corruption,
+                   settings=source.settings | {"corrupt": rate, "noise_seed": seed})
+
+
+def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
+    if not 0 <= rate < 1:
+        raise InputError(f"{name}={rate} must be a share in [0, 1); use 0.2 for a fifth of the samples")
+    if not 0 <= seed < 2**32:  # a larger one takes two words of NumPy's seed, which another (seed, index) may have
+        raise InputError(f"seed={seed} of {name} must be between 0 and {2**32 - 1}; choose a number in that range")
+    if name in source.settings:
+        raise InputError(f"{name}={rate} comes on top of {name}={source.settings[name]}, but a source takes it once; start "
+                         "from the clean source")
+    if rate and source.settings.get("noise_seed", seed) != seed:
+        raise InputError(f"seed={seed} of {name} must be the noise_seed={source.settings['noise_seed']} that the source "
+                         "already has, since a manifest holds one; use that seed for both")
 
 
 # --- folders ---

@@ -19,6 +19,11 @@ from tdds_dist.errors import InputError
 
 PRESETS = ("official", "paper")
 DELTA_OF_PRESET = {"official": "delta_official", "paper": "delta_paper"}
+# What stands in the place of the loss difference in the ablations of section 5.4: scalar of the trajectory, absolute or not.
+# `el2n` ("EL2N + outer") puts the EL2N of epoch t where the difference into epoch t would be.
+ABLATIONS = {"kl_signed": ("delta_paper", False), "ce": ("delta_ce", False), "ce_absolute": ("delta_ce", True),
+             "el2n": ("el2n", False)}
+DELTA_KINDS = ("kl", *ABLATIONS)  # kl: what the preset says
 SIMPLE_AVERAGE = 0.0  # beta = 0 stands for the plain mean over windows (Fig. 5)
 
 
@@ -34,9 +39,9 @@ class Window:
     K: int
     beta: float = 0.9
 
-    def key(self, preset: str) -> str:
-        """Name of this setting in files, e.g. `tdds_official_T30_K10_beta0.9`."""
-        return f"tdds_{preset}_T{self.T}_K{self.K}_beta{self.beta:g}"
+    def key(self, preset: str, delta: str = "kl") -> str:
+        """Name of this setting in files, e.g. `tdds_official_T30_K10_beta0.9`, with the ablation behind it if it is one."""
+        return f"tdds_{preset}_T{self.T}_K{self.K}_beta{self.beta:g}" + ("" if delta == "kl" else f"_{delta}")
 
 
 def differences_per_window(window: Window, preset: str) -> int:
@@ -99,6 +104,16 @@ def score_trajectory(delta_TM: np.ndarray, window: Window, preset: str) -> np.nd
     return average_M.numpy()
 
 
-def window_settings(window: Window, preset: str) -> dict[str, object]:
+def delta_scalar(delta: str, preset: str) -> tuple[str, bool]:
+    """The scalar of the trajectory that `delta` stands for, and whether its absolute value is taken."""
+    if delta == "kl":
+        return DELTA_OF_PRESET[preset], False  # official: absolute per class already
+    if delta not in ABLATIONS:
+        raise InputError(f"delta={delta!r} is unknown; use one of {', '.join(DELTA_KINDS)}")
+    return ABLATIONS[delta]
+
+
+def window_settings(window: Window, preset: str, delta: str = "kl") -> dict[str, object]:
     """The setting as it stands in score files."""
-    return {"score": "tdds", "preset": preset, "T": window.T, "K": window.K, "beta": window.beta}
+    setting = {"score": "tdds", "preset": preset, "T": window.T, "K": window.K, "beta": window.beta}
+    return setting if delta == "kl" else setting | {"delta": delta}

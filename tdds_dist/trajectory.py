@@ -1,60 +1,113 @@
 """The trajectory: a few numbers per sample and epoch on disk, from which every score can be computed again.
 
-    <dir>/meta.json                                   what the columns are, N, C, dtype
+    <dir>/meta.json                                   what the columns are, N, C, dtype, hash of the labels
     <dir>/labels/<first>-<end>.npy                    int64 [end - first], once
-    <dir>/epoch_0007/<first>-<end>.npy                float32 [F, end - first], one block per rank
+    <dir>/epoch_0007/<first>-<end>.npy                float32 or float16 [F, end - first], one block per rank
 
 A block is keyed by the range of global indices it covers, so readers need not know the world size that wrote it, and
-may mix several. NumPy only.
+may mix several: a run that resumes on another number of ranks appends to what is there. NumPy only.
 """
 
 # F scalars, N dataset, T epochs, M rows of a block
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
-from tdds_dist.artifacts import write_atomically
+from tdds_dist.artifacts import Fingerprint, fingerprint, write_atomically
 from tdds_dist.errors import InputError
 
 FORMAT = "tdds-trajectory-1"
+DTYPES = ("float32", "float16")
+_LARGEST_FLOAT16 = 65504.0
 _BLOCK = re.compile(r"(\d{10})-(\d{10})\.npy")
 _EPOCH = re.compile(r"epoch_(\d{4,})")
 
 
 def require_no_trajectory(directory: Path) -> None:
-    """InputError when there is one already: epochs of two runs must not mix."""
-    if (directory / "meta.json").exists() or any(directory.glob("epoch_*")):
+    """InputError when there is one already, or part of one: epochs of two runs must not mix."""
+    if (directory / "meta.json").exists() or any(directory.glob("epoch_*")) or _label_blocks(directory):
         raise InputError(f"{directory} already holds a trajectory; choose another directory or remove it")
 
 
+def resume_trajectory(directory: Path | str, scalars: tuple[str, ...], num_samples: int, num_classes: int,
+                      labels_sha256: str | None, next_epoch: int, *, dtype: str = "float32") -> None:
+    """Make an existing trajectory ready for writers that append epoch `next_epoch` and later ones.
+
+    The other arguments describe the run that goes on. Its writers may have other shards than those before; they write
+    no labels. Epochs 0 .. next_epoch - 1 must be whole and stay; later ones were not finished, or their training is
+    lost, and are removed. For `next_epoch` 0 labels and meta.json are removed too, as they are written again with
+    epoch 0. Nothing is removed unless all checks pass.
+
+    Protocol: one rank calls it, and the others wait before they append.
+
+    Args:
+        labels_sha256: of `artifacts.fingerprint`; None when the labels are not known.
+
+    Raises:
+        InputError: the trajectory is of another dataset, other scalars or another dtype, or not whole up to there.
+    """
+    assert next_epoch >= 0, next_epoch
+    directory = Path(directory)
+    if next_epoch > 0 or (directory / "meta.json").exists():
+        trajectory = Trajectory(directory, next_epoch)
+        trajectory.require(scalars, num_samples, num_classes, dtype)
+        if next_epoch > 0:
+            found = trajectory.verify().labels_sha256
+            if labels_sha256 and found != labels_sha256:
+                raise InputError(f"{directory} holds labels of another dataset; they hash to {found[:12]}, those of this run "
+                                 f"to {labels_sha256[:12]}; resume with the .beton it was recorded from")
+    for epoch, folder in reversed(_epochs(directory)):  # the last first: no gap when this is interrupted
+        if epoch >= next_epoch:
+            shutil.rmtree(folder)
+    if next_epoch == 0:
+        for path in [*_label_blocks(directory), directory / "meta.json"]:
+            path.unlink(missing_ok=True)
+
+
 class TrajectoryWriter:
-    """Appends the blocks of one rank. All ranks may create it; they write different files."""
+    """Appends the blocks of one rank. All ranks may create it; they write different files.
+
+    `dtype` is `float32`, or `float16` for half the disk: then values beyond +-65504 are clipped to that (NaN stays NaN).
+    """
 
     def __init__(self, directory: Path | str, scalars: tuple[str, ...], num_samples: int, num_classes: int,
-                 first: int, end: int, is_main: bool):
+                 first: int, end: int, is_main: bool, dtype: str = "float32"):
+        if dtype not in DTYPES:
+            raise InputError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         self._directory = Path(directory)
         self._scalars = scalars
         self._block = f"{first:010d}-{end:010d}.npy"
         self._rows = end - first
+        self._dtype = dtype
         self._meta = {"format": FORMAT, "scalars": list(scalars), "num_samples": num_samples, "num_classes": num_classes,
-                      "dtype": "float32"}
+                      "dtype": dtype}
         self._is_main = is_main  # nothing is written before the first epoch ends
 
-    def write_labels(self, label_M: np.ndarray) -> None:
-        """Labels of the owned samples, int64 [M]; once per run, before the first `append`. Rank 0 adds meta.json."""
+    def write_labels(self, label_M: np.ndarray, labels_sha256: str | None = None) -> None:
+        """Labels of the owned samples, int64 [M]; once per run, before the first `append`. Rank 0 adds meta.json.
+
+        `labels_sha256` is that of `artifacts.fingerprint` over all N labels; readers compare what they find with it.
+        """
         if self._is_main:
-            text = json.dumps(self._meta, indent=2)
+            meta = self._meta if labels_sha256 is None else self._meta | {"labels_sha256": labels_sha256}
+            text = json.dumps(meta, indent=2)
             write_atomically(self._directory / "meta.json", lambda file: file.write(text.encode()))
         self._write(self._directory / "labels" / self._block, label_M.astype(np.int64))
 
     def append(self, epoch: int, scalars_FM: np.ndarray) -> None:
         """The scalars of one epoch for the owned samples, float32 [F, M]."""
         assert scalars_FM.shape == (len(self._scalars), self._rows), scalars_FM.shape
-        self._write(self._directory / f"epoch_{epoch:04d}" / self._block, scalars_FM.astype(np.float32))
+        if self._dtype == "float16":
+            scalars_FM = np.clip(scalars_FM, -_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+        block_FM = scalars_FM.astype(self._dtype, order="C")  # a scalar is one stretch of the file
+        self._write(self._directory / f"epoch_{epoch:04d}" / self._block, block_FM)
 
     def _write(self, path: Path, array: np.ndarray) -> None:
         if self._rows:  # an empty shard has no block
@@ -62,17 +115,24 @@ class TrajectoryWriter:
 
 
 class Trajectory:
-    """Read access by global index."""
+    """Read access by global index, to all epochs there are or to the first `num_epochs`.
 
-    def __init__(self, directory: Path | str):
+    Raises:
+        InputError: no trajectory, a damaged meta.json, missing epochs. Blocks are checked when they are read.
+    """
+
+    def __init__(self, directory: Path | str, num_epochs: int | None = None):
         self.directory = Path(directory)
         meta = self._read_meta()
         self.scalars: tuple[str, ...] = tuple(meta["scalars"])
         self.num_samples: int = meta["num_samples"]
         self.num_classes: int = meta["num_classes"]
-        epochs = [int(match[1]) for path in self.directory.iterdir() if (match := _EPOCH.fullmatch(path.name))]
-        if sorted(epochs) != list(range(len(epochs))):
-            raise InputError(f"{self.directory} holds epochs {sorted(epochs)}, expected 0, 1, 2, ... without a gap; "
+        self.dtype: str = meta.get("dtype", "float32")
+        self._labels_sha256: str | None = meta.get("labels_sha256")  # None: written by an earlier version
+        epochs = [epoch for epoch, _ in _epochs(self.directory) if num_epochs is None or epoch < num_epochs]
+        if epochs != list(range(len(epochs) if num_epochs is None else num_epochs)):
+            expected = "0, 1, 2, ..." if num_epochs is None else f"0 to {num_epochs - 1}"
+            raise InputError(f"{self.directory} holds epochs {epochs}, expected {expected} without a gap; "
                              "restore the missing folders or collect again")
         self.num_epochs = len(epochs)
 
@@ -87,16 +147,40 @@ class Trajectory:
         row = self.scalars.index(scalar)
         values_TN = np.empty((num_epochs, self.num_samples), dtype=np.float32)
         for epoch in range(num_epochs):
-            for first, end, path in self._blocks(self.directory / f"epoch_{epoch:04d}"):
-                values_TN[epoch, first:end] = self._load(path, (len(self.scalars), end - first), np.float32)[row]
+            for first, end, block_FM in self._scalar_blocks(epoch):
+                values_TN[epoch, first:end] = block_FM[row]
         return values_TN
 
     def labels(self) -> np.ndarray:
-        """Label by global index, int64 [N]."""
+        """Label by global index, int64 [N]; InputError when they are not those that were recorded."""
         label_N = np.empty(self.num_samples, dtype=np.int64)
         for first, end, path in self._blocks(self.directory / "labels"):
-            label_N[first:end] = self._load(path, (end - first,), np.int64)
+            label_N[first:end] = self._load(path, (end - first,), np.dtype(np.int64))
+        found = fingerprint(label_N, self.num_classes).labels_sha256
+        if self._labels_sha256 is not None and found != self._labels_sha256:
+            raise InputError(f"{self.directory} holds labels of another dataset; they hash to {found[:12]}, meta.json says "
+                             f"{self._labels_sha256[:12]}; restore labels/ and meta.json of one run or collect again")
         return label_N
+
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the dataset, from the labels."""
+        return fingerprint(self.labels(), self.num_classes)
+
+    def verify(self) -> Fingerprint:
+        """Fingerprint of the dataset; InputError unless all blocks of all epochs are there. Reads no scalar."""
+        for epoch in range(self.num_epochs):
+            for _ in self._scalar_blocks(epoch):
+                pass
+        return self.fingerprint()
+
+    def require(self, scalars: tuple[str, ...], num_samples: int, num_classes: int, dtype: str) -> None:
+        """InputError unless this is what meta.json says."""
+        differs = [f"{name} {have!r} instead of {need!r}" for name, have, need in (
+            ("scalars", self.scalars, scalars), ("num_samples", self.num_samples, num_samples),
+            ("num_classes", self.num_classes, num_classes), ("dtype", self.dtype, dtype)) if have != need]
+        if differs:
+            raise InputError(f"{self.directory} holds the trajectory of another run ({'; '.join(differs)}); resume with the "
+                             "dataset and config it was recorded with")
 
     def _read_meta(self) -> dict[str, Any]:
         path = self.directory / "meta.json"
@@ -106,13 +190,22 @@ class Trajectory:
         try:
             meta = json.loads(path.read_text())
             found = meta["format"]
-            if found == FORMAT and (missing := [key for key in ("scalars", "num_samples", "num_classes") if key not in meta]):
-                raise KeyError(*missing)
-        except (ValueError, TypeError, KeyError) as error:  # not text, not JSON, not these keys
+            if found == FORMAT:
+                sizes = (meta["num_samples"], meta["num_classes"])
+                if not isinstance(meta["scalars"], list) or not all(isinstance(size, int) and size > 0 for size in sizes):
+                    raise TypeError("scalars must be a list, num_samples and num_classes positive integers")
+        except (OSError, ValueError, TypeError, KeyError) as error:  # not readable, not text, not JSON, not these keys
             raise InputError(f"{path} is damaged ({error!r}); restore it or collect again") from error
         if found != FORMAT:
             raise InputError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
+        if (dtype := meta.get("dtype", "float32")) not in DTYPES:
+            raise InputError(f"{path} has dtype {dtype!r}, this version reads {', '.join(DTYPES)}")
         return meta
+
+    def _scalar_blocks(self, epoch: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """First and end index of the blocks of an epoch, each with its array, mapped: [F, end - first]."""
+        for first, end, path in self._blocks(self.directory / f"epoch_{epoch:04d}"):
+            yield first, end, self._load(path, (len(self.scalars), end - first), np.dtype(self.dtype))
 
     def _blocks(self, folder: Path) -> list[tuple[int, int, Path]]:
         """Blocks of a folder in order; InputError unless they tile [0, N)."""
@@ -120,22 +213,33 @@ class Trajectory:
                        if (match := _BLOCK.fullmatch(path.name)))
         expected = 0
         for first, end, path in found:
-            if first != expected:
-                problem = "overlap" if first < expected else "leave a gap"
+            if first != expected or end <= first:
+                problem = "leave a gap" if first > expected else "overlap"
                 raise InputError(f"blocks in {folder} {problem} at index {min(first, expected)} (next block {path.name}); "
                                  "remove what does not belong there or collect again")
             expected = end
         if expected != self.num_samples:
-            raise InputError(f"blocks in {folder} cover {expected} of {self.num_samples} samples; "
-                             "restore the missing blocks or collect again")
+            way_out = "restore the missing blocks" if expected < self.num_samples else "remove what does not belong there"
+            raise InputError(f"blocks in {folder} cover {expected} of {self.num_samples} samples; {way_out} or collect again")
         return found
 
-    def _load(self, path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    def _load(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            array = np.lib.format.open_memmap(path, mode="r")  # pages that are not used are not read
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # the last two from a damaged header
             raise InputError(f"{path} is damaged ({error}); restore it or collect again") from error
         if array.shape != shape or array.dtype != dtype:
-            raise InputError(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}; "
+            raise InputError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {shape}; "
                              "restore it or collect again")
         return array
+
+
+def _epochs(directory: Path) -> list[tuple[int, Path]]:
+    """Numbers and folders of the epochs there are, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(match[1]), path) for path in directory.iterdir() if (match := _EPOCH.fullmatch(path.name)))
+
+
+def _label_blocks(directory: Path) -> list[Path]:
+    return [path for path in (directory / "labels").glob("*.npy") if _BLOCK.fullmatch(path.name)]

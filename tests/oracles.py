@@ -6,6 +6,8 @@ with the package. Epochs count from 0, and `delta[t]` is the loss difference bet
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import permutations
 
 EPSILON = 1e-8  # in both logarithms of the authors' code
 FLOOR = -1e4  # the package floors log-probabilities here; without it two certain epochs would give 0 * log(0 / 0)
@@ -159,9 +161,154 @@ def tdds(logits: Sequence[Row], T: int, K: int, beta: float, preset: str) -> flo
     return score(delta, T, K, beta, preset)
 
 
+# ---- baselines: one sample, one value per epoch
+
+
+def forgetting(correct: Sequence[float], never_learned: str) -> float:
+    """Epochs that get wrong what the one before got right; T where no epoch is right and such samples rank first."""
+    events = 0
+    learned = False
+    for t, now in enumerate(correct):
+        if now == 1:
+            learned = True
+        if t > 0 and correct[t - 1] == 1 and now == 0:
+            events += 1
+    if not learned and never_learned == "inf":
+        return float(len(correct))
+    return float(events)
+
+
+def el2n_early(norms: Sequence[float], num_epochs: int) -> float:
+    """EL2N averaged over the first epochs."""
+    return mean([norms[t] for t in range(num_epochs)])
+
+
+def aum(margins: Sequence[float], keep: str) -> float:
+    """Area under the margin; negated where low margins are kept."""
+    return -mean(margins) if keep == "hardest" else mean(margins)
+
+
+def unbiased_std(values: Sequence[float]) -> float:
+    squares = 0.0
+    for value in values:
+        squares += (value - mean(values)) ** 2
+    return math.sqrt(squares / (len(values) - 1))
+
+
+def dyn_unc(p_label: Sequence[float], window: int) -> float:
+    """Mean over windows of the unbiased std of the label's probability."""
+    found = []
+    for first in range(len(p_label) - window + 1):
+        found.append(unbiased_std([p_label[t] for t in range(first, first + window)]))
+    return mean(found)
+
+
+def dual(p_label: Sequence[float], window: int) -> float:
+    """Mean over windows of std * (1 - mean)."""
+    found = []
+    for first in range(len(p_label) - window + 1):
+        inside = [p_label[t] for t in range(first, first + window)]
+        found.append(unbiased_std(inside) * (1.0 - mean(inside)))
+    return mean(found)
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value; of an even number, half-way between the two in the middle."""
+    ranked = sorted(values)
+    middle = len(ranked) // 2
+    return ranked[middle] if len(ranked) % 2 == 1 else (ranked[middle - 1] + ranked[middle]) / 2
+
+
+def moderate(features: Sequence[Row], labels: Sequence[int], sample: int) -> float:
+    """Distance of one sample to the median of its class, which is taken dimension by dimension."""
+    squares = 0.0
+    for d, value in enumerate(features[sample]):
+        of_class = []
+        for other, label in zip(features, labels, strict=True):
+            if label == labels[sample]:
+                of_class.append(other[d])
+        squares += (value - median(of_class)) ** 2
+    return math.sqrt(squares)
+
+
 # ---- pruning
 
 
 def num_kept(num_samples: int, pruning_rate: float) -> int:
     """M = N - round(p N)."""
     return num_samples - round(pruning_rate * num_samples)
+
+
+def centre(scores: Sequence[float], num: int) -> list[float]:
+    """The scores that are left after dropping the highest and the lowest in turn."""
+    left = sorted(scores)
+    drop_highest = True
+    while len(left) > num:
+        left.pop(-1 if drop_highest else 0)
+        drop_highest = not drop_highest
+    return left
+
+
+def centre_published(scores: Sequence[float], kept_share: float) -> list[float]:
+    """Moderate's rule by shares: round(N (0.5 - r/2)) are dropped at either end."""
+    dropped = round(len(scores) * (0.5 - kept_share / 2))
+    return sorted(scores)[dropped : len(scores) - dropped]
+
+
+def stratum(score: float, low: float, high: float, num_strata: int) -> int:
+    """The stratum of equal width between low and high that holds a score, in exact arithmetic; the last includes high."""
+    if low == high:
+        return 0
+    width = (Fraction(high) - Fraction(low)) / num_strata
+    found = 0
+    while found < num_strata - 1 and Fraction(score) >= Fraction(low) + (found + 1) * width:
+        found += 1
+    return found
+
+
+def stratum_counts(scores: Sequence[float], low: float, high: float, num_strata: int) -> list[int]:
+    """How many of the scores lie in each stratum between low and high."""
+    counts = [0] * num_strata
+    for score in scores:
+        counts[stratum(score, low, high, num_strata)] += 1
+    return counts
+
+
+def stratum_budgets(counts: Sequence[int], num: int) -> list[int]:
+    """CCS: from the smallest stratum up, an equal share of what remains, or all there is."""
+    budgets = [0] * len(counts)
+    waiting = list(range(len(counts)))
+    while waiting:
+        smallest = waiting[0]
+        for position in waiting:
+            if counts[position] < counts[smallest]:
+                smallest = position
+        budgets[smallest] = min(counts[smallest], (num - sum(budgets)) // len(waiting))
+        waiting.remove(smallest)
+    return budgets
+
+
+def beta_parameters(p_mean: Sequence[float], scores: Sequence[float], pruning_rate: float, c_d: float) -> tuple[float, float]:
+    """DUAL: the Beta distribution whose place follows the ten highest scores (all different) and the pruning rate."""
+    ranked = sorted(range(len(scores)), key=lambda n: scores[n])
+    anchor = mean([p_mean[n] for n in ranked[-10:]])
+    beta = 15 * (1 - anchor) * (1 - pruning_rate**c_d)
+    return 16 - beta, beta
+
+
+def beta_density(p: float, alpha: float, beta: float) -> float:
+    """p^(alpha-1) (1-p)^(beta-1) / B(alpha, beta)."""
+    return p ** (alpha - 1) * (1 - p) ** (beta - 1) * math.gamma(alpha + beta) / (math.gamma(alpha) * math.gamma(beta))
+
+
+def inclusion_probabilities(weights: Sequence[float], num: int) -> list[float]:
+    """How likely each is among `num` drawn one after the other, each time in proportion to the weights still there."""
+    included = [0.0] * len(weights)
+    for order in permutations(range(len(weights)), num):
+        probability, remaining = 1.0, sum(weights)
+        for drawn in order:
+            probability *= weights[drawn] / remaining
+            remaining -= weights[drawn]
+        for drawn in order:
+            included[drawn] += probability
+    return included

@@ -194,7 +194,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, make, load):
 ])
 def test_scores_of_another_length_are_refused(tmp_path, damage):
     path = save(tmp_path / "file.npz", replace(some_scores(), **damage))
-    with pytest.raises(InputError, match=r"file\.npz: .* must both be \[[78]\].*tdds score"):
+    with pytest.raises(InputError, match=r"file\.npz: .* must all be \[[78]\].*tdds score"):
         load_scores(path)
 
 

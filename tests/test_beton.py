@@ -32,7 +32,7 @@ from tdds_dist.beton import (
 )
 from tdds_dist.beton_writer import write_beton
 from tdds_dist.errors import InputError
-from tdds_dist.sources import Source, open_source
+from tdds_dist.sources import Source, open_source, with_corruption, with_label_noise
 
 METADATA = np.dtype([("", IMAGE), ("", "<i8")], align=True)
 METADATA_START = HEADER.itemsize + 2 * DESCRIPTOR.itemsize
@@ -473,6 +473,48 @@ def change(record: dict, key: str, value: object) -> None:
 def test_a_damaged_manifest_is_refused(copy, digits, key, value):
     record = json.loads(manifest_path(digits).read_text())
     change(record, key, value)
+    manifest_path(copy).write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"is not a whole manifest .*remove it"):
+        read_manifest(copy)
+
+
+def test_a_noisy_manifest_comes_back_as_written(tmp_path):
+    clean = open_source("synthetic:40,4,16")
+    source = with_corruption(with_label_noise(clean, 0.25, 1), 0.25, 1)
+    written = write(source, tmp_path / "x.beton")
+    read = read_manifest(tmp_path / "x.beton")
+    assert read is not None
+    assert read.corruption == written.corruption == source.corruption
+    np.testing.assert_array_equal(read.true_label_N, clean.label_N)
+    np.testing.assert_array_equal(read.noisy_N, source.label_N != clean.label_N)
+    assert read.noisy_N.dtype == bool
+    info = inspect_beton(tmp_path / "x.beton")
+    check_labels(info, 4, read)
+    assert dataset_fingerprint(info, 4).labels_sha256 == fingerprint(source.label_N, 4).labels_sha256 == read.labels_sha256
+    assert read.labels_sha256 != fingerprint(clean.label_N, 4).labels_sha256
+
+
+def test_a_clean_manifest_has_the_keys_it_always_had(digits):
+    record = json.loads(manifest_path(digits).read_text())
+    assert list(record) == ["format", "source", "split", "num_samples", "num_classes", "class_names", "beton_bytes",
+                            "labels_sha256", "settings", "image_size", "columns"]
+    assert list(record["columns"]) == ["path", "label"]
+    manifest = read_manifest(digits)
+    assert (manifest.true_label_N, manifest.corruption, manifest.noisy_N) == (None, None, None)
+
+
+@pytest.mark.parametrize(("column", "values"), [
+    ("true_label", [0] * 149), ("true_label", [0] * 151), ("true_label", [0] * 149 + [10]), ("true_label", [-1] * 150),
+    ("true_label", [[0]] * 150), ("true_label", ["cat"] * 150), ("true_label", [None] * 150), ("true_label", 3),
+    ("corruption", [""] * 149), ("corruption", ["rain"] * 150), ("corruption", [None] * 150), ("corruption", [[]] * 150),
+    ("corruption", "f" * 150), ("corruption", 3),
+])
+def test_a_damaged_column_of_noise_is_refused(copy, digits, column, values):
+    record = json.loads(manifest_path(digits).read_text())
+    record["columns"] |= {"true_label": [0] * 150, "corruption": ["fog"] * 150}
+    manifest_path(copy).write_text(json.dumps(record))
+    assert read_manifest(copy).corruption == ["fog"] * 150
+    record["columns"][column] = values
     manifest_path(copy).write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"is not a whole manifest .*remove it"):
         read_manifest(copy)

@@ -16,11 +16,12 @@ PACKAGE = Path(__file__).parents[1] / "tdds_dist"
 # A module imports from rows above its own, and within its row from what stands to its left.
 LAYERS = [
     ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "published"),
-    ("config", "distributed", "artifacts", "rundir", "console"),
-    ("sources", "beton", "beton_writer", "imaging", "loader", "models", "trajectory"),
+    ("schema", "config", "distributed", "artifacts", "rundir", "console"),
+    ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "models", "trajectory", "dynamics"),
     ("scorer",),
     ("engine",),
-    ("collect", "score", "select", "retrain", "summary", "charts", "report"),
+    ("final_pass", "collect", "score", "select", "retrain", "summary", "compare", "interchange", "tables", "experiment", "charts",
+     "report"),
     ("cli", "__main__"),
 ]
 PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}

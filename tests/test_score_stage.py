@@ -364,7 +364,7 @@ def test_selects_with_the_window_that_serves_the_rate(golden, run):
 
 def test_default_paths(run, tmp_path):
     first, second = score(run)
-    assert select(run, 0.3, class_balanced=True)[0].name == "tdds_official_T30_K10_beta0.9_p0.3_balanced.npz"
+    assert select(run, 0.3, class_balanced=True)[0].name == "tdds_official_T30_K10_beta0.9_balanced_p0.3.npz"
     assert select(run, 0.25, score=second.stem)[0] == run / "coresets" / f"{second.stem}_p0.25.npz"
     assert select(run, 0.5, score="random")[0] == run / "coresets" / "random_s0_p0.5.npz"
     assert select(first, 0.5)[0] == run / "coresets" / f"{first.stem}_p0.5.npz", "of the run that the score is from"

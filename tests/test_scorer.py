@@ -11,6 +11,7 @@ from ranks import catch, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdds_dist import ShardedScorer, Window, distributed
+from tdds_dist.errors import InputError
 from tdds_dist.partition import epoch_order
 from tdds_dist.scalars import SCALARS
 from tdds_dist.tdds import DELTA_OF_PRESET, score_trajectory
@@ -147,6 +148,41 @@ def test_offline_scores_from_the_trajectory_are_bitwise_the_live_ones(tmp_path, 
     assert np.isnan(delta_TN[0]).all()
     for window in windows:
         assert score_trajectory(delta_TN, window, preset).tobytes() == live[window].tobytes()
+
+
+def test_what_a_float16_trajectory_costs(tmp_path):
+    """The numbers in docs/formats.md: relative error against the authors' scores, rank correlation, the kept 30 %."""
+    record_golden(0, 1, batch=600, trajectory=tmp_path, trajectory_dtype=torch.float16)
+    delta_TN = Trajectory(tmp_path).read("delta_official")
+    assert delta_TN.dtype == np.float32
+    for window, expected in golden_scores().items():
+        found = score_trajectory(delta_TN, window, "official")
+        error = np.abs(found - expected) / expected
+        assert 1e-5 < error.max() < 2e-3, window
+        assert error.mean() < 3e-4
+        ranks = [np.argsort(np.argsort(score, kind="stable"), kind="stable") for score in (found, expected)]
+        assert np.corrcoef(*ranks)[0, 1] > 0.999998
+        assert (ranks[0] >= 420).tolist() == (ranks[1] >= 420).tolist()
+
+
+def test_float16_trajectories_leave_the_live_scores_alone(tmp_path):
+    exact, _ = record_stream(0, 1, 40, 6, 10, known=True)
+    rough, _ = record_stream(0, 1, 40, 6, 10, known=True, trajectory=tmp_path, trajectory_dtype=torch.float16)
+    assert same_bits(rough, exact)
+
+
+def test_labels_are_gathered_once_and_not_by_record(tmp_path, monkeypatch):
+    gathered = []
+    real = distributed.all_gather_shards
+    monkeypatch.setattr(distributed, "all_gather_shards", lambda *args: gathered.append(args[0]) or real(*args))
+    logits_TNC, label_N = random_stream(8, 3, 3)
+    scorer = ShardedScorer(8, 3, [Window(3, 2)], device="cpu", trajectory=tmp_path)
+    for epoch, logits_NC in enumerate(logits_TNC):
+        scorer.record(torch.arange(8), logits_NC, label_N)
+        assert len(gathered) == min(epoch, 1)
+        scorer.end_epoch()
+        assert len(gathered) == 1
+    assert torch.equal(gathered[0], label_N)
 
 
 def hard_stream(num_samples, num_classes, epochs, seed):
@@ -359,6 +395,9 @@ def test_settings_and_shapes_are_checked_at_once():
     assert "K=4" in catch(ShardedScorer, 5, 3, [Window(3, 4, 0.9)], "official", "cpu")[1]
     assert "preset" in catch(ShardedScorer, 5, 3, [Window(3, 2, 0.9)], "authors", "cpu")[1]
     assert "windows" in catch(ShardedScorer, 5, 3, [], "official", "cpu")[1]
+    for name in ("logp_dtype", "trajectory_dtype"):
+        with pytest.raises(InputError, match=rf"^{name}=torch\.bfloat16 must be torch\.float32 or torch\.float16$"):
+            ShardedScorer(5, 3, [Window(3, 2, 0.9)], device="cpu", **{name: torch.bfloat16})
     scorer = ShardedScorer(5, 3, [Window(3, 2, 0.9)], device="cpu")
     good = (torch.arange(2), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
     for position, wrong in [

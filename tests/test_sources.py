@@ -1,16 +1,18 @@
-"""Sources: order, labels, splits, subsets, and what bad input gets."""
+"""Sources: order, labels, splits, subsets, noise on purpose, and what bad input gets."""
 
 import hashlib
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tdds_dist.corruptions import KINDS
 from tdds_dist.errors import InputError
-from tdds_dist.sources import open_source, stratified_pick
+from tdds_dist.sources import Source, open_source, stratified_pick, with_corruption, with_label_noise
 
 
 def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (9, 7), color: object = None) -> None:
@@ -216,3 +218,144 @@ def test_stratified_pick_gives_every_class_its_share(count):
     assert (np.diff(index) > 0).all()
     assert np.abs(num_C - count * np.bincount(label_N) / 1110).max() < 2
     assert count < 3 or (num_C[[0, 1, 3]] > 0).all()
+
+
+# --- noise on purpose ---
+
+
+@pytest.mark.parametrize(("rate", "changed"), [(0.2, 200), (0.0004, 0), (0.0006, 1), (0.123, 123), (0.9996, 1000)])
+def test_label_noise_changes_exactly_its_share_of_the_labels(rate, changed):
+    clean = open_source("synthetic:1000,4,8")
+    noisy = with_label_noise(clean, rate, 5)
+    assert (noisy.label_N != clean.label_N).sum() == changed
+    assert (noisy.label_N.min(), noisy.label_N.max(), noisy.label_N.dtype) == (0, 3, np.int64)
+    np.testing.assert_array_equal(noisy.true_label_N, clean.label_N)
+    assert clean.label_N.tolist() == [i % 4 for i in range(1000)]
+    assert noisy.settings == {"label_noise": rate, "noise_seed": 5}
+    assert (noisy.path, noisy.corruption) == (clean.path, None)
+    np.testing.assert_array_equal(noisy.read(7), clean.read(7))
+
+
+def test_label_noise_is_symmetric():
+    clean = open_source("synthetic:12000,4,8")
+    noisy = with_label_noise(clean, 0.5, 0)
+    num_CC = np.zeros((4, 4), int)
+    np.add.at(num_CC, (clean.label_N, noisy.label_N), 1)
+    assert np.abs(np.diag(num_CC) - 1500).max() < 120  # three standard deviations: 82
+    assert np.abs(num_CC[~np.eye(4, dtype=bool)] - 500).max() < 80  # 64
+
+
+@pytest.mark.parametrize(("rate", "counts"), [
+    (0.2, [40, 40, 40, 40, 40]), (0.2031, [41, 41, 41, 40, 40]), (0.002, [1, 1, 0, 0, 0]), (0.9999, [200] * 5),
+    (0.0004, [0] * 5),
+])
+def test_corruption_takes_exactly_its_share_in_equal_parts(rate, counts):
+    clean = open_source("synthetic:1000,4,8")
+    source = with_corruption(clean, rate, 5)
+    assert [source.corruption.count(kind) for kind in KINDS] == counts
+    assert source.corruption.count("") == 1000 - sum(counts)
+    assert source.settings == {"corrupt": rate, "noise_seed": 5}
+    assert source.true_label_N is None
+    np.testing.assert_array_equal(source.label_N, clean.label_N)
+
+
+def test_corruption_changes_the_images_it_names_and_no_other():
+    clean = open_source("synthetic:60,4,16")
+    source = with_corruption(clean, 0.5, 1)
+    assert [(source.read(i) != clean.read(i)).any() for i in range(60)] == [kind != "" for kind in source.corruption]
+
+
+def both(source: Source, rate: float, seed: int) -> Source:
+    return with_corruption(with_label_noise(source, rate, seed), rate, seed)
+
+
+def test_noise_depends_on_seed_and_index_only():
+    clean = open_source("synthetic:300,4,16")
+    one, again, other = (both(clean, 0.4, seed) for seed in (1, 1, 2))
+    assert (one.label_N.tolist(), one.corruption) == (again.label_N.tolist(), again.corruption)
+    shared = [i for i in range(300)
+              if one.corruption[i] == other.corruption[i] and one.corruption[i] in ("gaussian_noise", "fog")]
+    assert shared  # the other kinds have few outcomes at 16 pixels
+    images = {i: one.read(i) for i in range(300)}
+    for i in reversed(range(300)):  # in another order
+        np.testing.assert_array_equal(again.read(i), images[i])
+    assert (one.label_N != other.label_N).any()
+    assert one.corruption != other.corruption
+    for i in shared:
+        assert (one.read(i) != other.read(i)).any()
+
+
+def test_two_images_of_one_kind_are_corrupted_differently():
+    same = np.full((16, 16, 3), 100, np.uint8)
+    source = with_corruption(replace(open_source("synthetic:20,2,16"), reader=lambda i: same), 0.5, 0)
+    for kind in ("gaussian_noise", "occlusion", "fog"):  # a plain image shows no blur
+        first, second = (i for i in range(20) if source.corruption[i] == kind)
+        assert (source.read(first) != source.read(second)).any()
+
+
+def test_less_noise_is_part_of_more():
+    clean = open_source("synthetic:300,5,8")
+    less, more = both(clean, 0.1, 3), both(clean, 0.3, 3)
+    changed = less.label_N != clean.label_N
+    np.testing.assert_array_equal(less.label_N[changed], more.label_N[changed])
+    assert {(i, kind) for i, kind in enumerate(less.corruption) if kind} < set(enumerate(more.corruption))
+
+
+def test_labels_and_images_are_drawn_apart():
+    clean = open_source("synthetic:2000,4,8")
+    one, other = both(clean, 0.5, 9), with_label_noise(with_corruption(clean, 0.5, 9), 0.5, 9)
+    assert (one.corruption, one.settings) == (other.corruption, other.settings)
+    np.testing.assert_array_equal(one.label_N, other.label_N)
+    np.testing.assert_array_equal(one.true_label_N, other.true_label_N)
+    hit = (one.label_N != clean.label_N) & (np.array(one.corruption) != "")
+    assert abs(hit.sum() - 500) < 60  # three standard deviations: 34
+
+
+def test_noise_comes_after_the_subset():
+    part = open_source("synthetic:200,4,16", subset=50)
+    noisy = both(part, 0.2, 4)
+    assert (noisy.label_N != part.label_N).sum() == 10
+    assert [noisy.corruption.count(kind) for kind in KINDS] == [2] * 5
+    assert noisy.path == part.path
+    assert noisy.settings == {"subset": 50, "label_noise": 0.2, "corrupt": 0.2, "noise_seed": 4}
+    for i in range(50):
+        assert (noisy.read(i) != part.read(i)).any() == bool(noisy.corruption[i])
+
+
+def test_a_subset_of_a_noisy_source_keeps_every_column_in_step():
+    from tdds_dist.sources import _take_subset
+
+    noisy = both(open_source("synthetic:200,4,16"), 0.5, 4)
+    part = _take_subset(noisy, 60)
+    row = [noisy.path.index(path) for path in part.path]
+    np.testing.assert_array_equal(part.true_label_N, noisy.true_label_N[row])
+    assert part.corruption == [noisy.corruption[i] for i in row]
+    for i in range(60):
+        np.testing.assert_array_equal(part.read(i), noisy.read(row[i]))
+
+
+def test_no_noise_leaves_the_source_alone():
+    source = open_source("synthetic:10,1,8")
+    assert both(source, 0, 1) is source
+
+
+@pytest.mark.parametrize("add", [with_label_noise, with_corruption])
+@pytest.mark.parametrize(("rate", "seed", "message"), [
+    (1, 0, r"=1 must be a share in \[0, 1\); use"), (-0.1, 0, "=-0.1 must be a share"), (float("nan"), 0, "=nan must be"),
+    (20, 0, "=20 must be"), (0.1, -1, "seed=-1 of .* between 0 and 4294967295; choose"), (0.1, 2**32, "seed=4294967296 of"),
+])
+def test_impossible_noise_is_refused(add, rate, seed, message):
+    with pytest.raises(InputError, match=message):
+        add(open_source("synthetic:10,2,8"), rate, seed)
+
+
+def test_noise_that_the_manifest_could_not_describe_is_refused():
+    source = open_source("synthetic:10,2,8")
+    with pytest.raises(InputError, match=r"label_noise=0.2 needs another class .* has 1; use a source"):
+        with_label_noise(open_source("synthetic:10,1,8"), 0.2, 0)
+    with pytest.raises(InputError, match=r"label_noise=0.3 comes on top of label_noise=0.2.*start from the clean"):
+        with_label_noise(with_label_noise(source, 0.2, 0), 0.3, 0)
+    with pytest.raises(InputError, match=r"corrupt=0.3 comes on top of corrupt=0.2"):
+        with_corruption(with_corruption(source, 0.2, 0), 0.3, 0)
+    with pytest.raises(InputError, match=r"seed=2 of corrupt must be the noise_seed=1 .*use that seed"):
+        with_corruption(with_label_noise(source, 0.2, 1), 0.2, 2)

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from ranks import run_ranks
 
-from tdds_dist import ShardedScorer, Window
+from tdds_dist import ShardedScorer, Window, distributed
+from tdds_dist.artifacts import fingerprint
 from tdds_dist.errors import InputError
 from tdds_dist.partition import shard_bounds
-from tdds_dist.trajectory import Trajectory, TrajectoryWriter, require_no_trajectory
+from tdds_dist.scalars import SCALARS
+from tdds_dist.trajectory import Trajectory, TrajectoryWriter, require_no_trajectory, resume_trajectory
 
 NAMES = ("first", "second", "third")
 
@@ -24,19 +29,20 @@ def recorded(num_samples: int, num_epochs: int) -> tuple[np.ndarray, np.ndarray]
     return scalars_TFN, rng.integers(0, 4, num_samples)
 
 
-def write(folder: Path, scalars_TFN: np.ndarray, label_N: np.ndarray, world_sizes: list[int]) -> Path:
+def write(folder: Path, scalars_TFN: np.ndarray, label_N: np.ndarray, world_sizes: list[int], dtype: str = "float32",
+          labels_sha256: str | None = None) -> Path:
     """Write epoch t as the ranks of a world of `world_sizes[t]` would; the last rank first."""
     num_samples = len(label_N)
 
     def writers(world_size: int, is_first: bool) -> list[tuple[int, int, TrajectoryWriter]]:
         bounds = [shard_bounds(num_samples, world_size, rank) for rank in range(world_size)]
-        return [(first, end, TrajectoryWriter(folder, NAMES, num_samples, 4, first, end, is_first and rank == 0))
+        return [(first, end, TrajectoryWriter(folder, NAMES, num_samples, 4, first, end, is_first and rank == 0, dtype))
                 for rank, (first, end) in enumerate(bounds)][::-1]
 
     for epoch, world_size in enumerate(world_sizes):
         for first, end, writer in writers(world_size, is_first=epoch == 0):
             if epoch == 0:
-                writer.write_labels(label_N[first:end])
+                writer.write_labels(label_N[first:end], labels_sha256)
             writer.append(epoch, scalars_TFN[epoch, :, first:end])
     return folder
 
@@ -115,6 +121,286 @@ def test_wrong_shape_is_a_defect_of_the_caller(tmp_path):
     assert not list(tmp_path.glob("epoch_*"))
 
 
+def test_a_row_of_a_block_is_read_alone(tmp_path):
+    """The order of the array that is written does not matter: on disk a scalar is one stretch."""
+    num_samples = 100_000
+    writer = TrajectoryWriter(tmp_path, NAMES * 3, num_samples, 4, 0, num_samples, is_main=True)
+    writer.write_labels(np.zeros(num_samples, dtype=np.int64))
+    writer.append(0, np.arange(9.0 * num_samples, dtype=np.float32).reshape(num_samples, 9).T)
+    trajectory = Trajectory(tmp_path)
+    tracemalloc.start()
+    second_TN = trajectory.read("second")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(second_TN[0, :3], [1, 10, 19])
+    assert peak < 2 * second_TN.nbytes
+    assert np.load(tmp_path / "epoch_0000" / "0000000000-0000100000.npy", mmap_mode="r").flags.c_contiguous
+
+
+# ---- float16
+
+
+@pytest.mark.parametrize("world_sizes", [[1, 1, 1], [3, 3, 3], [4, 1, 3]], ids=str)
+def test_float16_reads_back_rounded_and_clipped(tmp_path, world_sizes):
+    scalars_TFN, label_N = recorded(10, 3)
+    scalars_TFN[1, 1, :6] = [1e5, -1e30, 65519.0, -np.inf, 1e-9, np.nan]
+    trajectory = Trajectory(write(tmp_path, scalars_TFN, label_N, world_sizes, "float16"))
+    assert trajectory.dtype == json.loads((tmp_path / "meta.json").read_text())["dtype"] == "float16"
+    for path in tmp_path.glob("epoch_*/*.npy"):
+        assert np.load(path).dtype == np.float16
+    second_TN = trajectory.read("second")
+    assert second_TN.dtype == np.float32
+    np.testing.assert_array_equal(second_TN[1, :6], [65504, -65504, 65504, -65504, 0, np.nan])
+    assert np.isnan(trajectory.read("first")[0]).all()
+    assert trajectory.read("third")[-1, 0] == 65504
+    np.testing.assert_allclose(trajectory.read("first")[1:], scalars_TFN[1:, 0], rtol=2**-11, atol=2**-25)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", ""])
+def test_another_dtype_is_refused(folder, dtype):
+    with pytest.raises(InputError, match=rf"dtype='{dtype}' must be one of float32, float16"):
+        TrajectoryWriter(folder, NAMES, 10, 4, 0, 10, True, dtype)
+    change_meta(folder, dtype=dtype)
+    with pytest.raises(InputError, match=rf"meta\.json has dtype '{dtype}', this version reads float32, float16"):
+        Trajectory(folder)
+
+
+def test_blocks_of_two_dtypes_do_not_mix(folder):
+    TrajectoryWriter(folder, NAMES, 10, 4, 4, 8, False, "float16").append(1, np.zeros((3, 4), dtype=np.float32))
+    with pytest.raises(InputError, match=r"0000000004-0000000008\.npy holds float16 \(3, 4\), expected float32 \(3, 4\)"):
+        Trajectory(folder).read("first")
+
+
+# ---- the fingerprint of the labels
+
+
+def change_meta(folder: Path, **values: object) -> None:
+    """Set keys of meta.json; None removes them."""
+    meta = json.loads((folder / "meta.json").read_text()) | values
+    (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+
+
+def test_labels_are_compared_with_their_hash(tmp_path):
+    scalars_TFN, label_N = recorded(10, 1)
+    want = fingerprint(label_N, 4)
+    write(tmp_path, scalars_TFN, label_N, [3], labels_sha256=want.labels_sha256)
+    assert Trajectory(tmp_path).fingerprint() == want
+    label_N[9] = (label_N[9] + 1) % 4
+    np.save(tmp_path / "labels" / "0000000008-0000000010.npy", label_N[8:])
+    found = fingerprint(label_N, 4).labels_sha256[:12]
+    message = rf"{tmp_path} holds labels of another dataset; they hash to {found}, meta.json says {want.labels_sha256[:12]}; "
+    for read in (Trajectory(tmp_path).labels, Trajectory(tmp_path).fingerprint):
+        with pytest.raises(InputError, match=message):
+            read()
+    assert Trajectory(tmp_path).read("second").shape == (1, 10), "the scalars are as they were"
+
+
+def test_a_trajectory_of_an_earlier_version_still_loads(folder):
+    """Without `labels_sha256`, which came later."""
+    _, label_N = recorded(10, 3)
+    assert "labels_sha256" not in json.loads((folder / "meta.json").read_text())
+    np.testing.assert_array_equal(Trajectory(folder).labels(), label_N)
+    assert Trajectory(folder).fingerprint() == fingerprint(label_N, 4)
+    change_meta(folder, dtype=None)
+    assert Trajectory(folder).dtype == "float32"
+
+
+# ---- going on where a run ended
+
+
+def resume(folder: Path, next_epoch: int, **changes: object) -> None:
+    """`resume_trajectory` for the run of the fixture `folder`, or one that differs in `changes`."""
+    run = {"scalars": NAMES, "num_samples": 10, "num_classes": 4, "dtype": "float32",
+           "labels_sha256": fingerprint(recorded(10, 3)[1], 4).labels_sha256}
+    resume_trajectory(folder, **run | changes, next_epoch=next_epoch)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("has_hash", [True, False])
+@pytest.mark.parametrize("next_epoch", [1, 2, 3])
+def test_resume_keeps_what_was_finished_and_removes_the_rest(folder, next_epoch, has_hash):
+    label_N = recorded(10, 3)[1]
+    if has_hash:
+        change_meta(folder, labels_sha256=fingerprint(label_N, 4).labels_sha256)
+    before = files_of(folder)
+    (folder / "epoch_0003").mkdir()
+    (folder / "epoch_0003" / ".0000000000-0000000004.npy.x.tmp").write_bytes(b"half")
+    (folder / "epoch_0005").mkdir()
+    resume(folder, next_epoch, labels_sha256=fingerprint(label_N, 4).labels_sha256 if has_hash else None)
+    lost = {f"epoch_{epoch:04d}" for epoch in range(next_epoch, 3)}
+    assert files_of(folder) == {name: data for name, data in before.items() if name.split("/")[0] not in lost}
+    assert not list(folder.glob("epoch_0005"))
+    first, end = shard_bounds(10, 2, 1)  # another world size
+    TrajectoryWriter(folder, NAMES, 10, 4, 0, first, True).append(next_epoch, np.full((3, first), 7, np.float32))
+    TrajectoryWriter(folder, NAMES, 10, 4, first, end, False).append(next_epoch, np.full((3, end - first), 8, np.float32))
+    trajectory = Trajectory(folder)
+    assert trajectory.num_epochs == next_epoch + 1
+    np.testing.assert_array_equal(trajectory.read("third")[-1], [7] * 5 + [8] * 5)
+    np.testing.assert_array_equal(trajectory.read("third")[:-1], recorded(10, 3)[0][:next_epoch, 2])
+    np.testing.assert_array_equal(trajectory.labels(), label_N)
+
+
+@pytest.mark.parametrize("has_meta", [True, False])
+def test_resume_before_the_first_epoch_starts_over(folder, has_meta):
+    """Killed between two labels: those of another world size would overlap with what is left."""
+    (folder / "labels" / "0000000004-0000000008.npy").unlink()
+    (folder / "labels" / "names.txt").write_text("kept by hand")
+    if not has_meta:
+        (folder / "meta.json").unlink()
+    resume(folder, 0)
+    assert files_of(folder) == {"labels/names.txt": b"kept by hand"}
+    require_no_trajectory(folder)
+    scalars_TFN, label_N = recorded(10, 3)
+    np.testing.assert_array_equal(Trajectory(write(folder, scalars_TFN, label_N, [2])).labels(), label_N)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"scalars": NAMES[:2]}, r"scalars \('first', 'second', 'third'\) instead of \('first', 'second'\)"),
+    ({"num_samples": 11}, "num_samples 10 instead of 11"), ({"num_classes": 5}, "num_classes 4 instead of 5"),
+    ({"dtype": "float16"}, "dtype 'float32' instead of 'float16'"),
+    ({"labels_sha256": "0123456789abcdef"}, r"labels of another dataset; .* to 0123456789ab; resume with the \.beton"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_resume_of_another_run_is_refused_and_removes_nothing(folder, changes, message):
+    before = files_of(folder)
+    for next_epoch in (2,) if "labels_sha256" in changes else (0, 2):
+        with pytest.raises(InputError, match=rf"{folder} holds .*{message}"):
+            resume(folder, next_epoch, **changes)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("block", r"epoch_0001 leave a gap at index 4"), ("cut", r"epoch_0000/0000000008-0000000010\.npy is damaged"),
+    ("epoch", r"holds epochs \[0\], expected 0 to 1 without a gap"), ("labels", r"labels cover 8 of 10 samples"),
+    ("meta", r"holds no trajectory"), ("two names", r"holds epochs \[0, 1, 1\], expected 0 to 1"),
+    ("hash", "holds labels of another dataset; .* meta.json says abc")])
+def test_resume_needs_whole_epochs_and_removes_nothing(folder, fault, message):
+    last_label = folder / "labels" / "0000000008-0000000010.npy"
+    cut = folder / "epoch_0000" / "0000000008-0000000010.npy"
+    {"block": (folder / "epoch_0001" / "0000000004-0000000008.npy").unlink,
+     "cut": lambda: cut.write_bytes(cut.read_bytes()[:-1]),
+     "epoch": lambda: shutil.rmtree(folder / "epoch_0001"),
+     "labels": last_label.unlink,
+     "meta": (folder / "meta.json").unlink,
+     "two names": (folder / "epoch_00001").mkdir,
+     "hash": lambda: change_meta(folder, labels_sha256="abc")}[fault]()
+    before = files_of(folder)
+    with pytest.raises(InputError, match=message):
+        resume(folder, 2)
+    assert files_of(folder) == before
+
+
+# ---- real ranks
+
+SIZES = (1, 2, 7)  # samples: with 2 and 3 ranks some shards are empty
+
+
+def stream(num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [T, N, C] of 4 epochs and labels [N]."""
+    generator = torch.Generator().manual_seed(num_samples)
+    logits_TNC = torch.randn(4, num_samples, 5, generator=generator) * 4
+    return logits_TNC, torch.randint(5, (num_samples,), generator=generator)
+
+
+def record_epochs(rank: int, world_size: int, scorer: ShardedScorer, epochs: range) -> None:
+    logits_TNC, label_N = stream(scorer.num_samples)
+    index_B = torch.arange(scorer.num_samples)[rank::world_size]
+    for epoch in epochs:
+        scorer.record(index_B, logits_TNC[epoch, index_B], label_N[index_B])
+        scorer.end_epoch()
+
+
+def record_all(rank: int, world_size: int, root: Path) -> None:
+    """Trajectories of every size in both dtypes, as <root>/<N>_<dtype>."""
+    for num_samples in SIZES:
+        for dtype in ("float32", "float16"):
+            scorer = ShardedScorer(num_samples, 5, [Window(4, 3)], device="cpu", trajectory=root / f"{num_samples}_{dtype}",
+                                   trajectory_dtype=getattr(torch, dtype))
+            record_epochs(rank, world_size, scorer, range(4))
+
+
+def record_in_part(rank: int, world_size: int, root: Path) -> None:
+    """Two epochs, and a third that lacks the block of the first rank (whole where there is but one block)."""
+    for num_samples in SIZES:
+        scorer = ShardedScorer(num_samples, 5, [Window(4, 3)], device="cpu", trajectory=root / str(num_samples))
+        record_epochs(rank, world_size, scorer, range(3))
+        distributed.barrier()
+        if rank == 0 and num_samples > 1:
+            sorted((root / str(num_samples) / "epoch_0002").iterdir())[0].unlink()
+
+
+def record_the_rest(rank: int, world_size: int, root: Path) -> None:
+    """Epochs 2 and 3, after two epochs without a record have brought the scorer to where the run ended."""
+    for num_samples in SIZES:
+        scorer = ShardedScorer(num_samples, 5, [Window(4, 3)], device="cpu")
+        record_epochs(rank, world_size, scorer, range(2))
+        folder = root / str(num_samples)
+        with distributed.together(scorer.world):
+            if rank == 0:
+                sha256 = fingerprint(stream(num_samples)[1].numpy(), 5).labels_sha256
+                resume_trajectory(folder, SCALARS, num_samples, 5, sha256, 2)
+        first, end = distributed.own_shard(num_samples, scorer.world)
+        scorer._trajectory = TrajectoryWriter(folder, SCALARS, num_samples, 5, first, end, rank == 0)
+        record_epochs(rank, world_size, scorer, range(2, 4))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """What one process records, without a process group."""
+    root = tmp_path_factory.mktemp("alone")
+    record_all(0, 1, root)
+    return root
+
+
+def assert_same_trajectory(folder: Path, want: Path) -> None:
+    found, wanted = Trajectory(folder), Trajectory(want)
+    assert (folder / "meta.json").read_bytes() == (want / "meta.json").read_bytes()
+    assert found.num_epochs == wanted.num_epochs == 4
+    for name in SCALARS:
+        assert found.read(name).tobytes() == wanted.read(name).tobytes(), (folder, name)
+    np.testing.assert_array_equal(found.labels(), wanted.labels())
+    assert found.fingerprint() == wanted.fingerprint()
+
+
+def test_what_one_process_records(alone):
+    for num_samples in SIZES:
+        label_N = stream(num_samples)[1].numpy()
+        exact, rough = (Trajectory(alone / f"{num_samples}_{dtype}") for dtype in ("float32", "float16"))
+        for trajectory in (exact, rough):
+            meta = json.loads((trajectory.directory / "meta.json").read_text())
+            assert meta["labels_sha256"] == fingerprint(label_N, 5).labels_sha256
+            np.testing.assert_array_equal(trajectory.labels(), label_N)
+            assert meta["dtype"] == trajectory.dtype == trajectory.directory.name.split("_")[1]
+        for name in SCALARS:
+            want_TN = exact.read(name)
+            np.testing.assert_array_equal(rough.read(name), want_TN.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_record_what_one_process_does(alone, tmp_path, world_size):
+    run_ranks(world_size, record_all, world_size, tmp_path)
+    for num_samples in SIZES:
+        blocks = sorted((tmp_path / f"{num_samples}_float16" / "epoch_0003").iterdir())
+        bounds = [shard_bounds(num_samples, world_size, rank) for rank in range(world_size)]
+        assert len(blocks) == len([end for first, end in bounds if end > first])
+        for dtype in ("float32", "float16"):
+            assert_same_trajectory(tmp_path / f"{num_samples}_{dtype}", alone / f"{num_samples}_{dtype}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+def test_a_resume_on_other_ranks_reads_as_one_run(alone, tmp_path, before, after):
+    run_ranks(before, record_in_part, before, tmp_path)
+    with pytest.raises(InputError, match=r"epoch_0002 leave a gap at index 0"):
+        Trajectory(tmp_path / "7").read("el2n")
+    run_ranks(after, record_the_rest, after, tmp_path)
+    for num_samples in SIZES:
+        assert_same_trajectory(tmp_path / str(num_samples), alone / f"{num_samples}_float32")
+
+
 # ---- refusing to mix two trajectories
 
 
@@ -128,6 +414,12 @@ def test_an_existing_trajectory_is_not_written_into(folder):
     with pytest.raises(InputError, match="already holds a trajectory"):
         ShardedScorer(10, 4, [Window(3, 2)], device="cpu", trajectory=folder)
     assert not (folder / "meta.json").exists()
+    for epoch in range(3):
+        shutil.rmtree(folder / f"epoch_{epoch:04d}")
+    with pytest.raises(InputError, match="already holds a trajectory"):
+        require_no_trajectory(folder)
+    shutil.rmtree(folder / "labels")
+    require_no_trajectory(folder)
     assert len(before) == 3
 
 
@@ -150,17 +442,42 @@ def test_missing_block_at_an_end(folder, block, message):
         Trajectory(folder).read("third")
 
 
-@pytest.mark.parametrize(("first", "end"), [(2, 6), (0, 8), (4, 10), (5, 7), (9, 10)])
+@pytest.mark.parametrize(("first", "end"), [(2, 6), (0, 8), (4, 10), (5, 7), (9, 10), (4, 4), (10, 10), (10, 8)])
 def test_overlapping_block(folder, first, end):
-    np.save(folder / "epoch_0001" / f"{first:010d}-{end:010d}.npy", np.zeros((3, end - first), dtype=np.float32))
+    np.save(folder / "epoch_0001" / f"{first:010d}-{end:010d}.npy", np.zeros((3, abs(end - first)), dtype=np.float32))
     with pytest.raises(InputError, match=r"epoch_0001 overlap at index \d+ "):
         Trajectory(folder).read("first")
 
 
 def test_block_beyond_the_dataset(folder):
     np.save(folder / "epoch_0001" / "0000000010-0000000012.npy", np.zeros((3, 2), dtype=np.float32))
-    with pytest.raises(InputError, match=r"epoch_0001 cover 12 of 10 samples"):
+    with pytest.raises(InputError, match=r"epoch_0001 cover 12 of 10 samples; remove what does not belong there or"):
         Trajectory(folder).read("first")
+
+
+@pytest.mark.parametrize(("num_samples", "message"), [
+    (9, r"cover 10 of 9 samples; remove what does not belong there"), (12, r"cover 10 of 12 samples; restore the missing")])
+def test_blocks_of_another_size_than_meta(folder, num_samples, message):
+    change_meta(folder, num_samples=num_samples)
+    with pytest.raises(InputError, match=rf"epoch_0000 {message}"):
+        Trajectory(folder).read("first")
+    with pytest.raises(InputError, match=rf"labels {message}"):
+        Trajectory(folder).labels()
+
+
+def test_an_epoch_that_was_not_finished(folder):
+    """Killed before any rank, or before the last rank, had written its block."""
+    (folder / "epoch_0003").mkdir()
+    assert Trajectory(folder).num_epochs == 4
+    with pytest.raises(InputError, match=r"epoch_0003 cover 0 of 10 samples; restore the missing blocks"):
+        Trajectory(folder).read("first")
+    shutil.copy(folder / "epoch_0002" / "0000000000-0000000004.npy", folder / "epoch_0003")
+    with pytest.raises(InputError, match=r"epoch_0003 cover 4 of 10 samples"):
+        Trajectory(folder).verify()
+    np.testing.assert_array_equal(Trajectory(folder).read("first", 3), recorded(10, 3)[0][:, 0])
+    assert Trajectory(folder, 3).num_epochs == 3
+    with pytest.raises(InputError, match=r"trajectory holds epochs \[0, 1, 2, 3\], expected 0 to 4 without a gap"):
+        Trajectory(folder, 5)
 
 
 def test_missing_labels(folder):
@@ -184,6 +501,29 @@ def test_truncated_block(folder, length):
     path = folder / "epoch_0001" / "0000000004-0000000008.npy"
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(InputError, match=r"0000000004-0000000008\.npy is damaged .*restore it or collect again"):
+        Trajectory(folder).read("first")
+
+
+@pytest.mark.parametrize("where", ["(", "{", "'", ",", "3"])
+def test_damaged_header_of_a_block(folder, where):
+    path = folder / "epoch_0001" / "0000000004-0000000008.npy"
+    data = path.read_bytes()
+    at = data.index(b"(3, 4)") if where == "(" else 10
+    path.write_bytes(data[:at] + where.encode() * 4 + data[at + 4 :])
+    with pytest.raises(InputError, match=r"0000000004-0000000008\.npy is damaged .*restore it or collect again"):
+        Trajectory(folder).read("first")
+
+
+def test_a_block_that_cannot_be_read(folder):
+    path = folder / "epoch_0001" / "0000000004-0000000008.npy"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"0000000004-0000000008\.npy is damaged .*[Dd]irectory"):
+        Trajectory(folder).read("first")
+    path.rmdir()
+    with path.open("wb") as file:
+        np.savez(file, first=np.zeros((3, 4), np.float32))  # a zip under the name of an array
+    with pytest.raises(InputError, match=r"0000000004-0000000008\.npy is damaged"):
         Trajectory(folder).read("first")
 
 
@@ -218,7 +558,11 @@ def test_missing_meta(folder):
 
 @pytest.mark.parametrize("content", [
     b"", b"{", b"\xff\xfe\x00garbage", b"[]", b'"tdds-trajectory-1"', b'{"format": "tdds-trajectory-1"}',
-    b'{"format": "tdds-trajectory-9"}'], ids=["empty", "cut", "binary", "list", "text", "keys", "newer"])
+    b'{"format": "tdds-trajectory-9"}',
+    b'{"format": "tdds-trajectory-1", "scalars": ["a"], "num_samples": "10", "num_classes": 4}',
+    b'{"format": "tdds-trajectory-1", "scalars": ["a"], "num_samples": 10, "num_classes": 0}',
+    b'{"format": "tdds-trajectory-1", "scalars": 9, "num_samples": 10, "num_classes": 4}'],
+    ids=["empty", "cut", "binary", "list", "text", "keys", "newer", "size", "classes", "scalars"])
 def test_damaged_meta(folder, content):
     (folder / "meta.json").write_bytes(content)
     with pytest.raises(InputError, match=r"meta\.json"):

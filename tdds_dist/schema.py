@@ -1,0 +1,154 @@
+"""Machinery of configs: strict YAML, frozen sections, `key=value` overrides, and one-line errors: value, rule, way out.
+
+Knows no key; `config` holds those. A config is one YAML file (`yaml.safe_load`, so no tag can execute anything).
+"""
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tdds_dist.errors import InputError
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent conversion of strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Root = TypeVar("Root", bound=Section)
+
+
+def read_tree(path: Path, overrides: Sequence[str], sections: Sequence[str]) -> dict[str, Any]:
+    """The YAML file at `path` with `key.key=value` overrides applied (values are YAML), as plain data."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; configs/ holds examples")
+    try:
+        tree = _read_yaml(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that does not exist
+        raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} must hold the sections {', '.join(sections)}")
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def parse_tree(root: type[Root], tree: Mapping[str, Any], where: str) -> Root:
+    """Build `root` from plain data; InputError naming key, value and rule for the first thing wrong."""
+    try:
+        return root.model_validate(_tuples(tree))
+    except ValidationError as error:
+        raise InputError(f"{where}: {_one_line(root, error)}") from error
+
+
+def plain_data(section: Section) -> dict[str, Any]:
+    """A section as plain data for YAML."""
+    return _lists(section.model_dump())
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in plain data."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise InputError(f"override {override!r} must look like section.key=value, e.g. train.lr=0.1")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise InputError(f"override {key!r} goes through something that is not a section; keys look like train.lr")
+    try:
+        node[leaf] = _read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"override {override!r}: the value is not YAML") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 5e-4 is a number; YAML 1.1 wants 5.0e-4 and takes the rest for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        tree = loader.get_single_data()
+    finally:
+        loader.dispose()
+    json.dumps(tree, default=str)  # an anchor that holds itself ends here
+    return tree
+
+
+def _tuples(value: Any) -> Any:
+    """YAML lists as tuples (frozen fields)."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _one_line(root: type[Section], error: ValidationError) -> str:
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains what is missing
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        valid, name = list(_model_at(root, first["loc"][:-1]).model_fields), str(first["loc"][-1])
+        return f"unknown key {key!r}; the nearest valid key is {nearest(name, valid)!r} (valid: {', '.join(valid)})"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing; {_describe(root, first['loc'])}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; {_describe(root, first['loc'])}"
+
+
+def nearest(name: str, section: Sequence[str]) -> str:
+    """The valid key most like `name`; initials count, so that learning_rate finds lr."""
+    initials = "".join(word[:1] for word in name.lower().split("_"))
+    if len(initials) > 1 and initials in section:
+        return initials
+    return max(section, key=lambda valid: difflib.SequenceMatcher(None, valid.lower(), name.lower()).ratio())
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a field's type mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _sections_in(part)
+
+
+def _model_at(root: type[Section], location: Sequence[str | int]) -> type[Section]:
+    """The section at a location of the schema; positions in lists and names of alternatives lead nowhere new."""
+    model = root
+    for part in location:
+        if part in model.model_fields:
+            model = next(_sections_in(model.model_fields[str(part)].annotation), model)
+    return model
+
+
+def _describe(root: type[Section], location: Sequence[str | int]) -> str:
+    names = [part for part in location if isinstance(part, str)]
+    for length in range(len(names), 0, -1):
+        field = _model_at(root, names[: length - 1]).model_fields.get(names[length - 1])
+        if field is None:
+            continue
+        if field.description:
+            return f"{names[length - 1]}: {field.description}"
+        return f"it has the keys {', '.join(next(_sections_in(field.annotation), root).model_fields)}"
+    return "see `configs/` for examples"

@@ -1,0 +1,246 @@
+"""The scores that TDDS is compared with: values against the literal oracles."""
+
+import tracemalloc
+
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdds_dist import baselines
+from tdds_dist.errors import InputError
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
+
+OF_PROBABILITIES = {
+    "dyn_unc": lambda p_TN: baselines.dyn_unc(p_TN, 5),
+    "dual": lambda p_TN: baselines.dual(p_TN, 5),
+    "mean_probability": baselines.mean_probability,
+    "el2n": lambda p_TN: baselines.el2n(p_TN, 7),
+    "aum": lambda p_TN: baselines.aum(p_TN - np.float32(0.5)),
+    "forgetting": lambda p_TN: baselines.forgetting((p_TN > 0.6).astype(np.float32)),
+}
+
+
+@st.composite
+def p_label_TN(draw, num_epochs: int):
+    """Probabilities of up to 5 samples: anything, all but certain, equal in every epoch, 0 or 1."""
+    shape = (num_epochs, draw(st.integers(1, 5)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["uniform", "certain", "identical", "binary"]))
+    p_TN = rng.random(shape)
+    if kind == "certain":
+        p_TN = 1.0 - 1e-5 * p_TN
+    if kind == "identical":
+        p_TN[:] = p_TN[0]
+    if kind == "binary":
+        p_TN = p_TN.round()
+    return p_TN.astype(np.float32)
+
+
+def check(found: np.ndarray, want: list[float], smallest: float = 1e-9) -> None:
+    assert found.dtype == np.float32
+    assert found.shape == (len(want),)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=smallest)
+
+
+# ---- forgetting
+
+
+@PROPERTY
+@given(st.integers(2, 12), st.integers(1, 6), st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 0.9]))
+def test_forgetting(num_epochs, num_samples, seed, accuracy):
+    correct_TN = (np.random.default_rng(seed).random((num_epochs, num_samples)) < accuracy).astype(np.float32)
+    for never_learned in baselines.NEVER_LEARNED:
+        found = baselines.forgetting(correct_TN, never_learned)
+        assert found.dtype == np.float32
+        assert found.tolist() == [oracles.forgetting(column, never_learned) for column in correct_TN.T.tolist()]
+    assert found.max() <= num_epochs / 2, "so that T ranks above every count"
+    assert baselines.forgetting(correct_TN).tolist() == baselines.forgetting(correct_TN, "inf").tolist()
+
+
+def test_forgetting_by_hand():
+    """Never learned, learned at the end, forgotten once, twice (most possible), always right, learned and forgotten once."""
+    correct_TN = np.array([[0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 1, 1], [0, 0, 0, 1, 1, 1], [0, 1, 0, 0, 1, 0]], dtype=np.float32)
+    assert baselines.forgetting(correct_TN, "0").tolist() == [0, 0, 1, 2, 0, 1]
+    assert baselines.forgetting(correct_TN, "inf").tolist() == [4, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("num_epochs", [0, 1])
+def test_forgetting_compares_two_epochs(num_epochs):
+    with pytest.raises(InputError, match=rf"at least 2 epochs .* there are {num_epochs}; train longer"):
+        baselines.forgetting(np.ones((num_epochs, 3), dtype=np.float32))
+
+
+# ---- means over epochs
+
+
+@PROPERTY
+@given(st.integers(1, 15), st.integers(1, 5), st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_el2n_is_the_mean_of_the_first_epochs(num_epochs, num_samples, seed, num_later):
+    """Later rows are NaN here: none may be read."""
+    norm_TN = np.random.default_rng(seed).uniform(0, 2**0.5, (num_epochs + num_later, num_samples)).astype(np.float32)
+    norm_TN[num_epochs:] = np.nan
+    found = baselines.el2n(norm_TN, num_epochs)
+    check(found, [oracles.el2n_early(column, num_epochs) for column in norm_TN.T.tolist()])
+
+
+def test_el2n_takes_ten_epochs_by_default():
+    norm_TN = np.arange(20, dtype=np.float32)[:, None]
+    assert baselines.el2n(norm_TN).tolist() == [4.5]
+    assert baselines.el2n(norm_TN[:10]).tolist() == [4.5]
+    with pytest.raises(InputError, match=r"num_epochs=10 must lie in \[1, 9\].*EL2N.*(lower it|train longer)"):
+        baselines.el2n(norm_TN[:9])
+    with pytest.raises(InputError, match=r"num_epochs=0 must lie in \[1, 20\]"):
+        baselines.el2n(norm_TN, 0)
+
+
+@PROPERTY
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e4]))
+def test_aum(num_epochs, num_samples, seed, scale):
+    margin_TN = (np.random.default_rng(seed).normal(size=(num_epochs, num_samples)) * scale).astype(np.float32)
+    for keep in baselines.AUM_KEEP:
+        want = [oracles.aum(column, keep) for column in margin_TN.T.tolist()]
+        check(baselines.aum(margin_TN, keep), want, 1e-9 * scale)
+
+
+def test_aum_keeps_the_hardest_unless_told():
+    margin_TN = np.array([[4, -2, 1], [2, -1, 1]], dtype=np.float32)
+    assert baselines.aum(margin_TN).tolist() == [-3, 1.5, -1]
+    assert baselines.aum(margin_TN, "easiest").tolist() == [3, -1.5, 1]
+
+
+def test_a_mean_needs_an_epoch():
+    for score in (baselines.aum, baselines.mean_probability):
+        with pytest.raises(InputError, match="at least 1 epoch"):
+            score(np.zeros((0, 3), dtype=np.float32))
+
+
+@PROPERTY
+@given(st.data())
+def test_mean_probability(data):
+    p_TN = data.draw(p_label_TN(data.draw(st.integers(1, 12))))
+    found = baselines.mean_probability(p_TN)
+    check(found, [oracles.mean(column) for column in p_TN.T.tolist()])
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+# ---- means over windows
+
+
+@PROPERTY
+@given(st.data())
+def test_dyn_unc_and_dual(data):
+    """Any window that fits, often as long as the run."""
+    num_epochs = data.draw(st.integers(2, 14))
+    window = data.draw(st.one_of(st.just(num_epochs), st.integers(2, num_epochs)))
+    p_TN = data.draw(p_label_TN(num_epochs))
+    columns = p_TN.T.tolist()
+    check(baselines.dyn_unc(p_TN, window), [oracles.dyn_unc(column, window) for column in columns])
+    check(baselines.dual(p_TN, window), [oracles.dual(column, window) for column in columns], 1e-13)
+
+
+def test_windows_by_hand():
+    """0.2, 0.4, 0.6 in windows of 2: both deviate by 0.1 from means 0.3 and 0.5, unbiased std 0.1 sqrt(2)."""
+    p_TN = np.array([[0.2], [0.4], [0.6]], dtype=np.float32)
+    assert baselines.dyn_unc(p_TN, 2)[0] == pytest.approx(0.1 * 2**0.5, rel=1e-6)
+    assert baselines.dual(p_TN, 2)[0] == pytest.approx(0.1 * 2**0.5 * (0.7 + 0.5) / 2, rel=1e-6)
+    assert baselines.dyn_unc(p_TN, 3)[0] == pytest.approx(0.2, rel=1e-6)
+    assert baselines.dual(p_TN, 3)[0] == pytest.approx(0.2 * 0.6, rel=1e-6)
+
+
+@pytest.mark.parametrize("score", [baselines.dyn_unc, baselines.dual])
+def test_range_of_the_window(score):
+    p_TN = np.random.default_rng(0).random((10, 3)).astype(np.float32)
+    assert score(p_TN).tolist() == score(p_TN, 10).tolist(), "10 epochs by default"
+    for window in (-1, 0, 1, 11):
+        with pytest.raises(InputError, match=rf"window={window} must lie in \[2, 10\].*(lower it|train longer)"):
+            score(p_TN, window)
+    with pytest.raises(InputError, match=r"window=10 must lie in \[2, 9\]"):
+        score(p_TN[:9])
+
+
+# ---- Moderate
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_moderate(class_sizes, num_features, seed):
+    """Classes of odd, even and one sample, in any order, with gaps between their numbers."""
+    rng = np.random.default_rng(seed)
+    label_M = rng.permutation(np.repeat(np.arange(len(class_sizes)) * 3 + 1, class_sizes))
+    feature_MD = (rng.normal(size=(len(label_M), num_features)) + label_M[:, None]).astype(np.float32)
+    before = feature_MD.copy()
+    found = baselines.moderate(feature_MD, label_M)
+    features, labels = feature_MD.tolist(), label_M.tolist()
+    check(found, [oracles.moderate(features, labels, sample) for sample in range(len(labels))])
+    assert np.array_equal(feature_MD, before)
+    for position, size in enumerate(class_sizes):
+        of_class = label_M == 3 * position + 1
+        alone = baselines.moderate(feature_MD[of_class], label_M[of_class])
+        np.testing.assert_array_equal(alone.view(np.int32), found[of_class].view(np.int32))
+        if size == 1:
+            assert not alone.any(), "a single sample is its own median"
+
+
+def test_moderate_by_hand():
+    """Class 0: medians 1 and 0. Class 1, two samples: medians half-way."""
+    feature_MD = np.array([[0, 0], [9, 9], [1, 4], [3, 5], [5, 0]], dtype=np.float16)
+    label_M = np.array([0, 1, 0, 1, 0])
+    assert baselines.moderate(feature_MD, label_M).tolist() == pytest.approx([1, 13**0.5, 4, 13**0.5, 4])
+
+
+def test_moderate_needs_labels():
+    with pytest.raises(InputError, match=r"2 of 3 samples have no label"):
+        baselines.moderate(np.zeros((3, 2), dtype=np.float32), np.array([-1, 0, -1]))
+    assert baselines.moderate(np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.int64)).tolist() == []
+
+
+# ---- any number of samples, in any number of shards
+
+
+@pytest.mark.parametrize("name", OF_PROBABILITIES)
+def test_columns_are_bitwise_independent_of_their_number(name):
+    """A sample scores the same alone, in a shard of any size, and at any place in it."""
+    num_samples = 20_001
+    p_TN = np.random.default_rng(3).random((12, num_samples), dtype=np.float32)
+    score = OF_PROBABILITIES[name]
+    together_N = score(p_TN).view(np.int32)
+    for num in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 1000, 15_000):
+        for first in (0, 1, 5, num_samples - num):
+            shard_N = score(p_TN[:, first : first + num]).view(np.int32)
+            np.testing.assert_array_equal(shard_N, together_N[first : first + num], err_msg=f"{num} from {first}")
+    assert score(p_TN[:, :0]).shape == (0,)
+
+
+def peak_bytes(call, *arguments) -> int:
+    tracemalloc.start()
+    call(*arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("name", ["dyn_unc", "dual", "mean_probability", "el2n"])
+def test_no_trajectory_in_float64(name):
+    p_TN = np.random.default_rng(0).random((100, 10_000), dtype=np.float32)
+    assert peak_bytes(OF_PROBABILITIES[name], p_TN) < p_TN.size * 8 / 6
+
+
+def test_one_class_of_features_in_float64():
+    feature_MD = np.random.default_rng(0).random((4000, 64), dtype=np.float32)
+    assert peak_bytes(baselines.moderate, feature_MD, np.arange(4000) % 40) < feature_MD.size * 8 / 4
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(("call", "known"), [
+    (lambda: baselines.forgetting(np.zeros((3, 2), dtype=np.float32), "infinity"), r"'infinity'.*inf, 0"),
+    (lambda: baselines.aum(np.zeros((3, 2), dtype=np.float32), "hard"), r"'hard'.*hardest, easiest"),
+])
+def test_unknown_options_name_the_known_ones(call, known):
+    with pytest.raises(InputError, match=known):
+        call()
