@@ -66,6 +66,8 @@ class Coreset:
             name += f"_cut{cutoff:g}"
         if (strata := self.settings.get("num_strata", 50)) != 50:
             name += f"_strata{strata}"
+        if (c_d := self.settings.get("c_d", 4.0)) != 4.0:
+            name += f"_cd{c_d:g}"
         return name + ("_balanced" if self.settings.get("class_balanced") else "")
 
 

@@ -212,6 +212,9 @@ def _score(options: argparse.Namespace) -> None:
     if options.all and options.score:
         raise InputError("--all and --score exclude each other; leave one out")
     if options.final_pass:
+        others = [f"--{name}" for name in ("all", "score", *tdds_only, "beton", "out") if getattr(options, name)]
+        if others := [*others, *options.overrides, *([] if options.delta == "kl" else ["--delta"])]:
+            raise InputError(f"--final-pass stands alone, without {others[0]}; run the other command separately")
         _final_pass(options)
         return
     if many and (given := [name for name in tdds_only if getattr(options, name) is not None]):

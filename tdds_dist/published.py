@@ -17,15 +17,22 @@ class PublishedTable:
     dataset: str
     network: str
     num_images: int
+    num_classes: int
     full_top1: float
     top1: dict[str, dict[str, dict[float, float]]]  # strategy "E" | "P" -> score key -> pruning rate -> top-1
 
-    def lookup(self, strategy: str | None, score_key: str, pruning_rate: float | None) -> float | None:
-        """The published number of one setting, or None when the paper prints none."""
-        if pruning_rate is None:
-            return None
+    def lookup(self, strategy: str | None, score_key: str, pruning_rate: float | None,
+               importance: str | None = None) -> float | None:
+        """The published number of one setting, or None when the paper prints none.
+
+        TDDS was retrained with importance `batch`, the other scores without (where importance is 1, it does nothing).
+        """
         if pruning_rate == 0:
             return self.full_top1
+        if pruning_rate is None or not is_plain(score_key):
+            return None
+        if base_key(score_key) == "tdds" and importance != "batch":
+            return None
         return self.top1.get(strategy or "", {}).get(base_key(score_key), {}).get(round(pruning_rate, 4))
 
 
@@ -35,6 +42,16 @@ def base_key(score_key: str) -> str:
     return next(found, score_key)
 
 
+def is_plain(score_key: str) -> bool:
+    """Whether a key stands for the score as the literature has it, not for a variant (another delta, sampler, option)."""
+    base = base_key(score_key)
+    parts = [part for part in score_key.removeprefix(base).split("_") if part]
+    if base == "tdds":
+        settings = [part for part in parts if part not in ("official", "beta0.9")]
+        return not parts or (parts[0] == "official" and all(part[0] in "TK" and part[1:].isdigit() for part in settings))
+    return base in SCORE_KEYS and parts in ([], ["aum"] if base == "ccs" else [])
+
+
 def score_order(score_key: str) -> tuple[int, str]:
     """Sort key that puts scores in the order of SCORE_KEYS, keys that are not known last, variants of one together."""
     key = base_key(score_key)
@@ -42,25 +59,28 @@ def score_order(score_key: str) -> tuple[int, str]:
 
 
 def find_table(names: Iterable[str], num_classes: int, model: str) -> PublishedTable | None:
-    """The table of the dataset called one of `names` (paths, source names); None when the paper has none.
+    """The table of the network on the dataset called one of `names` (paths, source names); None when the paper has none.
 
-    The number of classes must agree too, so that neither `imagenette` nor `imagenet100` passes for ImageNet-1K.
+    The number of classes must agree, so that neither `imagenette` nor `imagenet100` passes for ImageNet-1K.
     """
-    text = " ".join(names).lower().replace("-", "").replace("_", "")
-    if "cifar100" in text and num_classes == 100:
-        return CIFAR100
-    if "cifar10" in text and num_classes == 10:
-        return CIFAR10
-    if "imagenet" in text and num_classes == 1000:
-        return IMAGENET_SWIN_T if "swin" in model.lower() else IMAGENET_RESNET34
+    text, network = _bare(" ".join(names)), _bare(model)
+    for word, table in (("cifar100", CIFAR100), ("cifar10", CIFAR10), ("imagenet", IMAGENET_RESNET34),
+                        ("imagenet", IMAGENET_SWIN_T)):
+        if word in text and num_classes == table.num_classes and network == _bare(table.network):
+            return table
     return None
+
+
+def _bare(name: str) -> str:
+    """ResNet-18 and resnet18, Swin-T and swin_t alike."""
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def _by_rate(rates: tuple[float, ...], **rows: str) -> dict[str, dict[float, float]]:
     return {key: dict(zip(rates, map(float, row.split()), strict=True)) for key, row in rows.items()}
 
 
-IMAGENET_RESNET34 = PublishedTable("ImageNet-1K", "ResNet-34", 1_281_167, 73.54, {
+IMAGENET_RESNET34 = PublishedTable("ImageNet-1K", "ResNet-34", 1_281_167, 1000, 73.54, {
     "E": _by_rate(
         (0.7, 0.8, 0.9),
         tdds="64.69 62.56 53.91",
@@ -73,7 +93,7 @@ IMAGENET_RESNET34 = PublishedTable("ImageNet-1K", "ResNet-34", 1_281_167, 73.54,
     ),
 })
 
-IMAGENET_SWIN_T = PublishedTable("ImageNet-1K", "Swin-T", 1_281_167, 79.58, {
+IMAGENET_SWIN_T = PublishedTable("ImageNet-1K", "Swin-T", 1_281_167, 1000, 79.58, {
     "E": _by_rate(
         (0.25, 0.3, 0.4, 0.5),
         tdds="79.76 79.57 79.09 78.33",
@@ -84,7 +104,7 @@ IMAGENET_SWIN_T = PublishedTable("ImageNet-1K", "Swin-T", 1_281_167, 79.58, {
     ),
 })
 
-CIFAR10 = PublishedTable("CIFAR-10", "ResNet-18", 50_000, 95.23, {
+CIFAR10 = PublishedTable("CIFAR-10", "ResNet-18", 50_000, 10, 95.23, {
     "E": _by_rate(
         (0.3, 0.5, 0.7, 0.8, 0.9),
         tdds="95.47 95.21 93.03 91.30 85.46",
@@ -104,7 +124,7 @@ CIFAR10 = PublishedTable("CIFAR-10", "ResNet-18", 50_000, 95.23, {
     ),
 })
 
-CIFAR100 = PublishedTable("CIFAR-100", "ResNet-18", 50_000, 78.21, {
+CIFAR100 = PublishedTable("CIFAR-100", "ResNet-18", 50_000, 100, 78.21, {
     "E": _by_rate(
         (0.3, 0.5, 0.7, 0.8, 0.9),
         tdds="77.56 74.04 67.78 63.01 54.51",

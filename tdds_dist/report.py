@@ -24,7 +24,7 @@ import yaml
 from tdds_dist import charts
 from tdds_dist.artifacts import Coreset, require_same_dataset, write_atomically
 from tdds_dist.errors import InputError
-from tdds_dist.published import base_key
+from tdds_dist.published import base_key, is_plain
 from tdds_dist.rundir import RunDir
 from tdds_dist.summary import (
     FULL_DATA,
@@ -105,7 +105,8 @@ def _section(facts: Facts, num_thumbnails: int) -> dict[str, Any]:
         "rows": rows, "finding": _finding(rows), "published": facts.published, "problems": facts.problems,
         "accuracy": _accuracy_chart(rows, slots), "curves": _curve_charts(facts, slots),
         "scores": [_score_facts(facts, name, origins, slots[facts.names[name]]) for name in facts.scores], "main": main,
-        "coresets": [(name, coreset, *origins[name]) for name, coreset in facts.coresets.items()],
+        "coresets": [(name, coreset, *origins[name], _noise_kept(facts, coreset)) for name, coreset in facts.coresets.items()],
+        "noise": _noise(facts),
         "sheets": _sheets(facts, main, origins, num_thumbnails), "classes": _class_table(facts, main, origins),
         "speed": _speed(facts),
         "config_text": yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
@@ -222,8 +223,8 @@ def _coreset_labels(facts: Facts) -> dict[str, str]:
     labels = {}
     for name, coreset in facts.coresets.items():
         balanced = " balanced" if coreset.settings.get("class_balanced") else ""
-        key = facts.names.get(coreset.score_key, coreset.score_key)
-        labels[name] = f"{key} {percent(coreset.pruning_rate)}{balanced}"
+        method = coreset.method.removesuffix("_balanced")
+        labels[name] = f"{facts.names.get(method, method)} {percent(coreset.pruning_rate)}{balanced}"
     taken = list(labels.values())
     return {name: label if taken.count(label) == 1 else name for name, label in labels.items()}
 
@@ -270,7 +271,28 @@ def _main_score(facts: Facts, origins: Origins) -> str | None:
     for coreset, (name, _) in origins.items():
         largest[name] = max(largest.get(name, 0), facts.coresets[coreset].pruning_rate)
     names = [name for name in facts.scores if base_key(name) != "random"]
-    return max(names, key=lambda name: (base_key(name) == "tdds", largest.get(name, -1)), default=None)
+    return max(names, key=lambda name: (base_key(name) == "tdds", is_plain(name), largest.get(name, -1)), default=None)
+
+
+def _noise(facts: Facts) -> dict[str, int] | None:
+    """How many images are known to have a wrong label, and how many to be corrupted; None where nothing is known."""
+    noisy_N, corruption = getattr(facts.manifest, "noisy_N", None), getattr(facts.manifest, "corruption", None)
+    if noisy_N is None and corruption is None:
+        return None
+    return {"labels": 0 if noisy_N is None else int(noisy_N.sum()),
+            "images": 0 if corruption is None else sum(kind != "" for kind in corruption)}
+
+
+def _noise_kept(facts: Facts, coreset: Coreset) -> tuple[float | None, float | None]:
+    """Shares of the wrong labels and of the corrupted images that the coreset keeps; None where none are known."""
+    noisy_N, corruption = getattr(facts.manifest, "noisy_N", None), getattr(facts.manifest, "corruption", None)
+
+    def share(bad_N: np.ndarray | None) -> float | None:
+        if bad_N is None or len(bad_N) != coreset.fingerprint.num_samples or not bad_N.any():
+            return None
+        return float(bad_N[coreset.index_M].sum() / bad_N.sum())
+
+    return share(noisy_N), share(None if corruption is None else np.array(corruption) != "")
 
 
 def _class_table(facts: Facts, main: str | None, origins: Origins) -> dict[str, Any] | None:

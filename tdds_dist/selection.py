@@ -156,7 +156,7 @@ def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: flo
     if not 0.0 <= pruning_rate < 1.0:
         raise InputError(f"pruning_rate={pruning_rate} must lie in [0, 1): it is the fraction that is removed")
     if not 0.0 < c_d < math.inf:
-        raise InputError(f"c_d={c_d} must be positive; DUAL uses 4 on CIFAR, 11 on ImageNet")
+        raise InputError(f"c_d={c_d} must be positive; 4 is what DUAL's authors use on CIFAR-100")
     anchor = float(p_mean_N[top(score_N, NUM_ANCHORS)].astype(np.float64).mean())
     beta = max((BETA_SUM - 1.0) * (1.0 - anchor) * (1.0 - pruning_rate**c_d), EDGE)
     return BETA_SUM - beta, beta

@@ -14,12 +14,12 @@ import numpy as np
 
 from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, require_same_dataset
 from tdds_dist.errors import InputError
-from tdds_dist.published import PublishedTable, base_key, find_table, score_order
+from tdds_dist.published import PublishedTable, base_key, find_table, is_plain, score_order
 from tdds_dist.rundir import RunDir
 
 FULL_DATA = "full data"
 MISSING = "–"
-_SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings")
+_SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings", "method", "model")
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,16 @@ class Retrained:
 
     @property
     def score(self) -> str:
-        """The score key, with `_balanced` for a class-balanced choice; FULL_DATA where nothing was pruned."""
+        """Score and way of choosing by it; FULL_DATA where nothing was pruned; with the network where that is another than
+        the collection's."""
         if self.setting.get("pruning_rate") == 0:
-            return FULL_DATA
-        balanced = (self.setting.get("coreset_settings") or {}).get("class_balanced")
-        return self.setting.get("score_key", "?") + ("_balanced" if balanced else "")
+            name = FULL_DATA
+        elif "method" in self.setting:
+            name = self.setting["method"]
+        else:
+            balanced = (self.setting.get("coreset_settings") or {}).get("class_balanced")
+            name = self.setting.get("score_key", "?") + ("_balanced" if balanced else "")
+        return f"{name} on {self.setting['network']}" if self.setting.get("network") else name
 
     @property
     def strategy(self) -> str | None:
@@ -96,8 +101,10 @@ def read_facts(run: RunDir) -> Facts:
     data = config.get("data", {})
     manifest = _read_manifest(data.get("train"), problems)
     names = [str(data.get("train", "")), str(getattr(manifest, "source", ""))]
-    table = find_table(names, int(data.get("num_classes") or 0), str(config.get("model", {}).get("name", "")))
-    retrained = sorted(map(_read_retrained, run.retrain_runs()), key=_retrained_order)
+    model = str(config.get("model", {}).get("name", ""))
+    clean = manifest is None or (manifest.true_label_N is None and manifest.corruption is None)
+    table = find_table(names, int(data.get("num_classes") or 0), model) if clean else None
+    retrained = sorted((_read_retrained(sub, model) for sub in run.retrain_runs()), key=_retrained_order)
     return Facts(run, config, run.read_env(), _read_metrics(run), run.read_result(), retrained,
                  scores, coresets, manifest, table, _short_names([*scores], retrained), problems)
 
@@ -139,12 +146,13 @@ def summary_rows(facts: Facts) -> list[dict[str, Any]]:
             unfinished.append(row | {"status": _progress(sub.metrics, sub.setting.get("epochs"))})
     rows = sorted((_row(facts, "retrain", key, results) for key, results in groups.items()), key=_row_order)
     full = [row for row in [*rows, collect]
-            if row["pruning_rate"] == 0 and row["final_top1"] is not None and row["status"] == "finished"]
+            if row["score"] == FULL_DATA and row["final_top1"] is not None and row["status"] == "finished"]
     full.sort(key=lambda row: (row is collect, row["importance"] not in (None, "none")))
     if full:
         full[0]["is_reference"] = True
     for row in [collect, *rows]:
-        if full and row is not full[0] and row["final_top1"] is not None:
+        same_network = " on " not in row["score"]
+        if full and row is not full[0] and row["final_top1"] is not None and same_network:
             row["difference"] = row["final_top1"] - full[0]["final_top1"]
     return [collect, *rows, *unfinished]
 
@@ -224,7 +232,8 @@ def _row(facts: Facts, name: str, key: tuple[Any, ...], results: list[dict[str, 
         "seeds": sorted(result["seed"] for result in results if result.get("seed") is not None),
         "final_top1": final, "final_top1_std": final_std, "best_top1": best, "best_top1_std": best_std,
         "difference": None, "is_reference": False, "status": "finished",
-        "published": facts.published.lookup(strategy, score, rate) if facts.published else None,
+        "published": (facts.published.lookup(strategy, score, rate, importance)
+                      if facts.published and " on " not in score else None),
     }
 
 
@@ -239,16 +248,21 @@ def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
 
 
 def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
-    """A name to show for each score key: the score alone, unless two of its settings compete at one pruning rate."""
-    def short(key: str) -> str:
+    """A name to show for each score key: the score alone, unless two of its settings compete at one pruning rate, or the key
+    is of a variant."""
+    def family(key: str) -> str:
         return base_key(key) + ("_balanced" if key.endswith("_balanced") else "")
 
     competing: dict[tuple[Any, ...], set[str]] = {}
     for sub in retrained:
-        setting = (short(sub.score), sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"))
+        setting = (family(sub.score), sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"))
         competing.setdefault(setting, set()).add(sub.score)
     ambiguous = {setting[0] for setting, scores in competing.items() if len(scores) > 1}
-    return {key: key if short(key) in ambiguous else short(key) for key in [*keys, *(sub.score for sub in retrained)]}
+
+    def name(key: str) -> str:
+        return family(key) if is_plain(key.removesuffix("_balanced")) and family(key) not in ambiguous else key
+
+    return {key: name(key) for key in [*keys, *(sub.score for sub in retrained)]}
 
 
 def _progress(metrics: list[dict[str, Any]], epochs: int | None) -> str:
@@ -262,12 +276,14 @@ def _mean_std(values: Iterable[float | None]) -> tuple[float | None, float | Non
     return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def _read_retrained(run: RunDir) -> Retrained:
+def _read_retrained(run: RunDir, model: str) -> Retrained:
     config, result = run.read_config(), run.read_result()
     env = run.read_env()  # says at the start what the result repeats at the end
     setting = {"seed": config.get("run", {}).get("seed"), "epochs": config.get("train", {}).get("epochs")}
     setting |= {key: env[key] for key in _SETTING_KEYS if key in env}
-    return Retrained(run.path.name, setting | (result or {}), result, _read_metrics(run), env)
+    setting |= result or {}
+    setting["network"] = setting["model"] if setting.get("model", model) != model else None
+    return Retrained(run.path.name, setting, result, _read_metrics(run), env)
 
 
 def _read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.offline import KEYS
+from benchmarks.offline import main as offline
 from benchmarks.scorer import main
 
 TINY = ["--num-samples", "200", "--num-classes", "10", "5", "--logp-dtype", "float32", "--batch", "32", "--epochs", "3",
@@ -53,3 +55,14 @@ def test_scorer_benchmark_refuses_sizes_that_measure_nothing(
     assert main([*TINY, "--out", str(tmp_path / "new"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_offline_benchmark_times_every_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--num-samples", "500", "--num-classes", "5", "--epochs", "12", "--repetitions", "1", "--out", str(tmp_path)]
+    assert offline([*arguments, "--name", "tiny"]) == 0
+    result = json.loads((tmp_path / "offline_tiny.json").read_text())
+    assert [row["key"] for row in result["rows"]] == [*KEYS, "all"]
+    assert all(row["seconds"] > 0 for row in result["rows"])
+    assert result["trajectory_bytes"] > 500 * 9 * 12 * 4
+    assert "| dual |" in capsys.readouterr().out
+    assert offline([*arguments, "--epochs", "5"]) == 2

@@ -5,19 +5,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tdds_dist.artifacts import load_scores
+from tdds_dist.score import score, score_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
-def test_the_example_loop_runs(launcher):
+def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
+    trajectory, scores = tmp_path / "trajectory", tmp_path / "scores"
     done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "docs/examples/own_loop.py")], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, *launcher, str(ROOT / "docs/examples/own_loop.py"), str(trajectory)], capture_output=True, text=True,
+        timeout=120)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"scored 1797 images; kept first: \[\d+(, \d+){4}\]", done.stdout)
+    found = re.search(r"scored 1797 images; kept first: \[(\d+(?:, \d+){4})\]", done.stdout)
+    assert found
+    paths, skipped = score_all(trajectory, out=scores)
+    assert {path.stem for path in paths} == {"tdds_official_T12_K10_beta0.9", "random", "forgetting", "el2n", "aum", "dyn_unc",
+                                             "dual"}
+    assert [reason.split(":")[0] for reason in skipped] == ["entropy", "moderate"]
+    (live,) = score(trajectory, T=12, K=5, beta=0.9, out=tmp_path / "live.npz")
+    kept_first = np.argsort(-load_scores(live).score_N, kind="stable")[:5]
+    assert kept_first.tolist() == [int(index) for index in found[1].split(", ")]
 
 
 def test_links_and_files_named_in_the_docs_exist():

@@ -20,8 +20,8 @@ LAYERS = [
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "models", "trajectory", "dynamics"),
     ("scorer",),
     ("engine",),
-    ("final_pass", "collect", "score", "select", "retrain", "summary", "compare", "interchange", "tables", "experiment", "charts",
-     "report"),
+    ("final_pass", "collect", "score", "select", "retrain", "summary", "compare", "interchange", "tables", "experiment",
+     "charts", "report"),
     ("cli", "__main__"),
 ]
 PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}
@@ -33,7 +33,8 @@ IMPORTABLE = [module for module in MODULES if module != "__init__"]  # that one 
 ONLY_IN = {
     "ffcv": {"beton_writer", "loader", "imaging"},
     "numba": {"loader", "imaging"},
-    "matplotlib": {"charts", "report"},
+    "matplotlib": {"charts"},
+    "pyarrow": {"interchange"},
     "torch.distributed": {"distributed"},
     "submitit": set(),  # launch/ only
 }

@@ -356,13 +356,17 @@ def test_published_table_of_a_dataset(name: str, num_classes: int, model: str, e
 def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     run = start(tmp_path / "run", "data/cifar10.beton", 10)
     finish_collect(run, NUM_IMAGES)
-    retrain(run, "tdds", 0.9, 0, 12.34)
-    retrain(run, "tdds", 0.9, 0, 23.45, strategy="P")
+    retrain(run, "tdds", 0.9, 0, 12.34, importance="batch")
+    retrain(run, "tdds", 0.9, 0, 23.45, strategy="P", importance="batch")
+    retrain(run, "tdds", 0.9, 0, 11.0)  # the paper weighs
+    retrain(run, "tdds_official_T30_K10_beta0.9_ce", 0.9, 0, 10.0, importance="batch")  # an ablation is not the method
     rows = summary_table(run)
-    assert [row["published"] for row in rows] == [95.23, 85.46, None]
+    by_score = {(row["score"], row["strategy"], row["importance"]): row["published"] for row in rows}
+    assert by_score == {("full data", None, None): 95.23, ("tdds", "E", "batch"): 85.46, ("tdds", "P", "batch"): None,
+                        ("tdds", "E", "none"): None, ("tdds_official_T30_K10_beta0.9_ce", "E", "batch"): None}
     assert "published" in format_summary(rows).splitlines()[0]
     page = Page(build_report([run], tmp_path / "report.html"))
-    assert page.row("tdds E")[1:6] == ["90 %", "12.34", "12.84", "−77.66", "85.46"]
+    assert page.row("tdds E, batch")[1:6] == ["90 %", "12.34", "12.84", "−77.66", "85.46"]
     assert "published, not ours" in page.text
     assert "this run 60: the two are not comparable" in page.text
     assert base_key("tdds_T90_K10") == "tdds"

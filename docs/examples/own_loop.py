@@ -2,9 +2,15 @@
 
     python docs/examples/own_loop.py
     torchrun --nproc-per-node 2 docs/examples/own_loop.py
+
+With a directory behind it, the per-epoch numbers of every image go there, and every other score comes from them:
+
+    python docs/examples/own_loop.py my_trajectory
+    tdds score my_trajectory --all --out my_scores
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -27,7 +33,8 @@ if dist.is_initialized():
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 window = Window(T=12, K=5, beta=0.9)
-scorer = ShardedScorer(num_samples=len(label), num_classes=10, windows=[window], device="cpu")
+scorer = ShardedScorer(num_samples=len(label), num_classes=10, windows=[window], device="cpu",
+                       trajectory=sys.argv[1] if len(sys.argv) > 1 else None)
 for epoch in range(12):
     for index in epoch_order(len(label), 64, epoch=epoch).of_rank(rank, world_size)[1]:  # -1 fills the last batch
         index = torch.tensor(index)
