@@ -402,7 +402,7 @@ def _add_export(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _export(options: argparse.Namespace) -> None:
-    from tdds_dist.interchange import export
+    from tdds_dist.export import export
 
     paths, notes = export(options.source, options.format, options.out, pruning_rates=options.pruning_rates, beton=options.beton)
     print(f"wrote {', '.join(str(path) for path in paths)}")
@@ -425,7 +425,7 @@ def _add_import(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _import(options: argparse.Namespace) -> None:
-    from tdds_dist.interchange import import_scores
+    from tdds_dist.ingest import import_scores
 
     path = import_scores(options.source, key=options.key, data_mask=options.data_mask, beton=options.beton,
                          run=options.run_directory, out=options.out)

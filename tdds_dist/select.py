@@ -20,7 +20,7 @@ from tdds_dist.rundir import RunDir
 SAMPLERS = ("top", "ccs", "centre", "beta")
 CCS_SCORE = "aum"  # what `--score ccs` cuts into strata, as in its paper
 DEFAULT_STRATA = 50
-DEFAULT_C_D = 4.0  # DUAL's exponent for CIFAR-100; its paper has 5.5 for CIFAR-10 and 11 for ImageNet
+DEFAULT_C_D = 4.0  # exponent of DUAL's authors on CIFAR-100
 
 
 def default_sampler(scores: Scores) -> str:
@@ -87,8 +87,9 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
             raise InputError(f"pruning_rate={pruning_rate}: {message}; lower the pruning rate")
         warnings.append(f"{message}; --class-balanced keeps every class")
     sampler = sampler or default_sampler(scores)
-    settings = scores.settings | {"importance": importance_kind(scores), "sampler": sampler,
-                                  "class_balanced": class_balanced, "seed": seed}
+    origin = {"collection_seed": scores.settings["seed"]} if "seed" in scores.settings else {}
+    settings = scores.settings | origin | {"importance": importance_kind(scores), "sampler": sampler,
+                                           "class_balanced": class_balanced, "seed": seed}
     if sampler == "ccs":
         own = options.get("hard_cutoff_rate")
         settings |= {"num_strata": options.get("num_strata", DEFAULT_STRATA),
@@ -141,7 +142,7 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
         score = config.window_for(pruning_rate).key(config.score.preset)
     path = run.scores / f"{score.removesuffix('.npz')}.npz"
     if not path.is_file():
-        known = ["tdds", "random", *sorted(path.stem for path in run.scores.glob("*.npz"))]
+        known = ["tdds", "random", *sorted({path.stem for path in run.scores.glob("*.npz")} - {"random"})]
         raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(known)}; `tdds score {source} --all` "
                          "computes every score of the run")
     return load_scores(path)
@@ -182,7 +183,7 @@ def _default_path(source: Path, coreset: Coreset) -> Path:
     run = source.parent.parent if source.is_file() and source.parent.name == "scores" else source
     folder = RunDir(run).coresets if run.is_dir() else source.parent
     name = coreset.method
-    if source.is_file():
+    if source.is_file() and coreset.score_key != "random":
         name = name.replace(coreset.score_key, source.stem)  # two files may hold the same key
     drawn = coreset.score_key == "random" or coreset.settings["sampler"] in ("ccs", "beta")
     seed = f"_s{coreset.settings['seed']}" if drawn else ""

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from tdds_dist.agreement import keep_rates, noise_kept, overlap, spearman
 from tdds_dist.artifacts import UNKNOWN_LABEL, Scores, fingerprint, save_scores
 from tdds_dist.beton import HEADER, VERSION, Manifest, manifest_path, write_manifest
-from tdds_dist.compare import AT_RANDOM, COLUMNS, compare, keep_rates, noise_kept, overlap, spearman
+from tdds_dist.compare import AT_RANDOM, COLUMNS, compare
 from tdds_dist.config import Config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir

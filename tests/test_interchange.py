@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from tdds_dist import interchange, selection
+from tdds_dist import export as export_module
+from tdds_dist import selection
 from tdds_dist.artifacts import (
     UNKNOWN_LABEL,
     Coreset,
@@ -25,7 +26,8 @@ from tdds_dist.artifacts import (
 from tdds_dist.beton import inspect_beton, read_manifest, write_manifest
 from tdds_dist.config import load_config, to_dict
 from tdds_dist.errors import InputError
-from tdds_dist.interchange import export, import_scores, subset_rate
+from tdds_dist.export import export, subset_rate
+from tdds_dist.ingest import import_scores
 from tdds_dist.select import choose, make_coreset, select
 
 N = 120
@@ -105,16 +107,16 @@ def test_csv_of_a_run(run, betons, label_N):
 
 def test_cells_of_csv_are_short_and_exact():
     values = np.array([AWKWARD, 0.1, 1 / 3, -0.0, 1e-45, 3.4028235e38, 16777216, np.nan], dtype=np.float32)
-    cells = interchange._cells(values)
+    cells = export_module._cells(values)
     assert cells[1:] == ["0.1", "0.33333334", "-0.0", "1e-45", "3.4028235e+38", "1.6777216e+07", ""]
     assert np.array([float(cell) for cell in cells[:-1]]).astype(np.float32).tobytes() == values[:-1].tobytes()
     bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
     bits = bits[np.isfinite(bits)]
-    assert np.array([float(cell) for cell in interchange._cells(bits)]).astype(np.float32).tobytes() == bits.tobytes()
+    assert np.array([float(cell) for cell in export_module._cells(bits)]).astype(np.float32).tobytes() == bits.tobytes()
 
 
 def test_parquet_of_a_run_is_the_csv_with_types_and_settings(run, monkeypatch):
-    monkeypatch.setattr(interchange, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(export_module, "CHUNK_ROWS", 50)
     (path,), notes = export(run, "parquet", pruning_rates=[0.25])
     assert notes == []
     table = pyarrow.parquet.read_table(path)

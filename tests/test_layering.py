@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "tdds_dist"
 
 # A module imports from rows above its own, and within its row from what stands to its left.
 LAYERS = [
-    ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "published"),
+    ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "agreement", "published"),
     ("schema", "config", "distributed", "artifacts", "rundir", "console"),
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "models", "trajectory", "dynamics"),
     ("scorer",),
     ("engine",),
-    ("final_pass", "collect", "score", "select", "retrain", "summary", "compare", "interchange", "tables", "experiment",
+    ("final_pass", "collect", "score", "select", "retrain", "summary", "compare", "export", "ingest", "tables", "experiment",
      "charts", "report"),
     ("cli", "__main__"),
 ]
@@ -34,7 +34,7 @@ ONLY_IN = {
     "ffcv": {"beton_writer", "loader", "imaging"},
     "numba": {"loader", "imaging"},
     "matplotlib": {"charts"},
-    "pyarrow": {"interchange"},
+    "pyarrow": {"export"},
     "torch.distributed": {"distributed"},
     "submitit": set(),  # launch/ only
 }
