@@ -17,7 +17,8 @@ for split in train val; do
 done
 step "2/5 collect: train on all of them on $ranks ranks, score every image on the way"
 distributed collect configs/digits.yaml run.name=demo run.device=cpu
-step "3/5 select: coresets at pruning rates 0.5 and 0.8, by TDDS and at random"
+step "3/5 score and select: every other score from the same run; coresets at pruning rates 0.5 and 0.8, by TDDS and at random"
+do_ tdds score "$run" --all
 do_ tdds select "$run" --pruning-rate 0 --score random --out "$run/coresets/full.npz"
 for rate in 0.5 0.8; do
     do_ tdds select "$run" --pruning-rate "$rate" --out "$run/coresets/tdds_p$rate.npz"

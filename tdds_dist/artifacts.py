@@ -60,7 +60,7 @@ class Coreset:
     def method(self) -> str:
         """Score and way of choosing as one name, e.g. `el2n`, `ccs_aum`, `tdds_official_T30_K10_beta0.9_balanced`."""
         sampler = self.settings.get("sampler", "top")
-        plain = "centre" if self.settings.get("score") == "moderate" else "top"
+        plain = "centre" if self.settings.get("score", self.score_key) == "moderate" else "top"
         name = self.score_key if sampler == plain else f"{sampler}_{self.score_key}"
         if (cutoff := self.settings.get("own_hard_cutoff_rate")) is not None:
             name += f"_cut{cutoff:g}"

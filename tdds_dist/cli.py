@@ -217,7 +217,8 @@ def _score(options: argparse.Namespace) -> None:
             raise InputError(f"--final-pass stands alone, without {others[0]}; run the other command separately")
         _final_pass(options)
         return
-    if many and (given := [name for name in tdds_only if getattr(options, name) is not None]):
+    if many and (given := [name for name in tdds_only if getattr(options, name) is not None] + (
+            [] if options.delta == "kl" else ["delta"])):
         raise InputError(f"--{given[0]} belongs to `tdds score` without --all and --score, which take the windows of the run's "
                          "config; run it separately")
     if options.overrides and not many:
@@ -331,7 +332,8 @@ def _add_compare(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Rank correlation and overlap between the scores of a run, and of one score between runs; what is kept of "
                     "each class, and of images known to be mislabelled or corrupted.")
     stage.add_argument("runs", metavar="RUN", type=Path, nargs="+")
-    stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[0.3, 0.5, 0.7, 0.8, 0.9])
+    stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[0.3, 0.5, 0.7, 0.8, 0.9],
+                       help="of the coresets that are compared (default: 0.3 0.5 0.7 0.8 0.9)")
     stage.add_argument("--out", type=Path, metavar="FILE.csv", help="default: compare.csv of the first run")
     stage.set_defaults(run=_compare)
 
@@ -393,7 +395,8 @@ def _add_export(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
                "official       data_mask_*.npy and score_*.npy of the authors' code\n"
                "torch-subset   a .pt with the indices for torch.utils.data.Subset, and importances")
     stage.add_argument("source", metavar="RUN|SCORES.npz|CORESET.npz", type=Path)
-    stage.add_argument("--format", required=True, choices=("parquet", "csv", "paths", "official", "torch-subset"))
+    stage.add_argument("--format", required=True, choices=("parquet", "csv", "paths", "official", "torch-subset"),
+                       help="what to write, see below")
     stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[],
                        help="of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)")
     stage.add_argument("--beton", type=Path, metavar="FILE", help="take paths and labels from the manifest of this file")

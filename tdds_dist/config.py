@@ -275,7 +275,9 @@ class Experiment(Section):
     @field_validator("methods", mode="before")
     @classmethod
     def _built_in(cls, value: Any) -> Any:
-        for name in value if isinstance(value, list | tuple) else ():
+        if not isinstance(value, list | tuple):
+            raise InputError(f"methods={value!r} must be a list, e.g. [tdds, random]")
+        for name in value:
             if isinstance(name, str) and name not in BUILT_IN_METHODS:
                 raise InputError(f"methods: {name!r} is not known by name ({', '.join(BUILT_IN_METHODS)}); describe it, e.g. "
                                  f"{{name: {name}, score: el2n}}")
@@ -288,8 +290,9 @@ class Experiment(Section):
             if twice := {name for name in names if names.count(name) > 1}:
                 raise InputError(f"{key}: the names {sorted(twice)} stand twice; give each another")
         for key in ("pruning_rates", "strategies", "seeds"):
-            if len(set(values := getattr(self, key))) != len(values):
-                raise InputError(f"{key}={list(values)} holds a value twice; leave each in once")
+            names = [f"{value:g}" if key == "pruning_rates" else value for value in getattr(self, key)]  # as files say them
+            if len(set(names)) != len(names):
+                raise InputError(f"{key}={list(getattr(self, key))} holds a value twice; leave each in once")
         if bad := [rate for rate in self.pruning_rates if not 0.0 < rate < 1.0]:
             raise InputError(f"pruning_rates={bad} must lie between 0 and 1; the full data is trained on in the collection")
         if min(self.seeds) < 0:
@@ -303,6 +306,11 @@ class Experiment(Section):
             if method.score_key == "tdds" and method.options:
                 raise InputError(f"methods: {method.name} has options={list(method.options)}, which belong to other scores; "
                                  "use preset, delta, T, K, beta")
+            fitting = {"ccs": ("num_strata", "hard_cutoff_rate"), "beta": ("c_d",)}.get(method.sampler or "", ())
+            if wrong := [key for key in method.selector_options if key not in fitting]:
+                raise InputError(f"methods: {method.name} has {wrong[0]}, which does nothing with sampler "
+                                 f"{method.sampler or 'top'}; set sampler: {'beta' if wrong[0] == 'c_d' else 'ccs'}, or leave "
+                                 "it out")
             if (method.T is None) != (method.K is None):
                 raise InputError(f"methods: {method.name} has one of T and K; give both, or neither")
         return self

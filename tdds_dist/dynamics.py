@@ -1,10 +1,10 @@
 """Dynamics folders of the authors' code, read as if they were a trajectory: `{epoch}_Output.npy` (logits in visit order) and
 `{epoch}_Index.npy` for every epoch.
 
-They are streamed: two epochs of log-probabilities are in memory, and the scalars that were asked for.
+They are streamed: two epochs of outputs are in memory, and the scalars that were asked for.
 """
 
-# F scalars, T epochs, N dataset, C classes
+# F scalars, T epochs, N dataset, n rows computed at once, C classes
 
 import re
 from pathlib import Path
@@ -16,6 +16,7 @@ from tdds_dist.artifacts import UNKNOWN_LABEL
 from tdds_dist.errors import InputError
 from tdds_dist.scalars import SCALARS, log_probabilities, sample_scalars
 
+_ROWS = 2**14  # computed at once, so that temporary arrays stay small beside the outputs
 _OUTPUT = re.compile(r"(\d+)_Output\.npy")
 _NEED_NO_LABEL = ("delta_official", "delta_paper", "entropy")
 
@@ -63,9 +64,13 @@ class Dynamics:
             if previous_NC is not None and previous_NC.shape != logits_NC.shape:
                 raise InputError(f"{self.directory}: epoch {epoch} has outputs {tuple(logits_NC.shape)}, the one before "
                                  f"{tuple(previous_NC.shape)}; the folder mixes runs")
-            logp_NC = log_probabilities(logits_NC)
-            values_FTN[:, epoch] = sample_scalars(logits_NC, logp_NC, previous_NC, label_N)[rows].numpy()
-            previous_NC = logp_NC
+            for first in range(0, self.num_samples, _ROWS):
+                part = slice(first, first + _ROWS)
+                logp_nC = log_probabilities(logits_NC[part])
+                previous_nC = None if previous_NC is None else previous_NC[part]
+                values_FTN[:, epoch, part] = sample_scalars(logits_NC[part], logp_nC, previous_nC, label_N[part])[rows].numpy()
+                logits_NC[part] = logp_nC
+            previous_NC = logits_NC
         self._cache = dict(zip(scalars, values_FTN, strict=True))
 
     def read(self, scalar: str, num_epochs: int | None = None) -> np.ndarray:

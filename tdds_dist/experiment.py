@@ -6,6 +6,7 @@ own, or one after the other on all ranks of a job. What a run does is `collect`'
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -14,24 +15,26 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tdds_dist.artifacts import Scores, load_scores, save_coreset, write_atomically
-from tdds_dist.config import Architecture, Config, Experiment, Method, load_config, parse_config, to_dict
+import numpy as np
+
+from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset, write_atomically
+from tdds_dist.config import Architecture, Config, Experiment, Method, load_config, parse_baselines, parse_config, to_dict
 from tdds_dist.console import say
-from tdds_dist.distributed import World, session, together
+from tdds_dist.distributed import World, current_world, session, together
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
-from tdds_dist.score import MODEL_SCORES, score, score_all
+from tdds_dist.score import BASELINES, MODEL_SCORES, score, score_all
 from tdds_dist.select import any_scores, find_scores, make_coreset, random_scores
 from tdds_dist.tables import Outcome, write_tables
-from tdds_dist.tdds import Window
+from tdds_dist.tdds import Window, check_window
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _NOT_A_SETTING = {"run": ("name", "dir", "device", "timeout_seconds"), "data": ("num_workers",)}  # change no result
@@ -91,66 +94,131 @@ def experiment(plan: Experiment, *, jobs: int = 1, world: World | None = None) -
 
     `jobs` runs go at a time, each alone in a process with its share of the CPUs and GPUs. With a `world` of several ranks
     every rank calls it, and all of them work on one run after the other. What is done already is skipped; a run that was
-    stopped half-way is started over.
+    stopped half-way is started over. A run that fails stops only those that need it.
 
     Raises:
-        InputError: an impossible plan, or results of other settings in its directory; before anything runs.
+        InputError: an impossible plan, something else in its directory, or results of other settings; before anything runs.
     """
-    started = time.perf_counter()
-    is_main = world is None or world.is_main
-    collections = {seed: _collection_task(plan, seed) for seed in plan.seeds}
-    execute = _on_all_ranks(world) if world is not None and world.world_size > 1 else _in_processes(jobs)
-    with _raising_alike(world):
-        cells = _cells(plan, collections)
-        for task in collections.values():
-            _check_same_settings(task)
-        waiting = [task for task in collections.values() if not _is_done(task)]
-        if is_main:
-            say(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), {len(cells)} "
-                f"retrainings, {jobs if world is None or world.world_size == 1 else 1} at a time")
-            plan.directory.mkdir(parents=True, exist_ok=True)
-    failed = execute(waiting)
-    tasks = []
-    with _raising_alike(world):
-        if not failed:
-            if is_main:
+    world = world or current_world("cpu")
+    execute = _on_all_ranks(world) if world.world_size > 1 else _in_processes(jobs)
+    with ExitStack() as locks:
+        with together(world):
+            collections, cells = check_plan(plan)
+            if world.is_main:
+                plan.directory.mkdir(parents=True, exist_ok=True)
                 for seed in plan.seeds:
-                    _make_coresets(plan, seed, [cell for cell in cells if cell.seed == seed])
-            tasks = [_retrain_task(plan, cell) for cell in cells]
-            for task in tasks:
-                _check_same_settings(task)
-    waiting = sorted((task for task in tasks if not _is_done(task)), key=lambda task: -task.cost)
-    if is_main and tasks:
-        say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
-    failed += execute(waiting)
-    seconds = time.perf_counter() - started
-    if is_main:
-        _record_time(plan, seconds, len(waiting))
-        outcomes = [Outcome(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed,
-                            cell.run.read_result()) for cell in cells]
-        write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
+                    locks.enter_context(_locked(plan, seed))
+        return _experiment(plan, collections, cells, execute, world, 1 if world.world_size > 1 else jobs)
+
+
+def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell],
+                execute: Callable[[list[Task]], dict[Path, str]], world: World, jobs: int) -> tuple[Path, list[str]]:
+    """Ranks agree on what to do without telling each other: they see the same files and the same failures."""
+    started = time.perf_counter()
+    with together(world):
+        for task in collections.values():
+            _check_directory(task)
+        waiting = [task for task in collections.values() if not _is_done(task)]
+        if world.is_main:
+            say(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), {len(cells)} "
+                f"retrainings, {jobs} at a time")
+    not_collected = execute(waiting)
+    failed = list(not_collected.values())
+    with together(world):
+        cells_left = [cell for cell in cells if cell.collection.path not in not_collected]
+        reasons = _make_coresets(cells_left) if world.is_main else {}
+    with together(world):  # nobody reads what the main rank is still writing
+        coresets = dict.fromkeys(cell.coreset_file for cell in cells_left)
+        missing = [file for file in coresets if not file.is_file()]
+        failed += [f"coreset {file}: {reasons.get(file, 'not made')}" for file in missing]
+        cells_left = [cell for cell in cells_left if cell.coreset_file not in missing]
+        tasks = [_retrain_task(plan, cell) for cell in cells_left]
+        for task in tasks:
+            _check_directory(task)
+        waiting = sorted((task for task in tasks if not _is_done(task)), key=lambda task: -task.cost)
+        if world.is_main and tasks:
+            say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
+    failed += execute(waiting).values()
+    with together(world):
+        if world.is_main:
+            _record_time(plan, time.perf_counter() - started, len(waiting))
+            paths = {cell.run.path for cell in cells_left}
+            outcomes = [Outcome(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed,
+                                cell.run.read_result() if cell.run.path in paths else None) for cell in cells]
+            write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
     return plan.directory / "table.md", failed
+
+
+@contextmanager
+def _locked(plan: Experiment, seed: int) -> Iterator[None]:
+    """Keep other processes from this seed's runs, which they would take for left-overs; ends with this process."""
+    with (plan.directory / f".seed{seed}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another `tdds experiment` is at work on seed {seed} in {plan.directory}; wait for it, or "
+                             "choose another name or dir") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 # ---- the plan
 
 
+def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
+    """The collections by seed, and every retraining. Reads configs, but neither images nor results.
+
+    Raises:
+        InputError: what can be known to fail in any of them.
+    """
+    collections = {seed: _collection_task(plan, seed) for seed in plan.seeds}
+    return collections, _cells(plan, collections)
+
+
 def _cells(plan: Experiment, collections: dict[int, Task]) -> list[Cell]:
-    """Every retraining, cheapest settings to read first: by seed, network, strategy, rate, method."""
+    """Every retraining, by seed, network, strategy, rate, method."""
     found = []
     for seed in plan.seeds:
-        config = parse_config(collections[seed].config)
+        config, run = parse_config(collections[seed].config), RunDir(collections[seed].directory)
+        for rate in plan.pruning_rates:
+            for method in plan.methods:
+                _check_method(config, method, rate)
         for architecture in plan.architectures or (None,):
+            _config(plan, seed, architecture)  # says so when its overrides do not fit
             for strategy in plan.strategies:
                 for rate in plan.pruning_rates:
                     for method in plan.methods:
                         importance = method.importance or (
                             config.retrain.importance if method.score_key == "tdds" else "none")
-                        found.append(Cell(method, rate, strategy, architecture, seed, RunDir(collections[seed].directory),
-                                          importance))
-                        if method.score_key == "tdds":
-                            _window(config, method, rate)  # says so when no window serves the rate
+                        found.append(Cell(method, rate, strategy, architecture, seed, run, importance))
     return found
+
+
+def _check_method(config: Config, method: Method, rate: float) -> None:
+    """InputError for a score that the collection will not give."""
+    key = method.score_key
+    stops = config.collect.stop_after == "last_window"
+    num_epochs = max(window.T for window in config.windows()) if stops else config.train.epochs
+    try:
+        if key == "tdds":
+            check_window(_window(config, method, rate), method.preset or config.score.preset, num_epochs)
+        elif key in BASELINES:
+            options = parse_baselines(config.score.baselines, method.options)
+            names = {"el2n": ["el2n_epochs"], "dyn_unc": ["num_epochs", "uncertainty_window"],
+                     "dual": ["num_epochs", "uncertainty_window"]}.get(key, ["num_epochs"])
+            for name in names:
+                if (value := getattr(options, name)) > num_epochs:
+                    raise InputError(f"{name}={value} is longer than the {num_epochs} epochs that will be recorded; lower it "
+                                     "in options or score.baselines, or collect longer")
+        elif key not in ("random", *MODEL_SCORES):
+            known = ("tdds", "random", *MODEL_SCORES, *BASELINES)
+            hint = "; ccs means score: aum, sampler: ccs" if key == "ccs" else ""
+            raise InputError(f"score {key!r} is unknown; use one of {', '.join(known)}{hint}")
+        elif method.options:
+            raise InputError(f"options={list(method.options)} do nothing for score {key}; leave them out")
+    except InputError as error:
+        raise InputError(f"methods: {method.name}: {error}") from error
 
 
 def _config(plan: Experiment, seed: int, architecture: Architecture | None = None) -> Config:
@@ -194,54 +262,88 @@ def _is_done(task: Task) -> bool:
     return RunDir(task.directory).result_file.is_file()
 
 
-def _check_same_settings(task: Task) -> None:
-    """InputError when a finished run stands there that was asked for something else."""
+def _check_directory(task: Task) -> None:
+    """InputError when the task's directory holds something else, or a finished run that was asked for something else.
+
+    What a stopped run of an experiment left there goes when the task starts.
+    """
     run = RunDir(task.directory)
     assert task.settings is not None
-    if _is_done(task) and (found := run.read_env().get("digest")) != task.settings["digest"]:
-        if found is None:
-            raise InputError(f"{run.path} holds a run that this experiment did not start; choose another name or dir")
-        raise InputError(f"{run.path} was run with other settings than the experiment now says; choose another name or dir, or "
-                         "remove that directory to run it again")
+    found = run.read_env().get("digest")
+    if found is None and task.directory.exists():
+        own = task.directory.is_dir() and all(  # all that a start can leave before it says whose run it is
+            path.name == run.config_file.name or path.suffix == ".tmp" for path in task.directory.iterdir())
+        if not own:
+            raise InputError(f"{run.path} holds something that this experiment did not start; choose another name or dir")
+    if _is_done(task) and found != task.settings["digest"]:
+        raise _other_settings(run)
+
+
+def _other_settings(run: RunDir) -> InputError:
+    return InputError(f"{run.path} was run with other settings than the experiment now says; choose another name or dir, or "
+                      "remove that directory to run it again")
 
 
 # ---- scores and coresets: seconds, on the main rank
 
 
-def _make_coresets(plan: Experiment, seed: int, cells: list[Cell]) -> None:
-    run = cells[0].collection
-    config = parse_config(run.read_config(), str(run.config_file))
-    scores: dict[tuple[str, float], Scores] = {}
-    made: set[Path] = set()
-    for cell in cells:
-        method, rate = cell.method, cell.pruning_rate
-        key = (method.name, rate if method.score_key == "tdds" else 0.0)
-        if key not in scores:
-            scores[key] = _scores_of(run, config, method, rate, seed)
-        if cell.coreset_file in made:
+def _make_coresets(cells: list[Cell]) -> dict[Path, str]:
+    """Write the coreset files of the cells; returns those that cannot be made, and why. One that is right already stays."""
+    scores: dict[tuple[Path, str, float], Scores] = {}
+    reasons: dict[Path, str] = {}
+    for cell in {cell.coreset_file: cell for cell in cells}.values():
+        method, rate, run = cell.method, cell.pruning_rate, cell.collection
+        key = (run.path, method.name, rate if method.score_key == "tdds" else 0.0)
+        try:
+            if key not in scores:
+                scores[key] = _scores_of(run, method, rate, cell.seed)
+            coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
+                                             seed=cell.seed, **method.selector_options)
+        except InputError as error:
+            say(f"{cell.coreset_file}: FAILED: {error}")
+            reasons[cell.coreset_file] = str(error)
+            cell.coreset_file.unlink(missing_ok=True)
             continue
-        made.add(cell.coreset_file)
-        coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
-                                         seed=seed, **method.selector_options)
         for warning in warnings:
-            say(f"warning: {method.name} at p={rate:g}, seed {seed}: {warning}")
-        save_coreset(cell.coreset_file, coreset)  # the same bytes every time; other options show in the digest
+            say(f"warning: {method.name} at p={rate:g}, seed {cell.seed}: {warning}")
+        try:
+            found = load_coreset(cell.coreset_file)
+        except InputError:  # none yet, or damaged
+            save_coreset(cell.coreset_file, coreset)
+            continue
+        if not _is_same(found, coreset):
+            for other in cells:
+                if other.coreset_file == cell.coreset_file and other.run.result_file.is_file():
+                    raise _other_settings(other.run)
+            save_coreset(cell.coreset_file, coreset)
+    return reasons
 
 
-def _scores_of(run: RunDir, config: Config, method: Method, rate: float, seed: int) -> Scores:
+def _is_same(a: Coreset, b: Coreset) -> bool:
+    """Whether two coresets are one; where the scores were computed, live or afterwards, makes no difference."""
+    return (np.array_equal(a.index_M, b.index_M) and np.array_equal(a.importance_M, b.importance_M)
+            and a.fingerprint == b.fingerprint and a.score_key == b.score_key
+            and a.settings | {"source": ""} == b.settings | {"source": ""})
+
+
+def _scores_of(run: RunDir, method: Method, rate: float, seed: int) -> Scores:
     """The scores a method ranks by, computed from the trajectory where no file holds them yet."""
+    config = parse_config(run.read_config(), str(run.config_file))
     key = method.score_key
     if key == "random":
         return random_scores(any_scores(run.path), seed)
+    if key in MODEL_SCORES:
+        return find_scores(run.path, key, rate)
     if key == "tdds":
         window, preset = _window(config, method, rate), method.preset or config.score.preset
         path = run.scores / f"{window.key(preset, method.delta)}.npz"
         if not path.is_file():
             path, = score(run.path, preset=preset, T=window.T, K=window.K, beta=window.beta, delta=method.delta, out=path)
         return load_scores(path)
-    if key in MODEL_SCORES or ((run.scores / f"{key}.npz").is_file() and not method.options):
-        return find_scores(run.path, key, rate)
-    (path,), _ = score_all(run.path, [key], options=method.options)
+    options = parse_baselines(config.score.baselines, method.options)
+    path = run.scores / f"{key}{BASELINES[key].suffix(options)}.npz"  # the name carries every option
+    if not path.is_file():
+        (path,), _ = score_all(run.path, [key], options=method.options)
     return load_scores(path)
 
 
@@ -261,8 +363,7 @@ def _run_task(task: Task, world: World) -> None:
 
     with together(world):
         if world.is_main and task.directory.exists():
-            if not (task.directory / "config.yaml").is_file() and any(task.directory.iterdir()):
-                raise InputError(f"{task.directory} exists and is not a run; move it away")
+            _check_directory(task)
             shutil.rmtree(task.directory)
     config = parse_config(task.config, task.title)
     if task.coreset_file is None:
@@ -272,11 +373,10 @@ def _run_task(task: Task, world: World) -> None:
                 settings=task.settings)
 
 
-def _on_all_ranks(world: World) -> Callable[[list[Task]], list[str]]:
-    def execute(tasks: list[Task]) -> list[str]:
-        failed = []
-        with together(world):
-            pass  # nobody starts on files that the main rank is still writing
+def _on_all_ranks(world: World) -> Callable[[list[Task]], dict[Path, str]]:
+    """What runs tasks one after the other on all ranks; returns those that failed, by directory, and why."""
+    def execute(tasks: list[Task]) -> dict[Path, str]:
+        failed = {}
         for number, task in enumerate(tasks, start=1):
             if world.is_main:
                 say(f"[{number}/{len(tasks)}] {task.title}")
@@ -285,47 +385,59 @@ def _on_all_ranks(world: World) -> Callable[[list[Task]], list[str]]:
             except InputError as error:
                 if not error.shared:
                     raise
-                failed.append(f"{task.title}: {error}")
+                failed[task.directory] = f"{task.title}: {error}"
+                if world.is_main:
+                    say(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}")
         return failed
 
     return execute
 
 
-def _in_processes(jobs: int) -> Callable[[list[Task]], list[str]]:
+def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
+    """What runs tasks in `jobs` processes; returns those that failed, by directory, and why."""
     if jobs < 1:
         raise InputError(f"--jobs={jobs} must be at least 1")
 
-    def execute(tasks: list[Task]) -> list[str]:
+    def execute(tasks: list[Task]) -> dict[Path, str]:
         if not tasks:
-            return []
+            return {}
         context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
         workers = min(jobs, len(tasks))
-        failed, done, started = [], 0.0, time.perf_counter()
+        failed: dict[Path, str] = {}
+        defects: list[BaseException] = []
+        killed, done, started = False, 0.0, time.perf_counter()
         total = sum(task.cost or 1.0 for task in tasks)
         with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
-            futures = {pool.submit(_work, task): task for task in tasks}
             try:
+                futures = {pool.submit(_work, task): task for task in tasks}
                 for number, future in enumerate(as_completed(futures), start=1):
                     task = futures[future]
                     done += task.cost or 1.0
                     error = future.exception()
-                    if isinstance(error, InputError):
-                        failed.append(f"{task.title}: {error}")
-                        outcome = f"FAILED: {error}"
-                    elif error is not None:
-                        raise error
-                    else:
+                    if isinstance(error, BrokenProcessPool):
+                        killed = True
+                        break
+                    if error is None:
                         outcome = future.result()
+                    else:
+                        outcome = f"FAILED: {error or type(error).__name__}"
+                        if isinstance(error, InputError):
+                            failed[task.directory] = f"{task.title}: {error}"
+                        else:
+                            defects.append(error)
                     left = (time.perf_counter() - started) * (total - done) / done
                     say(f"[{number}/{len(tasks)}] {task.title}: {outcome}, {left / 60:.0f} min left")
-            except BrokenProcessPool as error:
-                raise InputError("a worker process was killed (too little memory is the usual reason); use fewer --jobs, and "
-                                 "run the same command again: what is done stays done") from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+            except BrokenProcessPool:  # at a submit
+                killed = True
+            except BaseException:  # Ctrl-C: without this the pool would first finish everything
                 for process in list(pool._processes.values()):
                     process.kill()
                 raise
+        if killed:
+            raise InputError("a worker process was killed (too little memory is the usual reason); use fewer --jobs, and run "
+                             "the same command again: what is done stays done")
+        if defects:
+            raise defects[0]  # with the worker's traceback
         return failed
 
     return execute
@@ -334,6 +446,9 @@ def _in_processes(jobs: int) -> Callable[[list[Task]], list[str]]:
 def _start_worker(counter: Any, workers: int) -> None:
     """Give this process its share of CPUs and GPUs; it ends with its parent."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # it ended while this process was starting
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with counter.get_lock():
         number = counter.value
@@ -362,10 +477,6 @@ def _work(task: Task) -> str:
         _run_task(task, world)
     result = RunDir(task.directory).read_result() or {}
     return f"{result['final_top1']:.2f} % in {time.perf_counter() - started:.0f} s"
-
-
-def _raising_alike(world: World | None) -> AbstractContextManager[None]:
-    return nullcontext() if world is None else together(world)
 
 
 def _record_time(plan: Experiment, seconds: float, num_runs: int) -> None:

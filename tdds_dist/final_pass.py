@@ -25,7 +25,7 @@ from tdds_dist.engine import build_views, open_files
 from tdds_dist.errors import InputError
 from tdds_dist.loader import BetonLoader, default_workers
 from tdds_dist.models import InputStage, build_model, classifier_layer
-from tdds_dist.partition import class_owners, epoch_order, per_rank_batch, routing_counts
+from tdds_dist.partition import class_owners, epoch_order, routing_counts
 from tdds_dist.rundir import RunDir
 from tdds_dist.scalars import log_probabilities
 
@@ -72,8 +72,12 @@ def _read_weights(run: RunDir) -> dict[str, Tensor]:
         raise InputError(f"{path} does not exist; the final pass needs the weights that `tdds collect` leaves at its end")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch says it in many ways
-        raise InputError(f"{path} cannot be read ({error}); restore it or collect again") from error
+    except Exception as error:  # torch says it in many ways, and at length
+        raise InputError(f"{path} cannot be read ({_start_of(error)}); restore it or collect again") from error
+
+
+def _start_of(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @torch.no_grad()
@@ -91,11 +95,12 @@ def run_model(config: Config, world: World, train_file: BetonInfo, run: RunDir) 
     with together(world):
         try:
             model.load_state_dict(_read_weights(run))
-        except RuntimeError as error:
-            raise InputError(f"the weights do not fit model.name={model_config.name} ({str(error).splitlines()[0]})") from error
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{run.models / 'final.pt'} does not fit model.name={model_config.name} ({_start_of(error)}); "
+                             "restore the weights of this run or collect again") from error
     model = model.to(world.device).eval()
     input_stage = InputStage(config.data.mean, config.data.std, model_config.channels_last).to(world.device)
-    rows = per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
+    rows = max(1, config.train.global_batch_size // (world.world_size * config.train.accumulation))  # any batch will do
     workers = config.data.num_workers or default_workers(world.local_world_size)
     loader = BetonLoader(train_file.path, rows, build_views(config)[1], device=world.device, num_workers=workers)
     order = epoch_order(train_file.num_samples, rows * world.world_size, shuffle=False)
@@ -153,9 +158,10 @@ class _ByClass:
         payload_BX = torch.cat([header_BX, feature_BD[by_owner_B].contiguous().view(torch.uint8)], dim=1)
         payload_RX = distributed.exchange_rows(payload_BX, sends, receives).wait().cpu()
         index_R = payload_RX[:, :8].reshape(-1).view(torch.int64).numpy()
-        feature_RD = payload_RX[:, 8:].reshape(-1).view(torch.float32).view(len(index_R), -1).numpy()
+        num_features = feature_BD.shape[1]
+        feature_RD = payload_RX[:, 8:].reshape(-1).view(torch.float32).view(len(index_R), num_features).numpy()  # R may be 0
         if self._feature_MD is None:
-            self._feature_MD = np.zeros((len(self.index_M), feature_BD.shape[1]), dtype=np.float32)
+            self._feature_MD = np.zeros((len(self.index_M), num_features), dtype=np.float32)
         real_R = index_R >= 0
         self._feature_MD[np.searchsorted(self.index_M, index_R[real_R])] = feature_RD[real_R]
 

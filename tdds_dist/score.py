@@ -94,7 +94,7 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
     or the source itself. Files of scores under other than default options carry them in their names.
 
     Raises:
-        InputError: as `score`; a key that was asked for by name and cannot be computed; nothing that can be.
+        InputError: as `score`; a key that was asked for by name and cannot be computed.
     """
     origin = _open(Path(source), beton)
     known = ("tdds", "random", *BASELINES)
@@ -103,8 +103,9 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
         raise InputError(f"score {unknown[0]!r} is not computed from recorded epochs{hint}; use one of {', '.join(known)}")
     settings = parse_baselines(origin.config.score.baselines if origin.config else Baselines(), options)
     folder = Path(out) if out is not None else origin.folder
-    if folder.suffix == ".npz":
+    if folder.suffix == ".npz" or folder.is_file():
         raise InputError(f"--out={folder} must be a directory: one file per score goes there")
+    _read_once(origin, keys or known, settings)
     paths: list[Path] = []
     skipped: list[str] = []
     for key in keys or known:
@@ -114,8 +115,6 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
             if keys:
                 raise
             skipped.append(f"{key}: {error}")
-    if not paths:
-        raise InputError(f"{source}: no score can be computed ({skipped[0]})")
     for key in MODEL_SCORES if not keys else ():
         if not (folder / f"{key}.npz").is_file():
             skipped.append(f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights")
@@ -174,6 +173,15 @@ def _open(source: Path, beton: Path | None) -> _Origin:
     return _Origin(trajectory, config, label_N, found, run.scores, settings)
 
 
+def _read_once(origin: _Origin, keys: Sequence[str], options: Baselines) -> None:
+    """Make the scalars of several scores in one pass over a dynamics folder, whose epochs are large; else do nothing."""
+    if isinstance(origin.recorded, Dynamics) and (origin.label_N != UNKNOWN_LABEL).all():
+        scalars = [BASELINES[key].scalar(options) if key in BASELINES else delta_scalar("kl", "official")[0]
+                   for key in keys if key != "random"]
+        if len(set(scalars)) > 1:
+            origin.recorded.prepare(tuple(dict.fromkeys(scalars)), origin.recorded.num_epochs)
+
+
 def _score_windows(origin: _Origin, windows: list[Window], preset: str, delta: str, out: Path | None) -> list[Path]:
     scalar, absolute = delta_scalar(delta, preset)
     delta_TN = origin.recorded.read(scalar, max(window.T for window in windows))
@@ -196,6 +204,9 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
         name = "el2n_epochs" if key == "el2n" else "num_epochs"
         raise InputError(f"{name}={num_epochs} is longer than the {origin.recorded.num_epochs} recorded epochs; lower it or "
                          "collect longer")
+    if key in ("dyn_unc", "dual") and options.uncertainty_window > num_epochs:
+        raise InputError(f"uncertainty_window={options.uncertainty_window} is longer than the {num_epochs} epochs there are; "
+                         "lower it or collect longer")
     values_TN = origin.recorded.read(baseline.scalar(options), num_epochs)
     score_N, extra, settings = baseline.compute(values_TN, options)
     setting = {"score": key, "T": num_epochs} | settings

@@ -15,7 +15,7 @@ import numpy as np
 
 from tdds_dist.artifacts import write_atomically
 from tdds_dist.beton import read_manifest
-from tdds_dist.config import Config, Experiment, Method, parse_config
+from tdds_dist.config import Config, Experiment, Method, load_config
 from tdds_dist.errors import InputError
 from tdds_dist.published import PublishedTable, find_table
 from tdds_dist.rundir import RunDir
@@ -40,7 +40,8 @@ class Outcome:
 
 def write_tables(plan: Experiment, outcomes: Sequence[Outcome], collections: dict[int, RunDir]) -> str:
     """Write table.md and cells.csv into the experiment's directory; returns the Markdown. `collections` is by seed."""
-    config, published = _published(next(iter(collections.values())))
+    config = load_config(plan.config, plan.overrides)
+    published = _published(config)
     full = {seed: run.read_result() for seed, run in collections.items()}
     parts = [_heading(plan, config, outcomes, collections), _full_data(full, published)]
     for network in dict.fromkeys(outcome.network for outcome in outcomes):
@@ -61,24 +62,22 @@ def mean_std(values: Iterable[float]) -> tuple[float, float | None]:
     return float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else None
 
 
-def _published(run: RunDir) -> tuple[Config, PublishedTable | None]:
-    """The run's config and the paper's table for its data and network; none for images that were changed."""
-    tree = run.read_config()
-    config = parse_config(tree, str(run.config_file))
+def _published(config: Config) -> PublishedTable | None:
+    """The paper's table for these images and this network; none for images that were changed."""
     try:
         manifest = read_manifest(Path(config.data.train))
     except InputError:
         manifest = None
     if manifest is not None and (manifest.true_label_N is not None or manifest.corruption is not None):
-        return config, None
+        return None
     names = [config.data.train, manifest.source if manifest else ""]
-    return config, find_table(names, config.data.num_classes, config.model.name)
+    return find_table(names, config.data.num_classes, config.model.name)
 
 
 def _lookup(outcome: Outcome, published: PublishedTable | None) -> float | None:
     if published is None or outcome.network or not outcome.method.is_plain:
         return None
-    return published.lookup(outcome.strategy, outcome.method.name, outcome.pruning_rate)
+    return published.lookup(outcome.strategy, outcome.method.name, outcome.pruning_rate, outcome.importance)
 
 
 def _cell(outcomes: Sequence[Outcome]) -> str:

@@ -70,7 +70,7 @@ def test_collect_leaves_scores_records_and_the_next_command(finished):
     folder, _, done = finished
     run = RunDir(folder)
     names = ["tdds_official_T3_K2_beta0.9", "tdds_official_T4_K3_beta0.9"]
-    assert [path.stem for path in sorted(run.scores.iterdir())] == names
+    assert [path.stem for path in sorted(run.scores.iterdir())] == ["entropy", "moderate", *names]
     for name in names:
         scores = load_scores(run.scores / f"{name}.npz")
         assert scores.score_N.dtype == np.float32
@@ -91,7 +91,7 @@ def test_collect_leaves_scores_records_and_the_next_command(finished):
 def test_score_recomputes_the_live_scores_bitwise(finished, tmp_path, window):
     folder, _, _ = finished
     out = ["--out", str(tmp_path / "again.npz")] if window else []
-    live = {path: load_scores(path).score_N for path in RunDir(folder).scores.iterdir()}
+    live = {path: load_scores(path).score_N for path in RunDir(folder).scores.glob("tdds*.npz")}
     assert main(["score", str(folder), *window, *out]) == 0
     for path, score_N in live.items():
         again = tmp_path / "again.npz" if window else path
@@ -179,6 +179,52 @@ def test_retrain_on_a_coreset(finished, tmp_path, strategy, epochs, ranks):
     assert result["steps"] == epochs * 2
     resolved = RunDir(run).read_config()
     assert (resolved["train"]["epochs"], resolved["train"]["global_batch_size"]) == (epochs, 12)
+
+
+@pytest.mark.distributed
+def test_score_all_and_score_key(finished, tmp_path, capsys):
+    """What does not fit into 4 epochs is said, and can be had with options; nothing in the run changes."""
+    folder, _, _ = finished
+    windows = {"tdds_official_T3_K2_beta0.9", "tdds_official_T4_K3_beta0.9"}
+    assert main(["score", str(folder), "--all", "--out", str(tmp_path / "all")]) == 0
+    captured = capsys.readouterr()
+    assert {path.stem for path in (tmp_path / "all").iterdir()} == windows | {"random", "forgetting", "aum"}
+    assert "not computed: el2n: el2n_epochs=10 is longer than the 4" in captured.err
+    assert "next: tdds select " in captured.out
+    options = ["el2n_epochs=3", "uncertainty_window=3"]
+    assert main(["score", str(folder), "--all", *options, "--out", str(tmp_path / "more")]) == 0
+    assert {path.stem for path in (tmp_path / "more").iterdir()} == windows | {
+        "random", "forgetting", "aum", "el2n_T3", "dyn_unc_J3", "dual_J3"}
+    assert main(["score", str(folder), "--score", "aum", "--score", "forgetting", "--out", str(tmp_path / "two")]) == 0
+    assert {path.stem for path in (tmp_path / "two").iterdir()} == {"aum", "forgetting"}
+    for key in ("aum", "forgetting"):
+        score_N = load_scores(tmp_path / "two" / f"{key}.npz").score_N
+        assert score_N.tobytes() == load_scores(tmp_path / "all" / f"{key}.npz").score_N.tobytes()
+
+
+@pytest.mark.distributed
+def test_export_import_and_compare(finished, tmp_path, capsys):
+    """Scores go out as a table and come back bitwise; what is kept goes out as paths."""
+    folder, _, _ = finished
+    assert main(["export", str(folder), "--format", "csv", "--out", str(tmp_path / "scores.csv")]) == 0
+    key = "tdds_official_T3_K2_beta0.9"
+    assert main(["import", str(tmp_path / "scores.csv"), "--key", key, "--out", str(tmp_path / "back.npz")]) == 0
+    assert "next: tdds select" in capsys.readouterr().out
+    scores = load_scores(RunDir(folder).scores / f"{key}.npz")
+    assert load_scores(tmp_path / "back.npz").score_N.tobytes() == scores.score_N.tobytes()
+    assert main(["select", str(folder), "--pruning-rate", "0.5", "--out", str(tmp_path / "half.npz")]) == 0
+    assert main(["export", str(tmp_path / "half.npz"), "--format", "paths", "--beton", str(data_of(folder)),
+                 "--out", str(tmp_path / "half.txt")]) == 0
+    assert len((tmp_path / "half.txt").read_text().split()) == 60
+    capsys.readouterr()
+    assert main(["compare", str(folder), "--pruning-rates", "0.5", "--out", str(tmp_path / "compare.csv")]) == 0
+    assert "moderate" in capsys.readouterr().out
+    assert (tmp_path / "compare.csv").read_text().count("\n") > 3
+
+
+def data_of(folder):
+    """The training file of a run."""
+    return RunDir(folder).read_config()["data"]["train"]
 
 
 @pytest.mark.distributed
@@ -320,6 +366,30 @@ def test_stage_errors(capsys, tmp_path):
     assert "synthetic:N,CLASSES,SIZE" in refused(capsys, "write", "nonsense", tmp_path / "x.beton")
 
 
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["score", "--all", "--score", "aum"], "--all and --score exclude each other"),
+    (["score", "--all", "--T", "3"], "--T belongs to `tdds score` without --all and --score"),
+    (["score", "--score", "tdds", "--beta", "0"], "--beta belongs to `tdds score` without --all and --score"),
+    (["score", "el2n_epochs=3"], "el2n_epochs=3 is an option of --all and --score KEY"),
+    (["score", "--score", "entropy"], "`tdds score RUN --final-pass`"),
+    (["score", "--score", "nonsense"], "score 'nonsense' is not computed from recorded epochs"),
+    (["score", "--all", "el2n_epoch=3"], "the nearest valid key is 'el2n_epochs'"),
+    (["score", "--all", "--out", "x.npz"], "must be a directory"),
+    (["select", "--pruning-rate", "0.5", "--num-strata", "20"], "--num-strata does nothing with sampler top"),
+    (["select", "--pruning-rate", "0.5", "--sampler", "ccs", "--c-d", "2"], "--c-d does nothing with sampler ccs"),
+    (["select", "--pruning-rate", "0.5", "--sampler", "beta", "--hard-cutoff-rate", "0.1"],
+     "--hard-cutoff-rate does nothing with sampler beta"),
+    (["select", "--pruning-rate", "0.5", "--score", "ccs", "--sampler", "top"], "--score ccs means sampler ccs"),
+    (["select", "--pruning-rate", "0.5", "--score", "dual"], "has no score 'dual'; it has tdds, random, "),
+    (["export", "--format", "paths"], "paths"),
+    (["compare", "--pruning-rates", "1.5"], "1.5"),
+])
+@pytest.mark.distributed
+def test_options_that_exclude_each_other_or_do_nothing(finished, capsys, arguments, words):
+    stage, *options = arguments
+    assert words in refused(capsys, stage, finished[0], *options)
+
+
 @pytest.mark.distributed
 def test_ranks_that_do_not_divide_the_batch_say_so_once(config_file):
     done = tdds("collect", config_file, "train.global_batch_size=25", ranks=2)
@@ -376,7 +446,8 @@ def test_a_terminated_write_leaves_nothing(tmp_path):
 
 def test_every_stage_explains_itself():
     stages = build_parser()._subparsers._group_actions[0].choices
-    assert list(stages) == ["write", "collect", "score", "select", "retrain", "report"]
+    assert list(stages) == ["write", "collect", "score", "select", "retrain", "compare", "experiment", "export", "import",
+                            "report"]
     for name, stage in stages.items():
         assert stage.description, name
         for action in stage._actions:

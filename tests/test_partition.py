@@ -10,6 +10,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.partition import (
     PADDING,
     EpochOrder,
+    class_owners,
     epoch_order,
     per_rank_batch,
     routing_counts,
@@ -146,16 +147,43 @@ def test_shards_tile_the_dataset(world_size):
             assert owner_of(index, N, world_size) == index // rows_per_shard(N, world_size)
 
 
+def test_owners_of_classes_by_hand():
+    """Sizes 3, 5, 4, 3, 3: the 5 to rank 0, the 4 to rank 1, then 3 to 1 (4 < 5), 3 to 0 (5 < 7), 3 to 1 (7 < 8)."""
+    label_N = np.repeat([0, 1, 2, 3, 4], [3, 5, 4, 3, 3])
+    assert class_owners(label_N, 2).tolist() == [1, 0, 1, 0, 1]
+    assert class_owners(label_N, 1).tolist() == [0, 0, 0, 0, 0]
+    assert sorted(class_owners(label_N, 5).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(class_owners(label_N, 8).tolist()) == [0, 1, 2, 3, 4], "three ranks keep nothing"
+
+
+@pytest.mark.parametrize("W", WORLD_SIZES)
+def test_classes_are_dealt_evenly(W):
+    generator = np.random.default_rng(W)
+    for size_C in ([1], [100, 1, 1, 1], [7] * 10, [0, 5, 0, 3, 9], *(generator.geometric(0.02, 12) for _ in range(20))):
+        label_N = generator.permutation(np.repeat(np.arange(len(size_C)), size_C))
+        owner_C = class_owners(label_N, W)
+        assert owner_C.shape == (len(size_C),)
+        assert owner_C.dtype == np.int64
+        assert ((owner_C >= 0) & (owner_C < W)).all()
+        load = [sum(int(size) for size, owner in zip(size_C, owner_C, strict=True) if owner == rank) for rank in range(W)]
+        assert sum(load) == len(label_N)
+        assert max(load) - min(load) <= max(size_C), "within the largest class"
+        np.testing.assert_array_equal(class_owners(label_N[::-1], W), owner_C, "every rank computes the same")
+
+
 # ---- what is sent where
 
 
-def counted_by_hand(order: EpochOrder, W: int, N: int) -> np.ndarray:
-    """Rows that go from rank s to rank d at each step, [S, W, W], row by row."""
+def counted_by_hand(order: EpochOrder, W: int, N: int, owners: list[int] | None = None) -> np.ndarray:
+    """Rows that go from rank s to rank d at each step, [S, W, W], row by row; to their shard, or to `owners`."""
     sent_SWW = np.zeros((order.num_steps, W, W), dtype=np.int64)
     for source in range(W):
         for step, index_B in enumerate(order.of_rank(source, W)[1]):
             for index in index_B.tolist():
-                destination = source if index == PADDING else owner_of(index, N, W)
+                if index == PADDING:
+                    destination = source
+                else:
+                    destination = owner_of(index, N, W) if owners is None else owners[index]
                 sent_SWW[step, source, destination] += 1
     return sent_SWW
 
@@ -176,6 +204,20 @@ def test_routing_counts(W):
                 for other in range(W):
                     np.testing.assert_array_equal(sends_SW[:, other], counts[other][1][:, rank])
             assert sum(receives_SW.sum() for _, receives_SW in counts) == order.index_SG.size
+
+
+@pytest.mark.parametrize("W", WORLD_SIZES)
+def test_routing_counts_to_given_owners(W):
+    """As to shards; owners are drawn, so some ranks own much and some nothing, and the last sample's is not the default."""
+    for N in sizes(W):
+        for B in (1, 3):
+            owner_N = np.random.default_rng([W, N, B]).integers(0, W, N)
+            order = epoch_order(N, W * B, seed=N, epoch=B)
+            want_SWW = counted_by_hand(order, W, N, owner_N.tolist())
+            for rank in range(W):
+                sends_SW, receives_SW = routing_counts(order, rank, W, N, owner_N)
+                np.testing.assert_array_equal(sends_SW, want_SWW[:, rank, :])
+                np.testing.assert_array_equal(receives_SW, want_SWW[:, :, rank])
 
 
 def test_routing_counts_of_the_rest_of_an_epoch():

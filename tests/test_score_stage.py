@@ -1,21 +1,27 @@
 """The stages `score` and `select` on recorded outputs: no image, no training, and the authors' numbers."""
 
 import json
+import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import oracles
 import pytest
 import torch
 import yaml
 
+from tdds_dist import baselines, selection
+from tdds_dist import dynamics as dynamics_module
 from tdds_dist import score as score_module
 from tdds_dist.artifacts import Scores, fingerprint, load_coreset, load_scores, save_scores
+from tdds_dist.dynamics import Dynamics
 from tdds_dist.errors import InputError
 from tdds_dist.scalars import SCALARS, log_probabilities, sample_scalars
-from tdds_dist.score import score
-from tdds_dist.select import select
+from tdds_dist.score import score, score_all
+from tdds_dist.select import choose, make_coreset, select
 from tdds_dist.selection import min_max, num_kept
 from tdds_dist.tdds import Window
 from tdds_dist.trajectory import TrajectoryWriter
@@ -342,6 +348,307 @@ def test_source_that_holds_nothing(tmp_path):
         score(tmp_path)
 
 
+# ---- score_all: every score of a recording
+
+
+SAMPLES = sorted({*range(0, 600, 13), 298, 299, 300, 301})  # on both ranks' sides of their border
+
+
+@pytest.fixture(scope="module")
+def by_hand(golden) -> list[dict[str, list[float]]]:
+    """For each of SAMPLES, what the formulas give by epoch; differences are between an epoch and the next."""
+    logits_TNC = np.empty((30, 600, 10))
+    for epoch in range(30):
+        logits_TNC[epoch][golden["index"][epoch]] = golden["logits"][epoch]
+    found = []
+    for sample in SAMPLES:
+        rows, label = logits_TNC[:, sample].tolist(), int(golden["labels"][sample])
+        pairs = list(pairwise(rows))
+        found.append({
+            "correct": [oracles.correct(row, label) for row in rows],
+            "el2n": [oracles.el2n(row, label) for row in rows],
+            "logit": [oracles.margin(row, label) for row in rows],
+            "probability": [oracles.margin(oracles.softmax(row), label) for row in rows],
+            "p_label": [oracles.softmax(row)[label] for row in rows],
+            "official": [oracles.loss_difference_official(*pair) for pair in pairs],
+            "paper": [oracles.loss_difference_paper(*pair) for pair in pairs],
+            "ce": [oracles.loss_difference_ce(*pair, label) for pair in pairs],
+        })
+    return found
+
+
+# key: what it is of one sample, under default options
+ORACLES = {
+    "forgetting": lambda s: oracles.forgetting(s["correct"], "inf"),
+    "el2n": lambda s: oracles.el2n_early(s["el2n"], 10),
+    "aum": lambda s: oracles.aum(s["logit"], "hardest"),
+    "dyn_unc": lambda s: oracles.dyn_unc(s["p_label"], 10),
+    "dual": lambda s: oracles.dual(s["p_label"], 10),
+}
+
+
+def assert_oracle(path: Path, oracle, by_hand) -> None:
+    want = np.array([oracle(sample) for sample in by_hand])
+    assert np.ptp(want) > 0
+    np.testing.assert_allclose(load_scores(path).score_N[SAMPLES], want, rtol=2e-5, atol=2e-5 * np.abs(want).mean())
+
+
+DEFAULT_SETTINGS = {
+    "random": {"score": "random"}, "forgetting": {"score": "forgetting", "T": 30, "never_learned": "inf"},
+    "el2n": {"score": "el2n", "T": 10, "el2n_epochs": 10},
+    "aum": {"score": "aum", "T": 30, "aum_of": "logit", "keep": "hardest"},
+    "dyn_unc": {"score": "dyn_unc", "T": 30, "J": 10}, "dual": {"score": "dual", "T": 30, "J": 10},
+}
+
+
+def assert_every_score(golden, by_hand, folder: Path, windows, origin: dict, draw_seed: int) -> None:
+    """The folder holds all that can be recorded of the golden run, and nothing else."""
+    assert sorted(path.stem for path in folder.glob("*.npz")) == sorted(
+        [*DEFAULT_SETTINGS, *(Window(*window).key("official") for window in windows)])
+    for window in windows:
+        assert_golden(folder / f"{Window(*window).key('official')}.npz", golden_score(golden, *window))
+    for key, oracle in ORACLES.items():
+        assert_oracle(folder / f"{key}.npz", oracle, by_hand)
+    np.testing.assert_array_equal(load_scores(folder / "random.npz").score_N, baselines.random(600, draw_seed))
+    p_mean_N = load_scores(folder / "dual.npz").extra["p_mean"]
+    np.testing.assert_allclose(p_mean_N[SAMPLES], [oracles.mean(sample["p_label"]) for sample in by_hand], rtol=2e-5)
+    for key, settings in DEFAULT_SETTINGS.items():
+        found = load_scores(folder / f"{key}.npz")
+        draw = {"draw_seed": draw_seed} if key == "random" else {}
+        assert (found.key, found.settings) == (key, settings | draw | {"source": "recorded"} | origin)
+        assert found.fingerprint == fingerprint(golden["labels"], 10)
+        np.testing.assert_array_equal(found.label_N, golden["labels"])
+        assert sorted(found.extra) == (["p_mean"] if key == "dual" else [])
+
+
+MODEL_SCORES_MISSING = [
+    f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights"
+    for key in ("entropy", "moderate")]
+
+
+def test_every_score_of_a_run(golden, run, by_hand):
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"run": {"name": "golden", "seed": 3}}))
+    (run / "env.json").write_text(json.dumps({"world_size": 2}))
+    paths, skipped = score_all(run)
+    assert sorted(paths) == sorted((run / "scores").iterdir())
+    assert skipped == MODEL_SCORES_MISSING
+    assert_every_score(golden, by_hand, run / "scores", [(30, 10, 0.9), (10, 5, 0.9)],
+                       {"epochs": 30, "seed": 3, "world_size": 2}, 3)
+
+
+def test_scores_of_the_final_model_are_not_missed_where_they_are(golden, run):
+    save_scores(run / "scores" / "entropy.npz",
+                Scores("entropy", np.zeros(600, dtype=np.float32), golden["labels"], fingerprint(golden["labels"], 10), {}))
+    assert score_all(run)[1] == MODEL_SCORES_MISSING[1:]
+
+
+def test_every_score_of_a_foreign_trajectory_into_another_folder(golden, trajectory, tmp_path, by_hand):
+    before = sorted(trajectory.iterdir())
+    paths, skipped = score_all(trajectory, out=tmp_path / "other")
+    assert {path.parent for path in paths} == {tmp_path / "other"}
+    assert skipped == MODEL_SCORES_MISSING
+    assert sorted(trajectory.iterdir()) == before
+    assert_every_score(golden, by_hand, tmp_path / "other", [(30, 10, 0.9)], {"epochs": 30}, 0)
+
+
+def test_every_score_of_a_dynamics_folder_with_labels(golden, dynamics, trajectory, tmp_path, beton, by_hand, monkeypatch):
+    read = []
+    monkeypatch.setattr(Dynamics, "_read_epoch", lambda self, epoch, real=Dynamics._read_epoch: read.append(epoch)
+                        or real(self, epoch))
+    paths, skipped = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "a")
+    assert skipped == MODEL_SCORES_MISSING
+    assert [read.count(epoch) for epoch in range(1, 30)] == [1] * 29, "each file is read once for all scores"
+    assert_every_score(golden, by_hand, tmp_path / "a", [(30, 10, 0.9)], {}, 0)
+    score_all(trajectory, out=tmp_path / "b")
+    for path in paths:
+        same = load_scores(tmp_path / "b" / path.name)
+        np.testing.assert_array_equal(load_scores(path).score_N, same.score_N, path.name)
+    np.testing.assert_array_equal(load_scores(tmp_path / "a" / "dual.npz").extra["p_mean"],
+                                  load_scores(tmp_path / "b" / "dual.npz").extra["p_mean"])
+
+
+def test_dynamics_folder_in_blocks_of_rows(golden, dynamics, tmp_path, beton, monkeypatch):
+    """600 rows in blocks of 7, the last of 5: a row is the same whichever share a block."""
+    whole, _ = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "whole")
+    monkeypatch.setattr(dynamics_module, "_ROWS", 7)
+    blocks, _ = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "blocks")
+    for a, b in zip(whole, blocks, strict=True):
+        assert load_scores(a).score_N.tobytes() == load_scores(b).score_N.tobytes(), a.name
+
+
+def test_dynamics_folder_without_labels_gives_what_needs_none(golden, dynamics, tmp_path):
+    paths, skipped = score_all(dynamics, out=tmp_path)
+    assert [path.name for path in paths] == ["tdds_official_T30_K10_beta0.9.npz", "random.npz"]
+    assert_golden(paths[0], golden_score(golden, 30, 10, 0.9))
+    assert [reason.split(":")[0] for reason in skipped] == [
+        "forgetting", "el2n", "aum", "dyn_unc", "dual", "entropy", "moderate"]
+    assert all("holds no labels" in reason and "--beton FILE" in reason for reason in skipped[:5])
+    with pytest.raises(InputError, match=r"holds no labels, which logit_margin needs; give the dataset with --beton FILE"):
+        score_all(dynamics, ["aum"], out=tmp_path)
+
+
+def test_scores_by_name(run):
+    paths, skipped = score_all(run, ["dual", "tdds"])
+    assert [path.stem for path in paths] == ["dual", "tdds_official_T30_K10_beta0.9", "tdds_official_T10_K5_beta0.9"]
+    assert skipped == []
+    assert sorted((run / "scores").iterdir()) == sorted(paths), "and no other"
+
+
+@pytest.mark.parametrize(("key", "options", "name", "settings", "oracle"), [
+    ("el2n", ["el2n_epochs=20"], "el2n_T20", {"T": 20, "el2n_epochs": 20}, lambda s: oracles.el2n_early(s["el2n"], 20)),
+    ("el2n", ["score.baselines.el2n_epochs=1"], "el2n_T1", {"T": 1, "el2n_epochs": 1}, lambda s: s["el2n"][0]),
+    ("forgetting", ["num_epochs=3"], "forgetting_T3", {"T": 3, "never_learned": "inf"},
+     lambda s: oracles.forgetting(s["correct"][:3], "inf")),
+    ("forgetting", ["num_epochs=3", "never_learned=0"], "forgetting_never0_T3", {"T": 3, "never_learned": "0"},
+     lambda s: oracles.forgetting(s["correct"][:3], "0")),
+    ("aum", ["aum_of=probability"], "aum_probability", {"aum_of": "probability", "keep": "hardest"},
+     lambda s: oracles.aum(s["probability"], "hardest")),
+    ("aum", ["aum_keep=easiest"], "aum_easiest", {"aum_of": "logit", "keep": "easiest"},
+     lambda s: oracles.aum(s["logit"], "easiest")),
+    ("aum", ["aum_of=probability", "aum_keep=easiest", "num_epochs=12"], "aum_probability_easiest_T12",
+     {"T": 12, "aum_of": "probability", "keep": "easiest"}, lambda s: oracles.aum(s["probability"][:12], "easiest")),
+    ("dyn_unc", ["uncertainty_window=5"], "dyn_unc_J5", {"T": 30, "J": 5}, lambda s: oracles.dyn_unc(s["p_label"], 5)),
+    ("dual", ["uncertainty_window=30"], "dual_J30", {"T": 30, "J": 30}, lambda s: oracles.dual(s["p_label"], 30)),
+    ("dual", ["uncertainty_window=5", "num_epochs=12"], "dual_J5_T12", {"T": 12, "J": 5},
+     lambda s: oracles.dual(s["p_label"][:12], 5)),
+])
+def test_options_make_another_file(run, by_hand, key, options, name, settings, oracle):
+    default, = score_all(run, [key])[0]
+    before = default.read_bytes()
+    path, = score_all(run, [key], options=options)[0]
+    assert path == run / "scores" / f"{name}.npz"
+    assert default.read_bytes() == before
+    assert_oracle(path, oracle, by_hand)
+    found = load_scores(path)
+    assert found.key == name
+    assert settings.items() <= found.settings.items()
+    assert not np.array_equal(found.score_N, load_scores(default).score_N)
+    if key == "dual":
+        want = [oracles.mean(sample["p_label"][: settings["T"]]) for sample in by_hand]
+        np.testing.assert_allclose(found.extra["p_mean"][SAMPLES], want, rtol=2e-5)
+
+
+def test_options_of_the_config_and_before_it(run, by_hand):
+    """The config's option holds unless one is given; the file says which it was, also where the default is asked for."""
+    changed = CONFIG["score"] | {"baselines": {"el2n_epochs": 20, "never_learned": "0"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"score": changed}))
+    names = {path.name for path in score_all(run)[0]}
+    assert {"el2n_T20.npz", "forgetting_never0.npz", "aum.npz"} <= names
+    assert not {"el2n.npz", "forgetting.npz"} & names
+    path, = score_all(run, ["el2n"], options=["el2n_epochs=10"])[0]
+    assert path.name == "el2n.npz"
+    assert_oracle(path, ORACLES["el2n"], by_hand)
+
+
+@pytest.mark.parametrize(("keys", "options", "match"), [
+    (["el2n"], ["el2n_epoch=3"], r"unknown key 'el2n_epoch'; the nearest valid key is 'el2n_epochs'"),
+    ([], ["el2n_epoch=3"], r"unknown key 'el2n_epoch'"),
+    ([], ["aum_of=logits"], r"aum_of='logits'"),
+    ([], ["el2n_epochs=0"], r"el2n_epochs=0"),
+    ([], ["uncertainty_window=1"], r"uncertainty_window=1"),
+    ([], ["el2n_epochs"], r"'el2n_epochs' must look like"),
+    (["el2m"], [], r"score 'el2m' is not computed from recorded epochs; use one of tdds, random, forgetting, el2n, aum, "),
+    (["el2n", "entropy"], [], r"score 'entropy' .* \(they need the final model: `tdds score RUN --final-pass`\); use one"),
+    (["moderate"], [], r"score 'moderate' .*--final-pass"),
+    (["el2n"], ["el2n_epochs=31"], r"el2n_epochs=31 is longer than the 30 recorded epochs; lower it or collect longer"),
+    (["aum"], ["num_epochs=31"], r"num_epochs=31 is longer than the 30 recorded epochs"),
+    (["dyn_unc"], ["uncertainty_window=31"], r"uncertainty_window=31 is longer than the 30 epochs there are; lower it"),
+    (["dual"], ["uncertainty_window=13", "num_epochs=12"], r"uncertainty_window=13 is longer than the 12 epochs there are"),
+    (["forgetting"], ["num_epochs=1"], r"forgetting needs at least 2 epochs"),
+])
+def test_scores_that_cannot_be_computed(run, keys, options, match):
+    with pytest.raises(InputError, match=match):
+        score_all(run, keys, options=options)
+    assert not (run / "scores" / "entropy.npz").exists()
+
+
+def test_one_score_that_cannot_be_computed_does_not_hold_up_the_others(run, by_hand):
+    paths, skipped = score_all(run, options=["el2n_epochs=31", "uncertainty_window=40"])
+    assert sorted(path.name for path in paths) == [
+        "aum.npz", "forgetting.npz", "random.npz", "tdds_official_T10_K5_beta0.9.npz", "tdds_official_T30_K10_beta0.9.npz"]
+    assert_oracle(run / "scores" / "aum.npz", ORACLES["aum"], by_hand)
+    assert [reason.split(" ")[:2] for reason in skipped[:3]] == [
+        ["el2n:", "el2n_epochs=31"], ["dyn_unc:", "uncertainty_window=40"], ["dual:", "uncertainty_window=40"]]
+
+
+def test_short_recording_gives_what_it_can(golden, dynamics, tmp_path, beton):
+    """With 5 epochs, windows of 10 do not fit."""
+    folder = copied(dynamics, tmp_path, 5)
+    paths, skipped = score_all(folder, beton=beton(golden["labels"]))
+    assert [path.name for path in paths] == ["random.npz", "forgetting.npz", "aum.npz"]
+    assert {path.parent for path in paths} == {folder}, "beside the outputs"
+    assert [reason.split(":")[0] for reason in skipped] == ["tdds", "el2n", "dyn_unc", "dual", "entropy", "moderate"]
+    assert skipped[0].startswith("tdds: K=10 must lie in [2, 5] for T=5")
+
+
+def test_many_scores_go_into_a_directory(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "one.npz", tmp_path / "file"):
+        with pytest.raises(InputError, match=rf"--out={out} must be a directory"):
+            score_all(run, ["el2n"], out=out)
+    assert (tmp_path / "file").read_text() == ""
+    assert not (tmp_path / "one.npz").exists()
+
+
+# ---- ablations of section 5.4, and the plain average
+
+
+def varying(sample: dict[str, list[float]], delta: str, preset: str) -> list[float]:
+    """What varies: entry t belongs to the step from epoch t to the next."""
+    if delta == "kl":
+        return sample[preset]
+    if delta == "kl_signed":
+        return sample["paper"]
+    if delta == "el2n":
+        return sample["el2n"][1:]
+    return [abs(d) for d in sample["ce"]] if delta == "ce_absolute" else sample["ce"]
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+@pytest.mark.parametrize("delta", ["kl", "kl_signed", "ce", "ce_absolute", "el2n"])
+def test_ablations(trajectory, tmp_path, by_hand, delta, preset):
+    for beta in (0.8, 0.0):
+        path, = score(trajectory, T=20, K=7, beta=beta, preset=preset, delta=delta, out=tmp_path / f"{beta}.npz")
+        assert_oracle(path, lambda s, beta=beta: oracles.score(varying(s, delta, preset), 20, 7, beta, preset), by_hand)
+        found = load_scores(path)
+        suffix = "" if delta == "kl" else f"_{delta}"
+        assert found.key == f"tdds_{preset}_T20_K7_beta{beta:g}{suffix}"
+        assert found.settings == {"score": "tdds", "preset": preset, "T": 20, "K": 7, "beta": beta, "source": "recorded",
+                                  "epochs": 30} | ({} if delta == "kl" else {"delta": delta})
+    a, b = (load_scores(tmp_path / f"{beta}.npz").score_N for beta in (0.8, 0.0))
+    assert not np.array_equal(a, b)
+
+
+def test_every_ablation_is_another_score(trajectory, run):
+    """In preset `paper`, kl is signed already; every other pair differs. Each lies in its own file."""
+    scores = {}
+    for delta in ("kl", "kl_signed", "ce", "ce_absolute", "el2n"):
+        for path in score(run, delta=delta):
+            scores[path.name] = load_scores(path).score_N.tobytes()
+    assert len(scores) == len(set(scores.values())) == 10
+    paper = [load_scores(score(run, preset="paper", T=12, K=4, delta=delta)[0]).score_N for delta in ("kl", "kl_signed")]
+    np.testing.assert_array_equal(*paper)
+
+
+def test_ablations_of_a_dynamics_folder(golden, dynamics, trajectory, tmp_path, beton):
+    for delta in ("kl_signed", "ce", "ce_absolute", "el2n"):
+        a, = score(dynamics, T=9, K=4, delta=delta, beton=beton(golden["labels"]), out=tmp_path / "a.npz")
+        b, = score(trajectory, T=9, K=4, delta=delta, out=tmp_path / "b.npz")
+        np.testing.assert_array_equal(load_scores(a).score_N, load_scores(b).score_N)
+    signed, = score(dynamics, T=9, K=4, delta="kl_signed", out=tmp_path / "c.npz")
+    assert np.isfinite(load_scores(signed).score_N).all()
+    for delta in ("ce", "ce_absolute", "el2n"):
+        with pytest.raises(InputError, match=r"holds no labels, which (delta_ce|el2n) needs; .*--beton FILE"):
+            score(dynamics, T=9, K=4, delta=delta, out=tmp_path / "none.npz")
+    assert not (tmp_path / "none.npz").exists()
+
+
+def test_unknown_ablation(run):
+    with pytest.raises(InputError, match=r"delta='kl_abs' is unknown; use one of kl, kl_signed, ce, ce_absolute, el2n"):
+        score(run, delta="kl_abs")
+    assert not (run / "scores").exists()
+
+
 # ---- select
 
 
@@ -494,3 +801,188 @@ def test_files_of_both_stages_hold_no_pickle(run):
         with np.load(path, allow_pickle=False) as file:
             assert json.loads(str(file["meta"]))["settings"]["score"] == "tdds"
             assert all(file[name].dtype != object for name in file)
+
+
+# ---- select: samplers, importance, names
+
+
+@pytest.fixture(scope="module")
+def scored(golden, trajectory, tmp_path_factory) -> Path:
+    """A run directory with every score; `moderate` is made up. Only coresets are added to it."""
+    folder = tmp_path_factory.mktemp("scored") / "run"
+    shutil.copytree(trajectory, folder / "trajectory")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    score_all(folder)
+    score(folder, preset="paper", T=30, K=10)
+    score(folder, delta="ce", T=30, K=10)
+    score_all(folder, ["aum"], options=["aum_keep=easiest"])
+    score_N = np.random.default_rng(0).gamma(2.0, size=600).astype(np.float32)
+    save_scores(folder / "scores" / "moderate.npz",
+                Scores("moderate", score_N, golden["labels"], fingerprint(golden["labels"], 10), {"score": "moderate"}))
+    return folder
+
+
+def of(scored: Path, key: str) -> Scores:
+    return load_scores(scored / "scores" / f"{key}.npz")
+
+
+TDDS = "tdds_official_T30_K10_beta0.9"
+SAMPLER_CASES = [("el2n", "top"), ("moderate", "centre"), ("aum", "ccs"), ("dual", "beta")]
+
+
+def test_default_samplers(scored):
+    """The highest for every score but Moderate, whose centre is kept."""
+    for key in (TDDS, "forgetting", "el2n", "aum", "dyn_unc", "dual", "random"):
+        scores = of(scored, key)
+        kept = np.sort(scores.score_N[choose(scores, 0.7)])
+        np.testing.assert_array_equal(kept, np.sort(scores.score_N)[-180:], key)
+    moderate = of(scored, "moderate")
+    kept = np.sort(moderate.score_N[choose(moderate, 0.7)])
+    np.testing.assert_array_equal(kept, np.float32(oracles.centre(moderate.score_N.tolist(), 180)))
+    kept = np.sort(moderate.score_N[choose(moderate, 0.7, sampler="top")])
+    np.testing.assert_array_equal(kept, np.sort(moderate.score_N)[-180:])
+
+
+@pytest.mark.parametrize(("rate", "given", "cutoff"), [(0.5, None, 0), (0.8, None, 120), (0.9, None, 180), (0.9, 0.1, 60),
+                                                       (0.8, 0.0, 0)])
+def test_ccs_fills_strata_below_the_cutoff(scored, rate, given, cutoff):
+    """`cutoff` of the 600 hardest go; no two margins are equal, so literal counting decides the rest."""
+    scores = of(scored, "aum")
+    kept = scores.score_N[choose(scores, rate, sampler="ccs", hard_cutoff_rate=given, num_strata=20)].tolist()
+    rest = sorted(scores.score_N.tolist())[: 600 - cutoff]
+    counts = oracles.stratum_counts(rest, rest[0], rest[-1], 20)
+    want = oracles.stratum_budgets(counts, oracles.num_kept(600, rate))
+    assert max(kept) <= rest[-1]
+    assert oracles.stratum_counts(kept, rest[0], rest[-1], 20) == want
+
+
+def test_beta_draw_takes_probabilities_rate_and_exponent_from_where_they_stand(scored):
+    scores = of(scored, "dual")
+    arguments = (scores.score_N, scores.extra["p_mean"])
+    kept = choose(scores, 0.7, sampler="beta", seed=3, c_d=5.5)
+    np.testing.assert_array_equal(kept, selection.beta_sample(*arguments, 180, 0.7, c_d=5.5, seed=3))
+    np.testing.assert_array_equal(choose(scores, 0.7, sampler="beta"), selection.beta_sample(*arguments, 180, 0.7, c_d=4.0))
+    others = [choose(scores, 0.7, sampler="beta", seed=3), choose(scores, 0.7, sampler="beta", c_d=5.5)]
+    assert all(not np.array_equal(kept, other) for other in others)
+
+
+@pytest.mark.parametrize(("key", "sampler"), SAMPLER_CASES)
+def test_class_balance_with_every_sampler(golden, scored, key, sampler):
+    """Quotas in proportion; the highest, or the centre, of each class by itself."""
+    scores = of(scored, key)
+    kept = choose(scores, 0.85, sampler=sampler, class_balanced=True, seed=1)
+    assert len(kept) == 90
+    quota_C = np.bincount(golden["labels"][kept], minlength=10)
+    assert (np.abs(quota_C - 90 * np.bincount(golden["labels"]) / 600) < 1).all()
+    assert not np.array_equal(kept, choose(scores, 0.85, sampler=sampler, seed=1))
+    for label in range(10):
+        of_class = sorted(scores.score_N[golden["labels"] == label].tolist())
+        found = sorted(scores.score_N[kept][golden["labels"][kept] == label].tolist())
+        if sampler == "top":
+            assert found == of_class[-quota_C[label]:]
+        elif sampler == "centre":
+            assert found == oracles.centre(of_class, quota_C[label])
+        elif sampler == "ccs":
+            assert found[-1] <= of_class[len(of_class) - round(0.2 * len(of_class)) - 1], "the hardest of each class go"
+        else:
+            member = np.flatnonzero(golden["labels"] == label)
+            p_mean = scores.extra["p_mean"][member]
+            picked = selection.beta_sample(scores.score_N[member], p_mean, int(quota_C[label]), 0.85, seed=1)
+            np.testing.assert_array_equal(kept[golden["labels"][kept] == label], member[picked])
+
+
+@pytest.mark.parametrize(("key", "sampler"), SAMPLER_CASES)
+def test_the_same_seed_gives_the_same_file(scored, tmp_path, key, sampler):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        select(scored, 0.8, score=key, sampler=sampler, seed=seed, out=tmp_path / f"{name}.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    same = np.array_equal(load_coreset(tmp_path / "a.npz").index_M, load_coreset(tmp_path / "c.npz").index_M)
+    assert same == (sampler in ("top", "centre")), "no two of these scores are equal, so only draws depend on the seed"
+
+
+def test_ccs_by_its_name(scored):
+    """`--score ccs` is AUM in strata."""
+    path, warnings = select(scored, 0.5, score="ccs")
+    assert (path, warnings) == (scored / "coresets" / "ccs_aum_s0_p0.5.npz", [])
+    coreset = load_coreset(path)
+    np.testing.assert_array_equal(coreset.index_M, choose(of(scored, "aum"), 0.5, sampler="ccs"))
+    assert coreset.score_key == "aum"
+    assert {key: coreset.settings[key] for key in ("sampler", "num_strata", "hard_cutoff_rate")} == {
+        "sampler": "ccs", "num_strata": 50, "hard_cutoff_rate": 0.0}
+    assert "own_hard_cutoff_rate" not in coreset.settings
+    for options in ({"score": "ccs", "sampler": "ccs"}, {"score": "aum", "sampler": "ccs"}):
+        assert select(scored, 0.5, **options)[0] == path
+        np.testing.assert_array_equal(load_coreset(path).index_M, coreset.index_M)
+    assert select(scored / "scores" / "aum.npz", 0.5, score="ccs")[0] == path
+    assert load_coreset(select(scored, 0.9, score="ccs")[0]).settings["hard_cutoff_rate"] == 0.3
+    with pytest.raises(InputError, match=r"--score ccs means sampler ccs on aum, not sampler top"):
+        select(scored, 0.5, score="ccs", sampler="top")
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"score": "ccs", "hard_cutoff_rate": 0.1}, "ccs_aum_cut0.1_s0_p0.8"),
+    ({"score": "ccs", "hard_cutoff_rate": 0.2}, "ccs_aum_cut0.2_s0_p0.8"),
+    ({"score": "ccs", "num_strata": 20}, "ccs_aum_strata20_s0_p0.8"),
+    ({"score": "ccs", "num_strata": 50}, "ccs_aum_s0_p0.8"),
+    ({"score": "ccs", "num_strata": 20, "hard_cutoff_rate": 0.1, "class_balanced": True, "seed": 7},
+     "ccs_aum_cut0.1_strata20_balanced_s7_p0.8"),
+    ({"score": "el2n", "sampler": "ccs"}, "ccs_el2n_s0_p0.8"),
+    ({"score": "dual", "sampler": "beta"}, "beta_dual_s0_p0.8"),
+    ({"score": "dual", "sampler": "beta", "c_d": 4.0}, "beta_dual_s0_p0.8"),
+    ({"score": "dual", "sampler": "beta", "c_d": 5.5, "class_balanced": True}, "beta_dual_cd5.5_balanced_s0_p0.8"),
+    ({"score": "dual", "seed": 3}, "dual_p0.8"),
+    ({"score": "moderate"}, "moderate_p0.8"),
+    ({"score": "moderate", "sampler": "top"}, "top_moderate_p0.8"),
+    ({"score": "el2n", "sampler": "centre", "class_balanced": True}, "centre_el2n_balanced_p0.8"),
+    ({"score": "random", "class_balanced": True, "seed": 2}, "random_balanced_s2_p0.8"),
+])
+def test_names_of_coresets(scored, options, name):
+    """Two choices that differ never share a file; what is the default is not in the name."""
+    path, _ = select(scored, 0.8, **options)
+    assert path == scored / "coresets" / f"{name}.npz"
+    method = load_coreset(path).method
+    assert method == re.sub(r"(_s\d)?_p0\.8$", "", name)
+
+
+def test_names_beside_a_score_file(scored, tmp_path):
+    """The file's own name stands for its key, except for a random draw, which is none of its scores."""
+    source = tmp_path / "mine.npz"
+    source.write_bytes((scored / "scores" / "aum.npz").read_bytes())
+    assert select(source, 0.5, sampler="ccs")[0] == tmp_path / "ccs_mine_s0_p0.5.npz"
+    assert select(source, 0.5, score="random")[0] == tmp_path / "random_s0_p0.5.npz"
+
+
+@pytest.mark.parametrize(("key", "sampler"), [*SAMPLER_CASES, ("random", "top"), ("forgetting", "top")])
+def test_other_scores_weigh_every_sample_alike(scored, key, sampler):
+    coreset, _ = make_coreset(of(scored, key), 0.6, sampler=sampler)
+    assert coreset.settings["importance"] == "uniform"
+    assert coreset.importance_M.dtype == np.float32
+    assert (coreset.importance_M == 1.0).all()
+
+
+@pytest.mark.parametrize("key", [TDDS, f"{TDDS}_ce", "tdds_paper_T30_K10_beta0.9"])
+def test_tdds_is_weighed_by_itself_whatever_the_sampler(scored, key):
+    scores = of(scored, key)
+    low, high = scores.score_N.min().astype(np.float64), scores.score_N.max().astype(np.float64)
+    for sampler in ("top", "centre", "ccs"):
+        coreset, _ = make_coreset(scores, 0.6, sampler=sampler)
+        found_N = scores.score_N[coreset.index_M]
+        want_N = found_N if "paper" in key else (found_N - low) / (high - low)
+        np.testing.assert_allclose(coreset.importance_M, want_N, rtol=1e-6)
+        assert coreset.settings["importance"] == ("score" if "paper" in key else "min_max")
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"score": "el2n", "sampler": "beta"}, r"score 'el2n' comes without the mean probability .* beta looks at; .*--score dual"),
+    ({"score": "dual", "sampler": "beta", "c_d": -1.0}, r"c_d=-1\.0 must be positive"),
+    ({"score": "aum_easiest", "sampler": "ccs"}, r"score 'aum_easiest' ranks easy samples first.*aum_keep=hardest"),
+    ({"score": "el2n", "sampler": "median"}, r"sampler='median' is unknown; use one of top, ccs, centre, beta"),
+    ({"score": "ccs", "hard_cutoff_rate": 0.6}, r"hard_cutoff_rate=0\.6 leaves 240 of 600 .* 300 to keep; use at most 0\.5 "),
+    ({"score": "ccs", "num_strata": 0}, r"num_strata=0 must be at least 1"),
+    ({"score": "ccs", "class_balanced": True, "hard_cutoff_rate": 0.6}, r"hard_cutoff_rate=0\.6 leaves 20 of 51 samples"),
+])
+def test_samplers_that_do_not_fit(scored, tmp_path, options, match):
+    with pytest.raises(InputError, match=match) as error:
+        select(scored, 0.5, out=tmp_path / "none.npz", **options)
+    assert str(error.value).startswith(f"{scored}: ")
+    assert not (tmp_path / "none.npz").exists()
