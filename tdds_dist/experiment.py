@@ -5,19 +5,14 @@ own, or one after the other on all ranks of a job. What a run does is `collect`'
 `tables`'.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from tdds_dist.agreement import noise_kept
 from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset, write_atomically
+from tdds_dist.beton import Manifest, read_manifest
 from tdds_dist.config import Architecture, Config, Experiment, Method, load_config, parse_baselines, parse_config, to_dict
 from tdds_dist.console import say
 from tdds_dist.distributed import World, current_world, session, together
@@ -35,8 +32,8 @@ from tdds_dist.score import BASELINES, MODEL_SCORES, score, score_all
 from tdds_dist.select import any_scores, find_scores, make_coreset, random_scores
 from tdds_dist.tables import Outcome, write_tables
 from tdds_dist.tdds import Window, check_window
+from tdds_dist.workers import run_in_processes
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _NOT_A_SETTING = {"run": ("name", "dir", "device", "timeout_seconds"), "data": ("num_workers",)}  # change no result
 
 
@@ -143,10 +140,32 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         if world.is_main:
             _record_time(plan, time.perf_counter() - started, len(waiting))
             paths = {cell.run.path for cell in cells_left}
+            manifest = _manifest(plan)
             outcomes = [Outcome(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed,
-                                cell.run.read_result() if cell.run.path in paths else None) for cell in cells]
+                                cell.run.read_result() if cell.run.path in paths else None,
+                                *_noise_kept(cell.coreset_file, manifest)) for cell in cells]
             write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
     return plan.directory / "table.md", failed
+
+
+def _manifest(plan: Experiment) -> Manifest | None:
+    """The manifest of the training images, where there is one."""
+    try:
+        return read_manifest(Path(load_config(plan.config, plan.overrides).data.train))
+    except InputError:  # the file is gone, or another
+        return None
+
+
+def _noise_kept(coreset_file: Path, manifest: Manifest | None) -> tuple[float | None, float | None]:
+    """Shares of the wrong labels and of the corrupted images that a coreset keeps; None where none are known."""
+    if manifest is None or not coreset_file.is_file():
+        return None, None
+    coreset, shares = load_coreset(coreset_file), list[float | None]()
+    corrupted_N = None if manifest.corruption is None else np.array(manifest.corruption) != ""
+    for bad_N in (manifest.noisy_N, corrupted_N):
+        fits = bad_N is not None and len(bad_N) == coreset.fingerprint.num_samples
+        shares.append(noise_kept(coreset.index_M, bad_N)[0] if fits and bad_N is not None else None)
+    return shares[0], shares[1]
 
 
 @contextmanager
@@ -236,13 +255,17 @@ def _collection_task(plan: Experiment, seed: int) -> Task:
         raise InputError(f"methods {sorted(needed & set(MODEL_SCORES))} need score.final_pass=true; switch it on")
     if not config.score.trajectory:
         raise InputError("an experiment scores from the trajectory; set score.trajectory=true")
-    settings = {"digest": _digest(to_dict(config))}
+    matters = to_dict(config)
+    del matters["retrain"], matters["score"]["baselines"]
+    matters["score"]["windows"] = [{**window, "pruning_rates": ()} for window in matters["score"]["windows"]]
+    settings = {"digest": _digest(matters)}
     return Task(f"collect, seed {seed}", config.run.directory, to_dict(config), settings=settings)
 
 
 def _retrain_task(plan: Experiment, cell: Cell) -> Task:
     config = to_dict(_config(plan, cell.seed, cell.architecture))
-    digest = _digest(config, cell.coreset_file.read_bytes().hex(), cell.strategy, cell.importance)
+    matters = {section: values for section, values in config.items() if section not in ("score", "collect")}
+    digest = _digest(matters, cell.coreset_file.read_bytes().hex(), cell.strategy, cell.importance)
     what = (f"{cell.method.name} p={cell.pruning_rate:g} {cell.strategy}{' ' + cell.network if cell.network else ''}, "
             f"seed {cell.seed}")
     cost = 1.0 if cell.strategy == "P" else 1.0 - cell.pruning_rate
@@ -401,71 +424,24 @@ def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
     def execute(tasks: list[Task]) -> dict[Path, str]:
         if not tasks:
             return {}
-        context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
-        workers = min(jobs, len(tasks))
         failed: dict[Path, str] = {}
-        defects: list[BaseException] = []
-        killed, done, started = False, 0.0, time.perf_counter()
+        defects: list[Exception] = []
+        done, started = 0.0, time.perf_counter()
         total = sum(task.cost or 1.0 for task in tasks)
-        with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
-            try:
-                futures = {pool.submit(_work, task): task for task in tasks}
-                for number, future in enumerate(as_completed(futures), start=1):
-                    task = futures[future]
-                    done += task.cost or 1.0
-                    error = future.exception()
-                    if isinstance(error, BrokenProcessPool):
-                        killed = True
-                        break
-                    if error is None:
-                        outcome = future.result()
-                    else:
-                        outcome = f"FAILED: {error or type(error).__name__}"
-                        if isinstance(error, InputError):
-                            failed[task.directory] = f"{task.title}: {error}"
-                        else:
-                            defects.append(error)
-                    left = (time.perf_counter() - started) * (total - done) / done
-                    say(f"[{number}/{len(tasks)}] {task.title}: {outcome}, {left / 60:.0f} min left")
-            except BrokenProcessPool:  # at a submit
-                killed = True
-            except BaseException:  # Ctrl-C: without this the pool would first finish everything
-                for process in list(pool._processes.values()):
-                    process.kill()
-                raise
-        if killed:
-            raise InputError("a worker process was killed (too little memory is the usual reason); use fewer --jobs, and run "
-                             "the same command again: what is done stays done")
+        for number, (task, outcome) in enumerate(run_in_processes(tasks, _work, jobs), start=1):
+            done += task.cost or 1.0
+            left = (time.perf_counter() - started) * (total - done) / done
+            if isinstance(outcome, InputError):
+                failed[task.directory] = f"{task.title}: {outcome}"
+            elif isinstance(outcome, Exception):
+                defects.append(outcome)
+            text = f"FAILED: {outcome or type(outcome).__name__}" if isinstance(outcome, Exception) else outcome
+            say(f"[{number}/{len(tasks)}] {task.title}: {text}, {left / 60:.0f} min left")
         if defects:
             raise defects[0]  # with the worker's traceback
         return failed
 
     return execute
-
-
-def _start_worker(counter: Any, workers: int) -> None:
-    """Give this process its share of CPUs and GPUs; it ends with its parent."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)  # it ended while this process was starting
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    with counter.get_lock():
-        number = counter.value
-        counter.value += 1
-    cpus = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cpus[number % len(cpus)::workers] or cpus)
-    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or _all_gpus()
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-
-
-def _all_gpus() -> list[str]:
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]  # does not initialise CUDA
 
 
 def _work(task: Task) -> str:

@@ -22,12 +22,16 @@ from tdds_dist.rundir import RunDir
 
 MISSING = "–"
 CSV_COLUMNS = ("method", "score", "sampler", "importance", "network", "strategy", "pruning_rate", "seed", "num_images",
-               "epochs", "final_top1", "best_top1", "train_seconds", "published_top1")
+               "epochs", "final_top1", "best_top1", "train_seconds", "published_top1", "wrong_labels_kept", "corrupted_kept")
+NOISE = {"wrong_labels_kept": "Wrong labels in the coreset", "corrupted_kept": "Corrupted images in the coreset"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One retraining of an experiment; `result` is None until it is done, `network` empty for that of the collection."""
+    """One retraining of an experiment; `result` is None until it is done, `network` empty for that of the collection.
+
+    Of images known to be mislabelled or corrupted, the shares that its coreset keeps.
+    """
 
     method: Method
     pruning_rate: float
@@ -36,6 +40,8 @@ class Outcome:
     importance: str
     seed: int
     result: dict[str, Any] | None
+    wrong_labels_kept: float | None = None
+    corrupted_kept: float | None = None
 
 
 def write_tables(plan: Experiment, outcomes: Sequence[Outcome], collections: dict[int, RunDir]) -> str:
@@ -49,6 +55,7 @@ def write_tables(plan: Experiment, outcomes: Sequence[Outcome], collections: dic
             group = [outcome for outcome in outcomes if (outcome.network, outcome.strategy) == (network, strategy)]
             where = f"Strategy-{strategy}" + (f", retrained with {network}" if network else "")
             parts.append(f"## {where}\n\n{_table(plan, group, None if network else published)}")
+    parts += [_noise_table(plan, outcomes, key) for key in NOISE]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(plan.directory / "table.md", lambda file: file.write(text.encode()))
     rows = _csv(outcomes, published)
@@ -106,6 +113,24 @@ def _table(plan: Experiment, outcomes: Sequence[Outcome], published: PublishedTa
     return _markdown(lines)
 
 
+def _noise_table(plan: Experiment, outcomes: Sequence[Outcome], key: str) -> str:
+    """Methods in rows, rates in columns: the share kept in percent over seeds; empty where nothing is known."""
+    first = [outcome for outcome in outcomes  # strategies and networks share their coresets
+             if (outcome.network, outcome.strategy) == (outcomes[0].network, outcomes[0].strategy)]
+    if all(getattr(outcome, key) is None for outcome in first):
+        return ""
+    lines = [["percent of them kept, images removed", *(f"{100 * rate:g} %" for rate in plan.pruning_rates)]]
+    for method in plan.methods:
+        cells = []
+        for rate in plan.pruning_rates:
+            known = [100 * share for outcome in first if (outcome.method, outcome.pruning_rate) == (method, rate)
+                     and (share := getattr(outcome, key)) is not None]
+            mean, std = mean_std(known) if known else (None, None)
+            cells.append(MISSING if mean is None else f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else ""))
+        lines.append([method.name, *cells])
+    return f"## {NOISE[key]}\n\n{_markdown(lines)}"
+
+
 def _markdown(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["| " + " | ".join(cell.ljust(width) if number == 0 else cell.rjust(width)
@@ -160,6 +185,7 @@ def _csv(outcomes: Sequence[Outcome], published: PublishedTable | None) -> str:
         paper = _lookup(outcome, published)
         values = [outcome.method.name, outcome.method.score_key, outcome.method.sampler or "", outcome.importance,
                   outcome.network, outcome.strategy, outcome.pruning_rate, outcome.seed,
-                  *(result.get(key, "") for key in CSV_COLUMNS[8:13]), "" if paper is None else paper]
+                  *(result.get(key, "") for key in CSV_COLUMNS[8:13]), "" if paper is None else paper,
+                  *("" if share is None else share for share in (outcome.wrong_labels_kept, outcome.corrupted_kept))]
         writer.writerow(values)
     return text.getvalue()

@@ -192,7 +192,7 @@ def no_workers(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a worker process was started")
 
-    monkeypatch.setattr(experiment_module, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(experiment_module, "run_in_processes", refuse)
 
 
 def rows_of(directory: Path) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,12 +130,13 @@ def test_csv_has_one_line_per_retraining(tmp_path):
     write_tables(plan, outcomes, collections_of(plan, [None, None]))
     assert (plan.directory / "cells.csv").read_text() == "\n".join([
         ",".join(CSV_COLUMNS),
-        "tdds,tdds,,batch,,E,0.3,0,35000,20,90.0,91.0,360.0,95.47",
-        "tdds,tdds,,batch,,E,0.3,1,,,,,,95.47",
-        "half,aum,ccs,none,,E,0.3,0,35000,20,70.5,71.5,360.0,",
-        "half,aum,ccs,none,,E,0.3,1,35000,20,71.5,72.5,360.0,", ""])
+        "tdds,tdds,,batch,,E,0.3,0,35000,20,90.0,91.0,360.0,95.47,,",
+        "tdds,tdds,,batch,,E,0.3,1,,,,,,95.47,,",
+        "half,aum,ccs,none,,E,0.3,0,35000,20,70.5,71.5,360.0,,,",
+        "half,aum,ccs,none,,E,0.3,1,35000,20,71.5,72.5,360.0,,,", ""])
     assert CSV_COLUMNS == ("method", "score", "sampler", "importance", "network", "strategy", "pruning_rate", "seed",
-                           "num_images", "epochs", "final_top1", "best_top1", "train_seconds", "published_top1")
+                           "num_images", "epochs", "final_top1", "best_top1", "train_seconds", "published_top1",
+                           "wrong_labels_kept", "corrupted_kept")
 
 
 # ---- what stands beside ours
@@ -203,3 +205,21 @@ def test_images_that_were_changed_have_no_published_row(tmp_path, kind):
         "cifar10", "train", 20, 10, [f"class {number}" for number in range(10)], [f"{number}.png" for number in range(20)],
         label_N, path.stat().st_size, fingerprint(label_N, 10).labels_sha256, {}, (32, 32), true_label_N, corruption))
     assert bool(published_rows(make_plan(tmp_path, train=str(path)))) == (kind == "clean")
+
+
+def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
+    plan = make_plan(tmp_path)
+    outcomes = outcomes_of(plan, {})
+    assert "Wrong labels" not in write_tables(plan, outcomes, collections_of(plan, [None] * 3))
+    shares = {("tdds", 0.3): [0.5, 0.6, 0.7], ("tdds", 0.5): [0.25, 0.25, 0.25], ("random", 0.3): [0.7, None, None],
+              ("random", 0.5): [None] * 3}
+    outcomes = [replace(outcome, wrong_labels_kept=shares[outcome.method.name, outcome.pruning_rate][outcome.seed])
+                for outcome in outcomes]
+    other = [replace(outcome, network="vgg16", wrong_labels_kept=0.99) for outcome in outcomes]
+    text = write_tables(plan, outcomes + other, collections_of(plan, [None] * 3))
+    table = lines_of(text.split("## Wrong labels in the coreset")[1])
+    assert table == [["percent of them kept, images removed", "30 %", "50 %"], ["tdds", "60.0 ± 10.0", "25.0 ± 0.0"],
+                     ["random", "70.0", "–"]]
+    assert "Corrupted" not in text
+    assert [row["wrong_labels_kept"] for row in rows_of(plan)][:3] == ["0.5", "0.6", "0.7"]
+    assert {row["corrupted_kept"] for row in rows_of(plan)} == {""}
