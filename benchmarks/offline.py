@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.scorer import RESULTS, default_name
 from tdds_dist.artifacts import write_atomically
@@ -63,7 +64,7 @@ def measure(num_samples: int, num_classes: int, num_epochs: int, repetitions: in
             for key, found in seconds.items()]
     return {"benchmark": "offline", "num_samples": num_samples, "num_classes": num_classes, "num_epochs": num_epochs,
             "repetitions": repetitions, "trajectory_bytes": size, "rows": rows,
-            "provenance": environment(1, "cpu") | {"threads": 1}}
+            "provenance": environment(1, "cpu") | {"threads": torch.get_num_threads()}}
 
 
 def as_markdown(result: dict[str, Any]) -> str:
