@@ -1,6 +1,6 @@
 # What a user and a contributor run. `make setup` is safe to repeat and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-slow lint clean
 
 help:   ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -12,7 +12,10 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 	@scripts/demo.sh
 
 test: setup  ## the tests, under 10 minutes on 2 cores
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -m "not slow"
+
+test-slow: setup  ## the tests that `make test` leaves out
+	@.venv/bin/python -m pytest -m slow
 
 lint: setup  ## style and types
 	@.venv/bin/ruff check .

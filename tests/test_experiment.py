@@ -217,7 +217,6 @@ def expect_refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.slow
 def test_one_collection_per_seed_serves_every_cell(finished):
     _, directory = finished
     stages = [json.loads(file.read_text())["stage"] for file in directory.rglob("env.json")]
@@ -234,7 +233,6 @@ def test_one_collection_per_seed_serves_every_cell(finished):
         for method, importance in (("tdds", "batch"), ("moderate", "none")) for rate in RATES for seed in SEEDS)
 
 
-@pytest.mark.slow
 def test_the_table_is_what_lies_on_disk(finished):
     _, directory = finished
     runs = cell_runs(directory)
@@ -261,7 +259,6 @@ def test_the_table_is_what_lies_on_disk(finished):
     assert "8 of 8 retrainings done" in text
 
 
-@pytest.mark.slow
 def test_a_second_invocation_runs_nothing(finished, no_workers):
     path, directory = finished
     before = table_of(directory), (directory / "cells.csv").read_bytes()
@@ -271,7 +268,6 @@ def test_a_second_invocation_runs_nothing(finished, no_workers):
     assert [record["retrainings"] for record in times[:2]] == [8, 0]
 
 
-@pytest.mark.slow
 def test_what_is_missing_is_run_again_with_the_same_result(copied):
     """One cell removed, one half-finished. (Two of them, so that each has as many CPUs as before.)"""
     path, directory = copied
@@ -293,7 +289,6 @@ def test_what_is_missing_is_run_again_with_the_same_result(copied):
     assert table_of(directory)[3:] == table[3:]  # below the heading
 
 
-@pytest.mark.slow
 def test_stages_by_hand_give_the_same(finished, tmp_path):
     from tdds_dist.collect import collect
     from tdds_dist.retrain import retrain
@@ -327,7 +322,6 @@ def test_stages_by_hand_give_the_same(finished, tmp_path):
 # ---- refused before anything runs
 
 
-@pytest.mark.slow
 def test_other_settings_are_refused(copied, no_workers):
     path, directory = copied
     overrides = load_experiment(path).overrides
@@ -340,7 +334,6 @@ def test_other_settings_are_refused(copied, no_workers):
     assert "seed1 holds something that this experiment did not start" in expect_refusal(path)
 
 
-@pytest.mark.slow
 def test_scores_computed_again_are_no_other_settings(copied, no_workers):
     path, directory = copied
     for file in (directory / "seed0/scores").glob("tdds*.npz"):
@@ -398,7 +391,6 @@ def test_jobs_below_one(betons, tmp_path, capsys):
     assert "--jobs=0 must be at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_file_of_a_score_with_other_options_is_not_taken_for_it(copied):
     """The config's EL2N looks at one epoch, a method's own at two."""
     _, directory = copied
@@ -436,7 +428,6 @@ def check_failing(directory: Path) -> None:
     assert "## Strategy-E, retrained with bad" in text
 
 
-@pytest.mark.slow
 def test_a_cell_that_fails_stops_no_other(finished, betons, tmp_path, capsys):
     path = write_plan(tmp_path, betons, "failing", **FAILING)
     shutil.copytree(finished[1] / "seed0", tmp_path / "failing/seed0", ignore=shutil.ignore_patterns("retrain", "coresets"))
@@ -464,7 +455,6 @@ def test_collections_that_fail_are_named(betons, tmp_path, capsys, failing_worke
     assert [row["final_top1"] for row in rows_of(tmp_path / "tiny")] == [""] * 8
 
 
-@pytest.mark.slow
 def test_a_failed_collection_stops_its_own_seed_only(copied, failing_workers):
     path, directory = copied
     shutil.rmtree(directory / "seed1")
@@ -473,7 +463,6 @@ def test_a_failed_collection_stops_its_own_seed_only(copied, failing_workers):
     assert "(1 of 2)" in (directory / "table.md").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_several_ranks_work_on_one_run_after_the_other(betons, tmp_path):
     """Cells that fail leave no rank behind; started again, only those are tried again."""
@@ -546,7 +535,6 @@ def wait_for(condition, seconds: float = 90.0) -> bool:
     return bool(condition())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("end", ["a worker is killed", "Ctrl-C", "the parent is killed"])
 def test_nothing_is_left_running(betons, tmp_path, end):
     path = write_plan(tmp_path, betons, overrides=["train.epochs=9999"])
