@@ -89,6 +89,7 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
                 settings = window_settings(window, config.score.preset) | {
                     "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
                 save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
+    del scorer  # its table is large, and the final pass needs the device
     if config.score.final_pass:
         paths += _final_scores(config, world, run, train_file, fingerprint, result)
     with together(world):

@@ -229,11 +229,6 @@ class Method(Section):
         return self.score or self.name
 
     @property
-    def is_plain(self) -> bool:
-        """Whether this is the method that the literature calls by its name, with every option left alone."""
-        return self == BUILT_IN_METHODS.get(self.name)
-
-    @property
     def selector_options(self) -> dict[str, Any]:
         """Options of the sampler that were given."""
         given = {key: getattr(self, key) for key in ("num_strata", "hard_cutoff_rate", "c_d")}

@@ -1,7 +1,7 @@
 """Dynamics folders of the authors' code, read as if they were a trajectory: `{epoch}_Output.npy` (logits in visit order) and
 `{epoch}_Index.npy` for every epoch.
 
-They are streamed: two epochs of outputs are in memory, and the scalars that were asked for.
+They are streamed: two to three epochs of outputs are in memory, and the scalars that were asked for.
 """
 
 # F scalars, T epochs, N dataset, n rows computed at once, C classes

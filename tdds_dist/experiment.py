@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from tdds_dist.agreement import noise_kept
-from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset, write_atomically
+from tdds_dist.artifacts import Coreset, Scores, fingerprint, load_coreset, load_scores, save_coreset, write_atomically
 from tdds_dist.beton import Manifest, read_manifest
 from tdds_dist.config import Architecture, Config, Experiment, Method, load_config, parse_baselines, parse_config, to_dict
 from tdds_dist.console import say
 from tdds_dist.distributed import World, current_world, session, together
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
-from tdds_dist.score import BASELINES, MODEL_SCORES, score, score_all
+from tdds_dist.score import BASELINES, MODEL_SCORES, check_options, file_key, score, score_all
 from tdds_dist.select import any_scores, find_scores, make_coreset, random_scores
 from tdds_dist.tables import Outcome, write_tables
 from tdds_dist.tdds import Window, check_window
@@ -123,7 +123,8 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
     failed = list(not_collected.values())
     with together(world):
         cells_left = [cell for cell in cells if cell.collection.path not in not_collected]
-        reasons = _make_coresets(cells_left) if world.is_main else {}
+        configs = {seed: parse_config(task.config) for seed, task in collections.items()}
+        reasons = _make_coresets(cells_left, configs) if world.is_main else {}
     with together(world):  # nobody reads what the main rank is still writing
         coresets = dict.fromkeys(cell.coreset_file for cell in cells_left)
         missing = [file for file in coresets if not file.is_file()]
@@ -141,9 +142,7 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
             _record_time(plan, time.perf_counter() - started, len(waiting))
             paths = {cell.run.path for cell in cells_left}
             manifest = _manifest(plan)
-            outcomes = [Outcome(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed,
-                                cell.run.read_result() if cell.run.path in paths else None,
-                                *_noise_kept(cell.coreset_file, manifest)) for cell in cells]
+            outcomes = [_outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest) for cell in cells]
             write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
     return plan.directory / "table.md", failed
 
@@ -156,16 +155,15 @@ def _manifest(plan: Experiment) -> Manifest | None:
         return None
 
 
-def _noise_kept(coreset_file: Path, manifest: Manifest | None) -> tuple[float | None, float | None]:
-    """Shares of the wrong labels and of the corrupted images that a coreset keeps; None where none are known."""
-    if manifest is None or not coreset_file.is_file():
-        return None, None
-    coreset, shares = load_coreset(coreset_file), list[float | None]()
-    corrupted_N = None if manifest.corruption is None else np.array(manifest.corruption) != ""
-    for bad_N in (manifest.noisy_N, corrupted_N):
-        fits = bad_N is not None and len(bad_N) == coreset.fingerprint.num_samples
-        shares.append(noise_kept(coreset.index_M, bad_N)[0] if fits and bad_N is not None else None)
-    return shares[0], shares[1]
+def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | None) -> Outcome:
+    """What the table says of a cell, with the noise in its coreset where the manifest, of the same labels, knows."""
+    coreset = load_coreset(cell.coreset_file) if cell.coreset_file.is_file() else None
+    bad: list[np.ndarray | None] = [None, None]
+    if manifest and coreset and fingerprint(manifest.label_N, manifest.num_classes) == coreset.fingerprint:
+        bad = [manifest.noisy_N, None if manifest.corruption is None else np.array(manifest.corruption) != ""]
+    shares = [noise_kept(coreset.index_M, bad_N)[0] if coreset and bad_N is not None else None for bad_N in bad]
+    return Outcome(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed, result,
+                   coreset.method if coreset else "", *shares)
 
 
 @contextmanager
@@ -224,18 +222,19 @@ def _check_method(config: Config, method: Method, rate: float) -> None:
             check_window(_window(config, method, rate), method.preset or config.score.preset, num_epochs)
         elif key in BASELINES:
             options = parse_baselines(config.score.baselines, method.options)
-            names = {"el2n": ["el2n_epochs"], "dyn_unc": ["num_epochs", "uncertainty_window"],
-                     "dual": ["num_epochs", "uncertainty_window"]}.get(key, ["num_epochs"])
-            for name in names:
-                if (value := getattr(options, name)) > num_epochs:
-                    raise InputError(f"{name}={value} is longer than the {num_epochs} epochs that will be recorded; lower it "
-                                     "in options or score.baselines, or collect longer")
+            check_options(key, options, method.options, num_epochs)
+            if method.sampler == "ccs" and key == "aum" and options.aum_keep == "easiest":
+                raise InputError("sampler ccs cuts off what ranks first as too hard; leave aum_keep=easiest out")
         elif key not in ("random", *MODEL_SCORES):
             known = ("tdds", "random", *MODEL_SCORES, *BASELINES)
             hint = "; ccs means score: aum, sampler: ccs" if key == "ccs" else ""
             raise InputError(f"score {key!r} is unknown; use one of {', '.join(known)}{hint}")
         elif method.options:
             raise InputError(f"options={list(method.options)} do nothing for score {key}; leave them out")
+        if method.sampler == "beta" and key != "dual":
+            raise InputError(f"sampler beta needs the mean probability, which score {key} comes without; use score: dual")
+        if (method.hard_cutoff_rate or 0.0) > rate:
+            raise InputError(f"hard_cutoff_rate={method.hard_cutoff_rate} removes more than pruning_rate={rate} does; lower it")
     except InputError as error:
         raise InputError(f"methods: {method.name}: {error}") from error
 
@@ -270,7 +269,7 @@ def _retrain_task(plan: Experiment, cell: Cell) -> Task:
             f"seed {cell.seed}")
     cost = 1.0 if cell.strategy == "P" else 1.0 - cell.pruning_rate
     return Task(what, cell.run.path, config, cell.coreset_file, cell.strategy, cell.importance, cell.name,
-                {"digest": digest, "method": cell.method.name}, cost)
+                {"digest": digest, "row": cell.method.name} | ({"network": cell.network} if cell.network else {}), cost)
 
 
 def _digest(config: dict[str, Any], *rest: str) -> str:
@@ -310,8 +309,11 @@ def _other_settings(run: RunDir) -> InputError:
 # ---- scores and coresets: seconds, on the main rank
 
 
-def _make_coresets(cells: list[Cell]) -> dict[Path, str]:
-    """Write the coreset files of the cells; returns those that cannot be made, and why. One that is right already stays."""
+def _make_coresets(cells: list[Cell], configs: dict[int, Config]) -> dict[Path, str]:
+    """Write the coreset files of the cells; returns those that cannot be made, and why. One that is right already stays.
+
+    `configs` by seed are those of the plan: that of the collection may have had other rates and options.
+    """
     scores: dict[tuple[Path, str, float], Scores] = {}
     reasons: dict[Path, str] = {}
     for cell in {cell.coreset_file: cell for cell in cells}.values():
@@ -319,7 +321,7 @@ def _make_coresets(cells: list[Cell]) -> dict[Path, str]:
         key = (run.path, method.name, rate if method.score_key == "tdds" else 0.0)
         try:
             if key not in scores:
-                scores[key] = _scores_of(run, method, rate, cell.seed)
+                scores[key] = _scores_of(run, configs[cell.seed], method, rate)
             coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
                                              seed=cell.seed, **method.selector_options)
         except InputError as error:
@@ -349,12 +351,11 @@ def _is_same(a: Coreset, b: Coreset) -> bool:
             and a.settings | {"source": ""} == b.settings | {"source": ""})
 
 
-def _scores_of(run: RunDir, method: Method, rate: float, seed: int) -> Scores:
+def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scores:
     """The scores a method ranks by, computed from the trajectory where no file holds them yet."""
-    config = parse_config(run.read_config(), str(run.config_file))
     key = method.score_key
     if key == "random":
-        return random_scores(any_scores(run.path), seed)
+        return random_scores(any_scores(run.path), config.run.seed)
     if key in MODEL_SCORES:
         return find_scores(run.path, key, rate)
     if key == "tdds":
@@ -364,9 +365,10 @@ def _scores_of(run: RunDir, method: Method, rate: float, seed: int) -> Scores:
             path, = score(run.path, preset=preset, T=window.T, K=window.K, beta=window.beta, delta=method.delta, out=path)
         return load_scores(path)
     options = parse_baselines(config.score.baselines, method.options)
-    path = run.scores / f"{key}{BASELINES[key].suffix(options)}.npz"  # the name carries every option
+    path = run.scores / f"{file_key(key, options)}.npz"  # the name carries every option
     if not path.is_file():
-        (path,), _ = score_all(run.path, [key], options=method.options)
+        values = [f"{name}={getattr(options, name)}" for name in BASELINES[key].options]
+        (path,), _ = score_all(run.path, [key], options=values)
     return load_scores(path)
 
 

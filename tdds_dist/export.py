@@ -326,9 +326,10 @@ def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tu
 
 
 def _official_suffix(name: str, scores: Scores) -> str:
-    """`win{K}_ep{T}` where the authors' code computes the same; their name says neither preset nor ablation."""
+    """`win{K}_ep{T}` where the authors' code computes the same; their name says neither preset, ablation nor beta."""
     window = scores.settings
-    theirs = window.get("score") == "tdds" and window.get("preset") == "official" and "delta" not in window
+    theirs = (window.get("score") == "tdds" and window.get("preset") == "official" and "delta" not in window
+              and window.get("beta", 0.9) == 0.9)
     return f"win{window['K']}_ep{window['T']}" if theirs and {"K", "T"} <= window.keys() else name
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tdds_dist import baselines, distributed
-from tdds_dist.artifacts import Fingerprint, Scores, save_scores
+from tdds_dist.artifacts import Fingerprint, Scores, require_same_dataset, save_scores
 from tdds_dist.beton import BetonInfo
 from tdds_dist.config import Config, parse_config
 from tdds_dist.console import Progress, say
@@ -28,6 +28,7 @@ from tdds_dist.models import InputStage, build_model, classifier_layer
 from tdds_dist.partition import class_owners, epoch_order, routing_counts
 from tdds_dist.rundir import RunDir
 from tdds_dist.scalars import log_probabilities
+from tdds_dist.select import any_scores
 
 
 def final_pass(directory: Path, world: World) -> list[Path]:
@@ -43,6 +44,8 @@ def final_pass(directory: Path, world: World) -> list[Path]:
     with together(world):
         config = parse_config(run.read_config(), str(run.config_file))
         train_file, _, found = open_files(config)
+        if any(run.scores.glob("*.npz")):
+            require_same_dataset(found, any_scores(run.path).fingerprint, f"data.train={train_file.path}")
         epochs = (run.read_result() or {}).get("epochs") or len(run.read_metrics())
     values = run_model(config, world, train_file, run)
     settings = {"source": "final_pass", "view": "evaluation", "epochs": epochs, "seed": config.run.seed,

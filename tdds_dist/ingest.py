@@ -65,7 +65,11 @@ def import_scores(source: Path, *, key: str | None = None, data_mask: Path | Non
     _check_key(key)
     if match := _OWN_WINDOW.fullmatch(key):
         window = Window(int(match[2]), int(match[3]), float(match[4]))
-        settings = window_settings(window, match[1], match[5] or "kl") | settings
+        named = window_settings(window, match[1], match[5] or "kl")
+        if wrong := [name for name, value in settings.items() if named[name] != value]:
+            raise InputError(f"key={key!r} says {wrong[0]}={named[wrong[0]]}, the name of {source} {wrong[0]}="
+                             f"{settings[wrong[0]]}; leave the key out, or name the score as it is")
+        settings = named | settings
     if dataset is not None:
         label_N, found = dataset.label_N, dataset.fingerprint
     else:

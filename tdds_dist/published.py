@@ -19,20 +19,25 @@ class PublishedTable:
     num_images: int
     num_classes: int
     full_top1: float
+    windows: dict[float, tuple[int, int]]  # pruning rate -> (T, K) that the paper used for TDDS
     top1: dict[str, dict[str, dict[float, float]]]  # strategy "E" | "P" -> score key -> pruning rate -> top-1
 
     def lookup(self, strategy: str | None, score_key: str, pruning_rate: float | None,
                importance: str | None = None) -> float | None:
         """The published number of one setting, or None when the paper prints none.
 
-        TDDS was retrained with importance `batch`, the other scores without (where importance is 1, it does nothing).
+        TDDS was retrained with importance `batch`, the other scores without (where importance is 1, it does nothing). A key
+        that names T and K must name those of the paper.
         """
         if pruning_rate == 0:
             return self.full_top1
         if pruning_rate is None or not is_plain(score_key):
             return None
-        if base_key(score_key) == "tdds" and importance != "batch":
-            return None
+        if base_key(score_key) == "tdds":
+            named = {part[0]: int(part[1:]) for part in score_key.split("_") if part[0] in "TK"}
+            window = named.get("T"), named.get("K")
+            if importance != "batch" or (named and window != self.windows.get(round(pruning_rate, 4))):
+                return None
         return self.top1.get(strategy or "", {}).get(base_key(score_key), {}).get(round(pruning_rate, 4))
 
 
@@ -58,15 +63,17 @@ def score_order(score_key: str) -> tuple[int, str]:
     return (SCORE_KEYS.index(key) if key in SCORE_KEYS else len(SCORE_KEYS), key)
 
 
-def find_table(names: Iterable[str], num_classes: int, model: str) -> PublishedTable | None:
+def find_table(names: Iterable[str], num_classes: int, model: str, num_images: int | None = None) -> PublishedTable | None:
     """The table of the network on the dataset called one of `names` (paths, source names); None when the paper has none.
 
-    The number of classes must agree, so that neither `imagenette` nor `imagenet100` passes for ImageNet-1K.
+    The numbers of classes and, where known, of training images must agree, so that neither `imagenette` nor `imagenet100`
+    nor a part of it passes for ImageNet-1K.
     """
     text, network = _bare(" ".join(names)), _bare(model)
     for word, table in (("cifar100", CIFAR100), ("cifar10", CIFAR10), ("imagenet", IMAGENET_RESNET34),
                         ("imagenet", IMAGENET_SWIN_T)):
-        if word in text and num_classes == table.num_classes and network == _bare(table.network):
+        is_whole = num_images in (None, table.num_images)
+        if word in text and is_whole and num_classes == table.num_classes and network == _bare(table.network):
             return table
     return None
 
@@ -80,7 +87,8 @@ def _by_rate(rates: tuple[float, ...], **rows: str) -> dict[str, dict[float, flo
     return {key: dict(zip(rates, map(float, row.split()), strict=True)) for key, row in rows.items()}
 
 
-IMAGENET_RESNET34 = PublishedTable("ImageNet-1K", "ResNet-34", 1_281_167, 1000, 73.54, {
+IMAGENET_RESNET34 = PublishedTable("ImageNet-1K", "ResNet-34", 1_281_167, 1000, 73.54,
+    {0.3: (20, 10), 0.5: (20, 10), 0.7: (30, 20), 0.8: (30, 20), 0.9: (30, 20)}, {
     "E": _by_rate(
         (0.7, 0.8, 0.9),
         tdds="64.69 62.56 53.91",
@@ -93,7 +101,8 @@ IMAGENET_RESNET34 = PublishedTable("ImageNet-1K", "ResNet-34", 1_281_167, 1000, 
     ),
 })
 
-IMAGENET_SWIN_T = PublishedTable("ImageNet-1K", "Swin-T", 1_281_167, 1000, 79.58, {
+IMAGENET_SWIN_T = PublishedTable("ImageNet-1K", "Swin-T", 1_281_167, 1000, 79.58,
+    {0.25: (200, 10), 0.3: (180, 10), 0.4: (150, 10), 0.5: (100, 10)}, {
     "E": _by_rate(
         (0.25, 0.3, 0.4, 0.5),
         tdds="79.76 79.57 79.09 78.33",
@@ -104,7 +113,8 @@ IMAGENET_SWIN_T = PublishedTable("ImageNet-1K", "Swin-T", 1_281_167, 1000, 79.58
     ),
 })
 
-CIFAR10 = PublishedTable("CIFAR-10", "ResNet-18", 50_000, 10, 95.23, {
+CIFAR10 = PublishedTable("CIFAR-10", "ResNet-18", 50_000, 10, 95.23,
+    {0.3: (70, 10), 0.5: (90, 10), 0.7: (80, 10), 0.8: (30, 10), 0.9: (10, 5)}, {
     "E": _by_rate(
         (0.3, 0.5, 0.7, 0.8, 0.9),
         tdds="95.47 95.21 93.03 91.30 85.46",
@@ -124,7 +134,8 @@ CIFAR10 = PublishedTable("CIFAR-10", "ResNet-18", 50_000, 10, 95.23, {
     ),
 })
 
-CIFAR100 = PublishedTable("CIFAR-100", "ResNet-18", 50_000, 100, 78.21, {
+CIFAR100 = PublishedTable("CIFAR-100", "ResNet-18", 50_000, 100, 78.21,
+    {0.3: (90, 10), 0.5: (70, 10), 0.7: (60, 20), 0.8: (20, 10), 0.9: (10, 5)}, {
     "E": _by_rate(
         (0.3, 0.5, 0.7, 0.8, 0.9),
         tdds="77.56 74.04 67.78 63.01 54.51",

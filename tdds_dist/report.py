@@ -22,7 +22,8 @@ import numpy as np
 import yaml
 
 from tdds_dist import charts
-from tdds_dist.artifacts import Coreset, require_same_dataset, write_atomically
+from tdds_dist.agreement import noise_kept
+from tdds_dist.artifacts import Coreset, fingerprint, require_same_dataset, write_atomically
 from tdds_dist.errors import InputError
 from tdds_dist.published import base_key, is_plain
 from tdds_dist.rundir import RunDir
@@ -274,25 +275,31 @@ def _main_score(facts: Facts, origins: Origins) -> str | None:
     return max(names, key=lambda name: (base_key(name) == "tdds", is_plain(name), largest.get(name, -1)), default=None)
 
 
+def _known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Which images have a wrong label, and which are corrupted, bool [N]; None where the manifest does not say, or is of
+    other labels than those that were scored."""
+    manifest = facts.manifest
+    if manifest is None:
+        return None, None
+    found = fingerprint(manifest.label_N, manifest.num_classes)
+    if any(scores.fingerprint != found for scores in facts.scores.values()):
+        return None, None
+    return manifest.noisy_N, None if manifest.corruption is None else np.array(manifest.corruption) != ""
+
+
 def _noise(facts: Facts) -> dict[str, int] | None:
     """How many images are known to have a wrong label, and how many to be corrupted; None where nothing is known."""
-    noisy_N, corruption = getattr(facts.manifest, "noisy_N", None), getattr(facts.manifest, "corruption", None)
-    if noisy_N is None and corruption is None:
+    noisy_N, corrupted_N = _known_noise(facts)
+    if noisy_N is None and corrupted_N is None:
         return None
-    return {"labels": 0 if noisy_N is None else int(noisy_N.sum()),
-            "images": 0 if corruption is None else sum(kind != "" for kind in corruption)}
+    labels, images = (0 if bad_N is None else int(bad_N.sum()) for bad_N in (noisy_N, corrupted_N))
+    return {"labels": labels, "images": images}
 
 
-def _noise_kept(facts: Facts, coreset: Coreset) -> tuple[float | None, float | None]:
+def _noise_kept(facts: Facts, coreset: Coreset) -> list[float | None]:
     """Shares of the wrong labels and of the corrupted images that the coreset keeps; None where none are known."""
-    noisy_N, corruption = getattr(facts.manifest, "noisy_N", None), getattr(facts.manifest, "corruption", None)
-
-    def share(bad_N: np.ndarray | None) -> float | None:
-        if bad_N is None or len(bad_N) != coreset.fingerprint.num_samples or not bad_N.any():
-            return None
-        return float(bad_N[coreset.index_M].sum() / bad_N.sum())
-
-    return share(noisy_N), share(None if corruption is None else np.array(corruption) != "")
+    return [None if bad_N is None or not bad_N.any() else noise_kept(coreset.index_M, bad_N)[0]
+            for bad_N in _known_noise(facts)]
 
 
 def _class_table(facts: Facts, main: str | None, origins: Origins) -> dict[str, Any] | None:

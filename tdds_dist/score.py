@@ -27,44 +27,70 @@ Recorded = Trajectory | Dynamics
 MODEL_SCORES = ("entropy", "moderate")  # need the final model; see `final_pass`
 
 
+Computed = tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]  # scores [N], what samplers need [N], settings
+
+
 @dataclass(frozen=True)
-class _Baseline:
-    """How a score comes out of one recorded scalar; `compute(values_TN, options)` -> (score_N, extra, settings)."""
+class Baseline:
+    """How a score comes out of one recorded scalar."""
 
     scalar: Callable[[Baselines], str]
-    compute: Callable[[np.ndarray, Baselines], tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]]
-    suffix: Callable[[Baselines], str]  # of the key, where an option is not the default
+    compute: Callable[[np.ndarray, Baselines], Computed]  # from the scalar, [T, N]
+    options: tuple[str, ...]  # keys of score.baselines that it reads
 
 
-def _suffixed(**options: tuple[Any, Any, str]) -> str:
-    """`_text` for every option whose value is not its default; options are (value, default, text)."""
-    return "".join(f"_{text}" for value, default, text in options.values() if value != default)
-
-
-BASELINES: dict[str, _Baseline] = {
-    "forgetting": _Baseline(
+BASELINES = {
+    "forgetting": Baseline(
         lambda o: "correct",
         lambda v, o: (baselines.forgetting(v, o.never_learned), {}, {"never_learned": o.never_learned}),
-        lambda o: _suffixed(a=(o.never_learned, "inf", "never0"), t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
-    "el2n": _Baseline(
+        ("never_learned", "num_epochs")),
+    "el2n": Baseline(
         lambda o: "el2n",
         lambda v, o: (baselines.el2n(v, o.el2n_epochs), {}, {"el2n_epochs": o.el2n_epochs}),
-        lambda o: _suffixed(a=(o.el2n_epochs, 10, f"T{o.el2n_epochs}"))),
-    "aum": _Baseline(
+        ("el2n_epochs",)),
+    "aum": Baseline(
         lambda o: "logit_margin" if o.aum_of == "logit" else "p_margin",
         lambda v, o: (baselines.aum(v, o.aum_keep), {}, {"aum_of": o.aum_of, "keep": o.aum_keep}),
-        lambda o: _suffixed(a=(o.aum_of, "logit", o.aum_of), b=(o.aum_keep, "hardest", o.aum_keep),
-                            t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
-    "dyn_unc": _Baseline(
+        ("aum_of", "aum_keep", "num_epochs")),
+    "dyn_unc": Baseline(
         lambda o: "p_label",
         lambda v, o: (baselines.dyn_unc(v, o.uncertainty_window), {}, {"J": o.uncertainty_window}),
-        lambda o: _suffixed(a=(o.uncertainty_window, 10, f"J{o.uncertainty_window}"), t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
-    "dual": _Baseline(
+        ("uncertainty_window", "num_epochs")),
+    "dual": Baseline(
         lambda o: "p_label",
         lambda v, o: (baselines.dual(v, o.uncertainty_window), {"p_mean": baselines.mean_probability(v)},
                       {"J": o.uncertainty_window}),
-        lambda o: _suffixed(a=(o.uncertainty_window, 10, f"J{o.uncertainty_window}"), t=(o.num_epochs, 0, f"T{o.num_epochs}"))),
+        ("uncertainty_window", "num_epochs")),
 }
+_IN_NAMES = {"never_learned": "never{}", "el2n_epochs": "T{}", "num_epochs": "T{}", "aum_of": "{}", "aum_keep": "{}",
+             "uncertainty_window": "J{}"}
+
+
+def file_key(key: str, options: Baselines) -> str:
+    """Name of a score's file: the key, and every option that it reads and that is not the default."""
+    default = Baselines()
+    changed = [name for name in BASELINES[key].options if getattr(options, name) != getattr(default, name)]
+    return "_".join([key, *(_IN_NAMES[name].format(getattr(options, name)) for name in changed)])
+
+
+def check_options(key: str, options: Baselines, given: Sequence[str], num_epochs: int) -> int:
+    """The number of epochs that a score looks at; InputError when an option is longer than the `num_epochs` there are, or
+    one of the `given` (`key=value`) is not read by it."""
+    reads = BASELINES[key].options if key in BASELINES else ()
+    for option in given:
+        name = option.partition("=")[0].removeprefix("score.baselines.")
+        if name not in reads:
+            what = f"it reads {', '.join(reads)}" if reads else "it has no options"
+            raise InputError(f"{option} does nothing for score {key}: {what}; leave it out")
+    for name in ("el2n_epochs", "num_epochs"):
+        if name in reads and getattr(options, name) > num_epochs:
+            raise InputError(f"{name}={getattr(options, name)} is longer than the {num_epochs} recorded epochs; lower it, or "
+                             "collect longer")
+    looked_at = options.el2n_epochs if key == "el2n" else options.num_epochs or num_epochs
+    if "uncertainty_window" in reads and options.uncertainty_window > looked_at:
+        raise InputError(f"uncertainty_window={options.uncertainty_window} is longer than the {looked_at} epochs there are; "
+                         "lower it, or collect longer")
+    return looked_at
 
 
 def score(source: Path, *, preset: str | None = None, T: int | None = None, K: int | None = None, beta: float | None = None,
@@ -72,15 +98,17 @@ def score(source: Path, *, preset: str | None = None, T: int | None = None, K: i
     """TDDS from what was recorded; returns the score files.
 
     `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset default to the
-    run's config; without a config T defaults to all epochs, K to 10, beta to 0.9, preset to `official`. A run without T
-    and K gives every window of its config. `delta` chooses an ablation of section 5.4 (see `tdds.ABLATIONS`). `beton`
-    supplies labels where the source has none.
+    run's config, where all its windows agree; else T defaults to all epochs, K to 10, beta to 0.9, preset to `official`.
+    A run without T and K gives every window of its config. `delta` chooses an ablation of section 5.4 (see
+    `tdds.ABLATIONS`). `beton` supplies labels where the source has none.
 
     Raises:
         InputError: nothing recorded there, epochs missing, settings that do not fit.
     """
     origin = _open(Path(source), beton)
     windows, preset = origin.windows(preset, T, K, beta)
+    if out is not None and Path(out).suffix != ".npz":
+        raise InputError(f"--out={out} must end in .npz: it names the one score file")
     if out is not None and len(windows) > 1:
         raise InputError(f"--out={out} names one file, the run has {len(windows)} windows; choose one with --T and --K")
     return _score_windows(origin, windows, preset, delta, None if out is None else Path(out))
@@ -102,6 +130,11 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
         hint = " (they need the final model: `tdds score RUN --final-pass`)" if set(unknown) <= set(MODEL_SCORES) else ""
         raise InputError(f"score {unknown[0]!r} is not computed from recorded epochs{hint}; use one of {', '.join(known)}")
     settings = parse_baselines(origin.config.score.baselines if origin.config else Baselines(), options)
+    read = {name for key in keys or known if key in BASELINES for name in BASELINES[key].options}
+    for option in options:
+        if (name := option.partition("=")[0].removeprefix("score.baselines.")) not in read:
+            raise InputError(f"{option} does nothing for {', '.join(keys or known)}; leave it out, or add the score that reads "
+                             f"{name}")
     folder = Path(out) if out is not None else origin.folder
     if folder.suffix == ".npz" or folder.is_file():
         raise InputError(f"--out={folder} must be a directory: one file per score goes there")
@@ -140,6 +173,9 @@ class _Origin:
             if T is None and K is None:
                 windows = [window if beta is None else replace(window, beta=beta) for window in self.config.windows()]
             beta = self.config.score.beta if beta is None else beta
+            of_run = {"T": {window.T for window in self.config.windows()}, "K": {window.K for window in self.config.windows()}}
+            T = next(iter(of_run["T"])) if T is None and len(of_run["T"]) == 1 else T
+            K = next(iter(of_run["K"])) if K is None and len(of_run["K"]) == 1 else K
         num_epochs = self.recorded.num_epochs
         windows = windows or [Window(num_epochs if T is None else T, 10 if K is None else K, 0.9 if beta is None else beta)]
         preset = preset or "official"
@@ -199,18 +235,11 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
         score_N = baselines.random(origin.recorded.num_samples, seed)
         return [origin.save(folder, key, score_N, {"score": key, "draw_seed": seed})]
     baseline = BASELINES[key]
-    num_epochs = options.el2n_epochs if key == "el2n" else options.num_epochs or origin.recorded.num_epochs
-    if num_epochs > origin.recorded.num_epochs:
-        name = "el2n_epochs" if key == "el2n" else "num_epochs"
-        raise InputError(f"{name}={num_epochs} is longer than the {origin.recorded.num_epochs} recorded epochs; lower it or "
-                         "collect longer")
-    if key in ("dyn_unc", "dual") and options.uncertainty_window > num_epochs:
-        raise InputError(f"uncertainty_window={options.uncertainty_window} is longer than the {num_epochs} epochs there are; "
-                         "lower it or collect longer")
+    num_epochs = check_options(key, options, (), origin.recorded.num_epochs)
     values_TN = origin.recorded.read(baseline.scalar(options), num_epochs)
     score_N, extra, settings = baseline.compute(values_TN, options)
     setting = {"score": key, "T": num_epochs} | settings
-    return [origin.save(folder, key + baseline.suffix(options), score_N, setting, extra)]
+    return [origin.save(folder, file_key(key, options), score_N, setting, extra)]
 
 
 def _labels(label_N: np.ndarray, num_classes: int, beton: Path | None) -> tuple[np.ndarray, Fingerprint]:

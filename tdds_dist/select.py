@@ -5,6 +5,7 @@ Owns which sampler a score is meant for, the importance that goes with it, and n
 
 # N dataset, M kept samples
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,28 +48,33 @@ def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, c
         raise InputError(f"score {scores.key!r} holds {int((~np.isfinite(score_N)).sum())} values that are not "
                          "finite; compute it again with `tdds score`")
     num = selection.num_kept(len(score_N), pruning_rate)
+    pick: Callable[..., np.ndarray]
     if sampler == "ccs":
         if scores.settings.get("keep") == "easiest":
             raise InputError(f"score {scores.key!r} ranks easy samples first, and sampler ccs cuts off what ranks first as too "
                              "hard; score again with aum_keep=hardest")
         cutoff = selection.default_hard_cutoff(pruning_rate) if hard_cutoff_rate is None else hard_cutoff_rate
-        pick = partial(selection.ccs, num_strata=num_strata, hard_cutoff_rate=cutoff, seed=seed)
+        pick = partial(selection.ccs, num_strata=num_strata, hard_cutoff_rate=cutoff)
     elif sampler == "beta":
         if "p_mean" not in scores.extra:
             raise InputError(f"score {scores.key!r} comes without the mean probability that sampler beta looks at; use "
                              "--score dual")
     else:
-        pick = partial(selection.centre if sampler == "centre" else selection.top, seed=seed)
+        pick = selection.centre if sampler == "centre" else selection.top
 
-    def pick_among(member_m: np.ndarray, quota: int) -> np.ndarray:
+    def pick_among(member_m: np.ndarray, quota: int, draw_seed: int) -> np.ndarray:
         if sampler == "beta":
             return selection.beta_sample(score_N[member_m], scores.extra["p_mean"][member_m], quota, pruning_rate, c_d=c_d,
-                                         seed=seed)
-        return pick(score_N[member_m], quota)
+                                         seed=draw_seed)
+        return pick(score_N[member_m], quota, seed=draw_seed)
+
+    def pick_of_class(member_m: np.ndarray, quota: int) -> np.ndarray:
+        label = int(scores.label_N[member_m[0]])  # every class draws by itself
+        return pick_among(member_m, quota, int(np.random.SeedSequence([seed, label]).generate_state(1)[0]))
 
     if class_balanced:
-        return selection.per_class(pick_among, scores.label_N, num)
-    return pick_among(np.arange(len(score_N)), num)
+        return selection.per_class(pick_of_class, scores.label_N, num)
+    return pick_among(np.arange(len(score_N)), num, seed)
 
 
 def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False,

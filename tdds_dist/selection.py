@@ -73,11 +73,6 @@ def per_class(pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray
     return np.sort(np.concatenate(kept)).astype(np.int64)
 
 
-def top_per_class(score_N: np.ndarray, label_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
-    """The highest-scored samples of each class, in proportion to class sizes (`per_class`); sorted int64 [num]."""
-    return per_class(lambda member_m, quota: top(score_N[member_m], quota, seed), label_N, num)
-
-
 # ---- CCS: coverage-centric coreset selection
 
 
@@ -147,7 +142,7 @@ def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: flo
     """(alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive sampling).
 
     beta = 15 (1 - anchor) (1 - r^c_d), alpha = 16 - beta, with r the pruning rate and anchor the mean of `p_mean_N` over the
-    10 samples of highest score: the more is pruned, the closer to 1 (easy samples) lies the peak. This is the published code;
+    10 samples of highest score: the more is pruned, the closer to 1 (easy samples) lies the peak. As in the code for CIFAR;
     beta is kept above 0, which the density needs.
 
     Raises:

@@ -19,7 +19,7 @@ from tdds_dist.rundir import RunDir
 
 FULL_DATA = "full data"
 MISSING = "–"
-_SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings", "method", "model")
+_SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings", "method", "row", "model", "network")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Retrained:
         the collection's."""
         if self.setting.get("pruning_rate") == 0:
             name = FULL_DATA
-        elif "method" in self.setting:
-            name = self.setting["method"]
+        elif "row" in self.setting or "method" in self.setting:
+            name = self.setting.get("row") or self.setting["method"]
         else:
             balanced = (self.setting.get("coreset_settings") or {}).get("class_balanced")
             name = self.setting.get("score_key", "?") + ("_balanced" if balanced else "")
@@ -103,9 +103,13 @@ def read_facts(run: RunDir) -> Facts:
     names = [str(data.get("train", "")), str(getattr(manifest, "source", ""))]
     model = str(config.get("model", {}).get("name", ""))
     clean = manifest is None or (manifest.true_label_N is None and manifest.corruption is None)
-    table = find_table(names, int(data.get("num_classes") or 0), model) if clean else None
+    result = run.read_result()
+    sizes = [manifest.num_samples if manifest else None, (result or {}).get("num_images"),
+             *(score.fingerprint.num_samples for score in scores.values())]
+    num_images = next((size for size in sizes if size is not None), None)
+    table = find_table(names, int(data.get("num_classes") or 0), model, num_images) if clean else None
     retrained = sorted((_read_retrained(sub, model) for sub in run.retrain_runs()), key=_retrained_order)
-    return Facts(run, config, run.read_env(), _read_metrics(run), run.read_result(), retrained,
+    return Facts(run, config, run.read_env(), _read_metrics(run), result, retrained,
                  scores, coresets, manifest, table, _short_names([*scores], retrained), problems)
 
 
@@ -232,7 +236,7 @@ def _row(facts: Facts, name: str, key: tuple[Any, ...], results: list[dict[str, 
         "seeds": sorted(result["seed"] for result in results if result.get("seed") is not None),
         "final_top1": final, "final_top1_std": final_std, "best_top1": best, "best_top1_std": best_std,
         "difference": None, "is_reference": False, "status": "finished",
-        "published": (facts.published.lookup(strategy, score, rate, importance)
+        "published": (facts.published.lookup(strategy, results[0].get("method", score), rate, importance)
                       if facts.published and " on " not in score else None),
     }
 
@@ -282,7 +286,7 @@ def _read_retrained(run: RunDir, model: str) -> Retrained:
     setting = {"seed": config.get("run", {}).get("seed"), "epochs": config.get("train", {}).get("epochs")}
     setting |= {key: env[key] for key in _SETTING_KEYS if key in env}
     setting |= result or {}
-    setting["network"] = setting["model"] if setting.get("model", model) != model else None
+    setting["network"] = setting.get("network") or (setting["model"] if setting.get("model", model) != model else None)
     return Retrained(run.path.name, setting, result, _read_metrics(run), env)
 
 

@@ -30,7 +30,8 @@ NOISE = {"wrong_labels_kept": "Wrong labels in the coreset", "corrupted_kept": "
 class Outcome:
     """One retraining of an experiment; `result` is None until it is done, `network` empty for that of the collection.
 
-    Of images known to be mislabelled or corrupted, the shares that its coreset keeps.
+    `key` is its coreset's score and way of choosing (`Coreset.method`), empty while there is none. Of images known to be
+    mislabelled or corrupted, the shares that the coreset keeps.
     """
 
     method: Method
@@ -40,6 +41,7 @@ class Outcome:
     importance: str
     seed: int
     result: dict[str, Any] | None
+    key: str = ""
     wrong_labels_kept: float | None = None
     corrupted_kept: float | None = None
 
@@ -78,13 +80,13 @@ def _published(config: Config) -> PublishedTable | None:
     if manifest is not None and (manifest.true_label_N is not None or manifest.corruption is not None):
         return None
     names = [config.data.train, manifest.source if manifest else ""]
-    return find_table(names, config.data.num_classes, config.model.name)
+    return find_table(names, config.data.num_classes, config.model.name, manifest.num_samples if manifest else None)
 
 
 def _lookup(outcome: Outcome, published: PublishedTable | None) -> float | None:
-    if published is None or outcome.network or not outcome.method.is_plain:
+    if published is None or outcome.network or not outcome.key:
         return None
-    return published.lookup(outcome.strategy, outcome.method.name, outcome.pruning_rate, outcome.importance)
+    return published.lookup(outcome.strategy, outcome.key, outcome.pruning_rate, outcome.importance)
 
 
 def _cell(outcomes: Sequence[Outcome]) -> str:

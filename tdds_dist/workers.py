@@ -62,7 +62,9 @@ def _start(counter: Any, jobs: int) -> None:
         number = counter.value
         counter.value += 1
     cpus = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cpus[number % len(cpus)::jobs])
+    share = max(1, len(cpus) // jobs)  # of equal size: what is left over stays idle
+    first = number * share % (len(cpus) // share * share)
+    os.sched_setaffinity(0, cpus[first : first + share])
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or _all_gpus()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,16 @@ import pytest
 import yaml
 
 from tdds_dist import experiment as experiment_module
-from tdds_dist.artifacts import load_coreset, load_scores, save_scores
+from tdds_dist.artifacts import fingerprint, load_coreset, load_scores, save_coreset, save_scores
+from tdds_dist.beton import read_manifest
+from tdds_dist.beton_writer import write_beton
 from tdds_dist.cli import main
-from tdds_dist.config import BUILT_IN_METHODS, Method, load_config, load_experiment
+from tdds_dist.config import BUILT_IN_METHODS, Method, load_config, load_experiment, parse_config
 from tdds_dist.distributed import session
 from tdds_dist.errors import InputError
 from tdds_dist.experiment import check_plan, experiment
 from tdds_dist.rundir import RunDir
+from tdds_dist.sources import open_source, with_label_noise
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
@@ -52,17 +56,10 @@ def refused(path: Path, *overrides: str) -> str:
 def test_built_in_names_stand_for_methods(plan_file):
     plan = load_experiment(plan_file, [f"methods=[{', '.join(BUILT_IN_METHODS)}]"])
     assert plan.methods == tuple(BUILT_IN_METHODS.values())
-    assert all(method.is_plain for method in plan.methods)
     by_name = {method.name: (method.score_key, method.sampler) for method in plan.methods}
     assert by_name["tdds"] == ("tdds", None)
     assert by_name["ccs"] == ("aum", "ccs")
     assert by_name["dual_beta"] == ("dual", "beta")
-
-
-def test_a_method_with_an_option_is_no_longer_plain(plan_file):
-    plan = load_experiment(plan_file, ["methods=[{name: tdds, beta: 0.5}, {name: ccs, score: aum, sampler: ccs}, random]"])
-    assert [method.is_plain for method in plan.methods] == [False, True, True]
-    assert plan.methods[0].score_key == "tdds"
 
 
 def test_defaults_and_overrides(plan_file):
@@ -334,6 +331,44 @@ def test_other_settings_are_refused(copied, no_workers):
     assert "seed1 holds something that this experiment did not start" in expect_refusal(path)
 
 
+def test_a_plan_that_changed_after_the_collection_is_followed(copied, no_workers):
+    """Which rates a window serves decides nothing in a collection, but what is cut from it; the plan says it."""
+    path, directory = copied
+    change = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}, {T: 3, K: 3, pruning_rates: [0.8]}]"
+    before = {file: file.read_bytes() for file in directory.rglob("coresets/*.npz")}
+    plan = load_experiment(path, [f'overrides=["train.epochs=3", "{change}"]'])
+    with pytest.raises(InputError, match="was run with other settings than the experiment now says"):
+        experiment(plan)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_rate_may_be_added_without_collecting_again(copied):
+    path, directory = copied
+    collected = [file.stat().st_mtime_ns for file in sorted(directory.glob("seed*/result.json"))]
+    window = "score.windows=[{T: 3, K: 3, pruning_rates: [0.5]}, {T: 3, K: 2, pruning_rates: [0.8, 0.9]}]"
+    plan = load_experiment(path, [f'overrides=["train.epochs=3", "{window}"]', "pruning_rates=[0.5, 0.8, 0.9]", "seeds=[0]",
+                                  "methods=[tdds]"])
+    assert experiment(plan)[1] == []
+    assert [file.stat().st_mtime_ns for file in sorted(directory.glob("seed*/result.json"))] == collected
+    assert [row["pruning_rate"] for row in rows_of(directory) if row["final_top1"]] == ["0.5", "0.8", "0.9"]
+
+
+def test_noise_of_another_file_is_not_said_of_these_coresets(copied, betons, tmp_path):
+    """The training file was written again with wrong labels after everything had finished."""
+    path, directory = copied
+    plan = load_experiment(path)
+    noisy = with_label_noise(open_source("digits", "train", 120), 0.3, 0)
+    write_beton(noisy, tmp_path / "noisy.beton", num_workers=1, progress=False)
+    _, cells = check_plan(plan)
+    manifest = read_manifest(tmp_path / "noisy.beton")
+    outcome = experiment_module._outcome(cells[0], None, manifest)
+    assert (outcome.wrong_labels_kept, outcome.corrupted_kept) == (None, None)
+    coreset = load_coreset(cells[0].coreset_file)
+    save_coreset(cells[0].coreset_file, replace(coreset, fingerprint=fingerprint(manifest.label_N, 10)))
+    kept = manifest.noisy_N[coreset.index_M].sum() / manifest.noisy_N.sum()
+    assert experiment_module._outcome(cells[0], None, manifest).wrong_labels_kept == pytest.approx(kept)
+
+
 def test_scores_computed_again_are_no_other_settings(copied, no_workers):
     path, directory = copied
     for file in (directory / "seed0/scores").glob("tdds*.npz"):
@@ -371,7 +406,7 @@ def test_two_at_a_time_are_refused(betons, tmp_path, no_workers):
     (["methods=[{name: x, score: el2nn}]"], "methods: x: score 'el2nn' is unknown; use one of tdds, random, "),
     (["methods=[{name: x, score: ccs}]"], "ccs means score: aum, sampler: ccs"),
     (["methods=[{name: x, score: random, options: [el2n_epochs=1]}]"], "do nothing for score random"),
-    (["methods=[el2n]"], "methods: el2n: el2n_epochs=10 is longer than the 3 epochs"),
+    (["methods=[el2n]"], "methods: el2n: el2n_epochs=10 is longer than the 3 recorded epochs"),
     (["methods=[{name: x, score: el2n, options: [el2n_epoch=1]}]"], "the nearest valid key is 'el2n_epochs'"),
     (["methods=[dual]"], "methods: dual: uncertainty_window=10 is longer than the 3 epochs"),
     (["methods=[{name: x, score: tdds, T: 9, K: 2}]"], "methods: x: T=9 is longer than the 3 epochs"),
@@ -401,7 +436,7 @@ def test_a_file_of_a_score_with_other_options_is_not_taken_for_it(copied):
     recorded = {}
     for name, options in [("two", ("el2n_epochs=2",)), ("el2n", ()), ("again", ("el2n_epochs=1",))]:
         method = Method(name=name, score="el2n", options=options)
-        scores = experiment_module._scores_of(run, method, 0.5, 0)
+        scores = experiment_module._scores_of(run, parse_config(tree), method, 0.5)
         assert scores.settings["el2n_epochs"] == (2 if name == "two" else 1)
         recorded[name] = scores.score_N.tobytes()
     assert recorded["el2n"] == recorded["again"] != recorded["two"]
@@ -495,7 +530,7 @@ def test_ranks_refuse_alike(betons, tmp_path):
     path = write_plan(tmp_path, betons, methods=["el2n"])
     for kind, text in run_ranks(2, _refused_on_ranks, path):
         assert kind == "InputError"
-        assert "el2n_epochs=10 is longer than the 3 epochs" in text
+        assert "el2n_epochs=10 is longer than the 3 recorded epochs" in text
 
 
 def _refused_on_ranks(rank, path):

@@ -13,7 +13,7 @@ import torchvision
 from ranks import catch, run_ranks
 
 from tdds_dist import distributed, final_pass
-from tdds_dist.artifacts import fingerprint, load_scores
+from tdds_dist.artifacts import Scores, fingerprint, load_scores, save_scores
 from tdds_dist.beton import read_images
 from tdds_dist.beton_writer import write_beton
 from tdds_dist.config import load_config, to_dict
@@ -269,6 +269,7 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
         "nan": (spoilt, "entropy is not finite for 44 samples (global indices [0, 1, 2, 3, 4, 5, 6, 7])"),
         "on one rank": (weights, "gone on rank 1"),
         "no run": (None, "is not a run directory"),
+        "other labels": (weights, "belongs to another dataset"),
     }
     for name, (content, _) in cases.items():
         shutil.copytree(run_dir, tmp_path / name)
@@ -279,6 +280,8 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
         elif content is not None:
             torch.save(content, path)
     (tmp_path / "no run" / "config.yaml").unlink()
+    other = fingerprint(np.zeros(44, dtype=np.int64), 5)  # of the scores that the run has
+    save_scores(tmp_path / "other labels" / "scores" / "el2n.npz", Scores("el2n", np.zeros(44), np.zeros(44), other))
     by_rank = run_ranks(2, failing_passes, tmp_path, list(cases))
     for name, (_, words) in cases.items():
         for outcomes in by_rank:
@@ -286,7 +289,7 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
             assert kind == "InputError", (name, text)
             assert words in text, (name, text)
             assert "\n" not in text, name
-        assert not (tmp_path / name / "scores").exists(), name
+        assert not list((tmp_path / name).glob("scores/entropy*")), name
     assert "size mismatch" in by_rank[0]["foreign"][1]
 
 

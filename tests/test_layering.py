@@ -20,7 +20,7 @@ LAYERS = [
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "models", "trajectory", "dynamics"),
     ("scorer",),
     ("engine",),
-    ("final_pass", "collect", "score", "select", "retrain", "summary", "compare", "export", "ingest", "tables", "experiment",
+    ("select", "final_pass", "collect", "score", "retrain", "summary", "compare", "export", "ingest", "tables", "experiment",
      "charts", "report"),
     ("cli", "__main__"),
 ]

@@ -550,7 +550,7 @@ def test_options_of_the_config_and_before_it(run, by_hand):
     (["el2m"], [], r"score 'el2m' is not computed from recorded epochs; use one of tdds, random, forgetting, el2n, aum, "),
     (["el2n", "entropy"], [], r"score 'entropy' .* \(they need the final model: `tdds score RUN --final-pass`\); use one"),
     (["moderate"], [], r"score 'moderate' .*--final-pass"),
-    (["el2n"], ["el2n_epochs=31"], r"el2n_epochs=31 is longer than the 30 recorded epochs; lower it or collect longer"),
+    (["el2n"], ["el2n_epochs=31"], r"el2n_epochs=31 is longer than the 30 recorded epochs; lower it, or collect longer"),
     (["aum"], ["num_epochs=31"], r"num_epochs=31 is longer than the 30 recorded epochs"),
     (["dyn_unc"], ["uncertainty_window=31"], r"uncertainty_window=31 is longer than the 30 epochs there are; lower it"),
     (["dual"], ["uncertainty_window=13", "num_epochs=12"], r"uncertainty_window=13 is longer than the 12 epochs there are"),
@@ -887,7 +887,8 @@ def test_class_balance_with_every_sampler(golden, scored, key, sampler):
         else:
             member = np.flatnonzero(golden["labels"] == label)
             p_mean = scores.extra["p_mean"][member]
-            picked = selection.beta_sample(scores.score_N[member], p_mean, int(quota_C[label]), 0.85, seed=1)
+            of_its_own = int(np.random.SeedSequence([1, label]).generate_state(1)[0])
+            picked = selection.beta_sample(scores.score_N[member], p_mean, int(quota_C[label]), 0.85, seed=of_its_own)
             np.testing.assert_array_equal(kept[golden["labels"][kept] == label], member[picked])
 
 

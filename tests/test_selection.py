@@ -27,7 +27,6 @@ from tdds_dist.selection import (
     per_class,
     stratum_budgets,
     top,
-    top_per_class,
 )
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
@@ -39,6 +38,10 @@ SELECTORS = {  # each as pick(score_N, num, seed)
     "ccs": lambda score_N, num, seed: ccs(score_N, num, num_strata=7, seed=seed),
     "beta": lambda score_N, num, seed: beta_sample(score_N, score_N / (1 + score_N), num, 0.5, seed=seed),
 }
+
+
+def top_per_class(score_N, label_N, num, seed=0):
+    return per_class(lambda member_m, quota: top(score_N[member_m], quota, seed), label_N, num)
 
 
 # ---- how many

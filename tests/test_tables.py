@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tdds_dist import published
 from tdds_dist.artifacts import fingerprint
 from tdds_dist.beton import HEADER, VERSION, Manifest, manifest_path, write_manifest
 from tdds_dist.config import BUILT_IN_METHODS, Experiment, Method
@@ -32,6 +33,11 @@ def make_plan(tmp_path: Path, train: str = "data/cifar10_train.beton", network: 
         "methods": (TDDS, RANDOM), "pruning_rates": (0.3, 0.5), "seeds": (0, 1, 2)} | changes)
 
 
+# What `Coreset.method` says of the methods below; the others are called as their score.
+KEYS = {"half": "ccs_aum_strata20", "ccs": "ccs_aum", "tdds_ce": "tdds_official_T70_K10_beta0.9_ce", "el2n_slow": "el2n_T20",
+        "tdds_other": "tdds_official_T30_K10_beta0.9", "tdds_theirs": "tdds_official_T70_K10_beta0.9"}
+
+
 def outcomes_of(plan: Experiment, top1: dict[tuple[str, float], list[float | None]], **changes: str) -> list[Outcome]:
     """One outcome per method, rate and seed; None where there is no result. Cells that `top1` leaves out are not done."""
     found = []
@@ -41,7 +47,8 @@ def outcomes_of(plan: Experiment, top1: dict[tuple[str, float], list[float | Non
                 result = None if value is None else {"num_images": round(50000 * (1 - rate)), "epochs": 20, "final_top1": value,
                                                      "best_top1": value + 1, "train_seconds": 360.0}
                 fields = {"strategy": "E", "network": "", "importance": "batch" if method.score_key == "tdds" else "none"}
-                found.append(Outcome(method, rate, seed=seed, result=result, **(fields | changes)))
+                key = KEYS.get(method.name, method.name)
+                found.append(Outcome(method, rate, seed=seed, result=result, key=key, **(fields | changes)))
     return found
 
 
@@ -151,9 +158,16 @@ def published_rows(plan: Experiment, **changes: str) -> set[str]:
 
 
 def test_variants_have_no_published_row(tmp_path):
-    signed, slow = Method(name="tdds", delta="ce"), Method(name="el2n", options=("el2n_epochs=20",))
-    plan = make_plan(tmp_path, methods=(signed, slow, CCS, Method(name="tdds_2", score="tdds"), Method(name="aum")))
-    assert published_rows(plan) == {"*aum, published*"}
+    """Whatever a row is called, its coresets say what it is. The paper's window at 30 % is (70, 10)."""
+    methods = [Method(name=name, score="tdds" if name.startswith("tdds") else "el2n") for name in
+               ("tdds_ce", "el2n_slow", "tdds_other", "tdds_theirs")]
+    plan = make_plan(tmp_path, methods=(*methods, CCS, Method(name="aum")), pruning_rates=(0.3,))
+    assert published_rows(plan) == {"*aum, published*", "*tdds_theirs, published*"}
+
+
+def test_weighting_belongs_to_what_was_published(tmp_path):
+    plan = make_plan(tmp_path)
+    assert published_rows(plan, importance="none") == {"*random, published*"}
 
 
 def test_strategy_p_has_its_own_numbers(tmp_path):
@@ -193,8 +207,9 @@ def test_another_network_has_a_table_of_its_own(tmp_path):
     assert {row["published_top1"] != "" for row in rows_of(plan) if row["network"] == "vgg16"} == {False}
 
 
-@pytest.mark.parametrize("kind", ["clean", "labels", "images"])
-def test_images_that_were_changed_have_no_published_row(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["clean", "labels", "images", "part"])
+def test_images_that_were_changed_or_left_out_have_no_published_row(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(published, "CIFAR10", replace(published.CIFAR10, num_images=21 if kind == "part" else 20))
     path, label_N = tmp_path / "some_train.beton", np.arange(20) % 10
     header = np.zeros(1, HEADER)
     header["version"], header["num_samples"] = VERSION, 20
