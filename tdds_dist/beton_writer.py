@@ -77,7 +77,7 @@ def _check_request(source: Source, out: Path, max_resolution: int | None, write_
     if out.suffix != ".beton":
         raise InputError(f"{out} must end in .beton; name it {out}.beton")
     if out.is_dir() or (out.exists() and not overwrite):
-        raise InputError(f"{out} exists; remove it, choose another name, or allow overwriting")
+        raise InputError(f"{out} exists; remove it, choose another name, or give --overwrite")
     if write_mode not in WRITE_MODES:
         raise InputError(f"write_mode={write_mode!r} is unknown; use one of {', '.join(WRITE_MODES)}")
     for name, value, limit in (("max_resolution", max_resolution, 65535), ("quality", quality, 100),

@@ -419,7 +419,8 @@ def _add_import(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Make a score file from a CSV (index or path, score), or from score_*.npy and data_mask_*.npy of the "
                     "authors' code.")
     stage.add_argument("source", metavar="FILE.csv|score_*.npy", type=Path)
-    stage.add_argument("--key", metavar="NAME", help="name of the score; of a CSV the column (default: from the file)")
+    stage.add_argument("--key", metavar="NAME", help="name of the score (default: from the file)")
+    stage.add_argument("--column", metavar="NAME", help="column of the CSV that holds it (default: the key, else score)")
     stage.add_argument("--data-mask", type=Path, metavar="FILE.npy", help="default: data_mask_*.npy beside score_*.npy")
     stage.add_argument("--beton", type=Path, metavar="FILE", help="the dataset they belong to: labels, paths, checks")
     stage.add_argument("--run", type=Path, metavar="RUN", dest="run_directory", help="a run of that dataset, to put them into")
@@ -430,8 +431,8 @@ def _add_import(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _import(options: argparse.Namespace) -> None:
     from tdds_dist.ingest import import_scores
 
-    path = import_scores(options.source, key=options.key, data_mask=options.data_mask, beton=options.beton,
-                         run=options.run_directory, out=options.out)
+    path = import_scores(options.source, key=options.key, column=options.column, data_mask=options.data_mask,
+                         beton=options.beton, run=options.run_directory, out=options.out)
     print(f"wrote {path}")
     print(f"next: tdds select {path} --pruning-rate 0.5")
 

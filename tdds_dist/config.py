@@ -184,11 +184,11 @@ class Config(Section):
         if self.train.nesterov and self.train.optimizer == "sgd" and self.train.momentum == 0:
             raise InputError("train.nesterov=true needs momentum; set train.momentum=0.9 or train.nesterov=false")
         if self.train.warmup_epochs >= self.train.epochs:
-            raise InputError(f"train.warmup_epochs={self.train.warmup_epochs} must be less than "
-                             f"train.epochs={self.train.epochs}")
+            raise InputError(f"train.warmup_epochs={self.train.warmup_epochs:g} must be less than "
+                             f"train.epochs={self.train.epochs}; lower the first, e.g. train.warmup_epochs=0")
         if self.retrain.epochs and self.train.warmup_epochs >= self.retrain.epochs:
-            raise InputError(f"train.warmup_epochs={self.train.warmup_epochs} must be less than "
-                             f"retrain.epochs={self.retrain.epochs}")
+            raise InputError(f"train.warmup_epochs={self.train.warmup_epochs:g} must be less than "
+                             f"retrain.epochs={self.retrain.epochs}; lower the first, e.g. train.warmup_epochs=0")
         if min(self.data.std) <= 0:
             raise InputError(f"data.std={self.data.std} must be positive")
         return self
@@ -312,14 +312,24 @@ class Experiment(Section):
 
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment from YAML, with `key=value` overrides; InputError for anything wrong."""
+    """Read an experiment from YAML, with `key=value` overrides; those of the config's keys, such as train.lr=0.1, are added
+    to its `overrides`. InputError for anything wrong."""
     path = Path(path)
-    return parse_tree(Experiment, read_tree(path, overrides, list(Experiment.model_fields)), str(path))
+    of_config = [override for override in overrides if override.partition(".")[0] in Config.model_fields]
+    tree = read_tree(path, [override for override in overrides if override not in of_config], list(Experiment.model_fields))
+    if "train" in tree and "methods" not in tree:
+        raise InputError(f"{path} is the config of a run, not an experiment; `tdds collect {path}` runs it")
+    if of_config and isinstance(known := tree.get("overrides", []), list):
+        tree["overrides"] = [*known, *of_config]
+    return parse_tree(Experiment, tree, str(path))
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `section.key=value` overrides (values are YAML); InputError for anything wrong."""
-    return parse_config(read_tree(Path(path), overrides, list(Config.model_fields)), str(path))
+    tree = read_tree(Path(path), overrides, list(Config.model_fields))
+    if "methods" in tree and "train" not in tree:
+        raise InputError(f"{path} is an experiment, not the config of a run; `tdds experiment {path}` runs it")
+    return parse_config(tree, str(path))
 
 
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:

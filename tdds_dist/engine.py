@@ -419,6 +419,11 @@ def open_files(config: Config) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
         InputError: file missing or damaged, label outside [0, C), another number of classes.
     """
     files = []
+    manifests = [read_manifest(path) for key in ("train", "val") if (path := Path(getattr(config.data, key))).is_file()]
+    classes = [manifest.num_classes for manifest in manifests if manifest is not None]
+    if len(classes) == 2 and classes[0] != classes[1]:
+        raise InputError(f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val} {classes[1]}; "
+                         "give two splits of one dataset")
     for key in ("train", "val"):
         path = Path(getattr(config.data, key))
         if not path.is_file():

@@ -119,7 +119,8 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         if world.is_main:
             say(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), {len(cells)} "
                 f"retrainings, {jobs} at a time")
-    not_collected = execute(waiting)
+    with _tables_if_interrupted(plan, collections, cells, started, world):
+        not_collected = execute(waiting)
     failed = list(not_collected.values())
     with together(world):
         cells_left = [cell for cell in cells if cell.collection.path not in not_collected]
@@ -136,15 +137,38 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         waiting = sorted((task for task in tasks if not _is_done(task)), key=lambda task: -task.cost)
         if world.is_main and tasks:
             say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
-    failed += execute(waiting).values()
+    with _tables_if_interrupted(plan, collections, cells_left, started, world):
+        failed += execute(waiting).values()
     with together(world):
         if world.is_main:
-            _record_time(plan, time.perf_counter() - started, len(waiting))
-            paths = {cell.run.path for cell in cells_left}
-            manifest = _manifest(plan)
-            outcomes = [_outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest) for cell in cells]
-            write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
+            _finish(plan, collections, cells, cells_left, started)
     return plan.directory / "table.md", failed
+
+
+@contextmanager
+def _tables_if_interrupted(plan: Experiment, collections: dict[int, Task], cells: list[Cell], started: float,
+                           world: World) -> Iterator[None]:
+    """What is done so far, when the runs end before their time; where ranks work together, the launcher ends them."""
+    try:
+        yield
+    except BaseException:
+        if world.world_size == 1:
+            _finish(plan, collections, cells, cells, started)
+        raise
+
+
+def _finish(plan: Experiment, collections: dict[int, Task], cells: list[Cell], valid: list[Cell], started: float) -> None:
+    """Write the tables, and the record of this start. Results of cells that are not `valid` do not count."""
+    paths = {cell.run.path for cell in valid}
+    manifest = _manifest(plan)
+    outcomes = [_outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest) for cell in cells]
+    _record_time(plan, time.perf_counter() - started)
+    write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
+    finished = {run.path for task in collections.values() for run in RunDir(task.directory).retrain_runs()
+                if run.result_file.is_file()}
+    if others := finished - {cell.run.path for cell in cells}:
+        say(f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or networks, and are not in "
+            "the table")
 
 
 def _manifest(plan: Experiment) -> Manifest | None:
@@ -298,12 +322,18 @@ def _check_directory(task: Task) -> None:
         if not own:
             raise InputError(f"{run.path} holds something that this experiment did not start; choose another name or dir")
     if _is_done(task) and found != task.settings["digest"]:
-        raise _other_settings(run)
+        raise _other_settings(run, task.config)
 
 
-def _other_settings(run: RunDir) -> InputError:
-    return InputError(f"{run.path} was run with other settings than the experiment now says; choose another name or dir, or "
-                      "remove that directory to run it again")
+def _other_settings(run: RunDir, config: dict[str, Any]) -> InputError:
+    """The refusal, with the first key that differs where it is one of the config."""
+    then = run.read_config()
+    changed = [f" ({section}.{key} was {then[section][key]}, now {value})" for section, values in config.items()
+               for key, value in values.items() if key not in _NOT_A_SETTING.get(section, ()) and section in then
+               and (section, key) not in (("train", "epochs"), ("train", "global_batch_size")) and key in then[section]
+               and then[section][key] != value]
+    return InputError(f"{run.path} was run with other settings than the experiment now says{changed[0] if changed else ''}; "
+                      "choose another name or dir, or remove that directory to run it again")
 
 
 # ---- scores and coresets: seconds, on the main rank
@@ -339,7 +369,7 @@ def _make_coresets(cells: list[Cell], configs: dict[int, Config]) -> dict[Path, 
         if not _is_same(found, coreset):
             for other in cells:
                 if other.coreset_file == cell.coreset_file and other.run.result_file.is_file():
-                    raise _other_settings(other.run)
+                    raise _other_settings(other.run, {})
             save_coreset(cell.coreset_file, coreset)
     return reasons
 
@@ -457,9 +487,9 @@ def _work(task: Task) -> str:
     return f"{result['final_top1']:.2f} % in {time.perf_counter() - started:.0f} s"
 
 
-def _record_time(plan: Experiment, seconds: float, num_runs: int) -> None:
+def _record_time(plan: Experiment, seconds: float) -> None:
     """Add this invocation to times.jsonl, for the provenance of the table."""
     file = plan.directory / "times.jsonl"
-    line = json.dumps({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds, "retrainings": num_runs}) + "\n"
+    line = json.dumps({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds}) + "\n"
     before = file.read_bytes() if file.is_file() else b""
     write_atomically(file, lambda handle: handle.write(before + line.encode()))

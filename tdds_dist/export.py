@@ -375,10 +375,10 @@ def _dataset_of(given: _Source, beton: Path | None, found: Fingerprint) -> tuple
     """The dataset of an export, and why it, or its manifest, is missing."""
     if beton is None:
         if given.run is None:
-            return None, f"{given.path} does not lie in a run; give the .beton"
+            return None, f"{given.path} does not lie in a run; give --beton FILE"
         beton = train_file(given.run)
         if not beton.is_file():
-            return None, f"data.train={beton} of {given.run.path} does not exist here; give the .beton"
+            return None, f"data.train={beton} of {given.run.path} does not exist here; give --beton FILE"
     dataset = read_dataset(Path(beton), found.num_classes)
     require_same_dataset(found, dataset.fingerprint, str(given.path))
     return dataset, f"{manifest_path(dataset.where)} does not exist; `tdds write` makes it"

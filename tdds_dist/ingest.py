@@ -28,11 +28,12 @@ _OFFICIAL_WINDOW = re.compile(r"win(\d+)_ep(\d+)")
 _OWN_WINDOW = re.compile(rf"tdds_(official|paper)_T(\d+)_K(\d+)_beta(\d(?:\.\d+)?(?:e-\d+)?)(?:_({'|'.join(ABLATIONS)}))?")
 
 
-def import_scores(source: Path, *, key: str | None = None, data_mask: Path | None = None, beton: Path | None = None,
-                  run: Path | None = None, out: Path | None = None) -> Path:
+def import_scores(source: Path, *, key: str | None = None, column: str | None = None, data_mask: Path | None = None,
+                  beton: Path | None = None, run: Path | None = None, out: Path | None = None) -> Path:
     """Make a score file of a CSV file or of the authors' pair; returns its path.
 
-    A CSV file has a column `index` or `path` (as in the manifest), a column named `key` or `score`, and may have `label`.
+    A CSV file has a column `index` or `path` (as in the manifest), a column of scores (`column`, else the one named `key`, else
+    `score`), and may have `label`.
     Of the authors' pair `source` is score_*.npy; `data_mask` defaults to the data_mask_*.npy beside it. `key` defaults to
     the file's name without score_ and suffix. Labels come from `beton`, else from `run` (its data.train or scores), else
     from the column `label`, where the largest one tells the number of classes; else they stay unknown, the number of
@@ -48,6 +49,8 @@ def import_scores(source: Path, *, key: str | None = None, data_mask: Path | Non
                          "columns index and score")
     if not source.is_file():
         raise InputError(f"{source} does not exist; give a CSV file, or the score_*.npy of the authors' code")
+    if source.suffix == ".npy" and column is not None:
+        raise InputError(f"--column={column} belongs to a CSV file; leave it out")
     if source.suffix == ".csv" and data_mask is not None:
         raise InputError(f"data_mask={data_mask} belongs to a score_*.npy, but {source} is a CSV file; leave it out")
     dataset = _known_dataset(None if beton is None else Path(beton), None if run is None else RunDir(run))
@@ -60,7 +63,7 @@ def import_scores(source: Path, *, key: str | None = None, data_mask: Path | Non
         if match := _OFFICIAL_WINDOW.fullmatch(name):
             settings = {"score": "tdds", "preset": "official", "T": int(match[2]), "K": int(match[1])}
     else:
-        score_N, label_N, extra = _read_csv(source, key, dataset)
+        score_N, label_N, extra = _read_csv(source, column or key, column is not None, dataset)
     key = key or name
     _check_key(key)
     if match := _OWN_WINDOW.fullmatch(key):
@@ -77,7 +80,8 @@ def import_scores(source: Path, *, key: str | None = None, data_mask: Path | Non
         found = fingerprint(label_N, 0 if (label_N == UNKNOWN_LABEL).any() else int(label_N.max()) + 1)
     path = (source.parent if run is None else RunDir(run).scores) / f"{key}.npz" if out is None else Path(out)
     if out is None and path.exists() and load_scores(path).settings.get("source") != "imported":
-        raise InputError(f"{path} holds scores that were computed here; choose another key, or remove it")
+        raise InputError(f"{path} holds scores that were computed here; choose another --key (with --column for the column of "
+                         "the file), or remove it")
     settings = {"score": key, "source": "imported", "file": source.name} | settings
     save_scores(path, Scores(key, score_N, label_N, found, settings, extra))
     return path
@@ -101,7 +105,7 @@ def _known_dataset(beton: Path | None, run: RunDir | None) -> Dataset | None:
         dataset = read_dataset(train, num_classes)
     if not any(run.scores.glob("*.npz")):
         if dataset is None:
-            raise InputError(f"{run.path} holds no scores, and its data.train={train} does not exist here; give the .beton")
+            raise InputError(f"{run.path} holds no scores, and its data.train={train} does not exist here; give --beton FILE")
         return dataset
     scores = any_scores(run.path)
     if dataset is None:
@@ -114,7 +118,7 @@ def _read_official(source: Path, data_mask: Path | None, dataset: Dataset | None
     """Score by global index, float32 [N], of the authors' pair: order (an argsort) and ascending scores."""
     if data_mask is None:
         if not source.name.startswith("score_"):
-            raise InputError(f"{source} is not named score_*.npy, so its data_mask_*.npy cannot be found; give data_mask")
+            raise InputError(f"{source} is not named score_*.npy, so its data_mask_*.npy cannot be found; give --data-mask")
         data_mask = source.with_name("data_mask_" + source.name.removeprefix("score_"))
     sorted_N, mask_N = _read_array(source), _read_array(data_mask)
     if sorted_N.ndim != 1 or not np.issubdtype(sorted_N.dtype, np.floating) or len(sorted_N) == 0:
@@ -156,10 +160,10 @@ def _check_size(source: Path, what: str, num: int, dataset: Dataset | None) -> N
                          "needs exactly one, give the scores of this dataset")
 
 
-def _read_csv(source: Path, key: str | None,
+def _read_csv(source: Path, key: str | None, is_column: bool,
               dataset: Dataset | None) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
     """Score float32 [N], label int64 [N] or None, and the extras of the score, by global index."""
-    column, line_R, cells = _read_rows(source, key)
+    column, line_R, cells = _read_rows(source, key, is_column)
     _check_size(source, "rows", len(line_R), dataset)
     index_R = _indices(source, line_R, cells, dataset)
 
@@ -188,14 +192,14 @@ def _read_csv(source: Path, key: str | None,
     return score_N, by_index(label_R), extra
 
 
-def _read_rows(source: Path, key: str | None) -> tuple[str, list[int], dict[str, list[str]]]:
+def _read_rows(source: Path, key: str | None, is_column: bool) -> tuple[str, list[int], dict[str, list[str]]]:
     """Name of the score's column; line number of each row [R]; text [R] of each column that is needed, not of all."""
     line_R: list[int] = []
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
-            column = key if key is not None and key in header else "score"
+            column = key if key is not None and (is_column or key in header) else "score"
             _check_header(source, header, column, key)
             cells: dict[str, list[str]] = {name: [] for name in header if name in ("index", "path", "label", column)
                                            or name.startswith(f"extra_{column}_")}
@@ -221,7 +225,7 @@ def _check_header(source: Path, header: list[str], column: str, key: str | None)
         raise InputError(f"{source} has the column {twice[0]!r} twice; leave one")
     if header and column not in header:
         raise InputError(f"{source} has the columns {', '.join(header)}, but none named {key or 'score'}; name the one with "
-                         "the scores by its key")
+                         "the scores by --column")
     if header and not {"index", "path"} & set(header):
         raise InputError(f"{source} has the columns {', '.join(header)}; it needs index, or path and the .beton with its "
                          "manifest")
@@ -235,7 +239,7 @@ def _indices(source: Path, line_R: list[int], cells: dict[str, list[str]], datas
     else:
         if path is None:
             raise InputError(f"{source} has a column path but none named index, and no manifest says which index a path has; "
-                             "give the .beton that `tdds write` made, or a column index")
+                             "give the .beton that `tdds write` made (--beton), or a column index")
         index_of = {name: i for i, name in enumerate(path)}
         unknown = next((i for i, name in enumerate(cells["path"]) if name not in index_of), None)
         if unknown is not None:

@@ -232,19 +232,24 @@ def _coreset_labels(facts: Facts) -> dict[str, str]:
 
 def _score_facts(facts: Facts, name: str, origins: Origins, slot: int) -> dict[str, Any]:
     """Histogram and key numbers of one score file."""
+    from tdds_dist.select import default_sampler
+
     scores = facts.scores[name]
     score_N = scores.score_N[np.isfinite(scores.score_N)]
+    keeps_centre = default_sampler(scores) == "centre"
     found = {"name": name, "scores": scores, "chart": None, "is_random": base_key(name) == "random",
-             "num_infinite": len(scores.score_N) - len(score_N)}
+             "keeps_centre": keeps_centre, "num_infinite": len(scores.score_N) - len(score_N)}
     if len(score_N) and not found["is_random"]:
         cuts = {(facts.coresets[coreset].pruning_rate, cut) for coreset, (source, cut) in origins.items()
                 if source == name and cut is not None and np.isfinite(cut)}
         flags = [(percent(rate), cut) for rate, cut in sorted(cuts) if rate > 0]
         low, middle, high = (f"{value:.3g}" for value in np.quantile(score_N, [0, 0.5, 1]))
         alt = (f"Histogram of {len(score_N):,} {name} scores from {low} to {high}, median {middle}. Cuts: "
-               + (", ".join(f"{rate} removed below {cut:.3g}" for rate, cut in flags) or "none") + ".")
-        chart = charts.histogram(score_N, flags, slot, f"{name} score (higher = keep)", alt)
-        found |= {"chart": chart, "range": [low, middle, high]}
+               + (", ".join(f"{rate} removed below {cut:.3g}" for rate, cut in flags) or "none") + "."
+               + (" The centre of the ranking is kept by default." if keeps_centre else ""))
+        keep = "centre of the ranking" if keeps_centre else "higher"
+        chart = charts.histogram(score_N, flags, slot, f"{name} score ({keep} = keep)", alt)
+        found |= {"chart": chart, "range": [low, middle, high], "has_flags": bool(flags)}
     return found
 
 
@@ -287,13 +292,15 @@ def _known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
     return manifest.noisy_N, None if manifest.corruption is None else np.array(manifest.corruption) != ""
 
 
-def _noise(facts: Facts) -> dict[str, int] | None:
-    """How many images are known to have a wrong label, and how many to be corrupted; None where nothing is known."""
-    noisy_N, corrupted_N = _known_noise(facts)
-    if noisy_N is None and corrupted_N is None:
+def _noise(facts: Facts) -> dict[str, Any] | None:
+    """How many images are known to have a wrong label, how many to be corrupted, and a line that says it; None where no
+    image is known to have either."""
+    labels, images = (0 if bad_N is None else int(bad_N.sum()) for bad_N in _known_noise(facts))
+    if not labels and not images:
         return None
-    labels, images = (0 if bad_N is None else int(bad_N.sum()) for bad_N in (noisy_N, corrupted_N))
-    return {"labels": labels, "images": images}
+    parts = [f"{num:,} {what}" for num, what in ((labels, "labels changed"), (images, "images corrupted")) if num]
+    text = ", ".join(parts).replace(" ", f" of {facts.manifest.num_samples:,} ", 1)
+    return {"labels": labels, "images": images, "text": text}
 
 
 def _noise_kept(facts: Facts, coreset: Coreset) -> list[float | None]:
@@ -363,10 +370,17 @@ def _pictures(facts: Facts, main: str, index: list[int]) -> dict[int, dict[str, 
     require_same_dataset(scores.fingerprint, found, f"score {main!r}")
     images = read_images(beton, index, info)
     paths = getattr(facts.manifest, "path", None)
+    noisy_N, corrupted_N = _known_noise(facts)
+
+    def bad(bad_N: np.ndarray | None, number: int) -> bool:
+        return bad_N is not None and bool(bad_N[number])
+
     return {
         number: {"src": _data_uri(image), "pixelated": max(image.shape[:2]) <= PIXELATED_UP_TO, "index": number,
                  "path": str(paths[number]) if paths else f"image {number}", "score": f"{scores.score_N[number]:.4g}",
-                 "class_name": _class_name(facts, int(scores.label_N[number]))}
+                 "class_name": _class_name(facts, int(scores.label_N[number])),
+                 "true_class": _class_name(facts, int(facts.manifest.true_label_N[number])) if bad(noisy_N, number) else None,
+                 "corruption": facts.manifest.corruption[number].replace("_", " ") if bad(corrupted_N, number) else None}
         for number, image in zip(index, images, strict=True)
     }
 

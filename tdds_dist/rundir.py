@@ -56,7 +56,14 @@ class RunDir:
     def read_config(self) -> dict[str, Any]:
         """The resolved config as it was run."""
         if not self.config_file.is_file():
-            raise InputError(f"{self.path} is not a run directory (no config.yaml); `tdds collect` makes one")
+            way_out = "`tdds collect` makes one"
+            if not self.path.exists():
+                raise InputError(f"{self.path} does not exist; {way_out}")
+            if seeds := sorted(self.path.glob("seed*/config.yaml")):
+                way_out = f"it is an experiment, give one of its runs, e.g. {seeds[0].parent}"
+            elif scores := sorted(self.path.glob("*.npz")):
+                way_out = f"it is a folder of scores, give one of them, e.g. {scores[0]}"
+            raise InputError(f"{self.path} is not a run directory (no config.yaml); {way_out}")
         return yaml.safe_load(self.config_file.read_text())
 
     def read_env(self) -> dict[str, Any]:

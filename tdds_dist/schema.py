@@ -33,7 +33,8 @@ def read_tree(path: Path, overrides: Sequence[str], sections: Sequence[str]) -> 
     try:
         tree = _read_yaml(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that does not exist
-        raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
+        quotes = "; an item that holds `: ` needs quotes" if "mapping values" in str(error) else ""
+        raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}{quotes}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold the sections {', '.join(sections)}")
     for override in overrides:

@@ -17,6 +17,7 @@ from tdds_dist import baselines
 from tdds_dist.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, save_scores
 from tdds_dist.beton import check_labels, dataset_fingerprint, inspect_beton, read_manifest
 from tdds_dist.config import Baselines, Config, parse_baselines, parse_config
+from tdds_dist.console import say
 from tdds_dist.dynamics import Dynamics, is_dynamics
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
@@ -98,8 +99,8 @@ def score(source: Path, *, preset: str | None = None, T: int | None = None, K: i
     """TDDS from what was recorded; returns the score files.
 
     `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset default to the
-    run's config, where all its windows agree; else T defaults to all epochs, K to 10, beta to 0.9, preset to `official`.
-    A run without T and K gives every window of its config. `delta` chooses an ablation of section 5.4 (see
+    what was scored live, where all windows agree; else T defaults to all epochs, K to 10, beta to 0.9, preset to `official`.
+    Without T and K, every window that was scored live. `delta` chooses an ablation of section 5.4 (see
     `tdds.ABLATIONS`). `beton` supplies labels where the source has none.
 
     Raises:
@@ -128,6 +129,7 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
     known = ("tdds", "random", *BASELINES)
     if unknown := [key for key in keys if key not in known]:
         hint = " (they need the final model: `tdds score RUN --final-pass`)" if set(unknown) <= set(MODEL_SCORES) else ""
+        hint = " (it is a way to choose: `tdds select --score ccs`)" if unknown[0] == "ccs" else hint
         raise InputError(f"score {unknown[0]!r} is not computed from recorded epochs{hint}; use one of {', '.join(known)}")
     settings = parse_baselines(origin.config.score.baselines if origin.config else Baselines(), options)
     read = {name for key in keys or known if key in BASELINES for name in BASELINES[key].options}
@@ -167,21 +169,29 @@ class _Origin:
 
     def windows(self, preset: str | None, T: int | None, K: int | None, beta: float | None) -> tuple[list[Window], str]:
         """The windows to score and their preset, checked against what was recorded."""
+        live, live_preset = self._scored_live()
+        preset = preset or live_preset
         windows: list[Window] = []
-        if self.config is not None:
-            preset = preset or self.config.score.preset
-            if T is None and K is None:
-                windows = [window if beta is None else replace(window, beta=beta) for window in self.config.windows()]
-            beta = self.config.score.beta if beta is None else beta
-            of_run = {"T": {window.T for window in self.config.windows()}, "K": {window.K for window in self.config.windows()}}
-            T = next(iter(of_run["T"])) if T is None and len(of_run["T"]) == 1 else T
-            K = next(iter(of_run["K"])) if K is None and len(of_run["K"]) == 1 else K
+        if live and T is None and K is None:
+            windows = [window if beta is None else replace(window, beta=beta) for window in live]
+        if live and beta is None:
+            beta = self.config.score.beta if self.config else live[0].beta
+        agreed = {name: values.pop() for name in ("T", "K") if len(values := {getattr(window, name) for window in live}) == 1}
+        T, K = agreed.get("T") if T is None else T, agreed.get("K") if K is None else K
         num_epochs = self.recorded.num_epochs
         windows = windows or [Window(num_epochs if T is None else T, 10 if K is None else K, 0.9 if beta is None else beta)]
-        preset = preset or "official"
         for window in windows:
             check_window(window, preset, num_epochs)
         return list(dict.fromkeys(windows)), preset
+
+    def _scored_live(self) -> tuple[list[Window], str]:
+        """Windows and preset of the run's config, or those that a foreign loop's scorer had."""
+        if self.config is not None:
+            return self.config.windows(), self.config.score.preset
+        scored = self.recorded.scored if isinstance(self.recorded, Trajectory) else None
+        if scored is None:
+            return [], "official"
+        return [Window(window["T"], window["K"], window["beta"]) for window in scored["windows"]], scored["preset"]
 
     def save(self, folder_or_file: Path, key: str, score_N: np.ndarray, settings: dict[str, Any],
              extra: dict[str, np.ndarray] | None = None) -> Path:
@@ -222,8 +232,14 @@ def _score_windows(origin: _Origin, windows: list[Window], preset: str, delta: s
     scalar, absolute = delta_scalar(delta, preset)
     delta_TN = origin.recorded.read(scalar, max(window.T for window in windows))
     delta_TN = np.abs(delta_TN) if absolute else delta_TN
-    return [origin.save(out or origin.folder, window.key(preset, delta), score_trajectory(delta_TN, window, preset),
-                        window_settings(window, preset, delta)) for window in windows]
+    paths = []
+    for window in windows:
+        score_N = score_trajectory(delta_TN, window, preset)
+        if score_N.min() == score_N.max():
+            say(f"warning: all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing, raise K")
+        settings = window_settings(window, preset, delta)
+        paths.append(origin.save(out or origin.folder, window.key(preset, delta), score_N, settings))
+    return paths
 
 
 def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> list[Path]:

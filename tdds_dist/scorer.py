@@ -10,6 +10,7 @@ T x N x C on disk. Nothing in `record` waits for the device: checks write flags 
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -89,7 +90,8 @@ class ShardedScorer:
                     require_no_trajectory(Path(trajectory))
             self._trajectory = TrajectoryWriter(
                 trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main,
-                dtype=str(trajectory_dtype).removeprefix("torch."))
+                dtype=str(trajectory_dtype).removeprefix("torch."),
+                scored={"preset": preset, "windows": [asdict(window) for window in self.windows]})
 
     def _allocate(self, logp_dtype: torch.dtype) -> None:
         """State of this shard. Row M of the per-sample tables takes what padding rows write."""

@@ -86,12 +86,15 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
     """
     index_M = choose(scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options)
     warnings = []
+    if scores.key != "random" and scores.score_N.min() == scores.score_N.max():
+        warnings.append(f"all {len(scores.score_N)} scores of {scores.key} are {scores.score_N[0]:g}, so the choice is "
+                        "a random draw" + ("; raise K, and score again" if scores.settings.get("score") == "tdds" else ""))
     empty = selection.empty_classes(index_M, scores.label_N)
     if len(empty):
         message = f"{len(empty)} of {len(np.unique(scores.label_N))} classes keep no sample (first: {empty[:8].tolist()})"
         if class_balanced:
             raise InputError(f"pruning_rate={pruning_rate}: {message}; lower the pruning rate")
-        warnings.append(f"{message}; --class-balanced keeps every class")
+        warnings.append(f"{message}; --class-balanced keeps the same share of each")
     sampler = sampler or default_sampler(scores)
     origin = {"collection_seed": scores.settings["seed"]} if "seed" in scores.settings else {}
     settings = scores.settings | origin | {"importance": importance_kind(scores), "sampler": sampler,
@@ -131,6 +134,8 @@ def select(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: s
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     path = Path(out) if out is not None else _default_path(source, coreset)
+    if path.suffix != ".npz":
+        raise InputError(f"--out={path} must end in .npz")
     save_coreset(path, coreset)
     return path, warnings
 
@@ -148,6 +153,8 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
         score = config.window_for(pruning_rate).key(config.score.preset)
     path = run.scores / f"{score.removesuffix('.npz')}.npz"
     if not path.is_file():
+        if run.read_config() and not run.result_file.is_file() and not any((run.scores.is_dir(), run.trajectory.is_dir())):
+            raise InputError(f"{source} has no scores because its collection has not finished; remove it and collect again")
         known = ["tdds", "random", *sorted({path.stem for path in run.scores.glob("*.npz")} - {"random"})]
         raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(known)}; `tdds score {source} --all` "
                          "computes every score of the run")

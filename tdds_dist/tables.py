@@ -158,7 +158,7 @@ def _heading(plan: Experiment, config: Config, outcomes: Sequence[Outcome], coll
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
     collected = [result for run in collections.values() if (result := run.read_result()) is not None]
     env = next((env for run in collections.values() if (env := run.read_env())), {})
-    hours = sum(result["train_seconds"] for result in [*results, *collected]) / 3600
+    training = sum(result["train_seconds"] for result in [*results, *collected])
     seconds = sum(record["seconds"] for record in _times(plan))
     versions = env.get("versions", {})
     lines = [
@@ -168,8 +168,15 @@ def _heading(plan: Experiment, config: Config, outcomes: Sequence[Outcome], coll
         "deviation over seeds: each seed is a collection of its own, and the retraining from it.", "",
         f"{env.get('cpu', '?')} ({env.get('num_cpus', '?')} CPUs), {env.get('device', '?')}, "
         f"{env.get('world_size', '?')} rank(s) per run, torch {versions.get('torch', '?')}, commit {env.get('commit', '?')}; "
-        f"{hours:.2f} hours of training in {seconds / 3600:.2f} hours."]
+        f"{_duration(training)} of training in {_duration(seconds)}."]
     return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """35 s, 21 min, 5.2 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _times(plan: Experiment) -> list[dict[str, Any]]:

@@ -74,11 +74,12 @@ def resume_trajectory(directory: Path | str, scalars: tuple[str, ...], num_sampl
 class TrajectoryWriter:
     """Appends the blocks of one rank. All ranks may create it; they write different files.
 
-    `dtype` is `float32`, or `float16` for half the disk: then values beyond +-65504 are clipped to that (NaN stays NaN).
+    `scored` is what was scored live (preset, windows), for those who score again. `dtype` is `float32`, or `float16` for half
+    the disk: then values beyond +-65504 are clipped to that (NaN stays NaN).
     """
 
     def __init__(self, directory: Path | str, scalars: tuple[str, ...], num_samples: int, num_classes: int,
-                 first: int, end: int, is_main: bool, dtype: str = "float32"):
+                 first: int, end: int, is_main: bool, dtype: str = "float32", scored: dict[str, Any] | None = None):
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         self._directory = Path(directory)
@@ -87,7 +88,7 @@ class TrajectoryWriter:
         self._rows = end - first
         self._dtype = dtype
         self._meta = {"format": FORMAT, "scalars": list(scalars), "num_samples": num_samples, "num_classes": num_classes,
-                      "dtype": dtype}
+                      "dtype": dtype} | ({} if scored is None else {"scored": scored})
         self._is_main = is_main  # nothing is written before the first epoch ends
 
     def write_labels(self, label_M: np.ndarray, labels_sha256: str | None = None) -> None:
@@ -129,6 +130,7 @@ class Trajectory:
         self.num_classes: int = meta["num_classes"]
         self.dtype: str = meta.get("dtype", "float32")
         self._labels_sha256: str | None = meta.get("labels_sha256")  # None: written by an earlier version
+        self.scored: dict[str, Any] | None = meta.get("scored")  # {"preset", "windows": [{T, K, beta}]}
         epochs = [epoch for epoch, _ in _epochs(self.directory) if num_epochs is None or epoch < num_epochs]
         if epochs != list(range(len(epochs) if num_epochs is None else num_epochs)):
             expected = "0, 1, 2, ..." if num_epochs is None else f"0 to {num_epochs - 1}"

@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +34,8 @@ def run_in_processes(items: Sequence[Item], work: Callable[[Item], Result],
         InputError: a process was killed; what had ended before stays.
     """
     context = multiprocessing.get_context("spawn")
+    # A program that leaves without teardown (`cli.run`) would hear from Python's tracker about semaphores it has yet to free.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     with ProcessPoolExecutor(min(jobs, len(items)), context, _start, (context.Value("i", 0), jobs)) as pool:
         try:
             futures = {pool.submit(work, item): item for item in items}

@@ -203,7 +203,7 @@ def test_trajectory_longer_than_the_training():
     ("score.windows.1.pruning_rates", [0.5, 1.0], r"score\.windows: pruning_rates=\[1\.0\] must lie in \[0, 1\)"),
     ("score.windows.1.pruning_rates", [-0.1], r"pruning_rates=\[-0\.1\] must lie in \[0, 1\)"),
     ("train.momentum", 0.0, r"train\.nesterov=true needs momentum; set train\.momentum=0\.9 or train\.nesterov=false"),
-    ("train.warmup_epochs", 30.0, r"train\.warmup_epochs=30\.0 must be less than train\.epochs=30"),
+    ("train.warmup_epochs", 30.0, r"train\.warmup_epochs=30 must be less than train\.epochs=30"),
     ("data.std", [1.0, 0.0, 1.0], r"data\.std=\(1\.0, 0\.0, 1\.0\) must be positive"),
 ])
 def test_rules_between_keys(key, value, match):

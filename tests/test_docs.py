@@ -1,6 +1,7 @@
 """The programs and names that the documentation shows are real."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
     found = re.search(r"scored 1797 images; kept first: \[(\d+(?:, \d+){4})\]", done.stdout)
     assert found
     paths, skipped = score_all(trajectory, out=scores)
-    assert {path.stem for path in paths} == {"tdds_official_T12_K10_beta0.9", "random", "forgetting", "el2n", "aum", "dyn_unc",
+    assert {path.stem for path in paths} == {"tdds_official_T12_K5_beta0.9", "random", "forgetting", "el2n", "aum", "dyn_unc",
                                              "dual"}
     assert [reason.split(":")[0] for reason in skipped] == ["entropy", "moderate"]
     (live,) = score(trajectory, T=12, K=5, beta=0.9, out=tmp_path / "live.npz")
@@ -34,7 +35,8 @@ def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
 
 
 def test_links_and_files_named_in_the_docs_exist():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs/experiments/README.md",
+                 *(ROOT / "docs").glob("*.md")]:
         text = page.read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (page.parent / target).exists(), (page.name, target)
@@ -51,3 +53,45 @@ def test_the_commands_in_the_readme_parse():
     for line in commands:
         words = re.split(r"(?:^|-m )tdds(?:_dist)? ", line, maxsplit=1)[1].split("#")[0].split()
         parse(words)
+
+
+def test_the_reference_of_config_keys_is_that_of_the_schema():
+    printed = subprocess.run(
+        [sys.executable, "scripts/config_reference.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    assert (ROOT / "docs/configs.md").read_text() == printed.stdout, (
+        "run `python scripts/config_reference.py > docs/configs.md`")
+
+
+def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch):
+    from tdds_dist.cli import parse
+    from tdds_dist.config import Experiment, load_config, load_experiment
+    from tdds_dist.experiment import check_plan
+
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/configs.md").read_text()
+    plans: list[Experiment] = []
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 6
+    for line in commands:
+        program, *words = shlex.split(line)
+        options = parse(words)
+        assert program == "tdds"
+        assert options.overrides
+        if options.stage == "experiment":
+            plans.append(load_experiment(options.config, options.overrides))
+        else:
+            config = load_config(options.config, options.overrides)
+            if options.stage == "collect":
+                config.check_collect()
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block)
+        plans.append(load_experiment(file))
+    assert len(plans) == 4
+    for plan in plans:
+        check_plan(plan)
+    added, replaced = plans[1], plans[2]
+    file_has = load_experiment("configs/experiments/digits_table1.yaml").overrides
+    assert added.overrides == (*file_has, "retrain.epochs=20", "train.warmup_epochs=1")
+    assert replaced.overrides == ("model.name=shufflenet_v2_x1_0",)

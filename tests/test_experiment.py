@@ -204,7 +204,7 @@ def cell_runs(directory: Path) -> dict[str, RunDir]:
 
 def table_of(directory: Path) -> list[str]:
     """table.md without the line that counts hours, which includes those of later invocations."""
-    return [line for line in (directory / "table.md").read_text().splitlines() if "hours of training" not in line]
+    return [line for line in (directory / "table.md").read_text().splitlines() if " of training in " not in line]
 
 
 def expect_refusal(path: Path, *overrides: str) -> str:
@@ -261,12 +261,13 @@ def test_a_second_invocation_runs_nothing(finished, no_workers):
     before = table_of(directory), (directory / "cells.csv").read_bytes()
     assert experiment(load_experiment(path), jobs=2)[1] == []
     assert (table_of(directory), (directory / "cells.csv").read_bytes()) == before
-    times = [json.loads(line) for line in (directory / "times.jsonl").read_text().splitlines()]
-    assert [record["retrainings"] for record in times[:2]] == [8, 0]
+    seconds = [json.loads(line)["seconds"] for line in (directory / "times.jsonl").read_text().splitlines()]
+    assert len(seconds) >= 2, "one record per start"
+    assert seconds[0] > seconds[1] > 0
 
 
 def test_what_is_missing_is_run_again_with_the_same_result(copied):
-    """One cell removed, one half-finished. (Two of them, so that each has as many CPUs as before.)"""
+    """One cell removed, one half-finished."""
     path, directory = copied
     runs = cell_runs(directory)
     before = {name: run.read_result() for name, run in runs.items()}
@@ -355,7 +356,7 @@ def test_a_rate_may_be_added_without_collecting_again(copied):
 
 def test_noise_of_another_file_is_not_said_of_these_coresets(copied, betons, tmp_path):
     """The training file was written again with wrong labels after everything had finished."""
-    path, directory = copied
+    path, _ = copied
     plan = load_experiment(path)
     noisy = with_label_noise(open_source("digits", "train", 120), 0.3, 0)
     write_beton(noisy, tmp_path / "noisy.beton", num_workers=1, progress=False)
@@ -513,8 +514,7 @@ def test_several_ranks_work_on_one_run_after_the_other(betons, tmp_path):
     directory = tmp_path / "failing"
     check_failing(directory)
     assert RunDir(directory / "seed0").read_env()["world_size"] == 2
-    times = [json.loads(line)["retrainings"] for line in (directory / "times.jsonl").read_text().splitlines()]
-    assert times == [2, 1]
+    assert len((directory / "times.jsonl").read_text().splitlines()) == 2
 
 
 def _experiment_on_ranks(rank, path):
@@ -605,5 +605,7 @@ def test_nothing_is_left_running(betons, tmp_path, end):
         assert "a worker process was killed" in line
         assert "run the same command again" in line
     if end == "Ctrl-C":
-        assert "tdds experiment: interrupted" in error.splitlines()
+        assert error.splitlines()[-1] == "tdds experiment: interrupted", "and nothing of leaked semaphores"
+        assert "0 of 8 retrainings done" in (tmp_path / "tiny/table.md").read_text()
+        assert len((tmp_path / "tiny/times.jsonl").read_text().splitlines()) == 1
     assert not RunDir(tmp_path / "tiny/seed0").result_file.exists()

@@ -145,7 +145,7 @@ def test_a_score_file_alone_has_no_paths_and_says_so(score_file, betons):
         f"keep_{FIRST}_p{rate}" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)]
     assert len(notes) == 1
     assert "no column path" in notes[0]
-    assert "give the .beton" in notes[0]
+    assert "give --beton FILE" in notes[0]
     (path,), notes = export(score_file, "csv", betons["train"].parent, beton=betons["train"])  # a folder
     assert (path, notes) == (betons["train"].parent / f"{FIRST}.csv", [])
     assert "path" in read_csv(path)[0]
@@ -166,7 +166,7 @@ def test_a_run_whose_images_are_elsewhere(run, betons):
     (path,), notes = export(run, "csv")
     assert "path" not in read_csv(path)[0]
     assert "data.train=/nowhere/train.beton" in notes[0]
-    with pytest.raises(InputError, match=r"paths .* not known: data\.train=/nowhere.*give the \.beton"):
+    with pytest.raises(InputError, match=r"paths .* not known: data\.train=/nowhere.*give --beton FILE"):
         export(next((run / "coresets").glob("*.npz")), "paths")
     assert export(run, "csv", beton=betons["train"])[1] == []
 
@@ -442,7 +442,7 @@ def test_paths_instead_of_indices(run, betons, tmp_path):
     table = write_rows(tmp_path / "by_path.csv", "path,score", *(f"{path_N[i]},{i}" for i in order))
     for options in ({"beton": betons["train"]}, {"run": run}):
         assert load_scores(import_scores(table, **options)).score_N.tolist() == list(range(N))
-    with pytest.raises(InputError, match=r"column path but none named index, and no manifest.*give the \.beton"):
+    with pytest.raises(InputError, match=r"column path but none named index, and no manifest.*--beton"):
         import_scores(table)
     write_rows(table, "path,score", "elsewhere/1.png,0", *(f"{path_N[i]},{i}" for i in range(1, N)))
     with pytest.raises(InputError, match=r"by_path\.csv, line 2: path='elsewhere/1\.png' is not in .*manifest\.json"):
@@ -461,7 +461,7 @@ def test_literal_official_pair(tmp_path):
     assert (found.key, found.settings["T"], found.settings["K"]) == ("win10_ep30", 30, 10)
     (tmp_path / "data_mask_win10_ep30.npy").rename(tmp_path / "order.npy")
     (tmp_path / "score_win10_ep30.npy").rename(tmp_path / "el2n.npy")
-    with pytest.raises(InputError, match=r"el2n\.npy is not named score_.*give data_mask"):
+    with pytest.raises(InputError, match=r"el2n\.npy is not named score_.*give --data-mask"):
         import_scores(tmp_path / "el2n.npy")
     path = import_scores(tmp_path / "el2n.npy", data_mask=tmp_path / "order.npy")
     assert (path.name, load_scores(path).settings["score"]) == ("el2n.npz", "el2n")
@@ -527,7 +527,7 @@ def test_labels_of_a_run_whose_images_are_elsewhere(run, tmp_path, label_N):
     np.testing.assert_array_equal(load_scores(import_scores(table, run=run)).label_N, label_N)
     for path in (run / "scores").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match=r"holds no scores, and its data\.train=/nowhere.*give the \.beton"):
+    with pytest.raises(InputError, match=r"holds no scores, and its data\.train=/nowhere.*give --beton FILE"):
         import_scores(table, run=run)
 
 
@@ -539,7 +539,7 @@ def test_names_that_mean_something_else(run, tmp_path):
     for key in ("../x", "a/b", ".hidden", "a b"):
         with pytest.raises(InputError, match="it names a file"):
             import_scores(table, key=key, run=run)
-    with pytest.raises(InputError, match=rf"{FIRST}\.npz holds scores that were computed here; choose another key"):
+    with pytest.raises(InputError, match=rf"{FIRST}\.npz holds scores that were computed here; choose another --key"):
         import_scores(table, key=FIRST, run=run)
     assert import_scores(table, key="mine", run=run) == import_scores(table, key="mine", run=run)  # once more is fine
 
@@ -590,7 +590,7 @@ def test_exports_that_do_not_fit(run, score_file, betons, tmp_path, label_N):
         (run, "official", {}, r"holds 2 scores .* official takes one"),
         (score_file, "torch-subset", {}, r"pruning_rates=\[\]: torch-subset .* needs exactly one"),
         (score_file, "paths", {"pruning_rates": [0.5, 0.8]}, r"pruning_rates=\[0\.5, 0\.8\]: paths .* needs exactly one"),
-        (score_file, "paths", {"pruning_rates": [0.5]}, r"paths .* not known: .* does not lie in a run; give the \.beton"),
+        (score_file, "paths", {"pruning_rates": [0.5]}, r"paths .* not known: .* does not lie in a run; give --beton FILE"),
         (coreset, "paths", {"pruning_rates": [0.5]}, r"is a coreset, made at pruning_rate=0\.5; leave pruning rates out"),
         (score_file, "csv", {"beton": betons["val"]}, r"belongs to another dataset"),
         (coreset, "paths", {"beton": betons["raw"]}, r"belongs to another dataset"),
@@ -624,3 +624,14 @@ def test_a_folder_without_scores(run):
         path.unlink()
     with pytest.raises(InputError, match=r"holds no scores; run `tdds collect`"):
         export(run, "csv")
+
+
+def test_a_column_of_an_exported_table_under_a_name_of_its_own(run, tmp_path):
+    """The table of a run goes back into it beside what it came from."""
+    (table,), _ = export(run, "csv", tmp_path / "table.csv")
+    key = next((run / "scores").glob("*.npz")).stem
+    path = import_scores(table, key="mine", column=key, run=run)
+    assert path == run / "scores" / "mine.npz"
+    assert load_scores(path).score_N.tobytes() == load_scores(run / "scores" / f"{key}.npz").score_N.tobytes()
+    with pytest.raises(InputError, match=r"none named other; name the one with the scores by --column"):
+        import_scores(table, key="mine", column="other", run=run)

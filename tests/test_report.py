@@ -14,12 +14,14 @@ import pytest
 
 from tdds_dist import charts
 from tdds_dist.artifacts import Coreset, Scores, fingerprint, save_coreset, save_scores
+from tdds_dist.beton import Manifest, read_manifest
 from tdds_dist.beton_writer import write_beton
 from tdds_dist.errors import InputError
 from tdds_dist.published import base_key, find_table
 from tdds_dist.report import build_report, format_summary, summary_table
 from tdds_dist.rundir import RunDir
-from tdds_dist.sources import open_source
+from tdds_dist.select import make_coreset
+from tdds_dist.sources import open_source, with_corruption, with_label_noise
 
 NUM_IMAGES, NUM_CLASSES = 60, 4
 TDDS = "tdds_official_T3_K2_beta0.9"
@@ -242,6 +244,105 @@ def test_class_table_and_cuts(run: RunDir, tmp_path: Path, label_N: np.ndarray) 
     assert page.row("odd")[3] == "not a plain cut"
     assert 'aria-label="Histogram of 60' in page.text
     assert "Cuts: 50 % removed below 0.5, 80 % removed below 0.8." in page.text
+
+
+def write_noisy(path: Path, label_noise: float, corrupt: float) -> Manifest:
+    source = open_source(f"synthetic:{NUM_IMAGES},{NUM_CLASSES},16")
+    write_beton(with_corruption(with_label_noise(source, label_noise, 0), corrupt, 0), path, num_workers=1, progress=False)
+    manifest = read_manifest(path)
+    assert manifest is not None
+    return manifest
+
+
+def known_noise(page: Page) -> list[str]:
+    return re.findall(r"<dt>Known noise</dt><dd>(.*?)</dd>", page.text)
+
+
+def test_known_noise_is_said_and_shown(tmp_path: Path) -> None:
+    manifest = write_noisy(tmp_path / "noisy.beton", 0.2, 0.3)
+    assert manifest.true_label_N is not None
+    assert manifest.corruption is not None
+    run = start(tmp_path / "noisy", tmp_path / "noisy.beton")
+    said = ["12 of 60 labels changed, 18 images corrupted"]
+    assert known_noise(Page(build_report([run], tmp_path / "report.html"))) == said, "before there are scores"
+    add_scores(run, TDDS, manifest.label_N, ())
+    page = Page(build_report([run], tmp_path / "report.html", num_thumbnails=NUM_IMAGES))
+    assert known_noise(page) == said, "before there are coresets"
+    assert "Wrong labels kept" not in page.text
+    expected, captions = [], []
+    for number, (label, true_label, kind) in enumerate(zip(manifest.label_N, manifest.true_label_N, manifest.corruption,
+                                                           strict=True)):
+        shown = manifest.class_names[label] + (f", really {manifest.class_names[true_label]}" if label != true_label else "")
+        corrupted = f", corrupted ({kind.replace('_', ' ')})" if kind else ""
+        expected.append(f"Image {number}, {shown}{corrupted}, score {np.float32(number) / np.float32(NUM_IMAGES):.4g}")
+        captions += [shown] if label != true_label else []
+        captions += [kind.replace("_", " ")] if kind else []
+    assert [attrs["alt"] for tag, attrs in page.tags if tag == "img"] == expected[::-1] + expected  # highest, lowest
+    shown_as_bad = re.findall(r'<span class="bad"[^>]*>(.*?)</span>', page.text)
+    assert shown_as_bad[len(captions):] == captions  # of the sheet of the lowest
+    assert len(captions) == 12 + 18
+
+    add_scores(run, TDDS, manifest.label_N, (0.5,))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert known_noise(page) == said
+    head, row = page.row("Coreset"), page.row(f"{TDDS}_p0.5")
+    kept_wrong = int((manifest.label_N != manifest.true_label_N)[30:].sum())
+    kept_corrupted = sum(map(bool, manifest.corruption[30:]))
+    assert row[head.index("Wrong labels kept")] == f"{100 * kept_wrong / 12:.4g} %"
+    assert row[head.index("Corrupted kept")] == f"{100 * kept_corrupted / 18:.4g} %"
+
+
+@pytest.mark.parametrize(("label_noise", "corrupt", "said"), [
+    (0.2, 0, ["12 of 60 labels changed"]), (0, 0.3, ["18 of 60 images corrupted"]), (0, 0, []),
+])
+def test_only_known_noise_is_said(label_noise: float, corrupt: float, said: list[str], tmp_path: Path) -> None:
+    manifest = write_noisy(tmp_path / "train.beton", label_noise, corrupt)
+    run = start(tmp_path / "run", tmp_path / "train.beton")
+    add_scores(run, TDDS, manifest.label_N, (0.5,))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert known_noise(page) == said
+    assert ("What the manifest knows" in page.text, "what the manifest knows" in page.text) == (bool(said), bool(said))
+    assert (", really " in page.text, ", corrupted (" in page.text) == (label_noise > 0, corrupt > 0)
+
+
+def test_noise_of_other_labels_is_not_said(tmp_path: Path) -> None:
+    manifest = write_noisy(tmp_path / "train.beton", 0.2, 0.3)
+    run = start(tmp_path / "run", tmp_path / "train.beton")
+    add_scores(run, TDDS, (manifest.label_N + 1) % NUM_CLASSES, (0.5,))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert known_noise(page) == []
+    assert "anifest knows" not in page.text
+    assert ", really " not in page.text
+
+
+def test_moderate_says_that_the_centre_is_kept(run: RunDir, tmp_path: Path, label_N: np.ndarray) -> None:
+    assert "centre of the ranking" not in Page(build_report([run], tmp_path / "report.html")).text
+    score_N, found = np.arange(NUM_IMAGES, dtype=np.float32), fingerprint(label_N, NUM_CLASSES)
+    moderate = Scores("moderate", score_N, label_N, found, {"score": "moderate"})
+    save_scores(run.scores / "moderate.npz", moderate)
+    save_coreset(run.coresets / "moderate_p0.5.npz", make_coreset(moderate, 0.5)[0])
+
+    def shown(name: str) -> tuple[str, str]:
+        """The chart and the caption of one score."""
+        part = build_report([run], tmp_path / "report.html").read_text().split('id="r0-scores"')[1]
+        return next((chart, caption) for chart, caption in re.findall(
+            r'<figure class="chart">\s*(<svg.*?</svg>)\s*<figcaption>(.*?)</figcaption>', part, re.DOTALL)
+            if f"<b>{name}</b>" in caption)
+
+    chart, caption = shown("moderate")
+    assert "moderate score (centre of the ranking = keep)" in chart
+    assert "Cuts: none. The centre of the ranking is kept by default." in chart  # the alt text
+    assert "higher = keep" not in chart
+    assert "The centre of the ranking is kept by default" in caption
+    assert "flag" not in caption
+    chart, caption = shown(TDDS)
+    assert "(higher = keep)" in chart
+    assert "centre" not in chart + caption
+    assert "Images left of a flag are removed" in caption
+    save_coreset(run.coresets / "top.npz", make_coreset(moderate, 0.5, sampler="top")[0])  # asked for all the same
+    assert "Images left of a flag are removed" in shown("moderate")[1]
+    add_scores(run, "el2n", label_N, ())
+    assert "flag" not in shown("el2n")[1]
 
 
 def test_damaged_files_are_named(run: RunDir, tmp_path: Path) -> None:

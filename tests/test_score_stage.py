@@ -137,7 +137,8 @@ def test_labels_of_a_dynamics_folder_are_unknown(dynamics, tmp_path):
         select(path, 0.5, class_balanced=True)
     coreset, warnings = select(path, 0.5)
     assert len(load_coreset(coreset).index_M) == 300
-    assert warnings == [], "without labels there is no class that could be empty"
+    assert len(warnings) == 1, "without labels there is no class that could be empty"
+    assert "all 600 scores of tdds_official_T3_K2_beta0.9 are 0, so the choice is a random draw; raise K" in warnings[0]
 
 
 @pytest.fixture
@@ -780,7 +781,7 @@ def test_score_that_is_not_there(run, tmp_path):
     score(run)
     with pytest.raises(InputError, match=r"has no score 'el2n'; it has tdds, random, tdds_official_T10_K5_beta0\.9, "):
         select(run, 0.3, score="el2n")
-    with pytest.raises(InputError, match=r"absent is not a run directory"):
+    with pytest.raises(InputError, match=r"absent does not exist"):
         select(tmp_path / "absent", 0.3)
 
 
@@ -987,3 +988,39 @@ def test_samplers_that_do_not_fit(scored, tmp_path, options, match):
         select(scored, 0.5, out=tmp_path / "none.npz", **options)
     assert str(error.value).startswith(f"{scored}: ")
     assert not (tmp_path / "none.npz").exists()
+
+
+def test_a_foreign_trajectory_remembers_what_was_scored_live(golden, trajectory, tmp_path):
+    """Without settings, its windows and preset are taken; each can still be changed."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(trajectory, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["scored"] = {"preset": "paper", "windows": [{"T": 12, "K": 5, "beta": 0.5}, {"T": 9, "K": 5, "beta": 0.5}]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert [path.stem for path in score(folder)] == ["tdds_paper_T12_K5_beta0.5", "tdds_paper_T9_K5_beta0.5"]
+    assert [path.stem for path in score(folder, T=20)] == ["tdds_paper_T20_K5_beta0.5"]
+    assert [path.stem for path in score(folder, K=3)] == ["tdds_paper_T30_K3_beta0.5"], "no T that all windows have"
+    assert [path.stem for path in score(folder, preset="official", beta=0.9)] == [
+        "tdds_official_T12_K5_beta0.9", "tdds_official_T9_K5_beta0.9"]
+
+
+def test_windows_of_a_run_that_agree_are_defaults(run):
+    assert [path.stem for path in score(run, T=20, K=10)] == ["tdds_official_T20_K10_beta0.9"]
+    assert [path.stem for path in score(run, T=20)] == ["tdds_official_T20_K10_beta0.9"], "10 and 5 do not agree"
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["score"]["windows"] = [{"T": 30, "K": 7}, {"T": 12, "K": 7}]
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert [path.stem for path in score(run, T=20)] == ["tdds_official_T20_K7_beta0.9"]
+
+
+@pytest.mark.parametrize(("keys", "option"), [(["tdds"], "never_learned=0"), (["forgetting"], "el2n_epochs=3"),
+                                              (["el2n"], "num_epochs=5"), (["random"], "uncertainty_window=4")])
+def test_options_that_no_score_reads_are_refused(run, keys, option):
+    with pytest.raises(InputError, match=rf"{option} does nothing for {keys[0]}; leave it out"):
+        score_all(run, keys, options=[option])
+    assert not (run / "scores").exists()
+
+
+def test_scores_that_say_nothing_are_said_to(run, capsys):
+    score(run, T=12, K=2)
+    assert "warning: all scores of tdds_official_T12_K2_beta0.9 are 0; they say nothing, raise K" in capsys.readouterr().err
