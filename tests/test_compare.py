@@ -438,7 +438,7 @@ def test_refused(tmp_path: Path, run: RunDir) -> None:
         compare([])
     with pytest.raises(InputError, match="0 pruning rates"):
         compare([run.path], pruning_rates=())
-    with pytest.raises(InputError, match="not a run directory"):
+    with pytest.raises(InputError, match="nowhere does not exist"):
         compare([run.path, tmp_path / "nowhere"])
     with pytest.raises(InputError, match="is given twice"):
         compare([run.path, run.path / ".." / "one"])
