@@ -1,12 +1,10 @@
 """Stage `experiment`: a table of retrainings from one collection per seed.
 
-Owns the plan (which runs, in which order, which of them are done) and running it: several at a time in processes of their
-own, or one after the other on all ranks of a job. What a run does is `collect`'s and `retrain`'s; what comes out is
-`tables`'.
+Owns running what `cells` plans: several at a time in processes of their own, or one after the other on all ranks of a job;
+and the coresets in between. What a run does is `collect`'s and `retrain`'s; what comes out is `tables`'.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +20,16 @@ import numpy as np
 from tdds_dist.agreement import noise_kept
 from tdds_dist.artifacts import Coreset, Scores, fingerprint, load_coreset, load_scores, save_coreset, write_atomically
 from tdds_dist.beton import Manifest, read_manifest
-from tdds_dist.config import Architecture, Config, Experiment, Method, load_config, parse_baselines, parse_config, to_dict
+from tdds_dist.cells import Cell, Task, check_directory, check_plan, is_done, other_settings, retrain_task, window_of
+from tdds_dist.config import Config, Experiment, Method, load_config, parse_baselines, parse_config
 from tdds_dist.console import say
 from tdds_dist.distributed import World, current_world, session, together
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
-from tdds_dist.score import BASELINES, MODEL_SCORES, check_options, file_key, score, score_all
+from tdds_dist.score import BASELINES, MODEL_SCORES, file_key, score, score_all
 from tdds_dist.select import any_scores, find_scores, make_coreset, random_scores
 from tdds_dist.tables import Outcome, write_tables
-from tdds_dist.tdds import Window, check_window
 from tdds_dist.workers import run_in_processes
-
-_NOT_A_SETTING = {"run": ("name", "dir", "device", "timeout_seconds"), "data": ("num_workers",)}  # change no result
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One retraining of the table."""
-
-    method: Method
-    pruning_rate: float
-    strategy: str
-    architecture: Architecture | None
-    seed: int
-    collection: RunDir
-    importance: str
-
-    @property
-    def coreset_file(self) -> Path:
-        """Where its coreset lies; shared by strategies and architectures."""
-        return self.collection.coresets / f"{self.method.name}_p{self.pruning_rate:g}.npz"
-
-    @property
-    def name(self) -> str:
-        """Folder under retrain/ of the collection."""
-        network = f"_{self.architecture.name}" if self.architecture else ""
-        return f"{self.method.name}_p{self.pruning_rate:g}_{self.strategy}_{self.importance}{network}_seed{self.seed}"
-
-    @property
-    def run(self) -> RunDir:
-        """The retraining's run directory."""
-        return RunDir(self.collection.retrain / self.name)
-
-    @property
-    def network(self) -> str:
-        """Name of the network, empty for that of the collection."""
-        return self.architecture.name if self.architecture else ""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run for a worker; plain data, so that it can travel to another process."""
-
-    title: str
-    directory: Path
-    config: dict[str, Any]
-    coreset_file: Path | None = None  # None: a collection
-    strategy: str = "E"
-    importance: str = "none"
-    name: str = ""
-    settings: dict[str, Any] | None = None
-    cost: float = 0.0  # images to train on, for the order and the time left
 
 
 def experiment(plan: Experiment, *, jobs: int = 1, world: World | None = None) -> tuple[Path, list[str]]:
@@ -114,8 +60,8 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
     started = time.perf_counter()
     with together(world):
         for task in collections.values():
-            _check_directory(task)
-        waiting = [task for task in collections.values() if not _is_done(task)]
+            check_directory(task)
+        waiting = [task for task in collections.values() if not is_done(task)]
         if world.is_main:
             say(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), {len(cells)} "
                 f"retrainings, {jobs} at a time")
@@ -131,10 +77,10 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         missing = [file for file in coresets if not file.is_file()]
         failed += [f"coreset {file}: {reasons.get(file, 'not made')}" for file in missing]
         cells_left = [cell for cell in cells_left if cell.coreset_file not in missing]
-        tasks = [_retrain_task(plan, cell) for cell in cells_left]
+        tasks = [retrain_task(plan, cell) for cell in cells_left]
         for task in tasks:
-            _check_directory(task)
-        waiting = sorted((task for task in tasks if not _is_done(task)), key=lambda task: -task.cost)
+            check_directory(task)
+        waiting = sorted((task for task in tasks if not is_done(task)), key=lambda task: -task.cost)
         if world.is_main and tasks:
             say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
     with _tables_if_interrupted(plan, collections, cells_left, started, world):
@@ -204,138 +150,6 @@ def _locked(plan: Experiment, seed: int) -> Iterator[None]:
         yield
 
 
-# ---- the plan
-
-
-def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
-    """The collections by seed, and every retraining. Reads configs, but neither images nor results.
-
-    Raises:
-        InputError: what can be known to fail in any of them.
-    """
-    collections = {seed: _collection_task(plan, seed) for seed in plan.seeds}
-    return collections, _cells(plan, collections)
-
-
-def _cells(plan: Experiment, collections: dict[int, Task]) -> list[Cell]:
-    """Every retraining, by seed, network, strategy, rate, method."""
-    found = []
-    for seed in plan.seeds:
-        config, run = parse_config(collections[seed].config), RunDir(collections[seed].directory)
-        for rate in plan.pruning_rates:
-            for method in plan.methods:
-                _check_method(config, method, rate)
-        for architecture in plan.architectures or (None,):
-            _config(plan, seed, architecture)  # says so when its overrides do not fit
-            for strategy in plan.strategies:
-                for rate in plan.pruning_rates:
-                    for method in plan.methods:
-                        importance = method.importance or (
-                            config.retrain.importance if method.score_key == "tdds" else "none")
-                        found.append(Cell(method, rate, strategy, architecture, seed, run, importance))
-    return found
-
-
-def _check_method(config: Config, method: Method, rate: float) -> None:
-    """InputError for a score that the collection will not give."""
-    key = method.score_key
-    stops = config.collect.stop_after == "last_window"
-    num_epochs = max(window.T for window in config.windows()) if stops else config.train.epochs
-    try:
-        if key == "tdds":
-            check_window(_window(config, method, rate), method.preset or config.score.preset, num_epochs)
-        elif key in BASELINES:
-            options = parse_baselines(config.score.baselines, method.options)
-            check_options(key, options, method.options, num_epochs)
-            if method.sampler == "ccs" and key == "aum" and options.aum_keep == "easiest":
-                raise InputError("sampler ccs cuts off what ranks first as too hard; leave aum_keep=easiest out")
-        elif key not in ("random", *MODEL_SCORES):
-            known = ("tdds", "random", *MODEL_SCORES, *BASELINES)
-            hint = "; ccs means score: aum, sampler: ccs" if key == "ccs" else ""
-            raise InputError(f"score {key!r} is unknown; use one of {', '.join(known)}{hint}")
-        elif method.options:
-            raise InputError(f"options={list(method.options)} do nothing for score {key}; leave them out")
-        if method.sampler == "beta" and key != "dual":
-            raise InputError(f"sampler beta needs the mean probability, which score {key} comes without; use score: dual")
-        if (method.hard_cutoff_rate or 0.0) > rate:
-            raise InputError(f"hard_cutoff_rate={method.hard_cutoff_rate} removes more than pruning_rate={rate} does; lower it")
-    except InputError as error:
-        raise InputError(f"methods: {method.name}: {error}") from error
-
-
-def _config(plan: Experiment, seed: int, architecture: Architecture | None = None) -> Config:
-    overrides = [*plan.overrides, *(architecture.overrides if architecture else ())]
-    directory = plan.directory / f"seed{seed}"
-    return load_config(plan.config, [*overrides, f"run.seed={seed}", f"run.name={plan.name}_seed{seed}",
-                                     f"run.dir={json.dumps(str(directory))}"])
-
-
-def _collection_task(plan: Experiment, seed: int) -> Task:
-    config = _config(plan, seed)
-    config.check_collect()
-    needed = {method.score_key for method in plan.methods}
-    if needed & set(MODEL_SCORES) and not config.score.final_pass:
-        raise InputError(f"methods {sorted(needed & set(MODEL_SCORES))} need score.final_pass=true; switch it on")
-    if not config.score.trajectory:
-        raise InputError("an experiment scores from the trajectory; set score.trajectory=true")
-    matters = to_dict(config)
-    del matters["retrain"], matters["score"]["baselines"]
-    matters["score"]["windows"] = [{**window, "pruning_rates": ()} for window in matters["score"]["windows"]]
-    settings = {"digest": _digest(matters)}
-    return Task(f"collect, seed {seed}", config.run.directory, to_dict(config), settings=settings)
-
-
-def _retrain_task(plan: Experiment, cell: Cell) -> Task:
-    config = to_dict(_config(plan, cell.seed, cell.architecture))
-    matters = {section: values for section, values in config.items() if section not in ("score", "collect")}
-    digest = _digest(matters, cell.coreset_file.read_bytes().hex(), cell.strategy, cell.importance)
-    what = (f"{cell.method.name} p={cell.pruning_rate:g} {cell.strategy}{' ' + cell.network if cell.network else ''}, "
-            f"seed {cell.seed}")
-    cost = 1.0 if cell.strategy == "P" else 1.0 - cell.pruning_rate
-    return Task(what, cell.run.path, config, cell.coreset_file, cell.strategy, cell.importance, cell.name,
-                {"digest": digest, "row": cell.method.name} | ({"network": cell.network} if cell.network else {}), cost)
-
-
-def _digest(config: dict[str, Any], *rest: str) -> str:
-    """What decides a run's result, hashed: the config without names and places, and what else is given."""
-    config = {section: {key: value for key, value in values.items() if key not in _NOT_A_SETTING.get(section, ())}
-              for section, values in config.items()}
-    text = json.dumps([config, *rest], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _is_done(task: Task) -> bool:
-    return RunDir(task.directory).result_file.is_file()
-
-
-def _check_directory(task: Task) -> None:
-    """InputError when the task's directory holds something else, or a finished run that was asked for something else.
-
-    What a stopped run of an experiment left there goes when the task starts.
-    """
-    run = RunDir(task.directory)
-    assert task.settings is not None
-    found = run.read_env().get("digest")
-    if found is None and task.directory.exists():
-        own = task.directory.is_dir() and all(  # all that a start can leave before it says whose run it is
-            path.name == run.config_file.name or path.suffix == ".tmp" for path in task.directory.iterdir())
-        if not own:
-            raise InputError(f"{run.path} holds something that this experiment did not start; choose another name or dir")
-    if _is_done(task) and found != task.settings["digest"]:
-        raise _other_settings(run, task.config)
-
-
-def _other_settings(run: RunDir, config: dict[str, Any]) -> InputError:
-    """The refusal, with the first key that differs where it is one of the config."""
-    then = run.read_config()
-    changed = [f" ({section}.{key} was {then[section][key]}, now {value})" for section, values in config.items()
-               for key, value in values.items() if key not in _NOT_A_SETTING.get(section, ()) and section in then
-               and (section, key) not in (("train", "epochs"), ("train", "global_batch_size")) and key in then[section]
-               and then[section][key] != value]
-    return InputError(f"{run.path} was run with other settings than the experiment now says{changed[0] if changed else ''}; "
-                      "choose another name or dir, or remove that directory to run it again")
-
-
 # ---- scores and coresets: seconds, on the main rank
 
 
@@ -369,7 +183,7 @@ def _make_coresets(cells: list[Cell], configs: dict[int, Config]) -> dict[Path, 
         if not _is_same(found, coreset):
             for other in cells:
                 if other.coreset_file == cell.coreset_file and other.run.result_file.is_file():
-                    raise _other_settings(other.run, {})
+                    raise other_settings(other.run, {})
             save_coreset(cell.coreset_file, coreset)
     return reasons
 
@@ -389,7 +203,7 @@ def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scor
     if key in MODEL_SCORES:
         return find_scores(run.path, key, rate)
     if key == "tdds":
-        window, preset = _window(config, method, rate), method.preset or config.score.preset
+        window, preset = window_of(config, method, rate), method.preset or config.score.preset
         path = run.scores / f"{window.key(preset, method.delta)}.npz"
         if not path.is_file():
             path, = score(run.path, preset=preset, T=window.T, K=window.K, beta=window.beta, delta=method.delta, out=path)
@@ -402,12 +216,6 @@ def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scor
     return load_scores(path)
 
 
-def _window(config: Config, method: Method, rate: float) -> Window:
-    """The TDDS setting of a method at a pruning rate."""
-    window = Window(method.T, method.K, config.score.beta) if method.T and method.K else config.window_for(rate)
-    return window if method.beta is None else replace(window, beta=method.beta)
-
-
 # ---- running
 
 
@@ -418,7 +226,7 @@ def _run_task(task: Task, world: World) -> None:
 
     with together(world):
         if world.is_main and task.directory.exists():
-            _check_directory(task)
+            check_directory(task)
             shutil.rmtree(task.directory)
     config = parse_config(task.config, task.title)
     if task.coreset_file is None:

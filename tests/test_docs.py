@@ -64,9 +64,9 @@ def test_the_reference_of_config_keys_is_that_of_the_schema():
 
 
 def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch):
+    from tdds_dist.cells import check_plan
     from tdds_dist.cli import parse
     from tdds_dist.config import Experiment, load_config, load_experiment
-    from tdds_dist.experiment import check_plan
 
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs/configs.md").read_text()

@@ -21,11 +21,12 @@ from tdds_dist import experiment as experiment_module
 from tdds_dist.artifacts import fingerprint, load_coreset, load_scores, save_coreset, save_scores
 from tdds_dist.beton import read_manifest
 from tdds_dist.beton_writer import write_beton
+from tdds_dist.cells import check_plan
 from tdds_dist.cli import main
 from tdds_dist.config import BUILT_IN_METHODS, Method, load_config, load_experiment, parse_config
 from tdds_dist.distributed import session
 from tdds_dist.errors import InputError
-from tdds_dist.experiment import check_plan, experiment
+from tdds_dist.experiment import experiment
 from tdds_dist.rundir import RunDir
 from tdds_dist.sources import open_source, with_label_noise
 

@@ -20,8 +20,8 @@ LAYERS = [
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "models", "trajectory", "dynamics"),
     ("scorer",),
     ("engine",),
-    ("select", "final_pass", "collect", "score", "retrain", "summary", "compare", "export", "ingest", "tables", "experiment",
-     "charts", "report"),
+    ("select", "final_pass", "collect", "score", "retrain", "summary", "compare", "export", "ingest", "tables", "cells",
+     "experiment", "charts", "report"),
     ("cli", "__main__"),
 ]
 PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}
