@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +65,16 @@ class Manifest:
     def noisy_N(self) -> np.ndarray | None:
         """bool [N], the samples whose label is not the true one; None without label noise."""
         return None if self.true_label_N is None else self.true_label_N != self.label_N
+
+    @cached_property
+    def corrupted_N(self) -> np.ndarray | None:
+        """bool [N], the images that were corrupted; None without corruption."""
+        return None if self.corruption is None else np.array([kind != "" for kind in self.corruption])
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the labels in the file."""
+        return Fingerprint(self.num_samples, self.num_classes, self.labels_sha256)
 
 
 def manifest_path(beton: Path) -> Path:

@@ -196,9 +196,8 @@ def _read_noise(beton: Path) -> _Noise | None:
     manifest = read_manifest(beton)
     if manifest is None or (manifest.noisy_N is None and manifest.corruption is None):
         return None
-    fingerprint = Fingerprint(manifest.num_samples, manifest.num_classes, manifest.labels_sha256)
     corruption_N = None if manifest.corruption is None else np.array(manifest.corruption, dtype=np.str_)
-    return _Noise(fingerprint, manifest.noisy_N, corruption_N)
+    return _Noise(manifest.fingerprint, manifest.noisy_N, corruption_N)
 
 
 # ------------------------------------------------------------------------------------------------------------ findings

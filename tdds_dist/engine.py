@@ -418,17 +418,17 @@ def open_files(config: Config) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
     Raises:
         InputError: file missing or damaged, label outside [0, C), another number of classes.
     """
-    files = []
-    manifests = [read_manifest(path) for key in ("train", "val") if (path := Path(getattr(config.data, key))).is_file()]
-    classes = [manifest.num_classes for manifest in manifests if manifest is not None]
-    if len(classes) == 2 and classes[0] != classes[1]:
-        raise InputError(f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val} {classes[1]}; "
-                         "give two splits of one dataset")
+    files, manifests = [], []
     for key in ("train", "val"):
         path = Path(getattr(config.data, key))
         if not path.is_file():
             raise InputError(f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`")
-        info = inspect_beton(path)
-        check_labels(info, config.data.num_classes, read_manifest(path), complete=key == "train")
-        files.append(info)
+        files.append(inspect_beton(path))
+        manifests.append(read_manifest(path))
+    classes = [manifest.num_classes for manifest in manifests if manifest is not None]
+    if len(classes) == 2 and classes[0] != classes[1]:
+        raise InputError(f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val} {classes[1]}; "
+                         "give two splits of one dataset")
+    for info, manifest in zip(files, manifests, strict=True):
+        check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
     return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tdds_dist.agreement import noise_kept
-from tdds_dist.artifacts import Coreset, Scores, fingerprint, load_coreset, load_scores, save_coreset, write_atomically
+from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset, write_atomically
 from tdds_dist.beton import Manifest, read_manifest
 from tdds_dist.cells import Cell, Task, check_directory, check_plan, is_done, other_settings, retrain_task, window_of
 from tdds_dist.config import Config, Experiment, Method, load_config, parse_baselines, parse_config
@@ -65,7 +65,7 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         if world.is_main:
             say(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), {len(cells)} "
                 f"retrainings, {jobs} at a time")
-    with _tables_if_interrupted(plan, collections, cells, started, world):
+    with _tables_if_interrupted(plan, collections, cells, [], started, world):  # what cells hold is not checked yet
         not_collected = execute(waiting)
     failed = list(not_collected.values())
     with together(world):
@@ -83,7 +83,7 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         waiting = sorted((task for task in tasks if not is_done(task)), key=lambda task: -task.cost)
         if world.is_main and tasks:
             say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
-    with _tables_if_interrupted(plan, collections, cells_left, started, world):
+    with _tables_if_interrupted(plan, collections, cells, cells_left, started, world):
         failed += execute(waiting).values()
     with together(world):
         if world.is_main:
@@ -92,14 +92,14 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
 
 
 @contextmanager
-def _tables_if_interrupted(plan: Experiment, collections: dict[int, Task], cells: list[Cell], started: float,
-                           world: World) -> Iterator[None]:
+def _tables_if_interrupted(plan: Experiment, collections: dict[int, Task], cells: list[Cell], valid: list[Cell],
+                           started: float, world: World) -> Iterator[None]:
     """What is done so far, when the runs end before their time; where ranks work together, the launcher ends them."""
     try:
         yield
     except BaseException:
         if world.world_size == 1:
-            _finish(plan, collections, cells, cells, started)
+            _finish(plan, collections, cells, valid, started)
         raise
 
 
@@ -129,8 +129,8 @@ def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | Non
     """What the table says of a cell, with the noise in its coreset where the manifest, of the same labels, knows."""
     coreset = load_coreset(cell.coreset_file) if cell.coreset_file.is_file() else None
     bad: list[np.ndarray | None] = [None, None]
-    if manifest and coreset and fingerprint(manifest.label_N, manifest.num_classes) == coreset.fingerprint:
-        bad = [manifest.noisy_N, None if manifest.corruption is None else np.array(manifest.corruption) != ""]
+    if manifest and coreset and manifest.fingerprint == coreset.fingerprint:
+        bad = [manifest.noisy_N, manifest.corrupted_N]
     shares = [noise_kept(coreset.index_M, bad_N)[0] if coreset and bad_N is not None else None for bad_N in bad]
     return Outcome(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed, result,
                    coreset.method if coreset else "", *shares)

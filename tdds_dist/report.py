@@ -23,7 +23,7 @@ import yaml
 
 from tdds_dist import charts
 from tdds_dist.agreement import noise_kept
-from tdds_dist.artifacts import Coreset, fingerprint, require_same_dataset, write_atomically
+from tdds_dist.artifacts import Coreset, require_same_dataset, write_atomically
 from tdds_dist.errors import InputError
 from tdds_dist.published import base_key, is_plain
 from tdds_dist.rundir import RunDir
@@ -286,10 +286,9 @@ def _known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
     manifest = facts.manifest
     if manifest is None:
         return None, None
-    found = fingerprint(manifest.label_N, manifest.num_classes)
-    if any(scores.fingerprint != found for scores in facts.scores.values()):
+    if any(scores.fingerprint != manifest.fingerprint for scores in facts.scores.values()):
         return None, None
-    return manifest.noisy_N, None if manifest.corruption is None else np.array(manifest.corruption) != ""
+    return manifest.noisy_N, manifest.corrupted_N
 
 
 def _noise(facts: Facts) -> dict[str, Any] | None:

@@ -213,3 +213,10 @@ def test_the_cifar_stem_keeps_the_resolution(name):
         build_model("swin_t", 10, cifar_stem=True)
     with pytest.raises(InputError, match="not a torchvision classifier"):
         build_model("resnet19", 10)
+
+
+def test_splits_of_two_datasets_are_named_as_that(config_file, betons):
+    """Neither number of classes is wrong by itself, so changing data.num_classes would lead in a circle."""
+    with pytest.raises(InputError, match=r"data\.train=.* has 10 classes, data\.val=.*raw\.beton 5; give two splits of one"):
+        open_files(load_config(config_file, [f"data.val={betons['raw']}"]))
+    assert open_files(load_config(config_file))[2].num_classes == 10

@@ -344,6 +344,16 @@ def test_a_plan_that_changed_after_the_collection_is_followed(copied, no_workers
     assert {file: file.read_bytes() for file in before} == before
 
 
+def test_a_refusal_names_the_key_that_differs(copied, no_workers):
+    path, directory = copied
+    with pytest.raises(InputError, match=r"seed0 was run with other settings .* \(train\.lr was 0\.05, now 0\.1\); choose"):
+        experiment(load_experiment(path, ["train.lr=0.1"]))
+    shutil.rmtree(directory / "seed0")
+    plan = load_experiment(path, ["retrain.epochs=2", "seeds=[1]"])
+    with pytest.raises(InputError, match=r"retrain/.* was run with other settings .* \(retrain\.epochs was 0, now 2\)"):
+        experiment(plan)
+
+
 def test_a_rate_may_be_added_without_collecting_again(copied):
     path, directory = copied
     collected = [file.stat().st_mtime_ns for file in sorted(directory.glob("seed*/result.json"))]
