@@ -3,8 +3,8 @@
 Checks what can be checked without the data before anything is queued, freezes the config into the log folder (so that
 editing it while the job waits changes nothing), submits, and says where to look. `--wait` stays until the job is over.
 
-There is no checkpoint and no requeue: a job that is preempted, or that meets its time limit, ends, and starts over when
-it is submitted again (remove its run directory first, or choose another run.dir). Stages do not wait for each other.
+There is no requeue: a job that is preempted, or that meets its time limit, saves its state and ends; submitted again, on
+any number of ranks that divides the batch, it goes on from its last checkpoint. Stages do not wait for each other.
 With executor=local nothing ends the other ranks when one fails before it joins them; they give up after
 run.timeout_seconds.
 
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch.submit",
         description="Submit one stage to a cluster, or to this machine (see configs/clusters/).",
-        epilog="A preempted job is not queued again and starts over when submitted again.")
+        epilog="A preempted job is not queued again; submitted again it goes on from its last checkpoint.")
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config: train.lr=0.05")
     parser.add_argument("--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the job asks for")

@@ -33,8 +33,12 @@ class StageTask:
         if ranks.local_world_size == ranks.world_size:
             os.environ["MASTER_ADDR"] = "127.0.0.1"  # one node needs no name service
         from tdds_dist.cli import main
+        from tdds_dist.preemption import EXIT_RESUME
 
         code = main(self.arguments)
+        if code == EXIT_RESUME:
+            raise StageFailedError(f"tdds {self.arguments[0]} was asked to leave and has saved its state; submit it again, and it "
+                                   "goes on")
         if code != 0:
             raise StageFailedError(f"tdds {self.arguments[0]} left with code {code}")
         # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.run`.
@@ -43,7 +47,7 @@ class StageTask:
     def checkpoint(self) -> None:
         """Asked by submitit when the job is about to be ended. None, so that it is not queued again.
 
-        There is nothing to go on from yet, and a second start would be refused by the run directory of the first.
+        The stage saves its state and leaves by itself; it goes on when it is submitted again.
         """
 
 

@@ -1,15 +1,19 @@
 """`.beton` files: check one, read single images back; and the manifest beside it. `beton_writer` makes them.
 
 Uses NumPy on the file format, not FFCV: importing FFCV costs seconds, and its reader takes truncated and corrupted
-files without a word. What is not checked here is the content of the images.
+files without a word. The content of the images is not checked here but in `check`, which reads them by `stored_bytes`.
 """
 
 # N samples, A entries of the allocation table
 
+import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from tdds_dist.artifacts import Fingerprint, fingerprint, write_atomically
+from tdds_dist.console import Progress
 from tdds_dist.corruptions import KINDS
 from tdds_dist.errors import InputError
 
@@ -38,7 +43,8 @@ FIELD_TYPES = {0: np.dtype("<f8"), INT_TYPE: np.dtype("<i8"), IMAGE_TYPE: IMAGE,
                5: BYTES, 6: np.dtype("<u8")}  # float, int, image, bytes, array, JSON, tensor
 FIXED_SIZE_TYPES = (0, INT_TYPE)  # all other fields have one entry per sample in the allocation table
 
-
+CONTENT_IMAGES = 256  # whose bytes go into `content_sha256`
+IMAGES_PER_READ = 1024  # that one thread takes at a time
 
 # --- manifest ---
 
@@ -60,6 +66,7 @@ class Manifest:
     image_size: tuple[int, int]  # largest height and largest width in the file, pixels
     true_label_N: np.ndarray | None = None  # int64, before label noise; None where label_N is clean
     corruption: list[str] | None = None  # [N], one of corruptions.KINDS, "" where clean; None without corruption
+    crc32_N: np.ndarray | None = None  # uint32, of the bytes of each image in the .beton; None in older manifests
 
     @property
     def noisy_N(self) -> np.ndarray | None:
@@ -97,10 +104,11 @@ def read_manifest(beton: Path) -> Manifest | None:
         if record.pop("format") != MANIFEST_FORMAT:
             raise ValueError(f"format is not {MANIFEST_FORMAT}")
         max_height, max_width = record.pop("image_size")
-        true_label = columns.get("true_label")
+        true_label, crc32 = columns.get("true_label"), columns.get("crc32")
         manifest = Manifest(**record, path=columns["path"], label_N=np.array(columns["label"], dtype=np.int64),
                             image_size=(int(max_height), int(max_width)), corruption=columns.get("corruption"),
-                            true_label_N=None if true_label is None else np.array(true_label, dtype=np.int64))
+                            true_label_N=None if true_label is None else np.array(true_label, dtype=np.int64),
+                            crc32_N=None if crc32 is None else _crc32_column(crc32))
         _check_manifest(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is not a whole manifest ({error}); remove it, or write the .beton again with "
@@ -132,7 +140,17 @@ def _check_manifest(manifest: Manifest) -> None:
     if corruption is not None and not (isinstance(corruption, list) and len(corruption) == manifest.num_samples
                                        and all(kind in ("", *KINDS) for kind in corruption)):
         raise ValueError(f"corruption is not {manifest.num_samples} of {', '.join(KINDS)} or nothing")
+    if manifest.crc32_N is not None and manifest.crc32_N.shape != label_N.shape:
+        raise ValueError(f"{manifest.crc32_N.size} CRCs for {manifest.num_samples} samples")
     check_paths(manifest.path)
+
+
+def _crc32_column(column: Any) -> np.ndarray:
+    """uint32, or ValueError for what is no number of 32 bits."""
+    crc32_N = np.array(column)
+    if crc32_N.dtype.kind != "i" or crc32_N.min() < 0 or crc32_N.max() >= 2**32:
+        raise ValueError("crc32 holds other things than integers in [0, 2^32)")
+    return crc32_N.astype(np.uint32)
 
 
 def check_paths(paths: Iterable[str]) -> None:
@@ -149,6 +167,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         columns["true_label"] = manifest.true_label_N.tolist()
     if manifest.corruption is not None:
         columns["corruption"] = manifest.corruption
+    if manifest.crc32_N is not None:
+        columns["crc32"] = manifest.crc32_N.tolist()
     record = {
         "format": MANIFEST_FORMAT, "source": manifest.source, "split": manifest.split,
         "num_samples": manifest.num_samples, "num_classes": manifest.num_classes,
@@ -223,15 +243,15 @@ def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = 
     Without a manifest the largest label tells the number of classes, where the file is `complete` (the training file;
     an evaluation file may lack classes).
     """
+    if manifest is not None and fingerprint(info.label_N, num_classes).labels_sha256 != manifest.labels_sha256:
+        raise InputError(f"{info.path}: labels are not those of {manifest_path(info.path)}; remove the manifest, or "
+                         "write the .beton again with `tdds write`")
     outside = np.flatnonzero((info.label_N < 0) | (info.label_N >= num_classes))
     if outside.size:
         first = int(outside[0])
         raise InputError(f"{info.path}: sample {first} has label {info.label_N[first]}, outside [0, {num_classes}) "
                          f"({outside.size} such samples); set data.num_classes to the number of classes of the file, "
                          "or write it again with labels from 0")
-    if manifest is not None and fingerprint(info.label_N, num_classes).labels_sha256 != manifest.labels_sha256:
-        raise InputError(f"{info.path}: labels are not those of {manifest_path(info.path)}; remove the manifest, or "
-                         "write the .beton again with `tdds write`")
     if manifest is None and not complete:
         return
     present = manifest.num_classes if manifest is not None else int(info.label_N.max()) + 1
@@ -244,6 +264,65 @@ def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = 
 def dataset_fingerprint(info: BetonInfo, num_classes: int) -> Fingerprint:
     """The fingerprint that ties scores and coresets to this file's samples."""
     return fingerprint(info.label_N, num_classes)
+
+
+def content_sha256(info: BetonInfo) -> str:
+    """Whether a file is the one it was: hash of all labels, sizes and modes and of the bytes of up to 256 images.
+
+    Where in the file an image lies is left out: it differs between two writes of the same images by several workers.
+    Cheap, but no proof that all images are the same; that is `tdds check`.
+    """
+    digest = hashlib.sha256(f"tdds-content-1 {info.num_samples}".encode())
+    for array_N, kind in ((info.label_N, "<i8"), (info.width_N, "<u2"), (info.height_N, "<u2"), (info.mode_N, "<u1"),
+                          (info.size_N, "<u8")):
+        digest.update(array_N.astype(kind).tobytes())
+    chosen = evenly_spaced(info.num_samples, CONTENT_IMAGES)
+    stored = dict(stored_bytes(info, chosen))
+    for i in chosen.tolist():
+        digest.update(stored[i])
+    return digest.hexdigest()
+
+
+def evenly_spaced(num_samples: int, num: int) -> np.ndarray:
+    """At most `num` global indices from the first to the last, sorted int64."""
+    return np.unique(np.linspace(0, num_samples - 1, max(1, min(num, num_samples))).astype(np.int64))
+
+
+def stored_bytes(info: BetonInfo, index: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """(global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is fast.
+
+    Reads rather than maps, because a file that shrinks under a map ends the process. Raises InputError for a file that
+    cannot be read, or is no longer as long as it was.
+    """
+    try:
+        with info.path.open("rb", buffering=0) as file:
+            for i in map(int, index):
+                ptr, size = int(info.data_ptr_N[i]), int(info.size_N[i])
+                data = os.pread(file.fileno(), size, ptr)
+                while len(data) < size and (more := os.pread(file.fileno(), size - len(data), ptr + len(data))):
+                    data += more  # one call reads 2 GiB at most
+                if len(data) != size:
+                    raise _damaged(info.path, f"it ends within image {i}, so it has changed since it was opened")
+                yield i, data
+    except OSError as error:
+        raise InputError(f"{info.path} cannot be read ({error}); check the disk, or copy it again") from error
+
+
+def crc32_of_images(info: BetonInfo, num_threads: int = 1, progress: bool = False) -> np.ndarray:
+    """CRC-32 of the stored bytes of every image, uint32 [N], read in the order of the file."""
+    crc32_N = np.empty(info.num_samples, np.uint32)
+    order_N = np.argsort(info.data_ptr_N, kind="stable")
+
+    def of_part(first: int) -> int:
+        part = order_N[first : first + IMAGES_PER_READ]
+        for i, data in stored_bytes(info, part):
+            crc32_N[i] = zlib.crc32(data)
+        return len(part)
+
+    with Progress("crc32", info.num_samples, "images", progress) as bar, ThreadPoolExecutor(num_threads) as pool:
+        for num in pool.map(of_part, range(0, info.num_samples, IMAGES_PER_READ)):  # reading and CRC let others run
+            bar.advance(num)
+    return crc32_N
 
 
 def read_images(path: Path, index: Iterable[int], info: BetonInfo | None = None) -> list[np.ndarray]:

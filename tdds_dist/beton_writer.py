@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tdds_dist.artifacts import fingerprint
-from tdds_dist.beton import RAW, Manifest, check_paths, inspect_beton, manifest_path, write_manifest
+from tdds_dist.beton import RAW, Manifest, check_paths, crc32_of_images, inspect_beton, manifest_path, write_manifest
 from tdds_dist.console import Progress
 from tdds_dist.errors import InputError
 from tdds_dist.sources import Source
@@ -60,7 +60,7 @@ def write_beton(source: Source, out: Path, *, max_resolution: int | None = None,
                             source.path, source.label_N, info.num_bytes,
                             fingerprint(source.label_N, len(source.class_names)).labels_sha256, settings,
                             (int(info.height_N.max()), int(info.width_N.max())), source.true_label_N,
-                            source.corruption)
+                            source.corruption, crc32_of_images(info, num_workers, progress))
         write_manifest(manifest_path(temporary), manifest)
         _publish(temporary, out)
     except OSError as error:

@@ -188,6 +188,13 @@ def check_directory(task: Task) -> None:
         raise other_settings(run, {section: values for section, values in task.config.items() if section not in idle})
 
 
+def can_go_on(task: Task) -> bool:
+    """Whether its directory holds the same run, unfinished, with a checkpoint."""
+    run = RunDir(task.directory)
+    same = run.config_file.is_file() and run.read_env().get("digest") == (task.settings or {})["digest"]
+    return same and any(run.checkpoints.glob("step_*"))
+
+
 def other_settings(run: RunDir, config: dict[str, Any]) -> InputError:
     """The refusal, with the first key that differs where it is one of the config."""
     then = run.read_config()

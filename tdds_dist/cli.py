@@ -1,7 +1,8 @@
 """The command line, and the only place where stages meet processes: `tdds <stage> --help`.
 
-Exit codes: 0 done; 2 bad input, said in one line on standard error; 1 a defect, with its traceback. torchrun turns any
-failure of a rank into its own exit code 1 and adds a report of its own.
+Exit codes: 0 done; 2 bad input, said in one line on standard error; 75 asked to leave by SIGTERM, SIGUSR2 or SIGINT, saved, the
+same command goes on; 130 interrupted at once; 1 a rank that is gone, or a defect with its traceback. torchrun turns any failure
+of a rank into its own exit code 1 and adds a report of its own.
 """
 
 import argparse
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdds_dist.errors import InputError
+from tdds_dist.errors import InputError, LostRankError
+from tdds_dist.preemption import EXIT_RESUME, Interruption, Preempted
 
 if TYPE_CHECKING:
     from tdds_dist.config import Config
@@ -33,6 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"tdds {options.stage}: interrupted", file=sys.stderr)
         return 130
+    except Preempted as leaving:
+        if os.environ.get("RANK", "0") == "0" or not leaving.agreed:
+            print(f"tdds {options.stage}: {leaving}", file=sys.stderr)
+        return EXIT_RESUME
+    except LostRankError as error:
+        print(f"tdds {options.stage}: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -71,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="The usual order: write, collect, score, select, retrain, report. `tdds STAGE --help` explains one.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     _add_write(stages)
+    _add_check(stages)
     _add_collect(stages)
     _add_score(stages)
     _add_select(stages)
@@ -141,6 +151,28 @@ def _write(options: argparse.Namespace) -> None:
               f"corrupted ({by_kind})")
 
 
+def _add_check(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stage = stages.add_parser(
+        "check", help="whether every image of a .beton is sound",
+        description="Check the structure of an FFCV file, its manifest, and every image: that its bytes are those that were "
+                    "written (CRC-32 in the manifest), and that it decodes. Bad images are listed: global index, reason "
+                    "(crc, decode, size), path. Exit code 2 when something is wrong.")
+    stage.add_argument("beton", metavar="FILE.beton", type=Path, help="its manifest is looked for beside it")
+    stage.add_argument("--quick", action="store_true", help="only 256 images, evenly spaced")
+    stage.add_argument("--num-workers", type=int, metavar="W", help="decoding threads (default: one per CPU)")
+    stage.set_defaults(run=_check)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from tdds_dist.check import check
+
+    result = check(options.beton, quick=options.quick, num_workers=options.num_workers)
+    for line in result.fault_lines():
+        print(line)
+    print(result.summary())
+    result.require_sound()
+
+
 def _add_config(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("config", metavar="CONFIG.yaml", type=Path)
     stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config, e.g. train.lr=0.05")
@@ -150,9 +182,17 @@ def _add_collect(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     stage = stages.add_parser(
         "collect", help="train once, score every sample",
         description="Train on all images and score each of them on the way. Under torchrun, or alone. Ends with scores/*.npz "
-                    "in the run directory.")
+                    "in the run directory. Stopped, by a signal or a crash, it goes on from its last checkpoint when started "
+                    "again, on any number of ranks that divides the batch.")
     _add_config(stage)
+    _add_fresh(stage)
     stage.set_defaults(run=_collect)
+
+
+def _add_fresh(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--fresh", action="store_true",
+                       help="start over instead of going on from the last checkpoint; refused where there is a run")
+    stage.add_argument("--force", action="store_true", help="with --fresh: remove the run that is there")
 
 
 def _load_config(options: argparse.Namespace) -> "Config":
@@ -171,8 +211,8 @@ def _collect(options: argparse.Namespace) -> None:
     from tdds_dist.collect import collect
     from tdds_dist.distributed import session
 
-    with session(config.run.device, config.run.timeout_seconds) as world:
-        paths = collect(config, world)
+    with Interruption() as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+        paths = collect(config, world, fresh=options.fresh, force=options.force, interruption=interruption)
         if world.is_main:
             print(f"wrote {', '.join(str(path) for path in paths)}")
             served = [rate for window in config.score.windows for rate in window.pruning_rates if rate > 0]
@@ -309,6 +349,7 @@ def _add_retrain(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
                        help="E: as many epochs as on the full data; P: as many images seen, epochs / (1 - p)")
     stage.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
     stage.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
+    _add_fresh(stage)
     stage.set_defaults(run=_retrain)
 
 
@@ -318,8 +359,9 @@ def _retrain(options: argparse.Namespace) -> None:
     from tdds_dist.distributed import session
     from tdds_dist.retrain import retrain
 
-    with session(config.run.device, config.run.timeout_seconds) as world:
-        run = retrain(config, world, options.coreset, options.strategy, importance=options.importance, name=options.name)
+    with Interruption() as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+        run = retrain(config, world, options.coreset, options.strategy, importance=options.importance, name=options.name,
+                      fresh=options.fresh, force=options.force, interruption=interruption)
         if world.is_main:
             result = run.read_result() or {}
             print(f"wrote {run.path} (final top-1 {result['final_top1']:.2f} %, best {result['best_top1']:.2f} %)")
@@ -373,8 +415,8 @@ def _experiment(options: argparse.Namespace) -> None:
         if options.jobs != 1:
             raise InputError(f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the other; leave it "
                              "out", shared=True)
-        with session(config.run.device, config.run.timeout_seconds) as world:
-            table, failed = experiment(plan, world=world)
+        with Interruption() as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+            table, failed = experiment(plan, world=world, interruption=interruption)
             is_main = world.is_main
     else:
         table, failed = experiment(plan, jobs=options.jobs)

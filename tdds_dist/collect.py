@@ -1,5 +1,6 @@
 """Stage `collect`: train on everything once, and leave the scores of every sample behind."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,16 @@ from torch import Tensor
 
 from tdds_dist.artifacts import Fingerprint, Scores, save_scores
 from tdds_dist.beton import BetonInfo
-from tdds_dist.config import Config, to_dict
+from tdds_dist.config import Config
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
 from tdds_dist.engine import Job, fit, open_files, preflight
 from tdds_dist.final_pass import run_model, write_scores
 from tdds_dist.partition import EpochOrder, per_rank_batch
+from tdds_dist.preemption import Interruption
 from tdds_dist.rundir import RunDir
 from tdds_dist.scorer import ShardedScorer
+from tdds_dist.start import Start, content_of, entered
 from tdds_dist.tdds import differences_per_window, window_settings
 
 
@@ -25,8 +28,8 @@ class Scoring:
     def __init__(self, scorer: ShardedScorer, stop_after_last_window: bool):
         self._scorer, self._stop = scorer, stop_after_last_window
 
-    def begin_epoch(self, order: EpochOrder) -> None:
-        self._scorer.expect(order)
+    def begin_epoch(self, order: EpochOrder, first_step: int) -> None:
+        self._scorer.expect(order, first_step)
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         self._scorer.record(index_B, logits_BC, label_B)
@@ -37,6 +40,12 @@ class Scoring:
     def end_epoch(self) -> bool:
         self._scorer.end_epoch()
         return self._stop and self._scorer.is_complete
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._scorer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._scorer.load_state_dict(state)
 
 
 def _warnings(config: Config, num_samples: int) -> list[str]:
@@ -51,24 +60,42 @@ def _warnings(config: Config, num_samples: int) -> list[str]:
     return found
 
 
-def collect(config: Config, world: World, *, settings: dict[str, Any] | None = None) -> list[Path]:
-    """Run the stage; returns the score files: one per window of the config, and those of the final pass.
+def collect(config: Config, world: World, *, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
+            interruption: Interruption | None = None) -> list[Path]:
+    """Run the stage, or go on with it; returns the score files: one per window of the config, and those of the final pass.
 
     Every rank calls it. Bad input is found before the first training step and raised on every rank. `settings` are added to
-    the record of how the run was started.
+    the record of how the run was started. A run directory that holds a checkpoint is gone on with, a finished one left as it
+    is; `fresh` starts over (`force`: also where there is a run).
+
+    Raises:
+        Preempted: `interruption` asked for it; the state is saved.
     """
     run = RunDir(config.run.directory)
     with together(world):
         config.check_collect()
         rows = per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
-        train_file, val_file, fingerprint = open_files(config)
+        train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
         preflight(config, train_file, val_file, rows)
+        setting: dict[str, Any] = {"stage": "collect"} | (settings or {})
         if world.is_main:
-            run.start(to_dict(config), {"stage": "collect"} | (settings or {}), world.world_size, str(world.device))
+            setting["data"] = content_of((train_file, val_file))
+    with entered(run, config, setting, world, fresh=fresh, force=force) as start:
+        if start.result is not None:
+            return [run.scores / name for name in start.result["scores"]]
+        job = Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,
+                  checkpoints=start.checkpoints, resume=start.resume, interruption=interruption or Interruption())
+        return _collect(job, fingerprint, start)
+
+
+def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
+    """Train and score in a run directory that is ours."""
+    config, world, run, train_file = job.config, job.world, job.run, job.train_file
     scorer = ShardedScorer(
         train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,
         logp_dtype=getattr(torch, config.score.logp_dtype), trajectory=run.trajectory if config.score.trajectory else None,
-        trajectory_dtype=getattr(torch, config.score.trajectory_dtype))
+        trajectory_dtype=getattr(torch, config.score.trajectory_dtype), on_nan=config.score.on_nan,
+        resume=start.resume is not None)
     if world.is_main:
         say(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
             f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
@@ -76,34 +103,42 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
         for warning in _warnings(config, train_file.num_samples):
             say(f"warning: {warning}", run.log_file)
     stops_early = config.collect.stop_after == "last_window"
-    result = fit(Job(
-        config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,
-        Scoring(scorer, stops_early), stops_after=max(window.T for window in config.windows()) if stops_early else None))
+    result = fit(replace(job, observer=Scoring(scorer, stops_early),
+                         stops_after=max(window.T for window in config.windows()) if stops_early else None))
 
     score_of_window = scorer.gather()
     label_N = scorer.gather_labels().numpy()
+    quarantined = sorted(scorer.quarantined())
     paths = [run.scores / f"{window.key(config.score.preset)}.npz" for window in score_of_window]
     with together(world):
         if world.is_main:
+            if quarantined:
+                say(f"warning: {len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest: global "
+                    f"indices {quarantined[:20]}{' ...' if len(quarantined) > 20 else ''}", run.log_file)
             for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
                 settings = window_settings(window, config.score.preset) | {
                     "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
+                settings |= {"quarantined": quarantined} if quarantined else {}
                 save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
     del scorer  # its table is large, and the final pass needs the device
     if config.score.final_pass:
-        paths += _final_scores(config, world, run, train_file, fingerprint, result)
+        paths += _final_scores(config, world, run, train_file, fingerprint, result, quarantined)
+    start.checkpoints.finish()
     with together(world):
         if world.is_main:
-            run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result})
+            run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result}
+                             | ({"quarantined": quarantined} if quarantined else {}))
+            start.checkpoints.remove_all()
     return paths
 
 
 def _final_scores(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
-                  result: dict[str, Any]) -> list[Path]:
+                  result: dict[str, Any], quarantined: list[int]) -> list[Path]:
     """Entropy and Moderate of the weights that training ended with."""
     if world.is_main and result["epochs"] < result["epochs_planned"]:
         say(f"entropy and moderate are those of the model after {result['epochs']} of "
             f"{result['epochs_planned']} epochs", run.log_file)
     settings = {"source": "final_pass", "view": "evaluation", "epochs": result["epochs"], "seed": config.run.seed,
                 "world_size": world.world_size}
-    return write_scores(run, world, run_model(config, world, train_file, run), train_file, found, settings)
+    values = run_model(config, world, train_file, run)
+    return write_scores(run, world, values, train_file, found, settings, quarantined)

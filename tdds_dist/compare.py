@@ -171,7 +171,7 @@ def _rank(scores: Scores, rates: list[float]) -> _Ranked:
     """Sort once for all rates; `choose` decides where that is not enough: another sampler, or ties at the cut."""
     score_N, num_samples = scores.score_N, len(scores.score_N)
     order_N = np.argsort(score_N)
-    takes_top = default_sampler(scores) == "top"
+    takes_top = default_sampler(scores) == "top" and not scores.settings.get("quarantined")
     kept = []
     for rate in rates:
         cut = num_samples - num_kept(num_samples, rate)

@@ -75,6 +75,9 @@ class Train(Section):
     amp: Literal["none", "bf16", "fp16"] = Field("none", description="Mixed precision on CUDA; the CPU trains in float32.")
     eval_every: int = Field(1, ge=1, description="Epochs between evaluations; the last epoch is always evaluated.")
     log_every: int = Field(50, ge=1, description="Steps between looks at the device: progress line, check for NaN.")
+    deterministic: bool = Field(
+        False, description="Only algorithms that give the same bits every time: with the same seed, ranks and threads, weights "
+                           "and scores are bitwise the same, interrupted or not. Slower on GPUs.")
 
 
 class ScoreWindow(Section):
@@ -119,6 +122,9 @@ class Score(Section):
         "float32", description="Precision of the per-epoch scalars; float16 halves the disk, recomputed scores are close.")
     final_pass: bool = Field(
         True, description="After training, one pass over the training images in evaluation view, for Entropy and Moderate.")
+    on_nan: Literal["stop", "quarantine"] = Field(
+        "stop", description="NaN or infinite logits: stop the run, or quarantine the samples (listed, scored lowest, in no "
+                            "coreset, their steps without effect on the weights); more than 1 % of all samples always stop.")
     baselines: Baselines = Baselines()
 
 
@@ -140,6 +146,17 @@ class Retrain(Section):
         {0.8: 0.5, 0.9: 0.25}, description="Factor on train.global_batch_size from this pruning rate on.")
 
 
+class Checkpoint(Section):
+    """What is kept so that a run that is stopped goes on."""
+
+    every_epochs: int = Field(1, ge=0, description="Epochs between checkpoints; 0 saves only by time and when asked to leave.")
+    every_seconds: float = Field(900.0, ge=0, description="Seconds between checkpoints, also within an epoch; 0 ignores time.")
+    keep: int = Field(2, ge=2, description="How many of the latest stay; all go when the run has finished.")
+    asynchronous: bool = Field(True, description="Write in the background; takes the state again in host memory.")
+    on_error: Literal["continue", "stop"] = Field(
+        "continue", description="A checkpoint that cannot be written (disk full): warn and go on with those there are, or stop.")
+
+
 class Config(Section):
     """One run."""
 
@@ -150,6 +167,7 @@ class Config(Section):
     score: Score
     collect: Collect = Collect()
     retrain: Retrain = Retrain()
+    checkpoint: Checkpoint = Checkpoint()
 
     def windows(self) -> list[Window]:
         """The settings to score."""

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +15,12 @@ def say(message: str, log: Path | None = None) -> None:
     """One line to the screen (standard error, above a bar if there is one) and to the log file."""
     tqdm.write(message, file=sys.stderr)
     if log is not None:
+        note(message, log)
+
+
+def note(message: str, log: Path) -> None:
+    """One line to the log file alone. A log that cannot be written (disk full) stops nothing."""
+    with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")

@@ -9,19 +9,27 @@ the same code. A foreign loop brings its own group, or none: then the collective
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tdds_dist.errors import InputError
+from tdds_dist.errors import InputError, LostRankError
 from tdds_dist.partition import rows_per_shard, shard_bounds
+from tdds_dist.preemption import Preempted
 
 TIMEOUT_SECONDS = 600.0  # of a collective; the first step may wait for compilation on other ranks
+_ROLL_CALL_SECONDS = 10.0  # ranks that time out together do so within that
+_CONTROL_SHARE = 0.9  # of the time-out: control groups speak up before NCCL's watchdog ends the process without a word
+
+Group = dist.ProcessGroup
+_position = "before the first step"  # where this process is, for messages about lost ranks
 
 
 @dataclass(frozen=True)
@@ -69,21 +77,88 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
                              f"{torch.cuda.device_count()}; start fewer processes per node or show more devices")
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    _join(backend, timedelta(seconds=timeout_seconds))
     world = current_world(torch.device(device, local_rank) if device == "cuda" else device)
+    preempted = None
     try:
         yield world
-    except BaseException:
+    except Preempted as leaving:
+        if not leaving.agreed:
+            raise
+        preempted = leaving
+    except InputError:
         if world.world_size == 1:
             dist.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if world.world_size > 1 and _is_lost_peer(error):
+            raise LostRankError(_roll_call(world, error, timeout_seconds)) from error
         raise
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    if preempted is not None:
+        raise preempted
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Make the default group; InputError when ranks cannot meet."""
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        text = " ".join(str(error).split())[:200]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise InputError(f"{where} is in use by another program; set another MASTER_PORT, or start with `torchrun "
+                             "--standalone`, which finds a free one") from error
+        seconds = timeout.total_seconds()
+        raise InputError(f"{os.environ.get('WORLD_SIZE')} ranks could not meet at {where} within {seconds:.0f} s ({text}); "
+                         "start all of them, on hosts that reach each other") from error
+
+
+# ---- who is missing
+
+
+def set_position(text: str) -> None:
+    """Where this process is in its work, for messages about ranks that are gone."""
+    global _position
+    _position = text
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or silent."""
+    text = str(error).lower()
+    signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe",
+             "gloo", "nccl", "socket")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def _roll_call(world: World, error: RuntimeError, timeout_seconds: float) -> str:
+    """Name the ranks that do not answer: every rank whose collective failed says so in the store and counts the others."""
+    kind = "did not answer" if "time" in str(error).lower() else "ended"
+    missing = {rank for rank in range(world.world_size) if rank != world.rank}
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"tdds/lost/{world.rank}", _position)
+        deadline = time.monotonic() + min(_ROLL_CALL_SECONDS, max(1.0, timeout_seconds))
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not store.check([f"tdds/lost/{rank}"])}
+            time.sleep(0.1)
+    except (dist.DistError, RuntimeError):
+        missing = {0}  # with plain env:// it is rank 0 that hosts the store
+    first_line = " ".join(str(error).split())[:200]
+    if not missing:
+        return f"rank {world.rank}, {_position}: ranks lost each other ({first_line}); run the same command again to go on"
+    who = ", ".join(str(rank) for rank in sorted(missing))
+    waited = f" within {timeout_seconds:g} s (run.timeout_seconds)" if kind == "did not answer" else ""
+    return (f"rank {world.rank}, {_position}: rank {who} {kind}{waited} ({first_line}); see what that rank said last, and run "
+            "the same command again to go on")
+
+
+# ---- ranks that agree
 
 
 @contextmanager
@@ -101,17 +176,92 @@ def together(world: World) -> Iterator[None]:
     except OSError as caught:
         error = InputError(f"cannot read or write ({caught}); free space, or choose another run.dir")
         error.__cause__ = caught
-    messages: list[str | None] = [None] * world.world_size
-    if dist.is_initialized():
-        dist.all_gather_object(messages, None if error is None else str(error))
-    else:
-        messages = [None if error is None else str(error)]
+    messages = gather_objects(None if error is None else str(error), world)
     first = next((rank for rank, message in enumerate(messages) if message is not None), None)
     if first is not None:
         if error is not None and world.rank == first:
             error.shared = True
             raise error
         raise InputError(f"{messages[first]} (found on rank {first})", shared=True)
+
+
+def gather_objects(value: Any, world: World, group: Group | None = None) -> list[Any]:
+    """The small `value` of every rank, by rank, on every rank; blocks. Only for values of our own ranks: it pickles."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * world.world_size
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def control_group(timeout_seconds: float = TIMEOUT_SECONDS) -> Group | None:
+    """A group of all ranks on the CPU, for talk that must not get between training's collectives; None without ranks.
+
+    A collective. `release_group` ends it.
+    """
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_CONTROL_SHARE * timeout_seconds))
+
+
+def release_group(group: Group | None) -> None:
+    """End a control group; every rank calls it, after its last use."""
+    if group is not None:
+        dist.destroy_process_group(group)
+
+
+class Agreement:
+    """The largest of every flag over all ranks, one call late: a step starts the exchange, the next one reads it, so that
+    nobody waits for a message that was sent just now. All ranks see the same answers at the same call."""
+
+    def __init__(self, num_flags: int, group: Group | None):
+        self._num_flags, self._group = num_flags, group
+        self._pending: tuple[Tensor, dist.Work | None] | None = None
+
+    def exchange(self, flags: list[int]) -> list[int]:
+        """Give this rank's flags; returns the agreed ones of the call before (zeros at first)."""
+        agreed = self._read()
+        flag_F = torch.tensor(flags, dtype=torch.int64)
+        work = None if self._group is None else dist.all_reduce(flag_F, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (flag_F, work)
+        return agreed
+
+    def settle(self, flags: list[int]) -> list[int]:
+        """As `exchange`, but waits, and counts what was under way as well."""
+        before = self.exchange(flags)
+        return [max(pair) for pair in zip(before, self._read(), strict=True)]
+
+    def _read(self) -> list[int]:
+        if self._pending is None:
+            return [0] * self._num_flags
+        flag_F, work = self._pending
+        self._pending = None
+        if work is not None:
+            work.wait()
+        return flag_F.tolist()
+
+
+def as_shard(local: Tensor, num_samples: int, world: World, dim: int = 0) -> Tensor:
+    """This rank's block of a table whose axis `dim` is the sample axis, as a DTensor over all ranks (shares memory).
+
+    Without a process group it is the whole table, and comes back as it is.
+    """
+    if not dist.is_initialized():
+        return local
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    mesh = DeviceMesh.from_group(everyone, world.device.type)
+    shape = torch.Size([*local.shape[:dim], num_samples, *local.shape[dim + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
+
+
+def own_rows(table: Tensor) -> Tensor:
+    """The local block of what `as_shard` made."""
+    return table.to_local() if hasattr(table, "to_local") else table
 
 
 class Exchange:

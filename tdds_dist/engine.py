@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from torchvision.transforms import v2
 from tdds_dist import distributed
 from tdds_dist.artifacts import Fingerprint, write_atomically
 from tdds_dist.beton import BetonInfo, check_labels, dataset_fingerprint, inspect_beton, read_manifest
+from tdds_dist.check import quick_check
+from tdds_dist.checkpoint import Checkpoint, Checkpoints
 from tdds_dist.config import Config
 from tdds_dist.console import Progress, say
 from tdds_dist.distributed import World
@@ -33,6 +35,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.loader import BetonLoader, View, check_view, default_workers
 from tdds_dist.models import InputStage, build_model
 from tdds_dist.partition import EpochOrder, epoch_order, per_rank_batch
+from tdds_dist.preemption import Interruption, Preempted
 from tdds_dist.rundir import RunDir
 from tdds_dist.schedule import learning_rate
 
@@ -40,8 +43,8 @@ from tdds_dist.schedule import learning_rate
 class Observer(Protocol):
     """Sees the outputs of training. Every rank calls every method equally often."""
 
-    def begin_epoch(self, order: EpochOrder) -> None:
-        """An epoch of this order starts."""
+    def begin_epoch(self, order: EpochOrder, first_step: int) -> None:
+        """An epoch of this order starts, at `first_step` when it is resumed."""
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """One forward pass; index -1 marks padding. Must not wait for the device."""
@@ -52,11 +55,17 @@ class Observer(Protocol):
     def end_epoch(self) -> bool:
         """The epoch is over; True lets training stop here."""
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it, sharded or replicated. A collective; raises as `check` does."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+
 
 class Nobody:
     """The observer of a run that is not observed."""
 
-    def begin_epoch(self, order: EpochOrder) -> None: ...
+    def begin_epoch(self, order: EpochOrder, first_step: int) -> None: ...
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None: ...
 
@@ -64,6 +73,11 @@ class Nobody:
 
     def end_epoch(self) -> bool:
         return False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,9 @@ class Job:
     importance_N: np.ndarray | None = None
     importance: str = "none"
     stops_after: int | None = None  # epochs after which the observer will end the run, for the time left
+    checkpoints: Checkpoints | None = None
+    resume: Checkpoint | None = None
+    interruption: Interruption = field(default_factory=Interruption)
 
     @property
     def num_samples(self) -> int:
@@ -94,50 +111,25 @@ class Job:
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train; returns the result record (final and best top-1 and top-5 in percent, images, seconds)."""
+    """Train, from the start or from `job.resume`; returns the result record (final and best top-1 and top-5 in percent,
+    images, seconds).
+
+    Raises:
+        Preempted: asked to leave; the state is saved, on every rank at the same step.
+    """
     trainer = Trainer(job)
-    log = job.run.log_file if job.world.is_main else None
-    started = time.perf_counter()
-    best: dict[str, Any] = {}
-    record: dict[str, Any] = {}
-    seconds: list[float] = []
-    wall_seconds: list[float] = []
-    for epoch in range(job.epochs):
-        epoch_started = time.perf_counter()
-        record = trainer.train_epoch(epoch)
-        scoring = time.perf_counter()
-        stop = job.observer.end_epoch()
-        record["scoring_share"] = (record.pop("record_seconds") + time.perf_counter() - scoring) / record["epoch_seconds"]
-        is_last = stop or epoch + 1 == job.epochs
-        if is_last or (epoch + 1) % job.config.train.eval_every == 0:
-            record |= trainer.evaluate(epoch)
-            if not best or record["val_top1"] > best["val_top1"]:
-                best = dict(record)
-                trainer.save("best")
-        seconds.append(record["epoch_seconds"])
-        wall_seconds.append(time.perf_counter() - epoch_started)
-        with distributed.together(job.world):
-            if job.world.is_main:
-                job.run.append_metrics(record)
-                trainer.write_tensorboard(record)
-                remaining = np.median(wall_seconds) * ((job.stops_after or job.epochs) - epoch - 1)
-                say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining), log)
-        if is_last:
-            break
-    trainer.save("final")
+    try:
+        with job.interruption.watched():
+            result = trainer.run()
+    except Preempted:
+        trainer.close()
+        raise
     trainer.close()
-    return {
-        "num_images": job.num_samples, "epochs": epoch + 1, "epochs_planned": job.epochs, "seed": job.config.run.seed,
-        "global_batch_size": job.global_batch_size, "steps": record["step"],
-        "final_top1": record["val_top1"], "final_top5": record["val_top5"], "final_loss": record["val_loss"],
-        "best_top1": best["val_top1"], "best_epoch": best["epoch"],
-        "train_seconds": time.perf_counter() - started,
-        "median_images_per_second": job.num_samples / float(np.median(seconds)),
-    }
+    return result
 
 
 class Trainer:
-    """Model, optimizer and loaders of a job, and one epoch of each kind."""
+    """Model, optimizer and loaders of a job, and its state between two steps."""
 
     def __init__(self, job: Job):
         config, world = job.config, job.world
@@ -145,16 +137,23 @@ class Trainer:
         self.rows = per_rank_batch(job.global_batch_size, world.world_size, config.train.accumulation)
         self.micro_batch = self.rows * world.world_size
         self.steps_per_epoch = math.ceil(job.num_samples / job.global_batch_size)
-        self.step = 0
+        self.step = 0  # optimizer steps done
+        self.epoch = 0
+        self.micro = 0  # forward passes done in this epoch
+        self.totals_3 = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, images of this epoch
+        self.history: dict[str, Any] = {"record": {}, "best": {}, "epoch_seconds": [], "wall_seconds": [], "resumes": 0,
+                                        "train_seconds": 0.0, "partial": [0.0, 0.0]}
+        self.last_save = self.started = time.perf_counter()
         if world.device.type == "cpu":
             torch.set_num_threads(default_workers(world.local_world_size))
+        set_deterministic(config.train.deterministic)
         torch.manual_seed(config.run.seed)
         self.input_stage = InputStage(config.data.mean, config.data.std, config.model.channels_last).to(world.device)
         model = build_model(config.model.name, config.data.num_classes, cifar_stem=config.model.cifar_stem,
                             channels_last=config.model.channels_last).to(world.device)
         self.model = distributed.data_parallel(model, world)
         # From here on every rank draws its own numbers (dropout, mixing).
-        torch.manual_seed(int(np.random.SeedSequence([config.run.seed, world.rank]).generate_state(1)[0]))
+        torch.manual_seed(self._rank_seed())
         self.optimizer = build_optimizer(model, config)
         self.mix = build_mix(config)
         on_gpu = world.device.type == "cuda"
@@ -162,34 +161,104 @@ class Trainer:
         self.amp_dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp] if on_gpu else None
         self.train_loader, self.val_loader = build_loaders(job, self.rows)
         self.tensorboard: Any = None
+        self.group = distributed.control_group(config.run.timeout_seconds)
+        self.agreement = distributed.Agreement(2, self.group)
+        self._settle_buckets()
+        if job.resume is not None:
+            self._resume(job.resume)
+        self.quarantines = config.score.on_nan == "quarantine" and self._observed()
+        self.good_buffers = [buffer.clone() for buffer in model.buffers()] if self.quarantines else []
+
+    def _rank_seed(self, *more: int) -> int:
+        entropy = [self.job.config.run.seed, self.job.world.rank, *more]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    # ---- the run
+
+    def run(self) -> dict[str, Any]:
+        """All epochs that are left, and the result."""
+        job, history = self.job, self.history
+        log = job.run.log_file if job.world.is_main else None
+        stop = bool(history.get("stopped"))
+        while self.epoch < job.epochs and not stop:
+            epoch_started = time.perf_counter()
+            record = self.train_epoch()
+            scoring = time.perf_counter()
+            stop = job.observer.end_epoch()
+            record["scoring_share"] = (record.pop("record_seconds") + time.perf_counter() - scoring) / record["epoch_seconds"]
+            is_last = stop or self.epoch + 1 == job.epochs
+            if is_last or (self.epoch + 1) % job.config.train.eval_every == 0:
+                record |= self.evaluate(self.epoch)
+                if not history["best"] or record["val_top1"] > history["best"]["val_top1"]:
+                    history["best"] = dict(record)
+                    self.save_model("best")
+            history["record"] = record
+            history["epoch_seconds"].append(record["epoch_seconds"])
+            history["wall_seconds"].append(time.perf_counter() - epoch_started)
+            history["stopped"] = stop
+            with distributed.together(job.world):
+                if job.world.is_main:
+                    job.run.append_metrics(record)
+                    self.write_tensorboard(record)
+                    remaining = np.median(history["wall_seconds"]) * ((job.stops_after or job.epochs) - self.epoch - 1)
+                    say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining), log)
+            self.epoch, self.micro = self.epoch + 1, 0
+            if is_last:
+                self.save_model("final")
+            self._end_of_epoch(is_last)
+        return self._result()
+
+    def _result(self) -> dict[str, Any]:
+        job, record, best = self.job, self.history["record"], self.history["best"]
+        return {
+            "num_images": job.num_samples, "epochs": self.epoch, "epochs_planned": job.epochs, "seed": job.config.run.seed,
+            "global_batch_size": job.global_batch_size, "steps": record["step"],
+            "final_top1": record["val_top1"], "final_top5": record["val_top5"], "final_loss": record["val_loss"],
+            "best_top1": best["val_top1"], "best_epoch": best["epoch"],
+            "train_seconds": self._train_seconds(), "resumes": self.history["resumes"],
+            "median_images_per_second": job.num_samples / float(np.median(self.history["epoch_seconds"])),
+        }
+
+    def _train_seconds(self) -> float:
+        return self.history["train_seconds"] + time.perf_counter() - self.started
 
     # ---- training
 
-    def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """One pass over the samples; the record of its metrics (over all ranks)."""
-        job, train = self.job, self.job.config.train
+    def train_epoch(self) -> dict[str, Any]:
+        """The rest of this epoch's pass over the samples; the record of its metrics (over all ranks)."""
+        job, train, epoch = self.job, self.job.config.train, self.epoch
         order = epoch_order(job.num_samples, self.micro_batch, seed=job.config.run.seed, epoch=epoch, subset=job.subset_M)
         step_weight = self._step_weights(order)
         self.model.train()
-        job.observer.begin_epoch(order)
-        totals_3 = torch.zeros(3, dtype=torch.float64, device=job.world.device)  # loss, correct, images
-        record_seconds, lr = 0.0, 0.0
+        job.observer.begin_epoch(order, self.micro)
+        seconds_before, record_seconds = self.history["partial"]
+        if self.micro == 0:
+            self.totals_3.zero_()
+        lr = 0.0
         started = time.perf_counter()
         with Progress(f"epoch {epoch + 1}/{job.epochs}", job.num_samples, "images", job.world.is_main) as progress:
-            for micro, batch in enumerate(self._batches(order, epoch)):
-                is_update = (micro + 1) % train.accumulation == 0 or micro + 1 == order.num_steps
+            progress.advance(int((order.index_SG[: self.micro] >= 0).sum()))
+            for batch in self._batches(order.from_step(self.micro), epoch):
+                distributed.set_position(f"epoch {epoch + 1}, step {self.step + 1}")
+                is_last = self.micro + 1 == order.num_steps
+                is_update = (self.micro + 1) % train.accumulation == 0 or is_last
                 with nullcontext() if is_update else self.model.no_sync():
-                    record_seconds += self._forward_backward(batch, step_weight[micro], totals_3)
+                    record_seconds += self._forward_backward(batch, step_weight[self.micro])
+                progress.advance(int((order.index_SG[self.micro] >= 0).sum()))
+                self.micro += 1
                 if is_update:
                     lr = self._update()
                     if self.step % train.log_every == 0:
-                        loss, _ = self._read_totals(totals_3, epoch)
+                        loss, _ = self._read_totals(epoch)
                         progress.note(f"loss {loss:.3f}")
-                progress.advance(int((order.index_SG[micro] >= 0).sum()))
+                    self.history["partial"] = [seconds_before + time.perf_counter() - started, record_seconds]
+                    if not is_last:
+                        self._between_steps()
             if job.world.device.type == "cuda":
                 torch.cuda.synchronize()
-        epoch_seconds = time.perf_counter() - started
-        loss, top1 = self._read_totals(totals_3, epoch)
+        epoch_seconds = seconds_before + time.perf_counter() - started
+        self.history["partial"] = [0.0, 0.0]
+        loss, top1 = self._read_totals(epoch)
         distributed.average_buffers(self.model)
         return {
             "epoch": epoch, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1,
@@ -214,7 +283,7 @@ class Trainer:
             factor_S = factor_S * total_S / rows_S
         return factor_S.tolist()
 
-    def _forward_backward(self, batch: Any, weight: float, totals_3: Tensor) -> float:
+    def _forward_backward(self, batch: Any, weight: float) -> float:
         """Forward, record, backward; returns the host seconds that recording took (on CUDA: to launch it)."""
         job, train = self.job, self.job.config.train
         image, target = self.input_stage(batch.image), batch.label
@@ -225,18 +294,21 @@ class Trainer:
             image, target = self.mix(image, batch.label)
         with self._autocast():
             logits_BC = self.model(image)
+        real_B = batch.index >= 0
         started = time.perf_counter()
         job.observer.record(batch.index, logits_BC.detach() if clean_logits_BC is None else clean_logits_BC, batch.label)
         record_seconds = clean_seconds + time.perf_counter() - started
+        if self.quarantines:
+            finite_B = torch.isfinite(logits_BC).all(dim=1)
+            real_B, logits_BC = real_B & finite_B, torch.where(finite_B[:, None], logits_BC, 0.0)
         loss_B = F.cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing)
-        real_B = batch.index >= 0
         weighted_B = loss_B * real_B
         if job.importance == "sample":
             weighted_B = weighted_B * self._importance_N()[batch.index.clamp_min(0)]
         self.scaler.scale(weighted_B.sum() * weight).backward()
         with torch.no_grad():
             correct_B = (logits_BC.argmax(dim=1) == batch.label) & real_B
-            totals_3 += torch.stack([(loss_B * real_B).sum(), correct_B.sum(), real_B.sum()])
+            self.totals_3 += torch.stack([(loss_B * real_B).sum(), correct_B.sum(), real_B.sum()])
         return record_seconds
 
     def _observed(self) -> bool:
@@ -264,6 +336,8 @@ class Trainer:
                            warmup_steps=round(train.warmup_epochs * self.steps_per_epoch))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.quarantines:
+            self._drop_nonfinite()
         if train.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
@@ -273,14 +347,166 @@ class Trainer:
         self.step += 1
         return lr
 
-    def _read_totals(self, totals_3: Tensor, epoch: int) -> tuple[float, float]:
+    def _drop_nonfinite(self) -> None:
+        """Leave out a step whose gradient is not finite (momentum and decay go on), and batch-norm statistics that are not.
+
+        Nothing is read from the device. Gradients are those of all ranks, so all drop the same steps. With loss scaling it is
+        the scaler that skips such steps.
+        """
+        if not self.scaler.is_enabled():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            is_finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+            for gradient in gradients:
+                gradient.copy_(torch.where(is_finite, gradient, 0.0))
+        for buffer, good in zip(self.model.module.buffers(), self.good_buffers, strict=True):
+            buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, good))
+            good.copy_(buffer)
+
+    def _read_totals(self, epoch: int) -> tuple[float, float]:
         """Mean loss and top-1 (percent) so far, over all ranks; waits for the device. Raises when the loss is not finite."""
-        loss, correct, images = distributed.sum_over_ranks(totals_3.clone()).tolist()
+        loss, correct, images = distributed.sum_over_ranks(self.totals_3.clone()).tolist()
         if not math.isfinite(loss):
             self.job.observer.check()
             raise InputError(f"epoch {epoch}, up to step {self.step}: the training loss is not finite; lower train.lr="
                              f"{self.job.config.train.lr} or add train.warmup_epochs", shared=True)
         return loss / images, 100.0 * correct / images
+
+    # ---- leaving and going on
+
+    def _between_steps(self) -> None:
+        """Save when it is time, or leave when any rank was asked to; all ranks alike, one step after the fact."""
+        asked, due = self.agreement.exchange([bool(self.job.interruption.requested), self._is_time()])
+        if asked:
+            self._leave()
+        elif due:
+            self._save_checkpoint()
+
+    def _end_of_epoch(self, is_last: bool) -> None:
+        every = self.job.config.checkpoint.every_epochs
+        asked, due = self.agreement.settle([bool(self.job.interruption.requested), self._is_time()])
+        if asked and not is_last:
+            self._leave()
+        elif is_last or due or (every and self.epoch % every == 0):
+            self._save_checkpoint(wait=is_last)
+
+    def _is_time(self) -> bool:
+        """Whether a checkpoint is due by time. By the main rank's clock, which never goes back."""
+        seconds = self.job.config.checkpoint.every_seconds
+        return bool(self.job.world.is_main and seconds and time.perf_counter() - self.last_save >= seconds)
+
+    def _leave(self) -> NoReturn:
+        """Save where we are and go, on every rank."""
+        name = next(filter(None, distributed.gather_objects(self.job.interruption.requested, self.job.world)), "a signal")
+        failed_before = self.job.checkpoints.num_failed if self.job.checkpoints else 0
+        self._save_checkpoint(wait=True)
+        where = f"epoch {self.epoch + 1}, step {self.step}"
+        if self.job.checkpoints is None:
+            raise Preempted(f"{name} at {where}; there are no checkpoints, so the run starts over next time", agreed=True)
+        saved = "saved" if self.job.checkpoints.num_failed == failed_before else "NOT saved (see the warning)"
+        raise Preempted(f"{name}: {saved} at {where}; run the same command again to go on", agreed=True)
+
+    def _save_checkpoint(self, wait: bool = False) -> None:
+        if self.job.checkpoints is None:
+            return
+        train_seconds = self._train_seconds()
+        record = {
+            "epoch": self.epoch, "step": self.step, "steps_of_epoch": -(-self.micro // self.job.config.train.accumulation),
+            "world_size": self.job.world.world_size, "scaler": self.scaler.state_dict(),
+            "history": self.history | {"train_seconds": train_seconds}}
+        best = self.job.run.models / "best.pt"
+        files = {"best.pt": best} if self.job.world.is_main and self.history["best"] else {}
+        self.job.checkpoints.save(self.step, self._tensors(), record, files=files, wait=wait)
+        self.last_save = time.perf_counter()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All state but what the checkpoint's record holds: replicated, sharded, and of this rank alone."""
+        module = self.model.module
+        tensors = {f"model/{name}": parameter.detach() for name, parameter in module.named_parameters()}
+        for name, parameter in module.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    tensors[f"optimizer/{name}/{key}"] = value
+        tensors |= {f"observer/{name}": value for name, value in self.job.observer.state_dict().items()}
+        return tensors | self._rank_tensors(self.job.world.rank)
+
+    def _rank_tensors(self, rank: int) -> dict[str, Tensor]:
+        """What differs between ranks within an epoch: batch-norm statistics, random numbers, sums of metrics."""
+        own = {f"buffer/{name}": buffer for name, buffer in self.model.module.named_buffers()}
+        own |= {"random": torch.get_rng_state(), "totals": self.totals_3}
+        if self.job.world.device.type == "cuda":
+            own["random_cuda"] = torch.cuda.get_rng_state()
+        return {f"rank{rank:05d}/{name}": value for name, value in own.items()}
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of a checkpoint, made on this number of ranks or another.
+
+        On another number of ranks everybody gets the mean of the batch-norm statistics (as at the end of an epoch) and
+        random numbers of its own.
+        """
+        job, record = self.job, checkpoint.record
+        assert job.checkpoints is not None
+        kept = job.checkpoints.describe(checkpoint)
+        module = self.model.module
+        tensors = {f"model/{name}": parameter.detach() for name, parameter in module.named_parameters()}
+        by_name = dict(module.named_parameters())
+        for name, like in kept.items():
+            if name.startswith("optimizer/"):
+                _, parameter_name, key = name.split("/")
+                parameter = by_name[parameter_name]
+                device = parameter.device if like.ndim else "cpu"  # torch keeps step counters on the CPU
+                value = self.optimizer.state[parameter].setdefault(key, torch.empty_like(
+                    parameter.detach() if like.shape == parameter.shape else like, dtype=like.dtype, device=device))
+                tensors[name] = value
+        observer = job.observer.state_dict()
+        tensors |= {f"observer/{name}": value for name, value in observer.items()}
+        same_ranks = record["world_size"] == job.world.world_size
+        of_ranks = [job.world.rank] if same_ranks else range(record["world_size"])
+        own = {rank: {name: value.clone() for name, value in self._rank_tensors(rank).items() if name in kept}
+               for rank in of_ranks}
+        for part in own.values():
+            tensors |= part
+        job.checkpoints.load(checkpoint, tensors)
+        job.observer.load_state_dict(observer)
+        self.epoch, self.step = record["epoch"], record["step"]
+        self._take_over_ranks([{name.partition("/")[2]: value for name, value in part.items()} for part in own.values()],
+                              same_ranks)
+        self.scaler.load_state_dict(record["scaler"])
+        self.micro = record["steps_of_epoch"] * job.config.train.accumulation
+        self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
+
+    def _take_over_ranks(self, parts: list[dict[str, Tensor]], same_ranks: bool) -> None:
+        for name, buffer in self.model.module.named_buffers():
+            values = [part[f"buffer/{name}"] for part in parts]
+            mean = sum(values[1:], start=values[0]) / len(values) if buffer.is_floating_point() else values[0]
+            buffer.copy_(mean)
+        if same_ranks:
+            self.totals_3.copy_(parts[0]["totals"])
+            torch.set_rng_state(parts[0]["random"])
+            if "random_cuda" in parts[0] and self.job.world.device.type == "cuda":
+                torch.cuda.set_rng_state(parts[0]["random_cuda"])
+        else:  # the sum over ranks is what counts
+            torch.manual_seed(self._rank_seed(self.step))
+            self.totals_3.copy_(sum((part["totals"] for part in parts[1:]), start=parts[0]["totals"]))
+            self.totals_3 *= self.job.world.is_main
+
+    def _settle_buckets(self) -> None:
+        """One step without effect. DDP sorts its buckets anew after the first backward pass, which changes the order of sums
+        from three ranks on; so that a resumed run sums as an uninterrupted one does, no run trains with unsorted buckets."""
+        device = self.job.world.device
+        random, random_cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
+        kept = [buffer.clone() for buffer in self.model.module.buffers()]
+        size = self.job.config.data.image_size
+        image = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
+        self.model.train()
+        with self._autocast():
+            logits_BC = self.model(self.input_stage(image))
+        (logits_BC.float().sum() * 0.0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.model.module.buffers(), kept, strict=True):
+            buffer.copy_(value)
+        torch.set_rng_state(random)
+        if random_cuda is not None:
+            torch.cuda.set_rng_state(random_cuda)
 
     # ---- evaluation and records
 
@@ -303,7 +529,7 @@ class Trainer:
         loss, top1, top5, images = distributed.sum_over_ranks(totals_4).tolist()
         return {"val_loss": loss / images, "val_top1": 100.0 * top1 / images, "val_top5": 100.0 * top5 / images}
 
-    def save(self, name: str) -> None:
+    def save_model(self, name: str) -> None:
         """Weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
         with distributed.together(self.job.world):
             if self.job.world.is_main:
@@ -315,15 +541,16 @@ class Trainer:
         if self.tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(self.job.run.tensorboard))
+            self.tensorboard = SummaryWriter(str(self.job.run.tensorboard), purge_step=record["epoch"])
         for key, value in record.items():
             if key != "epoch" and value is not None:
                 self.tensorboard.add_scalar(key, value, record["epoch"])
 
     def close(self) -> None:
-        """Finish writing."""
+        """Finish writing, and free the process group."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        distributed.release_group(self.group)
 
     def _batches(self, order: EpochOrder, epoch: int) -> Iterator[Any]:
         world = self.job.world
@@ -376,6 +603,15 @@ def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
         for file, view in ((job.train_file, train_view), (job.val_file, eval_view)))
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Let torch use only algorithms that give the same bits every time, or any."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # would only cost
+    torch.backends.cudnn.benchmark = False
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak device memory on CUDA, resident memory of this process on the CPU; bytes."""
     if device.type == "cuda":
@@ -412,8 +648,10 @@ def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: 
         raise InputError(f"model.name={name} gives several outputs in training; use a network with one")
 
 
-def open_files(config: Config) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
+def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
     """The training and evaluation files, checked against the config, and the fingerprint of the training labels.
+
+    With `decode_some` a sample of the images is checked as well (one rank is enough for that).
 
     Raises:
         InputError: file missing or damaged, label outside [0, C), another number of classes.
@@ -431,4 +669,6 @@ def open_files(config: Config) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
                          "give two splits of one dataset")
     for info, manifest in zip(files, manifests, strict=True):
         check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
+        if decode_some:
+            quick_check(info.path, info, manifest)
     return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)

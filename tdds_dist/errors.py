@@ -24,3 +24,8 @@ class NonFiniteLogitsError(InputError):
 
 class CoverageError(InputError):
     """An epoch did not record every sample exactly once."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank ended, or did not answer in time; the message names it. Not bad input: the run can go on when started
+    again."""

@@ -20,11 +20,12 @@ import numpy as np
 from tdds_dist.agreement import noise_kept
 from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset, write_atomically
 from tdds_dist.beton import Manifest, read_manifest
-from tdds_dist.cells import Cell, Task, check_directory, check_plan, is_done, other_settings, retrain_task, window_of
+from tdds_dist.cells import Cell, Task, can_go_on, check_directory, check_plan, is_done, other_settings, retrain_task, window_of
 from tdds_dist.config import Config, Experiment, Method, load_config, parse_baselines, parse_config
 from tdds_dist.console import say
 from tdds_dist.distributed import World, current_world, session, together
 from tdds_dist.errors import InputError
+from tdds_dist.preemption import Interruption
 from tdds_dist.rundir import RunDir
 from tdds_dist.score import BASELINES, MODEL_SCORES, file_key, score, score_all
 from tdds_dist.select import any_scores, find_scores, make_coreset, random_scores
@@ -32,18 +33,19 @@ from tdds_dist.tables import Outcome, write_tables
 from tdds_dist.workers import run_in_processes
 
 
-def experiment(plan: Experiment, *, jobs: int = 1, world: World | None = None) -> tuple[Path, list[str]]:
+def experiment(plan: Experiment, *, jobs: int = 1, world: World | None = None,
+               interruption: Interruption | None = None) -> tuple[Path, list[str]]:
     """Run what is missing of an experiment and write its tables; returns the Markdown file and what failed.
 
     `jobs` runs go at a time, each alone in a process with its share of the CPUs and GPUs. With a `world` of several ranks
     every rank calls it, and all of them work on one run after the other. What is done already is skipped; a run that was
-    stopped half-way is started over. A run that fails stops only those that need it.
+    stopped half-way goes on from its last checkpoint. A run that fails stops only those that need it.
 
     Raises:
         InputError: an impossible plan, something else in its directory, or results of other settings; before anything runs.
     """
     world = world or current_world("cpu")
-    execute = _on_all_ranks(world) if world.world_size > 1 else _in_processes(jobs)
+    execute = _on_all_ranks(world, interruption) if world.world_size > 1 else _in_processes(jobs)
     with ExitStack() as locks:
         with together(world):
             collections, cells = check_plan(plan)
@@ -219,24 +221,25 @@ def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scor
 # ---- running
 
 
-def _run_task(task: Task, world: World) -> None:
-    """One collection or retraining, from the start; what a stopped one left behind goes."""
+def _run_task(task: Task, world: World, interruption: Interruption | None = None) -> None:
+    """One collection or retraining, from its last checkpoint where it was stopped; what one of other settings left goes."""
     from tdds_dist.collect import collect
     from tdds_dist.retrain import retrain
 
     with together(world):
         if world.is_main and task.directory.exists():
             check_directory(task)
-            shutil.rmtree(task.directory)
+            if not can_go_on(task):
+                shutil.rmtree(task.directory)
     config = parse_config(task.config, task.title)
     if task.coreset_file is None:
-        collect(config, world, settings=task.settings)
+        collect(config, world, settings=task.settings, interruption=interruption)
     else:
         retrain(config, world, task.coreset_file, task.strategy, importance=task.importance, name=task.name,
-                settings=task.settings)
+                settings=task.settings, interruption=interruption)
 
 
-def _on_all_ranks(world: World) -> Callable[[list[Task]], dict[Path, str]]:
+def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[list[Task]], dict[Path, str]]:
     """What runs tasks one after the other on all ranks; returns those that failed, by directory, and why."""
     def execute(tasks: list[Task]) -> dict[Path, str]:
         failed = {}
@@ -244,7 +247,7 @@ def _on_all_ranks(world: World) -> Callable[[list[Task]], dict[Path, str]]:
             if world.is_main:
                 say(f"[{number}/{len(tasks)}] {task.title}")
             try:
-                _run_task(task, world)
+                _run_task(task, world, interruption)
             except InputError as error:
                 if not error.shared:
                     raise

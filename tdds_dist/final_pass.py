@@ -7,6 +7,7 @@ one rank: a batch's features travel to the owners of their classes, leave the de
 
 # B rows per rank and step, C classes, D features, M rows whose classes this rank keeps, N dataset, W world size
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tdds_dist.partition import class_owners, epoch_order, routing_counts
 from tdds_dist.rundir import RunDir
 from tdds_dist.scalars import log_probabilities
 from tdds_dist.select import any_scores
+from tdds_dist.selection import not_quarantined, set_lowest
 
 
 def final_pass(directory: Path, world: World) -> list[Path]:
@@ -46,25 +48,33 @@ def final_pass(directory: Path, world: World) -> list[Path]:
         train_file, _, found = open_files(config)
         if any(run.scores.glob("*.npz")):
             require_same_dataset(found, any_scores(run.path).fingerprint, f"data.train={train_file.path}")
-        epochs = (run.read_result() or {}).get("epochs") or len(run.read_metrics())
+        result = run.read_result() or {}
+        epochs = result.get("epochs") or len(run.read_metrics())
     values = run_model(config, world, train_file, run)
     settings = {"source": "final_pass", "view": "evaluation", "epochs": epochs, "seed": config.run.seed,
                 "world_size": world.world_size}
-    return write_scores(run, world, values, train_file, found, settings)
+    return write_scores(run, world, values, train_file, found, settings, result.get("quarantined", ()))
 
 
 def write_scores(run: RunDir, world: World, values: dict[str, np.ndarray], train_file: BetonInfo, found: Fingerprint,
-                 settings: dict[str, Any]) -> list[Path]:
-    """Save what `run_model` gave, on the main rank; the paths on every rank."""
+                 settings: dict[str, Any], quarantined: Sequence[int] = ()) -> list[Path]:
+    """Save what `run_model` gave, on the main rank; the paths on every rank.
+
+    `quarantined` samples may have values that are not finite; they get the lowest of the others.
+    """
+    if quarantined:
+        settings = settings | {"quarantined": sorted(quarantined)}
     paths = [run.scores / f"{key}.npz" for key in values]
     with together(world):
         for key, score_N in values.items():
-            if not np.isfinite(score_N).all():
-                bad = np.flatnonzero(~np.isfinite(score_N))
+            rest_n = not_quarantined(len(score_N), quarantined)
+            bad = rest_n[~np.isfinite(score_N[rest_n])]
+            if len(bad):
                 raise InputError(f"{key} is not finite for {len(bad)} samples (global indices {bad[:8].tolist()}); the final "
                                  "weights are damaged or training diverged")
         if world.is_main:
             for path, (key, score_N) in zip(paths, values.items(), strict=True):
+                score_N = set_lowest(score_N, quarantined)
                 save_scores(path, Scores(key, score_N, train_file.label_N, found, {"score": key} | settings))
     return paths
 

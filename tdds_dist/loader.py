@@ -39,7 +39,7 @@ from ffcv.reader import Reader
 from torch import Tensor
 
 from tdds_dist import imaging
-from tdds_dist.beton import BetonInfo, inspect_beton
+from tdds_dist.beton import IMAGE, BetonInfo, inspect_beton
 from tdds_dist.errors import InputError
 from tdds_dist.partition import EpochOrder
 
@@ -89,6 +89,30 @@ def _has_tbb() -> bool:
     except ImportError:
         return False
     return True
+
+
+def find_undecodable(data: np.ndarray, image_B: np.ndarray, size_B: np.ndarray, num_workers: int = 1) -> np.ndarray:
+    """Which images the decoder of training refuses, bool [B].
+
+    data: uint8, read-only, the stored bytes of the images one after the other. image_B: their records (`beton.IMAGE`), with
+    `data_ptr` the place in `data`. size_B: uint64, bytes of each.
+    """
+    assert int(size_B.sum()) == len(data), (size_B.sum(), len(data))
+    num = len(image_B)
+    record_B = np.zeros(num, np.dtype([("", IMAGE), ("", "<i8")], align=True))  # as in the files of `tdds write`: one kernel
+    record_B["f0"] = image_B
+    pixels = int((image_B["width"].astype(np.int64) * image_B["height"]).max()) * 3
+    corner_BSS3, scratch_BX, failed_B = (np.empty(shape, np.uint8) for shape in ((num, 1, 1, 3), (num, pixels), num))
+    record_B.setflags(write=False)
+    before = numba.get_num_threads()
+    numba.set_num_threads(max(1, min(num_workers, len(os.sched_getaffinity(0)))))
+    try:
+        # The crop that costs least: one pixel of each image is kept.
+        imaging.load_batch(np.arange(num), corner_BSS3, scratch_BX, failed_B, record_B["f0"], data, image_B["data_ptr"].copy(),
+                           size_B, imaging.PAD, False, 0, 1.0, 0.08, 1.0, 0, 0)
+    finally:
+        numba.set_num_threads(before)
+    return failed_B.astype(bool)
 
 
 class BetonLoader(ffcv.Loader):

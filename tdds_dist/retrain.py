@@ -1,32 +1,41 @@
 """Stage `retrain`: train on a coreset, weighted by importance, for as long as the strategy says."""
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tdds_dist.artifacts import Coreset, load_coreset, require_same_dataset
-from tdds_dist.config import Config, to_dict
+from tdds_dist.config import Config
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
 from tdds_dist.engine import Job, fit, open_files, preflight
 from tdds_dist.errors import InputError
 from tdds_dist.partition import per_rank_batch
+from tdds_dist.preemption import Interruption
 from tdds_dist.rundir import RunDir
 from tdds_dist.schedule import batch_size_factor, retrain_epochs
+from tdds_dist.start import content_of, entered
 
 
 def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, importance: str | None = None,
-            name: str | None = None, settings: dict[str, Any] | None = None) -> RunDir:
-    """Run the stage; returns its run directory, `<run.dir>/retrain/<name>`.
+            name: str | None = None, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
+            interruption: Interruption | None = None) -> RunDir:
+    """Run the stage, or go on with it; returns its run directory, `<run.dir>/retrain/<name>`.
 
     Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy, importance and
-    seed by default. `settings` are added to the record of how the run was started and of what came out.
+    seed by default. `settings` are added to the record of how the run was started and of what came out. A run directory that
+    holds a checkpoint is gone on with, a finished one left as it is; `fresh` starts over (`force`: also where there is a run).
+
+    Raises:
+        Preempted: `interruption` asked for it; the state is saved.
     """
     importance = importance or config.retrain.importance
     with together(world):
         coreset = load_coreset(Path(coreset_file))
-        train_file, val_file, fingerprint = open_files(config)
+        train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
         require_same_dataset(coreset.fingerprint, fingerprint, str(coreset_file))
         _check_importance(coreset, importance, coreset_file)
         rate = coreset.pruning_rate
@@ -35,25 +44,32 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         global_batch_size = rows * world.world_size * config.train.accumulation
         preflight(config, train_file, val_file, rows)
         epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
-        run = RunDir(RunDir(config.run.directory).retrain / (name or _name(config, Path(coreset_file), strategy, importance)))
+        run = RunDir(RunDir(config.run.directory).retrain / _checked(name or _name(config, Path(coreset_file), strategy,
+                                                                                    importance)))
         setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
                    "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings,
-                   "method": coreset.method, "model": config.model.name} | (settings or {})
+                   "coreset_sha256": _sha256(coreset), "method": coreset.method, "model": config.model.name} | (settings or {})
+        train = config.train.model_copy(update={"epochs": epochs, "global_batch_size": global_batch_size})
+        resolved = config.model_copy(update={"train": train, "run": config.run.model_copy(update={"dir": str(run.path)})})
+        data = {}
         if world.is_main:
-            resolved = to_dict(config)
-            resolved["train"] |= {"epochs": epochs, "global_batch_size": global_batch_size}
-            resolved["run"] |= {"dir": str(run.path)}
-            run.start(resolved, setting, world.world_size, str(world.device), "choose another --name, or remove it")
-    importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
-    importance_N[coreset.index_M] = coreset.importance_M
-    if world.is_main:
-        _announce(config, run, coreset, strategy, importance, epochs, global_batch_size, world)
-    job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
-              importance_N=importance_N, importance=importance)
-    result = fit(job)
-    with together(world):
+            data = {"data": content_of((train_file, val_file))}
+    with entered(run, resolved, setting | data, world, fresh=fresh, force=force) as start:
+        if start.result is not None:
+            return run
+        importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
+        importance_N[coreset.index_M] = coreset.importance_M
         if world.is_main:
-            run.write_result(setting | result)
+            _announce(config, run, coreset, strategy, importance, epochs, global_batch_size, world)
+        job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
+                  importance_N=importance_N, importance=importance, checkpoints=start.checkpoints, resume=start.resume,
+                  interruption=interruption or Interruption())
+        result = fit(job)
+        start.checkpoints.finish()
+        with together(world):
+            if world.is_main:
+                run.write_result(setting | result)
+                start.checkpoints.remove_all()
     return run
 
 
@@ -80,6 +96,18 @@ def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
     if not np.isfinite(values).all() or values.min() < 0 or values.max() <= 0:
         raise InputError(f"{path}: importance must be finite, not negative, and somewhere positive; "
                          "retrain with --importance none or select again")
+
+
+def _checked(name: str) -> str:
+    """A name for a folder, and nothing that leads out of it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):
+        raise InputError(f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or digit")
+    return name
+
+
+def _sha256(coreset: Coreset) -> str:
+    """What decides a retraining in a coreset."""
+    return hashlib.sha256(coreset.index_M.tobytes() + coreset.importance_M.tobytes()).hexdigest()
 
 
 def _name(config: Config, coreset_file: Path, strategy: str, importance: str) -> str:

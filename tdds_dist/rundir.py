@@ -7,6 +7,7 @@ scores, coresets (`artifacts`) or trajectories (`trajectory`). Only rank 0 write
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ class RunDir:
         self.result_file = self.path / "result.json"
         self.log_file = self.path / "log.txt"
         self.tensorboard = self.path / "tb"
+        self.checkpoints = self.path / "checkpoints"
         self.trajectory = self.path / "trajectory"
         self.scores = self.path / "scores"
         self.coresets = self.path / "coresets"
@@ -38,20 +40,32 @@ class RunDir:
         self.retrain = self.path / "retrain"
         self.report_file = self.path / "report.html"
 
-    def start(self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str,
-              way_out: str = "choose another run.name or run.dir, or remove it") -> None:
-        """Create the directory and record how the run was started; `stage` names the stage and its settings.
+    def start(self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str) -> None:
+        """Create the directory, with the config and the record of how the run was started; `stage` names the stage and its
+        settings."""
+        self.write_start(config, stage | environment(world_size, device))
 
-        Refuses a directory that already holds a run.
-        """
-        if self.metrics_file.exists() or (self.trajectory / "meta.json").exists():
-            raise InputError(f"{self.path} already holds a run; {way_out}")
+    def write_start(self, config: dict[str, Any], env: dict[str, Any]) -> None:
+        """Write config and record; env.json comes last, so a config alone is a start that did not happen."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-            self._write_json(self.env_file, stage | environment(world_size, device))
+            self._write_json(self.env_file, env)
         except OSError as error:
             raise InputError(f"cannot write to run.dir={self.path} ({error}); choose a writable directory") from error
+
+    def clear(self) -> None:
+        """Remove what a run of this directory wrote; coresets and retrainings in it stay."""
+        for path in (self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.report_file):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def rewind(self, num_epochs: int) -> None:
+        """Forget the metrics of later epochs, which are to come again."""
+        if self.metrics_file.is_file():
+            lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["epoch"] < num_epochs]
+            write_atomically(self.metrics_file, lambda file: file.write("".join(lines).encode()))
 
     def read_config(self) -> dict[str, Any]:
         """The resolved config as it was run."""
@@ -74,12 +88,20 @@ class RunDir:
         """Append one epoch's record to metrics.jsonl."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One record per epoch, in order; empty when there is none yet."""
+        """One record per epoch, in order; empty when there is none yet. A last line that was cut off is left out."""
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines() if line]
+        records = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
 
     def write_result(self, record: dict[str, Any]) -> None:
         """Write the outcome; its presence says that the run finished."""

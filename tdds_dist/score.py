@@ -1,7 +1,7 @@
 """Stage `score`: compute scores from what was recorded, without touching an image.
 
 Reads our trajectory, or a dynamics folder of the authors' code. `score` gives TDDS in any setting, `score_all` every
-score that needs no final model; `final_pass` makes the two that do.
+score that needs no final model; `final_pass` makes the two that do. Quarantined samples get the lowest score of the others.
 """
 
 # T epochs, N dataset
@@ -21,6 +21,7 @@ from tdds_dist.console import say
 from tdds_dist.dynamics import Dynamics, is_dynamics
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
+from tdds_dist.selection import set_lowest
 from tdds_dist.tdds import Window, check_window, delta_scalar, score_trajectory, window_settings
 from tdds_dist.trajectory import Trajectory
 
@@ -165,7 +166,7 @@ class _Origin:
     label_N: np.ndarray
     found: Fingerprint
     folder: Path
-    settings: dict[str, Any]  # provenance for score files
+    settings: dict[str, Any]  # provenance for score files, and `quarantined`
 
     def windows(self, preset: str | None, T: int | None, K: int | None, beta: float | None) -> tuple[list[Window], str]:
         """The windows to score and their preset, checked against what was recorded."""
@@ -193,6 +194,10 @@ class _Origin:
             return [], "official"
         return [Window(window["T"], window["K"], window["beta"]) for window in scored["windows"]], scored["preset"]
 
+    def quarantine(self, score_N: np.ndarray) -> np.ndarray:
+        """The scores, those of quarantined samples set to the lowest of the others."""
+        return set_lowest(score_N, self.settings.get("quarantined", ()))
+
     def save(self, folder_or_file: Path, key: str, score_N: np.ndarray, settings: dict[str, Any],
              extra: dict[str, np.ndarray] | None = None) -> Path:
         path = folder_or_file if folder_or_file.suffix == ".npz" else folder_or_file / f"{key}.npz"
@@ -212,10 +217,13 @@ def _open(source: Path, beton: Path | None) -> _Origin:
     is_run = run.config_file.is_file()
     trajectory = Trajectory(run.trajectory if is_run else source)
     label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
+    settings: dict[str, Any] = {"epochs": trajectory.num_epochs}
+    if quarantined := list(trajectory.quarantined):
+        settings["quarantined"] = quarantined
     if not is_run:
-        return _Origin(trajectory, None, label_N, found, source, {"epochs": trajectory.num_epochs})
+        return _Origin(trajectory, None, label_N, found, source, settings)
     config = parse_config(run.read_config(), str(run.config_file))
-    settings = {"epochs": trajectory.num_epochs, "seed": config.run.seed, "world_size": run.read_env().get("world_size")}
+    settings |= {"seed": config.run.seed, "world_size": run.read_env().get("world_size")}
     return _Origin(trajectory, config, label_N, found, run.scores, settings)
 
 
@@ -234,7 +242,7 @@ def _score_windows(origin: _Origin, windows: list[Window], preset: str, delta: s
     delta_TN = np.abs(delta_TN) if absolute else delta_TN
     paths = []
     for window in windows:
-        score_N = score_trajectory(delta_TN, window, preset)
+        score_N = origin.quarantine(score_trajectory(delta_TN, window, preset))
         if score_N.min() == score_N.max():
             say(f"warning: all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing, raise K")
         settings = window_settings(window, preset, delta)
@@ -255,7 +263,7 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
     values_TN = origin.recorded.read(baseline.scalar(options), num_epochs)
     score_N, extra, settings = baseline.compute(values_TN, options)
     setting = {"score": key, "T": num_epochs} | settings
-    return [origin.save(folder, file_key(key, options), score_N, setting, extra)]
+    return [origin.save(folder, file_key(key, options), origin.quarantine(score_N), setting, extra)]
 
 
 def _labels(label_N: np.ndarray, num_classes: int, beton: Path | None) -> tuple[np.ndarray, Fingerprint]:

@@ -9,7 +9,7 @@ T x N x C on disk. Nothing in `record` waits for the device: checks write flags 
 # B rows of a call, C classes, F scalars, M rows of this rank's shard, N dataset, R rows received, W world size
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tdds_dist.artifacts import fingerprint
 from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.partition import PADDING, EpochOrder, routing_counts, rows_per_shard
 from tdds_dist.scalars import SCALARS, log_probabilities, sample_scalars
+from tdds_dist.selection import set_lowest
 from tdds_dist.tdds import (
     DELTA_OF_PRESET,
     Window,
@@ -29,11 +30,13 @@ from tdds_dist.tdds import (
     differences_per_window,
     window_variability,
 )
-from tdds_dist.trajectory import TrajectoryWriter, require_no_trajectory
+from tdds_dist.trajectory import TrajectoryWriter, require_no_trajectory, resume_trajectory
 
 _HEADER_BYTES = 16  # global index and label of a row, int64 each
+_NOT_QUARANTINED = -1
 _NEVER = 2**62  # step of the first non-finite row while there is none
 _NUM_NAMED = 8  # offending indices named in an error
+_LARGEST_QUARANTINE = 0.01  # share of the samples; beyond it training has diverged
 
 
 class ShardedScorer:
@@ -49,6 +52,9 @@ class ShardedScorer:
         trajectory: directory to which every epoch's scalars are appended; None keeps no record.
         trajectory_dtype: precision of the scalars in that directory, float32 or float16. Only float32 gives the same
             scores again bit by bit.
+        on_nan: NaN or infinite logits of a sample `stop` the run, or put the sample into `quarantine`: it is listed
+            (`quarantined`), recorded as zeros from then on, and scored as the lowest of all.
+        resume: the trajectory directory may hold epochs already; `load_state_dict` says which of them count.
 
     Protocol: all ranks of the default process group construct it and call `record` equally often per epoch (an empty
     call counts), then `end_epoch`; without a process group it works alone. When the visit order is known, `expect`
@@ -61,7 +67,8 @@ class ShardedScorer:
     def __init__(
         self, num_samples: int, num_classes: int, windows: Sequence[Window], preset: str = "official",
         device: torch.device | str | None = None, *, logp_dtype: torch.dtype = torch.float32,
-        trajectory: Path | str | None = None, trajectory_dtype: torch.dtype = torch.float32,
+        trajectory: Path | str | None = None, trajectory_dtype: torch.dtype = torch.float32, on_nan: str = "stop",
+        resume: bool = False,
     ):
         if num_samples < 1 or num_classes < 2:
             raise InputError(f"num_samples={num_samples} must be at least 1 and num_classes={num_classes} at least 2")
@@ -71,10 +78,13 @@ class ShardedScorer:
             raise InputError(f"logp_dtype={logp_dtype} must be torch.float32 or torch.float16")
         if trajectory_dtype not in (torch.float32, torch.float16):
             raise InputError(f"trajectory_dtype={trajectory_dtype} must be torch.float32 or torch.float16")
+        if on_nan not in ("stop", "quarantine"):
+            raise InputError(f"on_nan={on_nan!r} must be 'stop' or 'quarantine'")
         for window in windows:
             check_window(window, preset)
         self.num_samples, self.num_classes, self.preset = num_samples, num_classes, preset
         self.windows = tuple(dict.fromkeys(windows))
+        self._quarantines = on_nan == "quarantine"
         self.world = distributed.current_world(device)
         self.epoch = 0
         self.step = 0
@@ -82,15 +92,18 @@ class ShardedScorer:
         self._rows_per_shard = rows_per_shard(num_samples, self.world.world_size)
         self._counts: tuple[list[list[int]], list[list[int]]] | None = None
         self._pending: tuple[distributed.Exchange, torch.dtype, int] | None = None
+        self._num_nonfinite = 0  # over all ranks, at the last `check`
         self._allocate(logp_dtype)
         self._trajectory = None
+        self._trajectory_dtype = str(trajectory_dtype).removeprefix("torch.")
+        self._directory = None if trajectory is None else Path(trajectory)
         if trajectory is not None:
             with distributed.together(self.world):
-                if self.world.is_main:
+                if self.world.is_main and not resume:
                     require_no_trajectory(Path(trajectory))
             self._trajectory = TrajectoryWriter(
                 trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main,
-                dtype=str(trajectory_dtype).removeprefix("torch."),
+                dtype=self._trajectory_dtype,
                 scored={"preset": preset, "windows": [asdict(window) for window in self.windows]})
 
     def _allocate(self, logp_dtype: torch.dtype) -> None:
@@ -102,6 +115,7 @@ class ShardedScorer:
         self._label_M = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self._visits_M = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._nonfinite_M = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._quarantined_M = torch.full((rows,), _NOT_QUARANTINED, dtype=torch.int32, device=device)  # first bad epoch
         self._delta_KM = torch.zeros(num_slots, rows, device=device)  # slot of the difference into epoch t: t mod K
         self._average_AM = torch.zeros(len(self.windows), rows, device=device)
         self._bad_index = torch.zeros((), dtype=torch.int64, device=device)
@@ -110,11 +124,13 @@ class ShardedScorer:
 
     # ---- one step
 
-    def expect(self, order: EpochOrder) -> None:
+    def expect(self, order: EpochOrder, first_step: int = 0) -> None:
         """Announce the visit order of the epoch that starts now, as `partition` deals it out.
 
-        Then `record` must be called with exactly those rows, step by step, and exchanges no counts.
+        Then `record` must be called with exactly those rows, step by step, and exchanges no counts. A resume in the middle
+        of an epoch gives the order of the whole epoch, and the first step that is not recorded yet.
         """
+        self.step = first_step
         sends_SW, receives_SW = routing_counts(order, self.world.rank, self.world.world_size, self.num_samples)
         self._counts = (sends_SW.tolist(), receives_SW.tolist())
 
@@ -195,6 +211,8 @@ class ShardedScorer:
         now = torch.where(nonfinite_R.any(), step, _NEVER)
         self._nonfinite_step = torch.minimum(self._nonfinite_step, now)
 
+        if self._quarantines:
+            logits_RC = torch.where(nonfinite_R[:, None], 0.0, logits_RC)
         logp_RC = log_probabilities(logits_RC)
         previous_RC = self._logp_MC[row_R].float() if self.epoch > 0 else None
         self._scalars_MF.index_copy_(0, row_R, sample_scalars(logits_RC, logp_RC, previous_RC, label_R).T.contiguous())
@@ -222,11 +240,14 @@ class ShardedScorer:
         if num_bad_label:
             raise InputError(f"epoch {self.epoch}: {num_bad_label} recorded labels lie outside [0, {self.num_classes}); "
                              "check num_classes and the dataset", shared=True)
-        if num_nonfinite:
+        if num_nonfinite and (not self._quarantines or num_nonfinite > _LARGEST_QUARANTINE * self.num_samples):
             step = int(distributed.min_over_ranks(self._nonfinite_step.clone()))
             named = self._name_rows(self._nonfinite_M[:rows] > 0)
-            raise NonFiniteLogitsError(f"epoch {self.epoch}, step {step}: NaN or infinite logits for {num_nonfinite} samples "
-                                       f"(global indices {named}); lower the learning rate or check these images", shared=True)
+            too_many = f", more than {_LARGEST_QUARANTINE:.0%} of all, which quarantine allows" if self._quarantines else ""
+            raise NonFiniteLogitsError(
+                f"epoch {self.epoch}, step {step}: NaN or infinite logits for {num_nonfinite} samples{too_many} (global "
+                f"indices {named}); lower the learning rate or check these images", shared=True)
+        self._num_nonfinite = num_nonfinite
 
     def end_epoch(self) -> None:
         """Close the epoch: verify coverage, append the trajectory, advance windows.
@@ -244,6 +265,7 @@ class ShardedScorer:
             raise CoverageError(f"epoch {self.epoch}: of {self.num_samples} samples {missing} were not recorded and "
                                 f"{repeated} more than once (global indices {named}); record every sample exactly once per "
                                 "epoch and give rows that merely fill a batch the index -1", shared=True)
+        self._quarantine()
         if self._trajectory is not None:
             labels_sha256 = None
             if self.epoch == 0:
@@ -255,9 +277,25 @@ class ShardedScorer:
         if self.epoch > 0:
             self._advance_windows()
         self._visits_M.zero_()
+        self._nonfinite_M.zero_()
+        self._nonfinite_step.fill_(_NEVER)
         self._counts = None
         self.epoch += 1
         self.step = 0
+
+    def _quarantine(self) -> None:
+        """Mark the samples whose logits were not finite in this epoch; all marked ones are recorded as zeros."""
+        if not self._quarantines:
+            return
+        rows = self._end - self._first
+        is_new_M = (self._nonfinite_M[:rows] > 0) & (self._quarantined_M == _NOT_QUARANTINED)
+        self._quarantined_M.masked_fill_(is_new_M, self.epoch)
+        self._scalars_MF[:rows].masked_fill_((self._quarantined_M != _NOT_QUARANTINED)[:, None], 0.0)
+        if self._num_nonfinite and self._trajectory is not None:
+            epoch_of_index = self.quarantined()
+            with distributed.together(self.world):
+                if self.world.is_main:
+                    self._trajectory.write_quarantine(epoch_of_index)
 
     def _advance_windows(self) -> None:
         """Put this epoch's loss differences into the ring and fold every window that is now full."""
@@ -290,17 +328,80 @@ class ShardedScorer:
         if late:
             raise InputError(f"{late[0]} needs {late[0].T} epochs, {self.epoch} are recorded; train longer or lower T")
         score_NA = distributed.all_gather_shards(self._average_AM.T.contiguous(), self.num_samples, self.world).cpu()
-        return {window: score_NA[:, column].clone() for column, window in enumerate(self.windows)}
+        scores = {window: score_NA[:, column].clone() for column, window in enumerate(self.windows)}
+        if out := sorted(self.quarantined()):
+            return {window: torch.from_numpy(set_lowest(score_N.numpy(), out)) for window, score_N in scores.items()}
+        return scores
+
+    def quarantined(self) -> dict[int, int]:
+        """Samples in quarantine: global index -> first epoch with NaN or infinite logits; on every rank. A collective."""
+        if not self._quarantines:
+            return {}
+        epoch_N = distributed.all_gather_shards(self._quarantined_M, self.num_samples, self.world).cpu()
+        index = (epoch_N != _NOT_QUARANTINED).nonzero()[:, 0]
+        return dict(zip(index.tolist(), epoch_N[index].tolist(), strict=True))
 
     def gather_labels(self) -> Tensor:
         """Recorded class by global index, int64 [N] on the CPU, on every rank. A collective."""
         rows = self._end - self._first
         return distributed.all_gather_shards(self._label_M[:rows], self.num_samples, self.world).cpu()
 
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that `load_state_dict` needs, also in the middle of an epoch. A collective.
+
+        Tables are DTensors cut along the sample axis that share the scorer's memory (plain tensors without a process
+        group): torch.distributed.checkpoint saves them, and loads into those of any number of ranks, as does
+        `checkpoint.Checkpoints`.
+
+        Raises:
+            InputError: as `check`: bad values are not kept.
+        """
+        self.check()
+        rows = self._end - self._first
+        tables = {"logp": self._logp_MC, "scalars": self._scalars_MF, "label": self._label_M, "visits": self._visits_M,
+                  "nonfinite": self._nonfinite_M, "quarantined": self._quarantined_M}
+        state = {name: distributed.as_shard(table[:rows], self.num_samples, self.world) for name, table in tables.items()}
+        for name, table in (("delta", self._delta_KM), ("average", self._average_AM)):
+            state[name] = distributed.as_shard(table, self.num_samples, self.world, dim=1)
+        settings = [[window.T, window.K, window.beta, float(self.preset == "paper")] for window in self.windows]
+        return state | {"position": torch.tensor([self.epoch, self.step]),
+                        "settings": torch.tensor(settings, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken. A collective.
+
+        What torch.distributed.checkpoint has loaded into this scorer's own `state_dict` is in place already; other tensors
+        are copied. The trajectory loses the epochs that are to be recorded again; those before must be whole.
+
+        Raises:
+            InputError: other windows or preset, or a trajectory that is damaged or of something else; on every rank.
+        """
+        mine = self.state_dict()
+        with distributed.together(self.world):
+            if not torch.equal(state["settings"], mine["settings"]):
+                was, now = state["settings"].tolist(), mine["settings"].tolist()
+                raise InputError(f"the state was saved with other windows (T, K, beta, preset=paper: {was} instead of {now}); "
+                                 "resume with the settings it was saved with")
+        for name, table in mine.items():
+            if name not in ("position", "settings"):
+                distributed.own_rows(table).copy_(distributed.own_rows(state[name]))
+        self.epoch, self.step = state["position"].tolist()
+        self._counts = None
+        if self._directory is None:
+            return
+        label_N = self.gather_labels().numpy()
+        labels_sha256 = fingerprint(label_N, self.num_classes).labels_sha256 if self.epoch > 0 else None
+        with distributed.together(self.world):
+            if self.world.is_main:
+                resume_trajectory(self._directory, SCALARS, self.num_samples, self.num_classes, labels_sha256, self.epoch,
+                                  dtype=self._trajectory_dtype)
+
     def state_bytes(self) -> int:
         """Bytes of per-sample state on this rank's device."""
-        tables = (self._logp_MC, self._scalars_MF, self._label_M, self._visits_M, self._nonfinite_M, self._delta_KM,
-                  self._average_AM)
+        tables = (self._logp_MC, self._scalars_MF, self._label_M, self._visits_M, self._nonfinite_M, self._quarantined_M,
+                  self._delta_KM, self._average_AM)
         return sum(table.numel() * table.element_size() for table in tables)
 
     def _name_rows(self, is_bad_M: Tensor) -> str:

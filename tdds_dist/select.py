@@ -3,7 +3,7 @@
 Owns which sampler a score is meant for, the importance that goes with it, and names; the samplers are `selection`'s.
 """
 
-# N dataset, M kept samples
+# N dataset, M kept samples, n samples that are not quarantined, m those of one class
 
 from collections.abc import Callable
 from functools import partial
@@ -35,19 +35,21 @@ def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, c
 
     `sampler`: `top`, `centre` (Moderate), `ccs` (strata; `num_strata`, `hard_cutoff_rate`, by default that of the pruning
     rate), `beta` (DUAL's weighted draw; `c_d`); default the one the score is meant for. `class_balanced` applies it to
-    each class by itself. `seed` decides draws and ties.
+    each class by itself. `seed` decides draws and ties. Quarantined samples (`settings["quarantined"]`) are never kept: it
+    chooses among the others, all of them if they are fewer than M.
 
     Raises:
         InputError: a sampler that does not fit the score, scores that are not finite, a rate that keeps nothing.
     """
     sampler = sampler or default_sampler(scores)
-    score_N = scores.score_N
     if sampler not in SAMPLERS:
         raise InputError(f"sampler={sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
-    if not np.isfinite(score_N).all():
-        raise InputError(f"score {scores.key!r} holds {int((~np.isfinite(score_N)).sum())} values that are not "
+    rest_n = _not_quarantined(scores)
+    score_n, label_n = scores.score_N[rest_n], scores.label_N[rest_n]
+    if not np.isfinite(score_n).all():
+        raise InputError(f"score {scores.key!r} holds {int((~np.isfinite(score_n)).sum())} values that are not "
                          "finite; compute it again with `tdds score`")
-    num = selection.num_kept(len(score_N), pruning_rate)
+    num = min(selection.num_kept(len(scores.score_N), pruning_rate), len(rest_n))
     pick: Callable[..., np.ndarray]
     if sampler == "ccs":
         if scores.settings.get("keep") == "easiest":
@@ -59,39 +61,42 @@ def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, c
         if "p_mean" not in scores.extra:
             raise InputError(f"score {scores.key!r} comes without the mean probability that sampler beta looks at; use "
                              "--score dual")
+        p_mean_n = scores.extra["p_mean"][rest_n]
     else:
         pick = selection.centre if sampler == "centre" else selection.top
 
     def pick_among(member_m: np.ndarray, quota: int, draw_seed: int) -> np.ndarray:
         if sampler == "beta":
-            return selection.beta_sample(score_N[member_m], scores.extra["p_mean"][member_m], quota, pruning_rate, c_d=c_d,
-                                         seed=draw_seed)
-        return pick(score_N[member_m], quota, seed=draw_seed)
+            return selection.beta_sample(score_n[member_m], p_mean_n[member_m], quota, pruning_rate, c_d=c_d, seed=draw_seed)
+        return pick(score_n[member_m], quota, seed=draw_seed)
 
     def pick_of_class(member_m: np.ndarray, quota: int) -> np.ndarray:
-        label = int(scores.label_N[member_m[0]])  # every class draws by itself
+        label = int(label_n[member_m[0]])  # every class draws by itself
         return pick_among(member_m, quota, int(np.random.SeedSequence([seed, label]).generate_state(1)[0]))
 
     if class_balanced:
-        return selection.per_class(pick_of_class, scores.label_N, num)
-    return pick_among(np.arange(len(score_N)), num, seed)
+        return rest_n[selection.per_class(pick_of_class, label_n, num)]
+    return rest_n[pick_among(np.arange(len(rest_n)), num, seed)]
 
 
 def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False,
                  seed: int = 0, **options: Any) -> tuple[Coreset, list[str]]:
     """The coreset of `choose` with its importances, and warnings about it.
 
-    Importance: the score scaled to [0, 1] over all N for TDDS in preset `official`, the score itself in `paper`
-    (section 4.3), 1 for every other score, which its paper does not weigh by.
+    Importance: the score scaled to [0, 1] over all N, less the quarantined, for TDDS in preset `official`, the score itself
+    in `paper` (section 4.3), 1 for every other score, which its paper does not weigh by.
     """
     index_M = choose(scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options)
-    warnings = []
-    if scores.key != "random" and scores.score_N.min() == scores.score_N.max():
-        warnings.append(f"all {len(scores.score_N)} scores of {scores.key} are {scores.score_N[0]:g}, so the choice is "
+    rest_n = _not_quarantined(scores)
+    score_n, label_n = scores.score_N[rest_n], scores.label_N[rest_n]
+    warnings = _quarantine_warnings(scores, rest_n)
+    if scores.key != "random" and score_n.min() == score_n.max():
+        warnings.append(f"all {len(score_n)} scores of {scores.key} are {score_n[0]:g}, so the choice is "
                         "a random draw" + ("; raise K, and score again" if scores.settings.get("score") == "tdds" else ""))
-    empty = selection.empty_classes(index_M, scores.label_N)
+    kept_M = np.searchsorted(rest_n, index_M)  # positions among the others
+    empty = selection.empty_classes(kept_M, label_n)
     if len(empty):
-        message = f"{len(empty)} of {len(np.unique(scores.label_N))} classes keep no sample (first: {empty[:8].tolist()})"
+        message = f"{len(empty)} of {len(np.unique(label_n))} classes keep no sample (first: {empty[:8].tolist()})"
         if class_balanced:
             raise InputError(f"pruning_rate={pruning_rate}: {message}; lower the pruning rate")
         warnings.append(f"{message}; --class-balanced keeps the same share of each")
@@ -106,7 +111,7 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
         settings |= {} if own is None else {"own_hard_cutoff_rate": own}
     if sampler == "beta":
         settings["c_d"] = options.get("c_d", DEFAULT_C_D)
-    coreset = Coreset(index_M, _importance(scores)[index_M], scores.key, pruning_rate, scores.fingerprint, settings)
+    coreset = Coreset(index_M, _importance(scores, rest_n)[kept_M], scores.key, pruning_rate, scores.fingerprint, settings)
     return coreset, warnings
 
 
@@ -162,19 +167,24 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
 
 
 def any_scores(source: Path) -> Scores:
-    """Any score file, for the labels and fingerprint of the dataset."""
+    """Any score file, for the labels and fingerprint of the dataset, and the quarantined samples: imported ones, which know
+    none, only where there are no others."""
     if source.is_file():
         return load_scores(source)
     found = sorted(RunDir(source).scores.glob("*.npz"))
     if not found:
         raise InputError(f"{source} holds no scores; run `tdds collect` or `tdds score` first")
+    for path in found:
+        if (scores := load_scores(path)).settings.get("source") != "imported":
+            return scores
     return load_scores(found[0])
 
 
 def random_scores(like: Scores, seed: int) -> Scores:
-    """A seeded draw as scores, for the dataset of `like`."""
+    """A seeded draw as scores, for the dataset of `like`, with its quarantined samples."""
     score_N = baselines.random(len(like.score_N), seed)
-    return Scores("random", score_N, like.label_N, like.fingerprint, {"score": "random"})
+    quarantined = {name: value for name, value in like.settings.items() if name == "quarantined"}
+    return Scores("random", score_N, like.label_N, like.fingerprint, {"score": "random"} | quarantined)
 
 
 def importance_kind(scores: Scores) -> str:
@@ -184,12 +194,29 @@ def importance_kind(scores: Scores) -> str:
     return "score" if scores.settings.get("preset") == "paper" else "min_max"
 
 
-def _importance(scores: Scores) -> np.ndarray:
-    """Importance of all N samples, float32 [N]."""
-    kind = importance_kind(scores)
+def _importance(scores: Scores, rest_n: np.ndarray) -> np.ndarray:
+    """Importance of the samples `rest_n`, float32 [n]."""
+    kind, score_n = importance_kind(scores), scores.score_N[rest_n]
     if kind == "uniform":
-        return np.ones_like(scores.score_N)
-    return scores.score_N if kind == "score" else selection.min_max(scores.score_N)
+        return np.ones_like(score_n)
+    return score_n if kind == "score" else selection.min_max(score_n)
+
+
+def _not_quarantined(scores: Scores) -> np.ndarray:
+    """Global indices of the samples that may be kept, int64 [n]."""
+    return selection.not_quarantined(len(scores.score_N), scores.settings.get("quarantined", ()))
+
+
+def _quarantine_warnings(scores: Scores, rest_n: np.ndarray) -> list[str]:
+    """How many samples are left out, and the classes that lose all of theirs."""
+    num = len(scores.score_N) - len(rest_n)
+    if not num:
+        return []
+    warnings = [f"{num} quarantined samples (NaN logits) are in no coreset" if num > 1 else
+                "1 quarantined sample (NaN logits) is in no coreset"]
+    if len(gone := selection.empty_classes(rest_n, scores.label_N)):
+        warnings.append(f"all samples of {len(gone)} classes are quarantined (first: {gone[:8].tolist()})")
+    return warnings
 
 
 def _default_path(source: Path, coreset: Coreset) -> Path:

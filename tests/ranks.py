@@ -55,6 +55,29 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, de
     return [by_rank[rank] for rank in range(world_size)]
 
 
+def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any, patience: float = 5.0) -> list[int]:
+    """Exit codes by rank of `function(rank, *arguments)`, which may kill its process: 0 it returned, 1 it raised.
+
+    When one rank has ended badly, the others get `patience` seconds before they are killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [_context.Process(target=_main_that_may_die,
+                                      args=(rank, world_size, str(Path(folder) / "store"), function, arguments), daemon=True)
+                     for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + 120.0
+        is_over = False
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if not is_over and any(process.exitcode for process in processes):
+                is_over, end = True, time.monotonic() + patience
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+            process.join()
+        return [process.exitcode for process in processes]
+
+
 def catch(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
     """Name and text of the exception that a call raises, or ("", "")."""
     try:
@@ -81,4 +104,19 @@ def _main(
         results.put((rank, "crash", traceback.format_exc()))
     results.close()
     results.join_thread()
+    os._exit(0)
+
+
+def _main_that_may_die(rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+                                timeout=timedelta(seconds=60))
+        function(rank, *arguments)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)

@@ -188,6 +188,31 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, make, load):
     assert not escaped
 
 
+@pytest.mark.parametrize("make", [
+    lambda: Scores("dual", *np.random.default_rng(0).normal(size=(1, 200_000)).astype(np.float32), np.arange(200_000) % 7,
+                   Fingerprint(200_000, 7, ""), {}, {"p_mean": np.linspace(0, 1, 200_000, dtype=np.float32)}),
+    lambda: Coreset(np.arange(0, 400_000, 2), np.ones(200_000, np.float32), "random", 0.5, Fingerprint(400_000, 7, ""))],
+    ids=["scores", "coreset"])
+def test_a_flipped_bit_in_an_array_is_refused(tmp_path, make):
+    """Everywhere in its data; arrays of several reads each."""
+    path = save(tmp_path / "file.npz", make())
+    load = load_scores if isinstance(make(), Scores) else load_coreset
+    whole = path.read_bytes()
+    with np.load(path) as file:
+        arrays = {name: file[name].tobytes() for name in file}
+    assert len(arrays) == (4 if load is load_scores else 3)
+    for name, data in arrays.items():
+        start = whole.index(data)
+        for bit, offset in enumerate([0, 1, len(data) // 3, len(data) // 2, 2**18, 2**18 + 1, len(data) - 2, len(data) - 1]):
+            with path.open("r+b") as file:
+                file.seek(start + offset % len(data))
+                file.write(bytes([whole[start + offset % len(data)] ^ 1 << bit]))
+            with pytest.raises(InputError, match=rf"file\.npz is not a (scores|coreset) file .*CRC-32 for file '{name}\.npy'"):
+                load(path)
+            path.write_bytes(whole)
+    load(path)
+
+
 @pytest.mark.parametrize("damage", [
     {"score_N": np.zeros(6, dtype=np.float32)}, {"score_N": np.zeros((7, 1), dtype=np.float32)},
     {"label_N": LABEL_N[:6]}, {"fingerprint": Fingerprint(8, 3, "")},

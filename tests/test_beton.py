@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,16 @@ from tdds_dist.beton import (
     JPG,
     RAW,
     check_labels,
+    content_sha256,
+    crc32_of_images,
     dataset_fingerprint,
+    evenly_spaced,
     inspect_beton,
     manifest_path,
     read_images,
     read_manifest,
+    stored_bytes,
+    write_manifest,
 )
 from tdds_dist.beton_writer import write_beton
 from tdds_dist.errors import InputError
@@ -151,6 +157,16 @@ def test_the_number_of_workers_changes_no_image(tmp_path):
     write_beton(source, tmp_path / "3.beton", num_workers=3, write_mode="proportion", progress=False)
     for one, three in zip(*(read_images(tmp_path / name, range(130)) for name in ("1.beton", "3.beton")), strict=True):
         np.testing.assert_array_equal(one, three)
+    one, three = (read_manifest(tmp_path / name) for name in ("1.beton", "3.beton"))
+    np.testing.assert_array_equal(one.crc32_N, three.crc32_N)
+
+
+def test_writing_again_gives_the_same_files(tmp_path):
+    source = open_source("synthetic:70,2,16")
+    for name in ("a", "b"):
+        write_beton(source, tmp_path / f"{name}.beton", num_workers=1, progress=False)
+    assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()
+    assert (tmp_path / "a.manifest.json").read_bytes() == (tmp_path / "b.manifest.json").read_bytes()
 
 
 def test_progress_is_plain_lines_away_from_a_terminal(tmp_path, capfd, monkeypatch):
@@ -158,6 +174,7 @@ def test_progress_is_plain_lines_away_from_a_terminal(tmp_path, capfd, monkeypat
     write_beton(open_source("synthetic:100,2,16"), tmp_path / "x.beton")
     shown = capfd.readouterr().err
     assert "write: 100 of 100 images" in shown
+    assert "crc32: 100 of 100 images" in shown
     assert "\r" not in shown
 
 
@@ -372,28 +389,38 @@ def test_a_damaged_image_is_named_when_it_is_read(copy):
         read_images(copy, [150])
 
 
-def test_imagenet_size_is_inspected_in_seconds(tmp_path):
-    num_samples, jpg_bytes, path = 1_281_167, 64, tmp_path / "imagenet.beton"
+def write_imagenet_sized(path: Path) -> int:
+    """A file with as many images as ImageNet, raw and tiny, in random order; returns N."""
+    num_samples, image_bytes = 1_281_167, 48
     start = METADATA_START + num_samples * METADATA.itemsize
     header = np.zeros(1, HEADER)
     header["version"], header["num_fields"], header["num_samples"] = 2, 2, num_samples
-    header["alloc_table_ptr"] = start + num_samples * jpg_bytes
+    header["alloc_table_ptr"] = start + num_samples * image_bytes
     fields = np.zeros(2, DESCRIPTOR)
     fields["type_id"], fields["name"][:, 0] = (2, 1), (105, 108)
     order = np.random.default_rng(0).permutation(num_samples)
     metadata, table = np.zeros(num_samples, METADATA), np.zeros(num_samples, ALLOCATION)
-    metadata["f0"]["width"], metadata["f0"]["height"] = 500, 375
-    metadata["f0"]["data_ptr"] = start + order * jpg_bytes
+    metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"] = RAW, 4, 4
+    metadata["f0"]["data_ptr"] = start + order * image_bytes
     metadata["f1"] = order % 1000
-    table["ptr"], table["size"] = metadata["f0"]["data_ptr"], jpg_bytes
+    table["ptr"], table["size"] = metadata["f0"]["data_ptr"], image_bytes
     for offset, part in ((0, header), (HEADER.itemsize, fields), (METADATA_START, metadata),
                          (int(header["alloc_table_ptr"][0]), table)):
         patch(path, offset, part)
+    return num_samples
+
+
+def test_imagenet_size_is_inspected_in_seconds(tmp_path):
+    path = tmp_path / "imagenet.beton"
+    num_samples = write_imagenet_sized(path)
     before = time.perf_counter()
     info = inspect_beton(path)
     check_labels(info, 1000)
     assert time.perf_counter() - before < 5
     assert (info.num_samples, info.image_field, info.label_field) == (num_samples, "i", "l")
+    before = time.perf_counter()
+    content_sha256(info)
+    assert time.perf_counter() - before < 2  # measured: 0.1 s
 
 
 def patch(path: Path, offset: int, array: np.ndarray) -> None:
@@ -434,6 +461,11 @@ def test_labels_of_another_file_are_refused(copy, digits):
     patch(copy, METADATA_START, metadata)
     with pytest.raises(InputError, match=r"labels are not those of .*manifest.json"):
         check_labels(inspect_beton(copy), 10, read_manifest(digits))
+    metadata["f1"] = inspect_beton(digits).label_N
+    metadata["f1"][7] += 1 << 40  # damage, and no reason to set another number of classes
+    patch(copy, METADATA_START, metadata)
+    with pytest.raises(InputError, match=r"labels are not those of .*manifest.json"):
+        check_labels(inspect_beton(copy), 10, read_manifest(digits))
 
 
 def test_the_fingerprint_is_that_of_the_labels(digits):
@@ -450,7 +482,9 @@ def test_the_manifest_comes_back_as_written(tmp_path):
     assert read is not None
     assert json.loads(manifest_path(tmp_path / "x.beton").read_text())["format"] == "tdds-manifest-1"
     np.testing.assert_array_equal(read.label_N, source.label_N)
-    same = replace(read, label_N=written.label_N)
+    np.testing.assert_array_equal(read.crc32_N, written.crc32_N)
+    assert read.crc32_N.dtype == written.crc32_N.dtype == np.uint32
+    same = replace(read, label_N=written.label_N, crc32_N=written.crc32_N)
     assert vars(same) == vars(written)
     assert same.settings == {"write_mode": "jpg", "quality": 70, "max_resolution": 12, "subset": 30}
     assert (same.split, same.image_size, same.beton_bytes) == ("val", (12, 12), (tmp_path / "x.beton").stat().st_size)
@@ -498,7 +532,7 @@ def test_a_clean_manifest_has_the_keys_it_always_had(digits):
     record = json.loads(manifest_path(digits).read_text())
     assert list(record) == ["format", "source", "split", "num_samples", "num_classes", "class_names", "beton_bytes",
                             "labels_sha256", "settings", "image_size", "columns"]
-    assert list(record["columns"]) == ["path", "label"]
+    assert list(record["columns"]) == ["path", "label", "crc32"]
     manifest = read_manifest(digits)
     assert (manifest.true_label_N, manifest.corruption, manifest.noisy_N) == (None, None, None)
 
@@ -515,6 +549,43 @@ def test_a_damaged_column_of_noise_is_refused(copy, digits, column, values):
     manifest_path(copy).write_text(json.dumps(record))
     assert read_manifest(copy).corruption == ["fog"] * 150
     record["columns"][column] = values
+    manifest_path(copy).write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"is not a whole manifest .*remove it"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize("write_mode", ["jpg", "raw", "proportion"])
+def test_the_crcs_are_those_of_the_stored_bytes(tmp_path, monkeypatch, write_mode):
+    monkeypatch.setattr(beton, "IMAGES_PER_READ", 8)
+    written = write(open_source("synthetic:100,4,16"), tmp_path / "x.beton", write_mode=write_mode)
+    content, info = (tmp_path / "x.beton").read_bytes(), inspect_beton(tmp_path / "x.beton")
+    expected = [zlib.crc32(content[ptr : ptr + size])
+                for ptr, size in zip(info.data_ptr_N.tolist(), info.size_N.tolist(), strict=True)]
+    assert len(set(expected)) == 100
+    assert written.crc32_N.tolist() == expected
+    for threads in (1, 3):
+        assert crc32_of_images(info, threads).tolist() == expected
+
+
+def test_a_manifest_without_crcs_is_valid(copy, digits):
+    manifest = read_manifest(digits)
+    assert manifest.crc32_N is not None
+    write_manifest(manifest_path(copy), replace(manifest, crc32_N=None))
+    record = json.loads(manifest_path(copy).read_text())
+    assert list(record["columns"]) == ["path", "label"]
+    assert read_manifest(copy).crc32_N is None
+
+
+@pytest.mark.parametrize("column", [
+    [0] * 149, [0] * 151, [], [0] * 149 + [-1], [0] * 149 + [2**32], [0] * 149 + [2**70], [0.5] * 150, ["1"] * 150,
+    [None] * 150, [True] * 150, [[0]] * 150, 3, "crc", {},
+])
+def test_a_damaged_column_of_crcs_is_refused(copy, digits, column):
+    record = json.loads(manifest_path(digits).read_text())
+    record["columns"]["crc32"] = [0] * 149 + [2**32 - 1]
+    manifest_path(copy).write_text(json.dumps(record))
+    assert read_manifest(copy).crc32_N[-1] == 2**32 - 1
+    record["columns"]["crc32"] = column
     manifest_path(copy).write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"is not a whole manifest .*remove it"):
         read_manifest(copy)
@@ -542,3 +613,69 @@ def test_a_source_with_unsafe_paths_is_refused(tmp_path):
     with pytest.raises(InputError, match="must be relative"):
         write(replace(source, path=["ok", "a\nb"]), tmp_path / "x.beton")
     assert left_behind(tmp_path) == []
+
+
+# --- content ---
+
+
+def test_the_content_is_the_same_whoever_wrote_it(tmp_path):
+    source = open_source("synthetic:300,2,96")
+    for workers in (1, 2):
+        write_beton(source, tmp_path / f"{workers}.beton", num_workers=workers, write_mode="raw", progress=False)
+    one, two = (inspect_beton(tmp_path / f"{workers}.beton") for workers in (1, 2))
+    assert content_sha256(one) == content_sha256(two)
+
+
+def test_where_an_image_lies_is_not_content(tmp_path):
+    write_beton(open_source("synthetic:100,2,16"), tmp_path / "x.beton", num_workers=1, write_mode="raw", progress=False)
+    info = inspect_beton(tmp_path / "x.beton")
+    before, data = content_sha256(info), dict(stored_bytes(info, [5, 50]))
+    ptr_N = info.data_ptr_N.copy()
+    ptr_N[[5, 50]] = ptr_N[[50, 5]]
+    assert content_sha256(replace(info, data_ptr_N=ptr_N)) != before
+    for i in (5, 50):
+        patch(info.path, int(ptr_N[i]), np.frombuffer(data[i], np.uint8))
+    assert content_sha256(replace(info, data_ptr_N=ptr_N)) == before
+
+
+def test_other_pixels_are_other_content(tmp_path):
+    source = open_source("synthetic:300,2,16")
+    chosen = evenly_spaced(300, 256).tolist()
+    for name, changed in (("a", None), ("b", 0), ("c", 299), ("d", chosen[100])):
+        def read(i, changed=changed):
+            image = source.read(i).copy()
+            image[-1, -1, -1] ^= i == changed  # one bit, at its end
+            return image
+        write_beton(replace(source, reader=read), tmp_path / f"{name}.beton", num_workers=1, write_mode="raw", progress=False)
+    info = [inspect_beton(tmp_path / f"{name}.beton") for name in "abcd"]
+    assert len({part.num_bytes for part in info}) == 1
+    assert len({part.label_N.tobytes() for part in info}) == 1
+    assert len({content_sha256(part) for part in info}) == 4
+
+
+@pytest.mark.parametrize("column", ["label_N", "width_N", "height_N", "mode_N"])
+def test_other_metadata_is_other_content(digits, column):
+    info = inspect_beton(digits)
+    other = getattr(info, column).copy()
+    other[3] += 1  # an image that is not hashed or is, the column is
+    assert content_sha256(replace(info, **{column: other})) != content_sha256(info)
+
+
+def test_evenly_spaced_indices_have_both_ends():
+    assert evenly_spaced(10, 256).tolist() == list(range(10))
+    assert evenly_spaced(1, 256).tolist() == [0]
+    index = evenly_spaced(1_281_167, 256)
+    assert (len(index), index[0], index[-1], index.dtype) == (256, 0, 1_281_166, np.int64)
+    assert np.ptp(np.diff(index)) <= 1
+
+
+def test_stored_bytes_of_a_file_that_shrank_is_an_input_error(copy):
+    info = inspect_beton(copy)
+    last = int(np.argmax(info.data_ptr_N))
+    with copy.open("r+b") as file:
+        file.truncate(int(info.data_ptr_N[last]) + 5)
+    with pytest.raises(InputError, match=rf"ends within image {last}"):
+        list(stored_bytes(info, [last]))
+    copy.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        list(stored_bytes(info, [last]))

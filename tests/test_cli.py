@@ -353,8 +353,17 @@ def test_the_coreset_of_another_dataset(finished, config_file, capsys, tmp_path,
 
 @pytest.mark.distributed
 def test_a_run_directory_is_not_overwritten(finished, capsys):
-    _, config, _ = finished
-    assert "already holds a run" in refused(capsys, "collect", config)
+    folder, config, _ = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main(["collect", str(config)]) == 0  # the same again: nothing to do
+    assert "is finished already" in capsys.readouterr().err
+    line = refused(capsys, "collect", config, "train.lr=0.07", "run.seed=3")
+    assert "train.lr was 0.05, now 0.07" in line
+    assert "run.seed was 0, now 3" in line
+    assert "--fresh --force" in line
+    assert "already holds a finished run" in refused(capsys, "collect", config, "--fresh")
+    assert "give both, or neither" in refused(capsys, "collect", config, "--force")
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_stage_errors(capsys, tmp_path):
@@ -446,12 +455,12 @@ def test_a_terminated_write_leaves_nothing(tmp_path):
 
 def test_every_stage_explains_itself():
     stages = build_parser()._subparsers._group_actions[0].choices
-    assert list(stages) == ["write", "collect", "score", "select", "retrain", "compare", "experiment", "export", "import",
-                            "report"]
+    assert list(stages) == ["write", "check", "collect", "score", "select", "retrain", "compare", "experiment", "export",
+                            "import", "report"]
     for name, stage in stages.items():
         assert stage.description, name
         for action in stage._actions:
-            assert action.help or action.dest in ("source", "out", "config", "runs", "coreset"), (name, action.dest)
+            assert action.help or action.dest in ("source", "out", "config", "runs", "coreset", "beton"), (name, action.dest)
 
 
 def test_help_does_not_load_torch():

@@ -186,7 +186,8 @@ def test_amsgrad_free_adamw_without_decay_on_norms(config_file):
 
 def test_nobody_sees_nothing():
     nobody = Nobody()
-    nobody.begin_epoch(epoch_order(3, 3))
+    nobody.begin_epoch(epoch_order(3, 3), 0)
+    assert nobody.state_dict() == {}
     assert nobody.end_epoch() is False
 
 

@@ -16,12 +16,13 @@ PACKAGE = Path(__file__).parents[1] / "tdds_dist"
 # A module imports from rows above its own, and within its row from what stands to its left.
 LAYERS = [
     ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "agreement", "published"),
-    ("schema", "config", "distributed", "artifacts", "rundir", "console", "workers"),
-    ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "models", "trajectory", "dynamics"),
+    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "console", "workers"),
+    ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
+     "dynamics", "checkpoint"),
     ("scorer",),
     ("engine",),
-    ("select", "final_pass", "collect", "score", "retrain", "summary", "compare", "export", "ingest", "tables", "cells",
-     "experiment", "charts", "report"),
+    ("select", "final_pass", "start", "collect", "score", "retrain", "summary", "compare", "export", "ingest",
+     "tables", "cells", "experiment", "charts", "report"),
     ("cli", "__main__"),
 ]
 PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}
@@ -35,7 +36,8 @@ ONLY_IN = {
     "numba": {"loader", "imaging"},
     "matplotlib": {"charts"},
     "pyarrow": {"export"},
-    "torch.distributed": {"distributed"},
+    "torch.distributed": {"distributed", "checkpoint"},
+    "torch.distributed.checkpoint": {"checkpoint"},
     "submitit": set(),  # launch/ only
 }
 

@@ -1021,6 +1021,72 @@ def test_options_that_no_score_reads_are_refused(run, keys, option):
     assert not (run / "scores").exists()
 
 
+# ---- quarantined samples
+
+
+def quarantine(run: Path, samples: dict[int, int]) -> None:
+    TrajectoryWriter(run / "trajectory", SCALARS, 600, 10, 0, 300, True).write_quarantine(samples)
+
+
+def test_quarantined_samples_have_the_lowest_of_every_score(run):
+    score_all(run)
+    score(run, delta="el2n")
+    clean = {path.stem: load_scores(path) for path in (run / "scores").iterdir()}
+    assert len(clean) == 10, "two windows, two of an ablation, and six others"
+    assert all("quarantined" not in scores.settings for scores in clean.values())
+    quarantined = sorted({int(np.argmax(scores.score_N)) for scores in clean.values()} | {3, 599})
+    assert len(quarantined) > 5
+    quarantine(run, dict.fromkeys(quarantined[::-1], 29) | {599: 0})
+    score_all(run)
+    score(run, delta="el2n")
+    for key, want in clean.items():
+        found = load_scores(run / "scores" / f"{key}.npz")
+        assert found.settings == want.settings | {"quarantined": quarantined}
+        others = [i for i in range(600) if i not in quarantined]
+        lowest = min(float(want.score_N[i]) for i in others)
+        for i in range(600):
+            of_quarantined = want.score_N[i] if key == "random" else lowest
+            assert found.score_N[i] == (of_quarantined if i in quarantined else want.score_N[i]), (key, i)
+        assert not set(quarantined) & set(choose(found, 0.0).tolist())
+        assert {name: values.tobytes() for name, values in found.extra.items()} == {
+            name: values.tobytes() for name, values in want.extra.items()}
+
+
+def test_quarantined_samples_of_a_foreign_trajectory(trajectory, tmp_path):
+    folder = shutil.copytree(trajectory, tmp_path / "trajectory")
+    quarantine(tmp_path, {7: 2})
+    [path] = score(folder, T=30, K=10)
+    assert load_scores(path).settings["quarantined"] == [7]
+    (folder / "quarantine.json").write_text("{}")
+    with pytest.raises(InputError, match=r"quarantine\.json is damaged"):
+        score(folder, T=30, K=10)
+
+
+def test_constant_scores_are_found_beside_quarantined_samples(run, capsys):
+    quarantine(run, {5: 3})
+    score(run, T=12, K=2)
+    assert "warning: all scores of tdds_official_T12_K2_beta0.9 are 0;" in capsys.readouterr().err
+
+
+def test_all_samples_in_quarantine(run):
+    quarantine(run, dict.fromkeys(range(600), 3))
+    with pytest.raises(InputError, match=r"all 600 samples are quarantined: .* look for what made training diverge"):
+        score(run)
+    assert not (run / "scores").exists()
+
+
+def test_no_random_coreset_holds_a_quarantined_sample(run):
+    quarantine(run, {5: 3, 17: 0})
+    score(run)
+    label_N, found = load_scores(next((run / "scores").iterdir())).label_N, fingerprint(np.zeros(600, np.int64), 10)
+    save_scores(run / "scores" / "a_first.npz", Scores("a_first", np.ones(600), label_N, found, {"source": "imported"}))
+    path, warnings = select(run, 0.0, score="random")
+    coreset = load_coreset(path)
+    assert coreset.index_M.tolist() == [i for i in range(600) if i not in (5, 17)]
+    assert coreset.settings["quarantined"] == [5, 17]
+    assert warnings == ["2 quarantined samples (NaN logits) are in no coreset"]
+
+
 def test_scores_that_say_nothing_are_said_to(run, capsys):
     score(run, T=12, K=2)
     assert "warning: all scores of tdds_official_T12_K2_beta0.9 are 0; they say nothing, raise K" in capsys.readouterr().err

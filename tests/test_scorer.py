@@ -318,7 +318,7 @@ def _count_traffic(rank):
 def test_state_is_what_the_design_says():
     scorer = ShardedScorer(10_000, 100, [Window(30, 10, 0.9), Window(20, 10, 0.9)], device="cpu")
     rows = 10_001
-    expected = rows * (100 * 4 + len(SCALARS) * 4 + 8 + 4 + 4) + 10_000 * (9 * 4 + 2 * 4)
+    expected = rows * (100 * 4 + len(SCALARS) * 4 + 8 + 4 + 4) + 10_000 * (4 + 9 * 4 + 2 * 4)
     assert scorer.state_bytes() == expected
 
 

@@ -1,8 +1,11 @@
 """The trajectory on disk: what several ranks write reads back whole, and what is missing or damaged is named."""
 
 import json
+import re
 import shutil
 import tracemalloc
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from tdds_dist.artifacts import fingerprint
 from tdds_dist.errors import InputError
 from tdds_dist.partition import shard_bounds
 from tdds_dist.scalars import SCALARS
-from tdds_dist.trajectory import Trajectory, TrajectoryWriter, require_no_trajectory, resume_trajectory
+from tdds_dist.trajectory import Trajectory, TrajectoryWriter, require_no_trajectory, resume_trajectory, whole_epochs
 
 NAMES = ("first", "second", "third")
 
@@ -76,7 +79,7 @@ def test_blocks_of_any_world_read_back_whole(tmp_path, num_samples, world_sizes)
 def test_an_empty_shard_writes_no_block(tmp_path):
     write(tmp_path, *recorded(2, 1), [4])
     assert sorted(path.name for path in (tmp_path / "epoch_0000").iterdir()) == [
-        "0000000000-0000000001.npy", "0000000001-0000000002.npy"]
+        "0000000000-0000000001.json", "0000000000-0000000001.npy", "0000000001-0000000002.json", "0000000001-0000000002.npy"]
 
 
 def test_a_new_trajectory_has_no_epochs_and_no_files_before_its_labels(tmp_path):
@@ -96,11 +99,13 @@ def test_an_epoch_written_again_replaces_the_first_try(folder):
 
 def test_files_are_plain_arrays_without_leftovers(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(files) == 1 + 3 + 9
+    assert len(files) == 1 + 2 * 3 + 2 * 9, "meta.json, and a sidecar beside each block"
     for path in files:
         if path.suffix == ".npy":
             assert np.load(path, allow_pickle=False).dtype in (np.float32, np.int64)
-    assert json.loads((folder / "meta.json").read_text())["scalars"] == list(NAMES)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["scalars"] == list(NAMES)
+    assert meta["checksums"] is True
 
 
 def test_leftovers_of_a_killed_writer_are_ignored(folder):
@@ -186,7 +191,7 @@ def test_labels_are_compared_with_their_hash(tmp_path):
     write(tmp_path, scalars_TFN, label_N, [3], labels_sha256=want.labels_sha256)
     assert Trajectory(tmp_path).fingerprint() == want
     label_N[9] = (label_N[9] + 1) % 4
-    np.save(tmp_path / "labels" / "0000000008-0000000010.npy", label_N[8:])
+    TrajectoryWriter(tmp_path, NAMES, 10, 4, 8, 10, False).write_labels(label_N[8:])
     found = fingerprint(label_N, 4).labels_sha256[:12]
     message = rf"{tmp_path} holds labels of another dataset; they hash to {found}, meta.json says {want.labels_sha256[:12]}; "
     for read in (Trajectory(tmp_path).labels, Trajectory(tmp_path).fingerprint):
@@ -196,13 +201,314 @@ def test_labels_are_compared_with_their_hash(tmp_path):
 
 
 def test_a_trajectory_of_an_earlier_version_still_loads(folder):
-    """Without `labels_sha256`, which came later."""
-    _, label_N = recorded(10, 3)
+    """Without `labels_sha256` and `checksums`, which came later."""
+    scalars_TFN, label_N = recorded(10, 3)
+    change_meta(folder, checksums=None)
+    for sidecar in folder.glob("*/*.json"):
+        sidecar.unlink()
+    np.testing.assert_array_equal(Trajectory(folder).read("second"), scalars_TFN[:, 1])
+    assert whole_epochs(folder) == (3, "")
     assert "labels_sha256" not in json.loads((folder / "meta.json").read_text())
     np.testing.assert_array_equal(Trajectory(folder).labels(), label_N)
     assert Trajectory(folder).fingerprint() == fingerprint(label_N, 4)
     change_meta(folder, dtype=None)
     assert Trajectory(folder).dtype == "float32"
+
+
+# ---- checksums
+
+BLOCK = "epoch_0001/0000000004-0000000008.npy"
+LABELS = "labels/0000000004-0000000008.npy"
+HEADER = 128  # bytes before the data of a block
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a byte, another one in the next byte."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+def flips(path: Path) -> Iterator[int]:
+    """Every position of a file, with one bit of the byte there changed while the caller looks."""
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flip(path, position)
+        yield position
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sidecars_hold_place_and_checksums(tmp_path, dtype):
+    write(tmp_path, *recorded(10, 2), [3, 1], dtype)
+    places = {f"epoch_0000/{block}": (0, first, end) for block, first, end in (
+        ("0000000000-0000000004", 0, 4), ("0000000004-0000000008", 4, 8), ("0000000008-0000000010", 8, 10))}
+    places |= {name.replace("epoch_0000", "labels"): ("labels", first, end) for name, (_, first, end) in places.items()}
+    places |= {"epoch_0001/0000000000-0000000010": (1, 0, 10)}
+    assert {str(path.relative_to(tmp_path))[:-5] for path in tmp_path.glob("*/*.json")} == set(places)
+    for name, (epoch, first, end) in places.items():
+        data = (tmp_path / f"{name}.npy").read_bytes()[HEADER:]
+        size = len(data) if epoch == "labels" else len(data) // 3
+        rows = [zlib.crc32(data[start : start + size]) for start in range(0, len(data), size)]
+        want = {"epoch": epoch, "first": first, "end": end, "crc32": rows}
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == want
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_flipped_bit_in_a_block_is_found_in_the_row_it_is_in(tmp_path, dtype):
+    folder = write(tmp_path, *recorded(10, 2), [3, 3], dtype)
+    want = {name: Trajectory(folder).read(name) for name in NAMES}
+    size = 4 * np.dtype(dtype).itemsize
+    for position in flips(folder / BLOCK):
+        trajectory = Trajectory(folder)
+        if position < HEADER:
+            try:
+                trajectory.verify()
+            except InputError:
+                continue
+            for name in NAMES:  # a blank, say, that became another one
+                np.testing.assert_array_equal(trajectory.read(name), want[name])
+            continue
+        name = NAMES[(position - HEADER) // size]
+        message = rf"{BLOCK} is damaged \(CRC-32 of {name} is [0-9a-f]{{8}}, 0000000004-0000000008\.json says [0-9a-f]{{8}}\); "
+        for read in (trajectory.verify, lambda: trajectory.read(name), lambda: trajectory.verify_epoch(1)):  # noqa: B023
+            with pytest.raises(InputError, match=message + "restore it or collect again"):
+                read()
+        for other in set(NAMES) - {name}:
+            np.testing.assert_array_equal(trajectory.read(other), want[other])
+        np.testing.assert_array_equal(trajectory.read(name, 1), want[name][:1])
+        assert whole_epochs(folder)[0] == 1
+    assert position == HEADER + 3 * size - 1
+    assert whole_epochs(folder) == (2, "")
+
+
+def test_a_flipped_bit_in_labels_is_found(folder):
+    want = Trajectory(folder).labels()
+    for position in flips(folder / LABELS):
+        if position < HEADER and not whole_epochs(folder)[1]:  # a blank, say, that became another one
+            np.testing.assert_array_equal(Trajectory(folder).labels(), want)
+            continue
+        assert whole_epochs(folder)[0] == 0
+        for read in (Trajectory(folder).labels, Trajectory(folder).verify):
+            with pytest.raises(InputError, match=LABELS):
+                read()
+    assert position == HEADER + 4 * 8 - 1
+
+
+@pytest.mark.parametrize("block", [BLOCK, LABELS])
+def test_a_flipped_bit_in_a_sidecar_is_found(folder, block):
+    sidecar = folder / block.replace("npy", "json")
+    num_found = 0
+    for _ in flips(sidecar):
+        with pytest.raises(InputError, match=block[:-4]):
+            Trajectory(folder).verify()
+        num_found += 1
+    assert num_found == sidecar.stat().st_size > 60
+    Trajectory(folder).verify()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b'"epoch"', b"null", b"\xff\xfe", b'{"epoch": 1, "first": 4, "end": 8}',
+                                     b'{"epoch": 1, "first": 4, "end": 8, "crc32": 5}',
+                                     b'{"epoch": 1, "first": 4, "end": 8, "crc32": [1, 2]}',
+                                     b'{"epoch": 1, "first": 4, "end": 8, "crc32": [1, 2, "3"]}', None])
+def test_damaged_or_missing_sidecar(folder, content):
+    sidecar = (folder / BLOCK).with_suffix(".json")
+    if content is None:
+        sidecar.unlink()
+    else:
+        sidecar.write_bytes(content)
+    message = rf"{sidecar} is missing or damaged \(.*\), so 0000000004-0000000008\.npy cannot be trusted; restore both or"
+    for read in (Trajectory(folder).verify, lambda: Trajectory(folder).read("second")):
+        with pytest.raises(InputError, match=message):
+            read()
+    assert Trajectory(folder).read("second", 1).shape == (1, 10)
+    change_meta(folder, checksums=None)
+    Trajectory(folder).verify()
+
+
+@pytest.mark.parametrize("length", [1, 4, 48])
+@pytest.mark.parametrize("block", [BLOCK, LABELS])
+def test_a_block_that_is_too_long(folder, block, length):
+    size = (folder / block).stat().st_size
+    with (folder / block).open("ab") as file:
+        file.write(bytes(length))
+    with pytest.raises(InputError, match=rf"{block} is damaged \({size + length} bytes instead of {size}\); restore it or"):
+        Trajectory(folder).verify()
+
+
+@pytest.mark.parametrize("with_sidecar", [True, False])
+@pytest.mark.parametrize(("source", "target", "found"), [
+    ("epoch_0002/0000000004-0000000008", BLOCK[:-4], r"epoch 2 \[4, 8\), where epoch 1 \[4, 8\)"),
+    ("epoch_0001/0000000000-0000000004", BLOCK[:-4], r"epoch 1 \[0, 4\), where epoch 1 \[4, 8\)"),
+    ("labels/0000000000-0000000004", LABELS[:-4], r"labels \[0, 4\), where labels \[4, 8\)")])
+def test_a_block_of_another_place_is_found(folder, source, target, found, with_sidecar):
+    shutil.copy(folder / f"{source}.npy", folder / f"{target}.npy")
+    message = rf"{target}\.npy is damaged \(CRC-32"
+    if with_sidecar:
+        shutil.copy(folder / f"{source}.json", folder / f"{target}.json")
+        message = rf"{target}\.json is of {found} should be; restore it and 0000000004-0000000008\.npy, or collect again"
+    with pytest.raises(InputError, match=message):
+        Trajectory(folder).verify()
+    for read in [Trajectory(folder).labels] if "labels" in target else [lambda: Trajectory(folder).read("second")]:
+        with pytest.raises(InputError, match=message):
+            read()
+    assert whole_epochs(folder)[0] == (0 if "labels" in target else 1)
+
+
+def test_an_epoch_that_is_a_copy_of_another(folder):
+    shutil.rmtree(folder / "epoch_0002")
+    shutil.copytree(folder / "epoch_0001", folder / "epoch_0002")
+    with pytest.raises(InputError, match=r"epoch_0002/0000000000-0000000004\.json is of epoch 1 \[0, 4\), where epoch 2"):
+        Trajectory(folder).read("first")
+    num_whole, reason = whole_epochs(folder)
+    assert num_whole == 2
+    assert "is of epoch 1" in reason
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_killed_between_sidecar_and_block(folder, monkeypatch, epoch):
+    """While epoch 3 was recorded, or epoch 1 once more: it does not count, and a resume removes it."""
+    writers = [TrajectoryWriter(folder, NAMES, 10, 4, *bounds, False) for bounds in ((0, 4), (4, 8), (8, 10))]
+    again_FN = np.full((3, 10), 7, dtype=np.float32)
+    writers[0].append(epoch, again_FN[:, :4])
+    writers[1].append(epoch, again_FN[:, 4:8])
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writers[2].append(epoch, again_FN[:, 8:])
+    monkeypatch.undo()
+    num_whole, reason = whole_epochs(folder)
+    assert num_whole == epoch
+    assert re.search(r"epoch_0003 cover 8 of 10" if epoch == 3 else r"epoch_0001/0000000008-0000000010\.npy is damaged", reason)
+    resume(folder, epoch)
+    assert whole_epochs(folder) == (epoch, "")
+    np.testing.assert_array_equal(Trajectory(folder).read("second"), recorded(10, 3)[0][:epoch, 1])
+
+
+def test_checksums_of_another_kind(folder):
+    change_meta(folder, checksums="crc64")
+    with pytest.raises(InputError, match=r"meta\.json is damaged .*checksums must be true, false or absent"):
+        Trajectory(folder)
+
+
+# ---- how far a recording can be trusted
+
+
+@pytest.mark.parametrize(("fault", "num_whole", "reason"), [
+    ("none", 3, ""), ("only begun", 3, r"epoch_0003 cover 0 of 10 samples"), ("first", 0, r"epoch_0000/.*\.npy is damaged"),
+    ("last", 2, r"epoch_0002/.*\.npy is damaged"), ("gap", 1, r"holds epochs \[0\], expected 0 to 1 without a gap"),
+    ("no first", 0, r"holds epochs \[\], expected 0 to 0"), ("two names", 1, r"holds epochs \[0, 1, 1\], expected 0 to 1"),
+    ("block", 2, r"epoch_0002 leave a gap at index 4"), ("overlap", 1, r"epoch_0001 overlap"),
+    ("labels", 0, r"labels leave a gap"), ("meta", 0, r"meta\.json is damaged"), ("no meta", 0, r"no meta\.json"),
+    ("hash", 0, "labels of another dataset"), ("quarantine", 0, r"quarantine\.json is damaged"),
+    ("leftovers", 3, ""), ("sidecar", 1, r"epoch_0001/.*\.json is missing"), ("dtype", 1, "holds float16"),
+])
+def test_whole_epochs(folder, fault, num_whole, reason):
+    name = "0000000004-0000000008.npy"
+    {"none": lambda: None,
+     "only begun": (folder / "epoch_0003").mkdir,
+     "first": lambda: flip(folder / "epoch_0000" / name, -1),
+     "last": lambda: flip(folder / "epoch_0002" / name, HEADER),
+     "gap": lambda: shutil.rmtree(folder / "epoch_0001"),
+     "no first": lambda: shutil.rmtree(folder / "epoch_0000"),
+     "two names": (folder / "epoch_00001").mkdir,
+     "block": (folder / "epoch_0002" / name).unlink,
+     "overlap": lambda: shutil.copy(folder / "epoch_0001" / name, folder / "epoch_0001" / "0000000005-0000000009.npy"),
+     "labels": (folder / "labels" / name).unlink,
+     "meta": lambda: (folder / "meta.json").write_bytes(b"{"),
+     "no meta": (folder / "meta.json").unlink,
+     "hash": lambda: change_meta(folder, labels_sha256="abc"),
+     "quarantine": lambda: (folder / "quarantine.json").write_bytes(b"[]"),
+     "leftovers": lambda: (folder / "epoch_0001" / f".{name}.x.tmp").write_bytes(b"half"),
+     "sidecar": (folder / "epoch_0001" / name).with_suffix(".json").unlink,
+     "dtype": lambda: TrajectoryWriter(folder, NAMES, 10, 4, 4, 8, False, "float16").append(1, np.ones((3, 4), np.float32)),
+     }[fault]()
+    before = files_of(folder)
+    found = whole_epochs(str(folder))
+    assert found[0] == num_whole
+    assert re.search(reason, found[1]) if reason else found[1] == ""
+    assert files_of(folder) == before
+    if num_whole:
+        resume(folder, num_whole)
+        assert whole_epochs(folder) == (num_whole, "")
+
+
+def test_where_nothing_was_recorded_no_epoch_is_whole(tmp_path):
+    assert whole_epochs(tmp_path / "nowhere") == (0, "")
+    assert whole_epochs(tmp_path) == (0, "")
+    (tmp_path / ".meta.json.x.tmp").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("by hand")
+    assert whole_epochs(tmp_path) == (0, "")
+    writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, True)
+    writer.write_labels(np.zeros(10, dtype=np.int64))
+    assert whole_epochs(tmp_path) == (0, "")
+    writer.append(0, np.zeros((3, 10), dtype=np.float32))
+    assert whole_epochs(tmp_path) == (1, "")
+
+
+# ---- quarantine
+
+
+def test_quarantine_reads_back(folder):
+    writer = TrajectoryWriter(folder, NAMES, 10, 4, 0, 4, True)
+    assert Trajectory(folder).quarantined == {}
+    writer.write_quarantine({})
+    assert not (folder / "quarantine.json").exists()
+    writer.write_quarantine({9: 0, 2: 3})
+    assert json.loads((folder / "quarantine.json").read_text()) == {
+        "format": "tdds-quarantine-1", "samples": {"2": 3, "9": 0}}
+    assert list(Trajectory(folder).quarantined.items()) == [(2, 3), (9, 0)]
+    assert Trajectory(folder, 2).quarantined == {2: 3, 9: 0}, "also when fewer epochs are looked at"
+    assert whole_epochs(folder) == (3, "")
+    writer.write_quarantine({np.int64(4): np.int64(1)})
+    assert Trajectory(folder).quarantined == {4: 1}
+    writer.write_quarantine({})
+    assert not (folder / "quarantine.json").exists()
+    for wrong in ({10: 0}, {-1: 0}, {1: -1}):
+        with pytest.raises(AssertionError):
+            writer.write_quarantine(wrong)
+    with pytest.raises(AssertionError):
+        TrajectoryWriter(folder, NAMES, 10, 4, 4, 8, False).write_quarantine({})
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"format": "tdds-quarantine-1"}',
+    b'{"format": "tdds-quarantine-1", "samples": [1]}',
+    b'{"format": "tdds-quarantine-1", "samples": {"10": 3}}', b'{"format": "tdds-quarantine-1", "samples": {"-1": 3}}',
+    b'{"format": "tdds-quarantine-1", "samples": {"one": 3}}', b'{"format": "tdds-quarantine-1", "samples": {"1": -1}}',
+    b'{"format": "tdds-quarantine-1", "samples": {"1": "3"}}', b'{"format": "tdds-quarantine-1", "samples": {"1": true}}',
+    b'{"format": "tdds-quarantine-2", "samples": {"1": 3}}'])
+def test_damaged_quarantine(folder, content):
+    (folder / "quarantine.json").write_bytes(content)
+    for read in (lambda: Trajectory(folder).quarantined, Trajectory(folder).verify):
+        with pytest.raises(InputError, match=r"trajectory/quarantine\.json is damaged \(.*\); restore it or collect again"):
+            read()
+
+
+@pytest.mark.parametrize(("next_epoch", "left"), [
+    (0, None), (1, {4: 0}), (2, {2: 1, 4: 0}), (3, {2: 1, 4: 0, 7: 2})])
+def test_resume_frees_samples_quarantined_in_lost_epochs(folder, next_epoch, left):
+    writer = TrajectoryWriter(folder, NAMES, 10, 4, 0, 4, True)
+    writer.write_quarantine({4: 0, 2: 1, 7: 2, 8: 3})
+    resume(folder, next_epoch)
+    if left is not None:
+        assert Trajectory(folder).quarantined == left
+    assert (folder / "quarantine.json").exists() == (left is not None)
+    writer.write_quarantine({8: next_epoch})
+    resume(folder, next_epoch)
+    assert not (folder / "quarantine.json").exists()
+
+
+def test_a_quarantine_alone_is_a_part_of_a_trajectory(tmp_path):
+    TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, True).write_quarantine({3: 0})
+    with pytest.raises(InputError, match="already holds a trajectory"):
+        require_no_trajectory(tmp_path)
+    assert whole_epochs(tmp_path)[0] == 0
+    resume(tmp_path, 0)
+    require_no_trajectory(tmp_path)
 
 
 # ---- going on where a run ended
@@ -229,6 +535,10 @@ def test_resume_keeps_what_was_finished_and_removes_the_rest(folder, next_epoch,
     (folder / "epoch_0003").mkdir()
     (folder / "epoch_0003" / ".0000000000-0000000004.npy.x.tmp").write_bytes(b"half")
     (folder / "epoch_0005").mkdir()
+    for leftover in ("epoch_0000/.0000000004-0000000008.npy.k3_j2abc.tmp", "epoch_0000/.0000000000-0000000004.json.x.tmp",
+                     "labels/.0000000008-0000000010.npy.x.tmp", ".meta.json.x.tmp", ".quarantine.json.x.tmp"):
+        (folder / leftover).write_bytes(b"half")
+    (folder / "epoch_0000" / "notes.tmp").write_bytes(before.setdefault("epoch_0000/notes.tmp", b"kept by hand"))
     resume(folder, next_epoch, labels_sha256=fingerprint(label_N, 4).labels_sha256 if has_hash else None)
     lost = {f"epoch_{epoch:04d}" for epoch in range(next_epoch, 3)}
     assert files_of(folder) == {name: data for name, data in before.items() if name.split("/")[0] not in lost}
@@ -248,6 +558,8 @@ def test_resume_before_the_first_epoch_starts_over(folder, has_meta):
     """Killed between two labels: those of another world size would overlap with what is left."""
     (folder / "labels" / "0000000004-0000000008.npy").unlink()
     (folder / "labels" / "names.txt").write_text("kept by hand")
+    (folder / "labels" / ".0000000004-0000000008.npy.x.tmp").write_bytes(b"half")
+    (folder / "quarantine.json").write_bytes(b"damaged")
     if not has_meta:
         (folder / "meta.json").unlink()
     resume(folder, 0)
@@ -274,7 +586,10 @@ def test_resume_of_another_run_is_refused_and_removes_nothing(folder, changes, m
 @pytest.mark.parametrize(("fault", "message"), [
     ("block", r"epoch_0001 leave a gap at index 4"), ("cut", r"epoch_0000/0000000008-0000000010\.npy is damaged"),
     ("epoch", r"holds epochs \[0\], expected 0 to 1 without a gap"), ("labels", r"labels cover 8 of 10 samples"),
-    ("meta", r"holds no trajectory"), ("two names", r"holds epochs \[0, 1, 1\], expected 0 to 1"),
+    ("meta", r"holds no trajectory"), ("bit", r"epoch_0001/0000000004-0000000008\.npy is damaged \(CRC-32 of third"),
+    ("sidecar", r"epoch_0000/0000000008-0000000010\.json is missing or damaged"),
+    ("label", r"labels/0000000008-0000000010\.npy is damaged \(CRC-32 is"),
+    ("quarantine", r"quarantine\.json is damaged"), ("two names", r"holds epochs \[0, 1, 1\], expected 0 to 1"),
     ("hash", "holds labels of another dataset; .* meta.json says abc")])
 def test_resume_needs_whole_epochs_and_removes_nothing(folder, fault, message):
     last_label = folder / "labels" / "0000000008-0000000010.npy"
@@ -283,6 +598,10 @@ def test_resume_needs_whole_epochs_and_removes_nothing(folder, fault, message):
      "cut": lambda: cut.write_bytes(cut.read_bytes()[:-1]),
      "epoch": lambda: shutil.rmtree(folder / "epoch_0001"),
      "labels": last_label.unlink,
+     "bit": lambda: flip(folder / "epoch_0001" / "0000000004-0000000008.npy", -1),
+     "sidecar": cut.with_suffix(".json").unlink,
+     "label": lambda: flip(last_label, -8),
+     "quarantine": lambda: (folder / "quarantine.json").write_bytes(b"{}"),
      "meta": (folder / "meta.json").unlink,
      "two names": (folder / "epoch_00001").mkdir,
      "hash": lambda: change_meta(folder, labels_sha256="abc")}[fault]()
@@ -328,7 +647,7 @@ def record_in_part(rank: int, world_size: int, root: Path) -> None:
         record_epochs(rank, world_size, scorer, range(3))
         distributed.barrier()
         if rank == 0 and num_samples > 1:
-            sorted((root / str(num_samples) / "epoch_0002").iterdir())[0].unlink()
+            min((root / str(num_samples) / "epoch_0002").glob("*.npy")).unlink()
 
 
 def record_the_rest(rank: int, world_size: int, root: Path) -> None:
@@ -383,7 +702,7 @@ def test_what_one_process_records(alone):
 def test_ranks_record_what_one_process_does(alone, tmp_path, world_size):
     run_ranks(world_size, record_all, world_size, tmp_path)
     for num_samples in SIZES:
-        blocks = sorted((tmp_path / f"{num_samples}_float16" / "epoch_0003").iterdir())
+        blocks = sorted((tmp_path / f"{num_samples}_float16" / "epoch_0003").glob("*.npy"))
         bounds = [shard_bounds(num_samples, world_size, rank) for rank in range(world_size)]
         assert len(blocks) == len([end for first, end in bounds if end > first])
         for dtype in ("float32", "float16"):

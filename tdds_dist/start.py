@@ -1,0 +1,200 @@
+"""How a stage enters its run directory: alone, and new, resumed, or finished already.
+
+Owns that decision: the lock, which settings may change between two starts, which checkpoint is used, what a crash left half
+done. `engine` restores the state itself.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from tdds_dist import console, distributed
+from tdds_dist.artifacts import write_atomically
+from tdds_dist.beton import BetonInfo, content_sha256
+from tdds_dist.checkpoint import Checkpoint, Checkpoints
+from tdds_dist.config import Config, parse_config, to_dict
+from tdds_dist.console import say
+from tdds_dist.distributed import World, together
+from tdds_dist.errors import InputError
+from tdds_dist.lock import RunLock
+from tdds_dist.rundir import RunDir, environment
+from tdds_dist.trajectory import whole_epochs
+
+# What may change between two starts of a run: section -> keys, or all of it.
+MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
+    "run": ("name", "dir", "device", "timeout_seconds"),
+    "data": ("train", "val", "num_workers"),  # the files by name; their content is compared
+    "train": ("accumulation", "log_every", "eval_every"),
+    "score": ("baselines", "final_pass"),
+    "retrain": None, "checkpoint": None,
+}
+_OF_RETRAIN: dict[str, tuple[str, ...] | None] = MAY_CHANGE | {"score": None, "collect": None}  # these decide nothing there
+_STAGE_KEYS = ("stage", "strategy", "importance", "coreset_sha256")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage found: `result` when the run is finished, `resume` when it goes on, neither when it is new."""
+
+    checkpoints: Checkpoints
+    resume: Checkpoint | None = None
+    result: dict[str, Any] | None = None
+
+
+@contextmanager
+def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, *, fresh: bool = False,
+            force: bool = False) -> Iterator[Start]:
+    """Hold a run directory for one stage. `config` is the resolved one, `setting` what else decides the result.
+
+    `fresh` starts over; with `force` also where there is a run. All ranks enter and leave; rank 0 does the work.
+
+    Raises:
+        InputError: in use, of other settings or data, no usable checkpoint, not writable; on every rank.
+    """
+    lock = RunLock(run.path)
+    notes: list[str] = []
+    checkpoints = None
+
+    def tell(message: str) -> None:
+        notes.append(message)
+        say(message, run.log_file)
+
+    def guard() -> None:
+        if lock.lost:
+            raise InputError(f"{run.path} was taken over by another job while this one did not run; it may not write there any "
+                             "more")
+
+    try:
+        with together(world):
+            result, is_resumed = None, False
+            if world.is_main:
+                if message := lock.acquire(say=say):
+                    tell(message)
+                result, is_resumed = _look(run, config, setting, fresh, force, tell)
+        result, is_resumed = distributed.gather_objects((result, is_resumed), world)[0]
+        keeping = config.checkpoint
+        checkpoints = Checkpoints(
+            run.checkpoints, world, keep=keeping.keep, asynchronous=keeping.asynchronous,
+            stop_on_error=keeping.on_error == "stop", timeout_seconds=config.run.timeout_seconds,
+            say=tell, guard=guard, note=lambda message: console.note(message, run.log_file))
+        if result is not None:
+            yield Start(checkpoints, result=result)
+            return
+        with_trajectory = setting["stage"] == "collect" and config.score.trajectory
+        resume = checkpoints.latest(lambda found: _lacks(run, found) if with_trajectory else "") if is_resumed else None
+        with together(world):
+            if world.is_main:
+                _prepare(run, config, setting, world, resume, is_resumed, notes, tell)
+        yield Start(checkpoints, resume)
+        checkpoints.close()
+    except InputError as error:
+        if checkpoints is not None and error.shared:  # all ranks are still there: let the save under way end
+            with suppress(InputError):
+                checkpoints.close()
+        raise
+    finally:
+        if world.is_main:
+            lock.release()
+
+
+def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, force: bool,
+          tell: Callable[[str], object]) -> tuple[dict[str, Any] | None, bool]:
+    """(result of a finished run, whether there is an unfinished one)."""
+    if force and not fresh:
+        raise InputError("--force belongs to --fresh: it removes the run that is there; give both, or neither")
+    num_epochs = len(run.read_metrics())
+    has_run = run.config_file.is_file() and run.env_file.is_file()
+    leftovers = num_epochs > 0 or (run.trajectory / "meta.json").exists() or any(run.checkpoints.glob("step_*"))
+    if fresh:
+        if (has_run or leftovers) and not force:
+            what = "a finished run" if run.result_file.is_file() else f"an unfinished run of {num_epochs} epochs"
+            raise InputError(f"{run.path} already holds {what}; --fresh --force removes it and starts over, without --fresh an "
+                             "unfinished run goes on")
+        run.clear()
+        return None, False
+    if not has_run:
+        if leftovers:
+            raise InputError(f"{run.path} holds parts of a run, but not its config.yaml and env.json; restore them, choose "
+                             "another run.name or run.dir, or start over with --fresh --force")
+        return None, False
+    _compare(run, config, setting)
+    if (result := run.read_result()) is not None:
+        say(f"{run.path} is finished already; --fresh --force runs it again", None)
+        return result, False
+    if any(run.checkpoints.glob("step_*")):
+        return None, True
+    expected = config.checkpoint.every_epochs
+    if expected and num_epochs > expected:
+        raise InputError(f"{run.path} holds {num_epochs} epochs of an unfinished run, and no checkpoint to go on from; restore "
+                         "checkpoints/, or start over with --fresh --force")
+    tell(f"{run.path} was stopped before its first checkpoint; it starts over")
+    shutil.rmtree(run.trajectory, ignore_errors=True)
+    run.rewind(0)
+    return None, False
+
+
+def _compare(run: RunDir, config: Config, setting: dict[str, Any]) -> None:
+    """InputError when the run that is there was asked for something else; names the keys."""
+    env, before = run.read_env(), to_dict(parse_config(run.read_config(), str(run.config_file)))
+    may_change = MAY_CHANGE if setting["stage"] == "collect" else _OF_RETRAIN
+    changed = [f"{key} was {env.get(key)!r}, now {setting.get(key)!r}" for key in _STAGE_KEYS
+               if env.get(key) != setting.get(key)]
+    for section, values in to_dict(config).items():
+        free = may_change.get(section, ())
+        for key, value in values.items():
+            if free is None or key in free:
+                continue
+            old = before[section].get(key)
+            if (section, key) == ("score", "windows"):  # which rates a window serves may change
+                old, value = ([{**window, "pruning_rates": ()} for window in windows] for windows in (old, value))
+            if (section, key) == ("score", "trajectory") and old and not value:
+                continue  # may be given up, not taken up half-way
+            if old != value:
+                changed.append(f"{section}.{key} was {old!r}, now {value!r}")
+    if changed:
+        free_keys = ", ".join(f"{section}.*" if keys is None else ", ".join(f"{section}.{key}" for key in keys)
+                              for section, keys in may_change.items())
+        raise InputError(f"{run.path} holds a run of other settings ({'; '.join(changed)}); go on with those it was started "
+                         f"with (only {free_keys} may change), choose another run.name or run.dir, or start over with --fresh "
+                         "--force")
+    if (was := env.get("data")) is not None and was != setting["data"]:
+        other = ", ".join(f"data.{key}={getattr(config.data, key)}" for key in was if was[key] != setting["data"][key])
+        raise InputError(f"{run.path} was started with other images than {other} holds now (the fingerprint of the content "
+                         "differs); restore the file, or choose another run.name or run.dir")
+
+
+def _lacks(run: RunDir, found: Checkpoint) -> str:
+    """What a checkpoint needs of the trajectory and does not find."""
+    num_epochs, reason = whole_epochs(run.trajectory)
+    if num_epochs >= found.record["epoch"]:
+        return ""
+    return (f"the trajectory is whole for {num_epochs} epochs only, not for its {found.record['epoch']} ({reason}); restore "
+            "it, or go on without one by score.trajectory=false")
+
+
+def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World, resume: Checkpoint | None, is_resumed: bool,
+             notes: list[str], tell: Callable[[str], object]) -> None:
+    if resume is None:
+        run.start(to_dict(config), setting, world.world_size, str(world.device))
+        return
+    epoch, step = resume.record["epoch"], resume.step
+    was = resume.record["world_size"]
+    tell(f"resumes at epoch {epoch + 1}, step {step}" + (f", on {world.world_size} instead of {was} ranks"
+                                                         if was != world.world_size else ""))
+    before = run.read_env()
+    if epoch == 0:  # nothing recorded counts; also where it is damaged
+        shutil.rmtree(run.trajectory, ignore_errors=True)
+    now = environment(world.world_size, str(world.device))
+    started = {key: now[key] for key in ("started", "command", "world_size", "device", "commit")}
+    resumes = [*before.get("resumes", []), started | {"step": step, "epoch": epoch, "notes": notes[:]}]
+    run.write_start(to_dict(config), before | {"resumes": resumes})
+    run.rewind(epoch)
+    if (best := resume.path / "best.pt").is_file():
+        write_atomically(run.models / "best.pt", lambda file: file.write(best.read_bytes()))
+
+
+def content_of(files: tuple[BetonInfo, BetonInfo]) -> dict[str, str]:
+    """What the images of a run are, for `setting["data"]`."""
+    return {key: content_sha256(file) for key, file in zip(("train", "val"), files, strict=True)}
