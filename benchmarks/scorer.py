@@ -71,11 +71,11 @@ class Setting:
     def formula_bytes(self) -> int:
         """State by arithmetic.
 
-        Per sample: a row of log-probabilities, the scalars, label (int64), two counters (int32), ring and average
-        (float32). The tables that a step writes have one row more, for padding.
+        Per sample: a row of log-probabilities, the scalars, label (int64), two counters and the quarantine (int32),
+        ring and average (float32). The tables that a step writes have one row more, for padding.
         """
         per_step = self.num_classes * DTYPES[self.logp_dtype].itemsize + 4 * len(SCALARS) + 8 + 4 + 4
-        per_epoch = 4 * (self.window.K - 1) + 4
+        per_epoch = 4 * (self.window.K - 1) + 4 + 4
         return (self.num_samples + 1) * per_step + self.num_samples * per_epoch
 
 

@@ -154,7 +154,7 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=2, description="How many of the latest stay; all go when the run has finished.")
     asynchronous: bool = Field(True, description="Write in the background; takes the state again in host memory.")
     on_error: Literal["continue", "stop"] = Field(
-        "continue", description="A checkpoint that cannot be written (disk full): warn and go on with those there are, or stop.")
+        "continue", description="A checkpoint that cannot be written (disk full): warn and go on without it, or stop.")
 
 
 class Config(Section):

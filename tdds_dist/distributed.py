@@ -264,6 +264,28 @@ def own_rows(table: Tensor) -> Tensor:
     return table.to_local() if hasattr(table, "to_local") else table
 
 
+def copy_to_host(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """A copy on the CPU, sharded as `tensor` is; into `buffer`, an earlier copy of the same tensor, where it fits.
+
+    On CUDA the copy is under way when this returns.
+    """
+    local = own_rows(tensor)
+    host = None if buffer is None else own_rows(buffer)
+    if host is None or (host.shape, host.dtype) != (local.shape, local.dtype):
+        host = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+    host.copy_(local, non_blocking=True)
+    if local is tensor:
+        return host
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    mesh = DeviceMesh.from_group(everyone, "cpu")
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(host, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
 class Exchange:
     """Rows under way between ranks, started by `exchange_rows`; `wait` gives what this rank received."""
 

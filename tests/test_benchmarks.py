@@ -2,12 +2,15 @@
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.loader import main as loader
 from benchmarks.offline import KEYS
 from benchmarks.offline import main as offline
 from benchmarks.scorer import main
@@ -66,3 +69,22 @@ def test_offline_benchmark_times_every_key(tmp_path: Path, capsys: pytest.Captur
     assert result["trajectory_bytes"] > 500 * 9 * 12 * 4
     assert "| dual |" in capsys.readouterr().out
     assert offline([*arguments, "--epochs", "5"]) == 2
+
+
+def test_loader_benchmark_compares_with_the_stock_loader(tmp_path: Path) -> None:
+    assert loader(["--num-samples", "60", "--side", "48", "--size", "32", "--batch", "20", "--workers", "1", "--repetitions", "2",
+                   "--out", str(tmp_path), "--name", "tiny"]) == 0
+    result = json.loads((tmp_path / "loader_tiny.json").read_text())
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in result["images_per_second"].values())
+    assert result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
+    assert "| FFCV's |" in (tmp_path / "loader_tiny.md").read_text()
+
+
+def test_checkpoint_benchmark_measures_every_part(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--num-samples", "500", "--num-classes", "10", "--repetitions", "1",
+               "--out", str(tmp_path), "--name", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == 0, done.stderr  # a process of its own: it makes a process group
+    result = json.loads((tmp_path / "checkpoint_tiny.json").read_text())
+    assert min(result["seconds"].values()) > 0
+    assert result["checkpoint_bytes"] > result["state_bytes"] > 500 * 10 * 4
