@@ -97,8 +97,8 @@ def as_markdown(result: dict[str, Any]) -> str:
             "finding the newest and checking its hashes": "find", "loading it": "load",
             "writing as many bytes to one file": "plain_write"}
     lines = [f"# Checkpoint of the scorer, {result['num_samples']:,} samples, {result['num_classes']:,} classes, one process",
-             "", f"{result['state_bytes'] / 1e9:.2f} GB of state, {result['checkpoint_bytes'] / 1e9:.2f} GB on disk. Medians of "
-             f"{result['repetitions']}.", "", "| | seconds | of a plain write |", "|---|---:|---:|"]
+             "", f"{result['state_bytes'] / 1e9:.2f} GB of state, {result['checkpoint_bytes'] / 1e9:.2f} GB on disk. Medians "
+             f"of {result['repetitions']}.", "", "| | seconds | of a plain write |", "|---|---:|---:|"]
     lines += [f"| {text} | {seconds[key]:.2f} | {seconds[key] / plain:.2f} |" for text, key in rows.items()]
     lines += ["", f"{where['cpu']}, {where['num_cpus']} CPUs, torch {where['versions']['torch']}, commit {where['commit']}, "
                   f"{where['started']}, load average {where['load_average']:.1f}.", ""]

@@ -37,8 +37,8 @@ class StageTask:
 
         code = main(self.arguments)
         if code == EXIT_RESUME:
-            raise StageFailedError(f"tdds {self.arguments[0]} was asked to leave and has saved its state; submit it again, and it "
-                                   "goes on")
+            raise StageFailedError(f"tdds {self.arguments[0]} was asked to leave and has saved its state; submit it again, and "
+                                   "it goes on")
         if code != 0:
             raise StageFailedError(f"tdds {self.arguments[0]} left with code {code}")
         # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.run`.

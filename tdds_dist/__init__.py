@@ -6,13 +6,18 @@ The scorer alone needs torch and NumPy only; names are loaded on first use so th
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tdds_dist.checkpoint import Checkpoints
     from tdds_dist.scorer import ShardedScorer
     from tdds_dist.tdds import Window
 
-__all__ = ["ShardedScorer", "Window"]
+__all__ = ["Checkpoints", "ShardedScorer", "Window"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "Checkpoints":
+        from tdds_dist.checkpoint import Checkpoints
+
+        return Checkpoints
     if name == "ShardedScorer":
         from tdds_dist.scorer import ShardedScorer
 

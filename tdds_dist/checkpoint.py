@@ -58,6 +58,7 @@ class Checkpoints:
 
     Args:
         directory: where they lie; made when the first is saved.
+        world: the ranks; by default those of the process group.
         keep: how many of the latest stay, at least 2 (the last one may be the one that a disk has damaged).
         asynchronous: write in the background: `save` returns once the state is copied to host memory.
         stop_on_error: a save that fails ends the run; else it is said, and the run goes on with those there are.
@@ -65,7 +66,7 @@ class Checkpoints:
         say: takes what a person should know; on the main rank. `note` takes what belongs in the log only.
     """
 
-    def __init__(self, directory: Path, world: World, *, keep: int = 2, asynchronous: bool = True, stop_on_error: bool = False,
+    def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True, stop_on_error: bool = False,
                  timeout_seconds: float = distributed.TIMEOUT_SECONDS, guard: Callable[[], None] = lambda: None,
                  say: Callable[[str], object] = print,
                  note: Callable[[str], object] | None = None):
@@ -73,6 +74,7 @@ class Checkpoints:
             raise InputError(f"keep={keep} must be at least 2: the newest checkpoint may be damaged")
         self.directory = Path(directory)
         self.num_failed = 0
+        world = world or distributed.current_world()
         self._world, self._keep, self._asynchronous, self._stop_on_error = world, keep, asynchronous, stop_on_error
         self._say = say if world.is_main else _say_nothing
         self._note = note or _say_nothing

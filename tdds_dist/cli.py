@@ -61,6 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run() -> None:
     """Entry point of the program. Leaves without interpreter teardown, whose order against the threads of gloo and
     FFCV would decide the exit code otherwise."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of C++ about a peer that is gone; we say it in a line
     try:
         code = main()
     except SystemExit as leaving:  # argparse

@@ -384,7 +384,7 @@ class Trainer:
     def _end_of_epoch(self, is_last: bool) -> None:
         every = self.job.config.checkpoint.every_epochs
         asked, due = self.agreement.settle([bool(self.job.interruption.requested), self._is_time()])
-        if asked and not is_last:
+        if asked:
             self._leave()
         elif is_last or due or (every and self.epoch % every == 0):
             self._save_checkpoint(wait=is_last)
@@ -396,6 +396,7 @@ class Trainer:
 
     def _leave(self) -> NoReturn:
         """Save where we are and go, on every rank."""
+        self.agreement.settle([0, 0])  # nothing stays under way
         name = next(filter(None, distributed.gather_objects(self.job.interruption.requested, self.job.world)), "a signal")
         failed_before = self.job.checkpoints.num_failed if self.job.checkpoints else 0
         self._save_checkpoint(wait=True)
@@ -470,7 +471,8 @@ class Trainer:
         self.epoch, self.step = record["epoch"], record["step"]
         self._take_over_ranks([{name.partition("/")[2]: value for name, value in part.items()} for part in own.values()],
                               same_ranks)
-        self.scaler.load_state_dict(record["scaler"])
+        if record["scaler"]:  # empty without loss scaling
+            self.scaler.load_state_dict(record["scaler"])
         self.micro = record["steps_of_epoch"] * job.config.train.accumulation
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
 

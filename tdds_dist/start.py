@@ -112,7 +112,8 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
             what = "a finished run" if run.result_file.is_file() else f"an unfinished run of {num_epochs} epochs"
             raise InputError(f"{run.path} already holds {what}; --fresh --force removes it and starts over, without --fresh an "
                              "unfinished run goes on")
-        run.clear()
+        if has_run or leftovers:
+            run.clear()
         return None, False
     if not has_run:
         if leftovers:

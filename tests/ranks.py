@@ -107,7 +107,9 @@ def _main(
     os._exit(0)
 
 
-def _main_that_may_die(rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _main_that_may_die(
+    rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
     try:

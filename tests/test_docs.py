@@ -1,5 +1,6 @@
 """The programs and names that the documentation shows are real."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -32,6 +33,25 @@ def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
     (live,) = score(trajectory, T=12, K=5, beta=0.9, out=tmp_path / "live.npz")
     kept_first = np.argsort(-load_scores(live).score_N, kind="stable")[:5]
     assert kept_first.tolist() == [int(index) for index in found[1].split(", ")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stop_after", [1, 6, 9])
+def test_the_example_that_resumes_gives_what_it_gives_uninterrupted(stop_after, tmp_path):
+    def run(folder, **variables):
+        return subprocess.run([sys.executable, str(ROOT / "docs/examples/resume.py"), str(tmp_path / folder)], text=True,
+                              capture_output=True, timeout=120, env=os.environ | variables)
+
+    assert run("stopped", STOP_AFTER=str(stop_after)).returncode == 1
+    if stop_after == 1:  # before the first checkpoint: what is there must be removed by hand, and the program says so
+        refused = run("stopped")
+        assert "already holds a trajectory" in refused.stderr
+        return
+    resumed, straight = run("stopped"), run("straight")
+    assert resumed.returncode == straight.returncode == 0, resumed.stderr + straight.stderr
+    first, said = re.match(r"trained from epoch (\d+); (.*)", resumed.stdout).groups()
+    assert 0 < int(first) <= stop_after
+    assert said in straight.stdout
 
 
 def test_links_and_files_named_in_the_docs_exist():
