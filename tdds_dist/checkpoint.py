@@ -66,9 +66,9 @@ class Checkpoints:
         say: takes what a person should know; on the main rank. `note` takes what belongs in the log only.
     """
 
-    def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True, stop_on_error: bool = False,
-                 timeout_seconds: float = distributed.TIMEOUT_SECONDS, guard: Callable[[], None] = lambda: None,
-                 say: Callable[[str], object] = print,
+    def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True,
+                 stop_on_error: bool = False, timeout_seconds: float = distributed.TIMEOUT_SECONDS,
+                 guard: Callable[[], None] = lambda: None, say: Callable[[str], object] = print,
                  note: Callable[[str], object] | None = None):
         if keep < 2:
             raise InputError(f"keep={keep} must be at least 2: the newest checkpoint may be damaged")

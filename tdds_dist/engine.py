@@ -14,28 +14,26 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from tdds_dist import distributed
-from tdds_dist.artifacts import Fingerprint, write_atomically
-from tdds_dist.beton import BetonInfo, check_labels, dataset_fingerprint, inspect_beton, read_manifest
-from tdds_dist.check import quick_check
+from tdds_dist import distributed, snapshot
+from tdds_dist.artifacts import write_atomically
+from tdds_dist.beton import BetonInfo
 from tdds_dist.checkpoint import Checkpoint, Checkpoints
 from tdds_dist.config import Config
 from tdds_dist.console import Progress, say
 from tdds_dist.distributed import World
 from tdds_dist.errors import InputError
-from tdds_dist.loader import BetonLoader, View, check_view, default_workers
+from tdds_dist.loader import BetonLoader, default_workers
 from tdds_dist.models import InputStage, build_model
 from tdds_dist.partition import EpochOrder, epoch_order, per_rank_batch
 from tdds_dist.preemption import Interruption, Preempted
+from tdds_dist.prepare import build_mix, build_optimizer, build_views, set_deterministic
 from tdds_dist.rundir import RunDir
 from tdds_dist.schedule import learning_rate
 
@@ -163,7 +161,10 @@ class Trainer:
         self.tensorboard: Any = None
         self.group = distributed.control_group(config.run.timeout_seconds)
         self.agreement = distributed.Agreement(2, self.group)
-        self._settle_buckets()
+        size = config.data.image_size
+        with self._autocast():
+            sample = self.input_stage(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device))
+            snapshot.settle_buckets(self.model, sample)
         if job.resume is not None:
             self._resume(job.resume)
         self.quarantines = config.score.on_nan == "quarantine" and self._observed()
@@ -406,6 +407,18 @@ class Trainer:
         saved = "saved" if self.job.checkpoints.num_failed == failed_before else "NOT saved (see the warning)"
         raise Preempted(f"{name}: {saved} at {where}; run the same command again to go on", agreed=True)
 
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of a checkpoint, made on this number of ranks or another."""
+        record, config = checkpoint.record, self.job.config
+        assert self.job.checkpoints is not None
+        self.epoch, self.step = record["epoch"], record["step"]
+        self.micro = record["steps_of_epoch"] * config.train.accumulation
+        self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
+        snapshot.restore(self.job.checkpoints, checkpoint, self.model, self.optimizer, self.job.observer, self.totals_3,
+                         self.job.world, self._rank_seed(self.step))
+        if record["scaler"]:  # empty without loss scaling
+            self.scaler.load_state_dict(record["scaler"])
+
     def _save_checkpoint(self, wait: bool = False) -> None:
         if self.job.checkpoints is None:
             return
@@ -416,99 +429,9 @@ class Trainer:
             "history": self.history | {"train_seconds": train_seconds}}
         best = self.job.run.models / "best.pt"
         files = {"best.pt": best} if self.job.world.is_main and self.history["best"] else {}
-        self.job.checkpoints.save(self.step, self._tensors(), record, files=files, wait=wait)
+        tensors = snapshot.tensors_of(self.model, self.optimizer, self.job.observer, self.totals_3, self.job.world)
+        self.job.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
         self.last_save = time.perf_counter()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """All state but what the checkpoint's record holds: replicated, sharded, and of this rank alone."""
-        module = self.model.module
-        tensors = {f"model/{name}": parameter.detach() for name, parameter in module.named_parameters()}
-        for name, parameter in module.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"optimizer/{name}/{key}"] = value
-        tensors |= {f"observer/{name}": value for name, value in self.job.observer.state_dict().items()}
-        return tensors | self._rank_tensors(self.job.world.rank)
-
-    def _rank_tensors(self, rank: int) -> dict[str, Tensor]:
-        """What differs between ranks within an epoch: batch-norm statistics, random numbers, sums of metrics."""
-        own = {f"buffer/{name}": buffer for name, buffer in self.model.module.named_buffers()}
-        own |= {"random": torch.get_rng_state(), "totals": self.totals_3}
-        if self.job.world.device.type == "cuda":
-            own["random_cuda"] = torch.cuda.get_rng_state()
-        return {f"rank{rank:05d}/{name}": value for name, value in own.items()}
-
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """Take over the state of a checkpoint, made on this number of ranks or another.
-
-        On another number of ranks everybody gets the mean of the batch-norm statistics (as at the end of an epoch) and
-        random numbers of its own.
-        """
-        job, record = self.job, checkpoint.record
-        assert job.checkpoints is not None
-        kept = job.checkpoints.describe(checkpoint)
-        module = self.model.module
-        tensors = {f"model/{name}": parameter.detach() for name, parameter in module.named_parameters()}
-        by_name = dict(module.named_parameters())
-        for name, like in kept.items():
-            if name.startswith("optimizer/"):
-                _, parameter_name, key = name.split("/")
-                parameter = by_name[parameter_name]
-                device = parameter.device if like.ndim else "cpu"  # torch keeps step counters on the CPU
-                value = self.optimizer.state[parameter].setdefault(key, torch.empty_like(
-                    parameter.detach() if like.shape == parameter.shape else like, dtype=like.dtype, device=device))
-                tensors[name] = value
-        observer = job.observer.state_dict()
-        tensors |= {f"observer/{name}": value for name, value in observer.items()}
-        same_ranks = record["world_size"] == job.world.world_size
-        of_ranks = [job.world.rank] if same_ranks else range(record["world_size"])
-        own = {rank: {name: value.clone() for name, value in self._rank_tensors(rank).items() if name in kept}
-               for rank in of_ranks}
-        for part in own.values():
-            tensors |= part
-        job.checkpoints.load(checkpoint, tensors)
-        job.observer.load_state_dict(observer)
-        self.epoch, self.step = record["epoch"], record["step"]
-        self._take_over_ranks([{name.partition("/")[2]: value for name, value in part.items()} for part in own.values()],
-                              same_ranks)
-        if record["scaler"]:  # empty without loss scaling
-            self.scaler.load_state_dict(record["scaler"])
-        self.micro = record["steps_of_epoch"] * job.config.train.accumulation
-        self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
-
-    def _take_over_ranks(self, parts: list[dict[str, Tensor]], same_ranks: bool) -> None:
-        for name, buffer in self.model.module.named_buffers():
-            values = [part[f"buffer/{name}"] for part in parts]
-            mean = sum(values[1:], start=values[0]) / len(values) if buffer.is_floating_point() else values[0]
-            buffer.copy_(mean)
-        if same_ranks:
-            self.totals_3.copy_(parts[0]["totals"])
-            torch.set_rng_state(parts[0]["random"])
-            if "random_cuda" in parts[0] and self.job.world.device.type == "cuda":
-                torch.cuda.set_rng_state(parts[0]["random_cuda"])
-        else:  # the sum over ranks is what counts
-            torch.manual_seed(self._rank_seed(self.step))
-            self.totals_3.copy_(sum((part["totals"] for part in parts[1:]), start=parts[0]["totals"]))
-            self.totals_3 *= self.job.world.is_main
-
-    def _settle_buckets(self) -> None:
-        """One step without effect. DDP sorts its buckets anew after the first backward pass, which changes the order of sums
-        from three ranks on; so that a resumed run sums as an uninterrupted one does, no run trains with unsorted buckets."""
-        device = self.job.world.device
-        random, random_cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
-        kept = [buffer.clone() for buffer in self.model.module.buffers()]
-        size = self.job.config.data.image_size
-        image = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
-        self.model.train()
-        with self._autocast():
-            logits_BC = self.model(self.input_stage(image))
-        (logits_BC.float().sum() * 0.0).backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        for buffer, value in zip(self.model.module.buffers(), kept, strict=True):
-            buffer.copy_(value)
-        torch.set_rng_state(random)
-        if random_cuda is not None:
-            torch.cuda.set_rng_state(random_cuda)
 
     # ---- evaluation and records
 
@@ -562,38 +485,6 @@ class Trainer:
         return nullcontext() if self.amp_dtype is None else torch.autocast("cuda", dtype=self.amp_dtype)
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
-    train = config.train
-    everything = list(model.parameters())
-    if train.decay_norm_and_bias:
-        groups: list[dict[str, Any]] = [{"params": everything, "weight_decay": train.weight_decay}]
-    else:
-        groups = [{"params": [p for p in everything if p.ndim > 1], "weight_decay": train.weight_decay},
-                  {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0}]
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas)
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov)
-
-
-def build_mix(config: Config) -> Any:
-    """MixUp and/or CutMix on (image, label), or None."""
-    classes = config.data.num_classes
-    mixes: list[Any] = []
-    if config.train.mixup:
-        mixes.append(v2.MixUp(alpha=config.train.mixup, num_classes=classes))
-    if config.train.cutmix:
-        mixes.append(v2.CutMix(alpha=config.train.cutmix, num_classes=classes))
-    return v2.RandomChoice(mixes) if mixes else None
-
-
-def build_views(config: Config) -> tuple[View, View]:
-    """How training and evaluation see an image."""
-    data = config.data
-    train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0))
-    return train_view, View(data.image_size, "center", ratio=data.eval_crop_ratio)
-
-
 def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
     """Training and evaluation loaders of this rank."""
     data, world = job.config.data, job.world
@@ -603,15 +494,6 @@ def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
     return tuple(  # type: ignore[return-value]
         BetonLoader(file.path, rows, view, device=world.device, num_workers=workers, seed=seed)
         for file, view in ((job.train_file, train_view), (job.val_file, eval_view)))
-
-
-def set_deterministic(wanted: bool) -> None:
-    """Let torch use only algorithms that give the same bits every time, or any."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
-    torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # would only cost
-    torch.backends.cudnn.benchmark = False
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -627,50 +509,3 @@ def _epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -
     eta = f"  {remaining_seconds / 60:.1f} min left" if remaining_seconds else ""
     return (f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1 "
             f"{record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f} images/s{eta}")
-
-
-def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
-    """InputError for a network or a view that would fail at the first step of `rows` images per rank.
-
-    The network runs once on shapes alone (torch's meta device), which costs no memory.
-    """
-    for file, view in zip((train_file, val_file), build_views(config), strict=True):
-        check_view(file, view)
-    size, name = config.data.image_size, config.model.name
-    try:
-        with torch.device("meta"):
-            model = build_model(name, config.data.num_classes, cifar_stem=config.model.cifar_stem, channels_last=False)
-            output = model(torch.empty(rows, 3, size, size))
-    except InputError:
-        raise
-    except Exception as error:  # torchvision's networks say in many ways that an image is too small
-        raise InputError(f"model.name={name} cannot train on {rows} images of {size}x{size} per rank and step "
-                         f"({error}); use another data.image_size, network, or a larger train.global_batch_size") from error
-    if not isinstance(output, torch.Tensor):
-        raise InputError(f"model.name={name} gives several outputs in training; use a network with one")
-
-
-def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
-    """The training and evaluation files, checked against the config, and the fingerprint of the training labels.
-
-    With `decode_some` a sample of the images is checked as well (one rank is enough for that).
-
-    Raises:
-        InputError: file missing or damaged, label outside [0, C), another number of classes.
-    """
-    files, manifests = [], []
-    for key in ("train", "val"):
-        path = Path(getattr(config.data, key))
-        if not path.is_file():
-            raise InputError(f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`")
-        files.append(inspect_beton(path))
-        manifests.append(read_manifest(path))
-    classes = [manifest.num_classes for manifest in manifests if manifest is not None]
-    if len(classes) == 2 and classes[0] != classes[1]:
-        raise InputError(f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val} {classes[1]}; "
-                         "give two splits of one dataset")
-    for info, manifest in zip(files, manifests, strict=True):
-        check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
-        if decode_some:
-            quick_check(info.path, info, manifest)
-    return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)

@@ -22,11 +22,11 @@ from tdds_dist.beton import BetonInfo
 from tdds_dist.config import Config, parse_config
 from tdds_dist.console import Progress, say
 from tdds_dist.distributed import World, together
-from tdds_dist.engine import build_views, open_files
 from tdds_dist.errors import InputError
 from tdds_dist.loader import BetonLoader, default_workers
 from tdds_dist.models import InputStage, build_model, classifier_layer
 from tdds_dist.partition import class_owners, epoch_order, routing_counts
+from tdds_dist.prepare import build_views, open_files
 from tdds_dist.rundir import RunDir
 from tdds_dist.scalars import log_probabilities
 from tdds_dist.select import any_scores

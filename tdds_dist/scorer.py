@@ -231,22 +231,25 @@ class ShardedScorer:
         """
         self._apply_pending()
         rows = self._end - self._first
+        is_nonfinite_M = self._nonfinite_M[:rows] > 0
         counts = distributed.sum_over_ranks(torch.stack([
-            self._nonfinite_M[:rows].count_nonzero(), self._bad_index, self._bad_label])).tolist()
-        num_nonfinite, num_bad_index, num_bad_label = counts
+            is_nonfinite_M.sum(), (is_nonfinite_M | (self._quarantined_M != _NOT_QUARANTINED)).sum(), self._bad_index,
+            self._bad_label])).tolist()
+        num_nonfinite, num_out, num_bad_index, num_bad_label = counts
         if num_bad_index:
             raise InputError(f"epoch {self.epoch}: {num_bad_index} recorded indices lie outside [0, {self.num_samples}) "
                              "and are not -1; record global indices of the full dataset", shared=True)
         if num_bad_label:
             raise InputError(f"epoch {self.epoch}: {num_bad_label} recorded labels lie outside [0, {self.num_classes}); "
                              "check num_classes and the dataset", shared=True)
-        if num_nonfinite and (not self._quarantines or num_nonfinite > _LARGEST_QUARANTINE * self.num_samples):
+        if num_nonfinite and (not self._quarantines or num_out > _LARGEST_QUARANTINE * self.num_samples):
             step = int(distributed.min_over_ranks(self._nonfinite_step.clone()))
-            named = self._name_rows(self._nonfinite_M[:rows] > 0)
-            too_many = f", more than {_LARGEST_QUARANTINE:.0%} of all, which quarantine allows" if self._quarantines else ""
+            named = self._name_rows(is_nonfinite_M)
+            too_many = (f"; {num_out} samples in all epochs are more than {_LARGEST_QUARANTINE:.0%} of {self.num_samples}, "
+                        "which is the most that may be quarantined" if self._quarantines else "")
             raise NonFiniteLogitsError(
-                f"epoch {self.epoch}, step {step}: NaN or infinite logits for {num_nonfinite} samples{too_many} (global "
-                f"indices {named}); lower the learning rate or check these images", shared=True)
+                f"epoch {self.epoch}, step {step}: NaN or infinite logits for {num_nonfinite} samples (global indices {named}"
+                f"){too_many}; lower the learning rate or check these images", shared=True)
         self._num_nonfinite = num_nonfinite
 
     def end_epoch(self) -> None:
@@ -376,14 +379,25 @@ class ShardedScorer:
         are copied. The trajectory loses the epochs that are to be recorded again; those before must be whole.
 
         Raises:
-            InputError: other windows or preset, or a trajectory that is damaged or of something else; on every rank.
+            InputError: another dataset or other settings, or a trajectory that is damaged or of something else; on every
+                rank.
         """
         mine = self.state_dict()
         with distributed.together(self.world):
+            if missing := [name for name in mine if name not in state]:
+                raise InputError(f"the state has no {missing[0]!r}; resume with one that ShardedScorer.state_dict made")
             if not torch.equal(state["settings"], mine["settings"]):
                 was, now = state["settings"].tolist(), mine["settings"].tolist()
                 raise InputError(f"the state was saved with other windows (T, K, beta, preset=paper: {was} instead of {now}); "
                                  "resume with the settings it was saved with")
+            for name, table in mine.items():
+                have = state[name]
+                if (have.dtype, have.shape) != (table.dtype, table.shape):
+                    raise InputError(f"the state holds {name!r} as {have.dtype} {tuple(have.shape)}, not {table.dtype} "
+                                     f"{tuple(table.shape)}; resume with the num_samples, num_classes and logp_dtype it was "
+                                     "saved with")
+            if not self._quarantines and (distributed.own_rows(state["quarantined"]) != _NOT_QUARANTINED).any():
+                raise InputError("the state has samples in quarantine; resume with on_nan='quarantine', as it was saved")
         for name, table in mine.items():
             if name not in ("position", "settings"):
                 distributed.own_rows(table).copy_(distributed.own_rows(state[name]))

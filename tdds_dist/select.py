@@ -159,7 +159,8 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
     path = run.scores / f"{score.removesuffix('.npz')}.npz"
     if not path.is_file():
         if run.read_config() and not run.result_file.is_file() and not any((run.scores.is_dir(), run.trajectory.is_dir())):
-            raise InputError(f"{source} has no scores because its collection has not finished; run `tdds collect` again, it goes on")
+            raise InputError(f"{source} has no scores because its collection has not finished; run `tdds collect` again, and "
+                             "it goes on")
         known = ["tdds", "random", *sorted({path.stem for path in run.scores.glob("*.npz")} - {"random"})]
         raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(known)}; `tdds score {source} --all` "
                          "computes every score of the run")

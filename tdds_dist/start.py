@@ -80,6 +80,8 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             stop_on_error=keeping.on_error == "stop", timeout_seconds=config.run.timeout_seconds,
             say=tell, guard=guard, note=lambda message: console.note(message, run.log_file))
         if result is not None:
+            if world.is_main:
+                checkpoints.remove_all()  # a job that was killed before it did so
             yield Start(checkpoints, result=result)
             return
         with_trajectory = setting["stage"] == "collect" and config.score.trajectory

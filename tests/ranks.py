@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # many ranks share few cores here
+NOT_MET = 111  # exit code of a rank that found no process group
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.engine", "tdds_dist.scorer"])
 
@@ -58,8 +59,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, de
 def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any, patience: float = 5.0) -> list[int]:
     """Exit codes by rank of `function(rank, *arguments)`, which may kill its process: 0 it returned, 1 it raised.
 
-    When one rank has ended badly, the others get `patience` seconds before they are killed.
+    When one rank has ended badly, the others get `patience` seconds before they are killed. Ranks that do not even meet (gloo
+    loses a connection now and then on a busy machine) are started again.
     """
+    for _ in range(3):
+        codes = _exit_codes(world_size, function, arguments, patience)
+        if NOT_MET not in codes:
+            break
+    return codes
+
+
+def _exit_codes(world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], patience: float) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
         processes = [_context.Process(target=_main_that_may_die,
                                       args=(rank, world_size, str(Path(folder) / "store"), function, arguments), daemon=True)
@@ -115,6 +125,10 @@ def _main_that_may_die(
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
                                 timeout=timedelta(seconds=60))
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(NOT_MET)
+    try:
         function(rank, *arguments)
         dist.barrier()
         dist.destroy_process_group()

@@ -297,7 +297,7 @@ def test_an_evaluation_file_may_lack_classes(config_file, tmp_path, betons):
     from tdds_dist.beton import manifest_path
     from tdds_dist.beton_writer import write_beton
     from tdds_dist.config import load_config
-    from tdds_dist.engine import open_files
+    from tdds_dist.prepare import open_files
     from tdds_dist.sources import open_source
 
     source = open_source("digits", "val", 50)

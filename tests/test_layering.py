@@ -20,7 +20,7 @@ LAYERS = [
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
      "dynamics", "checkpoint"),
     ("scorer",),
-    ("engine",),
+    ("prepare", "snapshot", "engine"),
     ("select", "final_pass", "start", "collect", "score", "retrain", "summary", "compare", "export", "ingest",
      "tables", "cells", "experiment", "charts", "report"),
     ("cli", "__main__"),

@@ -65,7 +65,8 @@ for epoch in range(first_epoch, EPOCHS):
 checkpoints.close()
 scores = scorer.gather()[window]
 if rank == 0:
-    print(f"trained from epoch {first_epoch}; kept first: {scores.argsort(descending=True)[:5].tolist()}; sum {scores.sum():.6f}")
+    kept_first = scores.argsort(descending=True)[:5].tolist()
+    print(f"trained from epoch {first_epoch}; kept first: {kept_first}; sum {scores.sum():.6f}")
 if dist.is_initialized():
     dist.barrier()
     dist.destroy_process_group()
