@@ -200,7 +200,7 @@ class Checkpoints:
             files = {name: described for _, found in outcomes for name, described in found.items()}
             try:
                 self._publish(step, folder, record, files)
-            except OSError as caught:
+            except (OSError, TypeError, ValueError) as caught:  # the last two: a record that is not JSON
                 errors = [_one_line(caught)]
         if errors and self._world.is_main:
             shutil.rmtree(folder, ignore_errors=True)

@@ -399,8 +399,9 @@ class ShardedScorer:
             if not self._quarantines and (distributed.own_rows(state["quarantined"]) != _NOT_QUARANTINED).any():
                 raise InputError("the state has samples in quarantine; resume with on_nan='quarantine', as it was saved")
         for name, table in mine.items():
-            if name not in ("position", "settings"):
-                distributed.own_rows(table).copy_(distributed.own_rows(state[name]))
+            into, out_of = distributed.own_rows(table), distributed.own_rows(state[name])
+            if name not in ("position", "settings") and into.data_ptr() != out_of.data_ptr():
+                into.copy_(out_of)
         self.epoch, self.step = state["position"].tolist()
         self._counts = None
         if self._directory is None:

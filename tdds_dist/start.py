@@ -27,7 +27,7 @@ MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "run": ("name", "dir", "device", "timeout_seconds"),
     "data": ("train", "val", "num_workers"),  # the files by name; their content is compared
     "train": ("accumulation", "log_every", "eval_every"),
-    "score": ("baselines", "final_pass"),
+    "score": ("baselines", "final_pass", "on_nan"),
     "retrain": None, "checkpoint": None,
 }
 _OF_RETRAIN: dict[str, tuple[str, ...] | None] = MAY_CHANGE | {"score": None, "collect": None}  # these decide nothing there
@@ -179,6 +179,10 @@ def _lacks(run: RunDir, found: Checkpoint) -> str:
 
 def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World, resume: Checkpoint | None, is_resumed: bool,
              notes: list[str], tell: Callable[[str], object]) -> None:
+    for folder in (run.path, run.models, run.scores):
+        for left in folder.glob(".[a-z]*.tmp"):  # half-written by a job that was killed; who asks for the lock writes as well
+            if not left.name.startswith(".run.lock"):
+                left.unlink()
     if resume is None:
         run.start(to_dict(config), setting, world.world_size, str(world.device))
         return

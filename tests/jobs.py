@@ -352,12 +352,21 @@ def leaves(rank: int) -> None:
 
 def fails(rank: int) -> None:
     with _session():
+        _meet()
         raise ZeroDivisionError
 
 
 def is_interrupted(rank: int) -> None:
     with _session():
+        _meet()
         raise KeyboardInterrupt
+
+
+def _meet() -> None:
+    """A rank that leaves while others still join is one that did not come."""
+    from tdds_dist.distributed import barrier
+
+    barrier()
 
 
 def _session() -> Any:
