@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tdds_dist.checkpoint import published
 from tdds_dist.config import Architecture, Config, Experiment, Method, load_config, parse_baselines, parse_config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
@@ -180,7 +181,8 @@ def check_directory(task: Task) -> None:
     found = run.read_env().get("digest")
     if found is None and task.directory.exists():
         own = task.directory.is_dir() and all(  # all that a start can leave before it says whose run it is
-            path.name == run.config_file.name or path.suffix == ".tmp" for path in task.directory.iterdir())
+            path.name in (run.config_file.name, run.log_file.name) or path.name.startswith(("run.lock", ".run.lock"))
+            or path.suffix == ".tmp" for path in task.directory.iterdir())
         if not own:
             raise InputError(f"{run.path} holds something that this experiment did not start; choose another name or dir")
     if is_done(task) and found != task.settings["digest"]:
@@ -192,7 +194,7 @@ def can_go_on(task: Task) -> bool:
     """Whether its directory holds the same run, unfinished, with a checkpoint."""
     run = RunDir(task.directory)
     same = run.config_file.is_file() and run.read_env().get("digest") == (task.settings or {})["digest"]
-    return same and any(run.checkpoints.glob("step_*"))
+    return same and bool(published(run.checkpoints))
 
 
 def other_settings(run: RunDir, config: dict[str, Any]) -> InputError:

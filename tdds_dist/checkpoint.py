@@ -4,7 +4,7 @@
         __0_0.distcp ...        tensors: replicated ones once, sharded ones by every rank
         .metadata               where each tensor lies (of torch.distributed.checkpoint)
         checkpoint.json         step, what the run says about itself, size and SHA-256 of every other file
-    <dir>/step_....damaged      set aside when a later start found it damaged
+    <dir>/step_....damaged      set aside when a later start found it damaged; `.abandoned` when it could not use it otherwise
 
 A flipped bit loads silently in torch.distributed.checkpoint, and saving into an existing folder can leave a mixture: hence
 the hashes, and a fresh folder for every save. Sharded tables are cut anew when another number of ranks loads them.
@@ -63,13 +63,14 @@ class Checkpoints:
         asynchronous: write in the background: `save` returns once the state is copied to host memory.
         stop_on_error: a save that fails ends the run; else it is said, and the run goes on with those there are.
         guard: raises InputError when the directory is not ours any more; asked on the main rank before every save.
+        published: told on the main rank that a checkpoint is there, perhaps by another thread.
         say: takes what a person should know; on the main rank. `note` takes what belongs in the log only.
     """
 
     def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True,
                  stop_on_error: bool = False, timeout_seconds: float = distributed.TIMEOUT_SECONDS,
-                 guard: Callable[[], None] = lambda: None, say: Callable[[str], object] = print,
-                 note: Callable[[str], object] | None = None):
+                 guard: Callable[[], None] = lambda: None, published: Callable[[], object] = lambda: None,
+                 say: Callable[[str], object] = print, note: Callable[[str], object] | None = None):
         if keep < 2:
             raise InputError(f"keep={keep} must be at least 2: the newest checkpoint may be damaged")
         self.directory = Path(directory)
@@ -78,7 +79,7 @@ class Checkpoints:
         self._world, self._keep, self._asynchronous, self._stop_on_error = world, keep, asynchronous, stop_on_error
         self._say = say if world.is_main else _say_nothing
         self._note = note or _say_nothing
-        self._guard = guard
+        self._guard, self._on_published = guard, published
         self._group = distributed.control_group(timeout_seconds)
         self._thread: threading.Thread | None = None
         self._step_under_way = -1
@@ -114,10 +115,12 @@ class Checkpoints:
                     for name, file in (files or {}).items():
                         _link(file, folder / name)
         except InputError as error:
+            if self._world.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
             self._failed(step, str(error))
             return
         in_background = self._asynchronous and not wait
-        if in_background:
+        if in_background or self._buffers:  # else torch's writer makes a copy of its own
             tensors = self._staged(tensors)
 
         def write() -> None:
@@ -128,6 +131,7 @@ class Checkpoints:
 
         if not in_background:
             write()
+            self._buffers = {}  # the last save for a while: the end of training, or of the job
             self._end(step)
         else:
             self._thread = threading.Thread(target=write, name=f"checkpoint {step}", daemon=True)
@@ -140,6 +144,11 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
             self._end(self._step_under_way)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's part of a background save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         """Finish, and free the process group."""
@@ -213,7 +222,7 @@ class Checkpoints:
 
     def _publish(self, step: int, folder: Path, record: dict[str, Any], files: dict[str, Any]) -> None:
         """Make a written folder a checkpoint: from one rename to the next there is nothing in between."""
-        content = {"format": FORMAT, "step": step, "record": record, "files": files}
+        content = json.loads(json.dumps({"format": FORMAT, "step": step, "record": record, "files": files}))  # as it is read
         text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
         write_atomically(folder / _RECORD, lambda file: file.write(text.encode()))
         target = self.directory / _name(step)
@@ -222,7 +231,8 @@ class Checkpoints:
         folder.rename(target)
         sync_folder(self.directory)
         self._note(f"checkpoint at step {step} saved")
-        for path in self._published()[: -self._keep]:
+        self._on_published()
+        for path in published(self.directory)[: -self._keep]:
             shutil.rmtree(_retire(path), ignore_errors=True)
 
     def _sweep(self) -> None:
@@ -231,13 +241,6 @@ class Checkpoints:
             shutil.rmtree(path)
 
     # ---- finding and loading
-
-    def _published(self) -> list[Path]:
-        """Folders with the name of a checkpoint, in the order of their steps."""
-        if not self.directory.is_dir():
-            return []
-        found = [(int(match[1]), path) for path in self.directory.iterdir() if (match := _STEP.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
 
     def latest(self, refuse: Callable[[Checkpoint], str] = lambda checkpoint: "") -> Checkpoint | None:
         """The newest checkpoint that is whole and that `refuse` (asked on the main rank) has nothing against.
@@ -248,34 +251,41 @@ class Checkpoints:
             InputError: there are checkpoints, and none can be used; lists them all, deletes none.
         """
         world = self._world
-        paths = distributed.gather_objects(self._published() if world.is_main else None, world)[0]
+        paths = distributed.gather_objects(published(self.directory) if world.is_main else None, world)[0]
         problems: list[str] = []
+        newer: dict[Path, str] = {}
         for path in reversed(paths):
             found, problem = self._examine(path)
             told = distributed.gather_objects(problem, world)
             problem = next((text for text in told if text), "")
-            if not problem and world.is_main and found is not None:
-                problem = refuse(found)
+            is_whole = not problem
+            if is_whole and world.is_main and found is not None:
+                try:
+                    problem = refuse(found)
+                except OSError as error:
+                    problem = _one_line(error)
             problem = distributed.gather_objects(problem, world)[0]
             if not problem and found is not None:
                 with together(world):
                     if world.is_main:
-                        self._set_aside(paths[paths.index(path) + 1 :], problems)
+                        self._set_aside(newer, problems)
                 self._saved_step = found.step
                 return found
             problems.append(f"{path.name}: {problem}")
+            newer[path] = "abandoned" if is_whole else "damaged"
         if problems:
             found_here = f"none of the {len(problems)} checkpoints in {self.directory} can be used"
             raise InputError(f"{found_here} ({'; '.join(problems)}); restore one of them, or start over with --fresh --force",
                              shared=True)
         return None
 
-    def _set_aside(self, paths: list[Path], problems: list[str]) -> None:
+    def _set_aside(self, newer: dict[Path, str], problems: list[str]) -> None:
+        """Take their names from checkpoints that are not used: what is trained from here on is another branch."""
         for problem in problems:
             self._say(f"warning: checkpoint {problem}; the one before it is used")
-        for path in paths:
+        for path, why in newer.items():
             number = 0
-            while (aside := path.with_name(f"{path.name}.damaged{number or ''}")).exists():
+            while (aside := path.with_name(f"{path.name}.{why}{number or ''}")).exists():
                 number += 1
             path.rename(aside)
 
@@ -288,6 +298,8 @@ class Checkpoints:
                 return None, f"format {content['format']!r} instead of {FORMAT!r}"
             if told != _digest(content) or path.name != _name(content["step"]):
                 return None, f"{_RECORD} is damaged"
+            if odd := [name for name in content["files"] if Path(name).name != name]:
+                return None, f"it names {odd[0]!r}, which lies outside"
             for number, (name, described) in enumerate(sorted(content["files"].items())):
                 if number % self._world.world_size == self._world.rank and (found := _describe(path / name)) != described:
                     if found["bytes"] != described["bytes"]:
@@ -335,6 +347,15 @@ class Checkpoints:
             except CheckpointException as error:
                 raise InputError(f"{checkpoint.path} cannot be read ({_one_line(error)}); check the disk, or remove it and use "
                                  "the one before it", shared=True) from error
+
+
+def published(directory: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, in the order of their steps."""
+    try:
+        found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))]
+    except OSError:  # none yet
+        return []
+    return [path for _, path in sorted(found)]
 
 
 class _Reader(dcp.FileSystemReader):

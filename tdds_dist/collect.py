@@ -85,7 +85,8 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
         if start.result is not None:
             return [run.scores / name for name in start.result["scores"]]
         job = Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,
-                  checkpoints=start.checkpoints, resume=start.resume, interruption=interruption or Interruption())
+                  checkpoints=start.checkpoints, resume=start.resume, interruption=interruption or Interruption(),
+                  guard=start.guard)
         return _collect(job, fingerprint, start)
 
 
@@ -113,6 +114,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     paths = [run.scores / f"{window.key(config.score.preset)}.npz" for window in score_of_window]
     with together(world):
         if world.is_main:
+            start.guard()
             if quarantined:
                 say(f"warning: {len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest: global "
                     f"indices {quarantined[:20]}{' ...' if len(quarantined) > 20 else ''}", run.log_file)
@@ -127,6 +129,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     start.checkpoints.finish()
     with together(world):
         if world.is_main:
+            start.guard()
             run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result}
                              | ({"quarantined": quarantined} if quarantined else {}))
             start.checkpoints.remove_all()

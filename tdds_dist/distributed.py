@@ -26,6 +26,7 @@ from tdds_dist.preemption import Preempted
 
 TIMEOUT_SECONDS = 600.0  # of a collective; the first step may wait for compilation on other ranks
 _ROLL_CALL_SECONDS = 10.0  # ranks that time out together do so within that
+_HOST_STAYS_SECONDS = 1.0  # that rank 0 leaves later
 _CONTROL_SHARE = 0.9  # of the time-out: control groups speak up before NCCL's watchdog ends the process without a word
 
 Group = dist.ProcessGroup
@@ -151,14 +152,18 @@ def _roll_call(world: World, error: RuntimeError, timeout_seconds: float) -> str
         while missing and time.monotonic() < deadline:
             missing = {rank for rank in missing if not store.check([f"tdds/lost/{rank}"])}
             time.sleep(0.1)
+        if world.is_main:
+            time.sleep(_HOST_STAYS_SECONDS)  # with plain env:// the store ends with this process
     except (dist.DistError, RuntimeError):
-        missing = {0}  # with plain env:// it is rank 0 that hosts the store
+        missing = {0} & missing or missing  # with plain env:// it is rank 0 that hosts the store
     first_line = " ".join(str(error).split())[:200]
     if not missing:
         return f"rank {world.rank}, {_position}: ranks lost each other ({first_line}); run the same command again to go on"
-    who = ", ".join(str(rank) for rank in sorted(missing))
+    who = f"rank {min(missing)}"
+    if len(missing) > 1:  # one that is gone can keep others from noticing in time
+        who = f"at least one of the ranks {', '.join(str(rank) for rank in sorted(missing))}"
     waited = f" within {timeout_seconds:g} s (run.timeout_seconds)" if kind == "did not answer" else ""
-    return (f"rank {world.rank}, {_position}: rank {who} {kind}{waited} ({first_line}); see what that rank said last, and run "
+    return (f"rank {world.rank}, {_position}: {who} {kind}{waited} ({first_line}); see what that rank said last, and run "
             "the same command again to go on")
 
 

@@ -11,7 +11,7 @@ statistics are those of one rank's rows, padding included). Device totals are re
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -101,6 +101,7 @@ class Job:
     checkpoints: Checkpoints | None = None
     resume: Checkpoint | None = None
     interruption: Interruption = field(default_factory=Interruption)
+    guard: Callable[[], None] = lambda: None  # asked on the main rank before an epoch's results are written; raises InputError
 
     @property
     def num_samples(self) -> int:
@@ -119,8 +120,9 @@ def fit(job: Job) -> dict[str, Any]:
     try:
         with job.interruption.watched():
             result = trainer.run()
-    except Preempted:
-        trainer.close()
+    except (Preempted, InputError) as error:
+        if getattr(error, "shared", True):  # all ranks are here; after anything else nobody waits for anybody
+            trainer.close()
         raise
     trainer.close()
     return result
@@ -142,6 +144,7 @@ class Trainer:
         self.history: dict[str, Any] = {"record": {}, "best": {}, "epoch_seconds": [], "wall_seconds": [], "resumes": 0,
                                         "train_seconds": 0.0, "partial": [0.0, 0.0]}
         self.last_save = self.started = time.perf_counter()
+        self.steps_since_save = 0
         if world.device.type == "cpu":
             torch.set_num_threads(default_workers(world.local_world_size))
         set_deterministic(config.train.deterministic)
@@ -160,7 +163,7 @@ class Trainer:
         self.train_loader, self.val_loader = build_loaders(job, self.rows)
         self.tensorboard: Any = None
         self.group = distributed.control_group(config.run.timeout_seconds)
-        self.agreement = distributed.Agreement(2, self.group)
+        self.agreement = distributed.Agreement(3, self.group)
         size = config.data.image_size
         with self._autocast():
             sample = self.input_stage(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device))
@@ -184,6 +187,7 @@ class Trainer:
         while self.epoch < job.epochs and not stop:
             epoch_started = time.perf_counter()
             record = self.train_epoch()
+            self._check_guard()
             scoring = time.perf_counter()
             stop = job.observer.end_epoch()
             record["scoring_share"] = (record.pop("record_seconds") + time.perf_counter() - scoring) / record["epoch_seconds"]
@@ -208,6 +212,11 @@ class Trainer:
                 self.save_model("final")
             self._end_of_epoch(is_last)
         return self._result()
+
+    def _check_guard(self) -> None:
+        with distributed.together(self.job.world):
+            if self.job.world.is_main:
+                self.job.guard()
 
     def _result(self) -> dict[str, Any]:
         job, record, best = self.job, self.history["record"], self.history["best"]
@@ -376,15 +385,21 @@ class Trainer:
 
     def _between_steps(self) -> None:
         """Save when it is time, or leave when any rank was asked to; all ranks alike, one step after the fact."""
-        asked, due = self.agreement.exchange([bool(self.job.interruption.requested), self._is_time()])
+        checkpoints = self.job.checkpoints
+        is_writing = checkpoints is not None and checkpoints.is_writing
+        asked, due, writing = self.agreement.exchange([bool(self.job.interruption.requested), self._is_time(), is_writing])
+        self.steps_since_save += 1
         if asked:
             self._leave()
         elif due:
             self._save_checkpoint()
+        elif checkpoints is not None and not writing and self.steps_since_save > 1:  # the answer is one step old
+            checkpoints.finish()  # a save that failed is said now, on all ranks
 
     def _end_of_epoch(self, is_last: bool) -> None:
         every = self.job.config.checkpoint.every_epochs
-        asked, due = self.agreement.settle([bool(self.job.interruption.requested), self._is_time()])
+        self.steps_since_save = 0  # what `exchange` says next is not of this epoch
+        asked, due, _ = self.agreement.settle([bool(self.job.interruption.requested), self._is_time(), False])
         if asked:
             self._leave()
         elif is_last or due or (every and self.epoch % every == 0):
@@ -397,9 +412,12 @@ class Trainer:
 
     def _leave(self) -> NoReturn:
         """Save where we are and go, on every rank."""
-        self.agreement.settle([0, 0])  # nothing stays under way
+        self.agreement.settle([0, 0, 0])  # nothing stays under way
         name = next(filter(None, distributed.gather_objects(self.job.interruption.requested, self.job.world)), "a signal")
-        failed_before = self.job.checkpoints.num_failed if self.job.checkpoints else 0
+        failed_before = 0
+        if self.job.checkpoints is not None:
+            self.job.checkpoints.finish()
+            failed_before = self.job.checkpoints.num_failed
         self._save_checkpoint(wait=True)
         where = f"epoch {self.epoch + 1}, step {self.step}"
         if self.job.checkpoints is None:
@@ -422,16 +440,29 @@ class Trainer:
     def _save_checkpoint(self, wait: bool = False) -> None:
         if self.job.checkpoints is None:
             return
+        self._require_finite()
+        self.steps_since_save = 0
         train_seconds = self._train_seconds()
         record = {
             "epoch": self.epoch, "step": self.step, "steps_of_epoch": -(-self.micro // self.job.config.train.accumulation),
             "world_size": self.job.world.world_size, "scaler": self.scaler.state_dict(),
             "history": self.history | {"train_seconds": train_seconds}}
         best = self.job.run.models / "best.pt"
-        files = {"best.pt": best} if self.job.world.is_main and self.history["best"] else {}
+        files = {"best.pt": best} if self.job.world.is_main and best.is_file() else {}
         tensors = snapshot.tensors_of(self.model, self.optimizer, self.job.observer, self.totals_3, self.job.world)
         self.job.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
         self.last_save = time.perf_counter()
+
+    def _require_finite(self) -> None:
+        """InputError on every rank rather than a checkpoint from which every resume fails."""
+        module = self.model.module
+        values = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+        is_finite = torch.isfinite(torch.stack(torch._foreach_norm(values))).all()
+        if not distributed.min_over_ranks(is_finite.int()).item():
+            self.job.observer.check()
+            raise InputError(f"epoch {self.epoch}, step {self.step}: the weights are not finite, and are not saved; the "
+                             f"checkpoint before is good. Lower train.lr={self.job.config.train.lr} in a new run, or add "
+                             "train.warmup_epochs", shared=True)
 
     # ---- evaluation and records
 

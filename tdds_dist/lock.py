@@ -41,7 +41,7 @@ from tdds_dist.errors import InputError
 HEARTBEAT_SECONDS = 10.0
 MISSED_BEATS = 3  # so many heartbeats without a change mean that the holder is dead
 _LOOKS_PER_BEAT = 5
-_LONGEST_HEARTBEAT = 3600.0
+_LONGEST_HEARTBEAT = 60.0
 _SIZE_LIMIT = 1 << 16  # bytes; a lock file has a few hundred
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 

@@ -50,9 +50,13 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-            self._write_json(self.env_file, env)
+            self.write_env(env)
         except OSError as error:
             raise InputError(f"cannot write to run.dir={self.path} ({error}); choose a writable directory") from error
+
+    def write_env(self, env: dict[str, Any]) -> None:
+        """Write the record of how the run was started."""
+        self._write_json(self.env_file, env)
 
     def clear(self) -> None:
         """Remove what a run of this directory wrote; coresets and retrainings in it stay."""
@@ -96,11 +100,14 @@ class RunDir:
         if not self.metrics_file.is_file():
             return []
         records = []
-        for line in self.metrics_file.read_text().splitlines():
+        lines = self.metrics_file.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 records.append(json.loads(line))
-            except ValueError:
-                break
+            except ValueError as error:
+                if number < len(lines):
+                    raise InputError(f"{self.metrics_file}, line {number}: not JSON ({error}); restore the file, or remove "
+                                     "that line") from error
         return records
 
     def write_result(self, record: dict[str, Any]) -> None:

@@ -54,7 +54,8 @@ class ShardedScorer:
             scores again bit by bit.
         on_nan: NaN or infinite logits of a sample `stop` the run, or put the sample into `quarantine`: it is listed
             (`quarantined`), recorded as zeros from then on, and scored as the lowest of all.
-        resume: the trajectory directory may hold epochs already; `load_state_dict` says which of them count.
+        resume: the trajectory directory may hold epochs already; `load_state_dict` says which of them count, and without it
+            none does.
 
     Protocol: all ranks of the default process group construct it and call `record` equally often per epoch (an empty
     call counts), then `end_epoch`; without a process group it works alone. When the visit order is known, `expect`
@@ -95,6 +96,7 @@ class ShardedScorer:
         self._num_nonfinite = 0  # over all ranks, at the last `check`
         self._allocate(logp_dtype)
         self._trajectory = None
+        self._clears_trajectory = resume
         self._trajectory_dtype = str(trajectory_dtype).removeprefix("torch.")
         self._directory = None if trajectory is None else Path(trajectory)
         if trajectory is not None:
@@ -273,6 +275,8 @@ class ShardedScorer:
             labels_sha256 = None
             if self.epoch == 0:
                 labels_sha256 = fingerprint(self.gather_labels().numpy(), self.num_classes).labels_sha256
+            if self._clears_trajectory:
+                self._rewind_trajectory(None)
             with distributed.together(self.world):
                 if self.epoch == 0:
                     self._trajectory.write_labels(self._label_M[:rows].cpu().numpy(), labels_sha256)
@@ -362,6 +366,9 @@ class ShardedScorer:
             InputError: as `check`: bad values are not kept.
         """
         self.check()
+        return self._state()
+
+    def _state(self) -> dict[str, Tensor]:
         rows = self._end - self._first
         tables = {"logp": self._logp_MC, "scalars": self._scalars_MF, "label": self._label_M, "visits": self._visits_M,
                   "nonfinite": self._nonfinite_M, "quarantined": self._quarantined_M}
@@ -382,7 +389,8 @@ class ShardedScorer:
             InputError: another dataset or other settings, or a trajectory that is damaged or of something else; on every
                 rank.
         """
-        mine = self.state_dict()
+        self._apply_pending()
+        mine = self._state()
         with distributed.together(self.world):
             if missing := [name for name in mine if name not in state]:
                 raise InputError(f"the state has no {missing[0]!r}; resume with one that ShardedScorer.state_dict made")
@@ -396,7 +404,8 @@ class ShardedScorer:
                     raise InputError(f"the state holds {name!r} as {have.dtype} {tuple(have.shape)}, not {table.dtype} "
                                      f"{tuple(table.shape)}; resume with the num_samples, num_classes and logp_dtype it was "
                                      "saved with")
-            if not self._quarantines and (distributed.own_rows(state["quarantined"]) != _NOT_QUARANTINED).any():
+            quarantined, nonfinite = (distributed.own_rows(state[name]) for name in ("quarantined", "nonfinite"))
+            if not self._quarantines and bool((quarantined != _NOT_QUARANTINED).any() | nonfinite.any()):
                 raise InputError("the state has samples in quarantine; resume with on_nan='quarantine', as it was saved")
         for name, table in mine.items():
             into, out_of = distributed.own_rows(table), distributed.own_rows(state[name])
@@ -407,7 +416,12 @@ class ShardedScorer:
         if self._directory is None:
             return
         label_N = self.gather_labels().numpy()
-        labels_sha256 = fingerprint(label_N, self.num_classes).labels_sha256 if self.epoch > 0 else None
+        self._rewind_trajectory(fingerprint(label_N, self.num_classes).labels_sha256 if self.epoch > 0 else None)
+
+    def _rewind_trajectory(self, labels_sha256: str | None) -> None:
+        """Remove the epochs from this one on."""
+        assert self._directory is not None
+        self._clears_trajectory = False
         with distributed.together(self.world):
             if self.world.is_main:
                 resume_trajectory(self._directory, SCALARS, self.num_samples, self.num_classes, labels_sha256, self.epoch,

@@ -4,6 +4,7 @@ Owns that decision: the lock, which settings may change between two starts, whic
 done. `engine` restores the state itself.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import Any
 from tdds_dist import console, distributed
 from tdds_dist.artifacts import write_atomically
 from tdds_dist.beton import BetonInfo, content_sha256
-from tdds_dist.checkpoint import Checkpoint, Checkpoints
+from tdds_dist.checkpoint import Checkpoint, Checkpoints, published
 from tdds_dist.config import Config, parse_config, to_dict
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
@@ -39,6 +40,7 @@ class Start:
     """What a stage found: `result` when the run is finished, `resume` when it goes on, neither when it is new."""
 
     checkpoints: Checkpoints
+    guard: Callable[[], None]  # raises InputError when the directory is not ours any more; for the main rank, before it writes
     resume: Checkpoint | None = None
     result: dict[str, Any] | None = None
 
@@ -53,6 +55,8 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
     Raises:
         InputError: in use, of other settings or data, no usable checkpoint, not writable; on every rank.
     """
+    if fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        fresh = force = False  # said to the first start: this one is to go on
     lock = RunLock(run.path)
     notes: list[str] = []
     checkpoints = None
@@ -60,6 +64,11 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
     def tell(message: str) -> None:
         notes.append(message)
         say(message, run.log_file)
+
+    def mark_published() -> None:
+        """A run that has had a checkpoint does not start over for want of one (`_look`)."""
+        if not (env := run.read_env()).get("has_checkpoints"):
+            run.write_env(env | {"has_checkpoints": True})
 
     def guard() -> None:
         if lock.lost:
@@ -78,18 +87,19 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         checkpoints = Checkpoints(
             run.checkpoints, world, keep=keeping.keep, asynchronous=keeping.asynchronous,
             stop_on_error=keeping.on_error == "stop", timeout_seconds=config.run.timeout_seconds,
-            say=tell, guard=guard, note=lambda message: console.note(message, run.log_file))
+            say=tell, guard=guard, published=mark_published, note=lambda message: console.note(message, run.log_file))
         if result is not None:
             if world.is_main:
                 checkpoints.remove_all()  # a job that was killed before it did so
-            yield Start(checkpoints, result=result)
+            yield Start(checkpoints, guard, result=result)
+            checkpoints.close()
             return
         with_trajectory = setting["stage"] == "collect" and config.score.trajectory
         resume = checkpoints.latest(lambda found: _lacks(run, found) if with_trajectory else "") if is_resumed else None
         with together(world):
             if world.is_main:
                 _prepare(run, config, setting, world, resume, is_resumed, notes, tell)
-        yield Start(checkpoints, resume)
+        yield Start(checkpoints, guard, resume)
         checkpoints.close()
     except InputError as error:
         if checkpoints is not None and error.shared:  # all ranks are still there: let the save under way end
@@ -108,7 +118,7 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
         raise InputError("--force belongs to --fresh: it removes the run that is there; give both, or neither")
     num_epochs = len(run.read_metrics())
     has_run = run.config_file.is_file() and run.env_file.is_file()
-    leftovers = num_epochs > 0 or (run.trajectory / "meta.json").exists() or any(run.checkpoints.glob("step_*"))
+    leftovers = num_epochs > 0 or (run.trajectory / "meta.json").exists() or bool(published(run.checkpoints))
     if fresh:
         if (has_run or leftovers) and not force:
             what = "a finished run" if run.result_file.is_file() else f"an unfinished run of {num_epochs} epochs"
@@ -126,15 +136,13 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
     if (result := run.read_result()) is not None:
         say(f"{run.path} is finished already; --fresh --force runs it again", None)
         return result, False
-    if any(run.checkpoints.glob("step_*")):
+    if published(run.checkpoints):
         return None, True
-    expected = config.checkpoint.every_epochs
-    if expected and num_epochs > expected:
+    is_older = "checkpoint" not in run.read_config()  # of a version that made none
+    if run.read_env().get("has_checkpoints") or (is_older and num_epochs):
         raise InputError(f"{run.path} holds {num_epochs} epochs of an unfinished run, and no checkpoint to go on from; restore "
                          "checkpoints/, or start over with --fresh --force")
     tell(f"{run.path} was stopped before its first checkpoint; it starts over")
-    shutil.rmtree(run.trajectory, ignore_errors=True)
-    run.rewind(0)
     return None, False
 
 
@@ -184,7 +192,9 @@ def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World,
             if not left.name.startswith(".run.lock"):
                 left.unlink()
     if resume is None:
-        run.start(to_dict(config), setting, world.world_size, str(world.device))
+        shutil.rmtree(run.trajectory, ignore_errors=True)  # of a start that did not come to its first checkpoint
+        run.rewind(0)
+        run.start(to_dict(config), setting | ({"notes": notes[:]} if notes else {}), world.world_size, str(world.device))
         return
     epoch, step = resume.record["epoch"], resume.step
     was = resume.record["world_size"]

@@ -541,7 +541,7 @@ def test_a_save_replaces_a_folder_of_its_step_from_an_abandoned_branch(two):
     directory = two()
     checkpoints = quiet(directory)
     assert checkpoints.latest(lambda found: "" if found.step == 10 else "no").step == 10
-    (directory / f"{NEWEST}.damaged").rename(directory / NEWEST)
+    (directory / f"{NEWEST}.abandoned").rename(directory / NEWEST)
     (directory / NEWEST / "left.txt").write_text("of the abandoned branch")
     checkpoints.save(20, state(21, LONE), {"step": 20}, wait=True)
     checkpoints.close()

@@ -43,14 +43,10 @@ def test_the_example_that_resumes_gives_what_it_gives_uninterrupted(stop_after, 
                               capture_output=True, timeout=120, env=os.environ | variables)
 
     assert run("stopped", STOP_AFTER=str(stop_after)).returncode == 1
-    if stop_after == 1:  # before the first checkpoint: what is there must be removed by hand, and the program says so
-        refused = run("stopped")
-        assert "already holds a trajectory" in refused.stderr
-        return
     resumed, straight = run("stopped"), run("straight")
     assert resumed.returncode == straight.returncode == 0, resumed.stderr + straight.stderr
     first, said = re.match(r"trained from epoch (\d+); (.*)", resumed.stdout).groups()
-    assert 0 < int(first) <= stop_after
+    assert stop_after - 3 <= int(first) <= stop_after  # the last save may still have been under way
     assert said in straight.stdout
 
 

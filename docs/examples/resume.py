@@ -36,7 +36,7 @@ window = Window(T=EPOCHS, K=5, beta=0.9)
 checkpoints = Checkpoints(run / "checkpoints")
 found = checkpoints.latest()  # the newest that is whole, or None
 scorer = ShardedScorer(num_samples=len(label), num_classes=10, windows=[window], device="cpu", trajectory=run / "trajectory",
-                       resume=found is not None)
+                       resume=True)  # what is recorded there goes on, or goes
 first_epoch = 0
 if found is not None:
     scored = scorer.state_dict()
