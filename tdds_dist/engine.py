@@ -419,7 +419,7 @@ class Trainer:
             self.job.checkpoints.finish()
             failed_before = self.job.checkpoints.num_failed
         self._save_checkpoint(wait=True)
-        where = f"epoch {self.epoch + 1}, step {self.step}"
+        where = f"epoch {min(self.epoch + 1, self.job.epochs)}, step {self.step}"
         if self.job.checkpoints is None:
             raise Preempted(f"{name} at {where}; there are no checkpoints, so the run starts over next time", agreed=True)
         saved = "saved" if self.job.checkpoints.num_failed == failed_before else "NOT saved (see the warning)"

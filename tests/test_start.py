@@ -1,0 +1,195 @@
+"""How a stage enters its run directory: new, resumed, finished, refused; and what never becomes a checkpoint."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+
+from tdds_dist import Checkpoints, distributed
+from tdds_dist.cells import Task, check_directory
+from tdds_dist.config import load_config
+from tdds_dist.errors import InputError
+from tdds_dist.rundir import RunDir
+from tdds_dist.start import entered
+
+SETTING = {"stage": "collect", "data": {"train": "a", "val": "b"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "run")
+
+
+@pytest.fixture
+def config(config_file):
+    return load_config(config_file)
+
+
+def enter(run, config, setting=SETTING, **options):
+    with entered(run, config, setting, distributed.current_world("cpu"), **options) as start:
+        return start
+
+
+def stopped_after(run, config, num_epochs, *, had_checkpoint):
+    """A run that was stopped, with metrics and a trajectory of so many epochs, and no checkpoint there now."""
+    enter(run, config)
+    for epoch in range(num_epochs):
+        run.append_metrics({"epoch": epoch})
+    (run.trajectory / "epoch_0000").mkdir(parents=True)
+    if had_checkpoint:
+        run.write_env(run.read_env() | {"has_checkpoints": True})
+
+
+@pytest.mark.parametrize("every_epochs", [0, 1, 5])
+def test_a_run_without_a_checkpoint_yet_starts_over(run, config, every_epochs):
+    """Also after several epochs: the first save may have been under way."""
+    stopped_after(run, config, 3, had_checkpoint=False)
+    changed = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": every_epochs})})
+    start = enter(run, changed)
+    assert start.resume is None
+    assert start.result is None
+    assert run.read_metrics() == []
+    assert not run.trajectory.exists()
+    assert "starts over" in run.read_env()["notes"][0]
+
+
+@pytest.mark.parametrize("every_epochs", [0, 1, 5])
+@pytest.mark.parametrize("left", ["nothing", "damaged", "abandoned"])
+def test_a_run_that_lost_its_checkpoints_keeps_the_rest(run, config, every_epochs, left):
+    stopped_after(run, config, 3, had_checkpoint=True)
+    if left != "nothing":
+        (run.checkpoints / f"step_0000000010.{left}").mkdir(parents=True)
+    changed = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": every_epochs})})
+    with pytest.raises(InputError, match=r"3 epochs of an unfinished run, and no checkpoint.*restore checkpoints/"):
+        enter(run, changed)
+    assert len(run.read_metrics()) == 3
+    assert run.trajectory.exists()
+    assert not list(run.path.glob("run.lock"))
+
+
+def test_a_run_of_a_version_without_checkpoints_is_kept(run, config):
+    stopped_after(run, config, 3, had_checkpoint=False)
+    text = run.config_file.read_text()
+    run.config_file.write_text(text[: text.index("checkpoint:")])
+    with pytest.raises(InputError, match="no checkpoint to go on from"):
+        enter(run, config)
+    assert run.trajectory.exists()
+
+
+def test_publishing_a_checkpoint_is_remembered(run, config):
+    with entered(run, config, SETTING, distributed.current_world("cpu")) as start:
+        start.checkpoints.save(3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True)
+    assert run.read_env()["has_checkpoints"] is True
+    assert enter(run, config).resume.step == 3
+
+
+@pytest.mark.parametrize(("count", "goes_on"), [("0", False), ("1", True)])
+def test_fresh_is_said_to_the_first_start_only(run, config, monkeypatch, count, goes_on):
+    with entered(run, config, SETTING, distributed.current_world("cpu")) as start:
+        start.checkpoints.save(3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    assert (enter(run, config, fresh=True, force=True).resume is not None) == goes_on
+
+
+def test_fresh_where_there_is_no_run_removes_nothing(run, config):
+    run.scores.mkdir(parents=True)
+    (run.scores / "imported.npz").touch()
+    enter(run, config, fresh=True)
+    assert (run.scores / "imported.npz").exists()
+
+
+def test_a_cut_last_line_of_the_metrics_is_forgotten_and_a_damaged_one_is_not(run, config):
+    enter(run, config)
+    run.metrics_file.write_text('{"epoch": 0}\n{"epoch": 1}\n{"ep')
+    assert [record["epoch"] for record in run.read_metrics()] == [0, 1]
+    run.metrics_file.write_text('{"epoch": 0}\n{"ep\n{"epoch": 2}\n')
+    with pytest.raises(InputError, match="line 2"):
+        run.read_metrics()
+
+
+def test_a_record_is_what_comes_back(tmp_path):
+    """JSON turns integer keys into text; the hash is of what is read."""
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, {"a": torch.ones(2)}, {"accuracy": {9: 0.5, 10: 0.7}}, wait=True)
+    assert checkpoints.latest().record == {"accuracy": {"9": 0.5, "10": 0.7}}
+    bad = Checkpoints(tmp_path / "d", stop_on_error=True)
+    with pytest.raises(InputError, match="not JSON serializable"):
+        bad.save(1, {"a": torch.ones(2)}, {"path": Path("x")}, wait=True)
+
+
+def test_an_experiment_takes_what_an_early_kill_left_for_its_own(tmp_path):
+    folder = tmp_path / "seed0"
+    folder.mkdir()
+    task = Task("collect", folder, {}, settings={"digest": "x"})
+    for name in ("run.lock", "config.yaml", "log.txt", ".run.lock.after-1", ".env.json.1.tmp"):
+        (folder / name).touch()
+    check_directory(task)
+    (folder / "other").touch()
+    with pytest.raises(InputError, match="did not start"):
+        check_directory(task)
+
+
+# ---- with training
+
+
+BASE = ("train.deterministic=true", "train.epochs=4", "score.windows=[{T: 4, K: 3}]", "score.final_pass=false")
+
+
+def _nan_gradient(step, rank):
+    from tdds_dist.engine import Trainer
+
+    update = Trainer._update
+
+    def hurt(trainer):
+        if trainer.step + 1 == step:
+            for parameter in trainer.model.parameters():
+                parameter.grad.fill_(float("nan"))
+        return update(trainer)
+
+    Trainer._update = hurt
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_never_saved(config_file, tmp_path):
+    """NaN in the last step of an epoch: its outputs were fine, what would be saved is not."""
+    command = ["collect", config_file, *BASE]
+    straight, hurt = tmp_path / "straight", tmp_path / "hurt"
+    assert jobs.run([*command, f"run.dir={straight}"], 1, tmp_path / "a")[0] == [0]
+    codes, text = jobs.run([*command, f"run.dir={hurt}"], 1, tmp_path / "b", partial(_nan_gradient, 10))
+    assert codes == [2]
+    assert "NaN or infinite" in text or "not finite" in text
+    assert [path.name for path in sorted((hurt / "checkpoints").glob("step_*"))] == ["step_0000000005"]
+    codes, text = jobs.run([*command, f"run.dir={hurt}"], 1, tmp_path / "c")
+    assert codes == [0], text
+    assert jobs.differences(jobs.state_of(straight), jobs.state_of(hurt)) == []
+
+
+def _lose_lock_after_training(rank):
+    from tdds_dist import collect
+    from tdds_dist.lock import RunLock
+
+    fit = collect.fit
+
+    def fit_and_lose(job):
+        result = fit(job)
+        RunLock.lost = property(lambda lock: True)
+        return result
+
+    collect.fit = fit_and_lose
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_job_whose_directory_was_taken_over_writes_nothing_more(config_file, tmp_path):
+    folder = tmp_path / "run"
+    codes, text = jobs.run(["collect", config_file, *BASE, f"run.dir={folder}"], 2, tmp_path / "out", _lose_lock_after_training)
+    assert codes == [2, 2], text
+    assert "taken over by another job" in text
+    assert not (folder / "result.json").exists()
+    assert not list((folder / "scores").glob("*.npz"))
+    assert list((folder / "checkpoints").glob("step_*"))
+    json.loads((folder / "env.json").read_text())
