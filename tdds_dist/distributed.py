@@ -9,6 +9,7 @@ the same code. A foreign loop brings its own group, or none: then the collective
 
 import gc
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from tdds_dist.errors import InputError, LostRankError
 from tdds_dist.partition import rows_per_shard, shard_bounds
-from tdds_dist.preemption import Preempted
+from tdds_dist.preemption import SIGNALS, Preempted
 
 TIMEOUT_SECONDS = 600.0  # of a collective; the first step may wait for compilation on other ranks
 _ROLL_CALL_SECONDS = 10.0  # ranks that time out together do so within that
@@ -143,6 +144,7 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 def _roll_call(world: World, error: RuntimeError, timeout_seconds: float) -> str:
     """Name the ranks that do not answer: every rank whose collective failed says so in the store and counts the others."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the launcher ends us soon; first say why
     kind = "did not answer" if "time" in str(error).lower() else "ended"
     missing = {rank for rank in range(world.world_size) if rank != world.rank}
     try:

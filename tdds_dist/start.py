@@ -198,8 +198,11 @@ def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World,
         return
     epoch, step = resume.record["epoch"], resume.step
     was = resume.record["world_size"]
-    tell(f"resumes at epoch {epoch + 1}, step {step}" + (f", on {world.world_size} instead of {was} ranks"
-                                                         if was != world.world_size else ""))
+    if epoch >= config.train.epochs or resume.record.get("history", {}).get("stopped"):
+        where = "after the last epoch"
+    else:
+        where = f"at epoch {epoch + 1}, step {step}"
+    tell(f"resumes {where}" + (f", on {world.world_size} instead of {was} ranks" if was != world.world_size else ""))
     before = run.read_env()
     if epoch == 0:  # nothing recorded counts; also where it is damaged
         shutil.rmtree(run.trajectory, ignore_errors=True)
