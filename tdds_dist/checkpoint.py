@@ -173,7 +173,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: str) -> None:
         self.num_failed += 1
-        message = f"checkpoint at step {step} failed ({error})"
+        message = f"checkpoint at step {step} in {self.directory} failed ({error})"
         if self._stop_on_error:
             raise InputError(f"{message}; make room and run the same command again, or let runs go on without it by "
                              "checkpoint.on_error=continue", shared=True)
@@ -183,7 +183,7 @@ class Checkpoints:
         """A copy in host memory that is kept from save to save.
 
         torch's own stager copies a DTensor three times and into fresh memory: 4.2 s of standstill for 0.8 GB where this took
-        0.4 (benchmarks/checkpoint.py).
+        0.3 (benchmarks/checkpoint.py).
         """
         self._buffers = {name: distributed.copy_to_host(tensor, self._buffers.get(name)) for name, tensor in tensors.items()}
         if self._world.device.type == "cuda":

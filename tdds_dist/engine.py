@@ -391,15 +391,16 @@ class Trainer:
         self.steps_since_save += 1
         if asked:
             self._leave()
-        elif due:
+        elif due and self.steps_since_save > 1:  # the answer is one step old, and may be from before the last save
             self._save_checkpoint()
-        elif checkpoints is not None and not writing and self.steps_since_save > 1:  # the answer is one step old
+        elif checkpoints is not None and not writing and self.steps_since_save > 1:
             checkpoints.finish()  # a save that failed is said now, on all ranks
 
     def _end_of_epoch(self, is_last: bool) -> None:
         every = self.job.config.checkpoint.every_epochs
         self.steps_since_save = 0  # what `exchange` says next is not of this epoch
-        asked, due, _ = self.agreement.settle([bool(self.job.interruption.requested), self._is_time(), False])
+        asked, _, _ = self.agreement.settle([bool(self.job.interruption.requested), False, False])
+        _, due, _ = self.agreement.settle([False, self._is_time(), False])  # that of before the last save does not count
         if asked:
             self._leave()
         elif is_last or due or (every and self.epoch % every == 0):

@@ -84,7 +84,10 @@ def per_rank_batch(global_batch_size: int, world_size: int, accumulation: int = 
     nearest = " or ".join(str(size) for size in (below, above) if size is not None)
     divisor = f"world_size={world_size}" + (f" x train.accumulation={accumulation}" if accumulation > 1 else "")
     scaled = f" x {factor:g} (retrain.batch_size_rule)" if factor != 1 else ""
-    raise InputError(f"train.global_batch_size={global_batch_size}{scaled} is not divisible by {divisor}; use {nearest}")
+    rows = round(global_batch_size * factor)
+    sizes = [size for size in range(1, 2 * world_size + 1) if rows >= size * accumulation and rows % (size * accumulation) == 0]
+    ranks = f", or start {' or '.join(str(size) for size in sizes)} ranks (a run that goes on keeps its batch)" if sizes else ""
+    raise InputError(f"train.global_batch_size={global_batch_size}{scaled} is not divisible by {divisor}; use {nearest}{ranks}")
 
 
 def rows_per_shard(num_samples: int, world_size: int) -> int:

@@ -59,7 +59,7 @@ class Interruption:
         if not self._is_watched:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise Preempted(f"{name} outside training; nothing is lost, run the same command again to go on")
+            raise Preempted(f"{name}: not saved here; run the same command again, and it goes on from its last checkpoint")
         if not self.requested:
             self.requested, self._first_at = name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first_at > _ONE_KEYSTROKE_SECONDS:

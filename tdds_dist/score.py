@@ -216,6 +216,9 @@ def _open(source: Path, beton: Path | None) -> _Origin:
     run = RunDir(source)
     is_run = run.config_file.is_file()
     trajectory = Trajectory(run.trajectory if is_run else source)
+    if is_run and (epochs := (run.read_result() or {}).get("epochs", 0)) > trajectory.num_epochs:
+        raise InputError(f"{trajectory.directory} holds {trajectory.num_epochs} of the {epochs} epochs of this run, which gave "
+                         "it up (score.trajectory=false); its live scores are whole, others need another collection")
     label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
     settings: dict[str, Any] = {"epochs": trajectory.num_epochs}
     if quarantined := list(trajectory.quarantined):

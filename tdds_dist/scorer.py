@@ -251,7 +251,8 @@ class ShardedScorer:
                         "which is the most that may be quarantined" if self._quarantines else "")
             raise NonFiniteLogitsError(
                 f"epoch {self.epoch}, step {step}: NaN or infinite logits for {num_nonfinite} samples (global indices {named}"
-                f"){too_many}; lower the learning rate or check these images", shared=True)
+                f"){too_many}; lower the learning rate, check these images, or put few of them into quarantine (on_nan)",
+                shared=True)
         self._num_nonfinite = num_nonfinite
 
     def end_epoch(self) -> None:

@@ -20,6 +20,7 @@ from tdds_dist.console import say
 from tdds_dist.distributed import World, together
 from tdds_dist.errors import InputError
 from tdds_dist.lock import RunLock
+from tdds_dist.preemption import Preempted
 from tdds_dist.rundir import RunDir, environment
 from tdds_dist.trajectory import whole_epochs
 
@@ -101,8 +102,12 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
                 _prepare(run, config, setting, world, resume, is_resumed, notes, tell)
         yield Start(checkpoints, guard, resume)
         checkpoints.close()
-    except InputError as error:
-        if checkpoints is not None and error.shared:  # all ranks are still there: let the save under way end
+        if world.is_main:
+            console.note("finished", run.log_file)
+    except (InputError, Preempted) as error:
+        if world.is_main and checkpoints is not None:
+            console.note(f"stopped: {error}", run.log_file)
+        if isinstance(error, InputError) and checkpoints is not None and error.shared:  # all ranks are here: end what is saved
             with suppress(InputError):
                 checkpoints.close()
         raise
@@ -121,9 +126,10 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
     leftovers = num_epochs > 0 or (run.trajectory / "meta.json").exists() or bool(published(run.checkpoints))
     if fresh:
         if (has_run or leftovers) and not force:
-            what = "a finished run" if run.result_file.is_file() else f"an unfinished run of {num_epochs} epochs"
-            raise InputError(f"{run.path} already holds {what}; --fresh --force removes it and starts over, without --fresh an "
-                             "unfinished run goes on")
+            finished = run.result_file.is_file()
+            what = "a finished run" if finished else f"an unfinished run of {num_epochs} epochs"
+            raise InputError(f"{run.path} already holds {what}; --fresh --force removes it and starts over"
+                             + ("" if finished else ", without --fresh it goes on"))
         if has_run or leftovers:
             run.clear()
         return None, False

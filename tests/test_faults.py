@@ -343,7 +343,7 @@ def test_a_signal_in_the_final_pass(run, nobody_touched, asked, codes):
                                     "tdds_dist.snapshot:settle_buckets"])
 def test_a_signal_during_start_up(run, nobody_touched, target):
     text = run.ends([75, 1], inject=at_call(target, 1, TERM, [0]))
-    assert "SIGTERM outside training; nothing is lost" in text
+    assert "SIGTERM: not saved here; run the same command again" in text
     run.goes_on(nobody_touched(2), fault="SIGTERM during start-up")
 
 

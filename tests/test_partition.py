@@ -259,17 +259,23 @@ def test_uneven_batch_names_the_nearest_even_ones(world_size, accumulation):
         assert message.startswith(f"train.global_batch_size={batch} ")
         assert f"world_size={world_size}" in message
         assert ("accumulation" in message) == (accumulation > 1)
-        named = [int(number) for number in re.findall(r"\d+", message.split("; use ")[1])]
+        batches, _, ranks = message.split("; use ")[1].partition(", or start ")
+        named = [int(number) for number in re.findall(r"\d+", batches)]
         valid = [number for number in range(1, batch + parts + 1) if number % parts == 0]
         below, above = [n for n in valid if n < batch][-1:], [n for n in valid if n > batch][:1]
         assert named == below + above
         for number in named:
             assert per_rank_batch(number, world_size, accumulation) * parts == number
+        sizes = [int(number) for number in re.findall(r"\d+", ranks)]
+        assert sizes == [size for size in range(1, 2 * world_size + 1) if batch % (size * accumulation) == 0]
+        for size in sizes:
+            assert per_rank_batch(batch, size, accumulation) * size * accumulation == batch
 
 
 def test_a_scaled_batch_names_values_of_the_key_itself():
     """At p = 0.9 a quarter of the batch must still be dealt out evenly."""
     assert per_rank_batch(128, 8, factor=0.25) == 4
-    with pytest.raises(InputError, match=r"batch_size=40 x 0\.25 \(retrain\.batch_size_rule\) .* world_size=8; use 32 or 64$"):
+    with pytest.raises(InputError, match=r"batch_size=40 x 0\.25 \(retrain\.batch_size_rule\) .* world_size=8; use 32 or 64, "
+                       r"or start 1 or 2 or 5 or 10 ranks \(a run that goes on keeps its batch\)$"):
         per_rank_batch(40, 8, factor=0.25)
     assert per_rank_batch(32, 8, factor=0.25) == 1

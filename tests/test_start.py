@@ -1,7 +1,10 @@
 """How a stage enters its run directory: new, resumed, finished, refused; and what never becomes a checkpoint."""
 
 import json
+import re
+import signal
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import jobs
@@ -193,3 +196,23 @@ def test_a_job_whose_directory_was_taken_over_writes_nothing_more(config_file, t
     assert not list((folder / "scores").glob("*.npz"))
     assert list((folder / "checkpoints").glob("step_*"))
     json.loads((folder / "env.json").read_text())
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_checkpoint_by_time_is_one_and_a_trajectory_that_was_given_up_is_not_scored(config_file, tmp_path):
+    """Saves by time come at least two steps apart: the flag that asks for one is a step old."""
+    from tdds_dist.score import score_all
+
+    folder = tmp_path / "run"
+    by_time = ["checkpoint.every_seconds=0.001", "checkpoint.every_epochs=0"]
+    command = ["collect", config_file, *BASE, f"run.dir={folder}", *by_time]
+    assert jobs.run(command, 2, tmp_path / "a", jobs.at_step(12, jobs.signal_self(signal.SIGTERM), [0]))[0] == [75, 75]
+    saved = [int(step) for step in re.findall(r"checkpoint at step (\d+) saved", (folder / "log.txt").read_text())]
+    assert len(saved) >= 4
+    assert all(b - a >= 2 or b % 5 == 0 for a, b in pairwise(saved[:-1])), saved  # at epoch ends, and at the signal, anew
+    assert "stopped: SIGTERM: saved" in (folder / "log.txt").read_text()
+    codes, text = jobs.run([*command, "score.trajectory=false"], 2, tmp_path / "b")
+    assert codes == [0, 0], text
+    with pytest.raises(InputError, match="holds 2 of the 4 epochs of this run, which gave it up"):
+        score_all(folder)
