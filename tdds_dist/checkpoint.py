@@ -21,7 +21,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Checkpoint:
     path: Path
     step: int
     record: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -63,14 +64,16 @@ class Checkpoints:
         asynchronous: write in the background: `save` returns once the state is copied to host memory.
         stop_on_error: a save that fails ends the run; else it is said, and the run goes on with those there are.
         guard: raises InputError when the directory is not ours any more; asked on the main rank before every save.
+        about: JSON of the main rank that every checkpoint carries beside its record, e.g. config and dataset.
         published: told on the main rank that a checkpoint is there, perhaps by another thread.
         say: takes what a person should know; on the main rank. `note` takes what belongs in the log only.
     """
 
     def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True,
                  stop_on_error: bool = False, timeout_seconds: float = distributed.TIMEOUT_SECONDS,
-                 guard: Callable[[], None] = lambda: None, published: Callable[[], object] = lambda: None,
-                 say: Callable[[str], object] = print, note: Callable[[str], object] | None = None):
+                 about: Mapping[str, Any] | None = None, guard: Callable[[], None] = lambda: None,
+                 published: Callable[[], object] = lambda: None, say: Callable[[str], object] = print,
+                 note: Callable[[str], object] | None = None):
         if keep < 2:
             raise InputError(f"keep={keep} must be at least 2: the newest checkpoint may be damaged")
         self.directory = Path(directory)
@@ -79,7 +82,7 @@ class Checkpoints:
         self._world, self._keep, self._asynchronous, self._stop_on_error = world, keep, asynchronous, stop_on_error
         self._say = say if world.is_main else _say_nothing
         self._note = note or _say_nothing
-        self._guard, self._on_published = guard, published
+        self._guard, self._on_published, self._about = guard, published, dict(about or {})
         self._group = distributed.control_group(timeout_seconds)
         self._thread: threading.Thread | None = None
         self._step_under_way = -1
@@ -173,7 +176,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: str) -> None:
         self.num_failed += 1
-        message = f"checkpoint at step {step} in {self.directory} failed ({error})"
+        message = f"checkpoint at step {step} failed ({error})"
         if self._stop_on_error:
             raise InputError(f"{message}; make room and run the same command again, or let runs go on without it by "
                              "checkpoint.on_error=continue", shared=True)
@@ -222,7 +225,8 @@ class Checkpoints:
 
     def _publish(self, step: int, folder: Path, record: dict[str, Any], files: dict[str, Any]) -> None:
         """Make a written folder a checkpoint: from one rename to the next there is nothing in between."""
-        content = json.loads(json.dumps({"format": FORMAT, "step": step, "record": record, "files": files}))  # as it is read
+        content = json.loads(json.dumps(
+            {"format": FORMAT, "step": step, "record": record, "about": self._about, "files": files}))  # as it is read
         text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
         write_atomically(folder / _RECORD, lambda file: file.write(text.encode()))
         target = self.directory / _name(step)
@@ -313,7 +317,7 @@ class Checkpoints:
             return None, f"it cannot be read ({_one_line(error)})"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return None, f"{_RECORD} is damaged ({_one_line(error)})"
-        return Checkpoint(path, content["step"], content["record"]), ""
+        return Checkpoint(path, content["step"], content["record"], content["about"]), ""
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The tensors of a checkpoint without their values (device `meta`), by name; sharded ones as a whole."""

@@ -124,7 +124,7 @@ class Score(Section):
         True, description="After training, one pass over the training images in evaluation view, for Entropy and Moderate.")
     on_nan: Literal["stop", "quarantine"] = Field(
         "stop", description="NaN or infinite logits: stop the run, or quarantine the samples (listed, scored lowest, in no "
-                            "coreset, their steps without effect on the weights); more than 1 % of all samples always stop.")
+                            "coreset, steps whose gradient they spoil left out); more than 1 % of all samples always stop.")
     baselines: Baselines = Baselines()
 
 

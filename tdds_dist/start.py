@@ -88,7 +88,8 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         checkpoints = Checkpoints(
             run.checkpoints, world, keep=keeping.keep, asynchronous=keeping.asynchronous,
             stop_on_error=keeping.on_error == "stop", timeout_seconds=config.run.timeout_seconds,
-            say=tell, guard=guard, published=mark_published, note=lambda message: console.note(message, run.log_file))
+            about={"config": to_dict(config), "data": setting.get("data")}, say=tell, guard=guard, published=mark_published,
+            note=lambda message: console.note(message, run.log_file))
         if result is not None:
             if world.is_main:
                 checkpoints.remove_all()  # a job that was killed before it did so
@@ -96,7 +97,13 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             checkpoints.close()
             return
         with_trajectory = setting["stage"] == "collect" and config.score.trajectory
-        resume = checkpoints.latest(lambda found: _lacks(run, found) if with_trajectory else "") if is_resumed else None
+
+        def refuse(found: Checkpoint) -> str:
+            if found.about.get("data") != setting.get("data"):
+                return "it was made from other images"
+            return _lacks(run, found) if with_trajectory else ""
+
+        resume = checkpoints.latest(refuse) if is_resumed else None
         with together(world):
             if world.is_main:
                 _prepare(run, config, setting, world, resume, is_resumed, notes, tell)

@@ -216,3 +216,15 @@ def test_a_checkpoint_by_time_is_one_and_a_trajectory_that_was_given_up_is_not_s
     assert codes == [0, 0], text
     with pytest.raises(InputError, match="holds 2 of the 4 epochs of this run, which gave it up"):
         score_all(folder)
+
+
+def test_a_checkpoint_says_what_it_is_of_and_one_of_other_images_is_refused(run, config):
+    with entered(run, config, SETTING, distributed.current_world("cpu")) as start:
+        start.checkpoints.save(3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True)
+    about = enter(run, config).resume.about
+    assert about["data"] == SETTING["data"]
+    assert about["config"]["train"]["lr"] == config.train.lr
+    env = run.read_env() | {"data": {"train": "c", "val": "b"}}  # as if the folder had been copied here from another run
+    run.write_env(env)
+    with pytest.raises(InputError, match="it was made from other images"):
+        enter(run, config, SETTING | {"data": env["data"]})
