@@ -182,7 +182,7 @@ def test_the_command_without_noise_writes_and_says_nothing_of_it(tmp_path, capsy
     assert shown.out.splitlines()[-1].startswith("next: ")
     assert "warning" not in shown.err
     record = json.loads(manifest_path(tmp_path / "x.beton").read_text())
-    assert list(record["columns"]) == ["path", "label"]
+    assert list(record["columns"]) == ["path", "label", "crc32"]
     assert record["settings"] == {"write_mode": "jpg", "quality": 90, "max_resolution": None}
 
 
