@@ -11,7 +11,6 @@ run, tells what the disk does. Medians.
 # N samples, C classes
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -23,9 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.scorer import RESULTS, default_name
+from benchmarks import files
 from tdds_dist import ShardedScorer, Window, distributed
-from tdds_dist.artifacts import write_atomically
 from tdds_dist.checkpoint import Checkpoints
 from tdds_dist.rundir import environment
 
@@ -113,15 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-classes", type=int, default=1000, metavar="C", help="number of classes")
     parser.add_argument("--repetitions", type=int, default=3, metavar="R", help="saves of each kind")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write checkpoints (default: temporary folder)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result files")
-    parser.add_argument("--name", default="", help="of the result files, checkpoint_NAME; default from the CPU")
+    files.add_options(parser, "checkpoint")
     options = parser.parse_args(arguments)
     result = measure(options.num_samples, options.num_classes, options.repetitions, options.folder)
-    name = options.name or default_name(result)
-    text = as_markdown(result)
-    write_atomically(options.out / f"checkpoint_{name}.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
-    write_atomically(options.out / f"checkpoint_{name}.md", lambda file: file.write(text.encode()))
-    print(text)
+    files.save(options.out, options.name or files.default_name(result), result, as_markdown(result))
     return 0
 
 

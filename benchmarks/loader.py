@@ -8,7 +8,6 @@ not counted (it compiles).
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -20,8 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.scorer import RESULTS, default_name
-from tdds_dist.artifacts import write_atomically
+from benchmarks import files
 from tdds_dist.beton_writer import write_beton
 from tdds_dist.loader import BetonLoader, View
 from tdds_dist.partition import epoch_order
@@ -102,16 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="W", help="decoding threads")
     parser.add_argument("--write-mode", choices=("jpg", "raw"), default="jpg", help="how images are stored")
     parser.add_argument("--repetitions", type=int, default=5, metavar="R", help="counted epochs of each loader")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result files")
-    parser.add_argument("--name", default="", help="of the result files, loader_NAME; default from the CPU")
+    files.add_options(parser, "loader")
     options = parser.parse_args(arguments)
     result = measure(options.num_samples, options.side, options.size, options.batch, options.workers, options.repetitions,
                      options.write_mode)
-    name = options.name or f"{default_name(result)}_{options.write_mode}"
-    text = as_markdown(result)
-    write_atomically(options.out / f"loader_{name}.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
-    write_atomically(options.out / f"loader_{name}.md", lambda file: file.write(text.encode()))
-    print(text)
+    files.save(options.out, options.name or f"{files.default_name(result)}_{options.write_mode}", result, as_markdown(result))
     return 0
 
 

@@ -11,7 +11,6 @@ first, uncounted repetition also brings the files into the page cache, so disks 
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -23,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.scorer import RESULTS, default_name
-from tdds_dist.artifacts import write_atomically
+from benchmarks import files
 from tdds_dist.rundir import environment
 from tdds_dist.scalars import SCALARS
 from tdds_dist.score import score_all
@@ -89,19 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-classes", type=int, default=1000, metavar="C", help="number of classes")
     parser.add_argument("--epochs", type=int, default=30, metavar="T", help="epochs in the trajectory")
     parser.add_argument("--repetitions", type=int, default=3, metavar="R", help="counted, after one that is not")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result files")
-    parser.add_argument("--name", default="", help="of the result files, offline_NAME; default from the CPU")
+    files.add_options(parser, "offline")
     options = parser.parse_args(arguments)
     if options.epochs < 10 or options.num_samples < NUM_BLOCKS or options.repetitions < 1:
         print("benchmarks.offline: error: --epochs must be at least 10 (the windows), --num-samples at least 8, --repetitions "
               "at least 1", file=sys.stderr)
         return 2
     result = measure(options.num_samples, options.num_classes, options.epochs, options.repetitions)
-    name = options.name or default_name(result)
-    text = as_markdown(result)
-    write_atomically(options.out / f"offline_{name}.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
-    write_atomically(options.out / f"offline_{name}.md", lambda file: file.write(text.encode()))
-    print(text)
+    files.save(options.out, options.name or files.default_name(result), result, as_markdown(result))
     return 0
 
 

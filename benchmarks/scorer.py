@@ -14,9 +14,7 @@ to compare with, is cheaper, and is not timed.
 
 import argparse
 import gc
-import json
 import os
-import re
 import resource
 import statistics
 import sys
@@ -30,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import files
 from tdds_dist.distributed import session
 from tdds_dist.errors import InputError
 from tdds_dist.models import build_model
@@ -39,7 +38,6 @@ from tdds_dist.scalars import SCALARS
 from tdds_dist.scorer import ShardedScorer
 from tdds_dist.tdds import Window
 
-RESULTS = Path(__file__).parent / "results"
 LARGEST_K = 10  # window of the paper's ImageNet setting
 NUM_BATCHES = 8  # distinct batches of outputs, so that they are not all in the cache
 LOGIT_SCALE = 3.0  # spread of made-up logits; a trained network's are of this order
@@ -229,8 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS", help="its images")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of blocks with and without record; 0: none")
     parser.add_argument("--block", type=int, default=8, metavar="STEPS", help="training steps of a block")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result files")
-    parser.add_argument("--name", default="", help="of the result files, scorer_NAME; default from CPU and threads")
+    files.add_options(parser, "scorer")
     return parser
 
 
@@ -257,12 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"benchmarks.scorer: error: {error}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"scorer_{options.name or default_name(result)}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    path.with_suffix(".md").write_text(as_markdown(result))
-    print(as_table(result["rows"]))
-    print(f"\nwrote {path} and {path.with_suffix('.md').name}")
+    files.save(options.out, options.name or files.default_name(result), result, as_markdown(result))
     return 0
 
 
@@ -285,12 +277,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     provenance = environment(1, "cpu") | {"threads": options.threads, "load_average_before": load,
                                           "load_average_after": os.getloadavg()[0]}
     return {"benchmark": "scorer", "rows": rows, "provenance": provenance}
-
-
-def default_name(result: dict[str, Any]) -> str:
-    """CPU and threads; says nothing about the host."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", result["provenance"]["cpu"].lower()).strip("-")
-    return f"{cpu or 'cpu'}_{result['provenance']['threads']}threads"
 
 
 # ---- presentation

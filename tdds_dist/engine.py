@@ -11,10 +11,9 @@ statistics are those of one rank's rows, padding included). Device totals are re
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,90 +22,16 @@ from torch import Tensor, nn
 
 from tdds_dist import distributed, snapshot
 from tdds_dist.artifacts import write_atomically
-from tdds_dist.beton import BetonInfo
-from tdds_dist.checkpoint import Checkpoint, Checkpoints
-from tdds_dist.config import Config
+from tdds_dist.checkpoint import Checkpoint
 from tdds_dist.console import Progress, say
-from tdds_dist.distributed import World
 from tdds_dist.errors import InputError
-from tdds_dist.loader import BetonLoader, default_workers
+from tdds_dist.job import Job, Nobody, build_loaders
+from tdds_dist.loader import default_workers
 from tdds_dist.models import InputStage, build_model
 from tdds_dist.partition import EpochOrder, epoch_order, per_rank_batch
-from tdds_dist.preemption import Interruption, Preempted
-from tdds_dist.prepare import build_mix, build_optimizer, build_views, set_deterministic
-from tdds_dist.rundir import RunDir
+from tdds_dist.preemption import Preempted
+from tdds_dist.prepare import build_mix, build_optimizer, set_deterministic
 from tdds_dist.schedule import learning_rate
-
-
-class Observer(Protocol):
-    """Sees the outputs of training. Every rank calls every method equally often."""
-
-    def begin_epoch(self, order: EpochOrder, first_step: int) -> None:
-        """An epoch of this order starts, at `first_step` when it is resumed."""
-
-    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
-        """One forward pass; index -1 marks padding. Must not wait for the device."""
-
-    def check(self) -> None:
-        """Raise what is wrong with the values seen so far; may wait for the device."""
-
-    def end_epoch(self) -> bool:
-        """The epoch is over; True lets training stop here."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it, sharded or replicated. A collective; raises as `check` does."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
-
-
-class Nobody:
-    """The observer of a run that is not observed."""
-
-    def begin_epoch(self, order: EpochOrder, first_step: int) -> None: ...
-
-    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None: ...
-
-    def check(self) -> None: ...
-
-    def end_epoch(self) -> bool:
-        return False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run.
-
-    `subset_M` int64 restricts it to these global indices. `importance_N` float32 by global index weighs the loss as
-    `importance` says: `sample` weighs each sample by its own, `batch` by the mean over its global batch.
-    """
-
-    config: Config
-    world: World
-    run: RunDir
-    train_file: BetonInfo
-    val_file: BetonInfo
-    epochs: int
-    global_batch_size: int
-    observer: Observer = field(default_factory=Nobody)
-    subset_M: np.ndarray | None = None
-    importance_N: np.ndarray | None = None
-    importance: str = "none"
-    stops_after: int | None = None  # epochs after which the observer will end the run, for the time left
-    checkpoints: Checkpoints | None = None
-    resume: Checkpoint | None = None
-    interruption: Interruption = field(default_factory=Interruption)
-    guard: Callable[[], None] = lambda: None  # asked on the main rank before an epoch's results are written; raises InputError
-
-    @property
-    def num_samples(self) -> int:
-        """Images trained on."""
-        return self.train_file.num_samples if self.subset_M is None else len(self.subset_M)
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -165,9 +90,8 @@ class Trainer:
         self.group = distributed.control_group(config.run.timeout_seconds)
         self.agreement = distributed.Agreement(3, self.group)
         size = config.data.image_size
-        with self._autocast():
-            sample = self.input_stage(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device))
-            snapshot.settle_buckets(self.model, sample)
+        sample = self.input_stage(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device))
+        snapshot.settle_buckets(self.model, sample, self._autocast())
         if job.resume is not None:
             self._resume(job.resume)
         self.quarantines = config.score.on_nan == "quarantine" and self._observed()
@@ -413,7 +337,6 @@ class Trainer:
 
     def _leave(self) -> NoReturn:
         """Save where we are and go, on every rank."""
-        self.agreement.settle([0, 0, 0])  # nothing stays under way
         name = next(filter(None, distributed.gather_objects(self.job.interruption.requested, self.job.world)), "a signal")
         failed_before = 0
         if self.job.checkpoints is not None:
@@ -504,9 +427,10 @@ class Trainer:
                 self.tensorboard.add_scalar(key, value, record["epoch"])
 
     def close(self) -> None:
-        """Finish writing, and free the process group."""
+        """Finish writing, and free the process group. A collective."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        self.agreement.settle([0, 0, 0])  # nothing stays under way
         distributed.release_group(self.group)
 
     def _batches(self, order: EpochOrder, epoch: int) -> Iterator[Any]:
@@ -515,17 +439,6 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.amp_dtype is None else torch.autocast("cuda", dtype=self.amp_dtype)
-
-
-def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
-    """Training and evaluation loaders of this rank."""
-    data, world = job.config.data, job.world
-    workers = data.num_workers or default_workers(world.local_world_size)
-    train_view, eval_view = build_views(job.config)
-    seed = job.config.run.seed
-    return tuple(  # type: ignore[return-value]
-        BetonLoader(file.path, rows, view, device=world.device, num_workers=workers, seed=seed)
-        for file, view in ((job.train_file, train_view), (job.val_file, eval_view)))
 
 
 def memory_bytes(device: torch.device) -> int:

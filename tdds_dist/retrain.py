@@ -11,8 +11,9 @@ from tdds_dist.artifacts import Coreset, load_coreset, require_same_dataset
 from tdds_dist.config import Config
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
-from tdds_dist.engine import Job, fit
+from tdds_dist.engine import fit
 from tdds_dist.errors import InputError
+from tdds_dist.job import Job
 from tdds_dist.partition import per_rank_batch
 from tdds_dist.preemption import Interruption
 from tdds_dist.prepare import open_files, preflight

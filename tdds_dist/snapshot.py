@@ -4,7 +4,8 @@ Names: `model/...` and `optimizer/<parameter>/...` are the same on all ranks, `o
 of one rank alone. What is not a tensor goes into the checkpoint's record (`engine`).
 """
 
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,8 @@ def _mean(values: list[Tensor]) -> Tensor:
     return sum(values[1:], start=values[0]) / len(values) if values[0].is_floating_point() else values[0]
 
 
-def settle_buckets(model: Replicas, sample: Tensor) -> None:
-    """One forward and backward pass without effect on `sample` (at least two images).
+def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextManager[Any]) -> None:
+    """One forward and backward pass without effect on `sample` (at least two images), forward under `autocast`.
 
     DDP sorts its buckets anew after the first backward pass, which changes the order of sums from three ranks on; so that a
     resumed run sums as an uninterrupted one does, no run trains with unsorted buckets.
@@ -104,7 +105,9 @@ def settle_buckets(model: Replicas, sample: Tensor) -> None:
     random, random_cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if sample.is_cuda else None
     kept = [buffer.clone() for buffer in model.module.buffers()]
     model.train()
-    (model(sample).float().sum() * 0.0).backward()
+    with autocast:
+        logits_BC = model(sample)
+    (logits_BC.float().sum() * 0.0).backward()
     model.zero_grad(set_to_none=True)
     for buffer, value in zip(model.module.buffers(), kept, strict=True):
         buffer.copy_(value)

@@ -56,6 +56,8 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
     Raises:
         InputError: in use, of other settings or data, no usable checkpoint, not writable; on every rank.
     """
+    if force and not fresh:
+        raise InputError("--force belongs to --fresh: it removes the run that is there; give both, or neither", shared=True)
     if fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         fresh = force = False  # said to the first start: this one is to go on
     lock = RunLock(run.path)
@@ -126,8 +128,6 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
 def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, force: bool,
           tell: Callable[[str], object]) -> tuple[dict[str, Any] | None, bool]:
     """(result of a finished run, whether there is an unfinished one)."""
-    if force and not fresh:
-        raise InputError("--force belongs to --fresh: it removes the run that is there; give both, or neither")
     num_epochs = len(run.read_metrics())
     has_run = run.config_file.is_file() and run.env_file.is_file()
     leftovers = num_epochs > 0 or (run.trajectory / "meta.json").exists() or bool(published(run.checkpoints))

@@ -13,8 +13,9 @@ from tdds_dist import ShardedScorer, distributed, engine
 from tdds_dist.beton import read_images
 from tdds_dist.collect import Scoring
 from tdds_dist.config import load_config
-from tdds_dist.engine import Job, Nobody, fit
+from tdds_dist.engine import fit
 from tdds_dist.errors import InputError
+from tdds_dist.job import Job, Nobody
 from tdds_dist.partition import epoch_order
 from tdds_dist.prepare import open_files
 from tdds_dist.rundir import RunDir

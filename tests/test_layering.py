@@ -20,7 +20,7 @@ LAYERS = [
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
      "dynamics", "checkpoint"),
     ("scorer",),
-    ("prepare", "snapshot", "engine"),
+    ("prepare", "snapshot", "job", "engine"),
     ("select", "final_pass", "start", "collect", "score", "retrain", "summary", "compare", "export", "ingest",
      "tables", "cells", "experiment", "charts", "report"),
     ("cli", "__main__"),
