@@ -140,7 +140,7 @@ def _collection_task(plan: Experiment, seed: int) -> Task:
     if not config.score.trajectory:
         raise InputError("an experiment scores from the trajectory; set score.trajectory=true")
     matters = to_dict(config)
-    del matters["retrain"], matters["score"]["baselines"]
+    del matters["retrain"], matters["score"]["baselines"], matters["pipeline"]
     matters["score"]["windows"] = [{**window, "pruning_rates": ()} for window in matters["score"]["windows"]]
     settings = {"digest": _digest(matters)}
     return Task(f"collect, seed {seed}", config.run.directory, to_dict(config), settings=settings)
@@ -149,7 +149,7 @@ def _collection_task(plan: Experiment, seed: int) -> Task:
 def retrain_task(plan: Experiment, cell: Cell) -> Task:
     """The run of a cell whose coreset is made."""
     config = to_dict(_config(plan, cell.seed, cell.architecture))
-    matters = {section: values for section, values in config.items() if section not in ("score", "collect")}
+    matters = {section: values for section, values in config.items() if section not in ("score", "collect", "pipeline")}
     digest = _digest(matters, cell.coreset_file.read_bytes().hex(), cell.strategy, cell.importance)
     what = (f"{cell.method.name} p={cell.pruning_rate:g} {cell.strategy}{' ' + cell.network if cell.network else ''}, "
             f"seed {cell.seed}")
@@ -181,12 +181,12 @@ def check_directory(task: Task) -> None:
     found = run.read_env().get("digest")
     if found is None and task.directory.exists():
         own = task.directory.is_dir() and all(  # all that a start can leave before it says whose run it is
-            path.name in (run.config_file.name, run.log_file.name) or path.name.startswith(("run.lock", ".run.lock"))
-            or path.suffix == ".tmp" for path in task.directory.iterdir())
+            path.name in (run.config_file.name, run.log_file.name, run.status_file.name) or path.suffix == ".tmp"
+            or path.name.startswith(("run.lock", ".run.lock")) for path in task.directory.iterdir())
         if not own:
             raise InputError(f"{run.path} holds something that this experiment did not start; choose another name or dir")
     if is_done(task) and found != task.settings["digest"]:
-        idle = ("retrain",) if task.coreset_file is None else ("score", "collect")  # decide nothing here
+        idle = ("pipeline", *(("retrain",) if task.coreset_file is None else ("score", "collect")))  # decide nothing here
         raise other_settings(run, {section: values for section, values in task.config.items() if section not in idle})
 
 

@@ -25,24 +25,29 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
+    code, message = outcome(arguments)
+    if message:
+        print(message, file=sys.stderr)
+    return code
+
+
+def outcome(arguments: Sequence[str] | None = None, interruption: Interruption | None = None) -> tuple[int, str]:
+    """Run one subcommand; returns the exit code, and the line that this rank has to say about it (empty when done, or when
+    another rank says it). `interruption` lets the caller see which signals came."""
     options = parse(arguments)
+    options.interruption = interruption or Interruption()
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        options.run(options)
+        code = options.run(options) or 0  # a subcommand may have an outcome of its own
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.shared:
-            print(f"tdds {options.stage}: error: {error}", file=sys.stderr)
-        return 2
+        return 2, f"tdds {options.stage}: error: {error}" if is_main or not error.shared else ""
     except KeyboardInterrupt:
-        print(f"tdds {options.stage}: interrupted", file=sys.stderr)
-        return 130
+        return 130, f"tdds {options.stage}: interrupted"
     except Preempted as leaving:
-        if os.environ.get("RANK", "0") == "0" or not leaving.agreed:
-            print(f"tdds {options.stage}: {leaving}", file=sys.stderr)
-        return EXIT_RESUME
+        return EXIT_RESUME, f"tdds {options.stage}: {leaving}" if is_main or not leaving.agreed else ""
     except LostRankError as error:
-        print(f"tdds {options.stage}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 1, f"tdds {options.stage}: error: {error}"
+    return code, ""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -212,7 +217,7 @@ def _collect(options: argparse.Namespace) -> None:
     from tdds_dist.collect import collect
     from tdds_dist.distributed import session
 
-    with Interruption() as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
         paths = collect(config, world, fresh=options.fresh, force=options.force, interruption=interruption)
         if world.is_main:
             print(f"wrote {', '.join(str(path) for path in paths)}")
@@ -360,7 +365,7 @@ def _retrain(options: argparse.Namespace) -> None:
     from tdds_dist.distributed import session
     from tdds_dist.retrain import retrain
 
-    with Interruption() as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
         run = retrain(config, world, options.coreset, options.strategy, importance=options.importance, name=options.name,
                       fresh=options.fresh, force=options.force, interruption=interruption)
         if world.is_main:
@@ -416,7 +421,7 @@ def _experiment(options: argparse.Namespace) -> None:
         if options.jobs != 1:
             raise InputError(f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the other; leave it "
                              "out", shared=True)
-        with Interruption() as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+        with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
             table, failed = experiment(plan, world=world, interruption=interruption)
             is_main = world.is_main
     else:

@@ -87,7 +87,7 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
             return [run.scores / name for name in start.result["scores"]]
         job = Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,
                   checkpoints=start.checkpoints, resume=start.resume, interruption=interruption or Interruption(),
-                  guard=start.guard)
+                  pulse=start.pulse, guard=start.guard)
         return _collect(job, fingerprint, start)
 
 
@@ -126,6 +126,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
                 save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
     del scorer  # its table is large, and the final pass needs the device
     if config.score.final_pass:
+        start.pulse.beat("scoring")
         paths += _final_scores(config, world, run, train_file, fingerprint, result, quarantined)
     start.checkpoints.finish()
     with together(world):

@@ -125,13 +125,16 @@ class Trainer:
             history["epoch_seconds"].append(record["epoch_seconds"])
             history["wall_seconds"].append(time.perf_counter() - epoch_started)
             history["stopped"] = stop
+            remaining_seconds = self._epoch_seconds() * ((job.stops_after or job.epochs) - self.epoch - 1)
             with distributed.together(job.world):
                 if job.world.is_main:
                     job.run.append_metrics(record)
                     self.write_tensorboard(record)
-                    remaining = np.median(history["wall_seconds"]) * ((job.stops_after or job.epochs) - self.epoch - 1)
-                    say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining), log)
+                    say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds), log)
             self.epoch, self.micro = self.epoch + 1, 0
+            if job.pulse is not None:
+                job.pulse.beat("training", **self._progress(), images_per_second=record["images_per_second"],
+                               eta_seconds=0.0 if is_last else remaining_seconds)
             if is_last:
                 self.save_model("final")
             self._end_of_epoch(is_last)
@@ -186,6 +189,8 @@ class Trainer:
                         loss, _ = self._read_totals(epoch)
                         progress.note(f"loss {loss:.3f}")
                     self.history["partial"] = [seconds_before + time.perf_counter() - started, record_seconds]
+                    if job.pulse is not None and job.pulse.is_due:
+                        self._beat(self.micro / order.num_steps)
                     if not is_last:
                         self._between_steps()
             if job.world.device.type == "cuda":
@@ -305,6 +310,24 @@ class Trainer:
                              f"{self.job.config.train.lr} or add train.warmup_epochs", shared=True)
         return loss / images, 100.0 * correct / images
 
+    # ---- how far we are
+
+    def _progress(self) -> dict[str, int]:
+        epochs = self.job.stops_after or self.job.epochs
+        return {"epoch": self.epoch, "epochs": epochs, "step": self.step, "steps": epochs * self.steps_per_epoch}
+
+    def _epoch_seconds(self) -> float:
+        """What an epoch takes, evaluation and scoring included: the median of those so far (0 before the first)."""
+        return float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
+
+    def _beat(self, share: float) -> None:
+        """Tell how far we are when this share of the epoch is done."""
+        job, seconds = self.job, self.history["partial"][0]
+        assert job.pulse is not None
+        epochs_left = (job.stops_after or job.epochs) - self.epoch - share
+        job.pulse.beat("training", **self._progress(), images_per_second=share * job.num_samples / seconds,
+                       eta_seconds=epochs_left * (self._epoch_seconds() or seconds / share))
+
     # ---- leaving and going on
 
     def _between_steps(self) -> None:
@@ -324,7 +347,8 @@ class Trainer:
         every = self.job.config.checkpoint.every_epochs
         self.steps_since_save = 0  # what `exchange` says next is not of this epoch
         asked, _, _ = self.agreement.settle([bool(self.job.interruption.requested), False, False])
-        _, due, _ = self.agreement.settle([False, self._is_time(), False])  # that of before the last save does not count
+        is_due = self._is_time() or self._is_short_of_time()
+        _, due, _ = self.agreement.settle([False, is_due, False])  # that of before the last save does not count
         if asked:
             self._leave()
         elif is_last or due or (every and self.epoch % every == 0):
@@ -334,6 +358,10 @@ class Trainer:
         """Whether a checkpoint is due by time. By the main rank's clock, which never goes back."""
         seconds = self.job.config.checkpoint.every_seconds
         return bool(self.job.world.is_main and seconds and time.perf_counter() - self.last_save >= seconds)
+
+    def _is_short_of_time(self) -> bool:
+        """Whether the next epoch does not fit before the time limit: then what is there is saved before it gets tight."""
+        return bool(self.job.world.is_main and time.time() + self._epoch_seconds() >= self.job.interruption.leave_at)
 
     def _leave(self) -> NoReturn:
         """Save where we are and go, on every rank."""

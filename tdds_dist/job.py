@@ -17,6 +17,7 @@ from tdds_dist.loader import BetonLoader, default_workers
 from tdds_dist.partition import EpochOrder
 from tdds_dist.preemption import Interruption
 from tdds_dist.prepare import build_views
+from tdds_dist.pulse import Pulse
 from tdds_dist.rundir import RunDir
 
 
@@ -83,6 +84,7 @@ class Job:
     checkpoints: Checkpoints | None = None
     resume: Checkpoint | None = None
     interruption: Interruption = field(default_factory=Interruption)
+    pulse: Pulse | None = None
     guard: Callable[[], None] = lambda: None  # asked on the main rank before an epoch's results are written; raises InputError
 
     @property

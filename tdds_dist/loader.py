@@ -314,5 +314,10 @@ class _EpochThread(EpochIterator):
 
 
 def default_workers(local_world_size: int) -> int:
-    """Decoding threads per rank: the CPUs this process may use, shared among the ranks of the node."""
+    """Decoding threads per rank: the CPUs this process may use, shared among the ranks of the node.
+
+    A launcher that has shared them already says how many a rank has in TDDS_CPUS_PER_RANK.
+    """
+    if (given := os.environ.get("TDDS_CPUS_PER_RANK", "")).isdecimal() and int(given):
+        return int(given)
     return max(1, math.floor(len(os.sched_getaffinity(0)) / local_world_size))

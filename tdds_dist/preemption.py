@@ -1,10 +1,15 @@
-"""Signals that ask a run to leave: SIGTERM, SIGUSR2 (submitit's time-out and preemption) and SIGINT.
+"""What asks a run to leave: SIGTERM, SIGUSR2 (submitit's time-out and preemption), SIGINT, and the end of its time.
 
 A handler does nothing but note the request: saving inside one corrupts or hangs now and then. Whoever trains looks at
 `requested` at step boundaries, agrees with the other ranks, saves, and raises `Preempted`. Where nobody looks (start-up, the
 passes after training) there is nothing to save either, and the signal ends the program at once.
+
+A launcher that knows when the job will be ended says so in TDDS_LEAVE_AT (seconds since 1970): the run saves and leaves then by
+itself, whether or not a signal comes in time.
 """
 
+import math
+import os
 import signal
 import threading
 import time
@@ -15,6 +20,7 @@ from typing import Any
 
 EXIT_RESUME = 75  # EX_TEMPFAIL: the run is not finished; the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+TIME_LIMIT = "time limit"  # stands where the name of a signal would
 _ONE_KEYSTROKE_SECONDS = 1.0  # a launcher passes on the Ctrl-C that the terminal has sent to all
 
 
@@ -27,10 +33,13 @@ class Preempted(BaseException):
 
 
 class Interruption:
-    """The signals of this process while it is entered (`with`); the main thread only. `requested` names the first one."""
+    """The signals of this process while it is entered (`with`); the main thread only. `received` names all that came,
+    `leave_at` is when it is to leave without one (seconds since 1970)."""
 
     def __init__(self) -> None:
-        self.requested = ""
+        self.received: set[str] = set()
+        self.leave_at = _seconds_since_1970(os.environ.get("TDDS_LEAVE_AT", ""))
+        self._first = ""
         self._is_watched = False
         self._before: dict[signal.Signals, Any] = {}
         self._first_at = 0.0
@@ -45,6 +54,11 @@ class Interruption:
             signal.signal(number, handler)
         self._before = {}
 
+    @property
+    def requested(self) -> str:
+        """Why to leave: the first signal, or the time limit; empty while there is no reason."""
+        return self._first or (TIME_LIMIT if time.time() >= self.leave_at else "")
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, somebody looks at `requested` soon and often."""
@@ -56,11 +70,20 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        self.received.add(name)
         if not self._is_watched:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise Preempted(f"{name}: not saved here; run the same command again, and it goes on from its last checkpoint")
-        if not self.requested:
-            self.requested, self._first_at = name, time.monotonic()
+        if not self._first:
+            self._first, self._first_at = name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first_at > _ONE_KEYSTROKE_SECONDS:
             raise KeyboardInterrupt
+
+
+def _seconds_since_1970(text: str) -> float:
+    """Infinity when not said, or not a number: a broken launcher must not end runs."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf

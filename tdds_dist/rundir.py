@@ -31,6 +31,7 @@ class RunDir:
         self.metrics_file = self.path / "metrics.jsonl"
         self.result_file = self.path / "result.json"
         self.log_file = self.path / "log.txt"
+        self.status_file = self.path / "status.json"
         self.tensorboard = self.path / "tb"
         self.checkpoints = self.path / "checkpoints"
         self.trajectory = self.path / "trajectory"
@@ -60,7 +61,8 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove what a run of this directory wrote; coresets and retrainings in it stay."""
-        for path in (self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.report_file):
+        for path in (self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.status_file,
+                     self.report_file):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)

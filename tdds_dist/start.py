@@ -6,6 +6,7 @@ done. `engine` restores the state itself.
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tdds_dist.distributed import World, together
 from tdds_dist.errors import InputError
 from tdds_dist.lock import RunLock
 from tdds_dist.preemption import Preempted
+from tdds_dist.pulse import Pulse
 from tdds_dist.rundir import RunDir, environment
 from tdds_dist.trajectory import whole_epochs
 
@@ -30,9 +32,10 @@ MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
     "data": ("train", "val", "num_workers"),  # the files by name; their content is compared
     "train": ("accumulation", "log_every", "eval_every"),
     "score": ("baselines", "final_pass", "on_nan"),
-    "retrain": None, "checkpoint": None,
+    "retrain": None, "checkpoint": None, "pipeline": None,
 }
 _OF_RETRAIN: dict[str, tuple[str, ...] | None] = MAY_CHANGE | {"score": None, "collect": None}  # these decide nothing there
+_LOOK_AGAIN_SECONDS = 5.0
 _STAGE_KEYS = ("stage", "strategy", "importance", "coreset_sha256")
 
 
@@ -42,6 +45,7 @@ class Start:
 
     checkpoints: Checkpoints
     guard: Callable[[], None]  # raises InputError when the directory is not ours any more; for the main rank, before it writes
+    pulse: Pulse
     resume: Checkpoint | None = None
     result: dict[str, Any] | None = None
 
@@ -61,6 +65,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
     if fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         fresh = force = False  # said to the first start: this one is to go on
     lock = RunLock(run.path)
+    pulse = Pulse(run.status_file, setting["stage"], world.world_size, world.is_main)
     notes: list[str] = []
     checkpoints = None
 
@@ -82,7 +87,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         with together(world):
             result, is_resumed = None, False
             if world.is_main:
-                if message := lock.acquire(say=say):
+                if message := _acquire(lock):
                     tell(message)
                 result, is_resumed = _look(run, config, setting, fresh, force, tell)
         result, is_resumed = distributed.gather_objects((result, is_resumed), world)[0]
@@ -95,7 +100,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         if result is not None:
             if world.is_main:
                 checkpoints.remove_all()  # a job that was killed before it did so
-            yield Start(checkpoints, guard, result=result)
+            yield Start(checkpoints, guard, pulse, result=result)
             checkpoints.close()
             return
         with_trajectory = setting["stage"] == "collect" and config.score.trajectory
@@ -109,20 +114,42 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         with together(world):
             if world.is_main:
                 _prepare(run, config, setting, world, resume, is_resumed, notes, tell)
-        yield Start(checkpoints, guard, resume)
+                pulse.beat("starting")
+        yield Start(checkpoints, guard, pulse, resume)
         checkpoints.close()
+        pulse.beat("finished", eta_seconds=None)
         if world.is_main:
             console.note("finished", run.log_file)
     except (InputError, Preempted) as error:
         if world.is_main and checkpoints is not None:
             console.note(f"stopped: {error}", run.log_file)
+            pulse.beat("stopped", message=str(error), eta_seconds=None)
         if isinstance(error, InputError) and checkpoints is not None and error.shared:  # all ranks are here: end what is saved
             with suppress(InputError):
                 checkpoints.close()
         raise
+    except BaseException as error:
+        if checkpoints is not None:
+            pulse.beat("failed", message=f"{type(error).__name__}: {error}", eta_seconds=None)
+        raise
     finally:
         if world.is_main:
             lock.release()
+
+
+def _acquire(lock: RunLock) -> str | None:
+    """Take the lock. A job that is started again may come before its predecessor has gone: its launcher says in
+    TDDS_LOCK_WAIT_SECONDS how long that may take."""
+    text = os.environ.get("TDDS_LOCK_WAIT_SECONDS", "")
+    deadline = time.monotonic() + (float(text) if text.isdecimal() else 0.0)
+    while True:
+        try:
+            return lock.acquire(say=say)
+        except InputError as error:
+            if time.monotonic() >= deadline:
+                raise
+            say(f"waiting, because {error}")
+        time.sleep(_LOOK_AGAIN_SECONDS)
 
 
 def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, force: bool,

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "tdds_dist"
 # A module imports from rows above its own, and within its row from what stands to its left.
 LAYERS = [
     ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "agreement", "published"),
-    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "console", "workers"),
+    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "pulse", "console", "workers"),
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
      "dynamics", "checkpoint"),
     ("scorer",),
