@@ -1,4 +1,4 @@
-"""The schema of a cluster file: what a job asks the scheduler for, and how that is told to submitit.
+"""The schema of a cluster file: what a job asks the scheduler for, and how its ranks are started.
 
 A cluster file says nothing about training and a config nothing about the scheduler, so any run goes to any cluster.
 """
@@ -12,11 +12,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from tdds_dist.config import Section
 from tdds_dist.errors import InputError
+from tdds_dist.schema import Section
 
-END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=60")  # one rank down: all down, not a job that waits for its time limit
+STAGES = ("collect", "select", "retrain", "report")
+_ON_ONE_RANK = ("select", "report")
 _GIVEN_AS_TEXT = r"^\S*$"
+_OURS = ("array", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "open-mode", "output", "requeue",
+         "signal")
+_OF_THE_WHOLE = ("executor", "log_dir", "stages")  # the same for every stage
 
 
 class Cluster(Section):
@@ -31,20 +35,59 @@ class Cluster(Section):
     cpus_per_rank: int = Field(
         1, ge=1, description="CPU cores per rank, for decoding images; executor=local limits nothing.")
     memory_gb: float | None = Field(None, gt=0, description="Memory per node in GB; empty takes SLURM's default.")
-    time_minutes: int = Field(ge=1, description="Time limit of the job in minutes; the job is ended shortly before it.")
+    time_minutes: int = Field(
+        ge=1, description="Time limit of a job in minutes. A job that meets it saves, and is queued again to go on.")
     partition: str | None = Field(None, pattern=_GIVEN_AS_TEXT, description="SLURM partition; empty takes the default.")
     account: str | None = Field(None, pattern=_GIVEN_AS_TEXT, description="SLURM account that pays.")
     qos: str | None = Field(None, pattern=_GIVEN_AS_TEXT, description="SLURM quality of service.")
     constraint: str | None = Field(None, description="SLURM node features, e.g. a100&ib.")
+    extra: dict[str, str | int | bool] = Field(
+        {}, description="Other options of sbatch by their long names, e.g. {exclusive: true, reservation: maintenance}.")
     setup: tuple[str, ...] = Field(
-        (), description="Lines of bash before the ranks start, e.g. export GLOO_SOCKET_IFNAME=lo.")
+        (), description="Lines of bash before the ranks start, on the first node, e.g. module load cuda.")
+    venv: str | None = Field(
+        None, description="Virtual environment whose python runs the job, on the nodes; empty means the one that submits.")
+    container: str | None = Field(
+        None, description="What starts a command in a container, e.g. apptainer exec --nv tdds.sif; python3, or that of venv, "
+                          "runs in it.")
+    interface: str | None = Field(
+        None, pattern=_GIVEN_AS_TEXT, description="Network interface of gloo and NCCL, e.g. ib0; empty takes the one that "
+                                                  "leads to the first node.")
+    cpu_bind: str | None = Field(
+        None, pattern=_GIVEN_AS_TEXT, description="srun's --cpu-bind, e.g. cores; empty leaves it to SLURM.")
+    array_parallelism: int = Field(8, ge=1, description="Retrainings at a time.")
+    grace_seconds: int = Field(
+        90, ge=10, description="How long before its time limit a job is asked to save and leave; more for large checkpoints.")
+    requeue_time_limits: int = Field(
+        100, ge=0, description="How often a job that met its time limit is queued again. Preemption and lost nodes do not "
+                               "count (but with time_minutes up to 10, submitit takes preemption for a time limit).")
+    requeue_failures: int = Field(
+        3, ge=0, description="How often in a row, without a new checkpoint in between, a job that lost a rank is queued again.")
     log_dir: str | None = Field(
-        None, description="Where logs and job files go; empty means jobs/ of the run directory. All nodes must see it.")
+        None, description="Where logs and job files go, in a folder of the run's name; empty means jobs/ of the run directory. "
+                          "All nodes must see it.")
+    stages: dict[Literal["collect", "select", "retrain", "report"], dict[str, Any]] = Field(
+        {}, description="Other values of these keys for a stage, e.g. {retrain: {nodes: 1}}. select and report have one rank "
+                        "and no GPU unless it is said here.")
 
     @property
     def num_ranks(self) -> int:
         """World size of the job."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def python(self) -> str:
+        """The command that runs python on the nodes, as shell text."""
+        python = f"{self.venv}/bin/python" if self.venv else "python3" if self.container else sys.executable
+        return f"{self.container} {shlex.quote(python)}" if self.container else shlex.quote(python)
+
+    def for_stage(self, stage: str) -> "Cluster":
+        """What the jobs of a stage get."""
+        values = {key: getattr(self, key) for key in Cluster.model_fields if key != "stages"}
+        if stage in _ON_ONE_RANK:
+            values |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0}
+        changes: dict[str, Any] = next((of_stage for name, of_stage in self.stages.items() if name == stage), {})
+        return Cluster.model_validate(values | {key: _frozen(value) for key, value in changes.items()})
 
     @model_validator(mode="after")
     def _check(self) -> "Cluster":
@@ -53,38 +96,19 @@ class Cluster(Section):
         if 0 < self.gpus_per_node < self.ranks_per_node:
             raise InputError(f"gpus_per_node={self.gpus_per_node} is fewer than ranks_per_node={self.ranks_per_node}; "
                              f"every rank needs its own, set ranks_per_node={self.gpus_per_node}")
+        if self.grace_seconds >= 60 * self.time_minutes - 60:
+            raise InputError(f"grace_seconds={self.grace_seconds} leaves less than a minute of time_minutes="
+                             f"{self.time_minutes}; lower the first or raise the second")
+        if taken := [key for key in self.extra if key.lstrip("-") in _OURS]:
+            raise InputError(f"extra: {taken[0]} is set by tdds; leave it out")
+        for stage, changes in self.stages.items():
+            if fixed := [key for key in changes if key in _OF_THE_WHOLE]:
+                raise InputError(f"stages.{stage}: {fixed[0]} is the same for all stages; set it outside of stages")
+            try:
+                self.for_stage(stage)
+            except ValidationError as error:
+                raise InputError(f"stages.{stage}: {_one_line(error)}") from error
         return self
-
-    def executor_options(self) -> dict[str, Any]:
-        """Arguments of submitit's AutoExecutor other than the folder."""
-        if self.executor == "slurm":
-            return {"cluster": "slurm"}
-        if not self.setup:
-            return {"cluster": "local"}
-        # submitit's own `setup` of its local executor takes the parent of its controller for the shell that it started;
-        # where sh is a bash that replaces itself by its last command, that is this process, and the job is never found.
-        lines = "\n".join([*self.setup, 'exec "$0" "$@"'])
-        return {"cluster": "local", "local_python": shlex.join(["bash", "-c", lines, sys.executable])}
-
-    def job_parameters(self, name: str) -> dict[str, Any]:
-        """Arguments of AutoExecutor.update_parameters; None leaves a parameter out."""
-        return {
-            "name": name,
-            "nodes": self.nodes,
-            "tasks_per_node": self.ranks_per_node,
-            "gpus_per_node": self.gpus_per_node or None,
-            "cpus_per_task": self.cpus_per_rank,
-            "mem_gb": self.memory_gb,
-            "timeout_min": self.time_minutes,
-            "slurm_partition": self.partition,
-            "slurm_account": self.account,
-            "slurm_qos": self.qos,
-            "slurm_constraint": self.constraint,
-            "slurm_setup": list(self.setup) or None,
-            # Since SLURM 22.05 srun does not take the number of CPUs over from sbatch: each rank would get one.
-            "slurm_srun_args": [*END_TOGETHER, f"--cpus-per-task={self.cpus_per_rank}"],
-            "slurm_additional_parameters": {"no-requeue": True},
-        }
 
 
 def load_cluster(path: Path) -> Cluster:
@@ -97,12 +121,14 @@ def load_cluster(path: Path) -> Cluster:
         raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold keys of a cluster: {', '.join(Cluster.model_fields)}")
-    if isinstance(tree.get("setup"), list):
-        tree["setup"] = tuple(tree["setup"])
     try:
-        return Cluster.model_validate(tree)
+        return Cluster.model_validate({key: _frozen(value) for key, value in tree.items()})
     except ValidationError as error:
         raise InputError(f"{path}: {_one_line(error)}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _one_line(error: ValidationError) -> str:

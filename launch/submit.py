@@ -1,192 +1,333 @@
-"""Submit one stage as a job: `python -m launch.submit CONFIG.yaml --cluster CLUSTER.yaml --stage collect`.
+"""`tdds submit CONFIG.yaml --cluster CLUSTER.yaml`: a stage, or the whole pipeline, as jobs (also `python -m launch.submit`).
 
 Checks what can be checked without the data before anything is queued, freezes the config into the log folder (so that
-editing it while the job waits changes nothing), submits, and says where to look. `--wait` stays until the job is over.
+editing it while jobs wait changes nothing), skips what is done, submits the rest, each stage to start when the one before has
+succeeded, and says where to look. With executor=local the same jobs run here, stage by stage, while this command waits.
 
-There is no requeue: a job that is preempted, or that meets its time limit, saves its state and ends; submitted again, on
-any number of ranks that divides the batch, it goes on from its last checkpoint. Stages do not wait for each other.
-With executor=local nothing ends the other ranks when one fails before it joins them; they give up after
-run.timeout_seconds.
-
-Exit codes: 0 submitted, or with `--wait` done; 2 bad input, found here or by the job; 1 the job failed.
+Exit codes: 0 submitted, or with `--wait` done; 2 bad input, found here or by a job; 1 a job failed.
 """
 
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launch import jobs as job_list
+from launch import scheduler
 from launch.cluster import Cluster, load_cluster
+from launch.states import job_states
 from launch.task import StageTask
-from tdds_dist.config import Config, load_config, to_dict
 from tdds_dist.errors import InputError
-from tdds_dist.partition import per_rank_batch
 
 if TYPE_CHECKING:
-    from submitit import Job
+    from launch.pipeline import Stage, Step
+    from tdds_dist.config import Config
+
+_POLL_SECONDS = 5.0
+_RECHECK_SECONDS = 1.0
+
+
+def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand of `tdds`."""
+    stage = stages.add_parser(
+        "submit", help="a stage or the whole pipeline as SLURM jobs",
+        description="Submit jobs to a cluster, or to this machine (see configs/clusters/). pipeline: the collection, then the "
+                    "coresets, then an array of retrainings, then the report, each when the one before has succeeded; the "
+                    "section pipeline of the config says which. Submitted again, it goes on: what is done is skipped.")
+    _add_arguments(stage)
+    stage.set_defaults(run=run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submit what the command line says; returns the exit code."""
-    options = build_parser().parse_intermixed_args(arguments)
+    """`python -m launch.submit`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.submit", description="See `tdds submit --help`.")
+    _add_arguments(parser)
     try:
-        cluster = load_cluster(options.cluster)
-        config = _for_cluster(load_config(options.config, options.overrides), cluster)
-        check(config, cluster, options)
-        log_dir = Path(cluster.log_dir or config.run.directory / "jobs").absolute()
-        task = StageTask([options.stage, str(freeze(config, options.stage, log_dir)), *stage_options(options)])
-        job = submit(task, cluster, f"{config.run.name}-{options.stage}", log_dir)
+        return run(parser.parse_intermixed_args(arguments))
     except InputError as error:
         print(f"launch.submit: error: {error}", file=sys.stderr)
         return 2
-    _say_where(job, cluster, f"{config.run.name}-{options.stage}", log_dir)
-    try:
-        return wait(job, options.stage) if options.wait else 0
     except KeyboardInterrupt:
         print("launch.submit: no longer waiting", file=sys.stderr)
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Options of this program; those of the stages have the names they have in `tdds`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.submit",
-        description="Submit one stage to a cluster, or to this machine (see configs/clusters/).",
-        epilog="A preempted job is not queued again; submitted again it goes on from its last checkpoint.")
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config: train.lr=0.05")
-    parser.add_argument("--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the job asks for")
-    parser.add_argument("--stage", choices=("collect", "retrain"), required=True)
-    parser.add_argument("--wait", action="store_true", help="stay until the job is over, and leave with its outcome")
+    parser.add_argument("--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the jobs ask for")
+    parser.add_argument("--stage", dest="part", choices=("collect", "retrain", "pipeline"), default="pipeline",
+                        help="default: pipeline")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing")
+    parser.add_argument("--wait", action="store_true", help="stay until the jobs are over, and leave with their outcome")
     retrain = parser.add_argument_group("of --stage retrain")
     retrain.add_argument("--coreset", type=Path, metavar="FILE.npz")
     retrain.add_argument("--strategy", choices=("E", "P"))
     retrain.add_argument("--importance", choices=("none", "batch", "sample"))
     retrain.add_argument("--name", help="folder under retrain/")
-    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Submit what the command line says; returns the exit code.
+
+    Raises:
+        InputError: it cannot run as asked, or the scheduler refuses it; nothing stays queued.
+    """
+    cluster = load_cluster(options.cluster)
+    from tdds_dist.config import load_config  # loads torch: after what is quick to refuse
+
+    config = load_config(options.config, options.overrides)
+    log_dir = (Path(cluster.log_dir) / config.run.name if cluster.log_dir else config.run.directory / "jobs").absolute()
+    frozen, text = _frozen(config, options.part, log_dir)
+    stages = plan(config, cluster, options, frozen)
+    warnings = _warnings(config)
+    if options.dry_run:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(describe(stages, cluster, config.run.name))
+        _print_files(stages, cluster, config.run.name, log_dir)
+        return 0
+    if not any(stage.waiting for stage in stages):
+        print(f"everything is done: {', '.join(_count(stage) for stage in stages)}; `tdds report {config.run.directory}` "
+              "shows it")
+        return 0
+    _refuse_twice(stages, log_dir)
+    _write(frozen, text, log_dir, config, cluster)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(describe(stages, cluster, config.run.name), flush=True)
+    if cluster.executor == "local":
+        return _run_here(stages, cluster, config, log_dir, options)
+    records = _submit_all(stages, cluster, config, log_dir)
+    where = config.run.directory
+    print(f"submitted {len(records)} jobs: {_ids(records)}\nwatch:  tdds status {where}\nlogs:   tdds logs {where}\n"
+          f"stop:   scancel {_ids(records).replace(',', '')}", flush=True)
+    return _wait_for(records, log_dir) if options.wait else 0
 
 
 # ---- before submission
 
 
-def check(config: Config, cluster: Cluster, options: argparse.Namespace) -> None:
-    """InputError for what would otherwise fail only after the job has waited in the queue."""
+def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen: Path) -> "list[Stage]":
+    """The stages; InputError for what would otherwise fail only after jobs have waited in the queue."""
+    from launch.pipeline import check_batch, collect_stage, pipeline_stages
+
     given = [key for key in ("coreset", "strategy", "importance", "name") if getattr(options, key) is not None]
-    if options.stage == "collect":
-        if given:
-            raise InputError(f"--{given[0]} belongs to --stage retrain; leave it out of --stage collect")
-        config.check_collect()
+    if options.part != "retrain" and given:
+        raise InputError(f"--{given[0]} belongs to --stage retrain; leave it out of --stage {options.part}")
+    if options.part == "retrain":
+        stages = [_one_retraining(config, options, frozen, given)]
     else:
-        for key in ("coreset", "strategy"):
-            if key not in given:
-                raise InputError(f"--stage retrain needs --{key}; see `tdds retrain --help`")
-        if not options.coreset.is_file():
-            raise InputError(f"--coreset {options.coreset} does not exist; `tdds select` writes one")
-    if config.run.device == "cuda" and not cluster.gpus_per_node:
+        stages = [collect_stage(config, frozen)] if options.part == "collect" else pipeline_stages(config, frozen)
+    if config.run.device == "cuda" and not all(
+            cluster.for_stage(stage.name).gpus_per_node for stage in stages if stage.name in ("collect", "retrain")):
         raise InputError("run.device='cuda' but the cluster file asks for no GPU; set gpus_per_node or run.device=auto")
-    _check_batch(config, cluster.num_ranks, options.stage)
+    check_batch(config, cluster, stages)
+    return stages
 
 
-def _check_batch(config: Config, num_ranks: int, stage: str) -> None:
-    """InputError when the ranks cannot share the batch evenly.
+def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path, given: list[str]) -> "Stage":
+    from launch.pipeline import Stage, Step
+    from tdds_dist.artifacts import load_coreset
 
-    Retraining scales the batch by a factor that depends on the coreset: refused only when none of the factors helps.
-    """
-    factors = [1.0, *(config.retrain.batch_size_rule.values() if stage == "retrain" else ())]
-    errors = []
-    for factor in factors:
-        try:
-            per_rank_batch(config.train.global_batch_size, num_ranks, config.train.accumulation, factor)
-        except InputError as error:
-            errors.append(error)
-    if len(errors) == len(factors):
-        raise errors[0]
-
-
-def _for_cluster(config: Config, cluster: Cluster) -> Config:
-    """The config with what only the cluster file knows.
-
-    data.num_workers=0 divides the CPUs that a process may use by the ranks of its node. SLURM has divided them already.
-    """
-    if cluster.executor != "slurm" or config.data.num_workers:
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"num_workers": cluster.cpus_per_rank})})
+    for key in ("coreset", "strategy"):
+        if key not in given:
+            raise InputError(f"--stage retrain needs --{key}; see `tdds retrain --help`")
+    coreset = load_coreset(options.coreset)
+    importance = options.importance or config.retrain.importance
+    name = options.name or f"{options.coreset.stem}_{options.strategy}_{importance}_seed{config.run.seed}"
+    command = ("retrain", str(frozen), "--coreset", str(options.coreset.absolute()), "--strategy", options.strategy,
+               "--importance", importance, "--name", name)
+    directory = config.run.directory / "retrain" / name
+    is_done = (directory / "result.json").is_file()
+    return Stage("retrain", (Step(name, (command,), str(directory), is_done, coreset.pruning_rate),))
 
 
-def freeze(config: Config, stage: str, log_dir: Path) -> Path:
-    """Write the resolved config into the log folder, under a name that its content decides."""
+def _warnings(config: "Config") -> list[str]:
+    """What may be right on the nodes and is not here."""
+    files = {key: getattr(config.data, key) for key in ("train", "val")}
+    missing = [f"data.{key}={file}" for key, file in files.items() if not Path(file).is_file()]
+    return [f"{' and '.join(missing)} not found on this machine; the nodes must have it"] if missing else []
+
+
+def _frozen(config: "Config", part: str, log_dir: Path) -> tuple[Path, str]:
+    """File and text of the resolved config, under a name that its content decides."""
+    from tdds_dist.config import to_dict
+
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    path = log_dir / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    return log_dir / f"{part}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml", text
+
+
+def _write(frozen: Path, text: str, log_dir: Path, config: "Config", cluster: Cluster) -> None:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        frozen.write_text(text)
+        if cluster.log_dir:
+            config.run.directory.mkdir(parents=True, exist_ok=True)
+            (config.run.directory / job_list.POINTER_FILE).write_text(f"{log_dir}\n")
     except OSError as error:
         raise InputError(f"cannot write to log_dir={log_dir} ({error}); choose a writable directory") from error
-    return path
 
 
-def stage_options(options: argparse.Namespace) -> list[str]:
-    """The stage's own options as `tdds` takes them; the coreset by a path that holds anywhere."""
-    values = {"coreset": options.coreset and options.coreset.absolute(), "strategy": options.strategy,
-              "importance": options.importance, "name": options.name}
-    return [word for key, value in values.items() if value is not None for word in (f"--{key}", str(value))]
+def _refuse_twice(stages: "list[Stage]", log_dir: Path) -> None:
+    """InputError when jobs of an earlier submission are to do the same."""
+    wanted = {(stage.name, step.directory) for stage in stages for step in stage.waiting}
+    before = [job for job in job_list.read_jobs(log_dir) if (job.stage, job.directory) in wanted]
+    states = job_states(before)
+    if active := [job for job in before if states[job.id].is_active]:
+        stop = "scancel" if active[0].executor == "slurm" else "kill -TERM"
+        raise InputError(f"{len(active)} jobs of this run are queued or running ({_ids(active)}); wait for them, or stop them "
+                         f"with {stop} {_ids(active).replace(',', '')}")
+
+
+# ---- what it will be
+
+
+def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
+    """The plan as a table."""
+    lines = [f"{'stage':9} {'jobs':>5} {'done':>5}  each"]
+    for stage in stages:
+        part = cluster.for_stage(stage.name)
+        gpus = f", {part.gpus_per_node} GPUs per node" if part.gpus_per_node else ""
+        lines.append(f"{stage.name:9} {len(stage.waiting):5} {len(stage.steps) - len(stage.waiting):5}  {part.nodes} node(s) x "
+                     f"{part.ranks_per_node} rank(s){gpus}, at most {part.time_minutes} minutes")
+    return "\n".join([f"{name}:", *lines])
+
+
+def _count(stage: "Stage") -> str:
+    return stage.name if len(stage.steps) == 1 else f"{len(stage.steps)} x {stage.name}"
+
+
+def _print_files(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Path) -> None:
+    before = ""
+    for stage in stages:
+        if not stage.waiting:
+            continue
+        print(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
+        for step in stage.waiting:
+            for command in step.commands:
+                print(f"#      tdds {' '.join(command)}")
+        if cluster.executor == "slurm":
+            after = [f"<id of {before}>"] if before else []
+            part = cluster.for_stage(stage.name)
+            print(scheduler.sbatch_text(part, f"{stage.name}-{name}", log_dir, len(stage.waiting), after))
+        before = stage.name
 
 
 # ---- submission and after
 
 
-def submit(task: Callable[[], None], cluster: Cluster, name: str, log_dir: Path) -> "Job[Any]":
-    """Hand the task to submitit; InputError when there is no SLURM here or it refuses the job."""
-    import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
+def _submit_all(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir: Path) -> list[job_list.JobRecord]:
+    """Queue every stage that waits; the jobs, in order. What is queued already goes when one is refused."""
+    records: list[job_list.JobRecord] = []
+    after: list[str] = []
+    submission = time.strftime("%Y%m%d-%H%M%S")
     try:
-        executor = submitit.AutoExecutor(folder=log_dir, **cluster.executor_options())
-    except RuntimeError as error:
-        raise InputError(f"executor=slurm needs srun and sbatch ({error}); submit from a login node, or use "
-                         "executor=local") from error
-    executor.update_parameters(**cluster.job_parameters(name))
-    try:
-        return executor.submit(task)
-    except (FailedJobError, FailedSubmissionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the scheduler refused the job ({reason}); adapt the cluster file") from error
+        for stage in stages:
+            if not stage.waiting:
+                continue
+            part = cluster.for_stage(stage.name)
+            tasks = [_task(step, part, log_dir) for step in stage.waiting]
+            submitted = scheduler.submit(tasks, part, f"{stage.name}-{config.run.name}", log_dir, after)
+            found = [_record(step, stage.name, str(job.job_id), submission, part, config, after)
+                     for step, job in zip(stage.waiting, submitted, strict=True)]
+            records += found
+            after = list(dict.fromkeys(record.id.split("_")[0] for record in found))
+    except BaseException:
+        scheduler.cancel([record.id for record in records])
+        raise
+    for record in records:
+        job_list.append_job(log_dir, record)
+    return records
 
 
-def _say_where(job: "Job[Any]", cluster: Cluster, name: str, log_dir: Path) -> None:
-    is_slurm = cluster.executor == "slurm"
-    print(f"submitted {name} as {'job' if is_slurm else 'process'} {job.job_id}: {cluster.nodes} node(s) x "
-          f"{cluster.ranks_per_node} rank(s), at most {cluster.time_minutes} minutes")
-    print(f"logs:   {log_dir}/{job.job_id}_RANK_log.out and .err")
-    print(f"follow: tail -F {job.task(0).paths.stderr}")
-    if is_slurm:
-        print(f"state:  squeue --job {job.job_id}")
-    print(f"stop:   {'scancel' if is_slurm else 'kill -INT'} {job.job_id}", flush=True)
+def _task(step: "Step", cluster: Cluster, log_dir: Path) -> StageTask:
+    return StageTask(
+        step.commands, log_dir, time_minutes=cluster.time_minutes, grace_seconds=cluster.grace_seconds,
+        cpus_per_rank=cluster.cpus_per_rank if cluster.executor == "slurm" else 0, interface=cluster.interface)
 
 
-def wait(job: "Job[Any]", stage: str) -> int:
-    """Wait for the end of the job; returns the exit code and prints why it failed."""
-    job.wait()
-    ranks = [job.task(rank) for rank in range(job.num_tasks)]
-    lines = [line for rank in ranks for line in (rank.stderr() or "").splitlines()]
-    bad_input = [line for line in lines if line.startswith(f"tdds {stage}: error: ")]
-    if bad_input:
-        print(bad_input[0], file=sys.stderr)
-        return 2
-    # The rank that failed first has the cause; the others lost their peer, or were killed and left no result.
-    written = sorted((rank for rank in ranks if rank.paths.result_pickle.exists()),
-                     key=lambda rank: rank.paths.result_pickle.stat().st_mtime)
-    for rank in written + [rank for rank in ranks if rank not in written]:
-        error = rank.exception()
-        if error is not None:
-            print(f"launch.submit: {stage} failed: {error}", file=sys.stderr)
-            return 1
-    print(f"{stage} is done")
+def _record(step: "Step", stage: str, job_id: str, submission: str, cluster: Cluster, config: "Config",
+            after: Sequence[str]) -> job_list.JobRecord:
+    return job_list.JobRecord(
+        id=job_id, time=time.time(), submission=submission, executor=cluster.executor, stage=stage,
+        name=f"{stage}-{config.run.name}", title=step.title, after=tuple(after), num_ranks=cluster.num_ranks,
+        directory=step.directory)
+
+
+def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir: Path, options: argparse.Namespace) -> int:
+    """The stages one after the other; a single stage without `--wait` goes on in the background."""
+    submission = time.strftime("%Y%m%d-%H%M%S")
+    waits = options.wait or options.part == "pipeline"
+    for stage in stages:
+        left = list(stage.waiting)
+        part = cluster.for_stage(stage.name)
+        running: list[tuple[Any, job_list.JobRecord]] = []
+        while left or running:
+            while left and len(running) < part.array_parallelism:
+                step = left.pop(0)
+                (job,) = scheduler.submit([_task(step, part, log_dir)], part, f"{stage.name}-{config.run.name}", log_dir)
+                record = _record(step, stage.name, str(job.job_id), submission, part, config, ())
+                job_list.append_job(log_dir, record)
+                print(f"{stage.name}: {step.title} is process {record.id}, log {job.task(0).paths.stderr}", flush=True)
+                running.append((job, record))
+            if not waits:
+                return 0
+            for job, record in [pair for pair in running if pair[0].done()]:
+                running.remove((job, record))
+                if code := _outcome_here(job, record, log_dir):
+                    for other, _ in running:
+                        other.cancel()
+                    return code
+            time.sleep(_RECHECK_SECONDS)
+    print(f"done; `tdds report {config.run.directory}` shows it")
     return 0
+
+
+def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
+    """0 when every rank of a local job left its result, else the exit code, with the reason printed."""
+    ends = job_list.read_ends(log_dir, record.id)
+    if all(job.task(rank).paths.result_pickle.exists() for rank in range(job.num_tasks)):
+        print(f"{record.stage}: {record.title} is done", flush=True)
+        return 0
+    cause = job_list.first_cause(ends) or (ends[-1] if ends else None)
+    said = f"rank {cause.rank}: {cause.message}" if cause else "its ranks ended without a word; see the log"
+    print(f"{record.stage} failed: {record.title}: {said}", file=sys.stderr, flush=True)
+    if cause and cause.traceback:
+        print(cause.traceback, file=sys.stderr)
+    return 2 if cause and cause.kind == "refused" else 1
+
+
+def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
+    """Wait until all jobs are over; the exit code, with the reason of the first failure printed."""
+    said: dict[str, str] = {}
+    while True:
+        states = job_states(records)
+        for record in records:
+            state = states[record.id].state
+            if said.get(record.id) != state:
+                said[record.id] = state
+                print(f"{record.name} {record.id} ({record.title}): {state}", flush=True)
+        if not any(states[record.id].is_active or states[record.id].state == "unknown" for record in records):
+            break
+        time.sleep(_POLL_SECONDS)
+    failed = [record for record in records if states[record.id].state != "finished"]
+    if not failed:
+        return 0
+    causes = [cause for record in failed if (cause := job_list.first_cause(job_list.read_ends(log_dir, record.id)))]
+    if causes:
+        print(f"rank {causes[0].rank} on {causes[0].host}: {causes[0].message}", file=sys.stderr)
+    return 2 if causes and causes[0].kind == "refused" else 1
+
+
+def _ids(records: Sequence[job_list.JobRecord]) -> str:
+    """Ids as people write them: those of an array once."""
+    return ", ".join(dict.fromkeys(record.id.split("_")[0] for record in records))
 
 
 if __name__ == "__main__":

@@ -1,57 +1,154 @@
-"""What a job runs on each of its ranks: one stage, through the same command line that a person uses.
+"""What a job runs on each of its ranks: the commands of one step, through the command line that a person uses.
 
-It is pickled at submission and unpickled on the nodes, so it holds the arguments and nothing else.
+It is pickled at submission and unpickled on the nodes, also after a requeue: it holds what to do and nothing of how far that
+is. State is on disk, found by the command itself.
+
+How a rank leaves. Done: by returning. Asked to leave (exit code 75): all ranks have saved at the same step; then rank 0 hands
+over to submitit, whose handler has waited below ours, by sending itself the signal that it waits for. That queues the job
+again if there is a time limit or a preemption behind it; `scancel`, which sends SIGTERM alone, stays a cancellation. Anything
+else: a line in the job's end file says why, for `launch.after`, `tdds status` and people, and the exit code is the command's.
 """
 
 import atexit
 import os
+import signal
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from launch.jobs import append_end
+from launch.network import interface_to, is_free, rendezvous_port
 
-class StageFailedError(RuntimeError):
-    """A stage left with a code other than 0; its own message stands in the rank's standard error."""
+if TYPE_CHECKING:
+    from submitit.core.utils import DelayedSubmission
+
+    from tdds_dist.preemption import Interruption
+
+PREDECESSOR_SECONDS = 180  # that a job may still hold its run directory after the scheduler has started it elsewhere
+_EARLIER_SECONDS = 10.0  # than the scheduler's signal a run looks at its time limit itself
+_SECOND_SIGNAL_SECONDS = 5.0  # preemption is SIGTERM and then the signal of submitit
+_FAILED, _BAD_INPUT, _LOST = 1, 2, 1
 
 
 class StageTask:
-    """Runs `tdds` with these arguments as one rank of a job."""
+    """Runs `tdds` with each of these lists of arguments, one after the other, as one rank of a job."""
 
-    def __init__(self, arguments: Sequence[str]):
-        self.arguments = list(arguments)
+    def __init__(self, commands: Sequence[Sequence[str]], log_dir: Path, *, time_minutes: int, grace_seconds: int,
+                 cpus_per_rank: int = 0, interface: str | None = None):
+        self.commands = [list(command) for command in commands]
+        self.log_dir = str(log_dir)
+        self.time_minutes, self.grace_seconds = time_minutes, grace_seconds
+        self.cpus_per_rank = cpus_per_rank  # 0: the machine's are shared
+        self.interface = interface
 
     def __call__(self) -> None:
-        """Describe this rank in the env:// variables, then run the stage.
+        """Describe this rank in the env:// variables, then run the commands. Returns only when all are done."""
+        self._describe_rank()
+        from tdds_dist.cli import outcome
+        from tdds_dist.preemption import EXIT_RESUME, Interruption
 
-        Raises:
-            StageFailedError: the stage found bad input. Anything else that it raises passes through.
-        """
+        for command in self.commands:
+            interruption = Interruption()
+            try:
+                code, message = outcome(command, interruption)
+            except Exception as error:
+                traceback.print_exc()
+                self._leave(_FAILED, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+            if message:
+                print(message, file=sys.stderr, flush=True)
+            if code == EXIT_RESUME:
+                self._hand_over(interruption, message)
+            if code:
+                self._leave(code, {_BAD_INPUT: "refused", _LOST: "lost"}.get(code, "failed"), message)
+        # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.run`.
+        atexit.register(_exit, 0)
+
+    def checkpoint(self) -> "DelayedSubmission":
+        """Asked by submitit, in a signal handler, when the job is to be queued again: the same task. No collective in here."""
+        from submitit.core.utils import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    # ---- coming
+
+    def _describe_rank(self) -> None:
+        from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
+        job = JobEnvironment()
+        self.job_id, self.rank, self.is_slurm = job.job_id, job.global_rank, job.cluster == "slurm"
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0")) if self.is_slurm else 0
+        port = rendezvous_port(int(job.raw_job_id), self.restart)
+        os.environ["MASTER_PORT"] = str(port)
         # A rank finds its GPU by LOCAL_RANK among all of the node, hence no narrowing; and the scheduler knows better
         # than variables that came along from the shell which submitted the job.
         ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if ranks.local_world_size == ranks.world_size:
             os.environ["MASTER_ADDR"] = "127.0.0.1"  # one node needs no name service
-        from tdds_dist.cli import main
-        from tdds_dist.preemption import EXIT_RESUME
+        os.environ |= {"TDDS_JOB": self.job_id, "TDDS_LOCK_WAIT_SECONDS": str(PREDECESSOR_SECONDS),
+                       "TDDS_LEAVE_AT": str(self._leave_at())}
+        if self.cpus_per_rank:
+            os.environ["TDDS_CPUS_PER_RANK"] = str(self.cpus_per_rank)
+        self._choose_interface(ranks.world_size)
+        if self.rank == 0:
+            for left in Path(self.log_dir).glob(f"{self.job_id}_*.save_tmp"):  # submitit stumbles over what a kill left behind
+                left.unlink(missing_ok=True)
+            if ranks.world_size > 1 and not is_free(port):
+                message = f"port {port} of this host, where the ranks were to meet, is in use; the next start takes another"
+                print(f"tdds: error: {message}", file=sys.stderr, flush=True)
+                self._leave(_LOST, "lost", message)
 
-        code = main(self.arguments)
-        if code == EXIT_RESUME:
-            raise StageFailedError(f"tdds {self.arguments[0]} was asked to leave and has saved its state; submit it again, and "
-                                   "it goes on")
-        if code != 0:
-            raise StageFailedError(f"tdds {self.arguments[0]} left with code {code}")
-        # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.run`.
-        atexit.register(_leave)
+    def _leave_at(self) -> float:
+        started = float(os.environ.get("TDDS_JOB_STARTED") or time.time())
+        return started + 60 * self.time_minutes - self.grace_seconds - _EARLIER_SECONDS
 
-    def checkpoint(self) -> None:
-        """Asked by submitit when the job is about to be ended. None, so that it is not queued again.
+    def _choose_interface(self, world_size: int) -> None:
+        if world_size == 1:
+            return
+        found = self.interface or interface_to(os.environ["MASTER_ADDR"])
+        if found:
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                if self.interface or variable not in os.environ:
+                    os.environ[variable] = found
 
-        The stage saves its state and leaves by itself; it goes on when it is submitted again.
-        """
+    # ---- leaving
+
+    def _hand_over(self, interruption: "Interruption", message: str) -> NoReturn:
+        """All ranks are here, or leave on their own: the state is on disk."""
+        from tdds_dist.preemption import EXIT_RESUME, TIME_LIMIT
+
+        if self.rank != 0:
+            _exit(0)  # another code would let srun end rank 0 before it has queued the job again
+        handler_wants = signal.getsignal(signal.SIGUSR2)
+        try:
+            if "SIGUSR2" not in interruption.received and interruption.requested != TIME_LIMIT:
+                time.sleep(_SECOND_SIGNAL_SECONDS)  # submitit's handler takes over should its signal come now
+            elif callable(handler_wants):
+                signal.raise_signal(signal.SIGUSR2)
+            why = message or "asked to leave"
+        except SystemExit as leaving:  # queued again
+            self._leave(leaving.code if isinstance(leaving.code, int) else EXIT_RESUME, "requeued", message)
+        except Exception as error:  # too many time limits; or no scontrol here, or the scheduler was quicker
+            why = f"{message}; not queued again ({' '.join(str(error).split())})"
+        self._leave(EXIT_RESUME, "resume", why)
+
+    def _leave(self, code: int, kind: str, message: str, trace: str = "") -> NoReturn:
+        if message:
+            record: dict[str, Any] = {
+                "time": time.time(), "restart": self.restart, "rank": self.rank, "host": socket.gethostname(), "kind": kind,
+                "message": message, "traceback": trace}
+            try:
+                append_end(Path(self.log_dir), self.job_id, record)
+            except OSError as error:
+                print(f"cannot write to {self.log_dir} ({error})", file=sys.stderr)
+        _exit(code)
 
 
-def _leave() -> None:
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code & 0xFF)

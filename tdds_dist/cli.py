@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     _add_write(stages)
     _add_check(stages)
+    _add_plan(stages)
     _add_collect(stages)
     _add_score(stages)
     _add_select(stages)
@@ -96,6 +97,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(stages)
     _add_import(stages)
     _add_report(stages)
+    # Of the launcher, which the package itself does not know: nothing else imports it.
+    from launch.show import add_logs, add_status
+    from launch.submit import add_submit
+
+    add_submit(stages)
+    add_status(stages)
+    add_logs(stages)
     return parser
 
 
@@ -182,6 +190,39 @@ def _check(options: argparse.Namespace) -> None:
 def _add_config(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("config", metavar="CONFIG.yaml", type=Path)
     stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config, e.g. train.lr=0.05")
+
+
+def _add_plan(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stage = stages.add_parser(
+        "plan", help="what a run will take, before it runs",
+        description="Memory, disk, network and hours of a collection and its retrainings, from the config alone; no GPU is "
+                    "needed. What does not fit is refused (exit code 2), with the options that make it fit.")
+    _add_config(stage)
+    stage.add_argument("--gpus", type=int, default=1, metavar="G", help="number of ranks, on all nodes together (default: 1)")
+    stage.add_argument("--gpu-memory", metavar="SIZE",
+                       help="of one GPU, e.g. 80GB or 79.6GiB (default: that of a visible GPU, if any)")
+    stage.add_argument("--disk", metavar="SIZE", help="room for the run directory, e.g. 500GB (default: what is free there)")
+    stage.add_argument("--num-samples", type=int, metavar="N", help="training images (default: as in data.train)")
+    stage.add_argument("--images-per-second", type=float, metavar="X", help="training speed of all ranks together")
+    stage.add_argument("--from", type=Path, metavar="RUN", dest="measured_in",
+                       help="take the speed from this run, scaled by ranks (default: from the config's own, if it is there)")
+    stage.add_argument("--strategies", nargs="+", choices=("E", "P"), default=["E"], metavar="E|P",
+                       help="of the retrainings at the pruning rates of score.windows (default: E)")
+    stage.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    stage.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import json
+
+    from tdds_dist.plan import parse_bytes, plan
+
+    config = _load_config(options)
+    found = plan(
+        config, num_ranks=options.gpus, num_samples=options.num_samples, strategies=options.strategies,
+        gpu_memory_bytes=parse_bytes(options.gpu_memory, "--gpu-memory"), disk_bytes=parse_bytes(options.disk, "--disk"),
+        images_per_second=options.images_per_second, measured_in=options.measured_in)
+    print(json.dumps(found.as_json(), indent=2) if options.json else found.as_text())
 
 
 def _add_collect(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -31,7 +31,8 @@ class Pulse:
         return self._is_main and time.monotonic() - self._last >= BEAT_SECONDS
 
     def beat(self, state: str, **fields: Any) -> None:
-        """Write now. `state`: starting, training, scoring, finished, stopped or failed. `epoch` counts finished epochs."""
+        """Write now. `state`: starting, training, scoring, finished, failed, or stopped: asked to leave, and able to go on.
+        `epoch` counts finished epochs."""
         if not self._is_main:
             return
         self._last = time.monotonic()

@@ -123,7 +123,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
     except (InputError, Preempted) as error:
         if world.is_main and checkpoints is not None:
             console.note(f"stopped: {error}", run.log_file)
-            pulse.beat("stopped", message=str(error), eta_seconds=None)
+            pulse.beat("stopped" if isinstance(error, Preempted) else "failed", message=str(error), eta_seconds=None)
         if isinstance(error, InputError) and checkpoints is not None and error.shared:  # all ranks are here: end what is saved
             with suppress(InputError):
                 checkpoints.close()

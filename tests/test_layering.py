@@ -21,8 +21,8 @@ LAYERS = [
      "dynamics", "checkpoint"),
     ("scorer",),
     ("prepare", "snapshot", "job", "engine"),
-    ("select", "final_pass", "start", "collect", "score", "retrain", "summary", "compare", "export", "ingest",
-     "tables", "cells", "experiment", "charts", "report"),
+    ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "summary", "status",
+     "compare", "export", "ingest", "tables", "cells", "experiment", "charts", "report"),
     ("cli", "__main__"),
 ]
 PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}

@@ -1,0 +1,147 @@
+"""What a submission consists of: stages, their steps, and which of them are done already. Starts nothing.
+
+A step is one job: commands of `tdds` that its ranks run one after the other. A stage is one step, or several that go as an
+array; each stage waits for the one before. Names of coresets and retrainings are fixed here, so that jobs can be queued before
+the files that they will find exist.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cluster import Cluster
+from tdds_dist.config import BUILT_IN_METHODS, Config, Method
+from tdds_dist.errors import InputError
+from tdds_dist.partition import per_rank_batch
+from tdds_dist.schedule import batch_size_factor
+
+FROM_THE_FINAL_MODEL = ("entropy", "moderate")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job."""
+
+    title: str
+    commands: tuple[tuple[str, ...], ...]
+    directory: str  # the run directory that it works in
+    is_done: bool = False
+    pruning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Jobs that may run at the same time."""
+
+    name: str  # collect, select, retrain or report
+    steps: tuple[Step, ...]
+
+    @property
+    def waiting(self) -> tuple[Step, ...]:
+        """Steps that are not done."""
+        return tuple(step for step in self.steps if not step.is_done)
+
+
+def collect_stage(config: Config, frozen: Path) -> Stage:
+    """The collection of a config; `frozen` is the file that the jobs read it from."""
+    config.check_collect()
+    run = config.run.directory
+    return Stage("collect", (Step("collect", (("collect", str(frozen)),), str(run), _has_result(run)),))
+
+
+def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
+    """Collection, selection, an array of retrainings, report: `config.pipeline` says of what."""
+    collect = collect_stage(config, frozen)
+    methods = _methods(config)
+    rates = config.pipeline.pruning_rates or tuple(sorted(
+        {rate for window in config.score.windows for rate in window.pruning_rates if rate > 0}))
+    if not rates:
+        raise InputError("no window of score.windows serves a pruning rate; set pipeline.pruning_rates, e.g. [0.5]")
+    retrain = _retrain_stage(config, frozen, methods, rates)
+    has_coresets = not retrain.waiting or all(_coreset(config, method, rate).is_file() for method in methods for rate in rates)
+    select = _select_stage(config, methods, rates, not collect.waiting and has_coresets)
+    stages = [collect, select, retrain]
+    run = config.run.directory
+    is_done = not any(stage.waiting for stage in stages) and _is_newer(
+        run / "report.html", [Path(step.directory) / "result.json" for step in (*collect.steps, *retrain.steps)])
+    return [*stages, Stage("report", (Step("report", (("report", str(run)),), str(run), is_done),))]
+
+
+def _methods(config: Config) -> list[Method]:
+    methods = [BUILT_IN_METHODS[name] for name in config.pipeline.scores]
+    for method in methods:
+        if method.score_key in FROM_THE_FINAL_MODEL and not config.score.final_pass:
+            raise InputError(f"pipeline.scores: {method.name} needs score.final_pass=true; switch it on")
+        if method.score_key not in ("tdds", "random", *FROM_THE_FINAL_MODEL) and not config.score.trajectory:
+            raise InputError(f"pipeline.scores: {method.name} is scored from the trajectory; set score.trajectory=true")
+    return methods
+
+
+def _coreset(config: Config, method: Method, rate: float) -> Path:
+    return config.run.directory / "coresets" / f"{method.name}_p{rate:g}.npz"
+
+
+def _select_stage(config: Config, methods: Sequence[Method], rates: Sequence[float], is_done: bool) -> Stage:
+    """One job for all coresets: each takes a second, and every score is computed once."""
+    run = config.run.directory
+    keys = dict.fromkeys(method.score_key for method in methods
+                         if method.score_key not in ("tdds", "random", *FROM_THE_FINAL_MODEL))
+    commands: list[tuple[str, ...]] = []
+    if keys:
+        commands.append(("score", str(run), *(word for key in keys for word in ("--score", key))))
+    for method in methods:
+        for rate in rates:
+            # TDDS by the name of its file: the run's own config may be from before this rate was asked for.
+            is_tdds = method.score_key == "tdds"
+            score = config.window_for(rate).key(config.score.preset) if is_tdds else method.score_key
+            sampler = ("--sampler", method.sampler) if method.sampler else ()
+            commands.append(("select", str(run), "--pruning-rate", f"{rate:g}", "--score", score, *sampler,
+                             "--seed", str(config.run.seed), "--out", str(_coreset(config, method, rate))))
+    num = len(methods) * len(rates)
+    return Stage("select", (Step(f"{num} coreset{'s' if num > 1 else ''}", tuple(commands), str(run), is_done),))
+
+
+def _retrain_stage(config: Config, frozen: Path, methods: Sequence[Method], rates: Sequence[float]) -> Stage:
+    steps = []
+    for seed in config.pipeline.seeds or (config.run.seed,):
+        for strategy in config.pipeline.strategies:
+            for rate in rates:
+                for method in methods:
+                    importance = config.retrain.importance if method.score_key == "tdds" else "none"
+                    name = f"{method.name}_p{rate:g}_{strategy}_{importance}_seed{seed}"
+                    directory = config.run.directory / "retrain" / name
+                    command = ("retrain", str(frozen), "--coreset", str(_coreset(config, method, rate)), "--strategy", strategy,
+                               "--importance", importance, "--name", name, f"run.seed={seed}")
+                    steps.append(Step(name, (command,), str(directory), _has_result(directory), rate))
+    return Stage("retrain", tuple(steps))
+
+
+def check_batch(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> None:
+    """InputError when the ranks of a stage cannot share its batch evenly."""
+    for stage in stages:
+        if stage.name not in ("collect", "retrain"):
+            continue
+        num_ranks = cluster.for_stage(stage.name).num_ranks
+        for rate in sorted({step.pruning_rate or 0.0 for step in stage.steps}):
+            factor = batch_size_factor(rate, config.retrain.batch_size_rule) if stage.name == "retrain" else 1.0
+            try:
+                per_rank_batch(config.train.global_batch_size, num_ranks, config.train.accumulation, factor)
+            except InputError as error:
+                at = f" at pruning rate {rate:g}" if stage.name == "retrain" else ""
+                raise InputError(f"{stage.name}{at} on {num_ranks} ranks: {error}") from error
+
+
+def _has_result(run: Path) -> bool:
+    try:
+        json.loads((run / "result.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is_newer(file: Path, others: Sequence[Path]) -> bool:
+    try:
+        return file.stat().st_mtime >= max(other.stat().st_mtime for other in others)
+    except OSError:
+        return False

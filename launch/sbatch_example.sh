@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# One stage on several nodes with srun and torchrun alone, for those who keep their own submission scripts:
+#
+#   sbatch launch/sbatch_example.sh RUN_DIRECTORY collect my.yaml [key=value ...]
+#
+# RUN_DIRECTORY is that of the stage (runs/NAME, or runs/NAME/retrain/NAME). The job leaves before its time limit, saved, and
+# is queued again until the stage is done; preempted or after the loss of a node it goes on as well. `tdds submit` does all that,
+# and the pipeline around it.
+#SBATCH --job-name=tdds
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1          # one torchrun per node, which starts the ranks
+#SBATCH --cpus-per-task=1            # of all ranks of a node
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=tdds-%j.out
+##SBATCH --gpus-per-node=8           # on GPUs; one rank on each
+##SBATCH --partition=gpu
+set -uo pipefail
+[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+run=$1
+shift
+cd "${SLURM_SUBMIT_DIR:?submit it by sbatch}" || exit 1
+python=${PYTHON:-python3}            # that of the environment with tdds_dist, on all nodes
+
+# A rendezvous of its own for every start: what is left of the one before may still hold the port.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${SLURM_RESTART_COUNT:-0}) % 12768))
+ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+# Two minutes before the time limit the run saves and leaves by itself; a predecessor that still dies is waited for.
+TDDS_LEAVE_AT=$(($(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) - 120))
+TDDS_LOCK_WAIT_SECONDS=180
+TDDS_JOB=$SLURM_JOB_ID
+export python ranks MASTER_ADDR MASTER_PORT TDDS_LEAVE_AT TDDS_LOCK_WAIT_SECONDS TDDS_JOB OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+# shellcheck disable=SC2016  # expanded on each node
+srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
+    interface=$("$python" -c "import launch.network as n, sys; print(n.interface_to(sys.argv[1]) or \"\")" "$MASTER_ADDR")
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+    exec "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$ranks" \
+        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m tdds_dist "$@"' bash "$@"
+code=$?
+
+# torchrun has one exit code for every failure; status.json says whether the run was asked to leave and has saved.
+if [ $code -ne 0 ] && grep -q '"state": "stopped"' "$run/status.json" 2>/dev/null; then
+    echo "not finished: queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

@@ -1,0 +1,142 @@
+"""What submitit is told: the parameters of a job, its sbatch file, and how it is handed over. The only user of submitit's
+executors.
+
+A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and then `launch.after`, which
+queues the job again when a rank was lost, or says what ended it.
+"""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.cluster import Cluster
+from launch.task import StageTask
+from tdds_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from submitit import Job
+
+REQUEUE = 77  # exit code of launch.after: queue this job again
+_END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=60")  # one rank down: all down, not a job that waits for its time limit
+
+
+def submit(tasks: Sequence[StageTask], cluster: Cluster, name: str, log_dir: Path,
+           after: Sequence[str] = ()) -> "list[Job[Any]]":
+    """Hand tasks to the scheduler, several as one array; they start when the jobs `after` have succeeded.
+
+    Raises:
+        InputError: there is no SLURM here, or it refuses the job.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    if cluster.executor == "local":
+        executor = _local(cluster, log_dir)
+        return [executor.submit(task) for task in tasks]
+    from submitit import SlurmExecutor
+
+    try:
+        slurm = SlurmExecutor(folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python)
+    except RuntimeError as error:
+        raise InputError(f"executor=slurm needs srun and sbatch ({error}); submit from a login node, or use "
+                         "executor=local") from error
+    slurm.update_parameters(**_parameters(cluster, name, log_dir, after))
+    try:
+        with _outside_of_jobs():
+            return slurm.submit_array(tasks)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise InputError(f"the scheduler refused {name} ({_last_line(error)}); adapt the cluster file") from error
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Take jobs out of the queue, as far as that goes."""
+    if job_ids:
+        with suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job_ids)], timeout=30,
+                           capture_output=True, check=False)
+
+
+def sbatch_text(cluster: Cluster, name: str, log_dir: Path, num_tasks: int, after: Sequence[str] = ()) -> str:
+    """The sbatch file of such a job, as submitit writes it; also where there is no SLURM."""
+    from submitit import SlurmExecutor
+
+    class Anywhere(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    slurm = Anywhere(folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python)
+    slurm.update_parameters(**_parameters(cluster, name, log_dir, after))
+    if num_tasks > 1:
+        slurm.parameters["map_count"] = num_tasks
+    return slurm._make_submission_file_text(slurm._submitit_command_str, "")
+
+
+def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]) -> dict[str, Any]:
+    """Arguments of SlurmExecutor.update_parameters."""
+    memory = None
+    if cluster.memory_gb is not None:
+        whole = cluster.memory_gb == int(cluster.memory_gb)
+        memory = f"{int(cluster.memory_gb)}GB" if whole else f"{int(cluster.memory_gb * 1024)}MB"
+    # Since SLURM 22.05 srun does not take the number of CPUs over from sbatch: each rank would get one.
+    srun = [*_END_TOGETHER, f"--cpus-per-task={cluster.cpus_per_rank}"]
+    if cluster.cpu_bind:
+        srun.append(f"--cpu-bind={cluster.cpu_bind}")
+    given = {
+        "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint,
+        "mem": memory, "gpus_per_node": cluster.gpus_per_node or None,
+        "dependency": f"afterok:{':'.join(after)}" if after else None}
+    options: dict[str, Any] = {key.lstrip("-"): value for key, value in cluster.extra.items() if value is not False}
+    options["requeue"] = True  # also where the cluster's default is another: a lost node
+    if after:
+        options["kill-on-invalid-dep"] = "yes"  # else the rest waits for ever when a stage fails
+    folder = shlex.quote(str(log_dir))
+    return {key: value for key, value in given.items() if value is not None} | {
+        "job_name": name, "nodes": cluster.nodes, "ntasks_per_node": cluster.ranks_per_node,
+        "cpus_per_task": cluster.cpus_per_rank, "time": cluster.time_minutes, "signal_delay_s": cluster.grace_seconds,
+        "array_parallelism": cluster.array_parallelism, "wckey": None, "srun_args": srun, "additional_parameters": options,
+        "setup": ["export TDDS_JOB_STARTED=$(date +%s)", *cluster.setup],
+        "teardown": [
+            "code=$?",
+            f"{cluster.python} -m launch.after {folder} $code {cluster.requeue_failures}; code=$?",
+            f'[ $code -ne {REQUEUE} ] || scontrol requeue "$SLURM_JOB_ID"', "exit $code"]}
+
+
+def _local(cluster: Cluster, log_dir: Path) -> Any:
+    from submitit import LocalExecutor
+
+    python = cluster.python
+    if cluster.setup:
+        # submitit's own `setup` of its local executor takes the parent of its controller for the shell that it started;
+        # where sh is a bash that replaces itself by its last command, that is this process, and the job is never found.
+        lines = "\n".join([*cluster.setup, 'exec "$0" "$@"'])
+        python = f"{shlex.join(['bash', '-c', lines])} {python}"
+    executor = LocalExecutor(folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=python)
+    executor.update_parameters(
+        tasks_per_node=cluster.ranks_per_node, gpus_per_node=cluster.gpus_per_node, timeout_min=cluster.time_minutes,
+        signal_delay_s=cluster.grace_seconds)
+    return executor
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Without the variables of the job that this process may be part of, which sbatch would take for options."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    from submitit.helpers import clean_env
+
+    where = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    with clean_env():
+        os.environ.update(where)
+        yield
+
+
+def _last_line(error: Exception) -> str:
+    """What sbatch said: its line `sbatch: error: ...`, without the command and the traceback around it."""
+    lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
+    said = lines[-1] if lines else " ".join(str(error).split())
+    return said.removeprefix("sbatch: error: ")

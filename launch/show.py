@@ -1,0 +1,241 @@
+"""`tdds status` and `tdds logs`: a run, its retrainings and its jobs on one screen, and the log that matters.
+
+Owns how these are put together and printed. What a run directory says, `tdds_dist.status` reads; what became of jobs,
+`states`; which log it is, `logs`. Imports no torch, and answers even where the scheduler does not.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.jobs import EndRecord, JobRecord, first_cause, jobs_of, latest_submission, read_ends, read_lines
+from launch.logs import choose_log, follow, print_tail
+from launch.states import JobState, explain, job_states
+from tdds_dist.errors import InputError
+from tdds_dist.status import RunStatus, find_runs, read_status, retraining_lines, run_lines
+
+_WATCH_SECONDS = 30.0  # schedulers do not like to be asked more often
+_MOST_JOBS = 30  # in the table; above, those that are done or wait are counted only
+
+
+def add_status(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `status`."""
+    stage = stages.add_parser(
+        "status", help="where a run, its retrainings and its jobs are",
+        description="Where a run or an experiment is: state, progress, last checkpoint, why it stopped; its retrainings; the "
+                    "jobs of the latest submission, and what to do next. Works while it runs, and when SLURM does not answer.")
+    stage.add_argument("directory", metavar="RUN", type=Path, help="directory of a run, a retraining or an experiment")
+    stage.add_argument("--json", action="store_true", help="the same as data, on one line")
+    stage.add_argument("--watch", type=float, nargs="?", const=_WATCH_SECONDS, metavar="SECONDS",
+                       help=f"again and again, until nothing runs any more (default: every {_WATCH_SECONDS:g} s)")
+    stage.set_defaults(run=_status)
+
+
+def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `logs`."""
+    stage = stages.add_parser(
+        "logs", help="the log of a job of a run",
+        description="The end of the log of the newest job: of one that runs, else of the one that wrote last. Of a job that "
+                    "failed, the rank that failed first. A run without jobs has log.txt.")
+    stage.add_argument("directory", metavar="RUN", type=Path, help="directory of a run, a retraining or an experiment")
+    stage.add_argument("--job", metavar="ID", help="another job than the newest, as `tdds status` lists them")
+    stage.add_argument("--rank", type=int, metavar="R", help="default: the one that failed first, else 0")
+    stream = stage.add_mutually_exclusive_group()
+    stream.add_argument("--out", dest="stream", action="store_const", const="out", help="standard output")
+    stream.add_argument("--err", dest="stream", action="store_const", const="err", help="standard error (the default)")
+    stage.add_argument("--lines", type=int, default=50, metavar="N", help="how many, 0 for all (default: 50)")
+    stage.add_argument("--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+    stage.set_defaults(run=_logs, stream="err")
+
+
+# ---- status
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job as it is shown."""
+
+    job: JobRecord
+    state: JobState
+    text: str  # the state in words
+    blamed: JobRecord | None  # the job whose end explains it
+    cause: EndRecord | None  # how that ended
+
+
+@dataclass(frozen=True)
+class Status:
+    """All that `tdds status` knows."""
+
+    directory: Path
+    runs: list[RunStatus]
+    log_dir: Path | None
+    rows: list[JobRow]  # of the latest submission
+    num_waiting: int  # retrainings that were submitted and have no directory yet
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything waits or runs."""
+        runs = [*self.runs, *self.retrainings]
+        return any(run.is_active for run in runs) or any(row.state.is_active for row in self.rows)
+
+    @property
+    def retrainings(self) -> list[RunStatus]:
+        """Of all runs."""
+        return [retraining for run in self.runs for retraining in run.retrainings]
+
+
+def gather(directory: Path) -> Status:
+    """Look at the files, then ask the scheduler.
+
+    Raises:
+        InputError: it is the directory of neither a run nor an experiment.
+    """
+    runs = [read_status(path) for path in find_runs(directory)]
+    log_dir, jobs, every_job = jobs_of(directory)
+    latest = latest_submission(jobs)
+    wanted = {job.id: job for job in latest}
+    parents = {parent for job in latest for parent in job.after}
+    for job in reversed(every_job):  # what they waited for, also of submissions before; the newest where a number came again
+        if parents & {job.id, job.id.partition("_")[0]}:
+            wanted.setdefault(job.id, job)
+            parents.update(job.after)
+    states = job_states(wanted.values())
+    rows = []
+    for job in latest:
+        text, blamed = explain(job, wanted.values(), states)
+        rows.append(JobRow(job, states[job.id], text, blamed, _cause(blamed) if blamed else None))
+    seen = {Path(status.directory).resolve() for run in runs for status in (run, *run.retrainings)}
+    waiting = {path for row in rows if row.job.stage == "retrain" and row.state.is_active and row.job.directory
+               and (path := Path(row.job.directory).resolve()) not in seen}
+    return Status(directory, runs, log_dir, rows, len(waiting))
+
+
+def _cause(job: JobRecord) -> EndRecord | None:
+    """Why a job failed, by its ranks; where they had no time to say, by what was written when they had ended."""
+    if (found := first_cause(read_ends(job.log_dir, job.id))) is not None:
+        return found
+    after = [line for line in read_lines(job.log_dir / f"{job.id}_failures.jsonl") if isinstance(line.get("what"), str)]
+    return EndRecord("lost", -1, message=" ".join(after[-1]["what"].split())) if after else None
+
+
+def _cause_line(job: JobRecord, cause: EndRecord) -> str:
+    if cause.rank < 0:
+        return cause.message
+    where = f" on {cause.host}" if cause.host else ""
+    return f"rank {cause.rank}{where}: {' '.join(cause.message.split())}"
+
+
+def _status(options: argparse.Namespace) -> None:
+    if options.watch is not None and not 1 <= options.watch <= 86400:
+        raise InputError(f"--watch {options.watch:g} must be between 1 and 86400 seconds; leave the number out for "
+                         f"{_WATCH_SECONDS:g}")
+    clear = "\033[H\033[2J" if sys.stdout.isatty() and not options.json else ""
+    while True:
+        status = gather(options.directory)
+        text = json.dumps(as_data(status)) if options.json else "\n".join(as_lines(status))
+        print(clear * (options.watch is not None) + text, flush=True)
+        if options.watch is None or not status.is_active:
+            return
+        if not clear and not options.json:
+            print(flush=True)
+        time.sleep(options.watch)
+
+
+def as_data(status: Status) -> dict[str, Any]:
+    """What `--json` prints."""
+    rows = []
+    for row in status.rows:
+        job = {key: value for key, value in asdict(row.job).items() if key != "log_dir"}
+        cause = row.cause and asdict(row.cause)
+        rows.append({**job, "state": asdict(row.state), "text": row.text, "because_of": row.blamed and row.blamed.id,
+                     "cause": cause})
+    data = {"directory": str(status.directory), "runs": [asdict(run) for run in status.runs],
+            "log_dir": status.log_dir and str(status.log_dir), "jobs": rows, "retrainings_not_started": status.num_waiting,
+            "next": next_step(status)}
+    return json.loads(json.dumps(data))  # tuples are lists, as they are read
+
+
+def as_lines(status: Status) -> list[str]:
+    """What a person reads."""
+    lines = [line for run in status.runs for line in run_lines(run)]
+    lines += retraining_lines(status.retrainings, status.num_waiting)
+    if status.rows:
+        submitted = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(row.job.time for row in status.rows)))
+        lines += [f"jobs of {submitted} (logs in {status.log_dir}):", *_table(status)]
+    return [*lines, f"next: {next_step(status)}"]
+
+
+def _table(status: Status) -> list[str]:
+    shown, hidden = status.rows, dict[str, int]()
+    if len(shown) > _MOST_JOBS:
+        shown = [row for row in status.rows if row.state.state not in ("finished", "pending") or row.blamed]
+        for row in status.rows:
+            if row not in shown:
+                hidden[row.state.state] = hidden.get(row.state.state, 0) + 1
+    head = ("id", "name", "title", "state", "restarts", "elapsed", "nodes")
+    cells = [head, *((row.job.id, row.job.name, row.job.title if row.job.title != row.job.name else "", row.text,
+                      str(row.state.restarts or ""), row.state.elapsed, row.state.nodes) for row in shown)]
+    used = [column for column in range(len(head)) if any(line[column] for line in cells[1:])]
+    width = {column: max(len(line[column]) for line in cells) for column in used}
+    texts = ["  " + "  ".join(f"{line[column]:<{width[column]}}" for column in used).rstrip() for line in cells]
+    lines, told = texts[:1] if shown else [], set()
+    for row, text in zip(shown, texts[1:], strict=True):
+        lines.append(text)
+        if row.blamed and row.cause and row.blamed.id not in told:
+            told.add(row.blamed.id)
+            rank = f" --rank {row.cause.rank}" if row.cause.rank >= 0 else ""
+            lines += [f"      {_cause_line(row.blamed, row.cause)}",
+                      f"      more: tdds logs {status.directory} --job {row.blamed.id}{rank}"]
+    if hidden:
+        counts = ", ".join(f"{count} {word}" for word, count in hidden.items())
+        lines.append(f"  and {counts}")
+    return lines
+
+
+def next_step(status: Status) -> str:
+    """One line: what a person would do now."""
+    bad = [row for row in status.rows if row.state.is_bad]
+    runs = [*status.runs, *status.retrainings]
+    logs = f"tdds logs {status.directory}"
+    if status.is_active:
+        if bad:
+            return f"when the others are over, see to the {len(bad)} that failed and submit again; what is done is skipped"
+        return f"nothing to do; `{logs} --follow` shows what it says" if status.rows else "nothing to do"
+    if any(row.cause and row.cause.kind == "refused" for row in bad):
+        return "correct what was refused and submit again; what is done is skipped"
+    if any(row.cause and row.cause.kind == "failed" for row in bad):
+        return f"`{logs}` shows the traceback; correct the cause and submit again, what is done is skipped"
+    if bad:
+        return "submit again; what is done is skipped, the rest goes on from its last checkpoint"
+    if unfinished := [run for run in runs if run.state != "finished"]:
+        again = "submit again" if status.rows else "start the same command again"
+        from_where = "goes on from its last checkpoint" if any(run.checkpoint for run in unfinished) else "starts over"
+        return f"{again}; {'it' if len(unfinished) == 1 else 'each'} {from_where}"
+    if len(status.runs) > 1 or status.directory.joinpath("table.md").is_file():
+        return f"the table is in {status.directory / 'table.md'}; the same `tdds experiment` again makes it anew"
+    run = status.runs[0]
+    if run.stage == "retrain":
+        return f"tdds report {status.directory.parent.parent}"
+    if status.retrainings:
+        return f"tdds report {status.directory}"
+    coresets = sorted((status.directory / "coresets").glob("*.npz"))
+    if coresets:
+        return f"tdds retrain {status.directory / 'config.yaml'} --coreset {coresets[0]} --strategy E"
+    return f"tdds select {status.directory} --pruning-rate 0.7"
+
+
+def _logs(options: argparse.Namespace) -> None:
+    if options.lines < 0:
+        raise InputError(f"--lines {options.lines} must be at least 0 (0 shows all)")
+    path, choice = choose_log(options.directory, options.job, options.rank, options.stream)
+    print(f"==> {path}{choice}", flush=True)
+    end = print_tail(path, options.lines, sys.stdout)
+    if options.follow:
+        try:
+            follow(path, end, sys.stdout)
+        except KeyboardInterrupt:  # the way to end it, no failure
+            print(flush=True)
