@@ -1,6 +1,6 @@
 # What a user and a contributor run. `make setup` is safe to repeat and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow test-slurm lint clean
 
 help:   ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -12,10 +12,14 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 	@scripts/demo.sh
 
 test: setup  ## the tests, under 10 minutes on 2 cores
-	@.venv/bin/python -m pytest -m "not slow"
+	@.venv/bin/python -m pytest -m "not slow and not slurm"
 
-test-slow: setup  ## the tests that `make test` leaves out
-	@.venv/bin/python -m pytest -m slow
+test-slow: setup  ## the tests that take minutes each
+	@.venv/bin/python -m pytest -m "slow and not slurm"
+
+test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
+	@tests/slurm/install.sh
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slurm
 
 lint: setup  ## style and types
 	@.venv/bin/ruff check .

@@ -1,9 +1,11 @@
-"""What happens after the ranks of a SLURM job have ended: `python -m launch.after LOG_DIR CODE REQUEUE_FAILURES`, at the end of
-its sbatch file.
+"""What happens after the ranks of a SLURM job have ended: `python -m launch.after LOG_DIR CODE NUM_RANKS REQUEUE_FAILURES`, at
+the end of its sbatch file.
 
-Reads how the ranks left. A rank that failed or refused its input ends the job, and its message (and traceback) is printed in
-one place, without those of all the others that lost it. Where ranks only lost each other or ended without a word (killed, out
-of memory, a node that is gone), the job is queued again, but not for ever: only so often in a row without a new checkpoint.
+Reads how the ranks left. srun's exit code alone does not tell: it is 0 after some aborted steps, and another one when a node's
+slurmstepd was killed and all ranks finished all the same. A rank that failed or refused its input ends the job, and its
+message (and traceback) is printed in one place, without those of all the others that lost it. Where ranks only lost each other
+or ended without a word (killed, out of memory, a node that is gone), the job is queued again, but not for ever: only so often
+in a row without a new checkpoint.
 
 Exit codes: that of the job; 77 to have the job queued again (the sbatch file does it: python may run in a container).
 """
@@ -18,13 +20,17 @@ from pathlib import Path
 from launch.jobs import append_end, first_cause, read_ends, read_jobs
 from launch.scheduler import REQUEUE
 
+_NOT_DONE = 1
+_VISIBLE_SECONDS = 30.0  # a file of another node may take that long to be seen
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code of the job."""
-    log_dir, code, requeue_failures = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    if code == 0:
-        return 0
+    log_dir, (code, num_ranks, requeue_failures) = Path(arguments[0]), map(int, arguments[1:])
     job_id, restart = _job_id(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if _all_done(log_dir, job_id, num_ranks, patience=_VISIBLE_SECONDS if code == 0 else 0.0):
+        return 0
+    code = code or _NOT_DONE
     ends = [end for end in read_ends(log_dir, job_id) if end.restart == restart]
     cause = first_cause(ends)
     if any(end.kind == "requeued" for end in ends):
@@ -38,6 +44,16 @@ def main(arguments: Sequence[str]) -> int:
         return code
     what = f"rank {cause.rank} ({cause.host}): {cause.message}" if cause else f"ranks ended without a word (srun: {code})"
     return _again(log_dir, job_id, restart, requeue_failures, what, code)
+
+
+def _all_done(log_dir: Path, job_id: str, num_ranks: int, patience: float) -> bool:
+    """Whether every rank has left its result, which it writes when its commands are done."""
+    end = time.monotonic() + patience
+    while not all((log_dir / f"{job_id}_{rank}_result.pkl").exists() for rank in range(num_ranks)):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 def _again(log_dir: Path, job_id: str, restart: int, requeue_failures: int, what: str, code: int) -> int:

@@ -101,7 +101,7 @@ def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]
         "setup": ["export TDDS_JOB_STARTED=$(date +%s)", *cluster.setup],
         "teardown": [
             "code=$?",
-            f"{cluster.python} -m launch.after {folder} $code {cluster.requeue_failures}; code=$?",
+            f"{cluster.python} -m launch.after {folder} $code {cluster.num_ranks} {cluster.requeue_failures}; code=$?",
             f'[ $code -ne {REQUEUE} ] || scontrol requeue "$SLURM_JOB_ID"', "exit $code"]}
 
 

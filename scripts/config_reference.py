@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
+from launch.cluster import Cluster
 from tdds_dist.config import BUILT_IN_METHODS, Config, Experiment, Method
 from tdds_dist.schema import Section
 
@@ -17,7 +18,8 @@ HEAD = """\
 <!-- Made by `python scripts/config_reference.py > docs/configs.md`. Change the descriptions in tdds_dist/config.py. -->
 
 [A run](#a-run) is one YAML file, as in `configs/`. [An experiment](#an-experiment) is another, as in `configs/experiments/`,
-and names the config of its runs. Unknown keys are errors. Where a description says "empty", the default is meant: `''`,
+and names the config of its runs. [A cluster](#a-cluster) is a third, as in `configs/clusters/`: what jobs ask for, and nothing
+of what they train. Unknown keys are errors. Where a description says "empty", the default is meant: `''`,
 `null` or `[]`.
 
 ## Changing keys without editing a file
@@ -82,7 +84,7 @@ def page() -> str:
     parts = [HEAD, "## A run\n"]
     for name, field in Config.model_fields.items():
         parts += _section(_section_of(field), name)
-    parts += ["## An experiment\n", *_section(Experiment)]
+    parts += ["## An experiment\n", *_section(Experiment), "## A cluster\n", *_section(Cluster)]
     return "\n".join(parts)
 
 
@@ -179,7 +181,7 @@ def _type(field: FieldInfo) -> str:
 
 
 SIGNS = {"gt": "\\>", "ge": "≥", "lt": "\\<", "le": "≤"}
-PATTERNS = {r"^[A-Za-z0-9][A-Za-z0-9._-]*$": " of letters, digits, `.`, `_`, `-`"}
+PATTERNS = {r"^[A-Za-z0-9][A-Za-z0-9._-]*$": " of letters, digits, `.`, `_`, `-`", r"^\S*$": " without spaces"}
 NAMES = {str: "text", int: "whole number", float: "number", Method: "name or mapping"}
 
 
@@ -189,6 +191,10 @@ def _words(kind: Any) -> str:
         return "`true` or `false`"
     if kind in NAMES:
         return NAMES[kind]
+    if kind is typing.Any:
+        return "`value`"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(part) for part in parts)
     if origin is typing.Literal:
         *others, last = (f"`{part}`" for part in parts)
         return f"{', '.join(others)} or {last}"

@@ -223,6 +223,28 @@ class RunLock:
             return
 
 
+def holder_of(directory: Path, silent_seconds: float) -> tuple[str, bool, bool]:
+    """Who holds a directory (empty: nobody), whether that job lives, and whether this is certain. Takes nothing.
+
+    Of a job on another machine only the heartbeat is seen. A lock changes hands by no clock; to show something, one will do: a
+    job counts as dead after `silent_seconds` without a beat.
+    """
+    try:
+        chain = _chain(Path(directory) / "run.lock")
+        if not chain:
+            return "", False, True
+        link = chain[-1]
+        is_beating = time.time() - link.mtime_ns / 1e9 < silent_seconds
+        if link.holder is None:
+            return "a job with a damaged lock", is_beating, False
+        who = f"pid {link.holder.pid} on {link.holder.host}"
+        if _same_machine(link.holder, RunLock(directory)._describe()):
+            return who, _is_running(link.holder), True
+        return who, is_beating, False
+    except OSError:
+        return "", False, False
+
+
 # ---- files
 
 

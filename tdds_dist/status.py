@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from tdds_dist import lock
 from tdds_dist.errors import InputError
+from tdds_dist.lock import holder_of
 from tdds_dist.rundir import RunDir
 
 STALE_SECONDS = 120.0  # without an update a job is looked for that still holds the run
@@ -132,7 +132,7 @@ def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
 
 def _state(run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bool) -> tuple[str, str, list[str]]:
     """State, why it stopped, warnings."""
-    told, holder, is_alive, is_certain = _text(pulse, "state"), *_holder(run.path)
+    told, holder, is_alive, is_certain = _text(pulse, "state"), *holder_of(run.path, STALE_SECONDS)
     if told in ACTIVE:
         if is_alive or (age is not None and age <= STALE_SECONDS and not (holder and is_certain)):
             is_old = age is None or age > STALE_SECONDS
@@ -147,26 +147,6 @@ def _state(run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bo
         return "new", "", []
     why = _last_reason(run.log_file)
     return "stopped" if why else "lost", why, []
-
-
-def _holder(directory: Path) -> tuple[str, bool, bool]:
-    """Who holds the lock, whether that job lives, and whether this is certain (its machine is this one)."""
-    try:
-        chain = lock._chain(directory / "run.lock")
-        if not chain:
-            return "", False, True
-        link = chain[-1]
-        # Of another machine only the heartbeat is seen. The lock itself trusts no clock; to show something, one will do.
-        is_beating = time.time() - link.mtime_ns / 1e9 < STALE_SECONDS
-        if link.holder is None:
-            return "a job with a damaged lock", is_beating, False
-        me = lock.RunLock(directory)._describe()
-        who = f"pid {link.holder.pid} on {link.holder.host}"
-        if lock._same_machine(link.holder, me):
-            return who, lock._is_running(link.holder), True
-        return who, is_beating, False
-    except OSError:
-        return "", False, False
 
 
 def _last_checkpoint(folder: Path, now: float) -> LastCheckpoint | None:

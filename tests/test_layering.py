@@ -39,6 +39,7 @@ ONLY_IN = {
     "torch.distributed": {"distributed", "checkpoint"},
     "torch.distributed.checkpoint": {"checkpoint"},
     "submitit": set(),  # launch/ only
+    "launch": {"cli"},
 }
 
 

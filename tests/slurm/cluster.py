@@ -35,7 +35,7 @@ NODES = ("127.0.0.1", "127.0.0.2")
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")  # SLURM does not start these again
 LONGEST_PATH = 60  # of the directory: names of sockets in it stay below the 107 characters that the kernel allows
-CREDENTIAL_SECONDS = 5  # a requeued job waits as long before it starts again; a launch that takes longer fails
+CREDENTIAL_SECONDS = 5  # so long a requeued job waits before it starts again; SLURM takes less than 5 for an error, and 120
 
 _PREFIX = "tdds-slurm-"
 _KEEPER = "keeper"  # file with the keeper's pid and start time; it marks a directory as ours

@@ -162,7 +162,7 @@ def test_processes_of_a_job(slurm: SlurmCluster, tmp_path: Path) -> None:
     assert len(slurm.stepd_pids(NODES[0], job, "batch")) == len(slurm.stepd_pids(NODES[1], job)) == 1
     os.kill(slurm.task_pids(NODES[1], job)[0], signal.SIGKILL)
     slurm.wait_for(job, "FAILED")
-    assert said(tmp_path) == ["137"]
+    assert said(tmp_path)[0] in ("137", "143")  # of the killed task, or of those that srun then ended
 
     job = submit(slurm, tmp_path, script, "--nodes=2")
     tasks = (slurm.kill_stepd(NODES[1], job), slurm.task_pids(NODES[0], job))

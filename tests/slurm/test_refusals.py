@@ -1,0 +1,111 @@
+"""What cannot work on a real SLURM: said at submission in a line, or at the top of the log, and by `tdds status`."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm.cluster import SlurmCluster
+from slurm.test_pipeline import cluster_file, folder, job_ids, log_text, submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(200)]
+__all__ = ["folder"]  # a fixture
+
+
+def status(slurm: SlurmCluster, run: Path, *arguments: str) -> str:
+    return slurm.run(str(Path(sys.executable).with_name("tdds")), "status", str(run), *arguments)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+    ({"memory_gb": 10000}, "Memory specification can not be satisfied"),
+    ({"nodes": 4}, "More processors requested than permitted|Requested node configuration is not available|Node count"),
+    ({"account": "nobody", "qos": "none"}, "Invalid qos|Invalid account"),
+    ({"stages": {"retrain": {"nodes": 1, "partition": "nowhere"}}}, "refused retrain-hurt .*invalid partition"),
+], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
+def test_what_the_scheduler_refuses_is_one_line_and_leaves_nothing(
+        slurm: SlurmCluster, folder: Path, changes: dict[str, object], said: str) -> None:
+    run = folder / "refused"
+    done = submit(slurm, folder, run, "pipeline.pruning_rates=[0.5]", cluster=cluster_file(folder, **changes))
+    assert done.returncode == 2, done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("tdds submit: error: ")]
+    assert done.stderr.count("Traceback") == 0
+    assert re.search(said, line), line
+    assert line.endswith("adapt the cluster file")
+    assert not slurm.run("squeue", "-h", "-t", "PENDING,RUNNING")
+    assert not (run / "jobs" / "jobs.jsonl").exists()
+
+
+def test_data_that_the_nodes_lack_is_the_top_of_the_log_and_cancels_the_rest(slurm: SlurmCluster, folder: Path) -> None:
+    run = folder / "lacks"
+    done = submit(slurm, folder, run, "pipeline.pruning_rates=[0.5]", f"data.train={folder}/gone.beton", "--wait")
+    assert f"warning: data.train={folder}/gone.beton not found on this machine; the nodes must have it" in done.stderr
+    assert done.returncode == 2
+    (collect,), (select,), (retrain,), (report,) = (job_ids(run)[stage] for stage in ("collect", "select", "retrain", "report"))
+    first = (run / "jobs" / f"{collect}_0_log.err").read_text().splitlines()[0]
+    assert first.startswith("tdds collect: error: ")
+    assert "gone.beton" in first
+    assert [slurm.state(job) for job in (collect, select, retrain, report)] == ["FAILED", *["CANCELLED"] * 3]
+    text = status(slurm, run)
+    assert f"cancelled because job {collect} (collect-hurt) failed" in text
+    assert "gone.beton" in text
+    data = json.loads(status(slurm, run, "--json"))
+    assert [job["state"] for job in data["jobs"]] == ["failed", "cancelled", "cancelled", "cancelled"]
+
+
+def test_a_rank_that_fails_is_named_with_its_traceback(slurm: SlurmCluster, folder: Path) -> None:
+    """And not the three that lost it; 4 ranks on 2 nodes."""
+    run = folder / "fails"
+    hook = folder / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('SLURM_PROCID') == '2' and 'submitit.core._submit' in ' '.join(sys.orig_argv):\n"
+        "    from tdds_dist import engine\n"
+        "    def fail(*a): raise ZeroDivisionError('the cause')\n"
+        "    engine.Trainer._update = fail\n")
+    cluster = cluster_file(folder, ranks_per_node=2, setup=[f"export PYTHONPATH={hook}"])
+    done = submit(slurm, folder, run, "--stage", "collect", "--wait", cluster=cluster)
+    assert done.returncode == 1
+    assert "rank 2 on " in done.stderr
+    assert "ZeroDivisionError: the cause" in done.stderr
+    (job_id,) = job_ids(run)["collect"]
+    assert slurm.state(job_id) == "FAILED"
+    assert slurm.restarts(job_id) == 0
+    summary = (run / "jobs" / f"{job_id}_0_log.err").read_text()
+    assert f"tdds: job {job_id} failed on rank 2" in summary
+    assert "in fail\n" in summary.partition(f"tdds: job {job_id} failed")[2], log_text(run)
+    assert "rank 2 on" in status(slurm, run)
+    shown = slurm.run(str(Path(sys.executable).with_name("tdds")), "logs", str(run))
+    assert "ZeroDivisionError: the cause" in shown
+    assert f"{job_id}_2_log.err" in shown
+
+
+def test_a_job_that_dies_at_the_same_place_again_and_again_is_given_up(slurm: SlurmCluster, folder: Path) -> None:
+    run = folder / "dies"
+    hook = folder / "hook2"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('SLURM_PROCID') == '1' and 'submitit.core._submit' in ' '.join(sys.orig_argv):\n"
+        "    from tdds_dist import engine\n"
+        "    engine.Trainer._update = lambda self: os.kill(os.getpid(), 9)\n")
+    cluster = cluster_file(folder, requeue_failures=1, setup=[f"export PYTHONPATH={hook}"])
+    done = submit(slurm, folder, run, "--stage", "collect", "--wait", cluster=cluster)
+    (job_id,) = job_ids(run)["collect"]
+    assert done.returncode == 1
+    assert (slurm.state(job_id), slurm.restarts(job_id)) == ("FAILED", 1)
+    assert "gave up: " in log_text(run)
+    assert "failure 2 in a row without a new checkpoint (requeue_failures=1)" in status(slurm, run)
+
+
+def test_launch_runs_as_a_module_as_well(slurm: SlurmCluster, folder: Path) -> None:
+    command = [sys.executable, "-m", "launch.submit", str(folder / "config.yaml"), f"run.dir={folder}/m",
+               "--stage", "collect", "--cluster", str(cluster_file(folder, partition="nowhere"))]
+    done = subprocess.run(command, env=slurm.environment | {"PATH": "/usr/bin:/bin"}, text=True, timeout=60,
+                          capture_output=True)
+    assert done.returncode == 2
+    assert "launch.submit: error: the scheduler refused collect-hurt (" in done.stderr
