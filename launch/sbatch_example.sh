@@ -34,7 +34,7 @@ TDDS_JOB=$SLURM_JOB_ID
 export python ranks MASTER_ADDR MASTER_PORT TDDS_LEAVE_AT TDDS_LOCK_WAIT_SECONDS TDDS_JOB OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # shellcheck disable=SC2016  # expanded on each node
-srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
+srun --kill-on-bad-exit=1 --wait=30 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     interface=$("$python" -c "import launch.network as n, sys; print(n.interface_to(sys.argv[1]) or \"\")" "$MASTER_ADDR")
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     exec "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$ranks" \

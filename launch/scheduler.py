@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from submitit import Job
 
 REQUEUE = 77  # exit code of launch.after: queue this job again
-_END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=60")  # one rank down: all down, not a job that waits for its time limit
+_END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=30")  # one rank down: all down, not a job that waits for its time limit
 
 
 def submit(tasks: Sequence[StageTask], cluster: Cluster, name: str, log_dir: Path,

@@ -49,6 +49,7 @@ class StageTask:
         """Describe this rank in the env:// variables, then run the commands. Returns only when all are done."""
         self._describe_rank()
         from tdds_dist.cli import outcome
+        from tdds_dist.lock import IN_USE
         from tdds_dist.preemption import EXIT_RESUME, Interruption
 
         for command in self.commands:
@@ -63,7 +64,9 @@ class StageTask:
             if code == EXIT_RESUME:
                 self._hand_over(interruption, message)
             if code:
-                self._leave(code, {_BAD_INPUT: "refused", _LOST: "lost"}.get(code, "failed"), message)
+                # A predecessor that holds the run, because its node was cut off and not dead, ends some day.
+                kind = "lost" if IN_USE in message else {_BAD_INPUT: "refused", _LOST: "lost"}.get(code, "failed")
+                self._leave(code, kind, message)
         # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.run`.
         atexit.register(_exit, 0)
 
@@ -123,12 +126,11 @@ class StageTask:
 
         if self.rank != 0:
             _exit(0)  # another code would let srun end rank 0 before it has queued the job again
-        handler_wants = signal.getsignal(signal.SIGUSR2)
+        reasons = [*interruption.received, message]  # the message has what another rank was told
         try:
-            if "SIGUSR2" not in interruption.received and interruption.requested != TIME_LIMIT:
-                time.sleep(_SECOND_SIGNAL_SECONDS)  # submitit's handler takes over should its signal come now
-            elif callable(handler_wants):
-                signal.raise_signal(signal.SIGUSR2)
+            if any(reason in text for reason in ("SIGUSR2", TIME_LIMIT) for text in reasons):
+                signal.raise_signal(signal.SIGUSR2)  # submitit's handler leaves by SystemExit
+            time.sleep(_SECOND_SIGNAL_SECONDS)  # it takes over as well should its signal come now
             why = message or "asked to leave"
         except SystemExit as leaving:  # queued again
             self._leave(leaving.code if isinstance(leaving.code, int) else EXIT_RESUME, "requeued", message)

@@ -39,6 +39,7 @@ from tdds_dist.artifacts import write_atomically
 from tdds_dist.errors import InputError
 
 HEARTBEAT_SECONDS = 10.0
+IN_USE = "is in use by"  # stands in the refusal, for launchers: that may pass
 MISSED_BEATS = 3  # so many heartbeats without a change mean that the holder is dead
 _LOOKS_PER_BEAT = 5
 _LONGEST_HEARTBEAT = 60.0
@@ -203,7 +204,7 @@ class RunLock:
         way_out = "wait for it, stop it, or choose another run.dir"
         if _same_machine(link.holder, me) and _process(link.holder.pid) is None:  # hidden: who has the number is not known
             way_out += f"; if that job is certainly dead, remove {link.path}"
-        return f"{self.path.parent} is in use by {link.holder}; {way_out}"
+        return f"{self.path.parent} {IN_USE} {link.holder}; {way_out}"
 
     def _beat(self, token: str, stop: threading.Event) -> None:
         """Touch the file until told to stop or until it is no longer ours."""
