@@ -27,7 +27,11 @@ class Step:
     commands: tuple[tuple[str, ...], ...]
     directory: str  # the run directory that it works in
     is_done: bool = False
-    pruning_rate: float | None = None
+    pruning_rate: float | None = None  # this and what follows: of a retraining
+    coreset: Path | None = None
+    strategy: str = ""
+    importance: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,14 @@ def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
     if not rates:
         raise InputError("no window of score.windows serves a pruning rate; set pipeline.pruning_rates, e.g. [0.5]")
     retrain = _retrain_stage(config, frozen, methods, rates)
-    has_coresets = not retrain.waiting or all(_coreset(config, method, rate).is_file() for method in methods for rate in rates)
+    coresets = [_coreset(config, method, rate) for method in methods for rate in rates]
+    has_coresets = not retrain.waiting or all(
+        file.is_file() and not _is_older(file, config.run.directory / "result.json") for file in coresets)
     select = _select_stage(config, methods, rates, not collect.waiting and has_coresets)
     stages = [collect, select, retrain]
     run = config.run.directory
-    is_done = not any(stage.waiting for stage in stages) and _is_newer(
-        run / "report.html", [Path(step.directory) / "result.json" for step in (*collect.steps, *retrain.steps)])
+    is_done = not any(stage.waiting for stage in stages) and (run / "report.html").is_file() and not any(
+        _is_older(run / "report.html", Path(step.directory) / "result.json") for step in (*collect.steps, *retrain.steps))
     return [*stages, Stage("report", (Step("report", (("report", str(run)),), str(run), is_done),))]
 
 
@@ -111,10 +117,34 @@ def _retrain_stage(config: Config, frozen: Path, methods: Sequence[Method], rate
                     importance = config.retrain.importance if method.score_key == "tdds" else "none"
                     name = f"{method.name}_p{rate:g}_{strategy}_{importance}_seed{seed}"
                     directory = config.run.directory / "retrain" / name
-                    command = ("retrain", str(frozen), "--coreset", str(_coreset(config, method, rate)), "--strategy", strategy,
+                    coreset = _coreset(config, method, rate)
+                    command = ("retrain", str(frozen), "--coreset", str(coreset), "--strategy", strategy,
                                "--importance", importance, "--name", name, f"run.seed={seed}")
-                    steps.append(Step(name, (command,), str(directory), _has_result(directory), rate))
+                    steps.append(Step(name, (command,), str(directory), _has_result(directory), rate, coreset, strategy,
+                                      importance, seed))
     return Stage("retrain", tuple(steps))
+
+
+def check_what_is_done(config: Config, stages: Sequence[Stage]) -> None:
+    """InputError when a finished run was asked for something else than now, so that it cannot be skipped."""
+    done = [(stage.name, step) for stage in stages for step in stage.steps if step.is_done]
+    if not any(name in ("collect", "retrain") for name, _ in done):
+        return
+    from tdds_dist.artifacts import load_coreset
+    from tdds_dist.retrain import resolve
+    from tdds_dist.rundir import RunDir
+    from tdds_dist.start import check_settings
+
+    for name, step in done:
+        if name == "collect":
+            check_settings(RunDir(step.directory), config, {"stage": "collect"})
+        elif name == "retrain" and step.coreset is not None and step.coreset.is_file():
+            if _is_older(Path(step.directory) / "result.json", config.run.directory / "result.json"):
+                raise InputError(f"{step.directory} was trained before the collection that is there now had finished; remove "
+                                 "it to train it again, or touch its result.json if it belongs to it")
+            seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": step.seed})})
+            check_settings(*resolve(seeded, load_coreset(step.coreset), step.coreset, step.strategy, step.importance,
+                                    Path(step.directory).name))
 
 
 def check_batch(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> None:
@@ -140,8 +170,9 @@ def _has_result(run: Path) -> bool:
     return True
 
 
-def _is_newer(file: Path, others: Sequence[Path]) -> bool:
+def _is_older(file: Path, other: Path) -> bool:
+    """Whether both are there and the first was written before the second."""
     try:
-        return file.stat().st_mtime >= max(other.stat().st_mtime for other in others)
+        return file.stat().st_mtime < other.stat().st_mtime
     except OSError:
         return False

@@ -48,7 +48,7 @@ def submit(tasks: Sequence[StageTask], cluster: Cluster, name: str, log_dir: Pat
         with _outside_of_jobs():
             return slurm.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise InputError(f"the scheduler refused {name} ({_last_line(error)}); adapt the cluster file") from error
+        raise InputError(f"the scheduler refused {name} ({_said(error)}); adapt the cluster file") from error
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -135,8 +135,8 @@ def _outside_of_jobs() -> Iterator[None]:
         yield
 
 
-def _last_line(error: Exception) -> str:
-    """What sbatch said: its line `sbatch: error: ...`, without the command and the traceback around it."""
-    lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
-    said = lines[-1] if lines else " ".join(str(error).split())
-    return said.removeprefix("sbatch: error: ")
+def _said(error: Exception) -> str:
+    """What sbatch said: its lines `sbatch: error: ...`, without the command and the traceback around them."""
+    mark = "sbatch: error: "
+    lines = dict.fromkeys(line.partition(mark)[2].strip() for line in str(error).splitlines() if mark in line)
+    return "; ".join(lines) or " ".join(str(error).split())

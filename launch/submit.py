@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
 
 def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen: Path) -> "list[Stage]":
     """The stages; InputError for what would otherwise fail only after jobs have waited in the queue."""
-    from launch.pipeline import check_batch, collect_stage, pipeline_stages
+    from launch.pipeline import check_batch, check_what_is_done, collect_stage, pipeline_stages
 
     given = [key for key in ("coreset", "strategy", "importance", "name") if getattr(options, key) is not None]
     if options.part != "retrain" and given:
@@ -128,6 +128,7 @@ def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen
             cluster.for_stage(stage.name).gpus_per_node for stage in stages if stage.name in ("collect", "retrain")):
         raise InputError("run.device='cuda' but the cluster file asks for no GPU; set gpus_per_node or run.device=auto")
     check_batch(config, cluster, stages)
+    check_what_is_done(config, stages)
     return stages
 
 
@@ -145,7 +146,8 @@ def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path,
                "--importance", importance, "--name", name)
     directory = config.run.directory / "retrain" / name
     is_done = (directory / "result.json").is_file()
-    return Stage("retrain", (Step(name, (command,), str(directory), is_done, coreset.pruning_rate),))
+    return Stage("retrain", (Step(name, (command,), str(directory), is_done, coreset.pruning_rate, options.coreset,
+                                  options.strategy, importance, config.run.seed),))
 
 
 def _warnings(config: "Config") -> list[str]:

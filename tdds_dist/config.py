@@ -214,9 +214,9 @@ class Pipeline(Section):
         if bad_seeds := [seed for seed in self.seeds if seed < 0]:
             raise InputError(f"pipeline.seeds={bad_seeds} must not be negative")
         for key in ("scores", "pruning_rates", "strategies", "seeds"):
-            values = getattr(self, key)
+            values = [f"{value:g}" if key == "pruning_rates" else value for value in getattr(self, key)]  # as files say them
             if len(set(values)) != len(values):
-                raise InputError(f"pipeline.{key}={list(values)} holds a value twice; leave each in once")
+                raise InputError(f"pipeline.{key}={list(getattr(self, key))} holds a value twice; leave each in once")
         return self
 
 

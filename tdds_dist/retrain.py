@@ -40,19 +40,10 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
         require_same_dataset(coreset.fingerprint, fingerprint, str(coreset_file))
         _check_importance(coreset, importance, coreset_file)
-        rate = coreset.pruning_rate
-        factor = batch_size_factor(rate, config.retrain.batch_size_rule)
-        rows = per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation, factor)
-        global_batch_size = rows * world.world_size * config.train.accumulation
-        preflight(config, train_file, val_file, rows)
-        epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
-        run = RunDir(RunDir(config.run.directory).retrain / _checked(name or _name(config, Path(coreset_file), strategy,
-                                                                                    importance)))
-        setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
-                   "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings,
-                   "coreset_sha256": _sha256(coreset), "method": coreset.method, "model": config.model.name} | (settings or {})
-        train = config.train.model_copy(update={"epochs": epochs, "global_batch_size": global_batch_size})
-        resolved = config.model_copy(update={"train": train, "run": config.run.model_copy(update={"dir": str(run.path)})})
+        run, resolved, setting = resolve(config, coreset, coreset_file, strategy, importance, name, world.world_size)
+        epochs, global_batch_size = resolved.train.epochs, resolved.train.global_batch_size
+        preflight(config, train_file, val_file, global_batch_size // world.world_size // config.train.accumulation)
+        setting |= settings or {}
         data = {}
         if world.is_main:
             data = {"data": content_of((train_file, val_file))}
@@ -74,6 +65,25 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
                 run.write_result(setting | result)
                 start.checkpoints.remove_all()
     return run
+
+
+def resolve(config: Config, coreset: Coreset, coreset_file: Path, strategy: str, importance: str, name: str | None = None,
+            world_size: int = 1) -> tuple[RunDir, Config, dict[str, Any]]:
+    """Where a retraining goes, its config with the epochs of the strategy and the batch of the pruning rate, and what else
+    decides its result. InputError when the ranks cannot share the batch, or the name is none."""
+    rate = coreset.pruning_rate
+    factor = batch_size_factor(rate, config.retrain.batch_size_rule)
+    rows = per_rank_batch(config.train.global_batch_size, world_size, config.train.accumulation, factor)
+    epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
+    name = _checked(name or _name(config, Path(coreset_file), strategy, importance))
+    run = RunDir(RunDir(config.run.directory).retrain / name)
+    setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
+               "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings,
+               "coreset_sha256": _sha256(coreset), "method": coreset.method, "model": config.model.name}
+    changes = {"epochs": epochs, "global_batch_size": rows * world_size * config.train.accumulation}
+    resolved = config.model_copy(update={"train": config.train.model_copy(update=changes),
+                                         "run": config.run.model_copy(update={"dir": str(run.path)})})
+    return run, resolved, setting
 
 
 def _announce(config: Config, run: RunDir, coreset: Coreset, strategy: str, importance: str, epochs: int,

@@ -172,7 +172,7 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
             raise InputError(f"{run.path} holds parts of a run, but not its config.yaml and env.json; restore them, choose "
                              "another run.name or run.dir, or start over with --fresh --force")
         return None, False
-    _compare(run, config, setting)
+    check_settings(run, config, setting)
     if (result := run.read_result()) is not None:
         say(f"{run.path} is finished already; --fresh --force runs it again", None)
         return result, False
@@ -186,8 +186,9 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
     return None, False
 
 
-def _compare(run: RunDir, config: Config, setting: dict[str, Any]) -> None:
-    """InputError when the run that is there was asked for something else; names the keys."""
+def check_settings(run: RunDir, config: Config, setting: dict[str, Any]) -> None:
+    """InputError when the run that is there was asked for something else; names the keys. `setting` need not hold the content
+    of the images ("data"), which takes reading them."""
     env, before = run.read_env(), to_dict(parse_config(run.read_config(), str(run.config_file)))
     may_change = MAY_CHANGE if setting["stage"] == "collect" else _OF_RETRAIN
     changed = [f"{key} was {env.get(key)!r}, now {setting.get(key)!r}" for key in _STAGE_KEYS
@@ -210,7 +211,7 @@ def _compare(run: RunDir, config: Config, setting: dict[str, Any]) -> None:
         raise InputError(f"{run.path} holds a run of other settings ({'; '.join(changed)}); go on with those it was started "
                          f"with (only {free_keys} may change), choose another run.name or run.dir, or start over with --fresh "
                          "--force")
-    if (was := env.get("data")) is not None and was != setting["data"]:
+    if (was := env.get("data")) is not None and was != setting.get("data", was):
         other = ", ".join(f"data.{key}={getattr(config.data, key)}" for key in was if was[key] != setting["data"][key])
         raise InputError(f"{run.path} was started with other images than {other} holds now (the fingerprint of the content "
                          "differs); restore the file, or choose another run.name or run.dir")

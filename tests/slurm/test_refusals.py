@@ -22,8 +22,6 @@ def status(slurm: SlurmCluster, run: Path, *arguments: str) -> str:
 @pytest.mark.parametrize(("changes", "said"), [
     ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
     ({"memory_gb": 10000}, "Memory specification can not be satisfied"),
-    ({"nodes": 4}, "More processors requested than permitted|Requested node configuration is not available|Node count"),
-    ({"account": "nobody", "qos": "none"}, "Invalid qos|Invalid account"),
     ({"stages": {"retrain": {"nodes": 1, "partition": "nowhere"}}}, "refused retrain-hurt .*invalid partition"),
 ], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
 def test_what_the_scheduler_refuses_is_one_line_and_leaves_nothing(
@@ -50,7 +48,7 @@ def test_data_that_the_nodes_lack_is_the_top_of_the_log_and_cancels_the_rest(slu
     assert "gone.beton" in first
     assert [slurm.state(job) for job in (collect, select, retrain, report)] == ["FAILED", *["CANCELLED"] * 3]
     text = status(slurm, run)
-    assert f"cancelled because job {collect} (collect-hurt) failed" in text
+    assert text.count(f"cancelled because job {collect} (collect-hurt) refused its input") == 3
     assert "gone.beton" in text
     data = json.loads(status(slurm, run, "--json"))
     assert [job["state"] for job in data["jobs"]] == ["failed", "cancelled", "cancelled", "cancelled"]
