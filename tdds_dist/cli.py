@@ -206,8 +206,8 @@ def _add_plan(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     stage.add_argument("--images-per-second", type=float, metavar="X", help="training speed of all ranks together")
     stage.add_argument("--from", type=Path, metavar="RUN", dest="measured_in",
                        help="take the speed from this run, scaled by ranks (default: from the config's own, if it is there)")
-    stage.add_argument("--strategies", nargs="+", choices=("E", "P"), default=["E"], metavar="E|P",
-                       help="of the retrainings at the pruning rates of score.windows (default: E)")
+    stage.add_argument("--strategies", nargs="+", choices=("E", "P"), metavar="E|P",
+                       help="of the retrainings, which are those of the config's section pipeline (default: as there, else E)")
     stage.add_argument("--json", action="store_true", help="print the numbers as JSON")
     stage.set_defaults(run=_plan)
 
