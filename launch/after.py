@@ -10,15 +10,15 @@ in a row without a new checkpoint.
 Exit codes: that of the job; 77 to have the job queued again (the sbatch file does it: python may run in a container).
 """
 
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.jobs import append_end, first_cause, read_ends, read_jobs
+from launch.jobs import append_end, append_line, first_cause, read_ends, read_jobs, read_lines
 from launch.scheduler import REQUEUE
+from launch.states import outcome_of
 
 _NOT_DONE = 1
 _VISIBLE_SECONDS = 30.0  # a file of another node may take that long to be seen
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     if _all_done(log_dir, job_id, num_ranks, patience=_VISIBLE_SECONDS if code == 0 else 0.0):
         return 0
     code = code or _NOT_DONE
+    broken = [rank for rank in range(num_ranks) if _outcome(log_dir, job_id, rank) == "error"]
     ends = [end for end in read_ends(log_dir, job_id) if end.restart == restart]
     cause = first_cause(ends)
     if any(end.kind == "requeued" for end in ends):
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str]) -> int:
         return code
     if any(end.kind == "resume" for end in ends):
         return code
+    if broken:
+        _tell(job_id, f"failed on rank {broken[0]} before it could say more than its log has; see `tdds logs`")
+        return code
     what = f"rank {cause.rank} ({cause.host}): {cause.message}" if cause else f"ranks ended without a word (srun: {code})"
     return _again(log_dir, job_id, restart, requeue_failures, what, code)
 
@@ -49,23 +53,25 @@ def main(arguments: Sequence[str]) -> int:
 def _all_done(log_dir: Path, job_id: str, num_ranks: int, patience: float) -> bool:
     """Whether every rank has left its result, which it writes when its commands are done."""
     end = time.monotonic() + patience
-    while not all((log_dir / f"{job_id}_{rank}_result.pkl").exists() for rank in range(num_ranks)):
-        if time.monotonic() >= end:
+    while (outcomes := {_outcome(log_dir, job_id, rank) for rank in range(num_ranks)}) != {"success"}:
+        if "error" in outcomes or time.monotonic() >= end:
             return False
         time.sleep(1.0)
     return True
+
+
+def _outcome(log_dir: Path, job_id: str, rank: int) -> str:
+    return outcome_of(log_dir / f"{job_id}_{rank}_result.pkl")
 
 
 def _again(log_dir: Path, job_id: str, restart: int, requeue_failures: int, what: str, code: int) -> int:
     """Queue the job again if it came further since the last failures."""
     progress = _progress(log_dir, job_id)
     file = log_dir / f"{job_id}_failures.jsonl"
-    with file.open("a") as lines:
-        lines.write(json.dumps({"time": time.time(), "restart": restart, "progress": progress, "what": what}) + "\n")
-    before = [json.loads(line)["progress"] for line in file.read_text().splitlines()]
+    append_line(file, {"time": time.time(), "restart": restart, "progress": progress, "what": what})
     in_a_row = 0
-    for other in reversed(before):
-        if other != progress:
+    for record in reversed(read_lines(file)):
+        if record.get("progress") != progress:
             break
         in_a_row += 1
     if in_a_row > requeue_failures:

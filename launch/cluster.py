@@ -4,6 +4,7 @@ A cluster file says nothing about training and a config nothing about the schedu
 """
 
 import difflib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ _ON_ONE_RANK = ("select", "report")
 _GIVEN_AS_TEXT = r"^\S*$"
 _OURS = ("array", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "open-mode", "output", "requeue",
          "signal")
+_HAVE_KEYS = ("account", "constraint", "cpu-bind", "cpus-per-task", "gpus-per-node", "mem", "nodes", "ntasks",
+              "ntasks-per-node", "partition", "qos", "time")
 _OF_THE_WHOLE = ("executor", "log_dir", "stages")  # the same for every stage
 
 
@@ -32,6 +35,8 @@ class Cluster(Section):
     gpus_per_node: int = Field(
         0, ge=0, description="GPUs per node, visible to all its ranks; 0 trains on the CPU. executor=local takes the "
                              "first ones, whatever CUDA_VISIBLE_DEVICES says.")
+    gpu_memory: str | None = Field(
+        None, description="Memory of one GPU, e.g. 80GB: what cannot fit is then refused before it is queued (tdds plan).")
     cpus_per_rank: int = Field(
         1, ge=1, description="CPU cores per rank, for decoding images; executor=local limits nothing.")
     memory_gb: float | None = Field(None, gt=0, description="Memory per node in GB; empty takes SLURM's default.")
@@ -78,7 +83,8 @@ class Cluster(Section):
     @property
     def python(self) -> str:
         """The command that runs python on the nodes, as shell text."""
-        python = f"{self.venv}/bin/python" if self.venv else "python3" if self.container else sys.executable
+        venv = os.path.expanduser(os.path.expandvars(self.venv)) if self.venv else ""
+        python = f"{venv}/bin/python" if venv else "python3" if self.container else sys.executable
         return f"{self.container} {shlex.quote(python)}" if self.container else shlex.quote(python)
 
     def for_stage(self, stage: str) -> "Cluster":
@@ -99,8 +105,12 @@ class Cluster(Section):
         if self.grace_seconds >= 60 * self.time_minutes - 60:
             raise InputError(f"grace_seconds={self.grace_seconds} leaves less than a minute of time_minutes="
                              f"{self.time_minutes}; lower the first or raise the second")
-        if taken := [key for key in self.extra if key.lstrip("-") in _OURS]:
-            raise InputError(f"extra: {taken[0]} is set by tdds; leave it out")
+        for key in self.extra:
+            name = key.lstrip("-").replace("_", "-")
+            if name in _OURS:
+                raise InputError(f"extra: {key} is set by tdds; leave it out")
+            if name in _HAVE_KEYS:
+                raise InputError(f"extra: {key} has a key of its own in this file; set that")
         for stage, changes in self.stages.items():
             if fixed := [key for key in changes if key in _OF_THE_WHOLE]:
                 raise InputError(f"stages.{stage}: {fixed[0]} is the same for all stages; set it outside of stages")

@@ -91,7 +91,7 @@ def append_job(log_dir: Path, record: JobRecord | Mapping[str, Any]) -> None:
     """Add a job to the list; the host is filled in. OSError when that cannot be written."""
     job = record if isinstance(record, JobRecord) else JobRecord(**record)
     job = replace(job, host=job.host or socket.gethostname())
-    _append(log_dir / JOBS_FILE, {key: value for key, value in asdict(job).items() if key != "log_dir"})
+    append_line(log_dir / JOBS_FILE, {key: value for key, value in asdict(job).items() if key != "log_dir"})
 
 
 def read_jobs(log_dir: Path) -> list[JobRecord]:
@@ -108,7 +108,7 @@ def latest_submission(jobs: list[JobRecord]) -> list[JobRecord]:
 def append_end(log_dir: Path, job_id: str, record: EndRecord | Mapping[str, Any]) -> None:
     """Say how a rank of a job left. OSError when that cannot be written."""
     end = record if isinstance(record, EndRecord) else EndRecord(**record)
-    _append(log_dir / f"{job_id}_{end.rank}_end.jsonl", asdict(end))
+    append_line(log_dir / f"{job_id}_{end.rank}_end.jsonl", asdict(end))
 
 
 def read_ends(log_dir: Path, job_id: str) -> list[EndRecord]:
@@ -141,7 +141,7 @@ def files_of_ranks(log_dir: Path, job_id: str, rest: str) -> list[tuple[int, Pat
     return sorted((int(match[1]), log_dir / name) for name in names if (match := pattern.fullmatch(name)))
 
 
-def _append(path: Path, content: dict[str, Any]) -> None:
+def append_line(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:

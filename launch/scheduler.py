@@ -7,6 +7,7 @@ queues the job again when a rank was lost, or says what ended it.
 
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +39,9 @@ def submit(tasks: Sequence[StageTask], cluster: Cluster, name: str, log_dir: Pat
         return [executor.submit(task) for task in tasks]
     from submitit import SlurmExecutor
 
+    if shutil.which("sbatch") is None:
+        raise InputError("executor=slurm needs srun and sbatch (no sbatch here); submit from a login node, or use "
+                         "executor=local")
     try:
         slurm = SlurmExecutor(folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python)
     except RuntimeError as error:

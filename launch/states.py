@@ -236,7 +236,7 @@ def _local_state(job: JobRecord) -> JobState:
 def _by_results(job: JobRecord) -> JobState | None:
     """From the files that its ranks left: all successes, or any failure; None when they do not say."""
     files = dict(files_of_ranks(job.log_dir, job.id, r"result\.pkl"))
-    outcomes = [_outcome(file) for file in files.values()]
+    outcomes = [outcome_of(file) for file in files.values()]
     ends = read_ends(job.log_dir, job.id)
     times = [file.stat().st_mtime for file in files.values()] + [end.time for end in ends]
     elapsed = _duration(max(times) - job.time) if times and job.time else ""
@@ -261,7 +261,7 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
 
 
-def _outcome(file: Path) -> str:
+def outcome_of(file: Path) -> str:
     """ "success" or "error", as submitit writes it; "" when the file says neither."""
     try:
         with file.open("rb") as content:

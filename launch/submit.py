@@ -9,6 +9,8 @@ Exit codes: 0 submitted, or with `--wait` done; 2 bad input, found here or by a 
 
 import argparse
 import hashlib
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import yaml
 from launch import jobs as job_list
 from launch import scheduler
 from launch.cluster import Cluster, load_cluster
-from launch.states import job_states
+from launch.states import job_states, outcome_of
 from launch.task import StageTask
 from tdds_dist.errors import InputError
 
@@ -82,13 +84,18 @@ def run(options: argparse.Namespace) -> int:
     from tdds_dist.config import load_config  # loads torch: after what is quick to refuse
 
     config = load_config(options.config, options.overrides)
-    log_dir = (Path(cluster.log_dir) / config.run.name if cluster.log_dir else config.run.directory / "jobs").absolute()
+    elsewhere = os.path.expanduser(os.path.expandvars(cluster.log_dir or ""))
+    log_dir = (Path(elsewhere) / config.run.name if elsewhere else config.run.directory / "jobs").absolute()
     frozen, text = _frozen(config, options.part, log_dir)
     stages = plan(config, cluster, options, frozen)
     warnings = _warnings(config)
+    collects = any(stage.name == "collect" and stage.waiting for stage in stages)
+    needs = _needs(config, cluster) if collects and not warnings and (options.dry_run or cluster.gpu_memory) else ""
     if options.dry_run:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
+        if needs:
+            print(f"{needs}\n")
         print(describe(stages, cluster, config.run.name))
         _print_files(stages, cluster, config.run.name, log_dir)
         return 0
@@ -96,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"everything is done: {', '.join(_count(stage) for stage in stages)}; `tdds report {config.run.directory}` "
               "shows it")
         return 0
-    _refuse_twice(stages, log_dir)
+    _refuse_twice(stages, {log_dir, job_list.log_dir_of(config.run.directory), (config.run.directory / "jobs").absolute()})
     _write(frozen, text, log_dir, config, cluster)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -150,6 +157,23 @@ def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path,
                                   options.strategy, importance, config.run.seed),))
 
 
+def _needs(config: "Config", cluster: Cluster) -> str:
+    """What the collection takes, as `tdds plan` says it; InputError when that cannot fit."""
+    from tdds_dist.plan import parse_bytes
+    from tdds_dist.plan import plan as plan_resources
+
+    part = cluster.for_stage("collect")
+    device = "cuda" if part.gpus_per_node else "cpu"
+    on_nodes = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+    if cluster.for_stage("retrain").num_ranks != part.num_ranks:  # one plan is for one number of ranks
+        windows = tuple(window.model_copy(update={"pruning_rates": ()}) for window in config.score.windows)
+        on_nodes = on_nodes.model_copy(update={
+            "score": config.score.model_copy(update={"windows": windows}),
+            "pipeline": config.pipeline.model_copy(update={"pruning_rates": ()})})
+    memory = parse_bytes(part.gpu_memory, "gpu_memory") if part.gpus_per_node else None
+    return plan_resources(on_nodes, num_ranks=part.num_ranks, gpu_memory_bytes=memory).as_text()
+
+
 def _warnings(config: "Config") -> list[str]:
     """What may be right on the nodes and is not here."""
     files = {key: getattr(config.data, key) for key in ("train", "val")}
@@ -169,17 +193,20 @@ def _write(frozen: Path, text: str, log_dir: Path, config: "Config", cluster: Cl
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         frozen.write_text(text)
+        pointer = config.run.directory / job_list.POINTER_FILE
         if cluster.log_dir:
-            config.run.directory.mkdir(parents=True, exist_ok=True)
-            (config.run.directory / job_list.POINTER_FILE).write_text(f"{log_dir}\n")
+            pointer.parent.mkdir(parents=True, exist_ok=True)
+            pointer.write_text(f"{log_dir}\n")
+        else:
+            pointer.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to log_dir={log_dir} ({error}); choose a writable directory") from error
 
 
-def _refuse_twice(stages: "list[Stage]", log_dir: Path) -> None:
+def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
     """InputError when jobs of an earlier submission are to do the same."""
     wanted = {(stage.name, step.directory) for stage in stages for step in stage.waiting}
-    before = [job for job in job_list.read_jobs(log_dir) if (job.stage, job.directory) in wanted]
+    before = [job for log_dir in log_dirs for job in job_list.read_jobs(log_dir) if (job.stage, job.directory) in wanted]
     states = job_states(before)
     if active := [job for job in before if states[job.id].is_active]:
         stop = "scancel" if active[0].executor == "slurm" else "kill -TERM"
@@ -240,11 +267,14 @@ def _submit_all(stages: "list[Stage]", cluster: Cluster, config: "Config", log_d
                      for step, job in zip(stage.waiting, submitted, strict=True)]
             records += found
             after = list(dict.fromkeys(record.id.split("_")[0] for record in found))
-    except BaseException:
+        for record in records:
+            job_list.append_job(log_dir, record)
+    except BaseException as error:
         scheduler.cancel([record.id for record in records])
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write to log_dir={log_dir} ({error}); nothing stays queued, choose a writable directory"
+                             ) from error
         raise
-    for record in records:
-        job_list.append_job(log_dir, record)
     return records
 
 
@@ -283,8 +313,8 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir
             for job, record in [pair for pair in running if pair[0].done()]:
                 running.remove((job, record))
                 if code := _outcome_here(job, record, log_dir):
-                    for other, _ in running:
-                        other.cancel()
+                    for _, other in running:
+                        os.kill(int(other.id), signal.SIGTERM)  # submitit's controller passes it on, and the ranks save
                     return code
             time.sleep(_RECHECK_SECONDS)
     print(f"done; `tdds report {config.run.directory}` shows it")
@@ -294,7 +324,7 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir
 def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
     """0 when every rank of a local job left its result, else the exit code, with the reason printed."""
     ends = job_list.read_ends(log_dir, record.id)
-    if all(job.task(rank).paths.result_pickle.exists() for rank in range(job.num_tasks)):
+    if all(outcome_of(job.task(rank).paths.result_pickle) == "success" for rank in range(job.num_tasks)):
         print(f"{record.stage}: {record.title} is done", flush=True)
         return 0
     cause = job_list.first_cause(ends) or (ends[-1] if ends else None)

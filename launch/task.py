@@ -56,6 +56,10 @@ class StageTask:
             interruption = Interruption()
             try:
                 code, message = outcome(command, interruption)
+            except SystemExit as leaving:
+                if leaving.code != _BAD_INPUT:
+                    raise  # submitit's handler, which has queued the job again
+                code, message = _BAD_INPUT, f"tdds {command[0]}: error: bad arguments {command[1:]}; see the log"  # argparse
             except Exception as error:
                 traceback.print_exc()
                 self._leave(_FAILED, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -94,19 +98,23 @@ class StageTask:
             os.environ["MASTER_ADDR"] = "127.0.0.1"  # one node needs no name service
         os.environ |= {"TDDS_JOB": self.job_id, "TDDS_LOCK_WAIT_SECONDS": str(PREDECESSOR_SECONDS),
                        "TDDS_LEAVE_AT": str(self._leave_at())}
+        os.environ.pop("TDDS_CPUS_PER_RANK", None)
         if self.cpus_per_rank:
             os.environ["TDDS_CPUS_PER_RANK"] = str(self.cpus_per_rank)
         self._choose_interface(ranks.world_size)
         if self.rank == 0:
-            for left in Path(self.log_dir).glob(f"{self.job_id}_*.save_tmp"):  # submitit stumbles over what a kill left behind
-                left.unlink(missing_ok=True)
+            # submitit stumbles over what a kill left behind, and a rank that was done when others were lost is done again.
+            for pattern in (f"{self.job_id}_*.save_tmp", f"{self.job_id}_*_result.pkl"):
+                for left in Path(self.log_dir).glob(pattern):
+                    left.unlink(missing_ok=True)
             if ranks.world_size > 1 and not is_free(port):
                 message = f"port {port} of this host, where the ranks were to meet, is in use; the next start takes another"
                 print(f"tdds: error: {message}", file=sys.stderr, flush=True)
                 self._leave(_LOST, "lost", message)
 
     def _leave_at(self) -> float:
-        started = float(os.environ.get("TDDS_JOB_STARTED") or time.time())
+        told = os.environ.get("TDDS_JOB_STARTED") if self.is_slurm else None  # a local job may be started inside of another
+        started = float(told or time.time())
         return started + 60 * self.time_minutes - self.grace_seconds - _EARLIER_SECONDS
 
     def _choose_interface(self, world_size: int) -> None:

@@ -46,6 +46,15 @@ def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channe
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
+def build_on_meta(name: str, num_classes: int, *, cifar_stem: bool = False) -> nn.Module:
+    """The network on torch's meta device: shapes, and no memory for its weights. InputError as `build_model`."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes, cifar_stem=cifar_stem, channels_last=False)
+    except NotImplementedError:  # RegNets read numbers from tensors while they are built
+        return build_model(name, num_classes, cifar_stem=cifar_stem, channels_last=False).to("meta")
+
+
 def classifier_layer(model: nn.Module, num_classes: int) -> nn.Linear | None:
     """The last linear layer, whose input are the penultimate features; None where the classifier is something else."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]

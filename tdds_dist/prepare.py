@@ -17,7 +17,7 @@ from tdds_dist.check import quick_check
 from tdds_dist.config import Config
 from tdds_dist.errors import InputError
 from tdds_dist.loader import View, check_view
-from tdds_dist.models import build_model
+from tdds_dist.models import build_on_meta
 
 
 def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
@@ -29,9 +29,8 @@ def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: 
         check_view(file, view)
     size, name = config.data.image_size, config.model.name
     try:
-        with torch.device("meta"):
-            model = build_model(name, config.data.num_classes, cifar_stem=config.model.cifar_stem, channels_last=False)
-            output = model(torch.empty(rows, 3, size, size))
+        model = build_on_meta(name, config.data.num_classes, cifar_stem=config.model.cifar_stem)
+        output = model(torch.empty(rows, 3, size, size, device="meta"))
     except InputError:
         raise
     except Exception as error:  # torchvision's networks say in many ways that an image is too small

@@ -36,6 +36,7 @@ MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
 }
 _OF_RETRAIN: dict[str, tuple[str, ...] | None] = MAY_CHANGE | {"score": None, "collect": None}  # these decide nothing there
 _LOOK_AGAIN_SECONDS = 5.0
+_PATIENCE = 0.8  # of the time-out of a collective
 _STAGE_KEYS = ("stage", "strategy", "importance", "coreset_sha256")
 
 
@@ -87,7 +88,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         with together(world):
             result, is_resumed = None, False
             if world.is_main:
-                if message := _acquire(lock):
+                if message := _acquire(lock, _PATIENCE * config.run.timeout_seconds):
                     tell(message)
                 result, is_resumed = _look(run, config, setting, fresh, force, tell)
         result, is_resumed = distributed.gather_objects((result, is_resumed), world)[0]
@@ -137,11 +138,11 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             lock.release()
 
 
-def _acquire(lock: RunLock) -> str | None:
+def _acquire(lock: RunLock, longest_seconds: float) -> str | None:
     """Take the lock. A job that is started again may come before its predecessor has gone: its launcher says in
-    TDDS_LOCK_WAIT_SECONDS how long that may take."""
+    TDDS_LOCK_WAIT_SECONDS how long that may take (at most `longest_seconds`: the other ranks wait in a collective)."""
     text = os.environ.get("TDDS_LOCK_WAIT_SECONDS", "")
-    deadline = time.monotonic() + (float(text) if text.isdecimal() else 0.0)
+    deadline = time.monotonic() + (min(float(text), longest_seconds) if text.isdecimal() else 0.0)
     while True:
         try:
             return lock.acquire(say=say)

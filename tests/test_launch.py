@@ -144,7 +144,6 @@ def test_bad_cluster_file_is_one_line(tmp_path: Path, text: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="submitit writes _ as -, and a key of the cluster file by its sbatch name wins over it")
 @pytest.mark.parametrize("key", ["job_name", "no_requeue", "kill_on_invalid_dep", "nodes", "time", "ntasks_per_node", "mem"])
 def test_extra_does_not_take_back_what_the_file_says(tmp_path: Path, key: str) -> None:
     with pytest.raises(InputError, match=key):
@@ -293,7 +292,7 @@ def printed_files(text: str) -> dict[str, str]:
     return {stage: file.strip("\n") for stage, file in zip(parts[::2], parts[1::2], strict=True)}
 
 
-EIGHT_RANKS = "train.global_batch_size=16"  # half of it at pruning rate 0.8
+EIGHT_RANKS = "train.global_batch_size=32"  # half of it at pruning rate 0.8
 
 
 @pytest.mark.parametrize("name", ON_SLURM)
@@ -398,12 +397,10 @@ def test_the_python_of_the_jobs(venv: str | None, container: str | None, python:
     assert Cluster(executor="slurm", time_minutes=5, venv=venv, container=container).python == python
 
 
-@pytest.mark.xfail(strict=True, reason="the path is quoted: ~ and $HOME stay as they are, and no such python exists")
 @pytest.mark.parametrize("venv", ["~/env", "$HOME/env"])
-def test_a_venv_below_home_is_found_by_bash(venv: str) -> None:
-    python = Cluster(executor="slurm", time_minutes=5, venv=venv).python
-    said = subprocess.run(["bash", "-c", f"echo {python}"], capture_output=True, text=True, env={"HOME": "/home/x"}, check=True)
-    assert said.stdout == "/home/x/env/bin/python\n"
+def test_a_venv_below_home_is_found(venv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    assert Cluster(executor="slurm", time_minutes=5, venv=venv).python == "/home/x/env/bin/python"
 
 
 def test_folders_with_spaces(config_file: Path, tmp_path: Path, slurm: Slurm) -> None:
@@ -476,8 +473,8 @@ def test_what_is_done_is_not_submitted_and_nothing_waits_for_it(config_file: Pat
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("train.lr=0.5", "train.lr was 0.05, now 0.5"), ("retrain.epochs=7", "train.epochs was 3, now 7"), ("train.log_every=3", ""),
-    ("pipeline.seeds=[0, 1]", ""), ("score.on_nan=quarantine", ""), ("run.timeout_seconds=9.0", "")])
+    ("train.lr=0.5", "train.lr was 0.05, now 0.5"), ("retrain.epochs=7", "train.epochs was 3, now 7"),
+    ("train.log_every=3", ""), ("pipeline.seeds=[0, 1]", ""), ("score.on_nan=quarantine", ""), ("run.timeout_seconds=9.0", "")])
 def test_what_is_done_with_other_settings_is_not_taken_for_done(
         config_file: Path, tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str], coreset: Path, override: str,
         message: str) -> None:
@@ -494,8 +491,8 @@ def test_what_is_done_with_other_settings_is_not_taken_for_done(
     assert bool(slurm.handed) != bool(message)
 
 
-def test_a_retraining_from_before_the_collection_is_not_taken_for_done(config_file: Path, tmp_path: Path, slurm: Slurm,
-                                                                       capsys: pytest.CaptureFixture[str], coreset: Path) -> None:
+def test_a_retraining_from_before_the_collection_is_not_taken_for_done(
+        config_file: Path, tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str], coreset: Path) -> None:
     run, name = tmp_path / "run", "tdds_p0.8_E_batch_seed0"
     finish(config_file)
     (run / "coresets").mkdir()
@@ -554,8 +551,8 @@ def test_a_stage_that_is_refused_takes_those_before_with_it(
     assert main(arguments) == 2
     name = f"{STAGES[number - 1]}-tiny"
     *passed_on, ours = capsys.readouterr().err.splitlines()
-    assert ours == (f"launch.submit: error: the scheduler refused {name} (Batch job submission failed: Invalid qos); adapt the "
-                    "cluster file")
+    assert ours == (f"launch.submit: error: the scheduler refused {name} (something first; Batch job submission failed: "
+                    "Invalid qos); adapt the cluster file")
     assert all(line.startswith("sbatch: error: ") for line in passed_on)  # by submitit
     assert slurm.cancelled == cancelled
     assert read_jobs(tmp_path / "run" / "jobs") == []  # so that the next try is not refused
@@ -585,7 +582,6 @@ def test_no_slurm_is_one_line(config_file: Path, tmp_path: Path, monkeypatch: py
     assert main([*arguments, "--dry-run"]) == 0  # what would be queued can be seen anywhere
 
 
-@pytest.mark.xfail(strict=True, reason="FileNotFoundError of submitit, with its traceback")
 def test_half_a_slurm_is_one_line(config_file: Path, tmp_path: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     """A compute node may have srun and no sbatch."""
@@ -657,7 +653,6 @@ def test_other_work_in_the_same_run_may_be_submitted(config_file: Path, tmp_path
     assert main([*arguments, "--stage", "collect"]) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="_refuse_twice looks in the log folder of this cluster file only")
 def test_jobs_in_another_log_folder_count_too(config_file: Path, tmp_path: Path, slurm: Slurm) -> None:
     elsewhere = write(tmp_path / "a.yaml", f"{{executor: slurm, time_minutes: 5, log_dir: {tmp_path}/logs}}")
     assert main([str(config_file), "--cluster", str(elsewhere)]) == 0
@@ -685,7 +680,6 @@ def test_a_log_folder_elsewhere_is_found_from_the_run(config_file: Path, tmp_pat
     assert log_dir_of(run) == tmp_path / "other" / "tiny"  # from wherever one looks
 
 
-@pytest.mark.xfail(strict=True, reason="the pointer of the submission before stays")
 def test_a_later_submission_without_log_dir_is_the_one_that_is_found(config_file: Path, tmp_path: Path, slurm: Slurm) -> None:
     elsewhere = write(tmp_path / "a.yaml", f"{{executor: slurm, time_minutes: 5, log_dir: {tmp_path}/logs}}")
     assert main([str(config_file), "--cluster", str(elsewhere)]) == 0
@@ -836,7 +830,6 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(
     assert "rank 1 ended" not in error
 
 
-@pytest.mark.xfail(strict=True, reason="_outcome_here takes any result of submitit for success, also that of an exception")
 @pytest.mark.distributed
 def test_a_rank_that_cannot_even_start_is_a_failure(config_file: Path, tmp_path: Path, quiet: None,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
