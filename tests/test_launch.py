@@ -786,6 +786,7 @@ LOCAL = str(CLUSTERS / "local.yaml")
 SHORT = ["train.epochs=2", "score.windows=[{T: 2, K: 2, pruning_rates: [0.5]}]"]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_bad_input_of_a_job_comes_back_with_wait(config_file: Path, tmp_path: Path, quiet: None,
                                                  capfd: pytest.CaptureFixture[str]) -> None:

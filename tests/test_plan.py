@@ -106,6 +106,7 @@ def load_windows():
     return [Window(3, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routing_buffers_are_those_of_a_real_step(dtype):
@@ -158,6 +159,7 @@ def test_activations_on_shapes_are_those_of_a_real_step(name, rows, image_size):
     assert peak > saved > rows * 3 * image_size**2 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [CPU, GPU, [*GPU, "train.amp=bf16"], [*GPU, "train.amp=fp16"]])
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
 def test_activations_grow_linearly_with_the_batch(tiny, name, overrides):
@@ -594,6 +596,7 @@ def check_refusal(tiny, *overrides, **arguments):
     return [re.split("[= ]", option)[0] for way, _ in ways for option in way]
 
 
+@pytest.mark.slow
 def test_every_way_out_of_too_little_memory_fits(tiny):
     """Also the mildest: fewer GPUs or forward passes would not do."""
     named, outcomes = set(), {"fits": 0, "ways": 0, "none": 0}
@@ -621,6 +624,7 @@ def test_the_smallest_number_of_gpus_is_named(tiny):
         plan(config, num_ranks=num, gpu_memory_bytes=needs[num], **arguments)  # exactly enough is enough
 
 
+@pytest.mark.slow
 def test_a_batch_too_small_for_a_retraining_is_no_way_out(tiny):
     """On 12 GPUs the batch of p = 0.8 leaves one row each, of which batch norm knows no variance."""
     config = tiny(*GPU, "data.num_classes=1000")
