@@ -21,6 +21,7 @@ from launch.scheduler import REQUEUE
 from launch.states import outcome_of
 
 _NOT_DONE = 1
+EXIT_RESUME = 75  # as tdds_dist.preemption has it; that a preempted job leaves with it the sbatch file looks at
 _VISIBLE_SECONDS = 30.0  # a file of another node may take that long to be seen
 
 
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         if cause.traceback:
             print(cause.traceback, file=sys.stderr)
         return code
-    if any(end.kind == "resume" for end in ends):
-        return code
+    if any(end.kind == "requeue" for end in ends):
+        return REQUEUE
+    if cause is None and any(end.kind == "resume" for end in ends):
+        return EXIT_RESUME
     if broken:
         _tell(job_id, f"failed on rank {broken[0]} before it could say more than its log has; see `tdds logs`")
         return code

@@ -43,7 +43,7 @@ class JobRecord:
 class EndRecord:
     """How one rank left."""
 
-    kind: str  # refused | failed | lost | resume | requeued
+    kind: str  # refused | failed | lost; resume: saved, not queued again; requeued; requeue: to be queued again
     rank: int = 0
     time: float = 0.0  # unix seconds
     restart: int = 0  # of the job, by the scheduler

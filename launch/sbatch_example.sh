@@ -28,22 +28,26 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${SLURM_RESTART_COUNT:-0}) % 12768))
 ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 # Two minutes before the time limit the run saves and leaves by itself; a predecessor that still dies is waited for.
-TDDS_LEAVE_AT=$(($(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) - 120))
-TDDS_LOCK_WAIT_SECONDS=180
-TDDS_JOB=$SLURM_JOB_ID
-export python ranks MASTER_ADDR MASTER_PORT TDDS_LEAVE_AT TDDS_LOCK_WAIT_SECONDS TDDS_JOB OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+end=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
+[[ $end == [0-9]* ]] && export TDDS_LEAVE_AT=$(($(date -d "$end" +%s) - 120))
+export TDDS_LOCK_WAIT_SECONDS=180 TDDS_JOB=$SLURM_JOB_ID OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+last=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n 1)
+export python ranks last MASTER_ADDR MASTER_PORT
+started=$(mktemp)                    # what status.json said before means nothing
 
 # shellcheck disable=SC2016  # expanded on each node
 srun --kill-on-bad-exit=1 --wait=30 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
-    interface=$("$python" -c "import launch.network as n, sys; print(n.interface_to(sys.argv[1]) or \"\")" "$MASTER_ADDR")
+    [ "$SLURM_NODEID" = 0 ] && peer=$last || peer=$MASTER_ADDR
+    interface=$("$python" -c "import launch.network as n, sys; print(n.interface_to(sys.argv[1]) or \"\")" "$peer")
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     exec "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$ranks" \
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m tdds_dist "$@"' bash "$@"
 code=$?
 
 # torchrun has one exit code for every failure; status.json says whether the run was asked to leave and has saved.
-if [ $code -ne 0 ] && grep -q '"state": "stopped"' "$run/status.json" 2>/dev/null; then
+if [ $code -ne 0 ] && [ "$run/status.json" -nt "$started" ] && grep -q '"state": "stopped"' "$run/status.json" 2>/dev/null; then
     echo "not finished: queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
+rm -f "$started"
 exit $code

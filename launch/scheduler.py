@@ -102,10 +102,15 @@ def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]
         "job_name": name, "nodes": cluster.nodes, "ntasks_per_node": cluster.ranks_per_node,
         "cpus_per_task": cluster.cpus_per_rank, "time": cluster.time_minutes, "signal_delay_s": cluster.grace_seconds,
         "array_parallelism": cluster.array_parallelism, "wckey": None, "srun_args": srun, "additional_parameters": options,
-        "setup": ["export TDDS_JOB_STARTED=$(date +%s)", *cluster.setup],
+        "setup": ["export TDDS_JOB_STARTED=$(date +%s)", *cluster.setup, "set +eu  # what follows the ranks is to run"],
         "teardown": [
             "code=$?",
             f"{cluster.python} -m launch.after {folder} $code {cluster.num_ranks} {cluster.requeue_failures}; code=$?",
+            # Preempted with a warning, it has saved and left before SLURM would have queued it again.
+            "if [ $code -eq 75 ]; then",
+            r'    preempted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/.* PreemptTime=\([0-9][^ ]*\).*/\1/p")',
+            f'    [ -z "$preempted" ] || [ "$(date -d "$preempted" +%s)" -lt "$TDDS_JOB_STARTED" ] || code={REQUEUE}',
+            "fi",
             f'[ $code -ne {REQUEUE} ] || scontrol requeue "$SLURM_JOB_ID"', "exit $code"]}
 
 

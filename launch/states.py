@@ -18,6 +18,7 @@ from typing import Any
 
 from launch.jobs import CAUSES, JobRecord, files_of_ranks, first_cause, log_files, read_ends
 
+FORGOTTEN = "SLURM does not know it any more"
 ACTIVE = ("pending", "requeued", "running", "suspended")
 
 
@@ -85,7 +86,7 @@ def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, Jo
                             nodes=known.nodes or here.nodes)
         elif not (known := here or there):
             errors = "; ".join(error for error in (queue_error, account_error) if error)
-            known = _by_results(job) or JobState("unknown", errors or "SLURM does not know it any more")
+            known = _by_results(job) or JobState("unknown", errors or FORGOTTEN)
         states[job.id] = known
     return states
 

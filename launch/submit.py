@@ -8,12 +8,15 @@ Exit codes: 0 submitted, or with `--wait` done; 2 bad input, found here or by a 
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,7 @@ import yaml
 from launch import jobs as job_list
 from launch import scheduler
 from launch.cluster import Cluster, load_cluster
-from launch.states import job_states, outcome_of
+from launch.states import FORGOTTEN, job_states, outcome_of
 from launch.task import StageTask
 from tdds_dist.errors import InputError
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 5.0
 _RECHECK_SECONDS = 1.0
+_SILENT_SECONDS = 120.0  # without a word from SLURM on the jobs that are left, `--wait` ends
 
 
 def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -86,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     elsewhere = os.path.expanduser(os.path.expandvars(cluster.log_dir or ""))
     log_dir = (Path(elsewhere) / config.run.name if elsewhere else config.run.directory / "jobs").absolute()
+    if "%" in str(log_dir):
+        raise InputError(f"log_dir={log_dir}: SLURM takes % in paths of logs for its own; choose a path without")
     frozen, text = _frozen(config, options.part, log_dir)
     stages = plan(config, cluster, options, frozen)
     warnings = _warnings(config)
@@ -103,14 +109,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"everything is done: {', '.join(_count(stage) for stage in stages)}; `tdds report {config.run.directory}` "
               "shows it")
         return 0
-    _refuse_twice(stages, {log_dir, job_list.log_dir_of(config.run.directory), (config.run.directory / "jobs").absolute()})
-    _write(frozen, text, log_dir, config, cluster)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(describe(stages, cluster, config.run.name), flush=True)
+    with _alone(config.run.directory):
+        _refuse_twice(stages, {log_dir, job_list.log_dir_of(config.run.directory), (config.run.directory / "jobs").absolute()})
+        _write(frozen, text, log_dir, config, cluster)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(describe(stages, cluster, config.run.name), flush=True)
+        records = _submit_all(stages, cluster, config, log_dir) if cluster.executor == "slurm" else []
     if cluster.executor == "local":
         return _run_here(stages, cluster, config, log_dir, options)
-    records = _submit_all(stages, cluster, config, log_dir)
     where = config.run.directory
     print(f"submitted {len(records)} jobs: {_ids(records)}\nwatch:  tdds status {where}\nlogs:   tdds logs {where}\n"
           f"stop:   scancel {_ids(records).replace(',', '')}", flush=True)
@@ -203,15 +210,33 @@ def _write(frozen: Path, text: str, log_dir: Path, config: "Config", cluster: Cl
         raise InputError(f"cannot write to log_dir={log_dir} ({error}); choose a writable directory") from error
 
 
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Keep a second submission of the run out until this one has said what it queued."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".submit.lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to run.dir={run} ({error}); choose a writable directory") from error
+    with file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
     """InputError when jobs of an earlier submission are to do the same."""
-    wanted = {(stage.name, step.directory) for stage in stages for step in stage.waiting}
-    before = [job for log_dir in log_dirs for job in job_list.read_jobs(log_dir) if (job.stage, job.directory) in wanted]
+    wanted = {(stage.name, os.path.abspath(step.directory)) for stage in stages for step in stage.waiting}
+    before = [job for log_dir in log_dirs for job in job_list.read_jobs(log_dir)
+              if (job.stage, os.path.abspath(job.directory)) in wanted]
     states = job_states(before)
     if active := [job for job in before if states[job.id].is_active]:
         stop = "scancel" if active[0].executor == "slurm" else "kill -TERM"
         raise InputError(f"{len(active)} jobs of this run are queued or running ({_ids(active)}); wait for them, or stop them "
                          f"with {stop} {_ids(active).replace(',', '')}")
+    asked = [states[job.id] for job in before if job.executor == "slurm"]
+    if unknown := [state.reason for state in asked if state.state == "unknown" and state.reason != FORGOTTEN]:
+        raise InputError(f"cannot tell whether jobs of this run are still queued ({unknown[0]}); submit when SLURM answers")
 
 
 # ---- what it will be
@@ -240,7 +265,7 @@ def _print_files(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pa
         print(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
         for step in stage.waiting:
             for command in step.commands:
-                print(f"#      tdds {' '.join(command)}")
+                print(f"#      tdds {shlex.join(command)}")
         if cluster.executor == "slurm":
             after = [f"<id of {before}>"] if before else []
             part = cluster.for_stage(stage.name)
@@ -255,7 +280,7 @@ def _submit_all(stages: "list[Stage]", cluster: Cluster, config: "Config", log_d
     """Queue every stage that waits; the jobs, in order. What is queued already goes when one is refused."""
     records: list[job_list.JobRecord] = []
     after: list[str] = []
-    submission = time.strftime("%Y%m%d-%H%M%S")
+    submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         for stage in stages:
             if not stage.waiting:
@@ -289,12 +314,12 @@ def _record(step: "Step", stage: str, job_id: str, submission: str, cluster: Clu
     return job_list.JobRecord(
         id=job_id, time=time.time(), submission=submission, executor=cluster.executor, stage=stage,
         name=f"{stage}-{config.run.name}", title=step.title, after=tuple(after), num_ranks=cluster.num_ranks,
-        directory=step.directory)
+        directory=os.path.abspath(step.directory))
 
 
 def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir: Path, options: argparse.Namespace) -> int:
     """The stages one after the other; a single stage without `--wait` goes on in the background."""
-    submission = time.strftime("%Y%m%d-%H%M%S")
+    submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     waits = options.wait or options.part == "pipeline"
     for stage in stages:
         left = list(stage.waiting)
@@ -338,6 +363,7 @@ def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
 def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
     """Wait until all jobs are over; the exit code, with the reason of the first failure printed."""
     said: dict[str, str] = {}
+    silent_since: float | None = None
     while True:
         states = job_states(records)
         for record in records:
@@ -345,8 +371,14 @@ def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
             if said.get(record.id) != state:
                 said[record.id] = state
                 print(f"{record.name} {record.id} ({record.title}): {state}", flush=True)
-        if not any(states[record.id].is_active or states[record.id].state == "unknown" for record in records):
+        if any(states[record.id].is_active for record in records):
+            silent_since = None
+        elif not any(states[record.id].state == "unknown" for record in records):
             break
+        else:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > _SILENT_SECONDS:
+                break
         time.sleep(_POLL_SECONDS)
     failed = [record for record in records if states[record.id].state != "finished"]
     if not failed:

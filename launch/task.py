@@ -48,6 +48,9 @@ class StageTask:
     def __call__(self) -> None:
         """Describe this rank in the env:// variables, then run the commands. Returns only when all are done."""
         self._describe_rank()
+        if self.rank != 0:
+            # submitit ignores it until training listens; a rank that does not queue the job again need not outlive the others.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         from tdds_dist.cli import outcome
         from tdds_dist.lock import IN_USE
         from tdds_dist.preemption import EXIT_RESUME, Interruption
@@ -101,7 +104,9 @@ class StageTask:
         os.environ.pop("TDDS_CPUS_PER_RANK", None)
         if self.cpus_per_rank:
             os.environ["TDDS_CPUS_PER_RANK"] = str(self.cpus_per_rank)
-        self._choose_interface(ranks.world_size)
+        if ranks.world_size > 1:  # the first node knows itself by another address than others know it by
+            hosts = job.hostnames
+            self._choose_interface(hosts[-1] if job.node == 0 and len(hosts) > 1 else os.environ["MASTER_ADDR"])
         if self.rank == 0:
             # submitit stumbles over what a kill left behind, and a rank that was done when others were lost is done again.
             for pattern in (f"{self.job_id}_*.save_tmp", f"{self.job_id}_*_result.pkl"):
@@ -117,10 +122,8 @@ class StageTask:
         started = float(told or time.time())
         return started + 60 * self.time_minutes - self.grace_seconds - _EARLIER_SECONDS
 
-    def _choose_interface(self, world_size: int) -> None:
-        if world_size == 1:
-            return
-        found = self.interface or interface_to(os.environ["MASTER_ADDR"])
+    def _choose_interface(self, peer: str) -> None:
+        found = self.interface or interface_to(peer)
         if found:
             for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 if self.interface or variable not in os.environ:
@@ -130,7 +133,9 @@ class StageTask:
 
     def _hand_over(self, interruption: "Interruption", message: str) -> NoReturn:
         """All ranks are here, or leave on their own: the state is on disk."""
-        from tdds_dist.preemption import EXIT_RESUME, TIME_LIMIT
+        from submitit.core.utils import UncompletedJobError
+
+        from tdds_dist.preemption import EXIT_RESUME, NOT_SAVED, TIME_LIMIT
 
         if self.rank != 0:
             _exit(0)  # another code would let srun end rank 0 before it has queued the job again
@@ -139,12 +144,15 @@ class StageTask:
             if any(reason in text for reason in ("SIGUSR2", TIME_LIMIT) for text in reasons):
                 signal.raise_signal(signal.SIGUSR2)  # submitit's handler leaves by SystemExit
             time.sleep(_SECOND_SIGNAL_SECONDS)  # it takes over as well should its signal come now
-            why = message or "asked to leave"
         except SystemExit as leaving:  # queued again
             self._leave(leaving.code if isinstance(leaving.code, int) else EXIT_RESUME, "requeued", message)
-        except Exception as error:  # too many time limits; or no scontrol here, or the scheduler was quicker
-            why = f"{message}; not queued again ({' '.join(str(error).split())})"
-        self._leave(EXIT_RESUME, "resume", why)
+        except UncompletedJobError as error:  # too many time limits
+            self._leave(EXIT_RESUME, "resume", f"{message}; not queued again ({' '.join(str(error).split())})")
+        except Exception as error:  # no scontrol in this container, or it failed: `launch.after` asks for it from outside
+            self._leave(EXIT_RESUME, "requeue", f"{message}; to be queued again from outside ({' '.join(str(error).split())})")
+        # SIGTERM alone. Where all have saved somebody asked for that. A single rank may have it from srun, because of another
+        # rank that died; had it come from scancel, the batch shell would be gone too, and nobody reads this.
+        self._leave(EXIT_RESUME, "lost" if NOT_SAVED in message else "resume", message or "asked to leave")
 
     def _leave(self, code: int, kind: str, message: str, trace: str = "") -> NoReturn:
         if message:

@@ -45,6 +45,9 @@ def outcome(arguments: Sequence[str] | None = None, interruption: Interruption |
         return 130, f"tdds {options.stage}: interrupted"
     except Preempted as leaving:
         return EXIT_RESUME, f"tdds {options.stage}: {leaving}" if is_main or not leaving.agreed else ""
+    except BrokenPipeError:  # `tdds logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0, ""
     except LostRankError as error:
         return 1, f"tdds {options.stage}: error: {error}"
     return code, ""

@@ -20,6 +20,7 @@ from typing import Any
 
 EXIT_RESUME = 75  # EX_TEMPFAIL: the run is not finished; the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+NOT_SAVED = "not saved here"  # stands in the message of a process that left without agreeing with the others
 TIME_LIMIT = "time limit"  # stands where the name of a signal would
 _ONE_KEYSTROKE_SECONDS = 1.0  # a launcher passes on the Ctrl-C that the terminal has sent to all
 
@@ -74,7 +75,7 @@ class Interruption:
         if not self._is_watched:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise Preempted(f"{name}: not saved here; run the same command again, and it goes on from its last checkpoint")
+            raise Preempted(f"{name}: {NOT_SAVED}; run the same command again, and it goes on from its last checkpoint")
         if not self._first:
             self._first, self._first_at = name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first_at > _ONE_KEYSTROKE_SECONDS:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import cloudpickle
 import pytest
-from submitit.core.utils import DelayedSubmission, cloudpickle_dump
+from submitit.core.utils import DelayedSubmission, UncompletedJobError, cloudpickle_dump
 
 from launch import after, network, task
 from launch.cluster import Cluster
@@ -145,13 +145,19 @@ def test_the_traceback_is_printed_once(tmp_path, capsys):
 
 @pytest.mark.parametrize(("kinds", "code"), [((("requeued", 0),), 255), ((("lost", 1), ("requeued", 0)), 1),
                                              ((("failed", 1), ("requeued", 0)), 1), ((("resume", 0),), 75),
-                                             ((("resume", 0), ("resume", 1)), 75), ((("resume", 0), ("lost", 1)), 1)])
+                                             ((("resume", 0), ("resume", 1)), 75), ((("requeue", 0),), 77)])
 def test_what_rank_0_has_queued_again_or_only_saved_is_left_alone(tmp_path, capsys, kinds, code):
     for kind, rank in kinds:
         end(tmp_path, kind, rank=rank)
     assert ended(tmp_path, code) == code
     assert "queued again" not in capsys.readouterr().err
     assert not list(tmp_path.glob("*failures*"))
+
+
+def test_a_rank_that_saved_alone_does_not_hide_that_another_was_lost(tmp_path):
+    end(tmp_path, "resume", rank=0)
+    end(tmp_path, "lost", rank=1)
+    assert ended(tmp_path, 1) == REQUEUE
 
 
 @pytest.mark.parametrize("kinds", [(), (("lost", 0), ("lost", 1)), (("lost", 1),)])
@@ -507,7 +513,12 @@ VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def test_what_is_set_stays_unless_the_cluster_file_says_otherwise(described, interface, before, told):
     described(1, variables=before, interface=interface)
     assert tuple(os.environ[key] for key in VARIABLES) == told
-    assert described.asked == ([] if interface else ["node1"])
+    assert described.asked == ([] if interface else ["node2"])  # this is the first node
+
+
+def test_other_nodes_ask_for_the_way_to_the_first(described):
+    described(2)
+    assert described.asked == ["node1"]
 
 
 def test_no_interface_is_chosen_where_none_is_known_or_needed(described, monkeypatch):
@@ -688,7 +699,8 @@ def asked_to_leave(outcomes, monkeypatch, *signals, leave_at=None, elsewhere="")
     ((signal.SIGUSR2,), None, SystemExit(-1), -1, "requeued"), ((signal.SIGUSR2,), None, SystemExit(144), 144, "requeued"),
     ((signal.SIGTERM, signal.SIGUSR2), None, SystemExit(-1), -1, "requeued"), ((), 0.0, SystemExit(-1), -1, "requeued"),
     ((signal.SIGTERM,), None, SystemExit(-1), 75, "resume"), ((signal.SIGTERM,), 0.0, SystemExit(-1), 75, "resume"),
-    ((signal.SIGUSR2,), None, RuntimeError("timed-out too many times"), 75, "resume"),
+    ((signal.SIGUSR2,), None, UncompletedJobError("timed-out too many times"), 75, "resume"),
+    ((signal.SIGUSR2,), None, FileNotFoundError("no scontrol in a container"), 75, "requeue"),
     ((signal.SIGINT,), None, SystemExit(-1), 75, "resume"),
 ])
 def test_rank_0_has_the_job_queued_again_unless_it_was_cancelled(
@@ -704,7 +716,7 @@ def test_rank_0_has_the_job_queued_again_unless_it_was_cancelled(
     (record,) = read_ends(tmp_path, "12")
     assert record.kind == kind
     assert "saved" in record.message
-    assert ("not queued again (timed-out too many times)" in record.message) == isinstance(result, RuntimeError)
+    assert ("not queued again (timed-out too many times)" in record.message) == isinstance(result, UncompletedJobError)
 
 
 @pytest.mark.parametrize(("told", "left"), [("SIGUSR2", -1), ("time limit", -1), ("SIGTERM", 75), ("SIGINT", 75)])

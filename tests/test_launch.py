@@ -364,14 +364,14 @@ def test_sbatch_file_has_everything_that_the_cluster_file_says(config_file: Path
         "job-name=collect-tiny", "mem=512MB", "nice=100", "nodes=2", "ntasks-per-node=3", "open-mode=append",
         f"output={folder}/%j_0_log.out", "partition=p1", "qos=high", "requeue", "reservation='main tenance'",
         "signal=USR2@77", "time=30"])
-    assert "\nexport TDDS_JOB_STARTED=$(date +%s)\nmodule load 'cuda 12'\nexport A=\"$HOME\"\n" in collect
+    assert "\nexport TDDS_JOB_STARTED=$(date +%s)\nmodule load 'cuda 12'\nexport A=\"$HOME\"\nset +eu  # " in collect
     (srun,) = (line for line in collect.splitlines() if line.startswith("srun "))
     for word in ("--kill-on-bad-exit=1", "--cpus-per-task=5", "--cpu-bind=cores"):
         assert f" {word} " in srun
     assert re.search(r" --wait=[1-9]\d* ", srun)
     assert srun.endswith(f" {python} -u -m submitit.core._submit {folder}")
-    assert collect.endswith(f"\ncode=$?\n{python} -m launch.after {folder} $code 6 9; code=$?\n"
-                            '[ $code -ne 77 ] || scontrol requeue "$SLURM_JOB_ID"\nexit $code')
+    assert f"\ncode=$?\n{python} -m launch.after {folder} $code 6 9; code=$?\nif [ $code -eq 75 ]; then\n" in collect
+    assert collect.endswith('\nfi\n[ $code -ne 77 ] || scontrol requeue "$SLURM_JOB_ID"\nexit $code')
     assert {"nodes=1", "ntasks-per-node=3", "mem=3GB", "array=0-1%1",
             f"output={folder}/%A_%a_0_log.out"} <= set(flags_of(retrain))
     assert "module load" not in retrain

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import os
 import pwd
+import secrets
 import shlex
 import shutil
 import signal
@@ -76,9 +77,11 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdTimeout=10
-KillWait=5
+KillWait=30
 InactiveLimit=0
 MinJobAge=300
+# ids decide ports of jobs: those of clusters side by side differ
+FirstJobId={first_job_id}
 ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -495,6 +498,7 @@ class _Keeper:
         self.values = {
             "directory": directory, "nodes": NODES, "host": socket.gethostname().split(".")[0],
             "user": pwd.getpwuid(os.getuid()).pw_name, "credential_seconds": CREDENTIAL_SECONDS,
+            "first_job_id": 1000 * secrets.randbelow(60) + 1,
             "ports": [reserved.getsockname()[1] for reserved in self.reserved],
         }
 

@@ -210,6 +210,15 @@ def kill_a_rank(slurm: SlurmCluster, job_id: str, run: Path) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def kill_a_rank_that_starts(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+    """Before training srun's SIGTERM finds the other rank unprepared."""
+    slurm.run("scontrol", "requeue", job_id)
+    slurm.wait_for(job_id, "PENDING")
+    slurm.wait_for(job_id, "RUNNING")
+    time.sleep(2.0)
+    kill_a_rank(slurm, job_id, run)
+
+
 def kill_slurmd(slurm: SlurmCluster, job_id: str, run: Path) -> None:
     slurm.kill_slurmd(slurm.nodes[1])
     slurm.wait_for(job_id, {"PENDING", "REQUEUED", "COMPLETED"}, 60)
@@ -227,16 +236,32 @@ def preempt(slurm: SlurmCluster, job_id: str, run: Path) -> None:
     slurm.run("sbatch", "--parsable", "-p", "main", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 1")
 
 
+def preempt_with_sigterm_alone(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+    """As clusters do that give grace and send no other signal: the job leaves before SLURM would have queued it again."""
+    config = slurm.directory / "slurm.conf"
+    usual = config.read_text()
+    without = usual.replace("SlurmctldParameters=preempt_send_user_signal\n", "")
+    config.write_text(without.replace("GraceTime=3", "GraceTime=60"))
+    try:
+        slurm.run("scontrol", "reconfigure")
+        preempt(slurm, job_id, run)
+        slurm.wait_for(job_id, "PENDING", 60)
+    finally:
+        config.write_text(usual)
+        slurm.run("scontrol", "reconfigure")
+
+
+_SCAVENGERS = (preempt, preempt_with_sigterm_alone)
 _NOTICED_LATE = (kill_stepd_of_the_second_node, kill_slurmd, lose_a_node)
 
 
 @pytest.mark.parametrize("hurt", [
     requeue, preempt_as_submitit_does, end_time_as_submitit_does, send_usr2, kill_stepd_of_the_second_node, kill_a_rank,
-    kill_slurmd, lose_a_node, preempt], ids=lambda hurt: hurt.__name__)
+    kill_a_rank_that_starts, kill_slurmd, lose_a_node, preempt, preempt_with_sigterm_alone], ids=lambda hurt: hurt.__name__)
 def test_a_collection_that_is_hurt_goes_on(slurm: SlurmCluster, folder: Path, undisturbed: Path, hurt: Hurt) -> None:
     run = folder / hurt.__name__
-    cluster = cluster_file(folder, partition="scavenger" if hurt is preempt else "main",
-                           setup=slow_first_start(folder) if hurt in _NOTICED_LATE else [])
+    cluster = cluster_file(folder, partition="scavenger" if hurt in _SCAVENGERS else "main",
+                           setup=slow_first_start(folder) if hurt in _NOTICED_LATE else ["set -e"])
     done = submit(slurm, folder, run, "--stage", "collect", cluster=cluster)
     assert done.returncode == 0, done.stderr
     (job_id,) = job_ids(run)["collect"]
@@ -259,6 +284,21 @@ def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm: SlurmClus
     slurm.wait_for(job_id, "COMPLETED", 150)
     assert slurm.restarts(job_id) == 1
     assert "time limit: saved at" in (run / "log.txt").read_text()
+    check_as_if_nothing_happened(run, undisturbed)
+
+
+def test_python_in_a_container_without_slurm_is_queued_again_from_outside(slurm: SlurmCluster, folder: Path,
+                                                                         undisturbed: Path) -> None:
+    """A PATH without scontrol stands for the container."""
+    run = folder / "container"
+    venv = Path(sys.executable).parents[1]
+    cluster = cluster_file(folder, container="/usr/bin/env PATH=/nowhere", venv=str(venv))
+    assert submit(slurm, folder, run, "--stage", "collect", cluster=cluster).returncode == 0
+    (job_id,) = job_ids(run)["collect"]
+    until_epoch(run, 2)
+    slurm.run("scancel", "--signal=USR2", job_id)
+    slurm.wait_for(job_id, "COMPLETED", 150)
+    assert slurm.restarts(job_id) == 1
     check_as_if_nothing_happened(run, undisturbed)
 
 
@@ -293,9 +333,9 @@ def test_sbatch_example_with_srun_and_torchrun(slurm: SlurmCluster, folder: Path
     """It leaves at its time limit, which it believes to be near, is queued again, and finishes."""
     run = folder / "example"
     script = (REPOSITORY / "launch" / "sbatch_example.sh").read_text()
-    assert script.count("- 120))") == 1
-    soon = '- (${SLURM_RESTART_COUNT:-0} ? 0 : 86400 - 25)))'  # the first start has 25 s of its day
-    (folder / "sbatch_example.sh").write_text(script.replace("- 120))", soon))
+    assert script.count(" - 120))") == 1
+    soon = " - (${SLURM_RESTART_COUNT:-0} ? 0 : 86400 - 25)))"  # the first start has 25 s of its day
+    (folder / "sbatch_example.sh").write_text(script.replace(" - 120))", soon))
     command = ["sbatch", "--parsable", f"--export=ALL,PYTHON={sys.executable},TDDS_CPUS_PER_RANK=1", f"--chdir={folder}",
                str(folder / "sbatch_example.sh"), str(run), "collect", str(folder / "config.yaml"), f"run.dir={run}"]
     job_id = slurm.run(*command)
