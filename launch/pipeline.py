@@ -131,13 +131,16 @@ def check_what_is_done(config: Config, stages: Sequence[Stage]) -> None:
     if not any(name in ("collect", "retrain") for name, _ in done):
         return
     from tdds_dist.artifacts import load_coreset
+    from tdds_dist.prepare import open_files
     from tdds_dist.retrain import resolve
     from tdds_dist.rundir import RunDir
-    from tdds_dist.start import check_settings
+    from tdds_dist.start import check_settings, content_of
 
+    is_here = Path(config.data.train).is_file() and Path(config.data.val).is_file()
+    data = {"data": content_of(open_files(config)[:2])} if is_here else {}
     for name, step in done:
         if name == "collect":
-            check_settings(RunDir(step.directory), config, {"stage": "collect"})
+            check_settings(RunDir(step.directory), config, {"stage": "collect"} | data)
         elif name == "retrain" and step.coreset is not None and step.coreset.is_file():
             if _is_older(Path(step.directory) / "result.json", config.run.directory / "result.json"):
                 raise InputError(f"{step.directory} was trained before the collection that is there now had finished; remove "
