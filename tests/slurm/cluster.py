@@ -77,7 +77,8 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdTimeout=10
-KillWait=30
+# not more than a requeued job waits: slurmd would take its new steps for what is left of the old ones, and kill them
+KillWait=5
 InactiveLimit=0
 MinJobAge=300
 # ids decide ports of jobs: those of clusters side by side differ
