@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.cluster import Cluster
 from tdds_dist.config import BUILT_IN_METHODS, Config, Method
@@ -32,6 +33,7 @@ class Step:
     strategy: str = ""
     importance: str = ""
     seed: int = 0
+    method: Method | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,9 @@ def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
         {rate for window in config.score.windows for rate in window.pruning_rates if rate > 0}))
     if not rates:
         raise InputError("no window of score.windows serves a pruning rate; set pipeline.pruning_rates, e.g. [0.5]")
+    _check_methods(config, methods, rates)
     retrain = _retrain_stage(config, frozen, methods, rates)
-    coresets = [_coreset(config, method, rate) for method in methods for rate in rates]
-    has_coresets = not retrain.waiting or all(
-        file.is_file() and not _is_older(file, config.run.directory / "result.json") for file in coresets)
+    has_coresets = not retrain.waiting or all(_has_coreset(config, method, rate) for method in methods for rate in rates)
     select = _select_stage(config, methods, rates, not collect.waiting and has_coresets)
     stages = [collect, select, retrain]
     run = config.run.directory
@@ -84,6 +85,51 @@ def _methods(config: Config) -> list[Method]:
     return methods
 
 
+def _check_methods(config: Config, methods: Sequence[Method], rates: Sequence[float]) -> None:
+    """InputError for a coreset that could not be made after the collection."""
+    from tdds_dist.cells import check_method
+
+    served = {f"{rate:g}" for window in config.score.windows for rate in window.pruning_rates}
+    for method in methods:
+        for rate in rates:
+            if method.score_key == "tdds" and f"{rate:g}" not in served:
+                raise InputError(f"pipeline.pruning_rates has {rate:g}, which no window of score.windows serves; add it to the "
+                                 "pruning_rates of one (that may change after the collection)")
+            try:
+                check_method(config, method, rate)
+            except InputError as error:
+                raise InputError(f"pipeline.scores: {str(error).removeprefix('methods: ')} (its options are "
+                                 "score.baselines.*)") from error
+
+
+def _options(config: Config, method: Method) -> dict[str, Any]:
+    """What a score of the trajectory is computed with."""
+    from tdds_dist.score import BASELINES
+
+    names = BASELINES[method.score_key].options if method.score_key in BASELINES else ()
+    return {name: getattr(config.score.baselines, name) for name in names}
+
+
+def _has_coreset(config: Config, method: Method, rate: float) -> bool:
+    """Whether its coreset is there, of this collection and with these options."""
+    file = _coreset(config, method, rate)
+    if not file.is_file() or _is_older(file, config.run.directory / "result.json"):
+        return False
+    return not _other_options(config, method, file)
+
+
+def _other_options(config: Config, method: Method, coreset: Path) -> list[str]:
+    from tdds_dist.artifacts import load_coreset
+
+    wanted = _options(config, method)
+    try:
+        found = load_coreset(coreset).settings if wanted else {}
+    except InputError:  # damaged: made again
+        return ["damaged"]
+    return [f"score.baselines.{name} was {found[name]!r}, now {value!r}" for name, value in wanted.items()
+            if name in found and found[name] != value]
+
+
 def _coreset(config: Config, method: Method, rate: float) -> Path:
     return config.run.directory / "coresets" / f"{method.name}_p{rate:g}.npz"
 
@@ -91,16 +137,21 @@ def _coreset(config: Config, method: Method, rate: float) -> Path:
 def _select_stage(config: Config, methods: Sequence[Method], rates: Sequence[float], is_done: bool) -> Stage:
     """One job for all coresets: each takes a second, and every score is computed once."""
     run = config.run.directory
-    keys = dict.fromkeys(method.score_key for method in methods
-                         if method.score_key not in ("tdds", "random", *FROM_THE_FINAL_MODEL))
     commands: list[tuple[str, ...]] = []
-    if keys:
-        commands.append(("score", str(run), *(word for key in keys for word in ("--score", key))))
+    files = {"random": "random", **{key: key for key in FROM_THE_FINAL_MODEL}}  # of scores, by their keys
+    for method in methods:
+        if method.score_key not in (*files, "tdds"):
+            from tdds_dist.score import file_key
+
+            # Options by name: the run's own config is that of the collection, and may have others.
+            options = [f"{name}={value}" for name, value in _options(config, method).items()]
+            commands.append(("score", str(run), "--score", method.score_key, *options))
+            files[method.score_key] = file_key(method.score_key, config.score.baselines)
     for method in methods:
         for rate in rates:
             # TDDS by the name of its file: the run's own config may be from before this rate was asked for.
             is_tdds = method.score_key == "tdds"
-            score = config.window_for(rate).key(config.score.preset) if is_tdds else method.score_key
+            score = config.window_for(rate).key(config.score.preset) if is_tdds else files[method.score_key]
             sampler = ("--sampler", method.sampler) if method.sampler else ()
             commands.append(("select", str(run), "--pruning-rate", f"{rate:g}", "--score", score, *sampler,
                              "--seed", str(config.run.seed), "--out", str(_coreset(config, method, rate))))
@@ -121,7 +172,7 @@ def _retrain_stage(config: Config, frozen: Path, methods: Sequence[Method], rate
                     command = ("retrain", str(frozen), "--coreset", str(coreset), "--strategy", strategy,
                                "--importance", importance, "--name", name, f"run.seed={seed}")
                     steps.append(Step(name, (command,), str(directory), _has_result(directory), rate, coreset, strategy,
-                                      importance, seed))
+                                      importance, seed, method))
     return Stage("retrain", tuple(steps))
 
 
@@ -134,20 +185,30 @@ def check_what_is_done(config: Config, stages: Sequence[Stage]) -> None:
     from tdds_dist.prepare import open_files
     from tdds_dist.retrain import resolve
     from tdds_dist.rundir import RunDir
-    from tdds_dist.start import check_settings, content_of
+    from tdds_dist.start import changed_settings, check_settings, content_of
 
     is_here = Path(config.data.train).is_file() and Path(config.data.val).is_file()
     data = {"data": content_of(open_files(config)[:2])} if is_here else {}
     for name, step in done:
         if name == "collect":
-            check_settings(RunDir(step.directory), config, {"stage": "collect"} | data)
+            if changed := changed_settings(RunDir(step.directory), config, {"stage": "collect"}):
+                raise InputError(f"{step.directory} was collected with other settings ({'; '.join(changed)}); keep those, or "
+                                 "choose another run.name")
+            if data:
+                check_settings(RunDir(step.directory), config, {"stage": "collect"} | data)
         elif name == "retrain" and step.coreset is not None and step.coreset.is_file():
             if _is_older(Path(step.directory) / "result.json", config.run.directory / "result.json"):
                 raise InputError(f"{step.directory} was trained before the collection that is there now had finished; remove "
                                  "it to train it again, or touch its result.json if it belongs to it")
             seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": step.seed})})
-            check_settings(*resolve(seeded, load_coreset(step.coreset), step.coreset, step.strategy, step.importance,
-                                    Path(step.directory).name))
+            run, resolved, setting = resolve(seeded, load_coreset(step.coreset), step.coreset, step.strategy, step.importance,
+                                             Path(step.directory).name)
+            changed = changed_settings(run, resolved, setting)
+            if step.method is not None:
+                changed += _other_options(config, step.method, step.coreset)
+            if changed:
+                raise InputError(f"{step.directory} was trained with other settings ({'; '.join(changed)}); keep those, remove "
+                                 "that folder to train it again, or choose another run.name")
 
 
 def check_batch(config: Config, cluster: Cluster, stages: Sequence[Stage]) -> None:

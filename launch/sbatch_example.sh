@@ -22,6 +22,9 @@ run=$1
 shift
 cd "${SLURM_SUBMIT_DIR:?submit it by sbatch}" || exit 1
 python=${PYTHON:-python3}            # that of the environment with tdds_dist, on all nodes
+"$python" -c 'import tdds_dist, torch' || {
+    echo "$python has no tdds_dist: activate its environment before sbatch, or sbatch --export=ALL,PYTHON=/path/to/python" >&2
+    exit 2; }
 
 # A rendezvous of its own for every start: what is left of the one before may still hold the port.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -196,11 +196,20 @@ def _table(status: Status) -> list[str]:
     return lines
 
 
+_NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "AccountNotAllowed", "QOSNotAllowed", "InvalidAccount",
+          "InvalidQOS", "DependencyNeverSatisfied")  # reasons that waiting does not mend
+
+
 def next_step(status: Status) -> str:
     """One line: what a person would do now."""
     bad = [row for row in status.rows if row.state.is_bad]
     runs = [*status.runs, *status.retrainings]
     logs = f"tdds logs {status.directory}"
+    never = [row for row in status.rows if row.state.state == "pending" and row.state.reason.startswith(_NEVER)]
+    if never:
+        ids = " ".join(dict.fromkeys(row.job.id.partition("_")[0] for row in status.rows if row.state.is_active))
+        return (f"job {never[0].job.id} will not start as it is ({never[0].state.reason}); scancel {ids}, adapt the cluster "
+                "file and submit again")
     if status.is_active:
         if bad:
             return f"when the others are over, see to the {len(bad)} that failed and submit again; what is done is skipped"

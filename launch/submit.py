@@ -106,11 +106,11 @@ def run(options: argparse.Namespace) -> int:
         _print_files(stages, cluster, config.run.name, log_dir)
         return 0
     if not any(stage.waiting for stage in stages):
-        print(f"everything is done: {', '.join(_count(stage) for stage in stages)}; `tdds report {config.run.directory}` "
-              "shows it")
+        print(f"everything is done: {', '.join(_count(stage) for stage in stages)}{_page(stages, config)}")
         return 0
     with _alone(config.run.directory):
-        _refuse_twice(stages, {log_dir, job_list.log_dir_of(config.run.directory), (config.run.directory / "jobs").absolute()})
+        before = (job_list.log_dir_of(config.run.directory), config.run.directory / "jobs")
+        _refuse_twice(stages, {log_dir, *(folder.absolute() for folder in before)})
         _write(frozen, text, log_dir, config, cluster)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
@@ -119,7 +119,8 @@ def run(options: argparse.Namespace) -> int:
     if cluster.executor == "local":
         return _run_here(stages, cluster, config, log_dir, options)
     where = config.run.directory
-    print(f"submitted {len(records)} jobs: {_ids(records)}\nwatch:  tdds status {where}\nlogs:   tdds logs {where}\n"
+    tasks = f" ({len(records)} with the elements of arrays)" if "_" in "".join(record.id for record in records) else ""
+    print(f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs {where}\n"
           f"stop:   scancel {_ids(records).replace(',', '')}", flush=True)
     return _wait_for(records, log_dir) if options.wait else 0
 
@@ -150,9 +151,8 @@ def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path,
     from launch.pipeline import Stage, Step
     from tdds_dist.artifacts import load_coreset
 
-    for key in ("coreset", "strategy"):
-        if key not in given:
-            raise InputError(f"--stage retrain needs --{key}; see `tdds retrain --help`")
+    if missing := [f"--{key}" for key in ("coreset", "strategy") if key not in given]:
+        raise InputError(f"--stage retrain needs {' and '.join(missing)}; see `tdds submit --help`")
     coreset = load_coreset(options.coreset)
     importance = options.importance or config.retrain.importance
     name = options.name or f"{options.coreset.stem}_{options.strategy}_{importance}_seed{config.run.seed}"
@@ -253,6 +253,10 @@ def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
     return "\n".join([f"{name}:", *lines])
 
 
+def _page(stages: "list[Stage]", config: "Config") -> str:
+    return f"; the page: {config.run.directory / 'report.html'}" if stages[-1].name == "report" else ""
+
+
 def _count(stage: "Stage") -> str:
     return stage.name if len(stage.steps) == 1 else f"{len(stage.steps)} x {stage.name}"
 
@@ -342,7 +346,7 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir
                         os.kill(int(other.id), signal.SIGTERM)  # submitit's controller passes it on, and the ranks save
                     return code
             time.sleep(_RECHECK_SECONDS)
-    print(f"done; `tdds report {config.run.directory}` shows it")
+    print(f"done{_page(stages, config)}")
     return 0
 
 

@@ -85,7 +85,7 @@ def _cells(plan: Experiment, collections: dict[int, Task]) -> list[Cell]:
         config, run = parse_config(collections[seed].config), RunDir(collections[seed].directory)
         for rate in plan.pruning_rates:
             for method in plan.methods:
-                _check_method(config, method, rate)
+                check_method(config, method, rate)
         for architecture in plan.architectures or (None,):
             _config(plan, seed, architecture)  # says so when its overrides do not fit
             for strategy in plan.strategies:
@@ -97,7 +97,7 @@ def _cells(plan: Experiment, collections: dict[int, Task]) -> list[Cell]:
     return found
 
 
-def _check_method(config: Config, method: Method, rate: float) -> None:
+def check_method(config: Config, method: Method, rate: float) -> None:
     """InputError for a score that the collection will not give."""
     key = method.score_key
     stops = config.collect.stop_after == "last_window"

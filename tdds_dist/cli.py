@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from tdds_dist.preemption import EXIT_RESUME, Interruption, Preempted
 
 if TYPE_CHECKING:
     from tdds_dist.config import Config
+
+_MAIN_SPEAKS_SECONDS = 2.0
 
 # Stages are imported when they run: `tdds --help` should not wait for torch.
 
@@ -40,7 +43,10 @@ def outcome(arguments: Sequence[str] | None = None, interruption: Interruption |
     try:
         code = options.run(options) or 0  # a subcommand may have an outcome of its own
     except InputError as error:
-        return 2, f"tdds {options.stage}: error: {error}" if is_main or not error.shared else ""
+        if error.shared and not is_main:
+            time.sleep(_MAIN_SPEAKS_SECONDS)  # launchers end all ranks when the first leaves
+            return 2, ""
+        return 2, f"tdds {options.stage}: error: {error}"
     except KeyboardInterrupt:
         return 130, f"tdds {options.stage}: interrupted"
     except Preempted as leaving:

@@ -188,8 +188,23 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
 
 
 def check_settings(run: RunDir, config: Config, setting: dict[str, Any]) -> None:
-    """InputError when the run that is there was asked for something else; names the keys. `setting` need not hold the content
-    of the images ("data"), which takes reading them."""
+    """InputError when the run that is there was asked for something else; names the keys."""
+    if changed := changed_settings(run, config, setting):
+        may_change = MAY_CHANGE if setting["stage"] == "collect" else _OF_RETRAIN
+        free_keys = ", ".join(f"{section}.*" if keys is None else ", ".join(f"{section}.{key}" for key in keys)
+                              for section, keys in may_change.items())
+        raise InputError(f"{run.path} holds a run of other settings ({'; '.join(changed)}); go on with those it was started "
+                         f"with (only {free_keys} may change), choose another run.name or run.dir, or start over with --fresh "
+                         "--force")
+    env = run.read_env()
+    if (was := env.get("data")) is not None and was != setting["data"]:
+        other = ", ".join(f"data.{key}={getattr(config.data, key)}" for key in was if was[key] != setting["data"][key])
+        raise InputError(f"{run.path} was started with other images than {other} holds now (the fingerprint of the content "
+                         "differs); restore the file, or choose another run.name or run.dir")
+
+
+def changed_settings(run: RunDir, config: Config, setting: dict[str, Any]) -> list[str]:
+    """What the run that is there was asked for otherwise, in words; the content of the images is not looked at."""
     env, before = run.read_env(), to_dict(parse_config(run.read_config(), str(run.config_file)))
     may_change = MAY_CHANGE if setting["stage"] == "collect" else _OF_RETRAIN
     changed = [f"{key} was {env.get(key)!r}, now {setting.get(key)!r}" for key in _STAGE_KEYS
@@ -206,16 +221,7 @@ def check_settings(run: RunDir, config: Config, setting: dict[str, Any]) -> None
                 continue  # may be given up, not taken up half-way
             if old != value:
                 changed.append(f"{section}.{key} was {old!r}, now {value!r}")
-    if changed:
-        free_keys = ", ".join(f"{section}.*" if keys is None else ", ".join(f"{section}.{key}" for key in keys)
-                              for section, keys in may_change.items())
-        raise InputError(f"{run.path} holds a run of other settings ({'; '.join(changed)}); go on with those it was started "
-                         f"with (only {free_keys} may change), choose another run.name or run.dir, or start over with --fresh "
-                         "--force")
-    if (was := env.get("data")) is not None and was != setting.get("data", was):
-        other = ", ".join(f"data.{key}={getattr(config.data, key)}" for key in was if was[key] != setting["data"][key])
-        raise InputError(f"{run.path} was started with other images than {other} holds now (the fingerprint of the content "
-                         "differs); restore the file, or choose another run.name or run.dir")
+    return changed
 
 
 def _lacks(run: RunDir, found: Checkpoint) -> str:

@@ -6,6 +6,7 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from launch.cluster import Cluster
 from launch.pipeline import Stage, Step, check_batch, collect_stage, pipeline_stages
 from tdds_dist import cli
+from tdds_dist.artifacts import Coreset, Fingerprint, save_coreset
 from tdds_dist.config import BUILT_IN_METHODS, load_config
 from tdds_dist.errors import InputError
 
@@ -55,8 +57,8 @@ def coresets(select):
 
 def make_coresets(select):
     for path in coresets(select):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        options = {"aum_of": "logit"} if path.name.startswith(("aum", "ccs")) else {}
+        save_coreset(path, Coreset(np.arange(2), np.ones(2, np.float32), "any", 0.5, Fingerprint(4, 2, "0"), options))
 
 
 def finish_all(stages):
@@ -95,7 +97,7 @@ def test_the_plain_pipeline(run):
         (("retrain", "frozen.yaml", "--coreset", f"{run}/coresets/tdds_p0.5.npz", "--strategy", "E", "--importance", "batch",
           "--name", "tdds_p0.5_E_batch_seed3", "run.seed=3"),),
         f"{run}/retrain/tdds_p0.5_E_batch_seed3", pruning_rate=0.5, coreset=Path(f"{run}/coresets/tdds_p0.5.npz"),
-        strategy="E", importance="batch", seed=3)
+        strategy="E", importance="batch", seed=3, method=BUILT_IN_METHODS["tdds"])
 
 
 def test_scores_rates_strategies_and_seeds_multiply(run):
@@ -128,10 +130,9 @@ def test_every_score_is_computed_once_and_only_where_it_is_not_there(run):
     stages = plan(run, f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]", "pipeline.pruning_rates=[0.5, 0.8]")
     (select,) = stages["select"].steps
     scores = [command for command in select.commands if command[0] == "score"]
-    assert scores == [("score", str(run), "--score", "forgetting", "--score", "el2n", "--score", "aum", "--score", "dyn_unc",
-                       "--score", "dual")]
-    assert select.commands[0] == scores[0]
-    assert len(select.commands) == 1 + 2 * len(BUILT_IN_METHODS)
+    assert [command[3] for command in scores] == ["forgetting", "el2n", "aum", "dyn_unc", "dual"]
+    assert scores[1][2:] == ("--score", "el2n", "el2n_epochs=10")
+    assert len(select.commands) == len(scores) + 2 * len(BUILT_IN_METHODS)
     ccs = next(command for command in select.commands if "ccs_p0.5" in command[-1])
     assert ccs[ccs.index("--score"):ccs.index("--seed")] == ("--score", "aum", "--sampler", "ccs")
     assert "score" not in [command[0] for command in plan(run, "pipeline.scores=[tdds, random, moderate]")[
@@ -162,8 +163,30 @@ def test_every_command_parses(run, overrides):
                     assert 0 < options.pruning_rate < 1
 
 
+def test_options_of_scores_are_those_of_this_config_and_not_of_the_collection(run):
+    settings = ["pipeline.scores=[aum, ccs]", "pipeline.pruning_rates=[0.5]"]
+    stages = plan(run, *settings)
+    finish(stages["collect"].steps[0])
+    make_coresets(stages["select"])
+    assert waiting(plan(run, *settings)) == {"retrain": 2, "report": 1}
+    other = plan(run, *settings, "score.baselines.aum_of=probability")
+    assert waiting(other) == {"select": 1, "retrain": 2, "report": 1}
+    commands = other["select"].steps[0].commands
+    assert commands[0][2:5] == ("--score", "aum", "aum_of=probability")
+    assert [command[command.index("--score") + 1] for command in commands[1:]] == ["aum_probability"] * 2
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("score.baselines.el2n_epochs=13", "el2n: el2n_epochs=13 is longer than the 12 recorded epochs"),
+    ("score.baselines.uncertainty_window=13", "dyn_unc: uncertainty_window=13 is longer than the 12 epochs"),
+])
+def test_a_score_that_the_collection_cannot_give_is_refused_before_it(run, override, said):
+    with pytest.raises(InputError, match=f"^pipeline.scores: {said}"):
+        plan(run, "pipeline.scores=[tdds, el2n, dyn_unc]", override)
+
+
 def test_a_rate_that_no_window_serves(run):
-    with pytest.raises(InputError, match=r"no window of score.windows serves pruning_rate=0.6 \(served: "):
+    with pytest.raises(InputError, match=r"pipeline.pruning_rates has 0.6, which no window of score.windows serves; add it"):
         plan(run, "pipeline.pruning_rates=[0.6]")
     assert len(plan(run, "pipeline.scores=[random]", "pipeline.pruning_rates=[0.6]")["retrain"].steps) == 1
 

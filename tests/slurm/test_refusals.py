@@ -11,7 +11,7 @@ import pytest
 from slurm.cluster import SlurmCluster
 from slurm.test_pipeline import cluster_file, folder, job_ids, log_text, submit
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 __all__ = ["folder"]  # a fixture
 
 
@@ -103,7 +103,7 @@ def test_a_job_that_dies_at_the_same_place_again_and_again_is_given_up(slurm: Sl
 def test_launch_runs_as_a_module_as_well(slurm: SlurmCluster, folder: Path) -> None:
     command = [sys.executable, "-m", "launch.submit", str(folder / "config.yaml"), f"run.dir={folder}/m",
                "--stage", "collect", "--cluster", str(cluster_file(folder, partition="nowhere"))]
-    done = subprocess.run(command, env=slurm.environment | {"PATH": "/usr/bin:/bin"}, text=True, timeout=60,
+    done = subprocess.run(command, env=slurm.environment | {"PATH": "/usr/bin:/bin"}, text=True, timeout=200,
                           capture_output=True)
     assert done.returncode == 2
     assert "launch.submit: error: the scheduler refused collect-hurt (" in done.stderr
