@@ -72,10 +72,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing")
     parser.add_argument("--wait", action="store_true", help="stay until the jobs are over, and leave with their outcome")
     retrain = parser.add_argument_group("of --stage retrain")
-    retrain.add_argument("--coreset", type=Path, metavar="FILE.npz")
-    retrain.add_argument("--strategy", choices=("E", "P"))
-    retrain.add_argument("--importance", choices=("none", "batch", "sample"))
-    retrain.add_argument("--name", help="folder under retrain/")
+    retrain.add_argument("--coreset", type=Path, metavar="FILE.npz", help="that `tdds select` wrote")
+    retrain.add_argument("--strategy", choices=("E", "P"), help="as in `tdds retrain`")
+    retrain.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
+    retrain.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -455,8 +455,8 @@ def test_a_terminated_write_leaves_nothing(tmp_path):
 
 def test_every_stage_explains_itself():
     stages = build_parser()._subparsers._group_actions[0].choices
-    assert list(stages) == ["write", "check", "collect", "score", "select", "retrain", "compare", "experiment", "export",
-                            "import", "report"]
+    assert list(stages) == ["write", "check", "plan", "collect", "score", "select", "retrain", "compare", "experiment",
+                            "export", "import", "report", "submit", "status", "logs"]
     for name, stage in stages.items():
         assert stage.description, name
         for action in stage._actions:
