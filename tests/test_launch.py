@@ -178,7 +178,7 @@ BAD_INPUT = [
     (ONE_RANK, ["train.epochs=2"], "T=3 is longer than train.epochs=2"),
     (ONE_RANK, ["--stage", "collect", "--strategy", "E"], "--strategy belongs to --stage retrain; leave it out of --stage"),
     (ONE_RANK, ["--name", "x"], "--name belongs to --stage retrain; leave it out of --stage pipeline"),
-    (ONE_RANK, ["--stage", "retrain", "--strategy", "E"], "--stage retrain needs --coreset; see `tdds retrain --help`"),
+    (ONE_RANK, ["--stage", "retrain", "--strategy", "E"], "--stage retrain needs --coreset; see `tdds submit --help`"),
     (ONE_RANK, ["--stage", "retrain"], "--stage retrain needs --coreset"),
     (ONE_RANK, ["--stage", "retrain", "--coreset", "CORESET"], "--stage retrain needs --strategy"),
     (ONE_RANK, ["--stage", "retrain", "--coreset", "no.npz", "--strategy", "E"], "no.npz does not exist"),
@@ -191,7 +191,7 @@ BAD_INPUT = [
     (ONE_RANK, ["pipeline.scores=[moderate]", "score.final_pass=false"], "moderate needs score.final_pass=true; switch it on"),
     (ONE_RANK, ["pipeline.scores=[el2n]", "score.trajectory=false"], "el2n is scored from the trajectory; set score.traject"),
     (ONE_RANK, ["score.windows=[{T: 3, K: 2}]"], "no window of score.windows serves a pruning rate; set pipeline.pruning_"),
-    (ONE_RANK, ["pipeline.pruning_rates=[0.7]"], "no window of score.windows serves pruning_rate=0.7"),
+    (ONE_RANK, ["pipeline.pruning_rates=[0.7]"], "pipeline.pruning_rates has 0.7, which no window of score.windows serves"),
     ("{executor: slurm}", [], "key 'time_minutes' is missing"),
 ]
 
@@ -425,7 +425,7 @@ def test_every_stage_waits_for_the_one_before_and_is_listed(config_file: Path, t
         run, run, run / "retrain" / "tdds_p0.5_E_batch_seed0", run / "retrain" / "tdds_p0.8_E_batch_seed0", run]
     assert [job.title for job in listed if job.stage == "retrain"] == ["tdds_p0.5_E_batch_seed0", "tdds_p0.8_E_batch_seed0"]
     out = capsys.readouterr().out
-    assert "submitted 5 jobs: 4242, 4243, 4244, 4245\n" in out
+    assert "submitted jobs 4242, 4243, 4244, 4245 (5 with the elements of arrays)\n" in out
     assert f"tdds status {run}\n" in out
     assert "scancel 4242 4243 4244 4245\n" in out
     assert re.search(r"retrain +2 +0  1 node\(s\) x 8 rank\(s\), 8 GPUs per node, at most 1440 minutes", out)
@@ -467,8 +467,8 @@ def test_what_is_done_is_not_submitted_and_nothing_waits_for_it(config_file: Pat
     (run / "report.html").touch()
     capsys.readouterr()
     assert main(arguments) == 0
-    assert capsys.readouterr().out == (f"everything is done: collect, select, 2 x retrain, report; `tdds report {run}` shows "
-                                       "it\n")
+    assert capsys.readouterr().out == (f"everything is done: collect, select, 2 x retrain, report; the page: "
+                                       f"{run}/report.html\n")
     assert len(slurm.handed) == 3
 
 
@@ -877,7 +877,7 @@ def test_local_job_collects_on_two_ranks(config_file: Path, tmp_path: Path, quie
     done = submitted(config_file, "--stage", "collect", "--wait", *SHORT)
     assert done.returncode == 0, done.stderr
     rundir = RunDir(tmp_path / "run")
-    assert done.stdout.endswith(f"collect: collect is done\ndone; `tdds report {rundir.path}` shows it\n")
+    assert done.stdout.endswith("collect: collect is done\ndone\n")
     scores = load_scores(rundir.scores / "tdds_official_T2_K2_beta0.9.npz")
     assert scores.score_N.shape == (120,)
     assert np.isfinite(scores.score_N).all()
@@ -915,7 +915,7 @@ def test_the_whole_pipeline_here_and_again(config_file: Path, tmp_path: Path, qu
     assert (run / "report.html").is_file()
 
     assert main(arguments) == 0
-    assert capfd.readouterr().out == f"everything is done: collect, select, 2 x retrain, report; `tdds report {run}` shows it\n"
+    assert capfd.readouterr().out == f"everything is done: collect, select, 2 x retrain, report; the page: {run}/report.html\n"
     assert len(read_jobs(run / "jobs")) == 5
 
     other, report = run / "retrain" / names[1] / "result.json", (run / "report.html").stat().st_mtime_ns
