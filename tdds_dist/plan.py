@@ -150,7 +150,7 @@ def parse_bytes(text: str | None, option: str) -> float | None:
         unit = match[2]
         base = 1024 if "i" in unit else 1000
         num_bytes = float(match[1]) * base ** (" KMGT".index(unit[0].upper()) if unit not in ("", "B") else 0)
-    if match and not match[2] and num_bytes < _LEAST_WITHOUT_UNIT:
+    if match and not match[2] and 0 < num_bytes < _LEAST_WITHOUT_UNIT:
         raise InputError(f"{option}={text} has no unit; write {text}GB")
     if not num_bytes:
         raise InputError(f"{option}={text!r} is not a size; write it like 80GB (10^9 bytes), 79.6GiB (2^30), 80000MB or "

@@ -275,14 +275,14 @@ def test_a_damaged_count_of_failures_does_not_end_the_job(tmp_path, left):
 # ---- the end of an sbatch file, as bash runs it
 
 
-def run_sbatch_file(folder, code, *, cluster=None, **variables):
+def run_sbatch_file(folder, code, *, cluster=None, shown="", **variables):
     """Run the file with stand-ins for srun and scontrol; what it returned, and what scontrol was told."""
     bin_ = folder / "bin"
     bin_.mkdir(exist_ok=True)
     told = folder / "scontrol.txt"
     told.unlink(missing_ok=True)
     srun = f'echo "srun: TDDS_JOB_STARTED=$TDDS_JOB_STARTED SETUP=$SETUP"; exit {code}'
-    for name, body in {"srun": srun, "scontrol": f'echo "$@" >>{told}'}.items():
+    for name, body in {"srun": srun, "scontrol": f'echo "$@" >>{told}; echo "{shown}"'}.items():
         (bin_ / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_ / name).chmod(0o755)
     cluster = cluster or Cluster(executor="slurm", time_minutes=5)
@@ -308,6 +308,16 @@ def test_the_sbatch_file_leaves_with_what_the_ranks_left_with(tmp_path):
     left, told = run_sbatch_file(tmp_path, 2, cluster=cluster)
     assert (left.returncode, told) == (2, "")
     assert left.stderr == "tdds: job 12 refused on rank 0 (node0): refused it said\n"
+
+
+@pytest.mark.parametrize(("shown", "queued"), [
+    ("JobId=12 PreemptTime=2099-01-01T00:00:00 X=1", True), ("JobId=12 PreemptTime=2001-01-01T00:00:00 X=1", False),
+    ("JobId=12 PreemptTime=None X=1", False), ("", False)])
+def test_a_job_that_left_because_it_was_preempted_in_this_start_is_queued_again(tmp_path, shown, queued):
+    end(tmp_path / "log dir", "resume")
+    left, told = run_sbatch_file(tmp_path, 75, shown=shown)
+    assert ("requeue 12" in told) == queued
+    assert left.returncode == (REQUEUE if queued else 75)
 
 
 def test_the_sbatch_file_queues_itself_again(tmp_path):
@@ -680,7 +690,17 @@ def handler(monkeypatch):
     signal.signal(signal.SIGUSR2, before)
 
 
-def asked_to_leave(outcomes, monkeypatch, *signals, leave_at=None, elsewhere=""):
+def test_a_rank_that_left_alone_and_unsaved_counts_as_lost(outcomes, leaving, handler, monkeypatch, tmp_path):
+    """srun ends ranks that still start by SIGTERM when another has died: nobody asked for that."""
+    slurm_rank(0)
+    asked_to_leave(outcomes, monkeypatch, signal.SIGTERM, saved="not saved here")
+    with pytest.raises(Left):
+        a_task(tmp_path, interface="lo")()
+    assert [record.kind for record in read_ends(tmp_path, "12")] == ["lost"]
+    assert ended(tmp_path, 137) == REQUEUE
+
+
+def asked_to_leave(outcomes, monkeypatch, *signals, leave_at=None, elsewhere="", saved="saved at epoch 1, step 2"):
     """By signals here, by the end of its time, or by what another rank was told (the lowest rank with a reason says it)."""
     from tdds_dist import cli
 
@@ -690,7 +710,7 @@ def asked_to_leave(outcomes, monkeypatch, *signals, leave_at=None, elsewhere="")
         with interruption, interruption.watched():
             for number in signals:
                 signal.raise_signal(number)
-        return 75, f"tdds collect: {interruption.requested or elsewhere}: saved at epoch 1, step 2"
+        return 75, f"tdds collect: {interruption.requested or elsewhere}: {saved}"
 
     monkeypatch.setattr(cli, "outcome", outcome)
 

@@ -15,6 +15,17 @@ pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(90
 __all__ = ["folder"]  # a fixture
 
 
+def hurt_rank(folder: Path, name: str, rank: int, fail: str) -> list[str]:
+    """Setup lines that put the function `fail` in the place of the optimizer step on one rank."""
+    hook = folder / f"hook_{name}"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if os.environ.get('SLURM_PROCID') == '{rank}' and 'submitit.core._submit' in ' '.join(sys.orig_argv):\n"
+        f"    from tdds_dist import engine\n    {fail}\n    engine.Trainer._update = fail\n")
+    return [f"export PYTHONPATH={hook}"]
+
+
 def status(slurm: SlurmCluster, run: Path, *arguments: str) -> str:
     return slurm.run(str(Path(sys.executable).with_name("tdds")), "status", str(run), *arguments)
 
@@ -57,15 +68,8 @@ def test_data_that_the_nodes_lack_is_the_top_of_the_log_and_cancels_the_rest(slu
 def test_a_rank_that_fails_is_named_with_its_traceback(slurm: SlurmCluster, folder: Path) -> None:
     """And not the three that lost it; 4 ranks on 2 nodes."""
     run = folder / "fails"
-    hook = folder / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if os.environ.get('SLURM_PROCID') == '2' and 'submitit.core._submit' in ' '.join(sys.orig_argv):\n"
-        "    from tdds_dist import engine\n"
-        "    def fail(*a): raise ZeroDivisionError('the cause')\n"
-        "    engine.Trainer._update = fail\n")
-    cluster = cluster_file(folder, ranks_per_node=2, setup=[f"export PYTHONPATH={hook}"])
+    fails = "def fail(*a): raise ZeroDivisionError('the cause')"
+    cluster = cluster_file(folder, ranks_per_node=2, setup=hurt_rank(folder, "fails", 2, fails))
     done = submit(slurm, folder, run, "--stage", "collect", "--wait", cluster=cluster)
     assert done.returncode == 1
     assert "rank 2 on " in done.stderr
@@ -84,14 +88,8 @@ def test_a_rank_that_fails_is_named_with_its_traceback(slurm: SlurmCluster, fold
 
 def test_a_job_that_dies_at_the_same_place_again_and_again_is_given_up(slurm: SlurmCluster, folder: Path) -> None:
     run = folder / "dies"
-    hook = folder / "hook2"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if os.environ.get('SLURM_PROCID') == '1' and 'submitit.core._submit' in ' '.join(sys.orig_argv):\n"
-        "    from tdds_dist import engine\n"
-        "    engine.Trainer._update = lambda self: os.kill(os.getpid(), 9)\n")
-    cluster = cluster_file(folder, requeue_failures=1, setup=[f"export PYTHONPATH={hook}"])
+    dies = "def fail(*a): os.kill(os.getpid(), 9)"
+    cluster = cluster_file(folder, requeue_failures=1, setup=hurt_rank(folder, "dies", 1, dies))
     done = submit(slurm, folder, run, "--stage", "collect", "--wait", cluster=cluster)
     (job_id,) = job_ids(run)["collect"]
     assert done.returncode == 1
