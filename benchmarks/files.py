@@ -1,12 +1,22 @@
-"""Result files of the benchmarks: where they go, what they are called."""
+"""What all benchmarks share: their result files, their metrics (which `benchmarks.compare` reads), their provenance.
+
+A result is a dictionary with `benchmark` (its kind), `settings`, `warm_up` (in words), `repetitions`, `metrics` (by name, each
+made by `metric`), `provenance`, and whatever else the page shows.
+"""
 
 import argparse
 import json
+import os
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from tdds_dist.artifacts import write_atomically
+from tdds_dist.rundir import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -14,19 +24,57 @@ RESULTS = Path(__file__).parent / "results"
 def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     """--out and --name of a benchmark whose files are called `<kind>_NAME`."""
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result files")
-    parser.add_argument("--name", default="", help=f"of the result files, {kind}_NAME; default from CPU and threads")
+    parser.add_argument("--name", default="", help=f"of the result files, {kind}_NAME; default from the hardware")
+
+
+def metric(values: Sequence[float], unit: str, better: Literal["higher", "lower"], *, relative: bool = False) -> dict[str, Any]:
+    """One figure of a result: median and range of its repetitions.
+
+    `relative`: a ratio within the run, or a size, which another machine should give as well.
+    """
+    return {"value": statistics.median(values), "min": min(values), "max": max(values), "repetitions": len(values),
+            "unit": unit, "better": better, "relative": relative}
+
+
+def provenance(world_size: int = 1, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
+    """Hardware, versions, commit, command, and how busy the machine was."""
+    found = environment(world_size, device) | {"threads": threads or torch.get_num_threads(),
+                                               "load_average": os.getloadavg()[0]}
+    if device == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def provenance_line(result: dict[str, Any]) -> str:
+    """The provenance as a sentence for the page."""
+    where = result["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    gpu = f"{where['gpu']}, " if "gpu" in where else ""
+    return (f"{gpu}{where['cpu']}, {where['num_cpus']} CPUs, {where['threads']} threads, Python {where['python']}, {versions}; "
+            f"commit {where['commit']}, {where['started']}, load average {where['load_average']:.1f}.")
 
 
 def default_name(result: dict[str, Any]) -> str:
-    """CPU and threads; says nothing about the host."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", result["provenance"]["cpu"].lower()).strip("-")
-    return f"{cpu or 'cpu'}_{result['provenance']['threads']}threads"
+    """Hardware and threads; says nothing about the host."""
+    where = result["provenance"]
+    hardware = re.sub(r"[^a-z0-9]+", "-", where.get("gpu", where["cpu"]).lower()).strip("-")
+    return hardware or "gpu" if "gpu" in where else f"{hardware or 'cpu'}_{where['threads']}threads"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first row the titles, padded so that it reads well on a terminal; the first column is left-bound."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                               for column, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 2) if column == 0 else "-" * (width + 1) + ":" for column, width in enumerate(widths))
+    return "\n".join([lines[0], rule + "|", *lines[1:]])
 
 
 def save(folder: Path, name: str, result: dict[str, Any], text: str) -> None:
     """Write the numbers as JSON and the page as Markdown, and print the page."""
     stem = folder / f"{result['benchmark']}_{name}"
     numbers = json.dumps(result, indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(f"{stem}.json"), lambda file: file.write(numbers.encode()))
     write_atomically(Path(f"{stem}.md"), lambda file: file.write(text.encode()))
     print(text)
