@@ -62,7 +62,7 @@ def default_name(result: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first row the titles, padded so that it reads well on a terminal; the first column is left-bound."""
+    """A Markdown table (first row: titles), padded so that it reads well on a terminal; the first column is left-bound."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
                                for column, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |" for row in rows]
