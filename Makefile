@@ -2,6 +2,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-slurm lint clean
 
+# Two files at a time: more would starve the tests that start several ranks, and files keep what their tests share.
+SIDE_BY_SIDE = -n 2 --dist loadfile
+
 help:   ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
 
@@ -12,10 +15,10 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 	@scripts/demo.sh
 
 test: setup  ## the tests, under 10 minutes on 2 cores
-	@.venv/bin/python -m pytest -m "not slow and not slurm"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm"
 
 test-slow: setup  ## the tests that take minutes each
-	@.venv/bin/python -m pytest -m "slow and not slurm"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and not slurm"
 
 test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
 	@tests/slurm/install.sh
