@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +45,7 @@ FIXED_SIZE_TYPES = (0, INT_TYPE)  # all other fields have one entry per sample i
 
 CONTENT_IMAGES = 256  # whose bytes go into `content_sha256`
 IMAGES_PER_READ = 1024  # that one thread takes at a time
+_CONTROL_BYTES = bytes(range(32))
 
 # --- manifest ---
 
@@ -153,8 +154,13 @@ def _crc32_column(column: Any) -> np.ndarray:
     return crc32_N.astype(np.uint32)
 
 
-def check_paths(paths: Iterable[str]) -> None:
+def check_paths(paths: Sequence[str]) -> None:
     """ValueError for a path that leads out of its folder or cannot stand on a line of its own."""
+    lines = "\n" + "\n".join(paths) + "\n"  # looked at as a whole first: a million paths one by one take two seconds
+    coded = lines.encode("utf-8", "surrogatepass")
+    is_plain = len(coded.translate(None, _CONTROL_BYTES)) == len(coded) - len(paths) - 1
+    if is_plain and not any(sign in lines for sign in ("\\", "..", ":", "\n/", "\n\n")):
+        return
     unsafe = re.compile(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|[\x00-\x1f]|^$")
     bad = next((path for path in paths if unsafe.search(path)), None)
     if bad is not None:

@@ -25,6 +25,7 @@ from tdds_dist.beton import (
     JPG,
     RAW,
     check_labels,
+    check_paths,
     content_sha256,
     crc32_of_images,
     dataset_fingerprint,
@@ -613,6 +614,29 @@ def test_a_source_with_unsafe_paths_is_refused(tmp_path):
     with pytest.raises(InputError, match="must be relative"):
         write(replace(source, path=["ok", "a\nb"]), tmp_path / "x.beton")
     assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(("path", "is_good"), [
+    ("a/b.jpg", True), ("a..b/c:d.jpg", True), ("ü/ß 日本.jpg", True), ("a/...jpg", True), ("ab:c", True), ("\x7f", True),
+    ("/a", False), ("C:a", False), ("a\\b", False), ("../a", False), ("a/../b", False), ("a/..", False), ("..", False),
+    ("a\nb", False), ("a\0", False), ("\n", False), ("", False), ("a\n", False),
+])
+def test_every_path_of_many_is_looked_at(path, is_good, place):
+    paths = ["x/1.jpg", "y.jpg"]
+    paths.insert(place, path)
+    if is_good:
+        check_paths(paths)
+    else:
+        with pytest.raises(ValueError, match="must be relative"):
+            check_paths(paths)
+
+
+def test_a_million_paths_are_looked_at_quickly():
+    paths = [f"n{index % 1000:08d}/n{index % 1000:08d}_{index}.JPEG" for index in range(1_000_000)]
+    started = time.process_time()
+    check_paths(paths)
+    assert time.process_time() - started < 1.0
 
 
 # --- content ---
