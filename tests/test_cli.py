@@ -476,6 +476,7 @@ def test_the_module_is_the_command():
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path):
     """Digits, 12 epochs: batch norm sees other batches on 2 ranks than on 1, so scores differ; less than between seeds."""
     from scipy.stats import spearmanr
