@@ -23,15 +23,17 @@ from tdds_dist.config import Config
 from tdds_dist.errors import InputError
 from tdds_dist.footprint import Network
 from tdds_dist.partition import class_owners, per_rank_batch, rows_per_shard
+from tdds_dist.scalars import DENSE
 from tdds_dist.schedule import batch_size_factor, retrain_epochs
 from tdds_dist.selection import num_kept
 
 CONTEXT_BYTES = 1_000_000_000  # assumed, per process: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS
 MARGIN = 0.05  # assumed, of all else: what the caching allocator cannot use between its blocks
-PROCESS_BYTES = {"cuda": 3_000_000_000, "cpu": 700_000_000}  # assumed, in host memory: Python, torch and its libraries
+PROCESS_BYTES = {"cuda": 3_000_000_000, "cpu": 900_000_000}  # assumed, in host memory: Python, torch and its libraries
 INDEX_BYTES_PER_IMAGE = 170  # in host memory: what the loader knows of each image, and one epoch's order and routing; measured
 LARGEST_SIDE = 400  # assumed where the .beton is not there: side of the largest image, pixels
-BATCHES_IN_FLIGHT = 5  # of the loader: 3 ahead, and those at both ends
+BATCHES_IN_FLIGHT = 5  # of a loader: 3 ahead, and those at both ends
+BATCHES_ON_DEVICE = {"cuda": 7, "cpu": 2}  # as they came; on CUDA those in flight, and two because the host runs ahead
 
 _ASSUMED = (
     "retrainings have no scorer and no larger batch, so they take less memory; they run one after another",
@@ -238,13 +240,16 @@ def memory_lines(case: Case) -> list[Line]:
         Line("optimizer state", optimizer, config.train.optimizer),
         Line("network's buffers", network.buffers * (1 + keeps_buffers), "twice for quarantine" if keeps_buffers else ""),
     ]
-    lasting[0] = replace(lasting[0], note=f"[M, C] {config.score.logp_dtype}, M = {shard:,}")
+    as_they_came = BATCHES_ON_DEVICE["cpu" if case.is_cpu else "cuda"]
+    kept = "[M, C]" if config.score.storage == DENSE else config.score.storage
+    lasting[0] = replace(lasting[0], note=f"{kept} {config.score.logp_dtype}, M = {shard:,}")
     step = [
-        Line("images of a batch", 3 * config.data.image_size**2 * rows * (4 + 2), "normalised, and two batches as they came"),
+        Line("images of a batch", 3 * config.data.image_size**2 * rows * (4 + as_they_came),
+             f"normalised, and {as_they_came} batches as they came"),
         Line("activations kept for backward", network.activations, "" if case.is_cpu else f"train.amp={config.train.amp}"),
         Line("work of forward and backward", network.working),
         Line("routing buffers and recording",
-             footprint.recording_bytes(rows, config.data.num_classes, network.logit_bytes)),
+             footprint.recording_bytes(rows, config.data.num_classes, network.logit_bytes, config.score.storage)),
     ]
     elsewhere = max(  # than in forward and backward
         network.parameters,  # the optimizer's step works on a copy
@@ -263,12 +268,14 @@ def host_lines(case: Case) -> list[Line]:
     staged = footprint.staged_bytes(config, network, num_images, case.num_ranks)
     kept = case.images.largest_share(case.num_ranks) if config.score.final_pass else 0
     features = kept * network.num_features * 4
-    image = 3 * config.data.image_size**2 + 3 * case.images.largest_pixels + 9  # cut out, whole, label and mark
+    sides = (config.data.image_size, config.data.eval_size or config.data.image_size)  # both loaders hold batches at times
+    decoded = case.rows * sum(BATCHES_IN_FLIGHT * (3 * side**2 + 9) + 3 * case.images.largest_pixels for side in sides)
     held = [
         Line("process", PROCESS_BYTES["cpu" if case.is_cpu else "cuda"], "Python and libraries, assumed"),
         Line("index of the images", INDEX_BYTES_PER_IMAGE * num_images, "in the loader; order and routing of an epoch"),
-        Line("decoded batches", BATCHES_IN_FLIGHT * case.rows * image,
-             f"largest image {case.images.largest_pixels:,} pixels" + (", assumed" if case.images.label_N is None else "")),
+        Line("decoded batches", decoded,
+             f"of training and evaluation, largest image {case.images.largest_pixels:,} pixels"
+             + (", assumed" if case.images.label_N is None else "")),
         *([Line("memory of training", memory_lines(case)[-1].value, "as above")] if case.is_cpu else []),
     ]
     writes = "a copy, written in the background" if config.checkpoint.asynchronous else "one table at a time"

@@ -96,7 +96,8 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     config, world, run, train_file = job.config, job.world, job.run, job.train_file
     scorer = ShardedScorer(
         train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,
-        logp_dtype=getattr(torch, config.score.logp_dtype), trajectory=run.trajectory if config.score.trajectory else None,
+        logp_dtype=getattr(torch, config.score.logp_dtype), storage=config.score.storage,
+        trajectory=run.trajectory if config.score.trajectory else None,
         trajectory_dtype=getattr(torch, config.score.trajectory_dtype), on_nan=config.score.on_nan,
         resume=start.resume is not None)
     if world.is_main:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tdds_dist.errors import InputError
+from tdds_dist.scalars import parse_storage
 from tdds_dist.schema import Section, apply_override, parse_tree, plain_data, read_tree
 from tdds_dist.tdds import Window, check_window
 
@@ -27,6 +28,15 @@ class Run(Section):
         return Path(self.dir or f"runs/{self.name}")
 
 
+class Progressive(Section):
+    """Progressive resizing, as FFCV's recipe for ImageNet does it: small images at first."""
+
+    start_size: int = Field(ge=8, description="Side of the first epochs' images, pixels; data.image_size is the last epochs'.")
+    from_epoch: int = Field(ge=0, description="Epoch, counted from 0, up to which images have start_size.")
+    to_epoch: int = Field(ge=1, description="Epoch, counted from 0, from which images have data.image_size; linear in between.")
+    multiple: int = Field(32, ge=1, description="Sizes in between are rounded to a multiple of this, pixels.")
+
+
 class Data(Section):
     """The images and how they are cut."""
 
@@ -39,6 +49,11 @@ class Data(Section):
     padding: int = Field(4, ge=0, description="Width of the border of crop=pad, pixels.")
     scale_min: float = Field(0.08, gt=0, le=1, description="Smallest area share of crop=resized.")
     flip: bool = Field(True, description="Flip training images horizontally half of the time.")
+    progressive: Progressive | None = Field(
+        None, description="Training images grow from start_size to data.image_size, e.g. {start_size: 160, from_epoch: 35, "
+                          "to_epoch: 39}; empty: one size. Epochs are those of train.epochs and stretch with the training: "
+                          "a retraining of other length goes through the same sizes at the same shares of it.")
+    eval_size: int = Field(0, ge=0, description="Side of the square that evaluation sees, pixels; 0 means data.image_size.")
     eval_crop_ratio: float = Field(1.0, gt=0, le=1, description="Share of the shorter side that evaluation sees.")
     mean: tuple[float, float, float] = Field(description="Mean per channel on 0..255.")
     std: tuple[float, float, float] = Field(description="Standard deviation per channel on 0..255.")
@@ -51,6 +66,10 @@ class Model(Section):
     name: str = Field(description="torchvision name, e.g. resnet18, resnet34, swin_t, shufflenet_v2_x0_5.")
     cifar_stem: bool = Field(False, description="Small-image stem: first convolution 3x3 stride 1, no max-pool.")
     channels_last: bool = Field(True, description="channels_last memory format (faster convolutions on GPUs).")
+    compile: bool = Field(
+        False, description="torch.compile the network for training steps: fused kernels, after up to minutes at the start and "
+                           "at every new size of data.progressive. Rounds otherwise and draws other numbers for dropout than "
+                           "without it. Evaluation and score.view=clean stay as they are. Needs a C++ compiler on the CPU.")
 
 
 class Train(Section):
@@ -60,6 +79,8 @@ class Train(Section):
     global_batch_size: int = Field(ge=1, description="Images per optimizer step over all ranks; a multiple of the ranks.")
     accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW.")
+    fused_optimizer: bool | None = Field(
+        None, description="Optimizer step in one kernel per kind of parameter, which rounds otherwise; empty: on CUDA only.")
     lr: float = Field(gt=0, description="Peak learning rate; cosine per step from here.")
     final_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine.")
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
@@ -117,6 +138,9 @@ class Score(Section):
         "train", description="train: the forward pass that trains. clean: one more, without gradient, in evaluation mode "
                              "on the un-mixed image (about a third more compute).")
     logp_dtype: Literal["float32", "float16"] = Field("float32", description="Precision of stored log-probabilities.")
+    storage: str = Field(
+        "dense", description="Stored log-probabilities: dense, of all classes; topk:K (e.g. topk:64), the K largest, the "
+                             "label's, and the mean of the others. For classes in the tens of thousands; scores are close.")
     trajectory: bool = Field(True, description="Write the per-epoch scalars, so that scores can be recomputed.")
     trajectory_dtype: Literal["float32", "float16"] = Field(
         "float32", description="Precision of the per-epoch scalars; float16 halves the disk, recomputed scores are close.")
@@ -260,6 +284,10 @@ class Config(Section):
         rates = [rate for setting in self.score.windows for rate in setting.pruning_rates]
         if twice := sorted({rate for rate in rates if rates.count(rate) > 1}):
             raise InputError(f"score.windows: pruning_rates={twice} stand in more than one window; leave each in one")
+        try:
+            parse_storage(self.score.storage, self.data.num_classes)
+        except InputError as error:
+            raise InputError(f"score.{error}") from None
         rule = self.retrain.batch_size_rule
         if wrong := {rate: factor for rate, factor in rule.items() if not (0 < factor <= 1 and 0 <= rate < 1)}:
             raise InputError(f"retrain.batch_size_rule={wrong} must map pruning rates in [0, 1) to factors in (0, 1]")
@@ -273,7 +301,26 @@ class Config(Section):
                              f"retrain.epochs={self.retrain.epochs}; lower the first, e.g. train.warmup_epochs=0")
         if min(self.data.std) <= 0:
             raise InputError(f"data.std={self.data.std} must be positive")
+        if 0 < self.data.eval_size < 8:
+            raise InputError(f"data.eval_size={self.data.eval_size} must be at least 8, or 0 for data.image_size="
+                             f"{self.data.image_size}")
+        if self.data.progressive is not None:
+            self._check_progressive(self.data.progressive)
         return self
+
+    def _check_progressive(self, sizes: Progressive) -> None:
+        if self.data.crop == "pad":
+            raise InputError("data.progressive resizes images, and data.crop=pad does not; use data.crop=resized, or leave "
+                             "data.progressive out")
+        if sizes.start_size > self.data.image_size:
+            raise InputError(f"data.progressive: start_size={sizes.start_size} is larger than data.image_size="
+                             f"{self.data.image_size}, the size of the last epochs; lower the first or raise the second")
+        if sizes.from_epoch >= sizes.to_epoch:
+            raise InputError(f"data.progressive: from_epoch={sizes.from_epoch} must be less than to_epoch={sizes.to_epoch}; "
+                             "images grow between the two")
+        if sizes.to_epoch >= self.train.epochs:
+            raise InputError(f"data.progressive: to_epoch={sizes.to_epoch} must be less than train.epochs={self.train.epochs} "
+                             f"(the last epoch is {self.train.epochs - 1}), so that training ends at data.image_size; lower it")
 
     def check_collect(self) -> None:
         """Rules that matter to collection only."""

@@ -385,12 +385,23 @@ def barrier() -> None:
         dist.barrier()
 
 
-def data_parallel(model: nn.Module, world: World) -> nn.parallel.DistributedDataParallel:
-    """The model wrapped for gradient averaging; buffers stay local during an epoch (see `average_buffers`)."""
+def data_parallel(model: nn.Module, world: World, num_compiled: int = 0) -> nn.parallel.DistributedDataParallel:
+    """The model wrapped for gradient averaging; buffers stay local during an epoch (see `average_buffers`).
+
+    num_compiled: shapes of input for each of which calls of the wrapper are compiled (torch.compile, in place: names of
+    parameters stay, the model inside stays as it is); 0 compiles nothing. The graph is cut where DDP's buckets end, so that
+    gradients travel during backward all the same. Compiled kernels give other last bits than eager ones, and the same bits
+    again on the same machine.
+    """
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
+    replicas = nn.parallel.DistributedDataParallel(
         model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
     )
+    if num_compiled:
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 + num_compiled)  # beyond it, torch goes on uncompiled
+        replicas.compile(dynamic=False)  # kernels for a size are faster than kernels for any
+    return replicas
 
 
 def own_shard(num_samples: int, world: World) -> tuple[int, int]:

@@ -9,9 +9,7 @@ statistics are those of one rank's rows, padding included). Device totals are re
 # B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples
 
 import math
-import os
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -20,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdds_dist import distributed, snapshot
+from tdds_dist import distributed, metrics, snapshot
 from tdds_dist.artifacts import write_atomically
 from tdds_dist.checkpoint import Checkpoint
 from tdds_dist.console import Progress, say
 from tdds_dist.errors import InputError
-from tdds_dist.job import Job, Nobody, build_loaders
-from tdds_dist.loader import default_workers
+from tdds_dist.feed import Feed, Pass
+from tdds_dist.job import Job, Nobody, step_weights
+from tdds_dist.loader import BATCHES_AHEAD, default_workers
 from tdds_dist.models import InputStage, build_model
-from tdds_dist.partition import EpochOrder, epoch_order, per_rank_batch
+from tdds_dist.partition import per_rank_batch
 from tdds_dist.preemption import Preempted
-from tdds_dist.prepare import build_mix, build_optimizer, set_deterministic
+from tdds_dist.prepare import build_mix, build_optimizer, set_deterministic, training_size, training_sizes
 from tdds_dist.schedule import learning_rate
 
 
@@ -49,6 +48,8 @@ def fit(job: Job) -> dict[str, Any]:
         if getattr(error, "shared", True):  # all ranks are here; after anything else nobody waits for anybody
             trainer.close()
         raise
+    finally:
+        trainer.feed.close()
     trainer.close()
     return result
 
@@ -66,6 +67,8 @@ class Trainer:
         self.epoch = 0
         self.micro = 0  # forward passes done in this epoch
         self.totals_3 = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, images of this epoch
+        self._all_rows = torch.tensor(self.rows, device=world.device)
+        self.rows_S: list[int] = []  # real ones of each forward pass of this epoch, over all ranks
         self.history: dict[str, Any] = {"record": {}, "best": {}, "epoch_seconds": [], "wall_seconds": [], "resumes": 0,
                                         "train_seconds": 0.0, "partial": [0.0, 0.0]}
         self.last_save = self.started = time.perf_counter()
@@ -77,7 +80,8 @@ class Trainer:
         self.input_stage = InputStage(config.data.mean, config.data.std, config.model.channels_last).to(world.device)
         model = build_model(config.model.name, config.data.num_classes, cifar_stem=config.model.cifar_stem,
                             channels_last=config.model.channels_last).to(world.device)
-        self.model = distributed.data_parallel(model, world)
+        sizes = training_sizes(config)
+        self.model = distributed.data_parallel(model, world, len(sizes) if config.model.compile else 0)
         # From here on every rank draws its own numbers (dropout, mixing).
         torch.manual_seed(self._rank_seed())
         self.optimizer = build_optimizer(model, config)
@@ -85,17 +89,30 @@ class Trainer:
         on_gpu = world.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=on_gpu and config.train.amp == "fp16")
         self.amp_dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp] if on_gpu else None
-        self.train_loader, self.val_loader = build_loaders(job, self.rows)
-        self.tensorboard: Any = None
+        self.feed = Feed(job, self.rows)
+        self.train_loader, self.val_loader = self.feed.train_loader, self.feed.val_loader
+        self.follows: Pass | None = None  # what is read after the pass that is under way
+        self.tensorboard = metrics.TensorBoard(job.run.tensorboard)
         self.group = distributed.control_group(config.run.timeout_seconds)
         self.agreement = distributed.Agreement(3, self.group)
-        size = config.data.image_size
-        sample = self.input_stage(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=world.device))
-        snapshot.settle_buckets(self.model, sample, self._autocast())
+        self._settle()
         if job.resume is not None:
             self._resume(job.resume)
         self.quarantines = config.score.on_nan == "quarantine" and self._observed()
         self.good_buffers = [buffer.clone() for buffer in model.buffers()] if self.quarantines else []
+
+    def _settle(self) -> None:
+        """One pass without effect; it compiles, where asked to, for the images of the first step."""
+        config, job = self.job.config, self.job
+        size = training_size(config, job.resume.record["epoch"] if job.resume else 0, job.epochs)
+        rows = max(2, self.rows) if config.model.compile else 2
+        image = torch.zeros(rows, 3, size, size, dtype=torch.uint8, device=job.world.device)
+        try:
+            snapshot.settle_buckets(self.model, self.input_stage(image), self._autocast())
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise InputError(f"model.compile=true: torch.compile fails on model.name={config.model.name} "
+                             f"({' '.join(str(error).split())[:300]}); install what it lacks, or set model.compile=false"
+                             ) from error
 
     def _rank_seed(self, *more: int) -> int:
         entropy = [self.job.config.run.seed, self.job.world.rank, *more]
@@ -110,13 +127,17 @@ class Trainer:
         stop = bool(history.get("stopped"))
         while self.epoch < job.epochs and not stop:
             epoch_started = time.perf_counter()
+            next_epoch: Pass | None = ("train", self.epoch + 1) if self.epoch + 1 < job.epochs else None
+            is_evaluated = next_epoch is None or (self.epoch + 1) % job.config.train.eval_every == 0
+            self.follows = ("val", self.epoch) if is_evaluated else next_epoch
             record = self.train_epoch()
             self._check_guard()
             scoring = time.perf_counter()
             stop = job.observer.end_epoch()
             record["scoring_share"] = (record.pop("record_seconds") + time.perf_counter() - scoring) / record["epoch_seconds"]
-            is_last = stop or self.epoch + 1 == job.epochs
-            if is_last or (self.epoch + 1) % job.config.train.eval_every == 0:
+            is_last = stop or next_epoch is None
+            if is_last or is_evaluated:
+                self.follows = None if is_last else next_epoch
                 record |= self.evaluate(self.epoch)
                 if not history["best"] or record["val_top1"] > history["best"]["val_top1"]:
                     history["best"] = dict(record)
@@ -129,8 +150,8 @@ class Trainer:
             with distributed.together(job.world):
                 if job.world.is_main:
                     job.run.append_metrics(record)
-                    self.write_tensorboard(record)
-                    say(_epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds), log)
+                    self.tensorboard.write(record)
+                    say(metrics.epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds), log)
             self.epoch, self.micro = self.epoch + 1, 0
             if job.pulse is not None:
                 job.pulse.beat("training", **self._progress(), images_per_second=record["images_per_second"],
@@ -164,8 +185,8 @@ class Trainer:
     def train_epoch(self) -> dict[str, Any]:
         """The rest of this epoch's pass over the samples; the record of its metrics (over all ranks)."""
         job, train, epoch = self.job, self.job.config.train, self.epoch
-        order = epoch_order(job.num_samples, self.micro_batch, seed=job.config.run.seed, epoch=epoch, subset=job.subset_M)
-        step_weight = self._step_weights(order)
+        order, batches = self.feed.take(("train", epoch), self.micro)
+        step_weight, self.rows_S = step_weights(job, order), order.num_real_S().tolist()
         self.model.train()
         job.observer.begin_epoch(order, self.micro)
         seconds_before, record_seconds = self.history["partial"]
@@ -174,14 +195,15 @@ class Trainer:
         lr = 0.0
         started = time.perf_counter()
         with Progress(f"epoch {epoch + 1}/{job.epochs}", job.num_samples, "images", job.world.is_main) as progress:
-            progress.advance(int((order.index_SG[: self.micro] >= 0).sum()))
-            for batch in self._batches(order.from_step(self.micro), epoch):
+            progress.advance(sum(self.rows_S[: self.micro]))
+            for batch in batches:
                 distributed.set_position(f"epoch {epoch + 1}, step {self.step + 1}")
+                self._look_ahead(order.num_steps - self.micro)
                 is_last = self.micro + 1 == order.num_steps
                 is_update = (self.micro + 1) % train.accumulation == 0 or is_last
                 with nullcontext() if is_update else self.model.no_sync():
                     record_seconds += self._forward_backward(batch, step_weight[self.micro])
-                progress.advance(int((order.index_SG[self.micro] >= 0).sum()))
+                progress.advance(self.rows_S[self.micro])
                 self.micro += 1
                 if is_update:
                     lr = self._update()
@@ -202,25 +224,14 @@ class Trainer:
         return {
             "epoch": epoch, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1,
             "epoch_seconds": epoch_seconds, "images_per_second": job.num_samples / epoch_seconds,
-            "record_seconds": record_seconds, "memory_bytes": memory_bytes(job.world.device),
+            "record_seconds": record_seconds, "memory_bytes": metrics.memory_bytes(job.world.device),
         }
 
-    def _step_weights(self, order: EpochOrder) -> list[float]:
-        """Factor on the sum of losses of each forward pass: W / rows of its optimizer step, times the batch importance.
-
-        DDP averages gradients over ranks, hence the W.
-        """
-        job, accumulation = self.job, self.job.config.train.accumulation
-        real_S = order.num_real_S()
-        step_of_S = np.arange(order.num_steps) // accumulation
-        rows_S = np.bincount(step_of_S, weights=real_S)[step_of_S]
-        factor_S = job.world.world_size / rows_S
-        if job.importance == "batch":
-            assert job.importance_N is not None
-            importance_SG = np.where(order.index_SG >= 0, job.importance_N[order.index_SG], 0.0)
-            total_S = np.bincount(step_of_S, weights=importance_SG.sum(axis=1))[step_of_S]
-            factor_S = factor_S * total_S / rows_S
-        return factor_S.tolist()
+    def _look_ahead(self, num_left: int) -> None:
+        """Start what follows when this pass has no more to decode than is on its way, with `num_left` steps to go."""
+        if self.follows is not None and num_left <= BATCHES_AHEAD:
+            self.feed.start(self.follows)
+            self.follows = None
 
     def _forward_backward(self, batch: Any, weight: float) -> float:
         """Forward, record, backward; returns the host seconds that recording took (on CUDA: to launch it)."""
@@ -233,21 +244,27 @@ class Trainer:
             image, target = self.mix(image, batch.label)
         with self._autocast():
             logits_BC = self.model(image)
-        real_B = batch.index >= 0
         started = time.perf_counter()
         job.observer.record(batch.index, logits_BC.detach() if clean_logits_BC is None else clean_logits_BC, batch.label)
         record_seconds = clean_seconds + time.perf_counter() - started
+        # Only the last step of an epoch has padding; the others are spared the arithmetic.
+        real_B = None if self.rows_S[self.micro] == self.micro_batch else batch.index >= 0
         if self.quarantines:
             finite_B = torch.isfinite(logits_BC).all(dim=1)
-            real_B, logits_BC = real_B & finite_B, torch.where(finite_B[:, None], logits_BC, 0.0)
+            real_B, logits_BC = (batch.index >= 0) & finite_B, torch.where(finite_B[:, None], logits_BC, 0.0)
         loss_B = F.cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing)
-        weighted_B = loss_B * real_B
+        if real_B is not None:
+            loss_B = loss_B * real_B
+        loss = weighted = loss_B.sum()
         if job.importance == "sample":
-            weighted_B = weighted_B * self._importance_N()[batch.index.clamp_min(0)]
-        self.scaler.scale(weighted_B.sum() * weight).backward()
+            weighted = (loss_B * self._importance_N()[batch.index.clamp_min(0)]).sum()
+        self.scaler.scale(weighted * weight).backward()
         with torch.no_grad():
-            correct_B = (logits_BC.argmax(dim=1) == batch.label) & real_B
-            self.totals_3 += torch.stack([(loss_B * real_B).sum(), correct_B.sum(), real_B.sum()])
+            correct_B = logits_BC.argmax(dim=1) == batch.label
+            num_real = self._all_rows
+            if real_B is not None:
+                correct_B, num_real = correct_B & real_B, real_B.sum()
+            self.totals_3 += torch.stack([loss, correct_B.sum(), num_real])
         return record_seconds
 
     def _observed(self) -> bool:
@@ -421,21 +438,15 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image counted once."""
-        job = self.job
-        order = epoch_order(job.val_file.num_samples, self.micro_batch, shuffle=False)
+        order, batches = self.feed.take(("val", epoch))
         module = self.model.module.eval()
-        totals_4 = torch.zeros(4, dtype=torch.float64, device=job.world.device)
-        ranks = job.world
-        for batch in self.val_loader.batches(order, rank=ranks.rank, world_size=ranks.world_size, epoch=epoch):
+        accuracy = metrics.Accuracy(self.job.world.device)
+        for step, batch in enumerate(batches):
+            self._look_ahead(order.num_steps - step)
             with self._autocast():
                 logits_BC = module(self.input_stage(batch.image)).float()
-            real_B = batch.index >= 0
-            top_Bk = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == batch.label[:, None]
-            loss_B = F.cross_entropy(logits_BC, batch.label, reduction="none")
-            totals_4 += torch.stack([(loss_B * real_B).sum(), (top_Bk[:, 0] & real_B).sum(),
-                                     (top_Bk.any(dim=1) & real_B).sum(), real_B.sum()])
-        loss, top1, top5, images = distributed.sum_over_ranks(totals_4).tolist()
-        return {"val_loss": loss / images, "val_top1": 100.0 * top1 / images, "val_top5": 100.0 * top5 / images}
+            accuracy.add(logits_BC, batch.label, batch.index >= 0)
+        return accuracy.read()
 
     def save_model(self, name: str) -> None:
         """Weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
@@ -444,41 +455,12 @@ class Trainer:
                 state = self.model.module.state_dict()
                 write_atomically(self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file))
 
-    def write_tensorboard(self, record: dict[str, Any]) -> None:
-        """The record's numbers as TensorBoard scalars by epoch."""
-        if self.tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(self.job.run.tensorboard), purge_step=record["epoch"])
-        for key, value in record.items():
-            if key != "epoch" and value is not None:
-                self.tensorboard.add_scalar(key, value, record["epoch"])
-
     def close(self) -> None:
-        """Finish writing, and free the process group. A collective."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        """Finish reading and writing, and free the process group. A collective."""
+        self.feed.close()
+        self.tensorboard.close()
         self.agreement.settle([0, 0, 0])  # nothing stays under way
         distributed.release_group(self.group)
 
-    def _batches(self, order: EpochOrder, epoch: int) -> Iterator[Any]:
-        world = self.job.world
-        return self.train_loader.batches(order, rank=world.rank, world_size=world.world_size, epoch=epoch)
-
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.amp_dtype is None else torch.autocast("cuda", dtype=self.amp_dtype)
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak device memory on CUDA, resident memory of this process on the CPU; bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -> str:
-    evaluation = f"val top-1 {record['val_top1']:5.2f} %  " if "val_top1" in record else ""
-    eta = f"  {remaining_seconds / 60:.1f} min left" if remaining_seconds else ""
-    return (f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1 "
-            f"{record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f} images/s{eta}")

@@ -8,6 +8,7 @@ is the real one and nothing is extrapolated. `tests/test_plan.py` compares each 
 
 # B rows per rank and forward pass, C classes, F scalars, M rows of this rank's shard, N dataset, W world size
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -26,12 +27,15 @@ from tdds_dist.config import Config, Train
 from tdds_dist.errors import InputError
 from tdds_dist.models import build_on_meta, classifier_layer
 from tdds_dist.partition import shard_bounds
-from tdds_dist.scalars import SCALARS
+from tdds_dist.rows import class_dtype, num_blocks
+from tdds_dist.scalars import DENSE, SCALARS, parse_storage
+from tdds_dist.scorer import WAITING_NUMBERS
 from tdds_dist.tdds import differences_per_window
 
 _BYTES_OF = {"float32": 4, "float16": 2}
 _HEADER_BYTES = 16  # global index and label of a routed row
-_RECORD_TABLES = 8  # float32 [B, C] that are alive at once while received rows are recorded; measured
+_RECORD_TABLES = {"dense": 4, "topk": 7}  # of 4 bytes per logit, alive at once while rows are recorded (K << C); measured
+_RECORD_ROW_BYTES = 128  # more than that per row: indices, owners, flags; measured
 _RANDOM_STATE_BYTES = 5056  # of torch's generator on the CPU
 _TENSOR_FILE_BYTES = 1870  # what torch's file format and .metadata add per tensor of a checkpoint; measured
 _MODEL_FILE_BYTES = 320  # the same per tensor of a plain state dict; measured
@@ -46,7 +50,7 @@ def scorer_bytes(config: Config, num_samples: int, world_size: int, rank: int = 
     rows, spare = end - first, 1  # the spare row takes what padding rows write
     per_row = _row_bytes(config)
     return {
-        "previous log-probabilities": (rows + spare) * per_row["logp"],
+        "previous log-probabilities": (rows + spare) * (per_row["logp"] + per_row.get("classes", 0)),
         "ring of loss differences": rows * per_row["delta"],
         "averages over windows": rows * per_row["average"],
         "scalars of this epoch": (rows + spare) * per_row["scalars"],
@@ -57,8 +61,11 @@ def scorer_bytes(config: Config, num_samples: int, world_size: int, rank: int = 
 def _row_bytes(config: Config) -> dict[str, int]:
     """Bytes per sample of each of the scorer's tables."""
     windows = dict.fromkeys(config.windows())
+    num_classes, logp_bytes = config.data.num_classes, _BYTES_OF[config.score.logp_dtype]
+    num_kept = parse_storage(config.score.storage, num_classes)
     return {
-        "logp": config.data.num_classes * _BYTES_OF[config.score.logp_dtype],
+        **({"logp": num_classes * logp_bytes} if num_kept is None else
+           {"logp": (num_kept + 2) * logp_bytes, "classes": (num_kept + 1) * class_dtype(num_classes).itemsize}),
         "delta": 4 * max(differences_per_window(window, config.score.preset) for window in windows),
         "average": 4 * len(windows),
         "scalars": 4 * len(SCALARS),
@@ -72,9 +79,17 @@ def payload_bytes(rows: int, num_classes: int, logit_bytes: int) -> int:
     return rows * (_HEADER_BYTES + num_classes * logit_bytes)
 
 
-def recording_bytes(rows: int, num_classes: int, logit_bytes: int) -> int:
-    """Bytes of the routing buffers (what is sent, and about as much received) and of the work on received rows."""
-    return 2 * payload_bytes(rows, num_classes, logit_bytes) + _RECORD_TABLES * rows * num_classes * 4
+def recording_bytes(rows: int, num_classes: int, logit_bytes: int, storage: str = DENSE) -> int:
+    """Bytes of the routing buffers (what is sent, and about as much received) and of the work on received rows.
+
+    Small steps wait for each other: their rows are held, and put together to be recorded block by block.
+    """
+    waits = rows * num_classes < WAITING_NUMBERS
+    held = rows + waits * (WAITING_NUMBERS // num_classes)
+    at_once = math.ceil(held / num_blocks(held, num_classes))
+    tables = _RECORD_TABLES["dense" if storage == DENSE else "topk"]
+    return (payload_bytes(rows, num_classes, logit_bytes) + (1 + waits) * payload_bytes(held, num_classes, logit_bytes)
+            + at_once * (tables * num_classes * 4 + _RECORD_ROW_BYTES))
 
 
 # ---- the network
@@ -238,7 +253,7 @@ def checkpoint_bytes(config: Config, network: Network, num_samples: int, world_s
     """Bytes of a checkpoint on disk; `num_samples` is 0 in retraining, which has no scorer."""
     own = network.buffers + _RANDOM_STATE_BYTES
     num_replicated = network.num_parameters * (2 + 2 * (config.train.optimizer == "adamw"))
-    num_tables = len(_row_bytes(config)) + 2 if num_samples else 0  # marks are three tables
+    num_tables = len(_row_bytes(config)) + 2 if num_samples else 0  # marks are three of them
     num_tensors = num_replicated + world_size * (network.num_buffers + 2 + num_tables)
     return (_replicated_bytes(config, network) + num_samples * sum(_row_bytes(config).values()) + world_size * own
             + num_tensors * _TENSOR_FILE_BYTES + model_file_bytes(network))  # the last: best.pt, which is linked

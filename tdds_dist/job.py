@@ -1,6 +1,7 @@
 """What the training loop is asked to do, and who may watch it: words between `engine` and the stages."""
 
-# B rows of this rank and forward pass, C classes, N dataset, M trained samples
+# B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples,
+# S forward passes of an epoch, W ranks
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,3 +103,19 @@ def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
     return tuple(  # type: ignore[return-value]
         BetonLoader(file.path, rows, view, device=world.device, num_workers=workers, seed=seed)
         for file, view in ((job.train_file, train_view), (job.val_file, eval_view)))
+
+
+def step_weights(job: Job, order: EpochOrder) -> list[float]:
+    """Factor on the sum of losses of each forward pass: W / rows of its optimizer step, times the batch importance.
+
+    DDP averages gradients over ranks, hence the W.
+    """
+    step_of_S = np.arange(order.num_steps) // job.config.train.accumulation
+    rows_S = np.bincount(step_of_S, weights=order.num_real_S())[step_of_S]
+    factor_S = job.world.world_size / rows_S
+    if job.importance == "batch":
+        assert job.importance_N is not None
+        importance_SG = np.where(order.index_SG >= 0, job.importance_N[order.index_SG], 0.0)
+        total_S = np.bincount(step_of_S, weights=importance_SG.sum(axis=1))[step_of_S]
+        factor_S = factor_S * total_S / rows_S
+    return factor_S.tolist()

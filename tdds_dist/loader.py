@@ -7,6 +7,7 @@ code of the decoder is checked and the index named. Buffers: a batch is valid on
 is either copied to the device or valid until the next iteration, as said below. Memory: the stock memory manager
 builds Python sets per sample (646 MB at ImageNet size) that this access pattern never reads. Threads: FFCV sets torch's
 thread count for the whole process in every epoch; ours does not (importing FFCV sets it to 1; `engine` chooses it then).
+GPU: FFCV copies when a batch is asked for; ours copies ahead of that, from pinned buffers, on a stream of its own.
 """
 
 # B rows per rank and step, S steps, N samples of the file
@@ -14,11 +15,12 @@ thread count for the whole process in every epoch; ours does not (importing FFCV
 import math
 import os
 import queue
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 os.environ.setdefault("NUMBA_THREADING_LAYER", "tbb")  # the others abort with two loaders, or after a fork
@@ -43,6 +45,7 @@ from tdds_dist.beton import IMAGE, BetonInfo, inspect_beton
 from tdds_dist.errors import InputError
 from tdds_dist.partition import EpochOrder
 
+BATCHES_AHEAD = 3  # decoded before they are asked for
 STALL_SECONDS = 300.0  # no batch for that long is an error; the first batch may wait for compilation
 
 
@@ -137,7 +140,7 @@ class BetonLoader(ffcv.Loader):
         check_view(info, view)
         self.view = view
         self.device = torch.device(device)
-        self.fname, self.batch_size, self.batches_ahead = str(path), batch_size, 3
+        self.fname, self.batch_size, self.batches_ahead = str(path), batch_size, BATCHES_AHEAD
         self.num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
         self.drop_last, self.distributed, self.recompile, self.seed = False, False, False, seed
         self.reader = Reader(self.fname)
@@ -157,37 +160,37 @@ class BetonLoader(ffcv.Loader):
         finally:
             Compiler.set_enabled(True)
 
-    def batches(self, order: EpochOrder, *, rank: int, world_size: int, epoch: int) -> Iterator[Batch]:
-        """The batches of `rank` in `order`, one per step.
+    def batches(self, order: EpochOrder, *, rank: int, world_size: int, epoch: int, size: int | None = None) -> "Batches":
+        """The batches of `rank` in `order`, one per step; decoding starts now, ahead of the first `next`.
 
-        Raises:
+        size: side of the images where it is not the view's (never with crop=pad).
+
+        Iterating raises:
             InputError: an image that cannot be decoded, naming its global index.
             RuntimeError: the loading thread failed or stalled.
         """
+        assert size in (None, self.view.size) or self.view.crop != "pad", (size, self.view)
         sample_SB, index_SB = (np.ascontiguousarray(part) for part in order.of_rank(rank, world_size))
         assert sample_SB.shape[1] == self.batch_size, (sample_SB.shape, self.batch_size)
-        self._image_operation.epoch = epoch
-        with _EpochThread(self, sample_SB.reshape(-1)) as iterator:
-            for (image, failed, label), sample_B, index_B in zip(iterator, sample_SB, index_SB, strict=True):
-                if failed.any():
-                    bad = sample_B[np.flatnonzero(failed)][:8].tolist()
-                    raise InputError(f"{self.fname}: the images at global indices {bad} cannot be decoded; "
-                                     "the file is damaged, write it again with `tdds write`")
-                batch = Batch(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label[:, 0].copy()),
-                              torch.from_numpy(index_B))
-                batch, copied = self._to_device(batch)
-                yield batch
-                if copied is not None:
-                    copied.synchronize()  # taking the next batch lets the thread decode over this one's pinned buffer
+        self._image_operation.size = size or self.view.size  # FFCV asks for it when the thread allocates its buffers
+        return Batches(_EpochThread(self, sample_SB, index_SB, epoch))
 
-    def _to_device(self, batch: Batch) -> tuple[Batch, "torch.cuda.Event | None"]:
-        """Start the copy to the GPU; the event says when it is done. Waiting for it here would delay the step's launch."""
-        if self.device.type != "cuda":
-            return batch, None
-        moved = Batch(*(part.to(self.device, non_blocking=True) for part in (batch.image, batch.label, batch.index)))
-        copied = torch.cuda.Event()
-        copied.record()
-        return moved, copied
+
+class Batches(Iterator[Batch]):
+    """An epoch under way. Its thread ends with the last batch, by `close`, or when nobody holds this any more."""
+
+    def __init__(self, thread: "_EpochThread"):
+        self._thread = thread
+
+    def __next__(self) -> Batch:
+        return next(self._thread)
+
+    def close(self) -> None:
+        """End the thread; may be called again."""
+        self._thread.stop()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class _Blocks(OSCacheManager):
@@ -207,24 +210,26 @@ class _LoadImage(Operation):
     def __init__(self, view: View, seed: int, blocks: _Blocks):
         super().__init__()
         self.view, self.seed, self.blocks = view, seed, blocks
-        self.epoch = 0
+        self.size = view.size  # of the buffers that are allocated next
+
+    def largest_bytes(self) -> int:
+        """Of a decoded image."""
+        return int((self.metadata["width"].astype(np.int64) * self.metadata["height"]).max()) * 3
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        pixels = int((self.metadata["width"].astype(np.int64) * self.metadata["height"]).max()) * 3
-        shape = (self.view.size, self.view.size, 3)
-        bytes_type = np.dtype("u1")
-        memory = (AllocationQuery(shape, bytes_type), AllocationQuery((pixels,), bytes_type), AllocationQuery((), bytes_type))
+        shape, bytes_type = (self.size, self.size, 3), np.dtype("u1")
+        memory = (AllocationQuery(shape, bytes_type), AllocationQuery((), bytes_type))
         return replace(previous_state, jit_mode=True, shape=shape, dtype=bytes_type), memory
 
     def generate_code(self) -> Any:
         view, crop = self.view, {"center": imaging.CENTER, "pad": imaging.PAD, "resized": imaging.RESIZED}[self.view.crop]
 
         def load(index_B: np.ndarray, memory: Any, metadata: np.ndarray, storage_state: Any) -> Any:
-            image, scratch, failed = memory
-            file_bytes, block_start, block_size = storage_state
+            image, failed = memory
+            file_bytes, block_start, block_size, scratch, epoch = storage_state
             imaging.load_batch(
                 index_B, image, scratch, failed, metadata, np.asarray(file_bytes), block_start, block_size,
-                crop, view.flip, view.padding, view.ratio, view.scale[0], view.scale[1], self.seed, self.epoch)
+                crop, view.flip, view.padding, view.ratio, view.scale[0], view.scale[1], self.seed, epoch)
             return image, failed
 
         return load
@@ -246,27 +251,52 @@ class _LoadLabel(Operation):
 
 
 class _EpochThread(EpochIterator):
-    """FFCV's loading thread, with its errors carried to the consumer and an orderly end."""
+    """FFCV's loading thread, with its errors carried to the consumer and an orderly end.
 
-    def __init__(self, loader: BetonLoader, sample_SB: np.ndarray):
+    It fills a ring of buffers, two more than its queue holds: one is with the consumer, one is being filled. On CUDA they are
+    pinned; this thread starts the copy of each on a stream of its own and waits for it before it fills the buffer again. The
+    consumer's stream waits for the copy by an event, the consumer's host for nothing but a batch that is not decoded yet.
+    """
+
+    def __init__(self, loader: BetonLoader, sample_SB: np.ndarray, index_SB: np.ndarray, epoch: int):
         self.error: BaseException | None = None
-        super().__init__(loader, sample_SB)
+        self._epoch, self._on_gpu = epoch, loader.device.type == "cuda"
+        self._index_SB = torch.from_numpy(index_SB).pin_memory() if self._on_gpu else torch.from_numpy(index_SB)
+        # One batch is decoded at a time, so what is cut out of may be overwritten by the next.
+        self._scratch_BX = np.empty((loader.batch_size, loader._image_operation.largest_bytes()), np.uint8)
+        super().__init__(loader, sample_SB.reshape(-1))
 
     def run(self) -> None:
         try:
-            numba.set_num_threads(self.loader.num_workers)
-            for step, index_B in enumerate(self.iter_ixes):
-                slot = step % (self.loader.batches_ahead + 2)
-                if not self._offer(self._load(index_B, slot)):
-                    return
+            self._load_all()
         except BaseException as error:
             self.error = error
         self._offer(None)
 
-    def _load(self, index_B: np.ndarray, slot: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _load_all(self) -> None:
+        numba.set_num_threads(self.loader.num_workers)
+        stream = torch.cuda.Stream(self.loader.device) if self._on_gpu else None
+        copied: list[torch.cuda.Event | None] = [None] * (self.loader.batches_ahead + 2)
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            for step, sample_B in enumerate(self.iter_ixes):
+                slot = step % len(copied)
+                if (event := copied[slot]) is not None:
+                    event.synchronize()
+                batch = self._load(sample_B, slot, self._index_SB[step])
+                if stream is not None:
+                    batch = Batch(*(part.to(self.loader.device, non_blocking=True)
+                                    for part in (batch.image, batch.label, batch.index)))
+                    copied[slot] = stream.record_event()
+                if not self._offer((batch, copied[slot])):
+                    break
+        for event in filter(None, copied):
+            event.synchronize()  # the buffers go with this thread
+
+    def _load(self, sample_B: np.ndarray, slot: int, index_B: Tensor) -> Batch:
         arguments = {
-            "batch_indices": index_B, "storage_state": self.storage_state, "metadata": self.metadata,
-            **{f"memory_{node}": select_buffer(buffer, slot, len(index_B))
+            "batch_indices": sample_B, "metadata": self.metadata,
+            "storage_state": (*self.storage_state, self._scratch_BX, self._epoch),
+            **{f"memory_{node}": select_buffer(buffer, slot, len(sample_B))
                for node, buffer in self.memory_allocations["operation"].items()},
             **{f"shared_memory_{node}": None for node in self.memory_allocations["shared"]},
         }
@@ -274,9 +304,14 @@ class _EpochThread(EpochIterator):
         for stage, nodes in stages:
             arguments.update(zip((f"result_{node}" for node in nodes), stage(**arguments), strict=True))
         (image, failed), label = (arguments[f"result_{node}"] for node in outputs)
-        return image, failed, label
+        if failed.any():
+            bad = sample_B[np.flatnonzero(failed)][:8].tolist()
+            raise InputError(f"{self.loader.fname}: the images at global indices {bad} cannot be decoded; "
+                             "the file is damaged, write it again with `tdds write`")
+        label_B = label[:, 0] if self._on_gpu else label[:, 0].copy()
+        return Batch(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label_B), index_B)
 
-    def _offer(self, item: Any) -> bool:
+    def _offer(self, item: "tuple[Batch, torch.cuda.Event | None] | None") -> bool:
         """Put into the queue; False when the consumer has left."""
         while not self.terminate_event.is_set():
             try:
@@ -286,30 +321,42 @@ class _EpochThread(EpochIterator):
                 continue
         return False
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Batch:
+        item = self._take()
+        if item is None:
+            self.stop()
+            if isinstance(self.error, InputError):
+                raise self.error
+            if self.error is not None:
+                raise RuntimeError(f"loading from {self.loader.fname} failed: {self.error}") from self.error
+            raise StopIteration
+        batch, copied = item
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.loader.device)
+            stream.wait_event(copied)
+            for part in (batch.image, batch.label, batch.index):
+                part.record_stream(stream)  # the memory belongs to the stream of the copies
+        return batch
+
+    def _take(self) -> "tuple[Batch, torch.cuda.Event | None] | None":
         deadline = time.monotonic() + STALL_SECONDS
         while True:
             try:
-                item = self.output_queue.get(timeout=1.0)
-                break
+                return self.output_queue.get(timeout=1.0)
             except queue.Empty:
                 if not self.is_alive() and self.output_queue.empty():
+                    if self.terminate_event.is_set():
+                        return None
                     raise RuntimeError("the loading thread died without a word") from self.error
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"{self.loader.fname}: no batch for {STALL_SECONDS:.0f} s; the storage or a "
                                        "decoding thread hangs") from None
-        if item is None:
-            if self.error is not None:
-                raise RuntimeError(f"loading from {self.loader.fname} failed: {self.error}") from self.error
-            raise StopIteration
-        return item
 
-    def __enter__(self) -> "_EpochThread":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def stop(self) -> None:
+        """End the thread, from the consumer's side."""
         self.terminate_event.set()
-        self.join(timeout=30.0)
+        if threading.current_thread() is not self:  # the garbage collector runs in any thread
+            self.join(timeout=5.0)
         self.close()
 
 

@@ -194,7 +194,10 @@ def find_speed(config: Config, num_ranks: int, images_per_second: float | None,
     was = parse_config(run.read_config(), str(run.config_file))
     others = [f"{key}={old}" for key, old, new in (
         ("model.name", was.model.name, config.model.name), ("model.cifar_stem", was.model.cifar_stem, config.model.cifar_stem),
-        ("data.image_size", was.data.image_size, config.data.image_size), ("train.amp", was.train.amp, config.train.amp),
+        ("data.image_size", was.data.image_size, config.data.image_size),
+        ("data.progressive", was.data.progressive, config.data.progressive), ("train.amp", was.train.amp, config.train.amp),
+        ("model.compile", was.model.compile, config.model.compile),
+        ("train.fused_optimizer", was.train.fused_optimizer, config.train.fused_optimizer),
     ) if old != new]
     speeds = [record["images_per_second"] for record in run.read_metrics() if "images_per_second" in record]
     if others or not speeds:

@@ -23,21 +23,29 @@ from tdds_dist.models import build_on_meta
 def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
     """InputError for a network or a view that would fail at the first step of `rows` images per rank.
 
-    The network runs once on shapes alone (torch's meta device), which costs no memory.
+    The network runs on shapes alone (torch's meta device), which costs no memory: once for every size that it may see.
     """
-    for file, view in zip((train_file, val_file), build_views(config), strict=True):
+    views = build_views(config)
+    for file, view in zip((train_file, val_file), views, strict=True):
         check_view(file, view)
-    size, name = config.data.image_size, config.model.name
+    name = config.model.name
+    model = build_on_meta(name, config.data.num_classes, cifar_stem=config.model.cifar_stem)
+    for size in training_sizes(config):
+        key = "data.image_size" if size == config.data.image_size else "data.progressive"
+        output = _try(model.train(), rows, size, f"model.name={name} cannot train on", key)
+        if not isinstance(output, torch.Tensor):
+            raise InputError(f"model.name={name} gives several outputs in training; use a network with one")
+    if views[1].size != config.data.image_size:
+        _try(model.eval(), rows, views[1].size, f"model.name={name} cannot evaluate", "data.eval_size")
+
+
+def _try(model: nn.Module, rows: int, size: int, what: str, key: str) -> Any:
+    """Output on images of this size; an InputError that says `what` fails, and the key to change."""
     try:
-        model = build_on_meta(name, config.data.num_classes, cifar_stem=config.model.cifar_stem)
-        output = model(torch.empty(rows, 3, size, size, device="meta"))
-    except InputError:
-        raise
+        return model(torch.empty(rows, 3, size, size, device="meta"))
     except Exception as error:  # torchvision's networks say in many ways that an image is too small
-        raise InputError(f"model.name={name} cannot train on {rows} images of {size}x{size} per rank and step "
-                         f"({error}); use another data.image_size, network, or a larger train.global_batch_size") from error
-    if not isinstance(output, torch.Tensor):
-        raise InputError(f"model.name={name} gives several outputs in training; use a network with one")
+        raise InputError(f"{what} {rows} images of {size}x{size} per rank and step ({error}); use another {key}, network, or a "
+                         "larger train.global_batch_size") from error
 
 
 def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
@@ -75,9 +83,11 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     else:
         groups = [{"params": [p for p in everything if p.ndim > 1], "weight_decay": train.weight_decay},
                   {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0}]
+    fused = everything[0].is_cuda if train.fused_optimizer is None else train.fused_optimizer
+    kind = {"fused": True} if fused else {}  # torch chooses among the others itself
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas)
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov)
+        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, **kind)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, **kind)
 
 
 def build_mix(config: Config) -> Any:
@@ -92,10 +102,37 @@ def build_mix(config: Config) -> Any:
 
 
 def build_views(config: Config) -> tuple[View, View]:
-    """How training and evaluation see an image."""
+    """How training (from data.progressive's last epoch on) and evaluation see an image."""
     data = config.data
     train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0))
-    return train_view, View(data.image_size, "center", ratio=data.eval_crop_ratio)
+    return train_view, View(data.eval_size or data.image_size, "center", ratio=data.eval_crop_ratio)
+
+
+def training_size(config: Config, epoch: int, epochs: int) -> int:
+    """Side of the training images in `epoch` (from 0) of `epochs`, pixels: libffcv/ffcv-imagenet's `get_resolution`.
+
+    Where `epochs` is not train.epochs (a coreset's), its first epoch stands for the first, its last for the last, and those
+    in between lie evenly.
+    """
+    final, sizes = config.data.image_size, config.data.progressive
+    if sizes is None:
+        return final
+    at = epoch * (config.train.epochs - 1) / (epochs - 1) if epochs > 1 else config.train.epochs - 1
+    if at <= sizes.from_epoch:
+        return sizes.start_size
+    if at >= sizes.to_epoch:
+        return final
+    exact = sizes.start_size + (final - sizes.start_size) * (at - sizes.from_epoch) / (sizes.to_epoch - sizes.from_epoch)
+    return min(max(round(exact / sizes.multiple) * sizes.multiple, sizes.start_size), final)
+
+
+def training_sizes(config: Config) -> list[int]:
+    """All that `training_size` may give, for any number of epochs; ascending."""
+    final, sizes = config.data.image_size, config.data.progressive
+    if sizes is None:
+        return [final]
+    between = range(-(-sizes.start_size // sizes.multiple) * sizes.multiple, final, sizes.multiple)
+    return sorted({sizes.start_size, *between, final})
 
 
 def set_deterministic(wanted: bool) -> None:
@@ -104,4 +141,4 @@ def set_deterministic(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
     torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # would only cost
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not wanted  # tries algorithms and takes the fastest, which may differ from run to run

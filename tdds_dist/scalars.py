@@ -10,6 +10,8 @@ bitwise independent of the world size).
 import torch
 from torch import Tensor
 
+from tdds_dist.errors import InputError
+
 OFFICIAL_EPSILON = 1e-8  # added inside the logarithms of the authors' code
 LOGP_FLOOR = -1.0e4  # exp of it is 0 in float64, so probabilities do not change; keeps 0 * log(0) and float16 finite
 
@@ -26,53 +28,84 @@ SCALARS = (
 )
 DELTAS = SCALARS[:3]  # need the previous epoch; NaN in the first
 
+DENSE = "dense"  # storage of the previous epoch's log-probabilities: of all classes
+_TOPK = "topk:"
+
+
+def parse_storage(storage: str, num_classes: int) -> int | None:
+    """K of storage "topk:K", None for "dense".
+
+    Raises:
+        InputError: neither of the two, or not 1 <= K < C.
+    """
+    if storage == DENSE:
+        return None
+    digits = storage.removeprefix(_TOPK)
+    if digits == storage or not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+        raise InputError(f"storage={storage!r} is unknown; use {DENSE!r}, or '{_TOPK}K' with a number K, e.g. '{_TOPK}64'")
+    if not 1 <= int(digits) < num_classes:
+        raise InputError(f"storage={storage!r}: K must be at least 1 and less than the {num_classes} classes; change K, or use "
+                         f"{DENSE!r}")
+    return int(digits)
+
 
 def log_probabilities(logits_BC: Tensor) -> Tensor:
     """float32 log-softmax [B, C], floored at LOGP_FLOOR."""
-    return torch.log_softmax(logits_BC.float(), dim=1).clamp_min_(LOGP_FLOOR)
+    logits_BC = logits_BC.float()  # step by step: of few classes, torch.log_softmax takes several times as long
+    logp_BC = logits_BC - logits_BC.amax(dim=1, keepdim=True)
+    return logp_BC.sub_(logp_BC.exp().sum(dim=1, keepdim=True).log_()).clamp_min_(LOGP_FLOOR)
 
 
 def loss_difference_official(previous_logp_BC: Tensor, logp_BC: Tensor) -> Tensor:
     """Loss difference as the authors' code computes it: absolute value per class, epsilon in both logs; float32 [B]."""
-    p_BC, previous_p_BC = logp_BC.exp(), previous_logp_BC.exp()
-    log_ratio_BC = (p_BC + OFFICIAL_EPSILON).log_() - (previous_p_BC + OFFICIAL_EPSILON).log_()
-    return (p_BC * log_ratio_BC).abs_().sum(dim=1)
+    p_BC = logp_BC.exp()
+    return _official(previous_logp_BC.exp(), p_BC, torch.empty_like(p_BC))
+
+
+def _official(previous_p_BC: Tensor, p_BC: Tensor, work_BC: Tensor) -> Tensor:
+    """Overwrites `previous_p_BC` and `work_BC`. The difference of the logs is the log of the ratio, and that is one log."""
+    torch.add(p_BC, OFFICIAL_EPSILON, out=work_BC).div_(previous_p_BC.add_(OFFICIAL_EPSILON))
+    return work_BC.log_().mul_(p_BC).abs_().sum(dim=1)
 
 
 def loss_difference_paper(previous_logp_BC: Tensor, logp_BC: Tensor) -> Tensor:
     """Loss difference of Eq. 10, the KL divergence of this epoch's probabilities from the previous ones; float32 [B]."""
-    return (logp_BC.exp() * (logp_BC - previous_logp_BC)).sum(dim=1)
+    return (logp_BC - previous_logp_BC).mul_(logp_BC.exp()).sum(dim=1)
 
 
 def sample_scalars(logits_BC: Tensor, logp_BC: Tensor, previous_logp_BC: Tensor | None, label_B: Tensor) -> Tensor:
-    """All SCALARS of a batch, float32 [F, B].
+    """All SCALARS of a batch, float32 [F, B]; as `scalars_overwriting`, but leaves its arguments alone.
 
-    `logp_BC` are the log-probabilities of `logits_BC`, `previous_logp_BC` those of the previous epoch (float32, any
-    source precision; None in the first epoch, where the DELTAS are NaN). `label_B` int64 must lie in [0, C).
+    `logits_BC` may have any floating dtype and is computed in float32.
+    """
+    logits_BC = logits_BC.to(torch.float32, copy=True)
+    previous_logp_BC = None if previous_logp_BC is None else previous_logp_BC.clone()
+    return scalars_overwriting(logits_BC, logp_BC, previous_logp_BC, label_B).T
+
+
+def scalars_overwriting(logits_BC: Tensor, logp_BC: Tensor, previous_logp_BC: Tensor | None, label_B: Tensor) -> Tensor:
+    """All SCALARS of a batch, float32 [B, F]. Memory is what this costs, so `logits_BC` and `previous_logp_BC` are work space.
+
+    `logp_BC` are the log-probabilities of `logits_BC`, `previous_logp_BC` those of the previous epoch (any source precision;
+    None in the first epoch, where the DELTAS are NaN); all float32. `label_B` int64 must lie in [0, C).
     """
     label_B1 = label_B[:, None]
-    logits_BC = logits_BC.float()
     p_BC = logp_BC.exp()
-    p_label_B = p_BC.gather(1, label_B1)[:, 0]
+    p_label_B1, logit_B1 = p_BC.gather(1, label_B1), logits_BC.gather(1, label_B1)
+
+    other_logit_B1, other_B1 = logits_BC.scatter_(1, label_B1, -torch.inf).max(dim=1, keepdim=True)
+    # the first of the largest: one before the label must be smaller, one after it may be as large
+    is_correct_B1 = (logit_B1 > other_logit_B1) | ((logit_B1 == other_logit_B1) & (label_B1 < other_B1))
+    columns = [p_label_B1, logit_B1 - other_logit_B1, p_label_B1 - p_BC.gather(1, other_B1)]
 
     if previous_logp_BC is None:
-        deltas = [torch.full_like(p_label_B, torch.nan)] * len(DELTAS)
+        work_BC = logits_BC
+        deltas = [torch.full_like(p_label_B1, torch.nan)] * len(DELTAS)
     else:
-        deltas = [
-            loss_difference_official(previous_logp_BC, logp_BC),
-            loss_difference_paper(previous_logp_BC, logp_BC),
-            (logp_BC - previous_logp_BC).gather(1, label_B1)[:, 0],
-        ]
-
-    others_BC = logits_BC.scatter(1, label_B1, -torch.inf)
-    other_logit_B, other_B = others_BC.max(dim=1)
-    error_BC = p_BC.scatter_add(1, label_B1, p_BC.new_full(label_B1.shape, -1.0))
-    return torch.stack([
-        *deltas,
-        p_label_B,
-        logits_BC.gather(1, label_B1)[:, 0] - other_logit_B,
-        p_label_B - p_BC.gather(1, other_B[:, None])[:, 0],
-        -(p_BC * logp_BC).sum(dim=1),
-        error_BC.square_().sum(dim=1).sqrt_(),
-        (logits_BC.argmax(dim=1) == label_B).float(),
-    ])
+        work_BC = torch.sub(logp_BC, previous_logp_BC, out=logits_BC)
+        ce_B1 = work_BC.gather(1, label_B1)
+        paper_B = work_BC.mul_(p_BC).sum(dim=1)
+        deltas = [_official(previous_logp_BC.exp_(), p_BC, work_BC)[:, None], paper_B[:, None], ce_B1]
+    entropy_B = torch.mul(p_BC, logp_BC, out=work_BC).sum(dim=1).neg_()
+    el2n_B = torch.linalg.vector_norm(p_BC.scatter_(1, label_B1, p_label_B1 - 1.0), dim=1)
+    return torch.cat([*deltas, *columns, entropy_B[:, None], el2n_B[:, None], is_correct_B1], dim=1)

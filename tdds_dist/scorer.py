@@ -6,13 +6,15 @@ its samples and needs nothing else to compute the loss difference. State is N x 
 T x N x C on disk. Nothing in `record` waits for the device: checks write flags that `check` and `end_epoch` read.
 """
 
-# B rows of a call, C classes, F scalars, M rows of this rank's shard, N dataset, R rows received, W world size
+# B rows of a call, C classes, M rows of this rank's shard, N dataset, S steps, W world size, X numbers of a packed row
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ from tdds_dist import distributed
 from tdds_dist.artifacts import fingerprint
 from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.partition import PADDING, EpochOrder, routing_counts, rows_per_shard
-from tdds_dist.scalars import SCALARS, log_probabilities, sample_scalars
+from tdds_dist.rows import BITS, Arrived, DenseRows, Shard, pack, update
+from tdds_dist.scalars import DENSE, SCALARS, parse_storage
 from tdds_dist.selection import set_lowest
 from tdds_dist.tdds import (
     DELTA_OF_PRESET,
@@ -32,11 +35,33 @@ from tdds_dist.tdds import (
 )
 from tdds_dist.trajectory import TrajectoryWriter, require_no_trajectory, resume_trajectory
 
-_HEADER_BYTES = 16  # global index and label of a row, int64 each
 _NOT_QUARANTINED = -1
-_NEVER = 2**62  # step of the first non-finite row while there is none
+WAITING_NUMBERS = 1 << 15  # logits that are worth the calls of an update; fewer wait for those of the next steps
 _NUM_NAMED = 8  # offending indices named in an error
 _LARGEST_QUARANTINE = 0.01  # share of the samples; beyond it training has diverged
+
+
+def _has_kernel(shard: Shard, device: torch.device) -> bool:
+    """Whether `fused` works here, which is tried: Triton also needs a C compiler, for the code that starts a kernel."""
+    if device.type != "cuda" or torch.version.cuda is None or not isinstance(shard.previous, DenseRows):
+        return False
+    if (problem := _kernel_problem(shard, device)) is not None:
+        warnings.warn(f"scores are updated by plain torch operations, several times slower: the kernel fails ({problem})",
+                      stacklevel=3)
+    return problem is None
+
+
+def _kernel_problem(shard: Shard, device: torch.device) -> str | None:
+    """What keeps the kernel from running on a padding row, which leaves no trace in the shard; None when nothing does."""
+    padding_1 = torch.full((1,), PADDING, dtype=torch.int64, device=device)
+    logits_1C = torch.zeros(1, shard.num_classes, device=device)
+    try:
+        from tdds_dist import fused  # loads Triton
+
+        fused.update(shard, [Arrived(pack(padding_1, padding_1.clamp(0), logits_1C), torch.float32, 0)], True, False)
+    except Exception as error:  # Triton's, the compiler's, the driver's: all kinds
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 class ShardedScorer:
@@ -49,6 +74,7 @@ class ShardedScorer:
         preset: `official` (the authors' code) or `paper` (the equations); see `tdds`.
         device: where logits live and state is kept; default CUDA when available.
         logp_dtype: precision of the stored log-probabilities, float32 or float16.
+        storage: `dense` keeps those of all classes; `topk:K` the K largest, the label's, and the mean of the others.
         trajectory: directory to which every epoch's scalars are appended; None keeps no record.
         trajectory_dtype: precision of the scalars in that directory, float32 or float16. Only float32 gives the same
             scores again bit by bit.
@@ -67,7 +93,7 @@ class ShardedScorer:
 
     def __init__(
         self, num_samples: int, num_classes: int, windows: Sequence[Window], preset: str = "official",
-        device: torch.device | str | None = None, *, logp_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None, *, logp_dtype: torch.dtype = torch.float32, storage: str = DENSE,
         trajectory: Path | str | None = None, trajectory_dtype: torch.dtype = torch.float32, on_nan: str = "stop",
         resume: bool = False,
     ):
@@ -81,6 +107,7 @@ class ShardedScorer:
             raise InputError(f"trajectory_dtype={trajectory_dtype} must be torch.float32 or torch.float16")
         if on_nan not in ("stop", "quarantine"):
             raise InputError(f"on_nan={on_nan!r} must be 'stop' or 'quarantine'")
+        parse_storage(storage, num_classes)
         for window in windows:
             check_window(window, preset)
         self.num_samples, self.num_classes, self.preset = num_samples, num_classes, preset
@@ -92,9 +119,13 @@ class ShardedScorer:
         self._first, self._end = distributed.own_shard(num_samples, self.world)
         self._rows_per_shard = rows_per_shard(num_samples, self.world.world_size)
         self._counts: tuple[list[list[int]], list[list[int]]] | None = None
+        self._by_owner_SB: Tensor | None = None  # with the counts: rows of each step in the order of their owners
         self._pending: tuple[distributed.Exchange, torch.dtype, int] | None = None
+        self._arrived: list[Arrived] = []
         self._num_nonfinite = 0  # over all ranks, at the last `check`
-        self._allocate(logp_dtype)
+        self._shard = Shard(self._first, self._end, num_classes, storage, logp_dtype, self.world.device)
+        self._is_fused = _has_kernel(self._shard, self.world.device)
+        self._allocate()
         self._trajectory = None
         self._clears_trajectory = resume
         self._trajectory_dtype = str(trajectory_dtype).removeprefix("torch.")
@@ -108,33 +139,31 @@ class ShardedScorer:
                 dtype=self._trajectory_dtype,
                 scored={"preset": preset, "windows": [asdict(window) for window in self.windows]})
 
-    def _allocate(self, logp_dtype: torch.dtype) -> None:
-        """State of this shard. Row M of the per-sample tables takes what padding rows write."""
-        device, rows = self.world.device, self._end - self._first
+    def _allocate(self) -> None:
+        """State of this shard that a step does not touch."""
+        device, rows = self.world.device, self._shard.num_rows
         num_slots = max(differences_per_window(window, self.preset) for window in self.windows)
-        self._logp_MC = torch.zeros(rows + 1, self.num_classes, dtype=logp_dtype, device=device)
-        self._scalars_MF = torch.zeros(rows + 1, len(SCALARS), device=device)
-        self._label_M = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-        self._visits_M = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        self._nonfinite_M = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._quarantined_M = torch.full((rows,), _NOT_QUARANTINED, dtype=torch.int32, device=device)  # first bad epoch
         self._delta_KM = torch.zeros(num_slots, rows, device=device)  # slot of the difference into epoch t: t mod K
         self._average_AM = torch.zeros(len(self.windows), rows, device=device)
-        self._bad_index = torch.zeros((), dtype=torch.int64, device=device)
-        self._bad_label = torch.zeros((), dtype=torch.int64, device=device)
-        self._nonfinite_step = torch.full((), _NEVER, dtype=torch.int64, device=device)
 
     # ---- one step
 
     def expect(self, order: EpochOrder, first_step: int = 0) -> None:
         """Announce the visit order of the epoch that starts now, as `partition` deals it out.
 
-        Then `record` must be called with exactly those rows, step by step, and exchanges no counts. A resume in the middle
-        of an epoch gives the order of the whole epoch, and the first step that is not recorded yet.
+        Then `record` must be called with exactly those rows, step by step, and neither exchanges counts nor sorts. A resume
+        in the middle of an epoch gives the order of the whole epoch, and the first step that is not recorded yet.
         """
         self.step = first_step
-        sends_SW, receives_SW = routing_counts(order, self.world.rank, self.world.world_size, self.num_samples)
+        rank, world_size = self.world.rank, self.world.world_size
+        sends_SW, receives_SW = routing_counts(order, rank, world_size, self.num_samples)
         self._counts = (sends_SW.tolist(), receives_SW.tolist())
+        if world_size > 1:
+            index_SB = order.of_rank(rank, world_size)[1]
+            owner_SB = np.where(index_SB == PADDING, rank, index_SB // self._rows_per_shard)
+            by_owner_SB = torch.from_numpy(np.argsort(owner_SB, axis=1, kind="stable").astype(np.int32))
+            self._by_owner_SB = by_owner_SB.to(self.world.device)  # once per epoch, before its first step
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch: any rank, any order, each sample once per epoch.
@@ -158,69 +187,64 @@ class ShardedScorer:
                              f"{tuple(label_B.shape)} must agree in their first axis")
         if index_B.dtype != torch.int64 or label_B.dtype != torch.int64:
             raise ValueError(f"index and label must be int64, got {index_B.dtype} and {label_B.dtype}")
-        self._apply_pending()
-        index_B = index_B.to(device, non_blocking=True)
-        label_B = label_B.to(device, non_blocking=True)
-        logits_BC = logits_BC.detach().to(device)
-
-        # 1 owner of each row; padding rows and indices out of range stay here
-        in_range_B = (index_B >= 0) & (index_B < self.num_samples)
-        self._bad_index += ((index_B != PADDING) & ~in_range_B).sum()
-        index_B = torch.where(in_range_B, index_B, PADDING)
-        owner_B = torch.where(in_range_B, index_B // self._rows_per_shard, self.world.rank)
-        # 2 rows in the order of their owners, as bytes: index, label, logits
-        by_owner_B = torch.argsort(owner_B, stable=True)
-        header_B2 = torch.stack([index_B, label_B], dim=1)[by_owner_B]
-        payload_BX = torch.cat([header_B2.view(torch.uint8), logits_BC[by_owner_B].view(torch.uint8)], dim=1)
-        # 3 counts, known in advance or exchanged; 4 rows, applied at the next call so that backward hides the transfer
-        sends, receives = self._routing(owner_B)
-        exchange = distributed.exchange_rows(payload_BX, sends, receives)
+        self._receive()
+        payload_BX = pack(index_B.to(device, non_blocking=True), label_B.to(device, non_blocking=True),
+                          logits_BC.detach().to(device))
+        by_owner_B, sends, receives = self._routing(index_B)
+        if by_owner_B is not None:
+            payload_BX = payload_BX.index_select(0, by_owner_B)
+        # on their way until the next call, so that backward hides the transfer
+        exchange = distributed.exchange_rows(payload_BX.view(torch.uint8), sends, receives)  # gloo knows no int16
         self._pending = (exchange, logits_BC.dtype, self.step)
         self.step += 1
 
-    def _routing(self, owner_B: Tensor) -> tuple[list[int], list[int]]:
+    def _routing(self, index_B: Tensor) -> tuple[Tensor | None, list[int], list[int]]:
+        """The rows in the order of their owners (None: as they are), how many go to each rank, how many come from each.
+
+        Padding rows and indices out of range stay here.
+        """
+        rank, world_size = self.world.rank, self.world.world_size
         if self._counts is not None:
             sends_SW, receives_SW = self._counts
-            if self.step >= len(sends_SW) or sum(sends_SW[self.step]) != len(owner_B):
-                raise ValueError(f"record call {self.step} of epoch {self.epoch} with {len(owner_B)} rows does not "
+            if self.step >= len(sends_SW) or sum(sends_SW[self.step]) != len(index_B):
+                raise ValueError(f"record call {self.step} of epoch {self.epoch} with {len(index_B)} rows does not "
                                  "follow the order given to expect()")
-            return sends_SW[self.step], receives_SW[self.step]
-        if self.world.world_size == 1:
-            return [len(owner_B)], [len(owner_B)]
-        sends_W = torch.bincount(owner_B, minlength=self.world.world_size)
+            by_owner_B = None if self._by_owner_SB is None else self._by_owner_SB[self.step]
+            return by_owner_B, sends_SW[self.step], receives_SW[self.step]
+        if world_size == 1:
+            return None, [len(index_B)], [len(index_B)]
+        index_B = index_B.to(self.world.device, non_blocking=True)
+        in_range_B = (index_B >= 0) & (index_B < self.num_samples)
+        owner_B = torch.where(in_range_B, index_B // self._rows_per_shard, rank)
+        sends_W = torch.bincount(owner_B, minlength=world_size)
         receives = distributed.exchange_counts(sends_W)
-        return sends_W.tolist(), receives
+        return torch.argsort(owner_B, stable=True), sends_W.tolist(), receives
 
-    def _apply_pending(self) -> None:
-        """Write the rows that arrived into the shard."""
+    def _receive(self) -> None:
+        """Take over the rows that arrived, and write them into the shard once there are enough."""
         if self._pending is None:
             return
         exchange, dtype, step = self._pending
         self._pending = None
-        payload_RX = exchange.wait()
-        # Flatten before the view: a single row counts as contiguous whatever its stride.
-        header_R2 = payload_RX[:, :_HEADER_BYTES].reshape(-1).view(torch.int64).view(-1, 2)
-        logits_RC = payload_RX[:, _HEADER_BYTES:].reshape(-1).view(dtype).view(-1, self.num_classes)
-        index_R, label_R = header_R2[:, 0], header_R2[:, 1]
-        real_R = index_R != PADDING
-        row_R = torch.where(real_R, index_R - self._first, self._end - self._first)
+        if self._arrived and self._arrived[0].dtype != dtype:
+            self._write_arrived()
+        self._arrived.append(Arrived(exchange.wait().view(BITS[dtype.itemsize]), dtype, step))
+        if self._is_fused or sum(len(part.payload_RX) for part in self._arrived) * self.num_classes >= WAITING_NUMBERS:
+            self._write_arrived()
 
-        bad_label_R = real_R & ((label_R < 0) | (label_R >= self.num_classes))
-        self._bad_label += bad_label_R.sum()
-        label_R = label_R.clamp(0, self.num_classes - 1)
-        nonfinite_R = real_R & ~torch.isfinite(logits_RC).all(dim=1)
-        self._nonfinite_M.index_add_(0, row_R, nonfinite_R.int())
-        now = torch.where(nonfinite_R.any(), step, _NEVER)
-        self._nonfinite_step = torch.minimum(self._nonfinite_step, now)
+    def _write_arrived(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        if self._is_fused and arrived and arrived[0].dtype != torch.float64:
+            from tdds_dist import fused  # loads Triton
 
-        if self._quarantines:
-            logits_RC = torch.where(nonfinite_R[:, None], 0.0, logits_RC)
-        logp_RC = log_probabilities(logits_RC)
-        previous_RC = self._logp_MC[row_R].float() if self.epoch > 0 else None
-        self._scalars_MF.index_copy_(0, row_R, sample_scalars(logits_RC, logp_RC, previous_RC, label_R).T.contiguous())
-        self._logp_MC.index_copy_(0, row_R, logp_RC.to(self._logp_MC.dtype))
-        self._label_M.index_copy_(0, row_R, label_R)
-        self._visits_M.index_add_(0, row_R, torch.ones_like(row_R, dtype=torch.int32))
+            fused.update(self._shard, arrived, self.epoch > 0, self._quarantines)
+        else:
+            update(self._shard, arrived, self.epoch > 0, self._quarantines)
+
+    def _apply_pending(self) -> None:
+        """Write all rows that were recorded into the shard."""
+        self._receive()
+        self._write_arrived()
 
     # ---- one epoch
 
@@ -233,19 +257,20 @@ class ShardedScorer:
         """
         self._apply_pending()
         rows = self._end - self._first
-        is_nonfinite_M = self._nonfinite_M[:rows] > 0
+        is_nonfinite_M = self._shard.nonfinite_M[:rows] > 0
         counts = distributed.sum_over_ranks(torch.stack([
-            is_nonfinite_M.sum(), (is_nonfinite_M | (self._quarantined_M != _NOT_QUARANTINED)).sum(), self._bad_index,
-            self._bad_label])).tolist()
+            is_nonfinite_M.sum(), (is_nonfinite_M | (self._quarantined_M != _NOT_QUARANTINED)).sum(), self._shard.bad_index,
+            self._shard.bad_label])).tolist()
         num_nonfinite, num_out, num_bad_index, num_bad_label = counts
         if num_bad_index:
             raise InputError(f"epoch {self.epoch}: {num_bad_index} recorded indices lie outside [0, {self.num_samples}) "
-                             "and are not -1; record global indices of the full dataset", shared=True)
+                             "and are not -1, or do not follow the order given to expect(); record global indices of the full "
+                             "dataset, as announced", shared=True)
         if num_bad_label:
             raise InputError(f"epoch {self.epoch}: {num_bad_label} recorded labels lie outside [0, {self.num_classes}); "
                              "check num_classes and the dataset", shared=True)
         if num_nonfinite and (not self._quarantines or num_out > _LARGEST_QUARANTINE * self.num_samples):
-            step = int(distributed.min_over_ranks(self._nonfinite_step.clone()))
+            step = int(distributed.min_over_ranks(self._shard.nonfinite_step.clone()))
             named = self._name_rows(is_nonfinite_M)
             too_many = (f"; {num_out} samples in all epochs are more than {_LARGEST_QUARANTINE:.0%} of {self.num_samples}, "
                         "which is the most that may be quarantined" if self._quarantines else "")
@@ -264,7 +289,7 @@ class ShardedScorer:
         """
         self.check()
         rows = self._end - self._first
-        visits_M = self._visits_M[:rows]
+        visits_M = self._shard.visits_M[:rows]
         missing, repeated = distributed.sum_over_ranks(torch.stack([(visits_M == 0).sum(), (visits_M > 1).sum()])).tolist()
         if missing or repeated:
             named = self._name_rows(visits_M != 1)
@@ -280,14 +305,12 @@ class ShardedScorer:
                 self._rewind_trajectory(None)
             with distributed.together(self.world):
                 if self.epoch == 0:
-                    self._trajectory.write_labels(self._label_M[:rows].cpu().numpy(), labels_sha256)
-                self._trajectory.append(self.epoch, self._scalars_MF[:rows].T.contiguous().cpu().numpy())
+                    self._trajectory.write_labels(self._shard.label_M[:rows].cpu().numpy(), labels_sha256)
+                self._trajectory.append(self.epoch, self._shard.scalars_MF[:rows].T.contiguous().cpu().numpy())
         if self.epoch > 0:
             self._advance_windows()
-        self._visits_M.zero_()
-        self._nonfinite_M.zero_()
-        self._nonfinite_step.fill_(_NEVER)
-        self._counts = None
+        self._shard.begin_epoch()
+        self._counts = self._by_owner_SB = None
         self.epoch += 1
         self.step = 0
 
@@ -296,9 +319,9 @@ class ShardedScorer:
         if not self._quarantines:
             return
         rows = self._end - self._first
-        is_new_M = (self._nonfinite_M[:rows] > 0) & (self._quarantined_M == _NOT_QUARANTINED)
+        is_new_M = (self._shard.nonfinite_M[:rows] > 0) & (self._quarantined_M == _NOT_QUARANTINED)
         self._quarantined_M.masked_fill_(is_new_M, self.epoch)
-        self._scalars_MF[:rows].masked_fill_((self._quarantined_M != _NOT_QUARANTINED)[:, None], 0.0)
+        self._shard.scalars_MF[:rows].masked_fill_((self._quarantined_M != _NOT_QUARANTINED)[:, None], 0.0)
         if self._num_nonfinite and self._trajectory is not None:
             epoch_of_index = self.quarantined()
             with distributed.together(self.world):
@@ -309,7 +332,7 @@ class ShardedScorer:
         """Put this epoch's loss differences into the ring and fold every window that is now full."""
         num_slots, rows = self._delta_KM.shape
         column = SCALARS.index(DELTA_OF_PRESET[self.preset])
-        self._delta_KM[self.epoch % num_slots].copy_(self._scalars_MF[:rows, column])
+        self._delta_KM[self.epoch % num_slots].copy_(self._shard.scalars_MF[:rows, column])
         for window, average_M in zip(self.windows, self._average_AM, strict=True):
             num_differences = differences_per_window(window, self.preset)
             num_windows = self.epoch - num_differences + 1
@@ -352,7 +375,7 @@ class ShardedScorer:
     def gather_labels(self) -> Tensor:
         """Recorded class by global index, int64 [N] on the CPU, on every rank. A collective."""
         rows = self._end - self._first
-        return distributed.all_gather_shards(self._label_M[:rows], self.num_samples, self.world).cpu()
+        return distributed.all_gather_shards(self._shard.label_M[:rows], self.num_samples, self.world).cpu()
 
     # ---- checkpoints
 
@@ -371,8 +394,7 @@ class ShardedScorer:
 
     def _state(self) -> dict[str, Tensor]:
         rows = self._end - self._first
-        tables = {"logp": self._logp_MC, "scalars": self._scalars_MF, "label": self._label_M, "visits": self._visits_M,
-                  "nonfinite": self._nonfinite_M, "quarantined": self._quarantined_M}
+        tables = self._shard.tables() | {"quarantined": self._quarantined_M}
         state = {name: distributed.as_shard(table[:rows], self.num_samples, self.world) for name, table in tables.items()}
         for name, table in (("delta", self._delta_KM), ("average", self._average_AM)):
             state[name] = distributed.as_shard(table, self.num_samples, self.world, dim=1)
@@ -393,6 +415,9 @@ class ShardedScorer:
         self._apply_pending()
         mine = self._state()
         with distributed.together(self.world):
+            if ({"logp", "topk_logp"} - mine.keys()) & state.keys():
+                raise InputError(f"the state was saved with another storage than {self._shard.storage!r}; resume with the one "
+                                 "it was saved with")
             if missing := [name for name in mine if name not in state]:
                 raise InputError(f"the state has no {missing[0]!r}; resume with one that ShardedScorer.state_dict made")
             if not torch.equal(state["settings"], mine["settings"]):
@@ -403,8 +428,8 @@ class ShardedScorer:
                 have = state[name]
                 if (have.dtype, have.shape) != (table.dtype, table.shape):
                     raise InputError(f"the state holds {name!r} as {have.dtype} {tuple(have.shape)}, not {table.dtype} "
-                                     f"{tuple(table.shape)}; resume with the num_samples, num_classes and logp_dtype it was "
-                                     "saved with")
+                                     f"{tuple(table.shape)}; resume with the num_samples, num_classes, logp_dtype and "
+                                     "storage it was saved with")
             quarantined, nonfinite = (distributed.own_rows(state[name]) for name in ("quarantined", "nonfinite"))
             if not self._quarantines and bool((quarantined != _NOT_QUARANTINED).any() | nonfinite.any()):
                 raise InputError("the state has samples in quarantine; resume with on_nan='quarantine', as it was saved")
@@ -413,7 +438,7 @@ class ShardedScorer:
             if name not in ("position", "settings") and into.data_ptr() != out_of.data_ptr():
                 into.copy_(out_of)
         self.epoch, self.step = state["position"].tolist()
-        self._counts = None
+        self._counts = self._by_owner_SB = None
         if self._directory is None:
             return
         label_N = self.gather_labels().numpy()
@@ -430,8 +455,7 @@ class ShardedScorer:
 
     def state_bytes(self) -> int:
         """Bytes of per-sample state on this rank's device."""
-        tables = (self._logp_MC, self._scalars_MF, self._label_M, self._visits_M, self._nonfinite_M, self._quarantined_M,
-                  self._delta_KM, self._average_AM)
+        tables = (*self._shard.tables().values(), self._quarantined_M, self._delta_KM, self._average_AM)
         return sum(table.numel() * table.element_size() for table in tables)
 
     def _name_rows(self, is_bad_M: Tensor) -> str:

@@ -66,7 +66,8 @@ def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, o
         parameter_name, _, key = rest.rpartition("/")
         if kind == "optimizer" and parameter_name in parameters:
             parameter = parameters[parameter_name]
-            device = parameter.device if like.ndim else torch.device("cpu")  # torch keeps step counters on the CPU
+            # Step counters stay on the CPU, but for fused kernels.
+            device = parameter.device if like.ndim or optimizer.defaults["fused"] else torch.device("cpu")
             shaped = parameter.detach() if like.shape == parameter.shape else like
             tensors[name] = optimizer.state[parameter][key] = torch.empty_like(shaped, dtype=like.dtype, device=device)
     observed = observer.state_dict()

@@ -320,3 +320,41 @@ def test_overrides_are_checked_together(file):
     """Each alone would break a rule."""
     config = load_config(file, ["train.momentum=0.0", "train.nesterov=false"])
     assert isinstance(config, Config)
+
+
+# ---- images that grow
+
+
+GROWING = {"start_size": 16, "from_epoch": 2, "to_epoch": 20}
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    ({"crop": "pad"}, r"data\.progressive resizes images, and data\.crop=pad does not; use data\.crop=resized, or leave"),
+    ({"start_size": 33}, r"start_size=33 is larger than data\.image_size=32.*lower the first or raise the second"),
+    ({"from_epoch": 20}, r"from_epoch=20 must be less than to_epoch=20"),
+    ({"to_epoch": 30}, r"to_epoch=30 must be less than train\.epochs=30 \(the last epoch is 29\).*lower it"),
+    ({"start_size": 7}, r"data\.progressive\.start_size=7"),
+    ({"multiple": 0}, r"data\.progressive\.multiple=0"),
+    ({"until": 3}, r"unknown key 'data\.progressive\.until'"),
+    ({"eval_size": 7}, r"data\.eval_size=7 must be at least 8, or 0 for data\.image_size=32"),
+])
+def test_growth_that_cannot_be(change, match):
+    tree = copy.deepcopy(MINIMAL)
+    of_data = {key: value for key, value in change.items() if key in ("crop", "eval_size")}
+    rest = {key: value for key, value in change.items() if key not in of_data}
+    tree["data"] |= {"crop": "resized", "progressive": GROWING | rest} | of_data
+    refused(tree, match)
+
+
+def test_growth_by_overrides(file):
+    start = ["data.crop=resized", "data.progressive={start_size: 16, from_epoch: 2, to_epoch: 20}"]
+    config = load_config(file, [*start, "data.progressive.multiple=4", "data.eval_size=40"])
+    assert config.data.progressive.model_dump() == GROWING | {"multiple": 4}
+    assert config.data.eval_size == 40
+    assert load_config(file, [*start, "data.progressive="]).data.progressive is None
+    refused(changed("data.progressive", {"start_size": 16}), r"key .data\.progressive\.from_epoch. is missing; from_epoch")
+
+
+@pytest.mark.parametrize(("key", "value"), [("model.compile", "yes"), ("train.fused_optimizer", "auto")])
+def test_switches_are_true_or_false(key, value):
+    refused(changed(key, value), rf"^my\.yaml: {key}=.*: .*; \S")

@@ -6,16 +6,18 @@ import torch
 
 from tdds_dist import ShardedScorer, Window
 from tdds_dist.partition import epoch_order
+from tdds_dist.rows import Arrived, Shard, pack, update
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def scores_on(device, dtype=torch.float32, forbid_sync=False):
+def scores_on(device, dtype=torch.float32, forbid_sync=False, storage="dense", fused=True):
     generator = torch.Generator().manual_seed(0)
     logits_TNC = (torch.randn(6, 500, 100, generator=generator) * 3).to(dtype)
     label_N = torch.randint(100, (500,), generator=generator)
     window = Window(6, 4, 0.9)
-    scorer = ShardedScorer(500, 100, [window], device=device)
+    scorer = ShardedScorer(500, 100, [window], device=device, storage=storage)
+    scorer._is_fused &= fused
     for epoch in range(6):
         order = epoch_order(500, 64, epoch=epoch)
         scorer.expect(order)
@@ -30,13 +32,91 @@ def scores_on(device, dtype=torch.float32, forbid_sync=False):
     return scorer.gather()[window].numpy()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gpu_gives_the_scores_of_the_cpu(dtype):
-    np.testing.assert_allclose(scores_on("cuda", dtype), scores_on("cpu", dtype), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(("storage", "fused"), [("dense", True), ("dense", False), ("topk:10", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_gpu_gives_the_scores_of_the_cpu(dtype, storage, fused):
+    found = scores_on("cuda", dtype, storage=storage, fused=fused)
+    np.testing.assert_allclose(found, scores_on("cpu", dtype, storage=storage), rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_does_not_wait_for_the_device():
-    scores_on("cuda", forbid_sync=True)
+@pytest.mark.parametrize("storage", ["dense", "topk:10"])
+def test_a_step_does_not_wait_for_the_device(storage):
+    scores_on("cuda", forbid_sync=True, storage=storage)
+
+
+def rows_on_the_gpu(num_rows, num_classes, dtype, seed):
+    """(index, label, logits) in no order, with padding and, in every 50th row, no finite numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_BC = torch.randn(num_rows + 3, num_classes, generator=generator) * 4
+    logits_BC[::50, num_classes // 2] = torch.inf
+    label_B = torch.randint(num_classes, (num_rows + 3,), generator=generator)
+    index_B = torch.cat([torch.randperm(num_rows, generator=generator), torch.full((3,), -1)])
+    return index_B.cuda(), label_B.cuda(), logits_BC.to(dtype).cuda()
+
+
+@pytest.mark.parametrize("quarantines", [True, False])
+@pytest.mark.parametrize("logp_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [2, 10, 999, 1000, 4096, 4097, 21841, 65536])
+def test_the_kernel_gives_what_the_plain_update_gives(num_classes, dtype, logp_dtype, quarantines):
+    from tdds_dist import fused
+
+    num_rows = 120
+    plain, kernel = (Shard(0, num_rows, num_classes, "dense", logp_dtype, torch.device("cuda")) for _ in range(2))
+    for epoch in range(2):
+        index_B, label_B, logits_BC = rows_on_the_gpu(num_rows, num_classes, dtype, epoch)
+        payload_RX = pack(index_B, label_B, logits_BC)
+        for write, shard in ((update, plain), (fused.update, kernel)):
+            write(shard, [Arrived(payload_RX, dtype, 5)], epoch > 0, quarantines)
+        for name in ("bad_index", "bad_label", "nonfinite_step", "label_M", "visits_M", "nonfinite_M"):
+            found, expected = getattr(kernel, name), getattr(plain, name)
+            if name.endswith("_M"):
+                found, expected = found[:num_rows], expected[:num_rows]
+            assert torch.equal(found, expected), name
+        finite_M = (plain.nonfinite_M[:num_rows] == 0) | quarantines
+        rough = logp_dtype == torch.float16
+        for name in ("logp", "scalars"):
+            found, expected = (shard.tables()[name][:num_rows][finite_M].float() for shard in (kernel, plain))
+            tolerance = 1e-3 if rough and (name == "logp" or epoch) else 5e-5
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize(("num_classes", "dtype"), [(10, torch.float32), (1000, torch.bfloat16), (9001, torch.float32)])
+def test_no_company_changes_a_bit_of_what_the_kernel_gives(num_classes, dtype):
+    from tdds_dist import fused
+
+    num_rows, found = 60, []
+    index_B, label_B, logits_BC = rows_on_the_gpu(num_rows, num_classes, dtype, 0)
+    logp_MC = -torch.rand(num_rows + 1, num_classes, device="cuda")
+    everything = torch.arange(num_rows + 3)
+    for ways in ([everything], [everything.flip(0)], everything.split(1), everything.split(7)):
+        shard = Shard(0, num_rows, num_classes, "dense", torch.float32, torch.device("cuda"))
+        shard.previous.logp_MC.copy_(logp_MC)
+        for rows in (rows.cuda() for rows in ways):
+            fused.update(shard, [Arrived(pack(index_B[rows], label_B[rows], logits_BC[rows]), dtype, 0)], True, True)
+        found.append({name: table[:num_rows].contiguous().view(torch.uint8) for name, table in shard.tables().items()})
+    for tables in found[1:]:
+        for name, table in tables.items():
+            assert torch.equal(table, found[0][name]), name
+
+
+def test_a_step_is_two_kernels():
+    """One packs the rows of this step, one updates those of the step before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    scorer = ShardedScorer(512, 1000, [Window(3, 2)], device="cuda")
+    logits_BC, label_B = torch.randn(64, 1000, device="cuda"), torch.zeros(64, dtype=torch.int64, device="cuda")
+    for _ in range(2):
+        batches = [index_B.cuda() for index_B in torch.arange(512).split(64)]
+        scorer.expect(epoch_order(512, 64, shuffle=False))
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for index_B in batches:
+                scorer.record(index_B, logits_BC, label_B)
+            torch.cuda.synchronize()
+        scorer.end_epoch()
+    kernels = [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("_update_row" in name for name in kernels) == 7, "the last step waits for the next call"
+    assert len(kernels) <= 2 * 8, kernels
 
 
 def test_the_loader_hands_over_intact_images_while_the_gpu_is_busy(betons):

@@ -19,8 +19,8 @@ LAYERS = [
     ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "pulse", "console", "workers"),
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
      "dynamics", "checkpoint"),
-    ("scorer",),
-    ("prepare", "snapshot", "job", "engine"),
+    ("rows", "fused", "scorer"),
+    ("prepare", "snapshot", "job", "feed", "metrics", "engine"),
     ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "summary", "status",
      "compare", "export", "ingest", "tables", "cells", "experiment", "charts", "report"),
     ("cli", "__main__"),
@@ -38,6 +38,7 @@ ONLY_IN = {
     "pyarrow": {"export"},
     "torch.distributed": {"distributed", "checkpoint"},
     "torch.distributed.checkpoint": {"checkpoint"},
+    "triton": {"fused"},
     "submitit": set(),  # launch/ only
     "launch": {"cli"},
 }

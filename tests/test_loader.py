@@ -3,16 +3,18 @@
 import math
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from ffcv.loader.epoch_iterator import EpochIterator
 from ranks import run_ranks
 
 from tdds_dist import imaging
 from tdds_dist.beton import inspect_beton, read_images
 from tdds_dist.errors import InputError
-from tdds_dist.loader import BetonLoader, View
+from tdds_dist.loader import BATCHES_AHEAD, BetonLoader, View
 from tdds_dist.partition import epoch_order
 
 
@@ -159,6 +161,68 @@ def test_an_epoch_can_start_in_the_middle(betons):
         assert torch.equal(image, expected_image)
 
 
+@pytest.mark.parametrize("view", [View(24, "resized", flip=True), View(24, "center", ratio=0.9)])
+def test_a_size_of_its_own_is_that_of_a_loader_made_for_it(betons, view):
+    """Buffers follow, back as well, and also while another pass of the same loader is under way."""
+    order = epoch_order(61, 10, epoch=1)
+    loader = BetonLoader(betons["big"], 10, view)
+    under_way = loader.batches(order, rank=0, world_size=1, epoch=1)
+    first = next(under_way).image.clone()
+    for size in (40, 9, None):
+        same = BetonLoader(betons["big"], 10, replace(view, size=size or 24))
+        whole = [batch.image.clone() for batch in same.batches(order, rank=0, world_size=1, epoch=1)]
+        found = [batch.image.clone() for batch in loader.batches(order, rank=0, world_size=1, epoch=1, size=size)]
+        assert found[0].shape == (10, 3, size or 24, size or 24)
+        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+    rest = [first] + [batch.image.clone() for batch in under_way]
+    assert all(torch.equal(a, b) for a, b in zip(whole, rest, strict=True))
+
+
+def test_two_epochs_of_one_loader_at_once(betons):
+    """The next epoch is started before this one is over: each keeps its own augmentation."""
+    loader = BetonLoader(betons["raw"], 10, VIEWS["pad"])
+    orders = [epoch_order(97, 10, epoch=epoch) for epoch in (0, 1)]
+    alone = [[b.image.clone() for b in loader.batches(order, rank=0, world_size=1, epoch=epoch)]
+             for epoch, order in enumerate(orders)]
+    both = [loader.batches(order, rank=0, world_size=1, epoch=epoch) for epoch, order in enumerate(orders)]
+    for expected in zip(*alone, strict=True):
+        for image, batches in zip(expected, both, strict=True):
+            assert torch.equal(image, next(batches).image)
+    assert [next(batches, None) for batches in both] == [None, None]
+
+
+def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch):
+    """As many batches as fit, and no more until one is taken."""
+    started, load_batch = [], imaging.load_batch
+    monkeypatch.setattr(imaging, "load_batch", lambda *arguments: (started.append(1), load_batch(*arguments)))
+    batches = BetonLoader(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    _wait_for(lambda: len(started) == BATCHES_AHEAD + 1)
+    time.sleep(0.3)
+    assert len(started) == BATCHES_AHEAD + 1
+    next(batches)
+    _wait_for(lambda: len(started) == BATCHES_AHEAD + 2)
+    batches.close()
+
+
+def test_what_is_closed_has_no_more_batches(betons):
+    batches = BetonLoader(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    first = next(batches).index.clone()
+    assert (first >= 0).all()
+    before = [thread for thread in threading.enumerate() if isinstance(thread, EpochIterator)]
+    batches.close()
+    assert len(before) == 1
+    assert not before[0].is_alive()
+    assert len(list(batches)) <= BATCHES_AHEAD
+    batches.close()
+
+
+def _wait_for(is_so):
+    deadline = time.monotonic() + 10
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_so()
+
+
 # ---- faults
 
 
@@ -234,3 +298,76 @@ def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
     assert seen.tolist() == [1] * 7
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert images[:, 3, 3, 1].tolist() == [0, 10, 20, 30, 40, 50, 60]
+
+
+# ---- on a GPU
+
+
+on_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def cuda_tests(function):
+    for mark in on_cuda:
+        function = mark(function)
+    return function
+
+
+@cuda_tests
+def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
+    """The device lags seconds behind the host, which may not wait for it while it takes all batches of an epoch: copies run
+    beside the computation, and what a step reads is not written over, on the host or on the device."""
+    expected = torch.from_numpy(np.stack(read_images(betons["raw"], range(97))))
+    order = epoch_order(97, 4)
+    loader = BetonLoader(betons["raw"], 4, View(32), device="cuda")
+    sums, large = [], torch.randn(4000, 4000, device="cuda")
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in loader.batches(order, rank=0, world_size=1, epoch=0):
+            for _ in range(20):
+                large = large @ large * 1e-4
+            # Freed at once on the host, and used by what is queued.
+            sums.append((batch.index.clone(), batch.label.clone(), batch.image.double().sum(dim=(1, 2, 3))))
+            del batch
+        done.record()
+        assert not done.query(), "the host waited for the device"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    seen = torch.cat([index for index, _, _ in sums]).cpu()
+    assert sorted(seen[seen >= 0].tolist()) == list(range(97))
+    label_N = torch.from_numpy(inspect_beton(betons["raw"]).label_N)
+    for index, label, total in sums:
+        real = (index >= 0).cpu()
+        assert torch.equal(label.cpu()[real], label_N[index.cpu()[real]].long())
+        assert torch.equal(total.cpu()[real], expected[index.cpu()[real]].double().sum(dim=(1, 2, 3)))
+
+
+@cuda_tests
+def test_on_cuda_batches_are_on_the_device_as_the_network_wants_them(betons):
+    order = epoch_order(97, 10, epoch=3)
+    on_cpu = list(_copies(BetonLoader(betons["raw"], 10, VIEWS["pad"]), order))
+    on_gpu = list(_copies(BetonLoader(betons["raw"], 10, VIEWS["pad"], device="cuda"), order))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert b.image.is_cuda
+        assert b.image.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a.image, b.image.cpu())
+        assert torch.equal(a.label, b.label.cpu())
+        assert torch.equal(a.index, b.index.cpu())
+
+
+@cuda_tests
+def test_on_cuda_buffers_are_pinned(betons):
+    batches = BetonLoader(betons["raw"], 10, View(32), device="cuda").batches(
+        epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    next(batches)
+    thread = next(thread for thread in threading.enumerate() if isinstance(thread, EpochIterator))
+    for buffers in thread.memory_allocations["operation"].values():
+        for buffer in buffers if isinstance(buffers, tuple) else [buffers]:
+            assert torch.from_numpy(buffer).is_pinned()
+    batches.close()
+
+
+def _copies(loader, order):
+    for batch in loader.batches(order, rank=0, world_size=1, epoch=3):
+        yield replace(batch, image=batch.image.clone())

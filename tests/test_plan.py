@@ -33,6 +33,7 @@ from tdds_dist.plan import _deals_out, parse_bytes, plan
 from tdds_dist.prepare import build_optimizer
 from tdds_dist.rundir import RunDir
 from tdds_dist.scalars import SCALARS
+from tdds_dist.scorer import WAITING_NUMBERS
 
 ROOT = Path(__file__).parents[1]
 IMAGENET = 1_281_167
@@ -62,6 +63,12 @@ def storage_bytes(tensors):
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
+def tables_of(scorer):
+    """All tensors of a scorer, also those in what it consists of."""
+    owners = [scorer, scorer._shard, scorer._shard.previous]
+    return [item for owner in owners for item in vars(owner).values() if isinstance(item, torch.Tensor)]
+
+
 # ---- the scorer
 
 
@@ -72,7 +79,9 @@ SAME_WINDOW_TWICE = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}, {T: 3, K
 
 @pytest.mark.parametrize("overrides", [
     [ONE_WINDOW], [TWO_WINDOWS], [SAME_WINDOW_TWICE], [ONE_WINDOW, "score.preset=paper"],
-    [TWO_WINDOWS, "score.logp_dtype=float16"], [ONE_WINDOW, "data.num_classes=257", "score.on_nan=quarantine"],
+    [TWO_WINDOWS, "score.logp_dtype=float16"], [ONE_WINDOW, "score.storage=topk:3"],
+    [ONE_WINDOW, "score.storage=topk:9", "data.num_classes=40000", "score.logp_dtype=float16"],
+    [ONE_WINDOW, "data.num_classes=257", "score.on_nan=quarantine"],
 ])
 @pytest.mark.parametrize(("num_samples", "world_size"), [(97, 1), (97, 3), (10, 3), (5, 4), (1, 1)])
 def test_scorer_bytes_are_those_of_a_real_scorer(tiny, monkeypatch, overrides, num_samples, world_size):
@@ -81,14 +90,15 @@ def test_scorer_bytes_are_those_of_a_real_scorer(tiny, monkeypatch, overrides, n
         world = World(rank, rank, world_size, world_size, torch.device("cpu"))
         monkeypatch.setattr(distributed, "current_world", lambda device=None, world=world: world)
         scorer = ShardedScorer(num_samples, config.data.num_classes, config.windows(), config.score.preset, "cpu",
-                               logp_dtype=getattr(torch, config.score.logp_dtype), on_nan=config.score.on_nan)
-        real = storage_bytes(item for item in vars(scorer).values() if isinstance(item, torch.Tensor))
+                               logp_dtype=getattr(torch, config.score.logp_dtype), on_nan=config.score.on_nan,
+                               storage=config.score.storage)
+        real = storage_bytes(tables_of(scorer))
         predicted = footprint.scorer_bytes(config, num_samples, world_size, rank)
-        assert sum(predicted.values()) == real
-        assert predicted["previous log-probabilities"] == scorer._logp_MC.untyped_storage().nbytes()
+        assert sum(predicted.values()) == real == scorer.state_bytes() + 3 * 8
+        assert predicted["previous log-probabilities"] == storage_bytes(scorer._shard.previous.tables().values())
         assert predicted["ring of loss differences"] == scorer._delta_KM.untyped_storage().nbytes()
         assert predicted["averages over windows"] == scorer._average_AM.untyped_storage().nbytes()
-        assert predicted["scalars of this epoch"] == scorer._scalars_MF.untyped_storage().nbytes()
+        assert predicted["scalars of this epoch"] == scorer._shard.scalars_MF.untyped_storage().nbytes()
 
 
 def pending_bytes(rank, world_size, rows, num_classes, dtype):
@@ -117,26 +127,27 @@ def test_routing_buffers_are_those_of_a_real_step(dtype):
     assert footprint.recording_bytes(12, 33, dtype.itemsize) > 2 * payload
 
 
-@pytest.mark.parametrize(("rows", "num_classes"), [(64, 1000), (256, 100), (1024, 10)])
-def test_recording_takes_no_more_than_planned(rows, num_classes):
-    scorer = ShardedScorer(4 * rows, num_classes, load_windows(), device="cpu")
-    tables = [item for item in vars(scorer).values() if isinstance(item, torch.Tensor)]
+@pytest.mark.parametrize("kind", ["dense", "topk"])
+@pytest.mark.parametrize(("rows", "num_classes"), [(64, 1000), (256, 100), (1024, 10), (24, 10), (8, 9000)])
+def test_recording_takes_no_more_than_planned(rows, num_classes, kind):
+    storage = kind if kind == "dense" else f"topk:{max(1, num_classes // 10)}"
+    num_samples = rows * max(4, 2 * WAITING_NUMBERS // (rows * num_classes))
+    scorer = ShardedScorer(num_samples, num_classes, load_windows(), device="cpu", storage=storage)
 
     def batch(first):
         index_B = torch.arange(first, first + rows)
         return index_B, torch.randn(rows, num_classes), torch.zeros(rows, dtype=torch.int64)
 
-    for first in range(0, 4 * rows, rows):
-        scorer.record(*batch(first))
+    batches = [batch(first) for first in range(0, num_samples, rows)]
+    for arguments in batches:
+        scorer.record(*arguments)
     scorer.end_epoch()
-    batches = [batch(0), batch(rows)]
-    with footprint._Alive([*tables, *batches[0], *batches[1]]) as alive:
+    with footprint._Alive([*tables_of(scorer), *(tensor for arguments in batches for tensor in arguments)]) as alive:
         for arguments in batches:
             scorer.record(*arguments)
         scorer._apply_pending()
-    planned = footprint.recording_bytes(rows, num_classes, 4)
-    columns = rows * 8 * 40  # of the rows, not of the classes: indices, owners, flags
-    assert 0.7 * planned < alive.peak_bytes <= planned + columns
+    planned = footprint.recording_bytes(rows, num_classes, 4, storage)
+    assert 0.7 * planned < alive.peak_bytes <= planned
 
 
 # ---- the network
@@ -383,6 +394,9 @@ def test_trajectory_and_checkpoint_follow_the_config(tiny):
     assert planned("train.epochs=9", "collect.stop_after=last_window")[0] == plain
     assert planned("checkpoint.keep=4")[1] == checkpoints / 3 * 5
     assert checkpoints - planned("score.logp_dtype=float16")[1] == 3 * 100_000 * 10 * 2
+    # 10 float32 become 3 + 2 and 3 + 1 classes of 2 bytes, in one more table
+    saved = 3 * (100_000 * (10 * 4 - 5 * 4 - 4 * 2) - footprint._TENSOR_FILE_BYTES)
+    assert checkpoints - planned("score.storage=topk:3")[1] == saved
 
 
 @pytest.mark.distributed
@@ -420,7 +434,7 @@ def test_host_memory(tiny, betons):
     get = partial(value, lines)
     loader = BetonLoader(betons["train"], 12, View(32, "pad"))
     with_buffers = next(iter(loader.batches(epoch_order(24, 24, shuffle=False), rank=0, world_size=2, epoch=0)))
-    assert get("decoded batches") == 5 * 12 * (32 * 32 * 3 + 32 * 32 * 3 + 9)
+    assert get("decoded batches") == 2 * 12 * (5 * (32 * 32 * 3 + 9) + 32 * 32 * 3)
     assert with_buffers.image.shape == (12, 3, 32, 32)
     label_N = inspect_beton(betons["train"]).label_N
     most = max(len(_ByClass(label_N, World(rank, rank, 2, 2, torch.device("cpu"))).index_M) for rank in range(2))

@@ -322,6 +322,56 @@ def test_state_is_what_the_design_says():
     assert scorer.state_bytes() == expected
 
 
+@pytest.mark.parametrize(("rows", "num_classes", "expected"), [
+    (24, 10, [0] * 137 + [1]), (64, 100, [0] * 6 + [1]), (64, 1000, [0, 1])])
+def test_small_steps_are_written_together(rows, num_classes, expected, monkeypatch):
+    """As many updates after each `record` as there are rows for: one call for many steps, where each is worth little."""
+    from tdds_dist import scorer as module
+
+    updates, real = [], module.update
+    monkeypatch.setattr(module, "update", lambda *args: updates.append(args[1]) or real(*args))
+    scorer = ShardedScorer(rows * len(expected), num_classes, [Window(2, 2)], device="cpu")
+    found = []
+    for index_B in torch.arange(rows * len(expected)).split(rows):
+        scorer.record(index_B, torch.zeros(rows, num_classes), torch.zeros(rows, dtype=torch.int64))
+        found.append(len(updates))
+    assert found == expected
+    scorer.end_epoch()
+    assert [part.step for arrived in updates for part in arrived] == list(range(len(expected))), "each once, in order"
+
+
+def test_logits_may_change_their_dtype_from_step_to_step():
+    """As when mixed precision is switched: rows that wait for each other are of one dtype."""
+    logits_TNC, label_N = random_stream(12, 4, 2)
+    plain, mixed = (ShardedScorer(12, 4, [Window(2, 2)], device="cpu") for _ in range(2))
+    for logits_NC in logits_TNC:
+        logits_NC = logits_NC.to(torch.bfloat16)
+        plain.record(torch.arange(12), logits_NC, label_N)
+        for rows, dtype in ((slice(0, 3), torch.float32), (slice(3, 7), torch.bfloat16), (slice(7, 9), torch.float64),
+                            (slice(9, 12), torch.float32)):
+            mixed.record(torch.arange(12)[rows], logits_NC[rows].to(dtype), label_N[rows])
+        plain.end_epoch()
+        mixed.end_epoch()
+    assert torch.equal(*(scorer._shard.scalars_MF[:12, 1:].nan_to_num() for scorer in (plain, mixed)))
+
+
+@pytest.mark.distributed
+def test_rows_that_do_not_follow_the_announced_order_are_an_error():
+    for kind, text in run_ranks(2, _other_rows_than_announced):
+        assert kind == "InputError"
+        assert "epoch 0: " in text
+        assert "do not follow the order given to expect()" in text
+
+
+def _other_rows_than_announced(rank):
+    scorer = ShardedScorer(8, 3, [Window(2, 2)], device="cpu")
+    order = epoch_order(8, 8)
+    scorer.expect(order)
+    (index_B,) = order.of_rank(1 - rank, 2)[1]  # what the other rank should have
+    scorer.record(torch.from_numpy(index_B.copy()), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    return catch(scorer.end_epoch)
+
+
 # ---- what is refused
 
 

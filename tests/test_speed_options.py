@@ -1,0 +1,440 @@
+"""What makes training faster and must not make it another: compiled networks, fused optimizers, images that grow, and
+decoding ahead of need."""
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ffcv.loader.epoch_iterator import EpochIterator
+from ranks import run_ranks
+from torch import nn
+
+from tdds_dist import ShardedScorer, distributed, engine
+from tdds_dist.checkpoint import Checkpoints
+from tdds_dist.collect import Scoring
+from tdds_dist.config import load_config, to_dict
+from tdds_dist.engine import Trainer, fit
+from tdds_dist.errors import InputError
+from tdds_dist.job import Job, Nobody
+from tdds_dist.loader import BetonLoader
+from tdds_dist.preemption import Preempted
+from tdds_dist.prepare import build_optimizer, open_files, preflight, set_deterministic, training_size, training_sizes
+from tdds_dist.rundir import RunDir
+
+GROWING = ["data.crop=resized", "data.progressive={start_size: 16, from_epoch: 0, to_epoch: 3, multiple: 8}", "train.epochs=5"]
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Small(nn.Module):
+    """Batch norm, and any image size; notes what it is shown when it is not compiled."""
+
+    def __init__(self, seen):
+        super().__init__()
+        # A bias before batch norm has no gradient but rounding, which Adam would make steps of.
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.seen = seen
+
+    def forward(self, image):
+        if not torch.compiler.is_compiling():
+            self.seen(self.training, tuple(image.shape))
+        return self.head(torch.relu(self.norm(self.conv(image))).mean(dim=(2, 3)))
+
+
+class Leaves(Nobody):
+    """Asks the run to leave at a forward pass, as a signal would, or fails there."""
+
+    def __init__(self, interruption, at, error=None):
+        self._interruption, self._left, self._error = interruption, at, error
+
+    def record(self, index_B, logits_BC, label_B):
+        self._left -= 1
+        if self._left == 0 and self._error is not None:
+            raise self._error
+        if self._left == 0:
+            self._interruption._first = "SIGTERM"
+
+
+def train(rank, config_file, folder, overrides, leave_at=0, error=None, score=False, epochs=None, device="cpu", prepare=None):
+    """Train on this rank, if asked to with a leave and a resume; everything that came of it."""
+    seen = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    engine.build_model = lambda *arguments, **options: Small(
+        lambda *what: seen.append(what)).to(memory_format=torch.channels_last)
+    engine.default_workers = lambda local_world_size: 1
+    if prepare is not None:
+        prepare(seen)
+    config = load_config(config_file, [f"run.dir={folder}", "train.deterministic=true", *overrides])
+    world = distributed.current_world(device)
+    run = RunDir(folder)
+    run.path.mkdir(exist_ok=True)
+    train_file, val_file, _ = open_files(config)
+    checkpoints = Checkpoints(run.checkpoints, world, asynchronous=False, say=lambda text: None)
+    job = Job(config, world, run, train_file, val_file, epochs or config.train.epochs, config.train.global_batch_size,
+              checkpoints=checkpoints)
+    if score:
+        job = replace(job, observer=Scoring(ShardedScorer(120, 10, config.windows(), device=device), False))
+    outcome, threads = "done", []
+    try:
+        fit(replace(job, observer=Leaves(job.interruption, leave_at, error)) if leave_at else job)
+    except (Preempted, RuntimeError) as left:
+        outcome = type(left).__name__
+        threads = loading_threads()  # here: once the exception is gone, those of its frames end by themselves
+        found = checkpoints.latest()
+        if error is None:
+            again = replace(job, resume=found, interruption=type(job.interruption)())
+            assert found.record["steps_of_epoch"] > 0, "left in the middle of an epoch"
+            fit(again)
+    checkpoints.close()
+    threads += loading_threads()
+    weights = {}
+    if error is None:
+        weights = {name: value.numpy() for name, value in torch.load(run.models / "final.pt", weights_only=True).items()}
+    metrics = [{key: record[key] for key in ("train_loss", "train_top1", "val_loss", "val_top1") if key in record}
+               for record in run.read_metrics()]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {"outcome": outcome, "seen": seen, "weights": weights, "metrics": metrics, "threads": threads, "graphs": graphs}
+
+
+def loading_threads():
+    return [thread.name for thread in threading.enumerate() if isinstance(thread, EpochIterator)]
+
+
+def trained(world_size, *arguments, **options):
+    """What `train` gives on rank 0 of so many."""
+    return several(world_size, [(arguments, options)])[0]
+
+
+def several(world_size, calls, deadline=120.0):
+    """What `train` gives on rank 0 for each of (arguments, options), in the same processes: a compiler starts slowly."""
+    return run_ranks(world_size, _train, calls, deadline=deadline)[0]
+
+
+def _train(rank, calls):
+    return [train(rank, *arguments, **options) for arguments, options in calls]
+
+
+def assert_same(a, b):
+    assert a["weights"].keys() == b["weights"].keys()
+    assert [name for name in a["weights"] if not np.array_equal(a["weights"][name], b["weights"][name])] == []
+
+
+def distance(a, b):
+    return max(np.abs(a["weights"][name].astype(float) - b["weights"][name]).max() for name in a["weights"])
+
+
+# ---- images that grow
+
+
+def literal_size(epoch, start, final, first, last):
+    """get_resolution of libffcv/ffcv-imagenet's train_imagenet.py."""
+    if epoch <= first:
+        return start
+    if epoch >= last:
+        return final
+    return int(np.round(np.interp([epoch], [first, last], [start, final])[0] / 32)) * 32
+
+
+@pytest.mark.parametrize(("start", "final", "first", "last"), [(160, 192, 35, 39), (96, 224, 0, 80), (128, 320, 2, 9)])
+def test_sizes_are_those_of_the_recipe(config_file, start, final, first, last):
+    config = load_config(config_file, [
+        "data.crop=resized", f"data.image_size={final}", "train.epochs=90",
+        f"data.progressive={{start_size: {start}, from_epoch: {first}, to_epoch: {last}}}"])
+    sizes = [training_size(config, epoch, 90) for epoch in range(90)]
+    assert sizes == [literal_size(epoch, start, final, first, last) for epoch in range(90)]
+    assert set(sizes) <= set(training_sizes(config))
+    assert (sizes[0], sizes[-1]) == (start, final)
+
+
+def test_sizes_in_between_stay_between_the_ends(config_file):
+    config = load_config(config_file, ["data.crop=resized", "data.image_size=70", "train.epochs=40",
+                                       "data.progressive={start_size: 50, from_epoch: 1, to_epoch: 39}"])
+    sizes = [training_size(config, epoch, 40) for epoch in range(40)]
+    assert sorted(set(sizes)) == [50, 64, 70] == training_sizes(config)  # rounding alone would give 96 and 32 as well
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 60, 400])
+def test_a_training_of_other_length_goes_through_the_same_sizes(config_file, epochs):
+    config = load_config(config_file, ["data.crop=resized", "data.image_size=224", "train.epochs=60",
+                                       "data.progressive={start_size: 96, from_epoch: 10, to_epoch: 50}"])
+    sizes = [training_size(config, epoch, epochs) for epoch in range(epochs)]
+    assert sizes[-1] == 224
+    assert sizes[0] == (96 if epochs > 1 else 224)
+    assert sizes == sorted(sizes)
+    assert set(sizes) <= set(training_sizes(config))
+    for epoch, size in enumerate(sizes[:-1]):  # at the same share of the way
+        assert size == training_size(config, round(epoch / (epochs - 1) * 5900), 5901)
+
+
+def test_without_growth_there_is_one_size(config_file):
+    config = load_config(config_file)
+    assert (training_size(config, 0, 9), training_sizes(config)) == (32, [32])
+
+
+@pytest.mark.distributed
+def test_training_and_evaluation_see_their_sizes(config_file, tmp_path):
+    """Also where the training is longer than the config's, and begins again in the middle of an epoch."""
+    whole = trained(1, config_file, tmp_path / "whole", [*GROWING, "data.eval_size=40"])
+    assert sizes_of(whole) == ([[16], [24], [24], [32], [32]], {40})
+    left = trained(1, config_file, tmp_path / "left", [*GROWING, "data.eval_size=40"], leave_at=7)
+    assert left["outcome"] == "Preempted"
+    assert sizes_of(left) == sizes_of(whole)
+    assert left["threads"] == whole["threads"] == []
+    assert_same(whole, left)
+    longer = trained(2, config_file, tmp_path / "longer", [*GROWING, "data.eval_size=40"], epochs=9)
+    assert sizes_of(longer)[0] == [[16], [16], [24], [24], [24], [32], [32], [32], [32]]
+
+
+def sizes_of(outcome):
+    """Of training by epoch (5 steps each), and of evaluation; the pass that settles DDP's buckets has two rows."""
+    steps = [shape for training, shape in outcome["seen"] if training and shape[0] > 2]
+    epochs = [sorted({shape[-1] for shape in steps[first : first + 5]}) for first in range(0, len(steps), 5)]
+    return epochs, {shape[-1] for training, shape in outcome["seen"] if not training}
+
+
+def test_preflight_tries_every_size(config_file):
+    def check(*overrides):
+        config = load_config(config_file, ["data.crop=resized", "model.name=alexnet", "data.image_size=96", *overrides])
+        preflight(config, *open_files(config)[:2], 4)
+
+    check()
+    check("data.progressive={start_size: 64, from_epoch: 0, to_epoch: 2}", "data.eval_size=128")
+    with pytest.raises(InputError, match=r"cannot train on 4 images of 16x16 .*use another data\.progressive"):
+        check("data.progressive={start_size: 16, from_epoch: 0, to_epoch: 2}")
+    with pytest.raises(InputError, match=r"cannot evaluate 4 images of 16x16 .*use another data\.eval_size"):
+        check("data.eval_size=16")
+    with pytest.raises(InputError, match=r"cannot train on 4 images of 24x24 .*use another data\.image_size"):
+        check("data.image_size=24", "data.eval_size=96")
+
+
+# ---- fused optimizers
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_fused_optimizer_takes_the_same_steps_and_resumes_bitwise(config_file, tmp_path, optimizer):
+    base = [f"train.optimizer={optimizer}", "train.lr=0.01", "train.decay_norm_and_bias=false"]
+    fused = [*base, "train.fused_optimizer=true"]
+    plain, whole, left = several(
+        1, [((config_file, tmp_path / "plain", base), {}), ((config_file, tmp_path / "whole", fused), {}),
+            ((config_file, tmp_path / "left", fused), {"leave_at": 7})])
+    assert distance(plain, whole) < 1e-4
+    assert left["outcome"] == "Preempted"
+    assert_same(whole, left)
+
+
+def test_which_optimizer_is_fused(config_file):
+    model = nn.Linear(3, 4)
+
+    def fused(*overrides):
+        return {build_optimizer(model, load_config(config_file, (*overrides, f"train.optimizer={kind}"))).defaults["fused"]
+                for kind in ("sgd", "adamw")}
+
+    assert fused("train.fused_optimizer=true") == {True}
+    assert fused("train.fused_optimizer=false") == fused() == {None}  # on the CPU
+
+
+# ---- compiled networks
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
+    """With recording, from an extra clean view too, which is eager; names in checkpoints and models stay."""
+    clean = ["score.view=clean", "train.mixup=0.2"]
+    compile = [*clean, "model.compile=true"]
+    plain, compiled, scored = several(
+        1, [((config_file, tmp_path / "plain", clean), {}), ((config_file, tmp_path / "compiled", compile), {}),
+            ((config_file, tmp_path / "scored", compile), {"score": True})], deadline=400.0)
+    assert (plain["graphs"], compiled["graphs"], scored["graphs"]) == (0, 1, 1)
+    assert not any(training for training, _ in compiled["seen"]), "evaluation alone is eager"
+    assert plain["weights"].keys() == compiled["weights"].keys() == dict(Small(None).state_dict()).keys()
+    assert 0 < distance(plain, compiled) < 1e-3
+    assert_same(compiled, scored)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_compiled_network_on_ranks_resumes_bitwise(config_file, tmp_path):
+    """Two forward passes per step, of which DDP lets one be; a graph for each of the sizes."""
+    plain = [*GROWING, "train.accumulation=2"]
+    compile = [*plain, "model.compile=true"]
+    eager, whole, left = several(
+        2, [((config_file, tmp_path / "eager", plain), {}), ((config_file, tmp_path / "whole", compile), {}),
+            ((config_file, tmp_path / "left", compile), {"leave_at": 13})], deadline=400.0)
+    assert whole["graphs"] >= 3
+    assert left["outcome"] == "Preempted"
+    assert_same(whole, left)
+    assert 0 < distance(eager, whole) < 1e-3
+
+
+def test_compile_failure_is_said(config_file, tmp_path):
+    """One line instead of the compiler's pages."""
+    kind, text = run_ranks(1, _no_compiler, config_file, tmp_path / "run")[0]
+    assert kind == "InputError"
+    assert "model.compile=true: torch.compile fails on model.name=shufflenet_v2_x0_5" in text
+    assert "set model.compile=false" in text
+    assert "\n" not in text
+
+
+def _no_compiler(rank, config_file, folder):
+    from torch._inductor import cpp_builder
+
+    def fail(*arguments, **options):
+        raise torch._inductor.exc.InvalidCxxCompiler
+
+    cpp_builder.get_cpp_compiler = fail
+    torch._inductor.config.force_disable_caches = True
+    try:
+        train(rank, config_file, folder, ["model.compile=true"])
+    except InputError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+# ---- decoding ahead
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_follows_is_started_before_it_is_needed(config_file, tmp_path, world_size):
+    """120 images in 5 steps: what follows starts with 3 to go. The results are those of a loop that does not look ahead."""
+    overrides = ["train.eval_every=2", "train.epochs=4"]
+    ahead = trained(world_size, config_file, tmp_path / "ahead", overrides, prepare=_note_openings)
+    events = [what if isinstance(what[0], str) else "t" if what[0] else "v" for what in ahead["seen"]]
+    opened = {what: events.index(what) for what in events if not isinstance(what, str)}
+    assert list(opened) == [("train", 0), ("train", 1), ("val", 1), ("train", 2), ("train", 3), ("val", 3)]
+    num_val = -(-50 // 24)
+    steps = [sum(event == "t" for event in events[:place]) - 1 for place in opened.values()]  # but for that of the start
+    assert steps == [0, 2, 7, 10, 12, 17]
+    evaluated = [sum(event == "v" for event in events[:place]) for place in opened.values()]
+    assert evaluated == [0, 0, 0, num_val - num_val, num_val, num_val]
+    behind = trained(world_size, config_file, tmp_path / "behind", overrides, prepare=_do_not_look_ahead)
+    assert_same(ahead, behind)
+    assert json.dumps(ahead["metrics"]) == json.dumps(behind["metrics"])
+    assert ahead["threads"] == behind["threads"] == []
+
+
+def _note_openings(seen):
+    batches = BetonLoader.batches
+
+    def note(loader, order, **where):
+        seen.append(("val" if loader.view.crop == "center" else "train", where["epoch"]))
+        return batches(loader, order, **where)
+
+    BetonLoader.batches = note
+
+
+def _do_not_look_ahead(seen):
+    Trainer._look_ahead = lambda trainer, num_left: None
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("leave_at", [3, 5, 6])
+def test_every_way_out_ends_the_loading_threads(config_file, tmp_path, leave_at):
+    """From the middle of an epoch; with the next pass started already; after it."""
+    for every in (1, 3):  # evaluation is next, or the next epoch
+        overrides = [f"train.eval_every={every}"]
+        failed = trained(1, config_file, tmp_path / f"failed{every}", overrides, leave_at=leave_at, error=RuntimeError("boom"))
+        assert (failed["outcome"], failed["threads"]) == ("RuntimeError", [])
+
+
+# ---- what is on anyway
+
+
+@pytest.mark.distributed
+def test_gradients_live_in_the_buckets(tmp_path):
+    """One bucket holds them all: no second copy, and none to make."""
+    assert run_ranks(1, _storages_of_gradients)[0] == (1, 5)
+
+
+def _storages_of_gradients(rank):
+    model = Small(lambda *what: None)
+    replicas = distributed.data_parallel(model, distributed.current_world("cpu"))
+    for _ in range(2):  # the first sorts the buckets
+        replicas.zero_grad(set_to_none=True)
+        replicas(torch.randn(2, 3, 8, 8)).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return len({gradient.untyped_storage().data_ptr() for gradient in gradients}), len(gradients)
+
+
+def test_cudnn_looks_for_the_fastest_unless_bits_matter():
+    before = torch.backends.cudnn.benchmark
+    try:
+        for wanted in (True, False, True):
+            set_deterministic(wanted)
+            assert torch.backends.cudnn.benchmark is not wanted
+            assert torch.are_deterministic_algorithms_enabled() is wanted
+    finally:
+        set_deterministic(False)
+        torch.backends.cudnn.benchmark = before
+
+
+def test_new_options_stand_in_the_record_of_a_run(config_file):
+    config = load_config(config_file, [*GROWING, "data.progressive.multiple=4"])
+    assert to_dict(config)["data"]["progressive"] == {"start_size": 16, "from_epoch": 0, "to_epoch": 3, "multiple": 4}
+    assert to_dict(load_config(config_file))["data"]["progressive"] is None
+
+
+# ---- on a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.distributed
+@on_cuda
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_on_cuda_fused_steps_resume_bitwise(config_file, tmp_path, optimizer, amp):
+    """With loss scaling, clipping and images that grow; deterministic, so that bits can be compared."""
+    overrides = [*GROWING, f"train.optimizer={optimizer}", f"train.amp={amp}", "train.lr=0.01", "run.device=cuda"]
+    for more in ([], ["train.clip_norm=1.0"]):
+        runs = [trained(1, config_file, tmp_path / f"{leave_at}{len(more)}", overrides + more, leave_at=leave_at, device="cuda")
+                for leave_at in (0, 7)]
+        assert [run["outcome"] for run in runs] == ["done", "Preempted"]
+        assert_same(*runs)
+
+
+@pytest.mark.cuda
+@pytest.mark.distributed
+@on_cuda
+def test_on_cuda_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
+    base = [*GROWING, "run.device=cuda"]
+    plain = trained(1, config_file, tmp_path / "plain", base, device="cuda")
+    compiled = trained(1, config_file, tmp_path / "compiled", [*base, "model.compile=true"], device="cuda")
+    assert compiled["graphs"] == 3
+    assert distance(plain, compiled) < 1e-2
+
+
+@pytest.mark.cuda
+@pytest.mark.distributed
+@on_cuda
+def test_no_step_of_the_loop_waits_for_the_device(config_file, tmp_path):
+    """Training steps and evaluation under torch's watch; what is read at log cadence and at ends of epochs is let be."""
+    outcome = trained(1, config_file, tmp_path / "run", ["run.device=cuda", "train.log_every=1000"], device="cuda",
+                      score=True, prepare=_forbid_waits)
+    assert outcome["outcome"] == "done"
+    assert len(outcome["metrics"]) == 3
+
+
+def _forbid_waits(seen):
+    """In every forward and backward pass, update and look at a batch of evaluation."""
+    from tdds_dist import metrics
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return real(*arguments, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        setattr(owner, name, watched)
+
+    for owner, name in ((Trainer, "_forward_backward"), (Trainer, "_update"), (metrics.Accuracy, "add")):
+        watch(owner, name)
