@@ -4,9 +4,9 @@ Sums over epochs are loops of elementwise operations, in float64: a sample score
 any size (see `tdds`), and a trajectory never exists in float64 as a whole.
 """
 
-# T epochs, N samples (any number of columns), M rows with features, m rows of one class, D features
+# T epochs, N samples (any number of columns), n some of them, M rows with features, m rows of one class, D features
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from tdds_dist.errors import InputError
 
 NEVER_LEARNED = ("inf", "0")
 AUM_KEEP = ("hardest", "easiest")
+_COLUMNS = 2**14  # samples looked at together in every window, so that they stay in the cache
 
 
 def random(num_samples: int, seed: int) -> np.ndarray:
@@ -83,10 +84,7 @@ def dyn_unc(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
     Raises:
         InputError: `window` below 2 or above T.
     """
-    total_N = np.zeros(p_label_TN.shape[1])
-    for _, std_N in _windows(p_label_TN, window):
-        total_N += std_N
-    return (total_N / (len(p_label_TN) - window + 1)).astype(np.float32)
+    return _mean_over_windows(p_label_TN, window, lambda mean_n, std_n: std_n)
 
 
 def dual(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
@@ -94,10 +92,7 @@ def dual(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
 
     Uncertainty times difficulty; the std is unbiased. Shapes, `window` and errors as in `dyn_unc`.
     """
-    total_N = np.zeros(p_label_TN.shape[1])
-    for mean_N, std_N in _windows(p_label_TN, window):
-        total_N += std_N * (1.0 - mean_N)
-    return (total_N / (len(p_label_TN) - window + 1)).astype(np.float32)
+    return _mean_over_windows(p_label_TN, window, lambda mean_n, std_n: std_n * (1.0 - mean_n))
 
 
 def mean_probability(p_label_TN: np.ndarray) -> np.ndarray:
@@ -137,6 +132,17 @@ def _mean_over_epochs(value_TN: np.ndarray) -> np.ndarray:
     for value_N in value_TN[1:]:
         total_N += value_N
     return total_N / len(value_TN)
+
+
+def _mean_over_windows(value_TN: np.ndarray, window: int,
+                       of_window: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Mean over windows of a function of their (mean, unbiased std), float32 [N]."""
+    total_N = np.zeros(value_TN.shape[1])
+    for first in range(0, len(total_N), _COLUMNS):
+        part = slice(first, first + _COLUMNS)
+        for mean_n, std_n in _windows(value_TN[:, part], window):
+            total_N[part] += of_window(mean_n, std_n)
+    return (total_N / (len(value_TN) - window + 1)).astype(np.float32)
 
 
 def _windows(value_TN: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,7 +6,7 @@ reduction over the first axis changes its summation order with the number of col
 how many samples share a shard.
 """
 
-# M samples (any number of columns), D differences per window, T trajectory length in epochs, K window size
+# M samples (any number of columns), m some of them, D differences per window, T trajectory length in epochs, K window size
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ ABLATIONS = {"kl_signed": ("delta_paper", False), "ce": ("delta_ce", False), "ce
              "el2n": ("el2n", False)}
 DELTA_KINDS = ("kl", *ABLATIONS)  # kl: what the preset says
 SIMPLE_AVERAGE = 0.0  # beta = 0 stands for the plain mean over windows (Fig. 5)
+_COLUMNS = 2**14  # samples scored at once, so that a window's arrays stay in the cache
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ def score_trajectory(delta_TM: np.ndarray, window: Window, preset: str) -> np.nd
     """
     check_window(window, preset, len(delta_TM))
     num_differences = differences_per_window(window, preset)
-    delta = [torch.from_numpy(np.ascontiguousarray(row)) for row in delta_TM[: window.T]]
-    average_M = torch.zeros(delta_TM.shape[1], dtype=torch.float32)
-    for num_windows, last in enumerate(range(num_differences, window.T), start=1):
-        variability_M = window_variability(delta[last - num_differences + 1 : last + 1], preset)
-        average_windows(average_M, variability_M, window.beta, num_windows)
-    return average_M.numpy()
+    score_M = np.zeros(delta_TM.shape[1], dtype=np.float32)
+    for first in range(0, len(score_M), _COLUMNS):
+        part = slice(first, first + _COLUMNS)
+        delta = [torch.from_numpy(np.ascontiguousarray(row[part])) for row in delta_TM[: window.T]]
+        average_m = torch.from_numpy(score_M[part])
+        for num_windows, last in enumerate(range(num_differences, window.T), start=1):
+            variability_m = window_variability(delta[last - num_differences + 1 : last + 1], preset)
+            average_windows(average_m, variability_m, window.beta, num_windows)
+    return score_M
 
 
 def delta_scalar(delta: str, preset: str) -> tuple[str, bool]:

@@ -16,6 +16,7 @@ import yaml
 from tdds_dist import baselines, selection
 from tdds_dist import dynamics as dynamics_module
 from tdds_dist import score as score_module
+from tdds_dist import tdds as tdds_module
 from tdds_dist.artifacts import Scores, fingerprint, load_coreset, load_scores, save_scores
 from tdds_dist.dynamics import Dynamics
 from tdds_dist.errors import InputError
@@ -234,9 +235,22 @@ def test_logits_that_are_not_finite(golden, dynamics, tmp_path, value):
     assert not list(folder.glob("*.npz"))
 
 
+def test_only_the_first_samples_that_are_not_finite_are_named(golden, dynamics, tmp_path, monkeypatch):
+    def spoil(logits_NC: np.ndarray) -> np.ndarray:
+        logits_NC[20:320:15] = np.nan
+        return logits_NC
+
+    folder = damage_output(copied(dynamics, tmp_path, 4), 3, spoil)
+    monkeypatch.setattr(dynamics_module, "_BLOCK", 10 * 10)
+    named = golden["index"][3, 20:320:15][:8].tolist()
+    with pytest.raises(InputError, match=re.escape(f"3_Output.npy holds NaN or infinite logits (global indices {named})")):
+        score(folder, K=2)
+
+
 @pytest.mark.parametrize("change", [
     lambda index_N: np.where(index_N == 7, 8, index_N), lambda index_N: index_N + 1, lambda index_N: index_N[:-1],
-    lambda index_N: np.where(index_N == 7, -1, index_N)], ids=["duplicate", "from 1", "short", "negative"])
+    lambda index_N: np.where(index_N == 7, -1, index_N), lambda index_N: np.append(index_N, 7)],
+    ids=["duplicate", "from 1", "short", "negative", "long"])
 def test_index_that_does_not_hold_every_sample_once(dynamics, tmp_path, change):
     folder = copied(dynamics, tmp_path, 4)
     path = folder / "2_Index.npy"
@@ -468,13 +482,80 @@ def test_every_score_of_a_dynamics_folder_with_labels(golden, dynamics, trajecto
                                   load_scores(tmp_path / "b" / "dual.npz").extra["p_mean"])
 
 
+def test_scores_in_blocks_of_samples(trajectory, tmp_path, monkeypatch):
+    """600 samples in blocks of 7, the last of 5: the same bits in every score."""
+    whole = [*score_all(trajectory, out=tmp_path / "whole")[0],
+             *score(trajectory, preset="paper", out=tmp_path / "whole" / "paper.npz")]
+    monkeypatch.setattr(tdds_module, "_COLUMNS", 7)
+    monkeypatch.setattr(baselines, "_COLUMNS", 7)
+    score_all(trajectory, out=tmp_path / "blocks")
+    score(trajectory, preset="paper", out=tmp_path / "blocks" / "paper.npz")
+    for path in whole:
+        assert load_scores(path).score_N.tobytes() == load_scores(tmp_path / "blocks" / path.name).score_N.tobytes(), path.name
+
+
 def test_dynamics_folder_in_blocks_of_rows(golden, dynamics, tmp_path, beton, monkeypatch):
-    """600 rows in blocks of 7, the last of 5: a row is the same whichever share a block."""
-    whole, _ = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "whole")
-    monkeypatch.setattr(dynamics_module, "_ROWS", 7)
-    blocks, _ = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "blocks")
-    for a, b in zip(whole, blocks, strict=True):
-        assert load_scores(a).score_N.tobytes() == load_scores(b).score_N.tobytes(), a.name
+    """600 rows in blocks of 7, the last of 5: a row is the same whichever share a block, and whoever computes it."""
+    labels = beton(golden["labels"])
+    whole = [*score_all(dynamics, beton=labels, out=tmp_path / "whole")[0],
+             *score(dynamics, preset="paper", out=tmp_path / "whole" / "paper.npz")]
+    monkeypatch.setattr(dynamics_module, "_BLOCK", 7 * 10 + 3)
+    num_threads = torch.get_num_threads()
+    for workers in (1, 3):
+        torch.set_num_threads(workers)
+        folder = tmp_path / f"blocks{workers}"
+        try:
+            score_all(dynamics, beton=labels, out=folder)
+            score(dynamics, preset="paper", out=folder / "paper.npz")
+            assert torch.get_num_threads() == workers, "as before"
+        finally:
+            torch.set_num_threads(num_threads)
+        for path in whole:
+            assert load_scores(path).score_N.tobytes() == load_scores(folder / path.name).score_N.tobytes(), path.name
+
+
+@pytest.mark.parametrize("names", [
+    ("delta_official",), ("delta_paper",), ("delta_ce",), ("entropy", "delta_official"), SCALARS], ids=str)
+def test_scalars_of_a_dynamics_folder_are_those_of_training(golden, dynamics, names):
+    """Bit by bit, also where one loss difference is computed by itself."""
+    read = Dynamics(dynamics, golden["labels"])
+    read.prepare(names, 5)
+    previous = None
+    for epoch in range(5):
+        logits = torch.empty(600, 10)
+        logits[torch.from_numpy(golden["index"][epoch])] = torch.from_numpy(golden["logits"][epoch])
+        logp = log_probabilities(logits)
+        want_FN = sample_scalars(logits, logp, previous, torch.from_numpy(golden["labels"])).numpy()
+        previous = logp
+        for name in names:
+            np.testing.assert_array_equal(read.read(name, 5)[epoch], want_FN[SCALARS.index(name)], name)
+
+
+def test_logits_that_are_certain_or_overflow_a_sum(tmp_path):
+    """Probabilities of 0 and 1, and numbers whose sum is no float32 though each is one."""
+    logits_NC = np.array([[0, 3e38, 3e38], [-3e38, 3e38, 0], [500, -500, 0], [1, 2, 3]], dtype=np.float32)
+    for epoch in range(4):
+        np.save(tmp_path / f"{epoch}_Output.npy", np.roll(logits_NC, epoch, axis=1).astype(np.float64))
+        np.save(tmp_path / f"{epoch}_Index.npy", np.arange(4))
+    for name in ("delta_official", "delta_paper"):
+        found_TN = Dynamics(tmp_path).read(name)
+        assert np.isnan(found_TN[0]).all()
+        assert np.isfinite(found_TN[1:]).all()
+    np.save(tmp_path / "2_Output.npy", np.where(logits_NC == 500, 1e39, logits_NC.astype(np.float64)))
+    with pytest.raises(InputError, match=r"2_Output\.npy holds NaN or infinite logits \(global indices \[2\]\)"):
+        Dynamics(tmp_path).read("delta_official")
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x.astype(np.float64), lambda x: np.asfortranarray(x), lambda x: x.astype(">f4")],
+    ids=["float64", "fortran", "big-endian"])
+def test_outputs_of_other_layouts(dynamics, tmp_path, change):
+    folder = copied(dynamics, tmp_path, 6)
+    want, = score(folder, K=3, out=tmp_path / "a.npz")
+    for epoch in range(6):
+        damage_output(folder, epoch, change)
+    found, = score(folder, K=3, out=tmp_path / "b.npz")
+    assert load_scores(found).score_N.tobytes() == load_scores(want).score_N.tobytes()
 
 
 def test_dynamics_folder_without_labels_gives_what_needs_none(golden, dynamics, tmp_path):
