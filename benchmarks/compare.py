@@ -71,9 +71,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Why times of the two cannot be compared."""
     was, now = old["provenance"], new["provenance"]
     remarks = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in _HARDWARE if was.get(key) != now.get(key)]
-    settings = sorted(old["settings"].keys() | new["settings"].keys())
-    remarks += [f"setting {key} was {old['settings'].get(key)}, is {new['settings'].get(key)}" for key in settings
-                if old["settings"].get(key) != new["settings"].get(key)]
+    settings = sorted(old["settings"].keys() & new["settings"].keys())
+    remarks += [f"setting {key} was {old['settings'][key]}, is {new['settings'][key]}" for key in settings
+                if old["settings"][key] != new["settings"][key]]
     remarks += [f"busy during the {name} run (load average {where['load_average']:.1f} on {where['num_cpus']} CPUs)"
                 for name, where in (("old", was), ("new", now))
                 if where["load_average"] > _BUSY_LOAD_PER_CPU * where["num_cpus"]]

@@ -20,7 +20,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results: Any = context.Queue()
-    ranks = [context.Process(target=_main, args=(rank, world_size, port, threads, function, arguments, results), daemon=True)
+    ranks = [context.Process(target=_main, args=(rank, world_size, port, threads, function, arguments, results))
              for rank in range(world_size)]
     for process in ranks:
         process.start()
@@ -49,6 +49,7 @@ def _main(rank: int, world_size: int, port: int, threads: int, function: Callabl
                    "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
+    multiprocessing.set_start_method("fork", force=True)  # what the rank starts, and locks of progress bars, as in a program
     torch.set_num_threads(threads)
     try:
         value, error = function(*arguments), None

@@ -1,0 +1,278 @@
+"""Our training loop and those it is compared with, in one process group of `benchmarks.throughput`: what a rank does.
+
+Our loop is the trainer of the package with another observer from block to block, so that all blocks share weights, memory and
+loader; nothing of it is repeated here.
+"""
+
+# B rows of a rank and step, C classes, N images of a block, S steps of a block
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import bare_loops
+from tdds_dist import ShardedScorer, distributed
+from tdds_dist.beton import inspect_beton
+from tdds_dist.collect import Scoring
+from tdds_dist.config import Config, parse_config
+from tdds_dist.console import Progress
+from tdds_dist.distributed import World
+from tdds_dist.engine import Trainer
+from tdds_dist.job import Job, Nobody, Observer
+from tdds_dist.loader import Batch, default_workers
+from tdds_dist.partition import EpochOrder, epoch_order
+from tdds_dist.rundir import RunDir
+
+VARIANTS = {
+    "off": "our loop, scoring off", "tdds": "our loop with TDDS", "all": "our loop with TDDS and the trajectory",
+    "off again": "our loop, scoring off, once more", "minimal": "minimal FFCV + DDP loop", "model": "our loop, images resident",
+    "folder": "ImageFolder + DataLoader loop", "loader": "our loader alone", "ffcv": "FFCV's loader alone",
+    "scorer": "scorer alone, with the trajectory",
+}
+PAIRED = ("off", "tdds", "all", "off again", "minimal")  # in every round; the others in every second one
+WINDOWS = (10, 20)  # K; the benchmark never comes to T, so every epoch does the work of one in the middle of a run
+EPOCHS = 1_000_000  # of the schedule
+STORED_SIDE, SMALL_SIZE = 400, 64  # pixels; up to this size images are stored at the size that the network sees
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One network, as it is trained."""
+
+    network: str
+    size: int
+    rows: int
+    num_classes: int
+    num_images: int
+    num_ranks: int = 1
+    rounds: int = 5
+    device: str = "cpu"
+    compile: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and metrics."""
+        ranks = f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}"
+        return (f"{self.network} {self.size} px, {self.rows} rows, C={self.num_classes}, {ranks}"
+                + (", compiled" if self.compile else ""))
+
+    @property
+    def side(self) -> int:
+        """Of the stored images, pixels."""
+        return self.size if self.size <= SMALL_SIZE else STORED_SIDE
+
+    @property
+    def source(self) -> str:
+        """The images."""
+        return f"synthetic:{self.num_images},{min(self.num_classes, self.num_images)},{self.side}"
+
+    @property
+    def channels_last(self) -> bool:
+        """Transformers gain nothing by it, as in configs/imagenet_swin_t.yaml."""
+        return not self.network.startswith(("swin", "vit"))
+
+    @property
+    def amp_dtype(self) -> torch.dtype:
+        """Of the outputs."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def config(self, beton: Path, small: Path, run: Path) -> Config:
+        """The run that our loop is given."""
+        return parse_config({
+            "run": {"name": "throughput", "dir": str(run), "device": self.device},
+            "data": {"train": str(beton), "val": str(small), "num_classes": self.num_classes, "image_size": self.size,
+                     "crop": "pad" if self.side == self.size else "resized", "padding": bare_loops.PADDING,
+                     "mean": list(bare_loops.MEAN), "std": list(bare_loops.STD)},
+            "model": {"name": self.network, "channels_last": self.channels_last} | ({"compile": True} if self.compile else {}),
+            "train": {"epochs": EPOCHS, "global_batch_size": self.rows * self.num_ranks, "lr": bare_loops.LR,
+                      "momentum": bare_loops.MOMENTUM, "weight_decay": bare_loops.WEIGHT_DECAY,
+                      "amp": "bf16" if self.device == "cuda" else "none"},
+            "score": {"windows": [{"T": EPOCHS, "K": window} for window in WINDOWS], "final_pass": False},
+        }, self.label)
+
+
+class Tap:
+    """Stands before the training loader: counts what goes to the loop and how long that waits, or serves it one resident
+    batch of images instead."""
+
+    def __init__(self, trainer: Trainer, setting: Setting):
+        self._load, self._setting, self.world = trainer.train_loader.batches, setting, trainer.job.world
+        trainer.train_loader.__dict__["batches"] = self.batches  # the trainer asks this one from now on
+        label_N = torch.from_numpy(trainer.job.train_file.label_N).to(torch.int64)
+        self._label_N = label_N.to(trainer.job.world.device)
+        self._image = torch.zeros(0)
+        self.is_resident = False
+        self.num_images, self.wait_seconds = 0, 0.0
+
+    def batches(self, order: EpochOrder, **where: Any) -> "Watched":
+        """What the loop iterates over."""
+        self.num_images, self.wait_seconds = 0, 0.0
+        return Watched(self, self._resident(order) if self.is_resident else self._load(order, **where))
+
+    def load(self, epoch: int) -> int:
+        """One epoch of the loader alone; returns the images of this rank."""
+        num_images = 0
+        for batch in self._load(self.order(epoch), rank=self.world.rank, world_size=self.world.world_size, epoch=epoch):
+            num_images += len(batch.index)
+            if not len(self._image):
+                self._image = batch.image.clone()
+        return num_images
+
+    def _resident(self, order: EpochOrder) -> Iterator[Batch]:
+        """Batches of one epoch as far as indices and labels go; the images are always the same."""
+        for index_B, label_B in zip(*self.rows_of(order), strict=True):
+            yield Batch(self._image, label_B, index_B)
+
+    def order(self, epoch: int) -> EpochOrder:
+        """Of all ranks."""
+        return epoch_order(self._setting.num_images, self._setting.rows * self._setting.num_ranks, epoch=epoch)
+
+    def rows_of(self, order: EpochOrder) -> tuple[torch.Tensor, torch.Tensor]:
+        """(index_SB, label_SB) of this rank, on its device."""
+        _, index_SB = order.of_rank(self.world.rank, self.world.world_size)
+        index = torch.from_numpy(index_SB.copy()).to(self.world.device)
+        return index, self._label_N[index]
+
+
+class Watched(Iterator[Batch]):
+    """Batches on their way to the loop."""
+
+    def __init__(self, tap: Tap, batches: Any):
+        self._tap, self._batches = tap, batches
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        finally:
+            self._tap.wait_seconds += time.perf_counter() - started
+        self._tap.num_images += len(batch.index)
+        return batch
+
+    def close(self) -> None:
+        """End what gives them."""
+        self._batches.close()
+
+
+class Scored:
+    """A scorer that has seen as many epochs as its windows are long."""
+
+    def __init__(self, setting: Setting, tap: Tap, config: Config, trajectory: Path | None):
+        self.scorer = ShardedScorer(setting.num_images, setting.num_classes, config.windows(), config.score.preset,
+                                    tap.world.device, trajectory=trajectory)
+        self.observer = Scoring(self.scorer, stop_after_last_window=False)
+        self._tap = tap
+        generator = torch.Generator().manual_seed(tap.world.rank)
+        logits_BC = 3.0 * torch.randn(setting.rows, setting.num_classes, generator=generator)
+        self._logits_BC = logits_BC.to(tap.world.device, setting.amp_dtype)
+        for _ in range(max(WINDOWS)):
+            self.epoch()
+
+    def epoch(self) -> int:
+        """One epoch of made-up outputs, routed and closed as in training; returns the images of this rank."""
+        order = self._tap.order(self.scorer.epoch)
+        self.scorer.expect(order)
+        index_SB, label_SB = self._tap.rows_of(order)
+        for index_B, label_B in zip(index_SB, label_SB, strict=True):
+            self.scorer.record(index_B, self._logits_BC, label_B)
+        self.scorer.end_epoch()
+        return index_SB.numel()
+
+
+class Bench:
+    """All variants of a setting on one rank. What is measured for its memory is built, and runs, before the rest."""
+
+    def __init__(self, setting: Setting, folder: Path, run: Path, world: World):
+        self.setting, self.world = setting, world
+        beton, small = folder / "images.beton", folder / "val.beton"
+        config = setting.config(beton, small, run)
+        train_file, val_file = inspect_beton(beton), inspect_beton(small)
+        job = Job(config, world, RunDir(run), train_file, val_file, EPOCHS, config.train.global_batch_size)
+        self.trainer = Trainer(job)
+        self.threads = torch.get_num_threads()
+        self.tap = Tap(self.trainer, setting)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        everything = Scored(setting, self.tap, config, run / "trajectory")
+        self.observed("all", everything.observer)
+        self.peak_bytes = peak_bytes(world.device)
+        plain = Scored(setting, self.tap, config, None)
+        self.blocks: dict[str, Callable[[], int]] = {
+            "loader": lambda: self.tap.load(self.trainer.epoch), "off": lambda: self.observed("off", Nobody()),
+            "tdds": lambda: self.observed("tdds", plain.observer), "all": lambda: self.observed("all", everything.observer),
+            "off again": lambda: self.observed("off again", Nobody()), "model": lambda: self.observed("model", Nobody()),
+            "scorer": everything.epoch} | self._bare_loops(folder)
+
+    def _bare_loops(self, folder: Path) -> dict[str, Callable[[], int]]:
+        setting, world = self.setting, self.world
+        recipe = bare_loops.Recipe(
+            setting.network, setting.num_classes, setting.size, setting.side == setting.size, setting.rows,
+            default_workers(world.local_world_size), setting.channels_last, setting.compile, world.device, world.rank,
+            world.world_size)
+        batches = bare_loops.ffcv_batches(recipe, folder / "images.beton")
+        minimal = bare_loops.BareLoop(recipe, batches)
+        usual = bare_loops.BareLoop(recipe, bare_loops.FolderBatches(recipe, folder / "tree", setting.num_images))
+        return {"ffcv": lambda: bare_loops.count(batches), "minimal": minimal.epoch, "folder": usual.epoch}
+
+    def observed(self, variant: str, observer: Observer) -> int:
+        """One epoch of our loop, as `Trainer.run` goes through it; returns the images of this rank."""
+        trainer = self.trainer
+        trainer.job = replace(trainer.job, observer=observer)
+        self.tap.is_resident = variant == "model"
+        trainer.train_epoch()
+        observer.end_epoch()
+        trainer.epoch, trainer.micro = trainer.epoch + 1, 0
+        return self.tap.num_images
+
+    def timed(self, variant: str) -> dict[str, Any]:
+        """One block of a variant on this rank."""
+        if self.world.device.type == "cpu":
+            torch.set_num_threads(self.threads)  # FFCV's loader sets them
+        self.tap.wait_seconds = 0.0
+        distributed.barrier()
+        self._synchronize()
+        started = time.perf_counter()
+        num_images = self.blocks[variant]()
+        self._synchronize()
+        return {"variant": variant, "seconds": time.perf_counter() - started, "images": num_images,
+                "wait_seconds": self.tap.wait_seconds}
+
+    def _synchronize(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure_rank(setting: Setting, folder: Path, run: Path) -> dict[str, Any]:
+    """Every block of this rank, with the round it belongs to, and its peak of memory."""
+    with distributed.session(setting.device) as world:
+        bench = Bench(setting, folder, run, world)
+        for variant in ("loader", *(name for name in VARIANTS if name != "loader")):  # the first gives the resident images
+            bench.timed(variant)
+        blocks = []
+        with Progress(setting.label, setting.rounds, "rounds", world.is_main) as progress:
+            for number in range(setting.rounds):
+                blocks += [bench.timed(variant) | {"round": number} for variant in order_of(number)]
+                progress.advance()
+        bench.trainer.close()
+        found = {"blocks": blocks, "peak_bytes": bench.peak_bytes, "threads": bench.threads}
+        del bench
+    return found
+
+
+def order_of(number: int) -> list[str]:
+    """The variants of a round: those of the ratios next to each other, each of them first in turn, there and back."""
+    shift = number % len(PAIRED)
+    variants = [*PAIRED[shift:], *PAIRED[:shift], *(name for name in VARIANTS if name not in PAIRED and number % 2 == 0)]
+    return variants[::-1] if number % 2 else variants
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: allocated by torch on CUDA, resident of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))

@@ -1,0 +1,253 @@
+"""The throughput benchmark runs all of its loops for real, on the same images, and draws the right conclusions from blocks."""
+
+import functools
+import json
+import os
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import paired_loops, throughput
+from benchmarks.bare_loops import BareLoop
+from benchmarks.paired_loops import PAIRED, VARIANTS, Bench, Setting, measure_rank, order_of
+
+NETWORK, NUM_IMAGES, ROUNDS = "shufflenet_v2_x0_5", 16, 2
+pytestmark = pytest.mark.distributed
+LOOPS = ("off", "off again", "tdds", "all", "model")  # of ours
+
+
+def measure_watched(evidence, setting, folder, run):
+    """`measure_rank`, with a note of what every block did to weights, scorers and files."""
+    bare, timed = [], Bench.timed
+    notes = []
+    init = BareLoop.__init__
+
+    def remember(loop, *arguments):
+        init(loop, *arguments)
+        bare.append(loop)
+
+    def look(bench, variant):
+        models = [bench.trainer.model, *(loop._model for loop in bare)]
+        scorers = [bench.blocks[name].__closure__ for name in ("tdds", "all")]
+        scorers = [next(cell.cell_contents.scorer for cell in cells if hasattr(cell.cell_contents, "scorer"))
+                   for cells in scorers]
+
+        def state():
+            return ([torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models],
+                    [scorer.epoch for scorer in scorers], len(list((run / "trajectory").glob("epoch_*"))))
+
+        weights, epochs, num_files = state()
+        block = timed(bench, variant)
+        weights_after, epochs_after, num_files_after = state()
+        notes.append({
+            "variant": variant, "trained": [not torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True)],
+            "finite": all(bool(torch.isfinite(weight).all()) for weight in weights_after),
+            "recorded": [b - a for a, b in zip(epochs, epochs_after, strict=True)], "files": num_files_after - num_files,
+            "resident": bench.tap.is_resident, "waited": block["wait_seconds"] > 0})
+        return block
+
+    BareLoop.__init__, Bench.timed = remember, look
+    found = measure_rank(setting, folder, run)
+    rank = os.environ["RANK"]
+    (Path(evidence) / f"{setting.num_ranks}_{rank}.json").write_text(json.dumps(notes))
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """(numbers, page, notes by ranks and rank) of one run on one rank and one on two."""
+    folder = tmp_path_factory.mktemp("throughput")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TDDS_CPUS_PER_RANK", "1")
+        patch.setattr(throughput, "measure_rank", functools.update_wrapper(
+            functools.partial(measure_watched, str(folder)), measure_watched))
+        assert throughput.main(["--setting", f"{NETWORK},32,4,20,{NUM_IMAGES}", "--ranks", "1", "2", "--rounds", str(ROUNDS),
+                                "--device", "cpu", "--out", str(folder), "--name", "tiny"]) == 0
+    notes = {path.stem: json.loads(path.read_text()) for path in folder.glob("?_?.json")}
+    return json.loads((folder / "throughput_tiny.json").read_text()), (folder / "throughput_tiny.md").read_text(), notes
+
+
+def test_all_variants_see_the_same_images_in_the_same_rounds(result):
+    numbers, _, _ = result
+    assert [row["num_ranks"] for row in numbers["rows"]] == [1, 2]
+    for row in numbers["rows"]:
+        assert row["images"] == dict.fromkeys(VARIANTS, NUM_IMAGES)
+        assert {variant: len(rates) for variant, rates in row["rates"].items()} == {
+            variant: ROUNDS if variant in PAIRED else 1 for variant in VARIANTS}
+        assert min(min(rates) for rates in row["rates"].values()) > 0
+
+
+def test_every_block_does_what_its_name_says(result):
+    """Weights move in the loops that train, scorers and the trajectory advance where they should, and only there."""
+    _, _, notes = result
+    assert sorted(notes) == ["1_0", "2_0", "2_1"]
+    for of_rank in notes.values():
+        assert {note["variant"] for note in of_rank} == set(VARIANTS)
+        for note in of_rank:
+            variant = note["variant"]
+            assert note["trained"] == [variant in LOOPS, variant == "minimal", variant == "folder"], variant
+            assert note["recorded"] == [variant == "tdds", variant in ("all", "scorer")], variant
+            assert (note["files"] > 0) == (variant in ("all", "scorer")), variant
+            assert note["waited"] == (variant in LOOPS), variant
+            assert note["finite"]
+            if variant in LOOPS:
+                assert note["resident"] == (variant == "model"), variant
+
+
+def test_ratios_shares_limit_and_targets_follow_from_the_rates(result):
+    for row in result[0]["rows"]:
+        rates = row["rates"]
+        for name, (variant, over, _, _) in throughput.RATIOS.items():
+            pairs = zip(rates[variant], rates[over], strict=False)  # those that are not in every round were in the first
+            assert row["ratios"][name] == pytest.approx([a / b for a, b in pairs]), name
+        assert sum(row["shares"].values()) == pytest.approx(1.0)
+        assert row["shares"]["model"] == pytest.approx(rates["all"][0] / rates["model"][0])
+        assert 0 < row["waiting"] < 1
+        slowest = min(("loader", "model", "scorer"), key=lambda name: rates[name][0])
+        assert row["limit"] == slowest
+        assert [target["wanted"] for target in row["targets"]] == [0.97, 0.97, 0.98]
+        for target in row["targets"]:
+            assert target["found"] == pytest.approx(statistics.median(row["ratios"][target["ratio"]]))
+            assert target["met"] == (target["found"] >= target["wanted"])
+
+
+def test_memory_stands_next_to_what_is_planned(result):
+    for row in result[0]["rows"]:
+        assert row["peak_bytes"] > 2e8  # Python, torch and FFCV alone
+        assert 0.2 < row["peak_bytes"] / row["planned_bytes"] < 5
+
+
+def test_metrics_and_page(result):
+    numbers, page, _ = result
+    assert {"benchmark", "settings", "warm_up", "repetitions", "metrics", "provenance"} <= set(numbers)
+    assert (numbers["benchmark"], numbers["repetitions"]) == ("throughput", ROUNDS)
+    for row in numbers["rows"]:
+        label, metrics = row["label"], numbers["metrics"]
+        assert label in page
+        off = metrics[f"{label}: our loop, scoring off, images/s"]
+        assert (off["value"], off["better"], off["relative"]) == (statistics.median(row["rates"]["off"]), "higher", False)
+        ratio = metrics[f"{label}: TDDS and trajectory / scoring off"]
+        assert (ratio["min"], ratio["max"], ratio["relative"]) == (
+            *sorted(row["ratios"]["TDDS and trajectory / scoring off"]), True)
+        assert metrics[f"{label}: peak memory"]["value"] == row["peak_bytes"]
+        assert f"**the {row['limit']} is the limit**" in page
+        for target in row["targets"]:
+            verdict = "met" if target["met"] else "missed"
+            section = page[page.index(f"## {label}"):].splitlines()
+            cells = [cell.strip() for cell in next(line for line in section if target["ratio"] in line).split("|")]
+            assert (cells[2], cells[-2]) == (f"{target['found']:.3f}", verdict)
+
+
+# ---- conclusions, from blocks that were made up
+
+
+SETTING = Setting("resnet18", 32, 4, 5, 8, num_ranks=2, rounds=2)
+SECONDS = {"off": 2.0, "off again": 2.0, "tdds": 2.1, "all": 2.5, "minimal": 1.9, "model": 1.0, "folder": 4.0, "loader": 1.5,
+           "ffcv": 1.4, "scorer": 0.4}
+
+
+def blocks(seconds, images=4):
+    return [{"variant": variant, "round": number, "seconds": seconds[variant] * (1 + number), "images": images,
+             "wait_seconds": 0.5} for number in range(2) for variant in order_of(number)]
+
+
+def ranks_with(first, second, **options):
+    return [{"blocks": blocks(seconds, **options), "peak_bytes": peak, "threads": 1}
+            for seconds, peak in ((first, 100), (second, 300))]
+
+
+def test_a_block_takes_as_long_as_its_slowest_rank():
+    row = throughput.summarise(SETTING, ranks_with(SECONDS, SECONDS | {"off": 1.0, "all": 3.0}), 200.0)
+    assert row["rates"]["off"] == [8 / 2.0, 8 / 4.0]
+    assert row["ratios"]["TDDS and trajectory / scoring off"] == pytest.approx([2 / 3, 2 / 3])
+    assert row["shares"] == pytest.approx({"model": 1 / 3, "loading": 1 / 3, "scoring": 1 / 3})
+    assert (row["peak_bytes"], row["planned_bytes"]) == (300, 200.0)
+    assert row["waiting"] == pytest.approx((0.5 / 2 + 0.5 / 4) / 2)
+
+
+@pytest.mark.parametrize("limit", ["loader", "model", "scorer"])
+def test_the_slowest_part_alone_is_the_limit(limit):
+    seconds = SECONDS | {limit: 1.9}
+    assert throughput.summarise(SETTING, ranks_with(seconds, seconds), 1.0)["limit"] == limit
+
+
+@pytest.mark.parametrize(("device", "met"), [("cpu", [True, False, True]), ("cuda", [False, False, True])])
+def test_targets_depend_on_the_device(device, met):
+    seconds = SECONDS | {"tdds": 2.05, "all": 2.1, "minimal": 1.97}
+    setting = Setting("resnet18", 32, 4, 5, 8, num_ranks=2, rounds=2, device=device)
+    row = throughput.summarise(setting, ranks_with(seconds, seconds), 1.0)
+    assert [target["met"] for target in row["targets"]] == met
+
+
+def test_other_images_are_no_comparison():
+    with pytest.raises(RuntimeError, match="blocks of 8 images had"):
+        throughput.summarise(SETTING, ranks_with(SECONDS, SECONDS, images=3), 1.0)
+
+
+def test_every_round_has_the_pairs_and_they_take_turns():
+    rounds = [order_of(number) for number in range(2 * len(PAIRED))]
+    assert all(set(PAIRED) <= set(names) and len(names) == len(set(names)) for names in rounds)
+    assert [set(names) == set(VARIANTS) for names in rounds] == [True, False] * len(PAIRED)
+    for variant in PAIRED:
+        places = {[name for name in names if name in PAIRED].index(variant) for names in rounds}
+        assert len(places) == len(PAIRED)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--setting", "resnet34,224"], "--setting resnet34,224 must be NETWORK,SIZE,ROWS,CLASSES,IMAGES"),
+    (["--setting", f"{NETWORK},32,1,5,16"], "ROWS=1 of shufflenet_v2_x0_5 must be at least 2"),
+    (["--setting", f"{NETWORK},32,4,1,16"], "CLASSES=1"),
+    (["--setting", f"{NETWORK},32,4,5,17"], "IMAGES=17 of shufflenet_v2_x0_5 must be a multiple of the 4 rows of a step"),
+    (["--setting", f"{NETWORK},32,4,5,20", "--ranks", "2"], "(4 on 2 rank(s)), so that all loops see the same images; use 16"),
+    (["--setting", "resnet35,32,4,5,16"], "model.name='resnet35' is not a torchvision classifier"),
+    (["--setting", "alexnet,16,4,5,16"], "model.name=alexnet cannot train on 4 images of 16x16"),
+    (["--rounds", "0"], "--rounds 0 must be at least 1"),
+    (["--ranks", "0"], "--ranks 0 must be at least 1"),
+    (["--ranks", "1", "-3"], "--ranks -3 must be at least 1"),
+])
+def test_options_that_measure_nothing_are_refused(tmp_path, capsys, arguments, message):
+    assert throughput.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("benchmarks.throughput: error: ")
+    assert message in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_gpu_that_is_not_there_is_said(tmp_path, capsys):
+    assert throughput.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert re.search(r"no CUDA device is visible; use --device cpu", capsys.readouterr().err)
+
+
+def test_the_settings_of_the_issue_are_the_default():
+    parser = throughput.build_parser()
+    settings = throughput.settings_of(parser.parse_args(["--device", "cpu"]))
+    assert {setting.network for setting in settings} == {"shufflenet_v2_x1_0", "resnet34", "swin_t"}
+    assert [setting.num_ranks for setting in settings if setting.size == 32] == [1, 2]
+    assert {setting.network for setting in throughput.CUDA_SETTINGS} == {"resnet18", "resnet34", "resnet50", "swin_t"}
+    assert all((setting.size, setting.num_classes) == (224, 1000) for setting in throughput.CUDA_SETTINGS)
+    compiled = throughput.settings_of(parser.parse_args(["--device", "cpu", "--compile", "--ranks", "1"]))
+    config = compiled[0].config(Path("a"), Path("b"), Path("c"))
+    assert config.model.compile
+    assert len(compiled) == 3
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path):
+    assert throughput.main(["--setting", "resnet18,96,8,10,64", "--ranks", "1", "--rounds", "2", "--out", str(tmp_path),
+                            "--name", "gpu"]) == 0
+    row = json.loads((tmp_path / "throughput_gpu.json").read_text())["rows"][0]
+    assert row["device"] == "cuda"
+    assert row["images"] == dict.fromkeys(paired_loops.VARIANTS, 64)
+    assert [target["wanted"] for target in row["targets"]] == [0.995, 0.995, 0.98]
+    assert 1e7 < row["peak_bytes"] < 4 * row["planned_bytes"]
+    page = (tmp_path / "throughput_gpu.md").read_text()
+    assert "max_memory_allocated" in page
+    assert "waiting for a batch" not in page
