@@ -52,8 +52,8 @@ NOT_HERE = {"checkpoint under way", "features of the final pass", "margin", "CUD
 
 
 CPU_SETTINGS = (
-    Setting("shufflenet_v2_x1_0", 32, 24, 10, 1440, 1, rounds=6), Setting("shufflenet_v2_x1_0", 32, 24, 10, 1440, 2, rounds=6),
-    Setting("resnet34", 224, 8, 1000, 16, rounds=3), Setting("swin_t", 224, 4, 1000, 8, rounds=3),
+    Setting("shufflenet_v2_x1_0", 32, 24, 10, 1440, 1, rounds=8), Setting("shufflenet_v2_x1_0", 32, 24, 10, 1440, 2, rounds=10),
+    Setting("resnet34", 224, 8, 1000, 32, rounds=4), Setting("swin_t", 224, 4, 1000, 16, rounds=4),
 )  # the first two: the demo
 CUDA_SETTINGS = tuple(Setting(network, 224, rows, 1000, 12_800)
                       for network, rows in (("resnet18", 256), ("resnet34", 256), ("resnet50", 256), ("swin_t", 128)))
@@ -185,8 +185,7 @@ def _how(result: dict[str, Any], on_gpu: bool) -> list[str]:
         "writes them to disk every epoch; the whole epoch counts, with the scorer's `end_epoch`. \"Scoring off / itself\" "
         "compares two equal blocks of a round: differences from 1 within its range are not resolved.", "",
         f"Model: our loop on images that are there already. Loading: what it takes longer with the loader{shared}. Scoring: "
-        "what it takes longer with TDDS and trajectory. The limit is the slowest of the three when each runs alone. FFCV's "
-        "loader also normalises images, which ours leaves to the step. Peak "
+        "what it takes longer with TDDS and trajectory. The limit is the slowest of the three when each runs alone. Peak "
         f"memory: {what}, with TDDS and trajectory; planned is `tdds plan` without {less}."]
 
 

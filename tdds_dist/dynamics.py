@@ -1,16 +1,15 @@
 """Dynamics folders of the authors' code, read as if they were a trajectory: `{epoch}_Output.npy` (logits in visit order) and
 `{epoch}_Index.npy` for every epoch.
 
-They are streamed: in memory are one epoch's log-probabilities by global index, the scalars that were asked for, and a few
-rows per thread. Files are mapped and given back as they are read; the system reads the next epoch while this one is
-computed. Blocks of rows go to as many threads as torch has, each of which works alone: they meet once per epoch and not in
-every operation, which costs little even where other programs use the cores.
+They are streamed: in memory are two epochs' (log-)probabilities in visit order, the scalars that were asked for, and a few
+rows per thread; the system reads the next epoch while this one is computed. Blocks of rows go to as many threads as torch
+has, each of which works alone: they meet once per epoch and not in every operation, which costs little even where other
+programs use the cores.
 """
 
 # F scalars, T epochs, N dataset, n rows computed at once, C classes
 
 import math
-import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -26,17 +25,17 @@ from torch import Tensor
 from tdds_dist.artifacts import UNKNOWN_LABEL
 from tdds_dist.errors import InputError
 from tdds_dist.scalars import (
+    OFFICIAL_EPSILON,
     SCALARS,
     log_probabilities,
-    loss_difference_official,
     loss_difference_paper,
     sample_scalars,
 )
 
-_BLOCK = 2**16  # logits that a thread computes at once: a few such arrays fit into its core's cache
+_BLOCK = 400_000  # logits that a thread computes at once: of fewer, threads wait for the interpreter between operations
 _OUTPUT = re.compile(r"(\d+)_Output\.npy")
 _NEED_NO_LABEL = ("delta_official", "delta_paper", "entropy")
-_ALONE = {"delta_official": loss_difference_official, "delta_paper": loss_difference_paper}
+_OFFICIAL = ("delta_official",)
 _NUM_NAMED = 8  # samples that an error lists
 
 
@@ -78,21 +77,25 @@ class Dynamics:
             raise InputError(f"{self.directory} holds no labels, which {', '.join(unknown)} needs; give the dataset with "
                              "--beton FILE")
         values_FTN = np.empty((len(scalars), num_epochs, self.num_samples), dtype=np.float32)
-        kept_NC = torch.empty(self.num_samples, self.num_classes)  # what the next epoch compares with, by global index
+        kept_NC, previous_NC = torch.empty(2, self.num_samples, self.num_classes)  # what the next epoch compares with
+        place_N = np.zeros(self.num_samples, dtype=np.int64)  # of each sample in `previous_NC`
         num_rows = min(max(1, _BLOCK // self.num_classes), self.num_samples)
         with _workers() as (pool, num_workers):
             for epoch in range(num_epochs):
-                output_NC, index_N = self._read_epoch(epoch)
-                if output_NC.shape != kept_NC.shape:
-                    raise InputError(f"{self.directory}: epoch {epoch} has outputs {output_NC.shape}, the one before "
+                outputs, index_N = self._read_epoch(epoch)
+                if outputs.shape != kept_NC.shape:
+                    raise InputError(f"{self.directory}: epoch {epoch} has outputs {outputs.shape}, the one before "
                                      f"{tuple(kept_NC.shape)}; the folder mixes runs")
                 self._read_ahead(epoch + 1)
                 firsts = iter(range(0, self.num_samples, num_rows))  # each worker takes the next one
-                running = [pool.submit(self._compute, scalars, output_NC, index_N, firsts, num_rows, kept_NC, epoch > 0,
+                before = (previous_NC, place_N) if epoch > 0 else None
+                running = [pool.submit(self._compute, scalars, outputs, index_N, firsts, num_rows, before, kept_NC,
                                        values_FTN[:, epoch]) for _ in range(num_workers)]
                 if not all(worker.result() for worker in running):
                     raise InputError(f"{self.directory / f'{epoch}_Output.npy'} holds NaN or infinite logits (global indices "
-                                     f"{_nonfinite_rows(output_NC, index_N, num_rows)})")
+                                     f"{_nonfinite_rows(outputs, index_N, num_rows)})")
+                kept_NC, previous_NC = previous_NC, kept_NC
+                place_N[index_N] = np.arange(self.num_samples)
         self._cache = dict(zip(scalars, values_FTN, strict=True))
 
     def read(self, scalar: str, num_epochs: int | None = None) -> np.ndarray:
@@ -102,44 +105,49 @@ class Dynamics:
             self.prepare((scalar,), num_epochs)
         return self._cache[scalar][:num_epochs]
 
-    def _compute(self, scalars: tuple[str, ...], output_NC: np.ndarray, index_N: np.ndarray, firsts: Iterator[int],
-                 num_rows: int, kept_NC: Tensor, has_previous: bool, values_FN: np.ndarray) -> bool:
+    def _compute(self, scalars: tuple[str, ...], outputs: "_Outputs", index_N: np.ndarray, firsts: Iterator[int],
+                 num_rows: int, before: tuple[Tensor, np.ndarray] | None, kept_NC: Tensor, values_FN: np.ndarray) -> bool:
         """One worker's part of an epoch: fills `values_FN` and `kept_NC` at the rows it takes; False at NaN or infinity."""
-        logits_RC, previous_RC = (torch.empty(num_rows, self.num_classes) for _ in range(2))  # used again: fresh memory costs
+        logits_RC, previous_RC = torch.empty(2, num_rows, self.num_classes)  # used again: fresh memory costs
         for first in firsts:
             index_n = index_N[first : first + num_rows]
-            rows = torch.from_numpy(index_n)
-            logits_nC = logits_RC[: len(index_n)]
-            with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is found
-                np.copyto(logits_nC.numpy(), output_NC[first : first + num_rows], casting="same_kind")
+            logits_nC, kept_nC = logits_RC[: len(index_n)], kept_NC[first : first + num_rows]
+            outputs.read(first, logits_nC.numpy())
             # One sum is cheaper than a look at each number, and misses none; it may only run over.
             if not math.isfinite(logits_nC.sum()) and not logits_nC.isfinite().all():
                 return False
-            logp_nC = log_probabilities(logits_nC)
-            previous_nC = torch.index_select(kept_NC, 0, rows, out=previous_RC[: len(index_n)]) if has_previous else None
-            label_n = torch.zeros_like(rows) if self._label_N is None else torch.from_numpy(self._label_N[index_n])
-            values_FN[:, index_n] = _scalars(scalars, logits_nC, logp_nC, previous_nC, label_n).numpy()
-            kept_NC.numpy()[index_n] = logp_nC.numpy()
-            _give_back(output_NC, first, num_rows)
+            previous_nC = None
+            if before is not None:
+                previous_NC, place_N = before
+                previous_nC = torch.index_select(previous_NC, 0, torch.from_numpy(place_N[index_n]),
+                                                 out=previous_RC[: len(index_n)])
+            if scalars == _OFFICIAL:
+                value_Fn = _official_alone(logits_nC, previous_nC, kept_nC)
+            else:
+                kept_nC.copy_(log_probabilities(logits_nC))
+                label_n = torch.from_numpy(np.zeros_like(index_n) if self._label_N is None else self._label_N[index_n])
+                value_Fn = _scalars(scalars, logits_nC, kept_nC, previous_nC, label_n)
+            values_FN[:, index_n] = value_Fn.numpy()
         return True
 
-    def _read_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of an epoch in visit order, [N, C] of any floating-point type, mapped; and their indices, int64 [N]."""
-        output_NC = self._outputs(epoch)
+    def _read_epoch(self, epoch: int) -> tuple["_Outputs", np.ndarray]:
+        """Logits of an epoch in visit order, [N, C] of any floating-point type, and their indices, int64 [N]."""
+        outputs = self._outputs(epoch)
+        num_samples = outputs.shape[0]
         index_N = self._load(epoch, "Index", None).astype(np.int64).reshape(-1)
-        is_there_N = np.zeros(len(output_NC), dtype=bool)
-        is_there_N[index_N[(index_N >= 0) & (index_N < len(output_NC))]] = True
-        if len(index_N) != len(output_NC) or not is_there_N.all():
-            raise InputError(f"{self.directory / f'{epoch}_Index.npy'} does not hold every index 0..{len(output_NC) - 1} once; "
+        is_there_N = np.zeros(num_samples, dtype=bool)
+        is_there_N[index_N[(index_N >= 0) & (index_N < num_samples)]] = True
+        if len(index_N) != num_samples or not is_there_N.all():
+            raise InputError(f"{self.directory / f'{epoch}_Index.npy'} does not hold every index 0..{num_samples - 1} once; "
                              "an epoch must record every sample exactly once")
-        return output_NC, index_N
+        return outputs, index_N
 
-    def _outputs(self, epoch: int) -> np.ndarray:
+    def _outputs(self, epoch: int) -> "_Outputs":
         output_NC = self._load(epoch, "Output", "r")
+        path = self.directory / f"{epoch}_Output.npy"
         if output_NC.ndim != 2 or not np.issubdtype(output_NC.dtype, np.floating):
-            raise InputError(f"{self.directory / f'{epoch}_Output.npy'} is {output_NC.dtype} {output_NC.shape}, expected "
-                             "floating-point logits [N, C]")
-        return output_NC
+            raise InputError(f"{path} is {output_NC.dtype} {output_NC.shape}, expected floating-point logits [N, C]")
+        return _Outputs(path, output_NC)
 
     def _load(self, epoch: int, name: str, mmap_mode: Literal["r"] | None) -> np.ndarray:
         path = self.directory / f"{epoch}_{name}.npy"
@@ -155,30 +163,63 @@ class Dynamics:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
+class _Outputs:
+    """One epoch's file, in blocks of rows. Read and not mapped: giving mapped pages back stops all threads for a moment."""
+
+    def __init__(self, path: Path, mapped_NC: np.ndarray):
+        self.shape: tuple[int, ...] = mapped_NC.shape
+        self._mapped_NC = mapped_NC
+        self._is_plain = isinstance(mapped_NC, np.memmap) and mapped_NC.dtype == np.float32 and mapped_NC.flags.c_contiguous
+        self._file = path.open("rb") if self._is_plain else None
+        self._path = path
+
+    def read(self, first: int, into_nC: np.ndarray) -> None:
+        """Rows from `first` on, as float32; what is too large for that becomes infinite."""
+        if self._file is None:  # another precision or order of the axes
+            with np.errstate(over="ignore"):
+                np.copyto(into_nC, self._mapped_NC[first : first + len(into_nC)], casting="same_kind")
+            return
+        assert isinstance(self._mapped_NC, np.memmap)
+        buffer = memoryview(into_nC).cast("B")  # type: ignore[arg-type]
+        offset = self._mapped_NC.offset + first * into_nC.shape[1] * into_nC.itemsize
+        while buffer:
+            num_read = os.preadv(self._file.fileno(), [buffer], offset)
+            if num_read == 0:
+                raise InputError(f"{self._path} became shorter while it was read; restore it")
+            buffer, offset = buffer[num_read:], offset + num_read
+
+
+def _official_alone(logits_nC: Tensor, previous_nC: Tensor | None, kept_nC: Tensor) -> Tensor:
+    """`delta_official` of some rows, float32 [1, n], which is all that TDDS needs; overwrites its arguments.
+
+    `kept_nC` gets p + epsilon, which is what the next epoch divides by: time is passes over memory, so the way from logits
+    to probabilities is shorter here than in `scalars`, and last bits differ from it.
+    """
+    p_nC = logits_nC.sub_(logits_nC.amax(dim=1, keepdim=True)).exp_()
+    p_nC.mul_(p_nC.sum(dim=1, keepdim=True).reciprocal_())
+    torch.add(p_nC, OFFICIAL_EPSILON, out=kept_nC)
+    if previous_nC is None:
+        return torch.full((1, len(p_nC)), torch.nan)
+    return torch.div(kept_nC, previous_nC, out=previous_nC).log_().mul_(p_nC).abs_().sum(dim=1)[None]
+
+
 def _scalars(names: tuple[str, ...], logits_nC: Tensor, logp_nC: Tensor, previous_nC: Tensor | None, label_n: Tensor) -> Tensor:
-    """These scalars of some rows, float32 [F, n]. One loss difference alone, which is all that TDDS needs, costs no other."""
-    if len(names) > 1 or names[0] not in _ALONE:
+    """These scalars of some rows, float32 [F, n]."""
+    if names != ("delta_paper",):
         return sample_scalars(logits_nC, logp_nC, previous_nC, label_n)[[SCALARS.index(name) for name in names]]
     if previous_nC is None:
         return torch.full((1, len(logp_nC)), torch.nan)
-    return _ALONE[names[0]](previous_nC, logp_nC)[None]
+    return loss_difference_paper(previous_nC, logp_nC)[None]
 
 
-def _give_back(output_NC: np.ndarray, first: int, num_rows: int) -> None:
-    """Unmap rows that were read, so that they stop counting as this process's memory; the page cache keeps them."""
-    if isinstance(mapped := output_NC.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        row_bytes = output_NC.nbytes // len(output_NC)
-        start = first * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_DONTNEED, start, min(num_rows * row_bytes, len(mapped) - start))
-
-
-def _nonfinite_rows(output_NC: np.ndarray, index_N: np.ndarray, num_rows: int) -> list[int]:
+def _nonfinite_rows(outputs: _Outputs, index_N: np.ndarray, num_rows: int) -> list[int]:
     """The first few samples, in visit order, whose logits are NaN or infinite as float32."""
     bad: list[int] = []
     for first in range(0, len(index_N), num_rows):
-        with np.errstate(over="ignore"):
-            is_bad_n = ~np.isfinite(output_NC[first : first + num_rows].astype(np.float32)).all(axis=1)
-        bad += index_N[first : first + num_rows][is_bad_n].tolist()
+        index_n = index_N[first : first + num_rows]
+        logits_nC = np.empty((len(index_n), outputs.shape[1]), dtype=np.float32)
+        outputs.read(first, logits_nC)
+        bad += index_n[~np.isfinite(logits_nC).all(axis=1)].tolist()
         if len(bad) >= _NUM_NAMED:
             break
     return bad[:_NUM_NAMED]
