@@ -79,8 +79,9 @@ class Dynamics:
         values_FTN = np.empty((len(scalars), num_epochs, self.num_samples), dtype=np.float32)
         kept_NC, previous_NC = torch.empty(2, self.num_samples, self.num_classes)  # what the next epoch compares with
         place_N = np.zeros(self.num_samples, dtype=np.int64)  # of each sample in `previous_NC`
-        num_rows = min(max(1, _BLOCK // self.num_classes), self.num_samples)
         with _workers() as (pool, num_workers):
+            num_rounds = math.ceil(self.num_samples * self.num_classes / (_BLOCK * num_workers))
+            num_rows = math.ceil(self.num_samples / (num_rounds * num_workers))  # the same work for each of them
             for epoch in range(num_epochs):
                 outputs, index_N = self._read_epoch(epoch)
                 if outputs.shape != kept_NC.shape:
