@@ -50,5 +50,6 @@ scores = scorer.gather()[window]
 if rank == 0:
     print(f"scored {len(scores)} images; kept first: {scores.argsort(descending=True)[:5].tolist()}")
 if dist.is_initialized():
+    del model, optimizer, scorer  # what holds the process group: its threads must end before Python does
     dist.barrier()
     dist.destroy_process_group()

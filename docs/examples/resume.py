@@ -38,8 +38,8 @@ found = checkpoints.latest()  # the newest that is whole, or None
 scorer = ShardedScorer(num_samples=len(label), num_classes=10, windows=[window], device="cpu", trajectory=run / "trajectory",
                        resume=True)  # what is recorded there goes on, or goes
 first_epoch = 0
+scored = scorer.state_dict()
 if found is not None:
-    scored = scorer.state_dict()
     state = {f"model/{name}": value for name, value in network.state_dict().items()}
     checkpoints.load(found, state | {f"scorer/{name}": value for name, value in scored.items()})  # in place
     scorer.load_state_dict(scored)
@@ -68,5 +68,6 @@ if rank == 0:
     kept_first = scores.argsort(descending=True)[:5].tolist()
     print(f"trained from epoch {first_epoch}; kept first: {kept_first}; sum {scores.sum():.6f}")
 if dist.is_initialized():
+    del model, optimizer, scorer, checkpoints, scored, state  # what holds the group: its threads must end before Python does
     dist.barrier()
     dist.destroy_process_group()
