@@ -141,11 +141,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not 0.0 <= options.tolerance < 1.0:
             raise InputError(f"--tolerance={options.tolerance:g} must lie in [0, 1), e.g. 0.05 for five percent")
-        is_worse = False
-        for old, new in pairs(options.old, options.new):
-            changes, remarks = compare(read(old), read(new), options.tolerance)
+        is_worse, left_out = False, []
+        found = pairs(options.old, options.new)
+        for old, new in found:
+            try:
+                results = read(old), read(new)
+            except InputError as error:
+                if len(found) == 1:
+                    raise
+                left_out.append(str(error))
+                continue
+            changes, remarks = compare(*results, options.tolerance)
             print(as_text(new.stem, changes, remarks))
             is_worse = is_worse or any(change.verdict == "worse" for change in changes)
+        for message in left_out:
+            print(f"left out: {message}")
+        if found and len(left_out) == len(found):
+            raise InputError("no two files could be compared; see above")
     except InputError as error:
         print(f"benchmarks.compare: error: {error}", file=sys.stderr)
         return 2

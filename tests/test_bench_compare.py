@@ -114,6 +114,22 @@ def test_folders_are_compared_file_by_file(tmp_path: Path, capsys: pytest.Captur
     assert out.index("scorer_a") < out.index("1 same") < out.index("scorer_b") < out.index("1 worse")
     assert main([str(tmp_path / "old"), str(tmp_path / "new" / "scorer_a.json")]) == 2
     assert "both be files, or both folders" in capsys.readouterr().err
+    for name in ("old", "new"):
+        (tmp_path / name / "loader_of_before.json").write_text('{"benchmark": "loader"}')
+    assert main([str(tmp_path / "old"), str(tmp_path / "new")]) == 1, "the others are compared all the same"
+    out = capsys.readouterr().out
+    assert "1 worse" in out
+    assert "left out: " in out
+    assert "loader_of_before.json is not a result" in out
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "old"), str(tmp_path / "empty")]) == 2
     assert "no result file of the same name" in capsys.readouterr().err
+
+
+def test_folders_in_which_nothing_can_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        for kind in ("a", "b"):
+            (tmp_path / name / f"{kind}.json").write_text("{}")
+    assert main([str(tmp_path / "old"), str(tmp_path / "new")]) == 2
+    assert "no two files could be compared" in capsys.readouterr().err
