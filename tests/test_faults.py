@@ -203,7 +203,7 @@ def copy(stopped, tmp_path):
     pytest.param(2, (0, 1), marks=slow), pytest.param(1, (0,), marks=slow)])
 def test_kill_within_an_epoch(run, nobody_touched, ranks, killed):
     codes = [-9 if rank in killed else 1 for rank in range(ranks)]
-    run.ends(codes, "checkpoint.asynchronous=false", inject=at_step(9, KILL, killed), deadline=30)
+    run.ends(codes, "checkpoint.asynchronous=false", inject=at_step(9, KILL, killed), deadline=60)
     for rank in set(range(ranks)) - set(killed):
         said = run.starts[0].outputs[rank].read_text()
         assert f"rank {rank}, epoch 2, step" in said
@@ -767,7 +767,7 @@ def test_a_rank_that_hangs_is_named(run, nobody_touched, tmp_path, ranks, hangin
 @slow
 def test_a_defect_on_one_rank_before_the_first_collective(run, nobody_touched):
     defect = at_call("tdds_dist.collect:open_files", 1, jobs.fail(RuntimeError("a defect")), [1])
-    run.ends([1, 1], inject=defect, deadline=30)
+    run.ends([1, 1], inject=defect, deadline=60)
     assert "RuntimeError: a defect" in run.starts[0].outputs[1].read_text()
     assert "rank 1 ended" in run.starts[0].outputs[0].read_text()
     run.goes_on(nobody_touched(2))
@@ -775,7 +775,7 @@ def test_a_defect_on_one_rank_before_the_first_collective(run, nobody_touched):
 
 @slow
 def test_a_defect_on_one_rank_in_training(run, nobody_touched):
-    run.ends([1, 1], inject=at_step(9, jobs.fail(RuntimeError("a defect")), [0]), deadline=30)
+    run.ends([1, 1], inject=at_step(9, jobs.fail(RuntimeError("a defect")), [0]), deadline=60)
     assert "RuntimeError: a defect" in run.starts[0].outputs[0].read_text()
     assert "rank 0 ended" in run.starts[0].outputs[1].read_text()
     run.goes_on(nobody_touched(2), fault="defect on one rank")
@@ -891,7 +891,7 @@ def test_exit_codes_are_those_of_the_protocol_in_100_of_100_runs(tmp_path):
     wrong = []
     for number in range(100):
         function, code = programs[number % len(programs)]
-        codes, text = jobs.run([], 2, tmp_path / function.__name__, jobs.program(function), deadline=30)
+        codes, text = jobs.run([], 2, tmp_path / function.__name__, jobs.program(function), deadline=60)
         if codes != [code, code] or ("Traceback" in text) != (function is jobs.fails):
             wrong.append((number, function.__name__, codes, text))
     assert wrong == []
