@@ -334,7 +334,7 @@ def test_sbatch_example_with_srun_and_torchrun(slurm: SlurmCluster, folder: Path
     run = folder / "example"
     script = (REPOSITORY / "launch" / "sbatch_example.sh").read_text()
     assert script.count(" - 120))") == 1
-    soon = " - (${SLURM_RESTART_COUNT:-0} ? 0 : 86400 - 25)))"  # the first start has 25 s of its day
+    soon = " - (${SLURM_RESTART_COUNT:-0} ? 0 : 86400 - 10)))"  # the first start has 10 s of its day
     (folder / "sbatch_example.sh").write_text(script.replace(" - 120))", soon))
     command = ["sbatch", "--parsable", f"--export=ALL,PYTHON={sys.executable},TDDS_CPUS_PER_RANK=1", f"--chdir={folder}",
                str(folder / "sbatch_example.sh"), str(run), "collect", str(folder / "config.yaml"), f"run.dir={run}"]
