@@ -9,13 +9,15 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tdds_dist.artifacts import write_atomically
+from tdds_dist.errors import InputError
 from tdds_dist.rundir import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,3 +80,16 @@ def save(folder: Path, name: str, result: dict[str, Any], text: str) -> None:
     write_atomically(Path(f"{stem}.json"), lambda file: file.write(numbers.encode()))
     write_atomically(Path(f"{stem}.md"), lambda file: file.write(text.encode()))
     print(text)
+
+
+def run(program: str, options: argparse.Namespace, check: Callable[[argparse.Namespace], object],
+        measure: Callable[[argparse.Namespace], dict[str, Any]], as_markdown: Callable[[dict[str, Any]], str]) -> int:
+    """Check the options, measure, print the page, write both result files; the exit code, 2 with one line for bad input."""
+    try:
+        check(options)
+        result = measure(options)
+    except InputError as error:
+        print(f"benchmarks.{program}: error: {error}", file=sys.stderr)
+        return 2
+    save(options.out, options.name or default_name(result), result, as_markdown(result))
+    return 0

@@ -215,6 +215,7 @@ def measure_trajectory(num_samples: int, num_classes: int, num_epochs: int, repe
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, with metrics and provenance."""
+    torch.set_num_threads(options.threads)
     where = files.provenance(1, "cpu", options.threads)
     sizes = [parse_size(text) for text in options.sizes]
     rows = []
@@ -315,16 +316,7 @@ def check(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write JSON and Markdown; returns the exit code."""
-    options = build_parser().parse_args(arguments)
-    try:
-        check(options)
-    except InputError as error:
-        print(f"benchmarks.offline: error: {error}", file=sys.stderr)
-        return 2
-    torch.set_num_threads(options.threads)
-    result = measure(options)
-    files.save(options.out, options.name or files.default_name(result), result, as_markdown(result))
-    return 0
+    return files.run("offline", build_parser().parse_args(arguments), check, measure, as_markdown)
 
 
 if __name__ == "__main__":

@@ -409,15 +409,7 @@ def check(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, model, print, write JSON and Markdown; returns the exit code."""
-    options = build_parser().parse_args(arguments)
-    try:
-        check(options)
-    except InputError as error:
-        print(f"benchmarks.scaling: error: {error}", file=sys.stderr)
-        return 2
-    result = measure(options)
-    files.save(options.out, options.name or files.default_name(result), result, as_markdown(result))
-    return 0
+    return files.run("scaling", build_parser().parse_args(arguments), check, measure, as_markdown)
 
 
 if __name__ == "__main__":

@@ -323,15 +323,7 @@ def _cuda_table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the page, write both result files; returns the exit code."""
-    options = build_parser().parse_args(arguments)
-    try:
-        check(options)
-    except InputError as error:
-        print(f"benchmarks.scorer: error: {error}", file=sys.stderr)
-        return 2
-    result = measure(options)
-    files.save(options.out, options.name or files.default_name(result), result, as_markdown(result))
-    return 0
+    return files.run("scorer", build_parser().parse_args(arguments), check, measure, as_markdown)
 
 
 if __name__ == "__main__":

@@ -322,14 +322,8 @@ def measure(settings: list[Setting]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the page, write both result files; returns the exit code."""
-    options = build_parser().parse_args(arguments)
-    try:
-        result = measure(settings_of(options))
-    except InputError as error:
-        print(f"benchmarks.throughput: error: {error}", file=sys.stderr)
-        return 2
-    files.save(options.out, options.name or files.default_name(result), result, as_markdown(result))
-    return 0
+    return files.run("throughput", build_parser().parse_args(arguments), settings_of,
+                     lambda options: measure(settings_of(options)), as_markdown)
 
 
 if __name__ == "__main__":
