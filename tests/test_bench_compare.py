@@ -35,6 +35,7 @@ OVERHEAD = metric([0.98], "ratio", "higher", relative=True)
     (RATE, metric([97, 98, 99], "samples/s", "higher"), "same"),  # ranges apart, within the tolerance
     (RATE, metric([80, 90, 101], "samples/s", "higher"), "same"),  # beyond the tolerance, ranges overlap
     (TIME, metric([1.2, 1.21, 1.22], "s", "lower"), "worse"),
+    (TIME, metric([1.0, 1.2, 1.21], "s", "lower"), "same"),  # the same on the other side
     (TIME, metric([0.8, 0.81, 0.82], "s", "lower"), "better"),
     (OVERHEAD, metric([0.9], "ratio", "higher", relative=True), "worse"),  # single runs: no range to look at
     (metric([0], "B", "lower", relative=True), metric([0], "B", "lower", relative=True), "same"),
