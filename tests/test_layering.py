@@ -22,7 +22,8 @@ LAYERS = [
     ("rows", "fused", "scorer"),
     ("prepare", "snapshot", "job", "feed", "metrics", "engine"),
     ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "summary", "status",
-     "compare", "export", "ingest", "tables", "cells", "experiment", "charts", "report"),
+     "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
+     "report_training", "report_scores", "report_images", "report"),
     ("cli", "__main__"),
 ]
 PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}
