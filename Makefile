@@ -1,6 +1,6 @@
 # What a user and a contributor run. `make setup` is safe to repeat and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm lint clean
+.PHONY: help setup demo test test-slow test-slurm test-browser lint clean
 
 # Two files at a time: more would starve the tests that start several ranks, and files keep what their tests share.
 SIDE_BY_SIDE = -n 2 --dist loadfile
@@ -15,14 +15,18 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 	@scripts/demo.sh
 
 test: setup  ## the tests, under 10 minutes on 2 cores
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm and not browser"
 
 test-slow: setup  ## the tests that take minutes each
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and not slurm"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and not slurm and not browser"
 
 test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
 	@tests/slurm/install.sh
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slurm
+
+test-browser: setup  ## the demo, and its report in a headless Chromium (needs root only to install it)
+	@tests/browser/install.sh
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser
 
 lint: setup  ## style and types
 	@.venv/bin/ruff check .

@@ -5,6 +5,7 @@ Owns how these are put together and printed. What a run directory says, `tdds_di
 """
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -32,7 +33,7 @@ def add_status(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     stage.add_argument("--json", action="store_true", help="the same as data, on one line")
     stage.add_argument("--watch", type=float, nargs="?", const=_WATCH_SECONDS, metavar="SECONDS",
                        help=f"again and again, until nothing runs any more (default: every {_WATCH_SECONDS:g} s)")
-    stage.set_defaults(run=_status)
+    stage.set_defaults(run=_status, prints_itself=True)
 
 
 def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,7 +50,8 @@ def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     stream.add_argument("--err", dest="stream", action="store_const", const="err", help="standard error (the default)")
     stage.add_argument("--lines", type=int, default=50, metavar="N", help="how many, 0 for all (default: 50)")
     stage.add_argument("--follow", action="store_true", help="go on as it grows, until Ctrl-C")
-    stage.set_defaults(run=_logs, stream="err")
+    stage.add_argument("--json", action="store_true", help="path and lines as data, on one line")
+    stage.set_defaults(run=_logs, stream="err", prints_itself=True)
 
 
 # ---- status
@@ -240,7 +242,14 @@ def next_step(status: Status) -> str:
 def _logs(options: argparse.Namespace) -> None:
     if options.lines < 0:
         raise InputError(f"--lines {options.lines} must be at least 0 (0 shows all)")
+    if options.json and options.follow:
+        raise InputError("--json is one object at the end, and --follow has none; leave one out")
     path, choice = choose_log(options.directory, options.job, options.rank, options.stream)
+    if options.json:
+        text = io.StringIO()
+        print_tail(path, options.lines, text)
+        print(json.dumps({"stage": "logs", "path": str(path), "lines": text.getvalue().splitlines()}), flush=True)
+        return
     print(f"==> {path}{choice}", flush=True)
     end = print_tail(path, options.lines, sys.stdout)
     if options.follow:

@@ -27,6 +27,7 @@ from launch import scheduler
 from launch.cluster import Cluster, load_cluster
 from launch.states import FORGOTTEN, job_states, outcome_of
 from launch.task import StageTask
+from tdds_dist.closing import Closing
 from tdds_dist.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.submit", description="See `tdds submit --help`.")
     _add_arguments(parser)
     try:
-        return run(parser.parse_intermixed_args(arguments))
+        return run(parser.parse_intermixed_args(arguments)).exit_code
     except InputError as error:
         print(f"launch.submit: error: {error}", file=sys.stderr)
         return 2
@@ -64,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config: train.lr=0.05")
     parser.add_argument("--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the jobs ask for")
     parser.add_argument("--stage", dest="part", choices=("collect", "retrain", "pipeline"), default="pipeline",
-                        help="default: pipeline")
+                        help="what to submit (default: pipeline)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing")
     parser.add_argument("--wait", action="store_true", help="stay until the jobs are over, and leave with their outcome")
     retrain = parser.add_argument_group("of --stage retrain")
@@ -78,8 +79,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     retrain.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Submit what the command line says; returns the exit code.
+def run(options: argparse.Namespace) -> Closing:
+    """Submit what the command line says, and print it; returns the exit code, and what `tdds submit --json` prints.
 
     Raises:
         InputError: it cannot run as asked, or the scheduler refuses it; nothing stays queued.
@@ -104,10 +105,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"{needs}\n")
         print(describe(stages, cluster, config.run.name))
         _print_files(stages, cluster, config.run.name, log_dir)
-        return 0
+        return _closing(stages, config, log_dir, warnings)
     if not any(stage.waiting for stage in stages):
         print(f"everything is done: {', '.join(_count(stage) for stage in stages)}{_page(stages, config)}")
-        return 0
+        return _closing(stages, config, log_dir, warnings)
     with _alone(config.run.directory):
         before = (job_list.log_dir_of(config.run.directory), config.run.directory / "jobs")
         _refuse_twice(stages, {log_dir, *(folder.absolute() for folder in before)})
@@ -117,12 +118,24 @@ def run(options: argparse.Namespace) -> int:
         print(describe(stages, cluster, config.run.name), flush=True)
         records = _submit_all(stages, cluster, config, log_dir) if cluster.executor == "slurm" else []
     if cluster.executor == "local":
-        return _run_here(stages, cluster, config, log_dir, options)
+        code = _run_here(stages, cluster, config, log_dir, options)
+        return _closing(stages, config, log_dir, warnings, exit_code=code)
     where = config.run.directory
     tasks = f" ({len(records)} with the elements of arrays)" if "_" in "".join(record.id for record in records) else ""
     print(f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs {where}\n"
           f"stop:   scancel {_ids(records).replace(',', '')}", flush=True)
-    return _wait_for(records, log_dir) if options.wait else 0
+    code = _wait_for(records, log_dir) if options.wait else 0
+    return _closing(stages, config, log_dir, warnings, records, code)
+
+
+def _closing(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: list[str],
+             records: Sequence[job_list.JobRecord] = (), exit_code: int = 0) -> Closing:
+    """The object for `--json`; people have read the same already."""
+    parts = [{"name": stage.name, "jobs": len(stage.waiting), "done": len(stage.steps) - len(stage.waiting)}
+             for stage in stages]
+    return Closing(exit_code=exit_code, data={
+        "stage": "submit", "stages": parts, "jobs": [record.id for record in records], "log_dir": str(log_dir),
+        "warnings": warnings, "next": f"tdds status {config.run.directory}", "exit_code": exit_code})
 
 
 # ---- before submission

@@ -325,7 +325,7 @@ def crc32_of_images(info: BetonInfo, num_threads: int = 1, progress: bool = Fals
             crc32_N[i] = zlib.crc32(data)
         return len(part)
 
-    with Progress("crc32", info.num_samples, "images", progress) as bar, ThreadPoolExecutor(num_threads) as pool:
+    with Progress("checksums", info.num_samples, "images", progress) as bar, ThreadPoolExecutor(num_threads) as pool:
         for num in pool.map(of_part, range(0, info.num_samples, IMAGES_PER_READ)):  # reading and CRC let others run
             bar.advance(num)
     return crc32_N

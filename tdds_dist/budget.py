@@ -23,9 +23,9 @@ from tdds_dist.config import Config
 from tdds_dist.errors import InputError
 from tdds_dist.footprint import Network
 from tdds_dist.partition import class_owners, per_rank_batch, rows_per_shard
-from tdds_dist.scalars import DENSE
 from tdds_dist.schedule import batch_size_factor, retrain_epochs
 from tdds_dist.selection import num_kept
+from tdds_dist.storage import DENSE
 
 CONTEXT_BYTES = 1_000_000_000  # assumed, per process: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS
 MARGIN = 0.05  # assumed, of all else: what the caching allocator cannot use between its blocks

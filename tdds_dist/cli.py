@@ -6,57 +6,167 @@ of a rank into its own exit code 1 and adds a report of its own.
 """
 
 import argparse
+import json
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from tdds_dist import stages
+from tdds_dist.closing import Closing, same_command
+from tdds_dist.console import paint, speaking
 from tdds_dist.errors import InputError, LostRankError
 from tdds_dist.preemption import EXIT_RESUME, Interruption, Preempted
 
 if TYPE_CHECKING:
-    from tdds_dist.config import Config
+    Parsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _MAIN_SPEAKS_SECONDS = 2.0
 
-# Stages are imported when they run: `tdds --help` should not wait for torch.
+# What `tdds --help` lists, in this order.
+_GROUPS = {
+    "in the usual order": ("write", "check", "plan", "collect", "score", "select", "retrain", "report"),
+    "several runs": ("experiment", "compare"),
+    "other tools": ("export", "import"),
+    "jobs": ("submit", "status", "logs"),
+}
+_EXAMPLES = """\
+examples:
+  tdds write imagefolder:DIR data/my_train.beton --split train --max-resolution 256
+  tdds collect my.yaml train.lr=0.05                            alone, or on the CPU
+  torchrun --nproc-per-node 8 -m tdds_dist collect my.yaml      on all GPUs of this node
+  tdds score runs/my --all
+  tdds select runs/my --pruning-rate 0.5 0.8
+  tdds retrain my.yaml --coreset runs/my/coresets/FILE.npz --strategy E
+  tdds report runs/my
+
+`tdds STAGE --help` explains a stage. Environment: TDDS_PROGRESS_SECONDS=N, a line of progress every N seconds where there is no
+terminal (default: 10); NO_COLOR=1, no colours. Exit codes: 0 done, 2 bad input, 75 stopped and saved, 130 interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     code, message = outcome(arguments)
     if message:
-        print(message, file=sys.stderr)
+        print(message.replace(": error: ", f": {paint('error:', 'red', sys.stderr)} ", 1), file=sys.stderr)
     return code
 
 
 def outcome(arguments: Sequence[str] | None = None, interruption: Interruption | None = None) -> tuple[int, str]:
     """Run one subcommand; returns the exit code, and the line that this rank has to say about it (empty when done, or when
     another rank says it). `interruption` lets the caller see which signals came."""
-    options = parse(arguments)
-    options.interruption = interruption or Interruption()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     is_main = os.environ.get("RANK", "0") == "0"
+    as_json = "--json" in words and is_main
     try:
-        code = options.run(options) or 0  # a subcommand may have an outcome of its own
+        options = parse(words)
+        options.interruption = interruption or Interruption()
+        code, message = _attempt(options, words, is_main)
+    except (UsageError, Exception) as error:
+        if as_json:
+            text, code = (error.message, 2) if isinstance(error, UsageError) else (f"{type(error).__name__}: {error}", 1)
+            _print_error(text, code)
+        raise
+    if as_json and message:
+        _print_error(message, code)
+    return code, message
+
+
+def _print_error(message: str, code: int) -> None:
+    print(json.dumps({"error": message, "exit_code": code}), flush=True)
+
+
+def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -> tuple[int, str]:
+    try:
+        return _run_stage(options, is_main), ""
     except InputError as error:
         if error.shared and not is_main:
             time.sleep(_MAIN_SPEAKS_SECONDS)  # launchers end all ranks when the first leaves
             return 2, ""
         return 2, f"tdds {options.stage}: error: {error}"
     except KeyboardInterrupt:
-        return 130, f"tdds {options.stage}: interrupted"
+        return 130, f"tdds {options.stage}: interrupted{_after_interruption(options.stage, words)}"
     except Preempted as leaving:
-        return EXIT_RESUME, f"tdds {options.stage}: {leaving}" if is_main or not leaving.agreed else ""
+        again = "" if "TDDS_JOB" in os.environ else f": {same_command(words)}"  # a job is queued again by its launcher
+        return EXIT_RESUME, f"tdds {options.stage}: {leaving}{again}" if is_main or not leaving.agreed else ""
     except BrokenPipeError:  # `tdds logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0, ""
     except LostRankError as error:
         return 1, f"tdds {options.stage}: error: {error}"
-    return code, ""
+
+
+def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
+    """Run it and print what it closes with; the exit code."""
+    quiet, as_json = (getattr(options, name, False) for name in ("quiet", "json"))
+    if getattr(options, "prints_itself", False):
+        return (options.run(options) or Closing()).exit_code
+    with speaking(quiet) as warnings:
+        with _nothing_printed(quiet or as_json):
+            closing: Closing = options.run(options) or Closing()
+        if is_main and as_json:
+            print(json.dumps(closing.as_data(options.stage, warnings)), flush=True)
+        elif is_main and (not quiet or closing.is_the_product):
+            text = closing.text if quiet else closing.as_text(sys.stdout, len(warnings))
+            print(text + "\n" * bool(text), end="", flush=True)
+    return closing.exit_code
+
+
+@contextmanager
+def _nothing_printed(silent: bool) -> Iterator[None]:
+    """Inside, nothing comes to standard output when `silent`."""
+    if not silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _after_interruption(stage: str, words: Sequence[str]) -> str:
+    """What is left, and how to go on."""
+    if stage in ("plan", "status", "logs"):
+        return ""
+    if stage == "submit":
+        return "; `tdds status RUN` shows what is queued and what runs"
+    if stage in ("collect", "retrain", "experiment"):
+        left = "the same command goes on from the last checkpoint, or starts over where there is none yet"
+    else:
+        left = "nothing half-written was left; the same command starts over"
+    return f"; {left}: {same_command(words)}"
+
+
+class UsageError(SystemExit):
+    """Words that no stage takes; said already, with the usage."""
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+
+
+class Parser(argparse.ArgumentParser):
+    """Leaves by UsageError."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        text = f"{self.prog}: error: {message}"
+        print(text, file=sys.stderr)
+        raise UsageError(text)
+
+
+class _Version(argparse.Action):
+    """Looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        try:
+            print(f"tdds {version('tdds-dist')}")
+        except PackageNotFoundError:
+            print("tdds, not installed")
+        parser.exit()
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,37 +200,45 @@ def run() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands."""
-    parser = argparse.ArgumentParser(
-        prog="tdds", description="Find out which images matter: pruning scores, coresets and retraining.",
-        epilog="The usual order: write, collect, score, select, retrain, report. `tdds STAGE --help` explains one.")
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    _add_write(stages)
-    _add_check(stages)
-    _add_plan(stages)
-    _add_collect(stages)
-    _add_score(stages)
-    _add_select(stages)
-    _add_retrain(stages)
-    _add_compare(stages)
-    _add_experiment(stages)
-    _add_export(stages)
-    _add_import(stages)
-    _add_report(stages)
+    parser: argparse.ArgumentParser = Parser(
+        prog="tdds", formatter_class=argparse.RawDescriptionHelpFormatter, usage="tdds [options] STAGE ...",
+        description="Find out which images matter: pruning scores, coresets and retraining.")
+    parsers = parser.add_subparsers(dest="stage", required=True, metavar="STAGE", help=argparse.SUPPRESS, prog="tdds")
     # Of the launcher, which the package itself does not know: nothing else imports it.
     from launch.show import add_logs, add_status
     from launch.submit import add_submit
 
-    add_submit(stages)
-    add_status(stages)
-    add_logs(stages)
+    adders: list[Callable[[Parsers], None]] = [
+        _add_write, _add_check, _add_plan, _add_collect, _add_score, _add_select, _add_retrain, _add_compare, _add_experiment,
+        _add_export, _add_import, _add_report, add_submit, add_status, add_logs]
+    for add in adders:
+        add(parsers)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    _add_manner(parser, False)
+    for stage in parsers.choices.values():
+        _add_manner(stage, argparse.SUPPRESS)  # before the stage or behind it
+    summary = {action.dest: action.help for action in parsers._choices_actions}
+    groups = ["\n".join([f"{title}:", *(f"  {name:<11} {summary[name]}" for name in names)])
+              for title, names in _GROUPS.items()]
+    parser.epilog = "\n\n".join([*groups, _EXAMPLES])
     return parser
 
 
-# ---- subcommands: options, then what they call
+def _add_manner(parser: argparse.ArgumentParser, default: object) -> None:
+    group = parser.add_argument_group("what is said")
+    group.add_argument("--quiet", action="store_true", default=default, help="warnings and errors only")
+    if (own := parser._option_string_actions.get("--json")) is not None:  # it says what its object is
+        own.default = default
+        return
+    group.add_argument("--json", action="store_true", default=default,
+                       help="one JSON object on standard output, also for errors, and nothing else there")
 
 
-def _add_write(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+# ---- subcommands and their options; what they do is in `stages`
+
+
+def _add_write(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "write", help="images -> .beton and its manifest", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write images to an FFCV file (.beton) and a manifest (index -> path, label) beside it.\n\n"
                     "SOURCE is one of\n"
@@ -128,15 +246,16 @@ def _add_write(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
                     "  cifar10:DIR, cifar100:DIR  the extracted archive of the python version in DIR\n"
                     "  digits                   scikit-learn's digits at 32x32, a fixed stratified 80/20 split\n"
                     "  synthetic:N,CLASSES,SIZE random images for benchmarks")
-    stage.add_argument("source", metavar="SOURCE")
-    stage.add_argument("out", metavar="OUT.beton", type=Path)
+    stage.add_argument("source", metavar="SOURCE", help="where the images are, see above")
+    stage.add_argument("out", metavar="OUT.beton", type=Path, help="the file to write")
     stage.add_argument("--split", choices=("train", "val"), default="train", help="which part of the source (default: train)")
-    stage.add_argument("--max-resolution", type=int, metavar="N", help="shrink images to a longer side of N pixels")
+    stage.add_argument("--max-resolution", type=int, metavar="N",
+                       help="shrink images to a longer side of N pixels (default: as they are)")
     stage.add_argument("--write-mode", choices=("jpg", "proportion", "raw"), default="jpg",
                        help="jpg: all compressed; raw: none, loads faster; proportion: half of them (default: jpg)")
     stage.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality, 1 to 100 (default: 90)")
     stage.add_argument("--num-workers", type=int, metavar="W", help="processes (default: one per CPU, at most 16)")
-    stage.add_argument("--subset", type=int, metavar="N", help="only N images, classes in proportion")
+    stage.add_argument("--subset", type=int, metavar="N", help="only N images, classes in proportion (default: all)")
     stage.add_argument("--label-noise", type=float, default=0.0, metavar="R",
                        help="change this share of the labels to another class, for robustness experiments (default: 0)")
     stage.add_argument("--corrupt", type=float, default=0.0, metavar="R",
@@ -144,38 +263,11 @@ def _add_write(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
                             "motion blur (default: 0)")
     stage.add_argument("--seed", type=int, default=0, metavar="S", help="of --label-noise and --corrupt only (default: 0)")
     stage.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    stage.set_defaults(run=_write)
+    stage.set_defaults(run=stages.write)
 
 
-def _write(options: argparse.Namespace) -> None:
-    from tdds_dist.beton import manifest_path
-    from tdds_dist.beton_writer import write_beton
-    from tdds_dist.corruptions import KINDS
-    from tdds_dist.sources import open_source, with_corruption, with_label_noise
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
-    source = open_source(options.source, options.split, options.subset)
-    source = with_corruption(with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed)
-    noisy = source.true_label_N is not None or source.corruption is not None
-    if noisy and options.split == "val":
-        print("warning: images for evaluation should stay clean; leave out --label-noise and --corrupt with --split val",
-              file=sys.stderr)
-    manifest = write_beton(
-        source, options.out, max_resolution=options.max_resolution, write_mode=options.write_mode, quality=options.quality,
-        num_workers=options.num_workers, overwrite=options.overwrite)
-    print(f"wrote {options.out} ({manifest.num_samples} images, {manifest.num_classes} classes, "
-          f"{manifest.beton_bytes / 2**20:.1f} MiB) and {manifest_path(options.out).name}")
-    print("next: put both splits into a config (see configs/) and run `tdds collect CONFIG.yaml`")
-    if noisy:
-        num_changed = 0 if manifest.noisy_N is None else int(manifest.noisy_N.sum())
-        corruption = manifest.corruption or []
-        by_kind = ", ".join(f"{corruption.count(kind)} {kind}" for kind in KINDS)
-        print(f"noise (seed {options.seed}): {num_changed} labels changed, {len(corruption) - corruption.count('')} images "
-              f"corrupted ({by_kind})")
-
-
-def _add_check(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_check(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "check", help="whether every image of a .beton is sound",
         description="Check the structure of an FFCV file, its manifest, and every image: that its bytes are those that were "
                     "written (CRC-32 in the manifest), and that it decodes. Bad images are listed: global index, reason "
@@ -183,26 +275,16 @@ def _add_check(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     stage.add_argument("beton", metavar="FILE.beton", type=Path, help="its manifest is looked for beside it")
     stage.add_argument("--quick", action="store_true", help="only 256 images, evenly spaced")
     stage.add_argument("--num-workers", type=int, metavar="W", help="decoding threads (default: one per CPU)")
-    stage.set_defaults(run=_check)
-
-
-def _check(options: argparse.Namespace) -> None:
-    from tdds_dist.check import check
-
-    result = check(options.beton, quick=options.quick, num_workers=options.num_workers)
-    for line in result.fault_lines():
-        print(line)
-    print(result.summary())
-    result.require_sound()
+    stage.set_defaults(run=stages.check)
 
 
 def _add_config(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    stage.add_argument("config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own")
     stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config, e.g. train.lr=0.05")
 
 
-def _add_plan(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_plan(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "plan", help="what a run will take, before it runs",
         description="Memory, disk, network and hours of a collection and its retrainings, from the config alone; no GPU is "
                     "needed. What does not fit is refused (exit code 2), with the options that make it fit.")
@@ -214,35 +296,21 @@ def _add_plan(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     stage.add_argument("--num-samples", type=int, metavar="N", help="training images (default: as in data.train)")
     stage.add_argument("--images-per-second", type=float, metavar="X", help="training speed of all ranks together")
     stage.add_argument("--from", type=Path, metavar="RUN", dest="measured_in",
-                       help="take the speed from this run, scaled by ranks (default: from the config's own, if it is there)")
+                       help="take the speed from this run, scaled by ranks (default: the config's own, where there is one)")
     stage.add_argument("--strategies", nargs="+", choices=("E", "P"), metavar="E|P",
                        help="of the retrainings, which are those of the config's section pipeline (default: as there, else E)")
-    stage.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    stage.set_defaults(run=_plan)
+    stage.set_defaults(run=stages.plan)
 
 
-def _plan(options: argparse.Namespace) -> None:
-    import json
-
-    from tdds_dist.plan import parse_bytes, plan
-
-    config = _load_config(options)
-    found = plan(
-        config, num_ranks=options.gpus, num_samples=options.num_samples, strategies=options.strategies,
-        gpu_memory_bytes=parse_bytes(options.gpu_memory, "--gpu-memory"), disk_bytes=parse_bytes(options.disk, "--disk"),
-        images_per_second=options.images_per_second, measured_in=options.measured_in)
-    print(json.dumps(found.as_json(), indent=2) if options.json else found.as_text())
-
-
-def _add_collect(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_collect(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "collect", help="train once, score every sample",
         description="Train on all images and score each of them on the way. Under torchrun, or alone. Ends with scores/*.npz "
                     "in the run directory. Stopped, by a signal or a crash, it goes on from its last checkpoint when started "
                     "again, on any number of ranks that divides the batch.")
     _add_config(stage)
     _add_fresh(stage)
-    stage.set_defaults(run=_collect)
+    stage.set_defaults(run=stages.collect)
 
 
 def _add_fresh(stage: argparse.ArgumentParser) -> None:
@@ -251,38 +319,14 @@ def _add_fresh(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--force", action="store_true", help="with --fresh: remove the run that is there")
 
 
-def _load_config(options: argparse.Namespace) -> "Config":
-    from tdds_dist.config import load_config
-
-    try:
-        return load_config(options.config, options.overrides)
-    except InputError as error:
-        error.shared = True  # every rank reads the same file
-        raise
-
-
-def _collect(options: argparse.Namespace) -> None:
-    config = _load_config(options)
-
-    from tdds_dist.collect import collect
-    from tdds_dist.distributed import session
-
-    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
-        paths = collect(config, world, fresh=options.fresh, force=options.force, interruption=interruption)
-        if world.is_main:
-            print(f"wrote {', '.join(str(path) for path in paths)}")
-            served = [rate for window in config.score.windows for rate in window.pruning_rates if rate > 0]
-            print(f"next: tdds select {config.run.directory} --pruning-rate {min(served, default='P --score KEY')}")
-
-
-def _add_score(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_score(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "score", help="scores from what was recorded", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Compute scores from a run's trajectory, from one that ShardedScorer(trajectory=DIR) wrote, or from\n"
                     "a folder of {epoch}_Output.npy and {epoch}_Index.npy as the authors' code writes it. No image is read.\n\n"
                     "Without --all or --score: TDDS, with --T, --K, --beta, --preset, --delta.\n"
                     "With --final-pass, alone or under torchrun: entropy and moderate, by one pass over the images.")
-    stage.add_argument("source", metavar="RUN|DIR", type=Path)
+    stage.add_argument("source", metavar="RUN|DIR", type=Path, help="a run directory, or what was recorded elsewhere")
     stage.add_argument("overrides", metavar="key=value", nargs="*",
                        help="option of --all and --score, e.g. el2n_epochs=20 never_learned=0 aum_of=probability "
                             "uncertainty_window=5")
@@ -299,261 +343,119 @@ def _add_score(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     stage.add_argument("--beton", type=Path, metavar="FILE", help="take labels from this file (dynamics folders have none)")
     stage.add_argument("--out", type=Path, metavar="FILE.npz|DIR",
                        help="a directory with --all and --score, else a file (default: scores/ of the run, or DIR)")
-    stage.set_defaults(run=_score)
+    stage.set_defaults(run=stages.score)
 
 
-def _score(options: argparse.Namespace) -> None:
-    many = options.all or options.score
-    tdds_only = ("preset", "T", "K", "beta")
-    if options.all and options.score:
-        raise InputError("--all and --score exclude each other; leave one out")
-    if options.final_pass:
-        others = [f"--{name}" for name in ("all", "score", *tdds_only, "beton", "out") if getattr(options, name)]
-        if others := [*others, *options.overrides, *([] if options.delta == "kl" else ["--delta"])]:
-            raise InputError(f"--final-pass stands alone, without {others[0]}; run the other command separately")
-        _final_pass(options)
-        return
-    if many and (given := [name for name in tdds_only if getattr(options, name) is not None] + (
-            [] if options.delta == "kl" else ["delta"])):
-        raise InputError(f"--{given[0]} belongs to `tdds score` without --all and --score, which take the windows of the run's "
-                         "config; run it separately")
-    if options.overrides and not many:
-        raise InputError(f"{options.overrides[0]} is an option of --all and --score KEY; TDDS alone takes --T, --K, --beta, "
-                         "--preset, --delta")
-
-    from tdds_dist.score import score, score_all
-
-    if many:
-        paths, skipped = score_all(options.source, options.score, options=options.overrides, beton=options.beton,
-                                   out=options.out)
-        for reason in skipped:
-            print(f"not computed: {reason}", file=sys.stderr)
-    else:
-        paths = score(options.source, preset=options.preset, T=options.T, K=options.K, beta=options.beta,
-                      delta=options.delta, beton=options.beton, out=options.out)
-    print(f"wrote {', '.join(str(path) for path in paths)}")
-    print(f"next: tdds select {paths[0]} --pruning-rate 0.5")
-
-
-def _final_pass(options: argparse.Namespace) -> None:
-    from tdds_dist.config import parse_config
-    from tdds_dist.distributed import session
-    from tdds_dist.final_pass import final_pass
-    from tdds_dist.rundir import RunDir
-
-    run = RunDir(options.source)
-    try:
-        config = parse_config(run.read_config(), str(run.config_file))
-    except InputError as error:
-        error.shared = True
-        raise
-    with session(config.run.device, config.run.timeout_seconds) as world:
-        paths = final_pass(options.source, world)
-        if world.is_main:
-            print(f"wrote {', '.join(str(path) for path in paths)}")
-
-
-def _add_select(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_select(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "select", help="scores -> coreset",
         description="Keep the images that a score ranks first, or another choice by --sampler. In a run directory the config "
                     "says which TDDS window serves which rate.")
-    stage.add_argument("source", metavar="RUN|SCORES.npz", type=Path)
-    stage.add_argument("--pruning-rate", type=float, required=True, metavar="P", help="fraction to remove, in [0, 1)")
+    stage.add_argument("source", metavar="RUN|SCORES.npz", type=Path, help="a run directory, or one score file")
+    stage.add_argument("--pruning-rate", type=float, nargs="+", required=True, metavar="P",
+                       help="fraction to remove, in [0, 1); of several, a coreset for each")
     stage.add_argument("--score", default="tdds", metavar="KEY",
-                       help="tdds (default), random, ccs (AUM in strata), or a name in scores/")
+                       help="tdds, random, ccs (AUM in strata), or a name in scores/ (default: tdds)")
     stage.add_argument("--sampler", choices=("top", "ccs", "centre", "beta"),
-                       help="top: the highest (default); ccs: from all strata alike, without the hardest; centre: the middle "
-                            "of the ranking (default of moderate); beta: DUAL's weighted draw")
+                       help="top: the highest; ccs: from all strata alike, without the hardest; centre: the middle of the "
+                            "ranking; beta: DUAL's weighted draw (default: top; of moderate: centre)")
     stage.add_argument("--class-balanced", action="store_true", help="keep the same share of every class")
-    stage.add_argument("--seed", type=int, default=0, help="of draws and ties (default: 0)")
+    stage.add_argument("--seed", type=int, default=0, metavar="S", help="of draws and ties (default: 0)")
     stage.add_argument("--num-strata", type=int, metavar="S", help="of sampler ccs (default: 50)")
     stage.add_argument("--hard-cutoff-rate", type=float, metavar="R",
                        help="of sampler ccs: share of all images dropped as too hard (default: 0.2 from P = 0.8, 0.3 from 0.9)")
     stage.add_argument("--c-d", type=float, metavar="C", help="of sampler beta: its exponent (default: 4)")
     stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: coresets/ of the run, or beside the scores")
-    stage.set_defaults(run=_select)
+    stage.set_defaults(run=stages.select)
 
 
-def _select(options: argparse.Namespace) -> None:
-    from tdds_dist.artifacts import load_coreset
-    from tdds_dist.select import select
-
-    sampler = "ccs" if options.score == "ccs" else options.sampler
-    given = {key: value for key in ("num_strata", "hard_cutoff_rate", "c_d") if (value := getattr(options, key)) is not None}
-    fitting = {"ccs": {"num_strata", "hard_cutoff_rate"}, "beta": {"c_d"}}.get(sampler or "", set())
-    if wrong := sorted(set(given) - fitting):
-        raise InputError(f"--{wrong[0].replace('_', '-')} does nothing with sampler {sampler or 'top'}; leave it out, or "
-                         f"choose --sampler {'beta' if wrong[0] == 'c_d' else 'ccs'}")
-    path, warnings = select(options.source, options.pruning_rate, score=options.score, sampler=options.sampler,
-                            class_balanced=options.class_balanced, seed=options.seed, out=options.out, **given)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    coreset = load_coreset(path)
-    print(f"wrote {path} ({len(coreset.index_M)} of {coreset.fingerprint.num_samples} images by {coreset.method})")
-    config = options.source / "config.yaml" if options.source.is_dir() else "CONFIG.yaml"
-    print(f"next: tdds retrain {config} --coreset {path} --strategy E")
-
-
-def _add_retrain(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_retrain(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "retrain", help="train on a coreset",
         description="Train on a coreset. Under torchrun, or alone. Writes a run directory under retrain/ of the config's run.")
     _add_config(stage)
-    stage.add_argument("--coreset", type=Path, required=True, metavar="FILE.npz")
+    stage.add_argument("--coreset", type=Path, required=True, metavar="FILE.npz", help="that `tdds select` wrote")
     stage.add_argument("--strategy", choices=("E", "P"), required=True,
                        help="E: as many epochs as on the full data; P: as many images seen, epochs / (1 - p)")
     stage.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
     stage.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
     _add_fresh(stage)
-    stage.set_defaults(run=_retrain)
+    stage.set_defaults(run=stages.retrain)
 
 
-def _retrain(options: argparse.Namespace) -> None:
-    config = _load_config(options)
-
-    from tdds_dist.distributed import session
-    from tdds_dist.retrain import retrain
-
-    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
-        run = retrain(config, world, options.coreset, options.strategy, importance=options.importance, name=options.name,
-                      fresh=options.fresh, force=options.force, interruption=interruption)
-        if world.is_main:
-            result = run.read_result() or {}
-            print(f"wrote {run.path} (final top-1 {result['final_top1']:.2f} %, best {result['best_top1']:.2f} %)")
-            print(f"next: tdds report {config.run.directory}")
-
-
-def _add_compare(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_compare(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "compare", help="how scores, windows and seeds agree",
         description="Rank correlation and overlap between the scores of a run, and of one score between runs; what is kept of "
                     "each class, and of images known to be mislabelled or corrupted.")
-    stage.add_argument("runs", metavar="RUN", type=Path, nargs="+")
+    stage.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
     stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[0.3, 0.5, 0.7, 0.8, 0.9],
                        help="of the coresets that are compared (default: 0.3 0.5 0.7 0.8 0.9)")
     stage.add_argument("--out", type=Path, metavar="FILE.csv", help="default: compare.csv of the first run")
-    stage.set_defaults(run=_compare)
+    stage.set_defaults(run=stages.compare)
 
 
-def _compare(options: argparse.Namespace) -> None:
-    from tdds_dist.compare import compare
-
-    print(compare(options.runs, pruning_rates=options.pruning_rates, out=options.out))
-
-
-def _add_experiment(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_experiment(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "experiment", help="a table: methods x pruning rates x seeds",
         description="Run a table of retrainings from one collection per seed, several at a time (--jobs), or one after the "
                     "other on all ranks under torchrun. Started again, it goes on where it was. Writes table.md, cells.csv.")
-    stage.add_argument("config", metavar="EXPERIMENT.yaml", type=Path)
+    stage.add_argument("config", metavar="EXPERIMENT.yaml", type=Path, help="one of configs/experiments/, or your own")
     stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the experiment, e.g. seeds=[0]")
     stage.add_argument("--jobs", type=int, default=1, metavar="J",
                        help="runs at a time, each with its share of CPUs and GPUs (default: 1)")
-    stage.set_defaults(run=_experiment)
+    stage.set_defaults(run=stages.experiment)
 
 
-def _experiment(options: argparse.Namespace) -> None:
-    from tdds_dist.config import load_config, load_experiment
-
-    try:
-        plan = load_experiment(options.config, options.overrides)
-        config = load_config(plan.config, plan.overrides)
-    except InputError as error:
-        error.shared = True
-        raise
-
-    from tdds_dist.distributed import session
-    from tdds_dist.experiment import experiment
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if options.jobs != 1:
-            raise InputError(f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the other; leave it "
-                             "out", shared=True)
-        with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
-            table, failed = experiment(plan, world=world, interruption=interruption)
-            is_main = world.is_main
-    else:
-        table, failed = experiment(plan, jobs=options.jobs)
-        is_main = True
-    if is_main:
-        print(f"\n{table.read_text()}\nwrote {table} and cells.csv")
-    if failed:
-        raise InputError(f"{len(failed)} runs failed ({failed[0]}); correct the cause and run the same command again",
-                         shared=True)
-
-
-def _add_export(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_export(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "export", help="scores and coresets for other tools", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write scores or a coreset in a form that other tools read.",
         epilog="parquet, csv   index, path, label, every score, its ranks, keep flags per pruning rate\n"
                "paths          the kept images, one path per line\n"
                "official       data_mask_*.npy and score_*.npy of the authors' code\n"
                "torch-subset   a .pt with the indices for torch.utils.data.Subset, and importances")
-    stage.add_argument("source", metavar="RUN|SCORES.npz|CORESET.npz", type=Path)
+    stage.add_argument("source", metavar="RUN|SCORES.npz|CORESET.npz", type=Path, help="what to write in another form")
     stage.add_argument("--format", required=True, choices=("parquet", "csv", "paths", "official", "torch-subset"),
                        help="what to write, see below")
     stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[],
                        help="of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)")
     stage.add_argument("--beton", type=Path, metavar="FILE", help="take paths and labels from the manifest of this file")
     stage.add_argument("--out", type=Path, metavar="PATH", help="default: beside the source, or export/ of the run")
-    stage.set_defaults(run=_export)
+    stage.set_defaults(run=stages.export)
 
 
-def _export(options: argparse.Namespace) -> None:
-    from tdds_dist.export import export
-
-    paths, notes = export(options.source, options.format, options.out, pruning_rates=options.pruning_rates, beton=options.beton)
-    print(f"wrote {', '.join(str(path) for path in paths)}")
-    for note in notes:
-        print(f"note: {note}")
-
-
-def _add_import(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_import(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "import", help="scores from other tools",
         description="Make a score file from a CSV (index or path, score), or from score_*.npy and data_mask_*.npy of the "
                     "authors' code.")
-    stage.add_argument("source", metavar="FILE.csv|score_*.npy", type=Path)
+    stage.add_argument("source", metavar="FILE.csv|score_*.npy", type=Path, help="what to read")
     stage.add_argument("--key", metavar="NAME", help="name of the score (default: from the file)")
     stage.add_argument("--column", metavar="NAME", help="column of the CSV that holds it (default: the key, else score)")
     stage.add_argument("--data-mask", type=Path, metavar="FILE.npy", help="default: data_mask_*.npy beside score_*.npy")
     stage.add_argument("--beton", type=Path, metavar="FILE", help="the dataset they belong to: labels, paths, checks")
     stage.add_argument("--run", type=Path, metavar="RUN", dest="run_directory", help="a run of that dataset, to put them into")
     stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: scores/ of the run, or beside the source")
-    stage.set_defaults(run=_import)
+    stage.set_defaults(run=stages.import_)
 
 
-def _import(options: argparse.Namespace) -> None:
-    from tdds_dist.ingest import import_scores
-
-    path = import_scores(options.source, key=options.key, column=options.column, data_mask=options.data_mask,
-                         beton=options.beton, run=options.run_directory, out=options.out)
-    print(f"wrote {path}")
-    print(f"next: tdds select {path} --pruning-rate 0.5")
-
-
-def _add_report(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    stage = stages.add_parser(
+def _add_report(parsers: "Parsers") -> None:
+    stage = parsers.add_parser(
         "report", help="a page and a table of what came out",
-        description="Write one HTML page that needs no network: curves, score histogram, sheets of the highest- and "
-                    "lowest-scored images, accuracy against pruning rate. Prints the table.")
-    stage.add_argument("runs", metavar="RUN", type=Path, nargs="+")
-    stage.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html of the first run")
+        description="Write one HTML page that needs no network: accuracy against pruning rate, learning curves, scores, the "
+                    "images that go first and last, throughput. Runs of the same images share a headline, with the seeds of a "
+                    "setting averaged. Prints the table.")
+    stage.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, or those of experiments")
+    stage.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first directory")
     stage.set_defaults(run=_report)
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> Closing:
     from tdds_dist.report import build_report
-    from tdds_dist.rundir import RunDir
-    from tdds_dist.summary import format_summary, summary_table
+    from tdds_dist.summary import find_runs, format_summary, summary_tables
 
-    runs = [RunDir(path) for path in options.runs]
-    for run in runs:
-        run.read_config()  # says so when it is no run directory
-    path = build_report(runs, options.out or runs[0].report_file)
-    for run in runs:
-        print(f"\n{run.path}\n{format_summary(summary_table(run))}")
-    print(f"\nwrote {path}")
+    runs = find_runs(options.runs)
+    path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
+    tables = [f"\n{title}\n{format_summary(rows)}" for title, rows in summary_tables(runs)]
+    return Closing([path], next=f"open {path} in a browser", text="\n".join([*tables, ""]))

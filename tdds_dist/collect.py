@@ -10,7 +10,7 @@ from torch import Tensor
 from tdds_dist.artifacts import Fingerprint, Scores, save_scores
 from tdds_dist.beton import BetonInfo
 from tdds_dist.config import Config
-from tdds_dist.console import say
+from tdds_dist.console import announce, say
 from tdds_dist.distributed import World, together
 from tdds_dist.engine import fit
 from tdds_dist.final_pass import run_model, write_scores
@@ -101,7 +101,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
         trajectory_dtype=getattr(torch, config.score.trajectory_dtype), on_nan=config.score.on_nan,
         resume=start.resume is not None)
     if world.is_main:
-        say(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
+        announce(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
             f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
             f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", run.log_file)
         for warning in _warnings(config, train_file.num_samples):

@@ -10,21 +10,19 @@ rate stay in memory. A damaged or foreign score file becomes a sentence at the e
 import csv
 import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tdds_dist.agreement import centred_ranks, keep_rates, noise_kept, rank_correlation
-from tdds_dist.artifacts import Fingerprint, Scores, load_scores, require_same_dataset, write_atomically
+from tdds_dist.agreement import keep_rates, noise_kept
+from tdds_dist.artifacts import Fingerprint, load_scores, require_same_dataset, write_atomically
 from tdds_dist.beton import manifest_path, read_manifest
-from tdds_dist.config import parse_config
 from tdds_dist.errors import InputError
-from tdds_dist.published import base_key, score_order
+from tdds_dist.rankings import Ranked, between_runs, in_order, over_pairs, rank, short_names, within_run
 from tdds_dist.rundir import RunDir
-from tdds_dist.select import choose, default_sampler
 from tdds_dist.selection import num_kept
 from tdds_dist.summary import count, percent
 
@@ -65,7 +63,7 @@ def compare(runs: Sequence[Path], *, pruning_rates: Sequence[float] = (0.3, 0.5,
     read = [_read_run(run, name, letter, found) for run, name, letter in zip(runs, _names(runs), _letters(), strict=False)]
     for other in read[1:]:
         require_same_dataset(other.fingerprint, read[0].fingerprint, f"run {other.run.path}")
-    found.short = _short_names([key for run in read for key in run.ranked])
+    found.short = short_names([key for run in read for key in run.ranked])
     label_N = next((run.label_N for run in read if run.fingerprint.labels_sha256), read[0].label_N)
     known: dict[Path, _Noise | None] = {}
     for run in read:
@@ -82,23 +80,6 @@ def compare(runs: Sequence[Path], *, pruning_rates: Sequence[float] = (0.3, 0.5,
 
 
 @dataclass(frozen=True, eq=False)
-class _Ranked:
-    """What stays in memory of one score file."""
-
-    rank_N: np.ndarray  # of `_ranks`
-    kept_PB: np.ndarray  # uint8, the coreset of each pruning rate as N bits
-
-    def index(self, position: int) -> np.ndarray:
-        """The coreset of one pruning rate, sorted int64 [M]."""
-        return np.flatnonzero(np.unpackbits(self.kept_PB[position], count=len(self.rank_N)))
-
-    def overlap(self, other: "_Ranked") -> list[float]:
-        """`overlap` with another score's coreset of the same size, by pruning rate."""
-        sizes = np.bitwise_count(self.kept_PB).sum(axis=1, dtype=np.int64)
-        return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
-
-
-@dataclass(frozen=True, eq=False)
 class _Run:
     """One run as it was read; `ranked` is by file name, the first TDDS window of the config first."""
 
@@ -106,7 +87,7 @@ class _Run:
     name: str
     letter: str
     config: dict[str, Any]
-    ranked: dict[str, _Ranked]
+    ranked: dict[str, Ranked]
     fingerprint: Fingerprint
     label_N: np.ndarray
 
@@ -143,7 +124,7 @@ class _Findings:
 def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
     run = RunDir(path)
     config = run.read_config()
-    ranked: dict[str, _Ranked] = {}
+    ranked: dict[str, Ranked] = {}
     dataset, label_N, unusable = None, np.empty(0, np.int64), []
     for file in sorted(run.scores.glob("*.npz")):
         try:
@@ -155,41 +136,14 @@ def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
         except InputError as error:
             unusable.append(str(error))
             continue
-        ranked[file.stem] = _rank(scores, found.rates)
+        ranked[file.stem] = rank(scores, found.rates)
         if dataset is None or not dataset.labels_sha256:
             dataset, label_N = scores.fingerprint, scores.label_N
     if dataset is None:
         because = f" that can be used ({unusable[0]})" if unusable else ""
         raise InputError(f"{run.scores} holds no score{because}; run `tdds collect`, or `tdds score {path}`")
     found.problems += unusable
-    main = _main_window(config, [*ranked])
-    ranked = dict(sorted(ranked.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
-    return _Run(run, name, letter, config, ranked, dataset, label_N)
-
-
-def _rank(scores: Scores, rates: list[float]) -> _Ranked:
-    """Sort once for all rates; `choose` decides where that is not enough: another sampler, or ties at the cut."""
-    score_N, num_samples = scores.score_N, len(scores.score_N)
-    order_N = np.argsort(score_N)
-    takes_top = default_sampler(scores) == "top" and not scores.settings.get("quarantined")
-    kept = []
-    for rate in rates:
-        cut = num_samples - num_kept(num_samples, rate)
-        clear = cut == 0 or score_N[order_N[cut - 1]] != score_N[order_N[cut]]
-        kept_N = np.zeros(num_samples, dtype=bool)
-        kept_N[order_N[cut:] if takes_top and clear else choose(scores, rate)] = True
-        kept.append(np.packbits(kept_N))
-    return _Ranked(centred_ranks(score_N, order_N), np.stack(kept))
-
-
-def _main_window(config: dict[str, Any], keys: list[str]) -> str:
-    """The first TDDS window of the config that has been scored; else the first TDDS score, else the first score."""
-    try:
-        parsed = parse_config(config)
-        configured = [window.key(parsed.score.preset) for window in parsed.windows()]
-    except InputError:  # the config of another version: its scores are as good as ever
-        configured = []
-    return min(keys, key=lambda key: (configured.index(key) if key in configured else len(configured), score_order(key), key))
+    return _Run(run, name, letter, config, in_order(ranked, config), dataset, label_N)
 
 
 def _read_noise(beton: Path) -> _Noise | None:
@@ -211,10 +165,9 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
         return
     correlation = {(key, key): 1.0 for key in keys}
     common: dict[str, list[float]] = {}
-    for a, b in itertools.combinations(keys, 2):
-        correlation[a, b] = correlation[b, a] = value = rank_correlation(run.ranked[a].rank_N, run.ranked[b].rank_N)
+    for (a, b), (value, *shares) in within_run(run.ranked).items():
+        correlation[a, b] = correlation[b, a] = value
         found.row("spearman", value, run.name, a, run.name, b)
-        shares = run.ranked[a].overlap(run.ranked[b])
         for rate, share in zip(rates, shares, strict=True):
             found.row("overlap", share, run.name, a, run.name, b, rate)
         if a == run.main:
@@ -237,18 +190,13 @@ def _add_between(runs: list[_Run], found: _Findings) -> None:
     names: list[str] = []
     lines: list[list[float]] = []  # Spearman, then the overlap at each rate
     most = 0
-    for key in dict.fromkeys(key for run in runs for key in run.ranked):
-        pairs = [*itertools.combinations([run for run in runs if key in run.ranked], 2)]
-        if not pairs:
-            continue
-        of_pair = []
-        for a, b in pairs:
-            left, right = a.ranked[key], b.ranked[key]
-            of_pair.append([rank_correlation(left.rank_N, right.rank_N), *left.overlap(right)])
-            found.row("spearman", of_pair[-1][0], a.name, key, b.name, key)
-            for rate, share in zip(found.rates, of_pair[-1][1:], strict=True):
-                found.row("overlap", share, a.name, key, b.name, key, rate)
-        mean = _over_pairs(np.mean, of_pair)
+    for key, pairs in between_runs([run.ranked for run in runs]).items():
+        for (a, b), (value, *shares) in pairs.items():
+            found.row("spearman", value, runs[a].name, key, runs[b].name, key)
+            for rate, share in zip(found.rates, shares, strict=True):
+                found.row("overlap", share, runs[a].name, key, runs[b].name, key, rate)
+        of_pair = [*pairs.values()]
+        mean = over_pairs(np.mean, of_pair)
         found.row("spearman_mean", mean[0], score_a=key, score_b=key)
         for rate, share in zip(found.rates, mean[1:], strict=True):
             found.row("overlap_mean", share, score_a=key, score_b=key, rate=rate)
@@ -257,9 +205,9 @@ def _add_between(runs: list[_Run], found: _Findings) -> None:
         lines.append(mean)
         if len(pairs) > MAX_PAIRS:
             names += ["  smallest", "  largest"]
-            lines += [_over_pairs(np.min, of_pair), _over_pairs(np.max, of_pair)]
+            lines += [over_pairs(np.min, of_pair), over_pairs(np.max, of_pair)]
         elif len(runs) > 2:
-            names += [f"  {a.letter}-{b.letter}" for a, b in pairs]
+            names += [f"  {runs[a].letter}-{runs[b].letter}" for a, b in pairs]
             lines += of_pair
     if not names:
         if len(runs) > 1:
@@ -346,12 +294,6 @@ def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], fou
             _group(percent(rate), cells, ["kept", "share"]) for rate, cells in zip(found.rates, by_rate, strict=True)])))
 
 
-def _over_pairs(reduce: Callable[..., Any], values: list[list[float]]) -> list[float]:
-    """Mean, smallest or largest of each column; nan (a constant score) where no pair has a number."""
-    columns = ([value for value in column if value == value] for column in zip(*values, strict=True))
-    return [float(reduce(column)) if column else float("nan") for column in columns]
-
-
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
@@ -425,23 +367,6 @@ def _names(runs: list[Path]) -> list[str]:
 def _letters() -> itertools.chain[str]:
     """A, B, ... Z, then R27, R28, ..."""
     return itertools.chain(map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27)))
-
-
-def _short_names(keys: list[str]) -> dict[str, str]:
-    """A name to show for each key: without the settings that all variants of its score share.
-
-    `tdds_official_T90_K10_beta0.9` and `tdds_official_T70_K10_beta0.9` -> `tdds_T90` and `tdds_T70`.
-    """
-    variants: dict[str, list[str]] = {}
-    for key in dict.fromkeys(keys):
-        variants.setdefault(base_key(key), []).append(key)
-    short: dict[str, str] = {}
-    for base, group in variants.items():
-        settings = [key[len(base):].split("_") for key in group]
-        common = set(settings[0]).intersection(*settings)
-        names = [base + "".join(f"_{part}" for part in parts if part not in common) for parts in settings]
-        short |= dict(zip(group, names if len(set(names)) == len(group) else group, strict=True))
-    return short
 
 
 def _decimal(value: float, digits: int = 2) -> str:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tdds_dist.errors import InputError
-from tdds_dist.scalars import parse_storage
 from tdds_dist.schema import Section, apply_override, parse_tree, plain_data, read_tree
+from tdds_dist.storage import parse_storage
 from tdds_dist.tdds import Window, check_window
 
 
@@ -58,6 +58,12 @@ class Data(Section):
     mean: tuple[float, float, float] = Field(description="Mean per channel on 0..255.")
     std: tuple[float, float, float] = Field(description="Standard deviation per channel on 0..255.")
     num_workers: int = Field(0, ge=0, description="Decoding threads per rank; 0 shares the CPUs among the ranks of a node.")
+
+    def check_files(self) -> None:
+        """InputError when one of the two files is missing; they are not opened."""
+        for key in ("train", "val"):
+            if not Path(path := getattr(self, key)).is_file():
+                raise InputError(f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`")
 
 
 class Model(Section):

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tdds_dist import distributed, metrics, snapshot
 from tdds_dist.artifacts import write_atomically
 from tdds_dist.checkpoint import Checkpoint
-from tdds_dist.console import Progress, say
 from tdds_dist.errors import InputError
 from tdds_dist.feed import Feed, Pass
 from tdds_dist.job import Job, Nobody, step_weights
@@ -50,6 +49,7 @@ def fit(job: Job) -> dict[str, Any]:
         raise
     finally:
         trainer.feed.close()
+        trainer.screen.close()
     trainer.close()
     return result
 
@@ -100,6 +100,8 @@ class Trainer:
             self._resume(job.resume)
         self.quarantines = config.score.on_nan == "quarantine" and self._observed()
         self.good_buffers = [buffer.clone() for buffer in model.buffers()] if self.quarantines else []
+        self.screen = metrics.Screen(job.epochs, job.num_samples, job.stops_after or job.epochs, world.is_main,
+                                     done=self.epoch * job.num_samples + self.micro * self.micro_batch)
 
     def _settle(self) -> None:
         """One pass without effect; it compiles, where asked to, for the images of the first step."""
@@ -138,7 +140,9 @@ class Trainer:
             is_last = stop or next_epoch is None
             if is_last or is_evaluated:
                 self.follows = None if is_last else next_epoch
+                self.screen.evaluating()
                 record |= self.evaluate(self.epoch)
+                self.screen.evaluated(record["val_top1"])
                 if not history["best"] or record["val_top1"] > history["best"]["val_top1"]:
                     history["best"] = dict(record)
                     self.save_model("best")
@@ -151,7 +155,8 @@ class Trainer:
                 if job.world.is_main:
                     job.run.append_metrics(record)
                     self.tensorboard.write(record)
-                    say(metrics.epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds), log)
+                    line = metrics.epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds)
+                    self.screen.progress.tell(line, log, always=is_last)
             self.epoch, self.micro = self.epoch + 1, 0
             if job.pulse is not None:
                 job.pulse.beat("training", **self._progress(), images_per_second=record["images_per_second"],
@@ -194,32 +199,30 @@ class Trainer:
             self.totals_3.zero_()
         lr = 0.0
         started = time.perf_counter()
-        with Progress(f"epoch {epoch + 1}/{job.epochs}", job.num_samples, "images", job.world.is_main) as progress:
-            progress.advance(sum(self.rows_S[: self.micro]))
-            for batch in batches:
-                distributed.set_position(f"epoch {epoch + 1}, step {self.step + 1}")
-                self._look_ahead(order.num_steps - self.micro)
-                is_last = self.micro + 1 == order.num_steps
-                is_update = (self.micro + 1) % train.accumulation == 0 or is_last
-                with nullcontext() if is_update else self.model.no_sync():
-                    record_seconds += self._forward_backward(batch, step_weight[self.micro])
-                progress.advance(self.rows_S[self.micro])
-                self.micro += 1
-                if is_update:
-                    lr = self._update()
-                    if self.step % train.log_every == 0:
-                        loss, _ = self._read_totals(epoch)
-                        progress.note(f"loss {loss:.3f}")
-                    self.history["partial"] = [seconds_before + time.perf_counter() - started, record_seconds]
-                    if job.pulse is not None and job.pulse.is_due:
-                        self._beat(self.micro / order.num_steps)
-                    if not is_last:
-                        self._between_steps()
-            if job.world.device.type == "cuda":
-                torch.cuda.synchronize()
+        self.screen.begin_epoch(epoch)
+        for batch in batches:
+            distributed.set_position(f"epoch {epoch + 1}, step {self.step + 1}")
+            self._look_ahead(order.num_steps - self.micro)
+            is_last = self.micro + 1 == order.num_steps
+            is_update = (self.micro + 1) % train.accumulation == 0 or is_last
+            with nullcontext() if is_update else self.model.no_sync():
+                record_seconds += self._forward_backward(batch, step_weight[self.micro])
+            self.screen.progress.advance(self.rows_S[self.micro])
+            self.micro += 1
+            if is_update:
+                lr = self._update()
+                if self.step % train.log_every == 0:
+                    self._read_totals(epoch, started - seconds_before)
+                self.history["partial"] = [seconds_before + time.perf_counter() - started, record_seconds]
+                if job.pulse is not None and job.pulse.is_due:
+                    self._beat(self.micro / order.num_steps)
+                if not is_last:
+                    self._between_steps()
+        if job.world.device.type == "cuda":
+            torch.cuda.synchronize()
         epoch_seconds = seconds_before + time.perf_counter() - started
         self.history["partial"] = [0.0, 0.0]
-        loss, top1 = self._read_totals(epoch)
+        loss, top1 = self._read_totals(epoch, time.perf_counter() - epoch_seconds)
         distributed.average_buffers(self.model)
         return {
             "epoch": epoch, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1,
@@ -318,13 +321,15 @@ class Trainer:
             buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, good))
             good.copy_(buffer)
 
-    def _read_totals(self, epoch: int) -> tuple[float, float]:
-        """Mean loss and top-1 (percent) so far, over all ranks; waits for the device. Raises when the loss is not finite."""
+    def _read_totals(self, epoch: int, started: float) -> tuple[float, float]:
+        """Mean loss and top-1 (percent) of the epoch that began at `started`, over all ranks, and on the screen; waits for the
+        device. Raises when the loss is not finite."""
         loss, correct, images = distributed.sum_over_ranks(self.totals_3.clone()).tolist()
         if not math.isfinite(loss):
             self.job.observer.check()
-            raise InputError(f"epoch {epoch}, up to step {self.step}: the training loss is not finite; lower train.lr="
+            raise InputError(f"epoch {epoch + 1}, up to step {self.step}: the training loss is not finite; lower train.lr="
                              f"{self.job.config.train.lr} or add train.warmup_epochs", shared=True)
+        self.screen.figures(loss / images, 100.0 * correct / images, images / (time.perf_counter() - started))
         return loss / images, 100.0 * correct / images
 
     # ---- how far we are
@@ -429,7 +434,7 @@ class Trainer:
         is_finite = torch.isfinite(torch.stack(torch._foreach_norm(values))).all()
         if not distributed.min_over_ranks(is_finite.int()).item():
             self.job.observer.check()
-            raise InputError(f"epoch {self.epoch}, step {self.step}: the weights are not finite, and are not saved; the "
+            raise InputError(f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite, and are not saved; the "
                              f"checkpoint before is good. Lower train.lr={self.job.config.train.lr} in a new run, or add "
                              "train.warmup_epochs", shared=True)
 

@@ -22,7 +22,7 @@ from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save
 from tdds_dist.beton import Manifest, read_manifest
 from tdds_dist.cells import Cell, Task, can_go_on, check_directory, check_plan, is_done, other_settings, retrain_task, window_of
 from tdds_dist.config import Config, Experiment, Method, load_config, parse_baselines, parse_config
-from tdds_dist.console import say
+from tdds_dist.console import Progress, announce, duration, say
 from tdds_dist.distributed import World, current_world, session, together
 from tdds_dist.errors import InputError
 from tdds_dist.preemption import Interruption
@@ -65,8 +65,8 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
             check_directory(task)
         waiting = [task for task in collections.values() if not is_done(task)]
         if world.is_main:
-            say(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), {len(cells)} "
-                f"retrainings, {jobs} at a time")
+            announce(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), "
+                     f"{len(cells)} retrainings, {jobs} at a time")
     with _tables_if_interrupted(plan, collections, cells, [], started, world):  # what cells hold is not checked yet
         not_collected = execute(waiting)
     failed = list(not_collected.values())
@@ -171,7 +171,7 @@ def _make_coresets(cells: list[Cell], configs: dict[int, Config]) -> dict[Path, 
             coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
                                              seed=cell.seed, **method.selector_options)
         except InputError as error:
-            say(f"{cell.coreset_file}: FAILED: {error}")
+            say(f"{cell.coreset_file}: FAILED: {error}", urgent=True)
             reasons[cell.coreset_file] = str(error)
             cell.coreset_file.unlink(missing_ok=True)
             continue
@@ -253,7 +253,7 @@ def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[
                     raise
                 failed[task.directory] = f"{task.title}: {error}"
                 if world.is_main:
-                    say(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}")
+                    say(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}", urgent=True)
         return failed
 
     return execute
@@ -271,15 +271,17 @@ def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
         defects: list[Exception] = []
         done, started = 0.0, time.perf_counter()
         total = sum(task.cost or 1.0 for task in tasks)
-        for number, (task, outcome) in enumerate(run_in_processes(tasks, _work, jobs), start=1):
-            done += task.cost or 1.0
-            left = (time.perf_counter() - started) * (total - done) / done
-            if isinstance(outcome, InputError):
-                failed[task.directory] = f"{task.title}: {outcome}"
-            elif isinstance(outcome, Exception):
-                defects.append(outcome)
-            text = f"FAILED: {outcome or type(outcome).__name__}" if isinstance(outcome, Exception) else outcome
-            say(f"[{number}/{len(tasks)}] {task.title}: {text}, {left / 60:.0f} min left")
+        with Progress("experiment", len(tasks), "runs", visible=True) as bar:
+            for number, (task, outcome) in enumerate(run_in_processes(tasks, _work, jobs), start=1):
+                done += task.cost or 1.0
+                left = duration((time.perf_counter() - started) * (total - done) / done)
+                if isinstance(outcome, InputError):
+                    failed[task.directory] = f"{task.title}: {outcome}"
+                elif isinstance(outcome, Exception):
+                    defects.append(outcome)
+                text = f"FAILED: {outcome or type(outcome).__name__}" if isinstance(outcome, Exception) else outcome
+                say(f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left", urgent=isinstance(outcome, Exception))
+                bar.advance()
         if defects:
             raise defects[0]  # with the worker's traceback
         return failed

@@ -28,8 +28,9 @@ from tdds_dist.errors import InputError
 from tdds_dist.models import build_on_meta, classifier_layer
 from tdds_dist.partition import shard_bounds
 from tdds_dist.rows import class_dtype, num_blocks
-from tdds_dist.scalars import DENSE, SCALARS, parse_storage
+from tdds_dist.scalars import SCALARS
 from tdds_dist.scorer import WAITING_NUMBERS
+from tdds_dist.storage import DENSE, parse_storage
 from tdds_dist.tdds import differences_per_window
 
 _BYTES_OF = {"float32": 4, "float16": 2}

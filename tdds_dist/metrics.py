@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdds_dist import distributed
+from tdds_dist.console import Progress, duration
 
 
 class Accuracy:
@@ -30,6 +31,40 @@ class Accuracy:
         """Mean loss, and percent, over all ranks. A collective that waits for the device."""
         loss, top1, top5, images = distributed.sum_over_ranks(self._totals_4).tolist()
         return {"val_loss": loss / images, "val_top1": 100.0 * top1 / images, "val_top5": 100.0 * top5 / images}
+
+
+class Screen:
+    """The one bar of a training, over all its epochs, with what was last read of it. Reads nothing from the device itself.
+
+    epochs: of the schedule; epochs_run: after which it will end; done: images that an earlier start has seen.
+    """
+
+    def __init__(self, epochs: int, num_samples: int, epochs_run: int, visible: bool, done: int):
+        self._epochs, self._figures = epochs, ""
+        self._epoch = f"epoch {min(done // num_samples + 1, epochs)}/{epochs}"
+        self.progress = Progress("training", epochs_run * num_samples, "", visible, done, self._epoch)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Epoch `epoch`, counted from 0, starts or goes on."""
+        self._epoch = f"epoch {epoch + 1}/{self._epochs}"
+        self.progress.note(self._epoch + self._figures)
+
+    def figures(self, loss: float, top1: float, images_per_second: float) -> None:
+        """What the epoch came to so far; top-1 in percent."""
+        self._figures = f", {images_per_second:,.0f} images/s, loss {loss:.3f}, top-1 {top1:.2f} %"
+        self.progress.note(self._epoch + self._figures)
+
+    def evaluating(self) -> None:
+        """No image counts until the next epoch."""
+        self.progress.note(f"{self._epoch}{self._figures}, evaluation", now=True)
+
+    def evaluated(self, top1: float) -> None:
+        """What came of it, percent."""
+        self._figures += f", val top-1 {top1:.2f} %"
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.progress.close()
 
 
 class TensorBoard:
@@ -66,6 +101,6 @@ def memory_bytes(device: torch.device) -> int:
 def epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -> str:
     """An epoch's record for the screen and the log."""
     evaluation = f"val top-1 {record['val_top1']:5.2f} %  " if "val_top1" in record else ""
-    eta = f"  {remaining_seconds / 60:.1f} min left" if remaining_seconds else ""
+    eta = f"  {duration(remaining_seconds)} left" if remaining_seconds else ""
     return (f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1 "
             f"{record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f} images/s{eta}")

@@ -56,11 +56,9 @@ def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, Be
     Raises:
         InputError: file missing or damaged, label outside [0, C), another number of classes.
     """
+    config.data.check_files()
     files, manifests = [], []
-    for key in ("train", "val"):
-        path = Path(getattr(config.data, key))
-        if not path.is_file():
-            raise InputError(f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`")
+    for path in (Path(config.data.train), Path(config.data.val)):
         files.append(inspect_beton(path))
         manifests.append(read_manifest(path))
     classes = [manifest.num_classes for manifest in manifests if manifest is not None]

@@ -3,13 +3,15 @@
 Reads what the other stages left behind and computes nothing that a stage should have computed. What is missing (no
 scores yet, a `.beton` that moved, an unfinished retraining) is said on the page instead of failing.
 
-Nothing is embedded per sample except the thumbnails: histograms are binned and class tables are counts, so that
-1.28 million samples give a page of the same size as a thousand.
+Of single samples only the thumbnails are embedded, with path, label and scores, as many as a budget of bytes allows. All
+else is binned or counted, so that 1.28 million samples give a page as small as a thousand do.
 """
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
@@ -19,19 +21,26 @@ import yaml
 from tdds_dist.artifacts import write_atomically
 from tdds_dist.errors import InputError
 from tdds_dist.published import base_key
-from tdds_dist.report_images import sheets
-from tdds_dist.report_scores import class_table, main_score, noise, noise_kept, origin, score_facts
-from tdds_dist.report_training import FULL_SLOT, accuracy_chart, curve_charts, setting, speed
+from tdds_dist.report_accuracy import accuracy_chart, finding, matrix
+from tdds_dist.report_agreement import agreement_section, between_section
+from tdds_dist.report_images import BUDGET_BYTES, sheets
+from tdds_dist.report_scores import class_table, main_score, noise, noise_kept, noise_table, origin, score_facts
+from tdds_dist.report_training import FULL_SLOT, curve_charts, speed, speed_charts
 from tdds_dist.rundir import RunDir
 from tdds_dist.summary import (
     FULL_DATA,
     Facts,
+    by_setting,
     count,
     decimal,
+    experiment_name,
     format_summary,
     percent,
     plus_minus,
+    pools,
     read_facts,
+    run_name,
+    short_names,
     signed,
     summary_rows,
     summary_table,
@@ -56,10 +65,17 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
                               lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters |= {"count": count, "percent": percent, "decimal": decimal, "signed": signed, "plus_minus": plus_minus,
                      "duration": duration}
-    sections = [_section(read_facts(run), num_thumbnails) for run in runs]
-    style, script = (files("tdds_dist").joinpath("page", name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    found = [read_facts(run) for run in runs]
+    together = [pool for pool in pools(found) if len(pool) > 1]
+    pooled = {facts.run.path for pool in together for facts in pool}
+    budget_bytes = BUDGET_BYTES // len(found)
+    sections = [_section(facts, num_thumbnails, budget_bytes, facts.run.path in pooled) for facts in found]
+    style, script = ("".join(files("tdds_dist").joinpath("page", name).read_text(encoding="utf-8") for name in names)
+                     for names in (("style.css", "scores.css", "images.css"), ("page.js", "scores.js", "images.js")))
     text = page.get_template("page.html.j2").render(
-        sections=sections, style=style, script=script, written=time.strftime("%Y-%m-%d %H:%M"))
+        title=_title(runs, sections), sections=sections, pools=[_pool(pool, found, sections) for pool in together],
+        between=between_section([(section["name"], section["agreement"]) for section in sections]),
+        version=version("tdds-dist"), style=style, script=script, written=time.strftime("%Y-%m-%d %H:%M"))
 
     def write(file: IO[bytes]) -> None:
         file.write(text.encode())
@@ -78,52 +94,84 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
-def _section(facts: Facts, num_thumbnails: int) -> dict[str, Any]:
-    """Everything the template shows about one run."""
-    rows = summary_rows(facts)
+def _title(runs: Sequence[RunDir], sections: Sequence[dict[str, Any]]) -> str:
+    if len(runs) == 1:
+        return sections[0]["name"]
+    return experiment_name(runs) or f"{len(runs)} runs"
+
+
+def _pool(pool: list[Facts], found: list[Facts], sections: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the template shows about several runs of the same data together; `images_of` is the section to see them in."""
+    rows, slots = summary_rows(pool), _colour_slots([*short_names(pool).values()])
+    numbers = [number for number, facts in enumerate(found) if any(facts is other for other in pool)]
+    with_images = [number for number in numbers if sections[number]["sheets"]["sheets"]]
+    return {
+        "dataset": sections[numbers[0]]["dataset"], "model": ", ".join(dict.fromkeys(sections[n]["model"] for n in numbers)),
+        "runs": numbers, "seeds": list(dict.fromkeys(sections[number]["seed"] for number in numbers)),
+        "differ": len(by_setting(pool)) > 1, "images_of": with_images[0] if with_images else None,
+        "rows": rows, "matrix": matrix(rows), "finding": finding(rows), "published": pool[0].published,
+        "accuracy": accuracy_chart(rows, slots), "curves": curve_charts(pool, slots),
+    }
+
+
+def _section(facts: Facts, num_thumbnails: int, budget_bytes: int, is_pooled: bool) -> dict[str, Any]:
+    """Everything the template shows about one run. Of one that is pooled, charts of accuracy and learning are with the pool."""
+    rows = summary_rows([facts])
     slots = _colour_slots([*facts.names.values()])
     origins = {name: origin(facts, coreset) for name, coreset in facts.coresets.items()}
     main = main_score(facts, origins)
     data, result = facts.config.get("data", {}), facts.result or {}
     sizes = [result.get("num_images"), *(scores.fingerprint.num_samples for scores in facts.scores.values())]
     return {
-        "name": facts.config.get("run", {}).get("name") or facts.run.path.name,
+        "name": run_name(facts), "is_pooled": is_pooled,
         "dataset": _dataset_name(str(getattr(facts.manifest, "source", "")), str(data.get("train", "?"))),
         "num_images": next((size for size in sizes if size is not None), None), "num_classes": data.get("num_classes"),
         "model": facts.config.get("model", {}).get("name", "?"), "train": facts.config.get("train", {}),
         "seed": facts.config.get("run", {}).get("seed"), "env": facts.env, "result": facts.result,
-        "rows": rows, "finding": _finding(rows), "published": facts.published, "problems": facts.problems,
-        "accuracy": accuracy_chart(rows, slots), "curves": curve_charts(facts, slots),
+        "rows": rows, "matrix": matrix(rows), "finding": finding(rows), "published": None if is_pooled else facts.published,
+        "problems": facts.problems,
+        "accuracy": None if is_pooled else accuracy_chart(rows, slots),
+        "curves": None if is_pooled else curve_charts([facts], slots),
         "scores": [score_facts(facts, name, origins, slots[facts.names[name]]) for name in facts.scores], "main": main,
         "coresets": [(name, coreset, *origins[name], noise_kept(facts, coreset)) for name, coreset in facts.coresets.items()],
-        "noise": noise(facts),
-        "sheets": sheets(facts, main, origins, num_thumbnails), "classes": class_table(facts, main, origins),
-        "speed": speed(facts),
-        "config_text": yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
-        "env_text": json.dumps(facts.env, indent=2, ensure_ascii=False),
+        "noise": noise(facts), "noise_kept": noise_table(facts, slots), "agreement": agreement_section(facts, main, slots),
+        "sheets": sheets(facts, main, origins, num_thumbnails, budget_bytes), "classes": class_table(facts, main, origins),
+        "speed": speed(facts), "speed_charts": speed_charts(facts), "provenance": _provenance(facts),
     }
+
+
+def _provenance(facts: Facts) -> dict[str, Any]:
+    """How the run came about; `differences` are sentences about retrainings of another commit or other versions."""
+    env, versions = facts.env, facts.env.get("versions", {})
+    content = {f"Content of the {split} images, SHA-256": text[:16] for split, text in env.get("data", {}).items()}
+    known = {"Run directory": str(facts.run.path), "Commit": env.get("commit"), "Processor": env.get("cpu"),
+             "CPUs": env.get("num_cpus"), "Device": env.get("device"), "Ranks": env.get("world_size"),
+             "Python": env.get("python")} | versions | content
+    differences = []
+    for key, what in (("commit", "at another commit"), ("versions", "with other versions of packages")):
+        others = [sub.name for sub in facts.retrained if sub.env.get(key, env.get(key)) != env.get(key)]
+        if others:
+            rest = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            differences.append(f"Retrained {what} than the collection: {', '.join(others[:3])}{rest}.")
+    return {
+        "facts": [(term, value) for term, value in known.items() if value is not None],
+        "command": shlex.join(map(str, env.get("command", []))), "resumes": env.get("resumes", []), "differences": differences,
+        "config": [(section, [(key, _config_text(value)) for key, value in values.items()])
+                   for section, values in facts.config.items() if isinstance(values, dict)],
+        "config_text": yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
+        "env_text": json.dumps(env, indent=2, ensure_ascii=False),
+    }
+
+
+def _config_text(value: Any) -> str:
+    """A value as YAML writes it on one line."""
+    return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _dataset_name(source: str, beton: str) -> str:
     """The source's name without the folders above it, or the file's."""
     kind, _, folder = source.partition(":")
     return f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name
-
-
-def _finding(rows: list[dict[str, Any]]) -> str | None:
-    """One sentence about the largest pruning rate: always that rate and the same scores, so nothing is picked."""
-    done = [row for row in rows if row["pruning_rate"] and row["final_top1"] is not None]
-    rate = max((row["pruning_rate"] for row in done), default=None)
-    done = [row for row in done if row["pruning_rate"] == rate]
-    if len(done) > 4:
-        done = [row for row in done if base_key(row["score"]) in ("tdds", "random")]
-    if not done:
-        return None
-    parts = [f"{row['final_top1']:.2f} % with {setting(row['score_name'], row['strategy'], row['importance'])}"
-             for row in done]
-    full = next((f" The full data gives {row['final_top1']:.2f} %." for row in rows if row["is_reference"]), "")
-    text = f"With {percent(rate)} of the images removed, top-1 is {'; '.join(parts)}.{full}"
-    return text.replace(" %", "\N{NO-BREAK SPACE}%").replace("top-1", "top\N{NON-BREAKING HYPHEN}1")
 
 
 def _colour_slots(keys: Sequence[str]) -> dict[str, int]:

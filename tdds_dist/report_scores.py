@@ -3,19 +3,26 @@
 Owns what those sections show; files were read by `summary`. Gives plain values and SVG to the templates in `page/`.
 """
 
-# N dataset, M kept samples, C classes
+# N dataset, n samples with a finite score, M kept samples, C classes, B bins
 
 from typing import Any
 
 import numpy as np
 
 from tdds_dist import charts
+from tdds_dist.agreement import keep_rates
 from tdds_dist.agreement import noise_kept as share_kept
 from tdds_dist.artifacts import Coreset
+from tdds_dist.binning import bins_of
 from tdds_dist.published import base_key, is_plain
 from tdds_dist.summary import Facts, percent
 
+NUM_BINS = 80
 MAX_CLASS_CELLS = 20_000  # of the per-class table; beyond it only the main score's coresets are listed
+MAX_CLASS_COLUMNS = 8  # of one table; more coresets get a table per pruning rate
+NOISE = ("wrong labels", "corrupted images")
+NUM_EXTREMES = 3  # classes named at each end
+MAX_LOST = 8  # classes named that lose everything
 Origins = dict[str, tuple[str | None, float | None]]  # coreset -> (score file it was cut from, lowest kept score)
 
 
@@ -28,10 +35,8 @@ def origin(facts: Facts, coreset: Coreset) -> tuple[str | None, float | None]:
 
 def _cut(score_N: np.ndarray, index_M: np.ndarray) -> float | None:
     """The lowest kept score, if the coreset is exactly the top of this score; None for any other selection."""
-    kept_N = np.zeros(len(score_N), dtype=bool)
-    kept_N[index_M] = True
-    lowest = float(score_N[kept_N].min())
-    return lowest if kept_N.all() or lowest >= float(score_N[~kept_N].max()) else None
+    low, high = kept_range(score_N, index_M) or (0.0, 0.0)
+    return low if high == float("inf") else None
 
 
 def main_score(facts: Facts, origins: Origins) -> str | None:
@@ -48,22 +53,58 @@ def score_facts(facts: Facts, name: str, origins: Origins, slot: int) -> dict[st
     from tdds_dist.select import default_sampler  # brings torch
 
     scores = facts.scores[name]
-    score_N = scores.score_N[np.isfinite(scores.score_N)]
+    finite_N = np.isfinite(scores.score_N)
+    score_n = scores.score_N[finite_N]
     keeps_centre = default_sampler(scores) == "centre"
-    found = {"name": name, "scores": scores, "chart": None, "is_random": base_key(name) == "random",
-             "keeps_centre": keeps_centre, "num_infinite": len(scores.score_N) - len(score_N)}
-    if len(score_N) and not found["is_random"]:
-        cuts = {(facts.coresets[coreset].pruning_rate, cut) for coreset, (source, cut) in origins.items()
-                if source == name and cut is not None and np.isfinite(cut)}
-        flags = [(percent(rate), cut) for rate, cut in sorted(cuts) if rate > 0]
-        low, middle, high = (f"{value:.3g}" for value in np.quantile(score_N, [0, 0.5, 1]))
-        alt = (f"Histogram of {len(score_N):,} {name} scores from {low} to {high}, median {middle}. Cuts: "
-               + (", ".join(f"{rate} removed below {cut:.3g}" for rate, cut in flags) or "none") + "."
-               + (" The centre of the ranking is kept by default." if keeps_centre else ""))
-        keep = "centre of the ranking" if keeps_centre else "higher"
-        chart = charts.histogram(score_N, flags, slot, f"{name} score ({keep} = keep)", alt)
-        found |= {"chart": chart, "range": [low, middle, high], "has_flags": bool(flags)}
-    return found
+    found: dict[str, Any] = {
+        "name": name, "scores": scores, "chart": None, "is_random": base_key(name) == "random",
+        "keeps_centre": keeps_centre, "num_infinite": len(scores.score_N) - len(score_n)}
+    if not len(score_n) or found["is_random"]:
+        return found
+    cut_from = [facts.coresets[coreset] for coreset, (source, _) in origins.items()
+                if source == name and facts.coresets[coreset].pruning_rate > 0]
+    cut_from.sort(key=lambda coreset: (coreset.settings.get("sampler", ""), coreset.pruning_rate))
+    bins = bins_of(score_n, NUM_BINS)
+    bin_N = bins.place(scores.score_N)
+    count_B = np.bincount(bin_N[finite_N], minlength=len(bins))
+    strips = [_strip(coreset, scores.score_N, finite_N, bin_N, count_B) for coreset in cut_from]
+    low, middle, high = (f"{value:.3g}" for value in np.quantile(score_n, [0, 0.5, 1]))
+    cuts = [f"{strip.label} " + (f"removed below {strip.cuts[0]:.3g}" if len(strip.cuts) == 1
+                                 else f"keeps {strip.cuts[0]:.3g} to {strip.cuts[1]:.3g}")
+            for strip in strips if strip.cuts]
+    alt = (f"Histogram of {len(score_n):,} {name} scores from {low} to {high}, median {middle}. "
+           f"Cuts: {', '.join(cuts) or 'none'}." + (" The centre of the ranking is kept by default." if keeps_centre else ""))
+    keep = "centre of the ranking" if keeps_centre else "higher"
+    title = f"{name} score ({keep} = keep)" + (", log axis" if bins.is_log else "")
+    below, above = bins.beyond(score_n)
+    return found | {"chart": charts.histogram(count_B, bins, strips, slot, title, alt), "range": [low, middle, high],
+                    "has_strips": bool(strips), "has_draws": any(not strip.cuts for strip in strips),
+                    "below": (below, f"{bins.edge[0]:.3g}"), "above": (above, f"{bins.edge[-1]:.3g}")}
+
+
+def _strip(coreset: Coreset, score_N: np.ndarray, finite_N: np.ndarray, bin_N: np.ndarray, count_B: np.ndarray) -> charts.Strip:
+    """What the coreset keeps of each bin, and where it cuts."""
+    index_M = coreset.index_M[finite_N[coreset.index_M]]
+    kept_B = np.bincount(bin_N[index_M], minlength=len(count_B))
+    share_B = np.divide(kept_B, count_B, out=np.full(len(count_B), np.nan), where=count_B > 0)
+    ends = kept_range(score_N, coreset.index_M)
+    cuts = [] if ends is None else [end for end in ends if np.isfinite(end)]
+    sampler = coreset.settings.get("sampler")
+    words = [sampler if sampler not in ("top", "centre") else None,
+             "balanced" if coreset.settings.get("class_balanced") else None, percent(coreset.pruning_rate)]
+    return charts.Strip(" ".join(filter(None, words)), share_B, cuts)
+
+
+def kept_range(score_N: np.ndarray, index_M: np.ndarray) -> tuple[float, float] | None:
+    """The lowest kept score, and the highest where higher ones are removed (else inf), if the coreset is all that lies between
+    them, images equal to an end aside; None for any other selection."""
+    kept_N = np.zeros(len(score_N), dtype=bool)
+    kept_N[index_M] = True
+    low, high = float(score_N[kept_N].min()), float(score_N[kept_N].max())
+    removed_m = score_N[~kept_N]
+    if not len(removed_m) or low >= float(removed_m.max()):
+        return low, float("inf")
+    return (low, high) if ((removed_m <= low) | (removed_m >= high)).all() else None
 
 
 def known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -94,8 +135,62 @@ def noise_kept(facts: Facts, coreset: Coreset) -> list[float | None]:
             for bad_N in known_noise(facts)]
 
 
+def noise_table(facts: Facts, slots: dict[str, int]) -> dict[str, Any] | None:
+    """How much of the known noise every coreset keeps, by kind, beside what a random one is expected to keep; None where
+    there is no coreset, or no image is known to be noisy."""
+    heads = coreset_labels(facts)
+    coresets = {name: coreset for name, coreset in facts.coresets.items() if coreset.pruning_rate > 0}
+    kinds = _kinds_of_noise(facts)
+    if not kinds or not coresets:
+        return None
+    kept = {name: {kind: share_kept(coreset.index_M, bad_N) for kind, bad_N in kinds.items()}
+            for name, coreset in coresets.items()}
+    rows = [(name, heads[name], coreset.pruning_rate, len(coreset.index_M) / coreset.fingerprint.num_samples,
+             [kept[name][kind] for kind in kinds]) for name, coreset in coresets.items()]
+    columns = [(kind, int(bad_N.sum()), float(bad_N.mean()), kind in NOISE) for kind, bad_N in kinds.items()]
+    drawn = [_noise_chart(facts, kind, kept, slots) for kind in kinds if kind in NOISE]
+    return {"columns": columns, "rows": rows, "charts": drawn}
+
+
+def _kinds_of_noise(facts: Facts) -> dict[str, np.ndarray]:
+    """Noisy samples, bool [N], by what is wrong with them; the kinds of corruption after all of it. Kinds without any are
+    left out."""
+    noisy_N, corrupted_N = known_noise(facts)
+    kinds = dict(zip(NOISE, (noisy_N, corrupted_N), strict=True))
+    if corrupted_N is not None:
+        kind_N = np.array(facts.manifest.corruption, dtype=np.str_)
+        names = [str(kind) for kind in np.unique(kind_N) if kind]
+        kinds |= {name.replace("_", " "): kind_N == name for name in names} if len(names) > 1 else {}
+    return {kind: bad_N for kind, bad_N in kinds.items() if bad_N is not None and bad_N.any()}
+
+
+def _noise_chart(facts: Facts, kind: str, kept: dict[str, dict[str, tuple[float, float]]],
+                 slots: dict[str, int]) -> dict[str, Any]:
+    """Share kept of one kind of noise against the pruning rate, a line per way of choosing; several draws are averaged."""
+    groups: dict[tuple[str, int, bool], dict[float, list[float]]] = {}  # (method, colour, another sampler than the score's)
+    for name, of_kind in kept.items():
+        coreset = facts.coresets[name]
+        method = facts.names.get(coreset.method, coreset.method)
+        slot = slots.get(method, slots.get(facts.names.get(coreset.score_key, coreset.score_key), 0))
+        line = groups.setdefault((method, slot, coreset.method != coreset.score_key), {})
+        line.setdefault(coreset.pruning_rate, []).append(100 * of_kind[kind][0])
+    rates = sorted({rate for by_rate in groups.values() for rate in by_rate})
+    lines = [charts.Line(method, [100 * rate for rate in sorted(by_rate)],
+                         [float(np.mean(by_rate[rate])) for rate in sorted(by_rate)], slot, dashed=dashed, marker="o")
+             for (method, slot, dashed), by_rate in groups.items()]
+    expected = charts.Line("expected at random", [100 * rate for rate in rates], [100 * (1 - rate) for rate in rates], 99,
+                           dashed=True)
+    title = f"{kind} kept (%)"
+    alt = f"{title} against pruning rate. " + "; ".join(
+        f"{line.label}: " + ", ".join(f"{y:.3g} % at {x:g} %" for x, y in zip(line.x, line.y, strict=True))
+        for line in [*lines, expected]) + "."
+    return {"svg": charts.line_chart([expected, *lines], title, "images removed", alt, percent_x=True),
+            "legend": [*lines, expected]}
+
+
 def class_table(facts: Facts, main: str | None, origins: Origins) -> dict[str, Any] | None:
-    """Share of each class that each coreset keeps."""
+    """Share of each class that each coreset keeps, in percent, None for a class without images: `panels` of a title,
+    coresets (name and heading) and rows, and per coreset the classes at either end."""
     labels = next((scores.label_N for scores in facts.scores.values() if scores.fingerprint.labels_sha256), None)
     if labels is None or not facts.coresets:
         return None
@@ -103,13 +198,36 @@ def class_table(facts: Facts, main: str | None, origins: Origins) -> dict[str, A
     shortened = num_classes * len(facts.coresets) > MAX_CLASS_CELLS
     coresets = {name: coreset for name, coreset in facts.coresets.items()
                 if coreset.pruning_rate > 0 and (not shortened or origins[name][0] in (main, None))}
-    total_C = np.bincount(labels, minlength=num_classes)
-    share = {name: np.bincount(labels[coreset.index_M], minlength=num_classes) / np.maximum(total_C, 1) * 100
-             for name, coreset in coresets.items()}
-    rows = [(class_name(facts, label), int(total_C[label]), [round(float(share[name][label]), 1) for name in share])
-            for label in range(num_classes)]
-    heads = coreset_labels(facts)
-    return {"coresets": [(name, heads[name]) for name in coresets], "rows": rows, "shortened": shortened}
+    heads, names = coreset_labels(facts), [class_name(facts, label) for label in range(num_classes)]
+    total_C = np.bincount(labels, minlength=num_classes).tolist()
+    share = {name: 100 * keep_rates(coreset.index_M, labels, num_classes) for name, coreset in coresets.items()}
+    if len(coresets) > MAX_CLASS_COLUMNS:
+        rates = sorted({coreset.pruning_rate for coreset in coresets.values()})
+        panels = [(percent(rate), [name for name in coresets if coresets[name].pruning_rate == rate]) for rate in rates]
+    else:
+        panels = [("", [*coresets])] if coresets else []
+    cells = {name: [None if np.isnan(value) else round(value, 1) for value in share[name].tolist()] for name in coresets}
+    return {
+        "num_classes": num_classes, "shortened": shortened,
+        "panels": [(title, [(name, heads[name]) for name in members],
+                    list(zip(names, total_C, zip(*(cells[name] for name in members), strict=True), strict=True)))
+                   for title, members in panels],
+        "extremes": [_extremes(heads[name], coreset, share[name], names) for name, coreset in coresets.items()],
+    }
+
+
+def _extremes(head: str, coreset: Coreset, share_C: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """The classes that lose most and least of theirs by one coreset; ties in the order of the labels."""
+    order = np.argsort(share_C, kind="stable")
+    order = order[~np.isnan(share_C[order])]
+    lost = [names[label] for label in order if share_C[label] == 0]
+    low, middle, high = np.quantile(share_C[order], [0, 0.5, 1]).tolist()
+    left = order[len(lost):]  # those that keep something
+    end = max(len(left) - NUM_EXTREMES, NUM_EXTREMES)  # no class stands at both ends
+    return {"head": head, "kept": 100 * len(coreset.index_M) / coreset.fingerprint.num_samples, "num_lost": len(lost),
+            "lost": lost[:MAX_LOST], "low": low, "middle": middle, "high": high,
+            "least": [(names[label], share_C[label]) for label in left[:NUM_EXTREMES]],
+            "most": [(names[label], share_C[label]) for label in left[end:][::-1]]}
 
 
 def coreset_labels(facts: Facts) -> dict[str, str]:

@@ -1,86 +1,123 @@
-"""Sections of the report about training runs: accuracy, learning curves, throughput.
+"""Sections of the report about training runs: learning curves, throughput and memory over time.
 
 Owns what those sections show; files were read by `summary`. Gives plain values and SVG to the templates in `page/`.
+Epochs are counted from 1 here, as everywhere a person reads them; files count from 0.
 """
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tdds_dist import charts
-from tdds_dist.summary import FULL_DATA, Facts, Retrained, percent
+from tdds_dist.report_accuracy import MARKERS
+from tdds_dist.summary import FULL_DATA, Facts, Retrained, by_setting, percent, run_name, short_names
 
-MAX_LEGEND = 12  # curves; beyond it the legend names scores and strategies instead of runs
-FULL_SLOT = 99  # colour of the full data: the ink of the page
-_MARKERS = {"batch": "s", "sample": "^"}  # by importance, else a dot
-
-
-def accuracy_chart(rows: list[dict[str, Any]], slots: dict[str, int]) -> dict[str, Any] | None:
-    """Final top-1 against the pruning rate, one line per score, strategy and importance."""
-    groups: dict[tuple[str, str | None, str | None], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["score"] != FULL_DATA and row["pruning_rate"] is not None and row["final_top1"] is not None:
-            groups.setdefault((row["score_name"], row["strategy"], row["importance"]), []).append(row)
-    lines = []
-    for (score, strategy, importance), group in groups.items():
-        lines.append(charts.Line(
-            setting(score, strategy, importance), slot=slots[score],
-            x=[100 * row["pruning_rate"] for row in group], y=[row["final_top1"] for row in group],
-            error=[row["final_top1_std"] or 0 for row in group],
-            dashed=strategy == "P", marker=_MARKERS.get(importance or "", "o"),
-        ))
-    if not lines:
-        return None
-    full = next((row["final_top1"] for row in rows if row["is_reference"]), None)
-    alt = "Final top-1 against pruning rate. " + "; ".join(
-        f"{line.label}: " + ", ".join(f"{y:.2f} % at {x:g} %" for x, y in zip(line.x, line.y, strict=True))
-        for line in lines) + (f"; full data {full:.2f} %." if full is not None else ".")
-    svg = charts.line_chart(lines, "final top-1 (%)", "images removed", alt, full, percent_x=True)
-    return {"svg": svg, "legend": lines, "full": full}
+FULL_SLOT, FULL_RETRAINED_SLOT = 99, 98  # colours of the full data: the ink of the page, and a grey
+_THIN, _WIDE = 0.6, 3.5  # line widths: one of the trainings behind a mean; what lies below a line that may be the same
+GIB = 1024**3
 
 
-def setting(score: str, strategy: str | None, importance: str | None) -> str:
-    """tdds (Strategy-E, importance batch)."""
-    weighted = f", importance {importance}" if importance not in (None, "none") else ""
-    return f"{score} (Strategy-{strategy or '?'}{weighted})"
+@dataclass(frozen=True)
+class _Run:
+    """One training for the charts; `rate` is None for the full data, which every chart shows."""
+
+    series: str
+    label: str
+    rate: float | None
+    slot: int
+    dashed: bool
+    width: float
+    importance: str
+    is_finished: bool
+    metrics: list[dict[str, Any]]
 
 
-def curve_charts(facts: Facts, slots: dict[str, int]) -> dict[str, Any] | None:
-    """Validation top-1 and training loss by epoch, of the collection run and every retraining."""
-    runs = [("collect (full data)", FULL_SLOT, 1.0, False, facts.metrics)]
-    for sub in facts.retrained:
-        rate = sub.setting.get("pruning_rate") or 0.0
-        slot, opacity = slots[facts.names[sub.score]], 1 - 0.6 * rate if rate else 0.55
-        runs.append((_run_label(facts, sub), slot, opacity, sub.strategy == "P", sub.metrics))
-    found: dict[str, Any] = {}
+def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any] | None:
+    """Validation top-1 and training loss by epoch, a pair of charts per pruning rate; seeds of one setting as their mean.
+
+    `charts`: SVG, pair after pair; `legend`: a line per series; `has_seeds`: whether means are drawn.
+    """
+    names = short_names(pool)
+    runs = [run for label, group in by_setting(pool) for facts in group
+            for run in _runs(facts, slots, names, label, say_run=len(pool) > 1)]
+    keys = {series: f"c{number}" for number, series in enumerate(dict.fromkeys(run.series for run in runs))}
+    rates: list[float | None] = [*sorted({run.rate for run in runs if run.rate is not None})] or [None]
+    found, legend, has_seeds = [], dict[str, charts.Line](), False
     for key, title in (("val_top1", "validation top-1 (%)"), ("train_loss", "training loss")):
-        lines = []
-        for label, slot, opacity, dashed, metrics in runs:
-            points = [(record["epoch"], record[key]) for record in metrics if record.get(key) is not None]
-            if points:
-                x, y = zip(*points, strict=True)
-                lines.append(charts.Line(label, x, y, slot, dashed=dashed, opacity=opacity))
-        if lines:
-            last = ", ".join(f"{line.label} {line.y[-1]:.4g}" for line in lines)
-            alt = f"{title} by epoch. Last values: {last}."
-            svg = charts.line_chart(lines, title, "epoch", alt, may_be_log=key == "train_loss")
-            found[key] = {"svg": svg, "legend": lines}
+        values = [record[key] for run in runs for record in run.metrics if record.get(key) is not None]
+        for number, rate in enumerate(rates if values else []):
+            lines = _lines([run for run in runs if run.rate in (None, rate)], key, keys)
+            if not lines:
+                continue
+            legend |= {line.label: line for line in lines if line.width != _THIN and line.label not in legend}
+            has_seeds = has_seeds or any(line.width == _THIN for line in lines)
+            last = ", ".join(f"{line.label} {line.y[-1]:.4g}" for line in lines if line.width != _THIN)
+            head = title if rate is None else f"{percent(rate)} removed: {title}"
+            found.append((number, charts.line_chart(
+                lines, head, "epoch", f"{head} by epoch. Last values: {last}.", may_be_log=key == "train_loss",
+                y_range=(min(values), max(values)))))
     if not found:
         return None
-    legend = max((chart["legend"] for chart in found.values()), key=len)
-    if len(legend) > MAX_LEGEND:
-        names = {slot: key for key, slot in slots.items()}
-        groups = dict.fromkeys((line.slot, line.dashed) for line in legend)
-        legend = [charts.Line(names[slot] + (", Strategy-P" if dashed else ""), (), (), slot, dashed=dashed)
-                  for slot, dashed in groups]
-    return {"charts": list(found.values()), "legend": legend}
+    return {"charts": [svg for _, svg in sorted(found, key=lambda item: item[0])], "has_seeds": has_seeds,
+            "legend": sorted(legend.values(), key=lambda line: [*keys.values()].index(line.series))}
 
 
-def _run_label(facts: Facts, sub: Retrained) -> str:
+def _runs(facts: Facts, slots: dict[str, int], names: dict[str, str], label: str, say_run: bool) -> Iterable[_Run]:
+    """The collection and every retraining of a run directory."""
+    where = f" in {label}" if label else ""
+    name = f", {run_name(facts)}" if say_run else ""
+    yield _Run(f"{FULL_DATA}, collection{where}", f"collection{name}", None, FULL_SLOT, False, 1.5, "none",
+               facts.result is not None, facts.metrics)
+    for sub in facts.retrained:
+        rate, importance, width = sub.setting.get("pruning_rate"), sub.setting.get("importance") or "none", 1.5
+        if rate == 0:
+            width = _WIDE
+            series, slot = f"{FULL_DATA}, retrained{where}", FULL_RETRAINED_SLOT
+        elif sub.strategy is None or rate is None:
+            series, slot = sub.name + where, slots[names[sub.score]]
+        else:
+            series, slot = f"{names[sub.score]} ({sub.strategy}, {importance}){where}", slots[names[sub.score]]
+        yield _Run(series, _run_label(sub, names) + name, rate or None, slot, sub.strategy == "P", width, importance,
+                   sub.result is not None, sub.metrics)
+
+
+def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line]:
+    """A line per series; of several trainings the mean, and each by itself as a thin line."""
+    by_series: dict[str, list[tuple[_Run, dict[int, float]]]] = {}
+    for run in runs:
+        value = {record["epoch"] + 1: record[key] for record in run.metrics if record.get(key) is not None}
+        if value:
+            by_series.setdefault(run.series, []).append((run, value))
+    looks = [(members[0][0].slot, members[0][0].dashed) for members in by_series.values()]
+    lines = []
+    for series, members in by_series.items():
+        first = members[0][0]
+        marker = MARKERS.get(first.importance, "o") if looks.count((first.slot, first.dashed)) > 1 else ""
+        finished = [value for run, value in members if run.is_finished]
+        mean = _mean(finished if len(members) > 1 else [members[0][1]])
+        for run, value in members if len(members) > 1 else []:
+            lines.append(charts.Line(series, [*value], [*value.values()], run.slot, dashed=run.dashed, title=run.label,
+                                     series=keys[series], width=_THIN if mean else first.width, opacity=0.35 if mean else 1.0))
+        if mean:
+            title = first.label if len(members) == 1 else f"{series}: mean of {len(finished)}"
+            lines.append(charts.Line(series, [*mean], [*mean.values()], first.slot, dashed=first.dashed, marker=marker,
+                                     title=title, series=keys[series], width=first.width))
+    return sorted(lines, key=lambda line: (line.width != _THIN, line.width != _WIDE))  # means lie on top
+
+
+def _mean(values: list[dict[int, float]]) -> dict[int, float]:
+    """The mean by epoch, over the epochs that all have."""
+    shared = set(values[0]).intersection(*values[1:]) if values else set()
+    return {epoch: float(np.mean([value[epoch] for value in values])) for epoch in sorted(shared)}
+
+
+def _run_label(sub: Retrained, names: dict[str, str]) -> str:
     """tdds 50 %, E, batch, seed 0. The name of the directory where nothing else is known."""
     rate, importance, seed = (sub.setting.get(key) for key in ("pruning_rate", "importance", "seed"))
     pruned = f" {percent(rate)}" if rate else ""
-    label = f"{facts.names[sub.score]}{pruned}, {sub.strategy}, {importance}, seed {seed}"
+    label = f"{names[sub.score]}{pruned}, {sub.strategy}, {importance}, seed {seed}"
     return (sub.name if None in (rate, sub.strategy) else label) + ("" if sub.result else " (unfinished)")
 
 
@@ -88,7 +125,7 @@ def speed(facts: Facts) -> list[dict[str, Any]]:
     """Medians over epochs, without the first one where there are others: it pays for compilation and cold caches."""
     runs: list[tuple[str, dict[str, Any] | None, list[dict[str, Any]], dict[str, Any]]] = [
         ("collect", facts.result, facts.metrics, facts.env)]
-    runs += [(_run_label(facts, sub), sub.result, sub.metrics, sub.env) for sub in facts.retrained]
+    runs += [(_run_label(sub, facts.names), sub.result, sub.metrics, sub.env) for sub in facts.retrained]
     rows = []
     for name, result, metrics, env in runs:
         warm = metrics[1:] or metrics
@@ -98,10 +135,57 @@ def speed(facts: Facts) -> list[dict[str, Any]]:
             return float(np.median(values)) if values else None
 
         rows.append({
-            "name": name, "epochs": len(metrics), "world_size": env.get("world_size"),
+            "name": name, "epochs": len(metrics), "world_size": env.get("world_size"), "resumes": len(env.get("resumes", [])),
             "images_per_second": median("images_per_second"), "epoch_seconds": median("epoch_seconds"),
             "scoring_share": median("scoring_share") if name == "collect" else None,
             "memory_bytes": median("memory_bytes"),
             "train_seconds": (result or {}).get("train_seconds"),
         })
     return rows
+
+
+def speed_charts(facts: Facts) -> dict[str, Any] | None:
+    """Images per second, memory and scoring share by epoch: the collection, and the mean of the retrainings at each rate.
+
+    `charts`: SVG; `legend`: lines; `resumes`: epochs in which the collection went on after a stop, marked in the charts.
+    """
+    groups: dict[float | None, list[list[dict[str, Any]]]] = {None: [facts.metrics]}
+    for sub in sorted(facts.retrained, key=lambda sub: sub.setting.get("pruning_rate") or 0.0):
+        groups.setdefault(sub.setting.get("pruning_rate") or 0.0, []).append(sub.metrics)
+    resumes = [entry["epoch"] + 1 for entry in facts.env.get("resumes", [])]
+    found, legend = [], dict[str, charts.Line]()
+    for key, title, scale in (("images_per_second", "images per second", 1.0), ("memory_bytes", "memory (GiB)", GIB),
+                              ("scoring_share", "scoring share of the collection (%)", 0.01)):
+        lines = []
+        for number, (rate, members) in enumerate(groups.items()):
+            if key == "scoring_share" and rate is not None:
+                continue
+            mean = _mean_by_epoch(members, key)
+            if mean:
+                label, slot = _rate_label(rate, len(members)), FULL_SLOT if rate is None else FULL_RETRAINED_SLOT
+                lines.append(charts.Line(label, [*mean], [value / scale for value in mean.values()],
+                                         slot if not rate else 1 + (number - 1) % 9, series=f"t{number}"))
+        if lines:
+            typical = ", ".join(f"{line.label} {float(np.median(line.y)):.4g}" for line in lines)
+            found.append(charts.line_chart(lines, title, "epoch", f"{title} by epoch. Medians: {typical}.", marks=resumes,
+                                           from_zero=True))
+            legend = {line.label: line for line in lines} | legend
+    return {"charts": found, "legend": [*legend.values()], "resumes": resumes} if found else None
+
+
+def _mean_by_epoch(members: list[list[dict[str, Any]]], key: str) -> dict[int, float]:
+    """The mean at each epoch over those that have a value there."""
+    values: dict[int, list[float]] = {}
+    for metrics in members:
+        for record in metrics:
+            if record.get(key) is not None:
+                values.setdefault(record["epoch"] + 1, []).append(record[key])
+    return {epoch: float(np.mean(found)) for epoch, found in sorted(values.items())}
+
+
+def _rate_label(rate: float | None, num_runs: int) -> str:
+    """collection; 50 % removed (mean of 10)."""
+    if rate is None:
+        return "collection"
+    text = f"{percent(rate)} removed" if rate else f"{FULL_DATA}, retrained"
+    return text + (f" (mean of {num_runs})" if num_runs > 1 else "")

@@ -9,7 +9,7 @@ import numpy as np
 
 from tdds_dist.artifacts import Coreset, load_coreset, require_same_dataset
 from tdds_dist.config import Config
-from tdds_dist.console import say
+from tdds_dist.console import announce, say
 from tdds_dist.distributed import World, together
 from tdds_dist.engine import fit
 from tdds_dist.errors import InputError
@@ -90,7 +90,7 @@ def _announce(config: Config, run: RunDir, coreset: Coreset, strategy: str, impo
               global_batch_size: int, world: World) -> None:
     """What is about to be trained, and what about it may surprise."""
     base = f"retrain.epochs={config.retrain.epochs}" if config.retrain.epochs else f"train.epochs={config.train.epochs}"
-    say(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
+    announce(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
         f"(Strategy-{strategy} of {base}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
         run.log_file)
     mean = float(coreset.importance_M.mean())

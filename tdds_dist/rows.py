@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tdds_dist.partition import PADDING
-from tdds_dist.scalars import LOGP_FLOOR, SCALARS, log_probabilities, parse_storage, scalars_overwriting
+from tdds_dist.scalars import LOGP_FLOOR, SCALARS, log_probabilities, scalars_overwriting
+from tdds_dist.storage import parse_storage
 
 NEVER = 2**62  # step of the first non-finite row while there is none
 _WITHOUT_SIGN = 2**63 - 1

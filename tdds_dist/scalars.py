@@ -10,8 +10,6 @@ bitwise independent of the world size).
 import torch
 from torch import Tensor
 
-from tdds_dist.errors import InputError
-
 OFFICIAL_EPSILON = 1e-8  # added inside the logarithms of the authors' code
 LOGP_FLOOR = -1.0e4  # exp of it is 0 in float64, so probabilities do not change; keeps 0 * log(0) and float16 finite
 
@@ -27,26 +25,6 @@ SCALARS = (
     "correct",  # 1 where y has the (first) largest logit
 )
 DELTAS = SCALARS[:3]  # need the previous epoch; NaN in the first
-
-DENSE = "dense"  # storage of the previous epoch's log-probabilities: of all classes
-_TOPK = "topk:"
-
-
-def parse_storage(storage: str, num_classes: int) -> int | None:
-    """K of storage "topk:K", None for "dense".
-
-    Raises:
-        InputError: neither of the two, or not 1 <= K < C.
-    """
-    if storage == DENSE:
-        return None
-    digits = storage.removeprefix(_TOPK)
-    if digits == storage or not (digits.isascii() and digits.isdigit() and len(digits) < 10):
-        raise InputError(f"storage={storage!r} is unknown; use {DENSE!r}, or '{_TOPK}K' with a number K, e.g. '{_TOPK}64'")
-    if not 1 <= int(digits) < num_classes:
-        raise InputError(f"storage={storage!r}: K must be at least 1 and less than the {num_classes} classes; change K, or use "
-                         f"{DENSE!r}")
-    return int(digits)
 
 
 def log_probabilities(logits_BC: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tdds_dist import baselines
 from tdds_dist.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, save_scores
 from tdds_dist.beton import check_labels, dataset_fingerprint, inspect_beton, read_manifest
 from tdds_dist.config import Baselines, Config, parse_baselines, parse_config
-from tdds_dist.console import say
+from tdds_dist.console import Progress, say
 from tdds_dist.dynamics import Dynamics, is_dynamics
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
@@ -144,13 +144,16 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
     _read_once(origin, keys or known, settings)
     paths: list[Path] = []
     skipped: list[str] = []
-    for key in keys or known:
-        try:
-            paths += _score_one(origin, key, settings, folder)
-        except InputError as error:
-            if keys:
-                raise
-            skipped.append(f"{key}: {error}")
+    with Progress("score", len(keys or known), "scores", visible=True) as bar:
+        for key in keys or known:
+            bar.note(key, now=True)
+            try:
+                paths += _score_one(origin, key, settings, folder)
+            except InputError as error:
+                if keys:
+                    raise
+                skipped.append(f"{key}: {error}")
+            bar.advance()
     for key in MODEL_SCORES if not keys else ():
         if not (folder / f"{key}.npz").is_file():
             skipped.append(f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights")

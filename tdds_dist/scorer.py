@@ -23,8 +23,9 @@ from tdds_dist.artifacts import fingerprint
 from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.partition import PADDING, EpochOrder, routing_counts, rows_per_shard
 from tdds_dist.rows import BITS, Arrived, DenseRows, Shard, pack, update
-from tdds_dist.scalars import DENSE, SCALARS, parse_storage
+from tdds_dist.scalars import SCALARS
 from tdds_dist.selection import set_lowest
+from tdds_dist.storage import DENSE, parse_storage
 from tdds_dist.tdds import (
     DELTA_OF_PRESET,
     Window,
@@ -263,11 +264,11 @@ class ShardedScorer:
             self._shard.bad_label])).tolist()
         num_nonfinite, num_out, num_bad_index, num_bad_label = counts
         if num_bad_index:
-            raise InputError(f"epoch {self.epoch}: {num_bad_index} recorded indices lie outside [0, {self.num_samples}) "
+            raise InputError(f"epoch {self.epoch + 1}: {num_bad_index} recorded indices lie outside [0, {self.num_samples}) "
                              "and are not -1, or do not follow the order given to expect(); record global indices of the full "
                              "dataset, as announced", shared=True)
         if num_bad_label:
-            raise InputError(f"epoch {self.epoch}: {num_bad_label} recorded labels lie outside [0, {self.num_classes}); "
+            raise InputError(f"epoch {self.epoch + 1}: {num_bad_label} recorded labels lie outside [0, {self.num_classes}); "
                              "check num_classes and the dataset", shared=True)
         if num_nonfinite and (not self._quarantines or num_out > _LARGEST_QUARANTINE * self.num_samples):
             step = int(distributed.min_over_ranks(self._shard.nonfinite_step.clone()))
@@ -275,8 +276,8 @@ class ShardedScorer:
             too_many = (f"; {num_out} samples in all epochs are more than {_LARGEST_QUARANTINE:.0%} of {self.num_samples}, "
                         "which is the most that may be quarantined" if self._quarantines else "")
             raise NonFiniteLogitsError(
-                f"epoch {self.epoch}, step {step}: NaN or infinite logits for {num_nonfinite} samples (global indices {named}"
-                f"){too_many}; lower the learning rate, check these images, or put few of them into quarantine (on_nan)",
+                f"epoch {self.epoch + 1}, step {step}: NaN or infinite logits for {num_nonfinite} samples (global indices "
+                f"{named}){too_many}; lower the learning rate, check these images, or put few of them into quarantine (on_nan)",
                 shared=True)
         self._num_nonfinite = num_nonfinite
 
@@ -293,7 +294,7 @@ class ShardedScorer:
         missing, repeated = distributed.sum_over_ranks(torch.stack([(visits_M == 0).sum(), (visits_M > 1).sum()])).tolist()
         if missing or repeated:
             named = self._name_rows(visits_M != 1)
-            raise CoverageError(f"epoch {self.epoch}: of {self.num_samples} samples {missing} were not recorded and "
+            raise CoverageError(f"epoch {self.epoch + 1}: of {self.num_samples} samples {missing} were not recorded and "
                                 f"{repeated} more than once (global indices {named}); record every sample exactly once per "
                                 "epoch and give rows that merely fill a batch the index -1", shared=True)
         self._quarantine()

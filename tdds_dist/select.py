@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tdds_dist import baselines, selection
-from tdds_dist.artifacts import Coreset, Scores, load_scores, save_coreset
+from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset
 from tdds_dist.config import parse_config
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
@@ -141,8 +141,23 @@ def select(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: s
     path = Path(out) if out is not None else _default_path(source, coreset)
     if path.suffix != ".npz":
         raise InputError(f"--out={path} must end in .npz")
+    warnings += _replaced(path, coreset)
     save_coreset(path, coreset)
     return path, warnings
+
+
+def _replaced(path: Path, coreset: Coreset) -> list[str]:
+    """What is lost when `coreset` is saved there; nothing when it is the same images with the same importances."""
+    if not path.is_file():
+        return []
+    try:
+        before = load_coreset(path)
+    except InputError:
+        return [f"{path} was there and is no readable coreset; it is replaced"]
+    if np.array_equal(before.index_M, coreset.index_M) and np.array_equal(before.importance_M, coreset.importance_M):
+        return []
+    return [f"{path} held another coreset ({len(before.index_M)} images by {before.method}), which is replaced; retrainings on "
+            "it are not of the new one"]
 
 
 def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:

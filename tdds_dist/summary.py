@@ -1,11 +1,11 @@
-"""What a run directory says, read once, and its accuracy table: by setting, seeds averaged, unfinished runs included.
+"""What run directories say, read once, and their accuracy table: by setting, seeds averaged, unfinished runs included.
 
-Owns reading and averaging; not the page (`report`) nor the formats of what it reads. A damaged or foreign file becomes
-a sentence in `Facts.problems` instead of an exception: a report is most wanted half-way.
+Owns reading, which runs belong together, and averaging; not the page (`report`) nor the formats of what it reads. A
+damaged or foreign file becomes a sentence in `Facts.problems` instead of an exception: a report is most wanted half-way.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from tdds_dist.published import PublishedTable, base_key, find_table, is_plain, 
 from tdds_dist.rundir import RunDir
 
 FULL_DATA = "full data"
+_VALUE_KEYS = ("run", "name", "seed", "final_top1", "best_top1", "train_seconds")
 MISSING = "–"
+# What may differ between two runs that are seeds of one setting: section -> keys, or all of it.
+_NOT_A_SETTING: dict[str, tuple[str, ...] | None] = {
+    "run": None, "checkpoint": None, "pipeline": None, "data": ("train", "val", "num_workers"), "train": ("log_every",),
+    "score": ("baselines",)}
 _SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings", "method", "row", "model", "network")
 
 
@@ -113,6 +118,59 @@ def read_facts(run: RunDir) -> Facts:
                  scores, coresets, manifest, table, _short_names([*scores], retrained), problems)
 
 
+def find_runs(paths: Sequence[Path]) -> list[RunDir]:
+    """The run directories at `paths`, each once; an experiment stands for the collections in it, by seed.
+
+    Raises InputError where there is no run.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths:
+        runs = sorted((file.parent for file in path.glob("seed*/config.yaml")), key=lambda run: (len(run.name), run.name))
+        if (path / "config.yaml").is_file() or not runs:
+            if (path / "times.jsonl").is_file():
+                raise InputError(f"{path} is an experiment in which no collection has started; run `tdds experiment` again")
+            RunDir(path).read_config()  # says so when it is no run directory
+            runs = [path]
+        for run in runs:
+            found.setdefault(run.resolve(), RunDir(run))
+    return [*found.values()]
+
+
+def experiment_name(runs: Sequence[RunDir]) -> str | None:
+    """The experiment whose collections `runs` are, or None."""
+    parents = {run.path.resolve().parent for run in runs}
+    if len(parents) > 1 or not all(run.path.name.removeprefix("seed").isdigit() for run in runs):
+        return None
+    return parents.pop().name
+
+
+def pools(found: Sequence[Facts]) -> list[list[Facts]]:
+    """Runs that trained and evaluated on the same images, together; in the order of their first."""
+    groups: dict[str, list[Facts]] = {}
+    for facts in found:
+        data = facts.config.get("data", {})
+        content = facts.env.get("data") or [data.get("train"), data.get("val")]
+        groups.setdefault(json.dumps([content, data.get("num_classes")], sort_keys=True), []).append(facts)
+    return [*groups.values()]
+
+
+def run_name(facts: Facts) -> str:
+    """What to call a run."""
+    return str(facts.config.get("run", {}).get("name") or facts.run.path.name)
+
+
+def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
+    """Runs that differ in nothing but their seed, together, each with a label: their names, or "" where all are alike."""
+    groups: dict[str, list[Facts]] = {}
+    for facts in pool:
+        groups.setdefault(_setting_of(facts.config), []).append(facts)
+    if len(groups) == 1:
+        return [("", [*pool])]
+    are_told_apart = len({run_name(facts) for facts in pool}) == len(pool)
+    return [(", ".join(run_name(facts) if are_told_apart else str(facts.run.path) for facts in group), group)
+            for group in groups.values()]
+
+
 def summary_table(run: RunDir) -> list[dict[str, Any]]:
     """Accuracy by setting, seeds averaged: the collection run, then one row per setting, then what has not finished.
 
@@ -120,45 +178,87 @@ def summary_table(run: RunDir) -> list[dict[str, Any]]:
     `pruning_rate`, `num_images`, `epochs`, `seeds` (list), `final_top1`, `best_top1` (means, percent),
     `final_top1_std`, `best_top1_std` (sample standard deviation over seeds, None for one), `difference` (final top-1
     minus the reference row's), `is_reference`, `published` (the paper's number, or None), `status` ("finished" or how
-    far it got), `name` ("collect", "retrain", or that of an unfinished run).
+    far it got), `name` ("collect", "retrain", or that of an unfinished run), `runs` (the collections' names where several
+    runs are summed up and their settings differ, else ""), `values` (a dict per training: `run`, `name`, `seed`,
+    `final_top1`, `best_top1`, `train_seconds`).
 
     The reference is the retraining on the full data, and where there is none the collection run, unless that was
     stopped before the end of its schedule.
     """
-    return summary_rows(read_facts(run))
+    return summary_rows([read_facts(run)])
 
 
-def summary_rows(facts: Facts) -> list[dict[str, Any]]:
-    """The rows of `summary_table` from facts already read."""
-    epochs = facts.config.get("train", {}).get("epochs")
-    seed = facts.config.get("run", {}).get("seed")
-    collect = _row(facts, "collect", (FULL_DATA, None, None, 0.0, epochs), [{"seed": seed, **(facts.result or {})}])
-    planned = (facts.result or {}).get("epochs_planned", collect["epochs"])
-    if facts.result is None:
-        collect["status"] = _progress(facts.metrics, epochs)
-    elif collect["epochs"] != planned:
-        collect["status"] = f"stopped after {collect['epochs']} of {planned} epochs"
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def summary_tables(runs: Sequence[RunDir]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """A table for each run, or one for the runs of the same data together; with the directories it is about."""
+    return [("\n".join(str(facts.run.path) for facts in pool), summary_rows(pool)) for pool in pools([*map(read_facts, runs)])]
+
+
+def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
+    """The rows of `summary_table` from facts already read, of several runs of the same data together.
+
+    Runs that differ in nothing but their seed are averaged. Other runs have rows and a reference of their own.
+    """
+    names = short_names(pool)
+    return [row | {"runs": label} for label, group in by_setting(pool) for row in _rows_of_one_setting(group, names)]
+
+
+def _setting_of(config: dict[str, Any]) -> str:
+    """What decides a run's results, but for the seed, as text."""
+    def matters(section: str, key: str) -> bool:
+        skipped = _NOT_A_SETTING.get(section, ())
+        return skipped is not None and key not in skipped
+
+    kept = {section: {key: value for key, value in values.items() if matters(section, key)}
+            for section, values in config.items() if isinstance(values, dict)}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[dict[str, Any]]:
+    published = group[0].published
+    collected, rows = _collect_rows(group), []
+    trained: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     unfinished = []
-    for sub in facts.retrained:
-        key = (sub.score, sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"),
-               sub.setting.get("epochs"))
-        if sub.result is not None:
-            groups.setdefault(key, []).append(sub.result)
-        else:
-            row = _row(facts, sub.name, key, [{"seed": sub.setting.get("seed")}])
-            unfinished.append(row | {"status": _progress(sub.metrics, sub.setting.get("epochs"))})
-    rows = sorted((_row(facts, "retrain", key, results) for key, results in groups.items()), key=_row_order)
-    full = [row for row in [*rows, collect]
+    for facts in group:
+        for sub in facts.retrained:
+            key = (sub.score, sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"),
+                   sub.setting.get("epochs"))
+            value = {"run": run_name(facts), "name": sub.name, "seed": sub.setting.get("seed"), **(sub.result or {})}
+            if sub.result is not None:
+                trained.setdefault(key, []).append(value)
+            else:
+                row = _row(names, published, sub.name, key, [value])
+                unfinished.append(row | {"status": _progress(sub.metrics, sub.setting.get("epochs"))})
+    rows = sorted((_row(names, published, "retrain", key, results) for key, results in trained.items()), key=_row_order)
+    full = [row for row in [*rows, *collected]
             if row["score"] == FULL_DATA and row["final_top1"] is not None and row["status"] == "finished"]
-    full.sort(key=lambda row: (row is collect, row["importance"] not in (None, "none")))
+    full.sort(key=lambda row: (row in collected, row["importance"] not in (None, "none")))
     if full:
         full[0]["is_reference"] = True
-    for row in [collect, *rows]:
+    for row in [*collected, *rows]:
         same_network = " on " not in row["score"]
         if full and row is not full[0] and row["final_top1"] is not None and same_network:
             row["difference"] = row["final_top1"] - full[0]["final_top1"]
-    return [collect, *rows, *unfinished]
+    return [*collected, *rows, *unfinished]
+
+
+def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
+    """One row for the collections that came to the end of their schedule, one for each of the others."""
+    by_status: dict[Any, list[dict[str, Any]]] = {}
+    for facts in group:
+        result = facts.result or {}
+        epochs, planned = result.get("epochs"), result.get("epochs_planned", result.get("epochs"))
+        value = {"run": run_name(facts), "name": "collect", "seed": facts.config.get("run", {}).get("seed"), **result}
+        if facts.result is None:
+            status = _progress(facts.metrics, facts.config.get("train", {}).get("epochs"))
+        else:
+            status = "finished" if epochs == planned else f"stopped after {epochs} of {planned} epochs"
+        by_status.setdefault(status if status == "finished" else (status, value["run"]), []).append(value)
+    rows = []
+    epochs = group[0].config.get("train", {}).get("epochs")
+    for key, values in by_status.items():
+        row = _row({}, group[0].published, "collect", (FULL_DATA, None, None, 0.0, epochs), values)
+        rows.append(row | {"status": key if key == "finished" else key[0]})
+    return sorted(rows, key=lambda row: row["status"] != "finished")
 
 
 def format_summary(rows: list[dict[str, Any]]) -> str:
@@ -182,6 +282,8 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         columns = [column for column in columns if column[0] != "published"]
     if all(row["status"] == "finished" for row in rows):
         columns = [column for column in columns if column[0] != "status"]
+    if any(row["runs"] for row in rows):
+        columns.insert(1, ("runs", "<", lambda row: row["runs"]))
     plain = str.maketrans({"–": "-", "−": "-"})
     cells = [[name for name, _, _ in columns]]
     for row in rows:
@@ -224,20 +326,22 @@ def plus_minus(mean: float | None, std: float | None) -> str:
 # ----------------------------------------------------------------------------------------------------------- details
 
 
-def _row(facts: Facts, name: str, key: tuple[Any, ...], results: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(names: dict[str, str], published: PublishedTable | None, name: str, key: tuple[Any, ...],
+         results: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table from the results of all seeds of one setting."""
     score, strategy, importance, rate, epochs = key
     final, final_std = _mean_std(result.get("final_top1") for result in results)
     best, best_std = _mean_std(result.get("best_top1") for result in results)
     return {
-        "name": name, "score": score, "score_name": facts.names.get(score, score),
+        "name": name, "score": score, "score_name": names.get(score, score),
         "strategy": strategy, "importance": importance, "pruning_rate": rate,
         "num_images": results[0].get("num_images"), "epochs": results[0].get("epochs", epochs),
         "seeds": sorted(result["seed"] for result in results if result.get("seed") is not None),
         "final_top1": final, "final_top1_std": final_std, "best_top1": best, "best_top1_std": best_std,
         "difference": None, "is_reference": False, "status": "finished",
-        "published": (facts.published.lookup(strategy, results[0].get("method", score), rate, importance)
-                      if facts.published and " on " not in score else None),
+        "published": (published.lookup(strategy, results[0].get("method", score), rate, importance)
+                      if published and " on " not in score else None),
+        "runs": "", "values": [{key: result.get(key) for key in _VALUE_KEYS} for result in results],
     }
 
 
@@ -249,6 +353,14 @@ def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:
 def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
     rate, importance = sub.setting.get("pruning_rate"), sub.setting.get("importance")
     return rate != 0, *score_order(sub.score), str(sub.strategy), str(importance), rate or 0, sub.name
+
+
+def short_names(pool: Sequence[Facts]) -> dict[str, str]:
+    """`Facts.names` of several runs that are shown together."""
+    if len(pool) == 1:
+        return pool[0].names
+    return _short_names([*dict.fromkeys(key for facts in pool for key in facts.scores)],
+                        [sub for facts in pool for sub in facts.retrained])
 
 
 def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:

@@ -1,9 +1,14 @@
 """Small datasets shared by the tests, written once per session."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: programs under test would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,3 +45,14 @@ train: {{epochs: 3, global_batch_size: 24, lr: 0.05}}
 score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{T: 2, K: 2, pruning_rates: [0.8]}}]}}
 """)
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium; Playwright allows one at a time in a thread."""
+    from browser.chromium import find, launched
+
+    if find() is None:
+        pytest.skip("no Chromium found: tests/browser/install.sh")
+    with launched() as browser:
+        yield browser

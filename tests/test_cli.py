@@ -1,8 +1,13 @@
 """The command line as a user meets it: the whole flow under torchrun, and one clear line with exit code 2 for bad input."""
 
+import json
 import os
+import pty
+import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -335,7 +340,7 @@ def _collect_without_room(rank, config_file, tmp_path):
 def test_a_diverging_run_ends_with_one_line(config_file, capsys):
     line = refused(capsys, "collect", config_file, "train.lr=1e30")
     assert "NaN or infinite logits" in line
-    assert "epoch 0, step" in line
+    assert "epoch 1, step" in line
 
 
 @pytest.mark.distributed
@@ -434,9 +439,6 @@ def _check_together(rank):
 
 
 def test_a_terminated_write_leaves_nothing(tmp_path):
-    import signal
-    import time
-
     out = tmp_path / "x.beton"
     process = subprocess.Popen(
         [sys.executable, "-m", "tdds_dist", "write", "synthetic:5000,3,256", str(out)], stderr=subprocess.DEVNULL
@@ -450,7 +452,307 @@ def test_a_terminated_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# ---- how a stage closes: for people, quietly, as JSON
+
+
+@pytest.fixture(scope="module")
+def coreset(finished, tmp_path_factory):
+    path = tmp_path_factory.mktemp("coresets") / "small.npz"
+    assert main(["select", str(finished[0]), "--pruning-rate", "0.8", "--out", str(path)]) == 0
+    return path
+
+
+STAGES = {  # words behind the stage, and what is written; {run}, {config}, {coreset}, {out} and {beton} are filled in
+    "write": ("synthetic:40,4,16 {out}/x.beton --num-workers 1", ["{out}/x.beton", "{out}/x.manifest.json"]),
+    "check": ("{beton}", []),
+    "plan": ("{config}", None),
+    "collect": ("{config}", ["{run}/scores/tdds_official_T3_K2_beta0.9.npz", "{run}/models/final.pt"]),
+    "score": ("{run} --score aum --out {out}", ["{out}/aum.npz"]),
+    "score --final-pass": ("{run}", ["{run}/scores/entropy.npz", "{run}/scores/moderate.npz"]),
+    "select": ("{run} --pruning-rate 0.5 --out {out}/half.npz", ["{out}/half.npz"]),
+    "retrain": ("{config} --coreset {coreset} --strategy E --name said retrain.epochs=1", ["{run}/retrain/said"]),
+    "compare": ("{run} --out {out}/c.csv", ["{out}/c.csv"]),
+    "export": ("{run} --format csv --out {out}/s.csv", ["{out}/s.csv"]),
+    "import": ("{out}/in.csv --key aum --out {out}/back.npz", ["{out}/back.npz"]),
+    "report": ("{run} --out {out}/r.html", ["{out}/r.html"]),
+    "submit": ("{config} --cluster {out}/cluster.yaml --dry-run", None),
+    "status": ("{run}", None),
+    "logs": ("{run}", None),
+}
+NEXT = {"write": "tdds write synthetic:40,4,16", "collect": "tdds select {run} --pruning-rate 0.5 0.8",
+        "score": "tdds select {out}/aum.npz --pruning-rate 0.5",
+        "score --final-pass": "tdds select {run} --pruning-rate 0.5 --score entropy",
+        "select": "torchrun --nproc-per-node 2 -m tdds_dist retrain {run}/config.yaml --coreset {out}/half.npz --strategy E",
+        "retrain": "tdds report {run}", "import": "tdds select {out}/back.npz", "report": "open {out}/r.html",
+        "submit": "tdds status {run}"}
+
+
+@pytest.fixture
+def stage_words(finished, coreset, betons, tmp_path):
+    folder, config, _ = finished
+    (tmp_path / "in.csv").write_text("index,score\n0,0.5\n1,0.25\n")
+    (tmp_path / "cluster.yaml").write_text("{executor: local, time_minutes: 5}")
+    places = {"run": folder, "config": config, "coreset": coreset, "out": tmp_path, "beton": betons["train"]}
+    return lambda stage: ([*stage.split(), *(word.format(**places) for word in STAGES[stage][0].split())], places)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", STAGES)
+def test_json_is_one_object_and_all_there_is(finished, stage_words, capfd, stage):
+    words, places = stage_words(stage)
+    assert main(["--json", *words]) == 0
+    data = json.loads(capfd.readouterr().out)  # by descriptor: what libraries print counts too
+    wrote = STAGES[stage][1]
+    if stage == "plan":
+        assert data["run"]["images"] == 120
+    elif stage == "status":
+        assert data["directory"] == str(places["run"])
+    elif stage == "logs":
+        assert data["lines"][-1].endswith("finished")
+    else:
+        assert data["stage"] == words[0]
+        assert data["exit_code"] == 0
+    if wrote is not None:
+        assert {path.format(**places) for path in wrote} <= {file["path"] for file in data["wrote"]}
+        assert all(file["bytes"] == size(Path(file["path"])) > 0 for file in data["wrote"])
+    if stage in NEXT:
+        assert data["next"].startswith(NEXT[stage].format(**places))
+    if stage in ("collect", "retrain"):
+        result = RunDir(places["run"] / "retrain/said" if stage == "retrain" else places["run"]).read_result()
+        assert data["numbers"]["final_top1"] == result["final_top1"]
+        assert data["numbers"]["epochs"] == result["epochs"] == (1 if stage == "retrain" else 4)
+        assert data["numbers"]["memory_bytes"] > 2**20
+        assert (data["numbers"]["scoring_share"] is None) == (stage == "retrain")
+
+
+def size(path):
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "score --final-pass"])
+def test_quiet_stages_say_nothing_but_what_was_asked_for(finished, stage_words, capfd, stage):
+    words, _ = stage_words(stage)
+    assert main([*words, "--quiet"]) == 0
+    captured = capfd.readouterr()
+    assert bool(captured.out) == (stage in ("plan", "status", "logs"))
+    assert [line for line in captured.err.splitlines() if not line.startswith("warning: ")] == []
+
+
+def test_an_experiment_closes_like_the_others(capsys, monkeypatch, tmp_path, betons):
+    def experiment(plan, **_):
+        (tmp_path / "table.md").write_text("| a table |\n")
+        (tmp_path / "cells.csv").write_text("head\none\ntwo\n")
+        return tmp_path / "table.md", failed
+
+    failed = []
+    monkeypatch.setattr("tdds_dist.experiment.experiment", experiment)
+    file = Path(__file__).parents[1] / "configs/experiments/digits_table1.yaml"
+    monkeypatch.chdir(file.parents[2])
+    assert main(["experiment", str(file), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["numbers"]["retrainings"] == 2
+    assert data["next"] == f"tdds report {tmp_path}"
+    assert main(["experiment", str(file)]) == 0
+    assert "| a table |\n\nwrote " in capsys.readouterr().out
+    failed.append("cell 3: no such file")
+    assert main(["experiment", str(file), "--json"]) == 2
+    assert "1 runs failed (cell 3: no such file)" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.distributed
+def test_manner_may_stand_before_or_behind(finished, capsys, tmp_path):
+    select = ["select", str(finished[0]), "--pruning-rate", "0.5", "--out", str(tmp_path / "c.npz")]
+    printed = []
+    for words in (["--json", *select], [*select, "--json"], [select[0], "--json", *select[1:]], ["--quiet", *select, "--json"]):
+        assert main(words) == 0
+        captured = capsys.readouterr()
+        printed.append(captured.out)
+        assert json.loads(captured.out)["stage"] == "select"
+    assert len(set(printed)) == 1
+
+
+def test_errors_are_json_too(capsys, monkeypatch, tmp_path, config_file):
+    for words in (["collect", "none.yaml"], ["select", str(tmp_path), "--pruning-rate", "2"]):
+        assert main([*words, "--json"]) == 2
+        captured = capsys.readouterr()
+        line, = captured.err.splitlines()
+        assert json.loads(captured.out) == {"error": line, "exit_code": 2}
+    with pytest.raises(SystemExit):
+        main(["select", "--json"])
+    assert "are required: RUN|SCORES.npz, --pruning-rate" in json.loads(capsys.readouterr().out)["error"]
+    monkeypatch.setattr("tdds_dist.config.load_config", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
+        main(["plan", str(config_file), "--json"])
+    assert json.loads(capsys.readouterr().out) == {"error": "ZeroDivisionError: division by zero", "exit_code": 1}
+
+
+@pytest.mark.distributed
+def test_only_rank_0_speaks(finished, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    for manner in ([], ["--json"]):
+        assert main(["select", str(finished[0]), "--pruning-rate", "0.5", "--out", str(tmp_path / "c.npz"), *manner]) == 0
+    assert capsys.readouterr().out == ""
+    done = finished[2]
+    assert (done.stdout.count("next: "), done.stderr.count("epoch   4/5")) == (1, 1)
+
+
+@pytest.mark.distributed
+def test_several_rates_in_one_go(finished, capsys, tmp_path):
+    folder, _, _ = finished
+    assert main(["select", str(folder), "--pruning-rate", "0.5", "0.8", "0.5", "--score", "moderate"]) == 0
+    out = capsys.readouterr().out
+    for rate, num in (("0.5", 60), ("0.8", 24)):
+        assert f"wrote {folder}/coresets/moderate_p{rate}.npz" in out
+        assert f"kept at {rate}: {num} of 120 images by moderate" in out
+        assert len(load_coreset(folder / f"coresets/moderate_p{rate}.npz").index_M) == num
+    assert out.count("wrote ") == 2
+    line = refused(capsys, "select", folder, "--pruning-rate", "0.5", "0.8", "--out", tmp_path / "x.npz")
+    assert "names one file, and there are 2 pruning rates" in line
+    assert not (tmp_path / "x.npz").exists()
+
+
+@pytest.mark.distributed
+def test_a_coreset_that_is_replaced_is_named(finished, capsys, tmp_path):
+    out = tmp_path / "c.npz"
+    select = ["select", str(finished[0]), "--out", str(out), "--score", "random", "--pruning-rate"]
+    for words, warned in ((["0.5"], ""), (["0.5"], ""), (["0.3"], "held another coreset (60 images by random)"),
+                          (["0.3", "--seed", "1"], "held another coreset (84 images by random)")):
+        assert main([*select, *words]) == 0
+        captured = capsys.readouterr()
+        assert warned in captured.err
+        assert bool(warned) == ("warning: " in captured.err) == ("1 warning, see above" in captured.out)
+    out.write_bytes(b"half of it")
+    assert main([*select, "0.5"]) == 0
+    assert "no readable coreset; it is replaced" in capsys.readouterr().err
+    assert len(load_coreset(out).index_M) == 60
+
+
+# ---- terminals, and Ctrl-C
+
+
+def on_a_terminal(*words, **environment):
+    """What `tdds` shows on a terminal of 100 columns, and its exit code."""
+    outer, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (40, 100))
+    process = subprocess.Popen([sys.executable, "-m", "tdds_dist", *map(str, words)], stdout=inner, stderr=inner,
+                               env={**os.environ, "TERM": "xterm", "NO_COLOR": "", **environment})
+    os.close(inner)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(outer, 1 << 16)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(outer)
+    return shown.decode(), process.wait(timeout=60)
+
+
+@pytest.mark.distributed
+def test_bars_and_colours_are_for_terminals(finished, tmp_path):
+    words = ["score", finished[0], "--score", "aum", "--score", "forgetting", "--out", tmp_path]
+    shown, code = on_a_terminal(*words)
+    assert code == 0
+    assert "\x1b[32mwrote\x1b[0m" in shown
+    assert "\x1b[1mnext:\x1b[0m tdds select" in shown
+    assert "score   0 %|" in shown.split("wrote")[0]
+    plain, _ = on_a_terminal(*words, NO_COLOR="1")
+    assert "\x1b[" not in plain
+    assert "%|" in plain, "a bar is no colour"
+    piped = tdds(*words)
+    assert "\x1b" not in piped.stdout + piped.stderr
+    assert "\r" not in piped.stderr
+    assert f"wrote {tmp_path}/aum.npz (" in piped.stdout
+    refused_on_terminal, code = on_a_terminal("score", tmp_path / "none")
+    assert code == 2
+    assert "\x1b[31merror:\x1b[0m" in refused_on_terminal
+
+
+def interrupted(words, is_time):
+    """Send Ctrl-C to a process of `tdds` when it is time; its exit code and the last line it said."""
+    process = subprocess.Popen([sys.executable, "-m", "tdds_dist", *map(str, words)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not is_time():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    return process.returncode, said.splitlines()[-1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(config_file, tmp_path, capsys):
+    run = RunDir(tmp_path / "run")
+    words = ["collect", str(config_file), "train.epochs=300", "score.windows=[{T: 3, K: 2}]"]
+    code, line = interrupted(words, lambda: len(run.read_metrics()) > 1)
+    assert code == 75
+    assert line.startswith("tdds collect: SIGINT: saved at epoch ")
+    assert line.endswith(f"run the same command again to go on: tdds collect {config_file} train.epochs=300 "
+                         "'score.windows=[{T: 3, K: 2}]'")
+    assert list(run.checkpoints.iterdir())
+    assert json.loads(run.status_file.read_text())["state"] == "stopped"
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+    words = ["write", "synthetic:5000,3,256", tmp_path / "x.beton", "--num-workers", "1"]
+    code, line = interrupted(words, lambda: any(file.stat().st_size > 2**20 for file in tmp_path.iterdir()))
+    assert code == 130
+    assert line == ("tdds write: interrupted; nothing half-written was left; the same command starts over: tdds write "
+                    f"synthetic:5000,3,256 {tmp_path}/x.beton --num-workers 1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_device_is_read_at_log_cadence_only(config_file, monkeypatch):
+    """The bar shows what was read anyway: 3 epochs of 5 steps, with log_every=2, are 7 looks and one at the end of each."""
+    from tdds_dist.engine import Trainer
+
+    looks, read = [], Trainer._read_totals
+    monkeypatch.setattr(Trainer, "_read_totals", lambda trainer, *rest: looks.append(trainer.step) or read(trainer, *rest))
+    monkeypatch.setenv("TDDS_PROGRESS_SECONDS", "0")
+    assert main(["collect", str(config_file), "train.log_every=2"]) == 0
+    assert looks == [2, 4, 5, 6, 8, 10, 10, 12, 14, 15]
+
+
+def test_what_is_refused_early_does_not_wait_for_torch(config_file, finished, tmp_path):
+    """torch takes seconds to load, a missing file is seen at once."""
+    config = str(config_file)
+    commands = [["collect", "none.yaml"], ["collect", config, "train.lrr=1"], ["collect", config, "data.val=none.beton"],
+                ["collect", config, "train.mixup=0.5"], ["collect", config, "score.windows=[{T: 3, K: 5}]"],
+                ["retrain", config, "--coreset", "none.npz", "--strategy", "E"],
+                ["retrain", config, "--coreset", str(next(RunDir(finished[0]).scores.iterdir())), "--strategy", "E"],
+                ["experiment", "none.yaml"]]
+    code = f"import sys; from tdds_dist.cli import main; print([main(words) for words in {commands}], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[2] * len(commands)} False", done.stderr
+
+
 # ---- help
+
+
+def test_help_lists_every_stage_once_in_the_usual_order(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    listed = [line.split()[0] for line in text.split("examples:")[0].splitlines() if line[:2] == "  " and line[2].isalpha()]
+    assert sorted(listed) == sorted(build_parser()._subparsers._group_actions[0].choices)
+    assert listed[:8] == ["write", "check", "plan", "collect", "score", "select", "retrain", "report"]
+    assert text.index("examples:") > text.index("  logs ")
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_the_version(capsys):
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out == f"tdds {version('tdds-dist')}\n"
 
 
 def test_every_stage_explains_itself():

@@ -470,6 +470,6 @@ def test_distinct_scores_are_sorted_once(run: RunDir, monkeypatch: pytest.Monkey
         asked.append((scores.key, rate))
         return choose(scores, rate)
 
-    monkeypatch.setattr("tdds_dist.compare.choose", spy)
+    monkeypatch.setattr("tdds_dist.select.choose", spy)
     compare([run.path], pruning_rates=RATES)
     assert asked == [(key, rate) for key in ("forgetting", "moderate") for rate in RATES]

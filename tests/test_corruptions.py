@@ -166,7 +166,7 @@ def test_the_command_adds_both_kinds_of_noise_and_says_how_much(tmp_path, capsys
     assert main(["write", "synthetic:100,4,16", str(out), "--subset", "60", "--label-noise", "0.1", "--corrupt", "0.2",
                  "--seed", "3", "--num-workers", "1"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[-1] == (
+    assert shown.out.splitlines()[-2] == (
         "noise (seed 3): 6 labels changed, 12 images corrupted "
         "(3 gaussian_noise, 3 occlusion, 2 resolution, 2 fog, 2 motion_blur)")
     assert "warning" not in shown.err
@@ -191,7 +191,7 @@ def test_noise_on_evaluation_images_is_warned_of(tmp_path, capsys):
     assert main(["write", "synthetic:40,4,16", str(out), "--split", "val", "--corrupt", "0.5", "--num-workers", "1"]) == 0
     shown = capsys.readouterr()
     assert "warning: images for evaluation should stay clean" in shown.err
-    assert shown.out.splitlines()[-1].startswith("noise (seed 0): 0 labels changed, 20 images corrupted (4 gaussian_noise,")
+    assert shown.out.splitlines()[-2].startswith("noise (seed 0): 0 labels changed, 20 images corrupted (4 gaussian_noise,")
     assert read_manifest(out).noisy_N is None
 
 

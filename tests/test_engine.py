@@ -164,7 +164,7 @@ def test_a_diverging_run_says_so_on_every_rank(config_file, tmp_path):
     outcomes = run_ranks(2, _diverge, config_file, tmp_path / "run")
     for kind, text in outcomes:
         assert kind == "NonFiniteLogitsError"
-        assert "epoch 0, step" in text
+        assert "epoch 1, step" in text
         assert "global indices" in text
     for kind, text in run_ranks(2, _diverge, config_file, tmp_path / "unscored", False):
         assert kind == "InputError"

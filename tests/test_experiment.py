@@ -616,7 +616,7 @@ def test_nothing_is_left_running(betons, tmp_path, end):
         assert "a worker process was killed" in line
         assert "run the same command again" in line
     if end == "Ctrl-C":
-        assert error.splitlines()[-1] == "tdds experiment: interrupted", "and nothing of leaked semaphores"
+        assert error.splitlines()[-1].startswith("tdds experiment: interrupted; "), "and nothing of leaked semaphores"
         assert "0 of 8 retrainings done" in (tmp_path / "tiny/table.md").read_text()
         assert len((tmp_path / "tiny/times.jsonl").read_text().splitlines()) == 1
     assert not RunDir(tmp_path / "tiny/seed0").result_file.exists()

@@ -712,7 +712,7 @@ def test_starting_over(copy, nobody_touched):
 def test_nan_stops_a_run(run, nobody_touched):
     bad = nobody_touched(2).visits[8][:3]
     line = the_error(run.ends([2, 2], inject=jobs.nan_logits(8, bad)))
-    assert "epoch 1, step 2: NaN or infinite logits for 3 samples" in line
+    assert "epoch 2, step 2: NaN or infinite logits for 3 samples" in line
     assert all(str(index) in line for index in bad)
     run.goes_on(nobody_touched(2), fault="NaN logits, on_nan=stop")
 

@@ -15,16 +15,17 @@ PACKAGE = Path(__file__).parents[1] / "tdds_dist"
 
 # A module imports from rows above its own, and within its row from what stands to its left.
 LAYERS = [
-    ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "agreement", "published"),
-    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "pulse", "console", "workers"),
+    ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "storage", "agreement", "binning",
+     "published"),
+    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "pulse", "console", "closing", "workers"),
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
      "dynamics", "checkpoint"),
     ("rows", "fused", "scorer"),
     ("prepare", "snapshot", "job", "feed", "metrics", "engine"),
     ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "summary", "status",
-     "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
-     "report_training", "report_scores", "report_images", "report"),
-    ("cli", "__main__"),
+     "rankings", "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
+     "report_accuracy", "report_training", "report_scores", "report_agreement", "thumbnails", "report_images", "report"),
+    ("stages", "cli", "__main__"),
 ]
 PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}
 PURE = LAYERS[0]

@@ -160,7 +160,7 @@ def test_every_command_parses(run, overrides):
                     assert f"{options.config.parent / options.name}".endswith(Path(step.directory).name)
                 if options.stage == "select":
                     assert options.out in coresets(Stage("select", (step,)))
-                    assert 0 < options.pruning_rate < 1
+                    assert 0 < options.pruning_rate[0] < 1
 
 
 def test_options_of_scores_are_those_of_this_config_and_not_of_the_collection(run):

@@ -449,7 +449,7 @@ def test_what_is_not_finite_is_never_kept(tmp_path, world_size):
         assert (finite, nonfinite) == (True, 0)
         for number in bad:
             assert outcomes[number][0] == "NonFiniteLogitsError"
-            assert f"epoch 1, step {step}: NaN or infinite logits for 1 samples (global indices 22)" in outcomes[number][1]
+            assert f"epoch 2, step {step}: NaN or infinite logits for 1 samples (global indices 22)" in outcomes[number][1]
 
 
 # ---- quarantine

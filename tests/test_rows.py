@@ -14,7 +14,8 @@ from tdds_dist.config import load_config
 from tdds_dist.errors import InputError
 from tdds_dist.partition import epoch_order
 from tdds_dist.rows import Arrived, DenseRows, Shard, TopKRows, class_dtype, pack, unpack, update
-from tdds_dist.scalars import LOGP_FLOOR, SCALARS, log_probabilities, parse_storage
+from tdds_dist.scalars import LOGP_FLOOR, SCALARS, log_probabilities
+from tdds_dist.storage import parse_storage
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -359,7 +359,7 @@ def test_logits_may_change_their_dtype_from_step_to_step():
 def test_rows_that_do_not_follow_the_announced_order_are_an_error():
     for kind, text in run_ranks(2, _other_rows_than_announced):
         assert kind == "InputError"
-        assert "epoch 0: " in text
+        assert "epoch 1: " in text
         assert "do not follow the order given to expect()" in text
 
 
@@ -379,12 +379,12 @@ def _other_rows_than_announced(rank):
 @pytest.mark.parametrize(
     ("fault", "kind", "words"),
     [
-        ("missing", "CoverageError", ["epoch 1", "of 9 samples 1 were not recorded", "0 more than once", "5"]),
-        ("repeated", "CoverageError", ["epoch 1", "0 were not recorded", "1 more than once", "index -1"]),
-        ("out_of_range", "InputError", ["epoch 1", "1 recorded indices", "[0, 9)"]),
-        ("label", "InputError", ["epoch 1", "1 recorded labels", "[0, 4)"]),
-        ("nan", "NonFiniteLogitsError", ["epoch 1", "step 2", "1 samples", "global indices 5"]),
-        ("inf", "NonFiniteLogitsError", ["epoch 1", "step 2", "global indices 5"]),
+        ("missing", "CoverageError", ["epoch 2", "of 9 samples 1 were not recorded", "0 more than once", "5"]),
+        ("repeated", "CoverageError", ["epoch 2", "0 were not recorded", "1 more than once", "index -1"]),
+        ("out_of_range", "InputError", ["epoch 2", "1 recorded indices", "[0, 9)"]),
+        ("label", "InputError", ["epoch 2", "1 recorded labels", "[0, 4)"]),
+        ("nan", "NonFiniteLogitsError", ["epoch 2", "step 2", "1 samples", "global indices 5"]),
+        ("inf", "NonFiniteLogitsError", ["epoch 2", "step 2", "global indices 5"]),
     ],
 )
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -1,0 +1,111 @@
+"""What a stage says when it is done: files, numbers, warnings, and the command that comes next; for people, or as JSON.
+
+Lines that others look for: `wrote PATH`, `next: COMMAND`.
+"""
+
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from tdds_dist.console import duration, paint
+
+_WIDTH = 110
+_JOINED = "\xa0"  # the space within a number and its words, where no line ends
+
+
+def size_text(num_bytes: float) -> str:
+    """In the unit that keeps the number short."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+
+
+# Every number that a stage may close with: its name in the JSON, and how it reads.
+_WORDS: dict[str, Callable[[Any], str]] = {
+    "images": "{:,} images".format,
+    "kept": "{:,} kept".format,
+    "classes": "{:,} classes".format,
+    "changed_labels": "{:,} labels changed".format,
+    "corrupted_images": "{:,} images corrupted".format,
+    "checked": "{:,} images checked".format,
+    "scores": "{} scores".format,
+    "coresets": "{} coresets".format,
+    "retrainings": "{} retrainings".format,
+    "failed": "{} failed".format,
+    "jobs": "{} jobs".format,
+    "epochs": "{} epochs".format,
+    "seconds": duration,
+    "images_per_second": "{:,.0f} images/s".format,
+    "final_top1": "final top-1 {:.2f} %".format,
+    "best_top1": "best {:.2f} %".format,
+    "memory_bytes": lambda num: f"peak memory {size_text(num)}",
+    "scoring_share": lambda share: f"scoring {100 * share:.1f} % of training",
+}
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The end of a stage. `numbers` by the names above. `text` is shown before the lines of files and numbers, or in their
+    place where it `says_all`; also by a stage that is quiet where it is all that was asked for (`is_the_product`). `data` is
+    what JSON holds in the place of all this, where a stage has an object of its own."""
+
+    wrote: Sequence[Path] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    next: str = ""
+    notes: Sequence[str] = ()
+    text: str = ""
+    says_all: bool = False
+    is_the_product: bool = False
+    data: Mapping[str, Any] | None = None
+    exit_code: int = 0
+
+    def as_text(self, stream: TextIO, num_warnings: int = 0) -> str:
+        """The lines that people read; empty when there is nothing to say."""
+        lines = [self.text] if self.text else []
+        if not self.says_all:
+            lines += [f"{paint('wrote', 'green', stream)} {path} ({size_text(_size(path))})" for path in self.wrote]
+            words = [_WORDS[name](number) for name, number in self.numbers.items() if number is not None]
+            words += [f"{num_warnings} warning{'s' * (num_warnings > 1)}, see above"] if num_warnings else []
+            text = ", ".join(word.replace(" ", _JOINED) for word in words)
+            text = textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+            lines += [text.replace(_JOINED, " ")] if words else []
+        lines += self.notes
+        if self.next:
+            lines.append(f"{paint('next:', 'bold', stream)} {self.next}")
+        return "\n".join(lines)
+
+    def as_data(self, stage: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
+        """What `--json` prints."""
+        if self.data is not None:
+            return dict(self.data)
+        wrote = [{"path": str(path), "bytes": _size(path)} for path in self.wrote]
+        return {"stage": stage, "wrote": wrote, "numbers": dict(self.numbers), "notes": list(self.notes),
+                "warnings": list(warnings), "next": self.next, "exit_code": self.exit_code}
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 where it has gone already."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def command(*words: object, ranks: int = 1) -> str:
+    """A command of ours, ready to be typed; on several ranks by torchrun, on one node."""
+    start = ("torchrun", "--nproc-per-node", str(ranks), "-m", "tdds_dist") if ranks > 1 else ("tdds",)
+    return shlex.join([*start, *map(str, words)])
+
+
+def same_command(arguments: Sequence[str] | None) -> str:
+    """What was typed to get here: the command, or, where a launcher has started this process, that it was this one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "the same torchrun command"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same command on every rank"
+    return command(*(sys.argv[1:] if arguments is None else arguments))

@@ -1,0 +1,122 @@
+"""Scores as rankings: what `compare` and the report need of a score file to say how much two of them agree.
+
+Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, and short names; not how they are
+shown. Of a score only its ranks and one bit per sample and pruning rate stay in memory. Which samples a score keeps is
+`select`'s, which is imported when it is needed: it brings torch.
+"""
+
+# N dataset, M kept samples, P pruning rates, B bytes of N bits
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.agreement import centred_ranks, rank_correlation
+from tdds_dist.artifacts import Scores
+from tdds_dist.config import parse_config
+from tdds_dist.errors import InputError
+from tdds_dist.published import base_key, score_order
+from tdds_dist.selection import num_kept
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """What stays in memory of one score file."""
+
+    rank_N: np.ndarray  # of `centred_ranks`
+    kept_PB: np.ndarray  # uint8, the coreset of each pruning rate as N bits
+
+    def kept(self, position: int) -> np.ndarray:
+        """Which samples are in the coreset of one pruning rate, bool [N]."""
+        return np.unpackbits(self.kept_PB[position], count=len(self.rank_N)).astype(bool)
+
+    def index(self, position: int) -> np.ndarray:
+        """The coreset of one pruning rate, sorted int64 [M]."""
+        return np.flatnonzero(self.kept(position))
+
+    def overlap(self, other: "Ranked") -> list[float]:
+        """Share that both keep of another score's coreset of the same size, by pruning rate."""
+        sizes = np.bitwise_count(self.kept_PB).sum(axis=1, dtype=np.int64)
+        return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
+
+    def agreement(self, other: "Ranked") -> list[float]:
+        """Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P]."""
+        return [rank_correlation(self.rank_N, other.rank_N), *self.overlap(other)]
+
+
+def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
+    """Sort once for all rates; `choose` decides where that is not enough: another sampler, or ties at the cut.
+
+    Raises:
+        InputError: a rate that is out of range or keeps nothing.
+    """
+    from tdds_dist import select
+
+    score_N, num_samples = scores.score_N, len(scores.score_N)
+    order_N = np.argsort(score_N)
+    takes_top = select.default_sampler(scores) == "top" and not scores.settings.get("quarantined")
+    kept = []
+    for rate in rates:
+        cut = num_samples - num_kept(num_samples, rate)
+        clear = cut == 0 or score_N[order_N[cut - 1]] != score_N[order_N[cut]]
+        kept_N = np.zeros(num_samples, dtype=bool)
+        kept_N[order_N[cut:] if takes_top and clear else select.choose(scores, rate)] = True
+        kept.append(np.packbits(kept_N))
+    return Ranked(centred_ranks(score_N, order_N), np.stack(kept))
+
+
+def in_order(ranked: Mapping[str, Ranked], config: dict[str, Any]) -> dict[str, Ranked]:
+    """The scores of a run by name: its main window first, the others in the order of `score_order`."""
+    main = main_window(config, [*ranked])
+    return dict(sorted(ranked.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
+
+
+def main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
+    """The first TDDS window of the config that has been scored; else the first TDDS score, else the first score."""
+    try:
+        parsed = parse_config(config)
+        configured = [window.key(parsed.score.preset) for window in parsed.windows()]
+    except InputError:  # the config of another version: its scores are as good as ever
+        configured = []
+    return min(keys, key=lambda key: (configured.index(key) if key in configured else len(configured), score_order(key), key))
+
+
+def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float]]:
+    """`agreement` of each pair of scores of one run, in the order of `ranked`."""
+    return {(a, b): ranked[a].agreement(ranked[b]) for a, b in itertools.combinations(ranked, 2)}
+
+
+def between_runs(runs: Sequence[Mapping[str, Ranked]]) -> dict[str, dict[tuple[int, int], list[float]]]:
+    """By score that two runs or more have: `agreement` of each pair of runs, which are named by their positions."""
+    found = {}
+    for key in dict.fromkeys(key for ranked in runs for key in ranked):
+        having = [position for position, ranked in enumerate(runs) if key in ranked]
+        if len(having) > 1:
+            found[key] = {(a, b): runs[a][key].agreement(runs[b][key]) for a, b in itertools.combinations(having, 2)}
+    return found
+
+
+def over_pairs(reduce: Callable[..., Any], values: Sequence[Sequence[float]]) -> list[float]:
+    """Mean, smallest or largest of each column; nan (a constant score) where no pair has a number."""
+    columns = ([value for value in column if value == value] for column in zip(*values, strict=True))
+    return [float(reduce(column)) if column else float("nan") for column in columns]
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """A name to show for each key: without the settings that all variants of its score share.
+
+    `tdds_official_T90_K10_beta0.9` and `tdds_official_T70_K10_beta0.9` -> `tdds_T90` and `tdds_T70`.
+    """
+    variants: dict[str, list[str]] = {}
+    for key in dict.fromkeys(keys):
+        variants.setdefault(base_key(key), []).append(key)
+    short: dict[str, str] = {}
+    for base, group in variants.items():
+        settings = [key[len(base):].split("_") for key in group]
+        common = set(settings[0]).intersection(*settings)
+        names = [base + "".join(f"_{part}" for part in parts if part not in common) for parts in settings]
+        short |= dict(zip(group, names if len(set(names)) == len(group) else group, strict=True))
+    return short

@@ -1,0 +1,349 @@
+"""What a stage of the command line does with its options, and what it closes with: each takes the parsed options and returns
+its `Closing`, on the main rank.
+
+Stages are imported when they run: `tdds --help` and a wrong path should not wait for torch.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tdds_dist.closing import Closing, command
+from tdds_dist.console import say
+from tdds_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from tdds_dist.config import Config
+    from tdds_dist.rundir import RunDir
+
+_USUAL_RATE = "0.5"  # in a command that comes next, where nothing says which
+_RANKS_OF_A_NODE = 8  # of more, a command that comes next is for a cluster
+
+
+@contextmanager
+def _shared() -> Iterator[None]:
+    """What is refused here is refused on every rank: all read the same files and options."""
+    try:
+        yield
+    except InputError as error:
+        error.shared = True
+        raise
+
+
+def _load_config(options: argparse.Namespace) -> "Config":
+    from tdds_dist.config import load_config
+
+    with _shared():
+        return load_config(options.config, options.overrides)
+
+
+def _is_alone() -> bool:
+    """Whether this process is the only rank, and may leave without a word to others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+# ---- images
+
+
+def write(options: argparse.Namespace) -> Closing:
+    from tdds_dist.beton import manifest_path
+    from tdds_dist.beton_writer import write_beton
+    from tdds_dist.corruptions import KINDS
+    from tdds_dist.sources import open_source, with_corruption, with_label_noise
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
+    started = time.perf_counter()
+    source = open_source(options.source, options.split, options.subset)
+    source = with_corruption(with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed)
+    noisy = source.true_label_N is not None or source.corruption is not None
+    if noisy and options.split == "val":
+        say("warning: images for evaluation should stay clean; leave out --label-noise and --corrupt with --split val")
+    manifest = write_beton(
+        source, options.out, max_resolution=options.max_resolution, write_mode=options.write_mode, quality=options.quality,
+        num_workers=options.num_workers, overwrite=options.overwrite)
+    seconds = time.perf_counter() - started
+    numbers: dict[str, Any] = {"images": manifest.num_samples, "classes": manifest.num_classes, "seconds": seconds,
+                               "images_per_second": manifest.num_samples / seconds}
+    notes = []
+    if noisy:
+        corruption = manifest.corruption or []
+        numbers |= {"changed_labels": 0 if manifest.noisy_N is None else int(manifest.noisy_N.sum()),
+                    "corrupted_images": len(corruption) - corruption.count("")}
+        by_kind = ", ".join(f"{corruption.count(kind)} {kind}" for kind in KINDS)
+        notes.append(f"noise (seed {options.seed}): {numbers['changed_labels']} labels changed, {numbers['corrupted_images']} "
+                     f"images corrupted ({by_kind})")
+    then, more = _after_write(options, manifest.num_classes)
+    return Closing([options.out, manifest_path(options.out)], numbers, then, [*notes, *more])
+
+
+def _after_write(options: argparse.Namespace, num_classes: int) -> tuple[str, list[str]]:
+    """The other split, or the collection when both are there; and what to know about it."""
+    other = "val" if options.split == "train" else "train"
+    name = options.out.name
+    file = options.out.with_name(name.replace(options.split, other) if options.split in name else
+                                 f"{options.out.stem}_{other}.beton")
+    if not file.is_file():
+        given = [word for option, usual in (("max_resolution", None), ("write_mode", "jpg"), ("quality", 90))
+                 if (value := getattr(options, option)) != usual for word in (f"--{option.replace('_', '-')}", value)]
+        return command("write", options.source, file, "--split", other, *given), []
+    files = {options.split: options.out, other: file}
+    settings = [f"data.train={files['train']}", f"data.val={files['val']}", f"data.num_classes={num_classes}"]
+    return command("collect", "CONFIG.yaml", *settings), ["CONFIG.yaml: one of configs/, or a copy of it with your settings"]
+
+
+def check(options: argparse.Namespace) -> Closing:
+    from tdds_dist.check import check as check_file
+
+    result = check_file(options.beton, quick=options.quick, num_workers=options.num_workers)
+    for line in result.fault_lines():
+        if options.quiet or options.json:
+            say(line, urgent=True)
+        else:
+            print(line)
+    if result.faults and not options.quiet and not options.json:
+        print(result.summary())
+    result.require_sound()
+    return Closing(numbers={"checked": result.num_checked, "seconds": result.seconds,
+                            "images_per_second": result.num_checked / max(result.seconds, 1e-9)},
+                   text=result.summary(), says_all=True)
+
+
+# ---- trainings
+
+
+def plan(options: argparse.Namespace) -> Closing:
+    from tdds_dist.plan import parse_bytes
+    from tdds_dist.plan import plan as plan_resources
+
+    config = _load_config(options)
+    found = plan_resources(
+        config, num_ranks=options.gpus, num_samples=options.num_samples, strategies=options.strategies,
+        gpu_memory_bytes=parse_bytes(options.gpu_memory, "--gpu-memory"), disk_bytes=parse_bytes(options.disk, "--disk"),
+        images_per_second=options.images_per_second, measured_in=options.measured_in)
+    if options.gpus <= _RANKS_OF_A_NODE:
+        then = command("collect", options.config, *options.overrides, ranks=options.gpus)
+    else:
+        then = command("submit", options.config, *options.overrides, "--cluster", "CLUSTER.yaml")
+    return Closing(next=then, text=found.as_text(), data=found.as_json(), is_the_product=True)
+
+
+def collect(options: argparse.Namespace) -> Closing | None:
+    config = _load_config(options)
+    with _shared():
+        config.check_collect()
+    if _is_alone():
+        config.data.check_files()
+
+    from tdds_dist.collect import collect as run_collect
+    from tdds_dist.distributed import session
+    from tdds_dist.rundir import RunDir
+
+    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+        paths = run_collect(config, world, fresh=options.fresh, force=options.force, interruption=interruption)
+        if not world.is_main:
+            return None
+    run = RunDir(config.run.directory)
+    return Closing([*paths, run.models / "final.pt"], _training_numbers(run), _select_command(config))
+
+
+def _training_numbers(run: "RunDir") -> dict[str, Any]:
+    """What a finished collection or retraining came to."""
+    result, records = run.read_result() or {}, run.read_metrics()
+    shares = [record["scoring_share"] for record in records if record.get("scoring_share") is not None]
+    return {
+        "images": result.get("num_images"), "epochs": result.get("epochs"), "seconds": result.get("train_seconds"),
+        "images_per_second": result.get("median_images_per_second"), "final_top1": result.get("final_top1"),
+        "best_top1": result.get("best_top1"),
+        "memory_bytes": max((record.get("memory_bytes") or 0 for record in records), default=None),
+        "scoring_share": statistics.median(shares) if shares and result.get("stage") == "collect" else None}
+
+
+def _select_command(config: "Config") -> str:
+    """Coresets at every rate that a window serves; by the first window where none does."""
+    served = sorted({rate for window in config.score.windows for rate in window.pruning_rates if rate > 0})
+    if served:
+        return command("select", config.run.directory, "--pruning-rate", *(f"{rate:g}" for rate in served))
+    key = config.windows()[0].key(config.score.preset)
+    return command("select", config.run.directory, "--pruning-rate", _USUAL_RATE, "--score", key)
+
+
+def retrain(options: argparse.Namespace) -> Closing | None:
+    config = _load_config(options)
+    if _is_alone():
+        from tdds_dist.artifacts import load_coreset
+
+        load_coreset(options.coreset)
+        config.data.check_files()
+
+    from tdds_dist.distributed import session
+    from tdds_dist.retrain import retrain as run_retrain
+
+    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+        run = run_retrain(config, world, options.coreset, options.strategy, importance=options.importance, name=options.name,
+                          fresh=options.fresh, force=options.force, interruption=interruption)
+        if not world.is_main:
+            return None
+    return Closing([run.path], _training_numbers(run), command("report", config.run.directory))
+
+
+def experiment(options: argparse.Namespace) -> Closing | None:
+    from tdds_dist.config import load_config, load_experiment
+
+    with _shared():
+        table_of = load_experiment(options.config, options.overrides)
+        config = load_config(table_of.config, table_of.overrides)
+
+    from tdds_dist.distributed import session
+    from tdds_dist.experiment import experiment as run_experiment
+
+    started = time.perf_counter()
+    if not _is_alone():
+        if options.jobs != 1:
+            raise InputError(f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the other; leave it "
+                             "out", shared=True)
+        with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
+            table, failed = run_experiment(table_of, world=world, interruption=interruption)
+            is_main = world.is_main
+    else:
+        table, failed = run_experiment(table_of, jobs=options.jobs)
+        is_main = True
+    files = [table, table.with_name("cells.csv")]
+    if failed:
+        if is_main and not options.json and not options.quiet:
+            print(Closing(files, text=f"\n{table.read_text()}").as_text(sys.stdout))
+        raise InputError(f"{len(failed)} runs failed ({failed[0]}); correct the cause and run the same command again",
+                         shared=True)
+    if not is_main:
+        return None
+    num_cells = len(files[1].read_text().splitlines()) - 1
+    return Closing(files, {"retrainings": num_cells, "seconds": time.perf_counter() - started},
+                   command("report", table.parent), text=f"\n{table.read_text()}")
+
+
+# ---- scores and coresets
+
+
+def score(options: argparse.Namespace) -> Closing | None:
+    many = options.all or options.score
+    tdds_only = ("preset", "T", "K", "beta")
+    if options.all and options.score:
+        raise InputError("--all and --score exclude each other; leave one out")
+    if options.final_pass:
+        others = [f"--{name}" for name in ("all", "score", *tdds_only, "beton", "out") if getattr(options, name)]
+        if others := [*others, *options.overrides, *([] if options.delta == "kl" else ["--delta"])]:
+            raise InputError(f"--final-pass stands alone, without {others[0]}; run the other command separately")
+        return _final_pass(options)
+    if many and (given := [name for name in tdds_only if getattr(options, name) is not None] + (
+            [] if options.delta == "kl" else ["delta"])):
+        raise InputError(f"--{given[0]} belongs to `tdds score` without --all and --score, which take the windows of the run's "
+                         "config; run it separately")
+    if options.overrides and not many:
+        raise InputError(f"{options.overrides[0]} is an option of --all and --score KEY; TDDS alone takes --T, --K, --beta, "
+                         "--preset, --delta")
+
+    from tdds_dist.score import score as score_tdds
+    from tdds_dist.score import score_all
+
+    started, skipped = time.perf_counter(), list[str]()
+    if many:
+        paths, skipped = score_all(options.source, options.score, options=options.overrides, beton=options.beton,
+                                   out=options.out)
+        for reason in skipped:
+            say(f"not computed: {reason}")
+    else:
+        paths = score_tdds(options.source, preset=options.preset, T=options.T, K=options.K, beta=options.beta,
+                           delta=options.delta, beton=options.beton, out=options.out)
+    return Closing(paths, {"scores": len(paths), "seconds": time.perf_counter() - started},
+                   command("select", paths[0], "--pruning-rate", _USUAL_RATE))
+
+
+def _final_pass(options: argparse.Namespace) -> Closing | None:
+    from tdds_dist.config import parse_config
+    from tdds_dist.rundir import RunDir
+
+    run = RunDir(options.source)
+    with _shared():
+        config = parse_config(run.read_config(), str(run.config_file))
+
+    from tdds_dist.distributed import session
+    from tdds_dist.final_pass import final_pass
+
+    started = time.perf_counter()
+    with session(config.run.device, config.run.timeout_seconds) as world:
+        paths = final_pass(options.source, world)
+        if not world.is_main:
+            return None
+    return Closing(paths, {"scores": len(paths), "seconds": time.perf_counter() - started},
+                   command("select", options.source, "--pruning-rate", _USUAL_RATE, "--score", paths[0].stem))
+
+
+def select(options: argparse.Namespace) -> Closing:
+    from tdds_dist.artifacts import load_coreset
+    from tdds_dist.select import select as select_coreset
+
+    sampler = "ccs" if options.score == "ccs" else options.sampler
+    given = {key: value for key in ("num_strata", "hard_cutoff_rate", "c_d") if (value := getattr(options, key)) is not None}
+    fitting = {"ccs": {"num_strata", "hard_cutoff_rate"}, "beta": {"c_d"}}.get(sampler or "", set())
+    if wrong := sorted(set(given) - fitting):
+        raise InputError(f"--{wrong[0].replace('_', '-')} does nothing with sampler {sampler or 'top'}; leave it out, or "
+                         f"choose --sampler {'beta' if wrong[0] == 'c_d' else 'ccs'}")
+    rates = list(dict.fromkeys(options.pruning_rate))
+    if options.out is not None and len(rates) > 1:
+        raise InputError(f"--out={options.out} names one file, and there are {len(rates)} pruning rates; leave it out, or give "
+                         "one rate")
+    paths = []
+    for rate in rates:
+        path, warnings = select_coreset(options.source, rate, score=options.score, sampler=options.sampler,
+                                        class_balanced=options.class_balanced, seed=options.seed, out=options.out, **given)
+        paths.append(path)
+        for warning in warnings:
+            say(f"warning: {warning}" + (f" (pruning rate {rate:g})" if len(rates) > 1 else ""))
+    coresets = [load_coreset(path) for path in paths]
+    notes = [f"kept at {coreset.pruning_rate:g}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images by "
+             f"{coreset.method}" for coreset in coresets]
+    return Closing(paths, {"coresets": len(paths)} if len(paths) > 1 else {}, _retrain_command(options.source, paths[0]), notes)
+
+
+def _retrain_command(source: Path, coreset: Path) -> str:
+    """By the config of the run, on as many ranks as it was collected on."""
+    from tdds_dist.rundir import RunDir
+
+    directory = source if source.is_dir() else source.parent.parent
+    run = RunDir(directory)
+    if not run.config_file.is_file():
+        return command("retrain", "CONFIG.yaml", "--coreset", coreset, "--strategy", "E")
+    ranks = run.read_env().get("world_size", 1)
+    return command("retrain", run.config_file, "--coreset", coreset, "--strategy", "E", ranks=ranks)
+
+
+# ---- results, and other tools
+
+
+def compare(options: argparse.Namespace) -> Closing:
+    from tdds_dist.compare import compare as compare_runs
+
+    text = compare_runs(options.runs, pruning_rates=options.pruning_rates, out=options.out)
+    return Closing([options.out or options.runs[0] / "compare.csv"], text=text, says_all=True)
+
+
+def export(options: argparse.Namespace) -> Closing:
+    from tdds_dist.export import export as write_for_others
+
+    paths, notes = write_for_others(options.source, options.format, options.out, pruning_rates=options.pruning_rates,
+                                    beton=options.beton)
+    return Closing(paths, notes=[f"note: {note}" for note in notes])
+
+
+def import_(options: argparse.Namespace) -> Closing:
+    from tdds_dist.ingest import import_scores
+
+    path = import_scores(options.source, key=options.key, column=options.column, data_mask=options.data_mask,
+                         beton=options.beton, run=options.run_directory, out=options.out)
+    return Closing([path], next=command("select", path, "--pruning-rate", _USUAL_RATE))

@@ -1,0 +1,403 @@
+"""Accuracy, curves, throughput and provenance on the report page, of one run, several runs and experiments."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from test_report import TDDS, Page, finish_collect, log, retrain, start
+
+from tdds_dist.cli import main
+from tdds_dist.errors import InputError
+from tdds_dist.report import build_report
+from tdds_dist.report_accuracy import finding, matrix
+from tdds_dist.report_training import curve_charts, speed_charts
+from tdds_dist.rundir import RunDir
+from tdds_dist.summary import find_runs, format_summary, pools, read_facts, summary_rows, summary_tables
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from playwright.sync_api import Page as BrowserPage
+
+METHODS = ("tdds", "random", "entropy", "forgetting", "el2n", "aum", "moderate", "dyn_unc", "dual", "ccs_aum")
+RATES = (0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+def learn(run: RunDir, num_epochs: int, final: float, seed: int, speed: float = 600.0) -> None:
+    """Metrics of a training that ends at `final`."""
+    random = np.random.default_rng([seed, num_epochs, int(final)])
+    for epoch in range(num_epochs):
+        share = 1 - math.exp(-6 * (epoch + 1) / num_epochs)
+        run.append_metrics({
+            "epoch": epoch, "step": epoch, "lr": 0.1, "train_loss": 2.3 * (1.02 - share) + 0.02 * random.random(),
+            "val_top1": final * share + random.normal(0, 0.4),
+            "images_per_second": speed * (0.3 if epoch == 0 else 1) + 9 * random.random(), "epoch_seconds": 2.0,
+            "scoring_share": 0.01 + 0.002 * random.random(), "memory_bytes": 10**9 + epoch * 10**6})
+
+
+def write_experiment(path: Path, methods: tuple[str, ...] = METHODS, rates: tuple[float, ...] = RATES,
+                     seeds: tuple[int, ...] = (0, 1, 2), num_epochs: int = 30) -> Path:
+    """An experiment directory as `tdds experiment` leaves it; final top-1 is 90 + seed - method's number - 10 rate."""
+    for seed in seeds:
+        run = start(path / f"seed{seed}", "train.beton", model="shufflenet")
+        config = run.read_config()
+        run.config_file.write_text(json.dumps(config | {"run": {"name": f"{path.name}_seed{seed}", "seed": seed}}))
+        learn(run, num_epochs, 95.0, seed)
+        finish_collect(run, 60, 95.0 + seed)
+        for number, method in enumerate(methods):
+            for rate in rates:
+                final = 90.0 + seed - number - 10 * rate
+                sub = start(run.retrain / f"{method}_p{rate:g}_E_none_seed{seed}", "train.beton")
+                learn(sub, num_epochs, final, seed, 400 * (1.2 - rate))
+                setting = {"stage": "retrain", "strategy": "E", "importance": "batch" if method == "tdds" else "none",
+                           "score_key": method, "pruning_rate": rate, "row": method, "method": method}
+                sub.write_env(sub.read_env() | setting)
+                sub.write_result(setting | {
+                    "seed": seed, "num_images": round(60 * (1 - rate)), "epochs": num_epochs, "final_top1": final,
+                    "best_top1": final + 0.5, "best_epoch": 1, "train_seconds": 12.0})
+    (path / "times.jsonl").write_text('{"finished": "2026-01-01", "seconds": 60}\n')
+    return path
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    return write_experiment(tmp_path / "table", ("tdds", "random"), (0.5, 0.8), num_epochs=3)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page about an experiment, to be read."""
+    folder = tmp_path_factory.mktemp("experiment")
+    experiment = write_experiment(folder / "table", ("tdds", "random"), (0.5, 0.8), num_epochs=3)
+    shutil.rmtree(experiment / "seed0/retrain/random_p0.8_E_none_seed0")
+    return build_report(find_runs([experiment]), folder / "report.html")
+
+
+def page_of(paths: list[Path], out: Path) -> Page:
+    return Page(build_report(find_runs(paths), out))
+
+
+# ---- which runs belong together
+
+
+def test_an_experiment_is_its_collections_by_seed(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path / "table", ("tdds",), (0.5,), seeds=(0, 2, 10), num_epochs=1)
+    assert [run.path.name for run in find_runs([path])] == ["seed0", "seed2", "seed10"]
+    assert [run.path.name for run in find_runs([path / "seed2", path])] == ["seed2", "seed0", "seed10"], "each once"
+
+
+def test_errors_name_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; `tdds collect` makes one"):
+        find_runs([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match="not a run directory"):
+        find_runs([tmp_path])
+    (tmp_path / "times.jsonl").touch()
+    with pytest.raises(InputError, match="no collection has started; run `tdds experiment` again"):
+        find_runs([tmp_path])
+
+
+def test_seeds_are_averaged_over_the_runs_of_an_experiment(experiment: Path, tmp_path: Path) -> None:
+    page = page_of([experiment], tmp_path / "report.html")
+    # 90 + seed - number - 10 rate for seeds 0, 1, 2; the full data gives 95, 96, 97
+    assert page.row("full data collection")[1] == "96.00 ± 1.00 the reference, 3 trainings"
+    assert page.row("tdds E, batch")[1:] == ["86.00 ± 1.00 −10.00", "83.00 ± 1.00 −13.00"]
+    assert page.row("random E, none")[1:] == ["85.00 ± 1.00 −11.00", "82.00 ± 1.00 −14.00"]
+    assert "Removing 80\N{NO-BREAK SPACE}% of the images costs 13.00 points with tdds" in page.text
+    assert page.count("h1") == 1
+    assert "<h1>table</h1>" in page.text
+    # below it, those of one seed alone
+    assert page.row("tdds E, batch", 9)[1:] == ["85.00 −10.00", "82.00 −13.00"]
+    by_itself = [page.row("tdds E, batch", number) for number in range(3, 6)]
+    assert [(row[2], row[3], row[6]) for row in by_itself] == [
+        (str(seed), f"{85 + seed}.00", f"table_seed{seed}/retrain/tdds_p0.5_E_none_seed{seed}") for seed in range(3)]
+
+
+def test_a_cell_says_what_is_missing(experiment: Path, tmp_path: Path) -> None:
+    (experiment / "seed2/retrain/tdds_p0.5_E_none_seed2/result.json").unlink()
+    for seed in range(3):
+        (experiment / f"seed{seed}/retrain/random_p0.5_E_none_seed{seed}/result.json").unlink()
+    shutil.rmtree(experiment / "seed1/retrain/random_p0.8_E_none_seed1")
+    page = page_of([experiment], tmp_path / "report.html")
+    assert page.row("tdds E, batch")[1] == "85.50 ± 0.71 −10.50 2 seeds, 1 unfinished"
+    assert page.row("random E, none")[1:] == ["3 of 3 epochs", "82.00 ± 1.41 −14.00 2 seeds"]
+    assert "over 3 seeds; a cell with fewer says so" in page.text
+
+
+def test_runs_of_other_settings_are_not_averaged(experiment: Path, tmp_path: Path) -> None:
+    run = RunDir(experiment / "seed1")
+    config = run.read_config()
+    run.config_file.write_text(json.dumps(config | {"train": config["train"] | {"lr": 0.7}}))
+    rows = summary_rows([read_facts(run) for run in find_runs([experiment])])
+    found = {(row["runs"], row["score"], row["pruning_rate"]): (row["final_top1"], row["difference"]) for row in rows}
+    assert found["table_seed0, table_seed2", "tdds", 0.5] == (86.0, -10.0)
+    assert found["table_seed1", "tdds", 0.5] == (86.0, -10.0)
+    assert found["table_seed1", "full data", 0.0][0] == 96.0
+    assert [line["name"] for line in matrix(rows)["lines"]] == ["tdds", "random", "tdds", "random"]
+    page = page_of([experiment], tmp_path / "report.html")
+    assert "differ in more than the seed, so they are not averaged" in page.text
+    assert page.row("tdds E, batch, table_seed1")[1] == "86.00 −10.00 1 seed"
+    assert format_summary(rows).splitlines()[0].split()[1] == "runs"
+
+
+def test_runs_of_other_images_stay_apart(tmp_path: Path) -> None:
+    runs = [start(tmp_path / name, f"{name}.beton") for name in ("a", "b")]
+    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [1, 1]
+    page = Page(build_report(runs, tmp_path / "report.html"))
+    assert "2 runs" in page.text
+    assert 'id="p0"' not in page.text
+    for run in runs:  # the same content under other names
+        run.write_env(run.read_env() | {"data": {"train": "12", "val": "34"}})
+    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [2]
+    runs[1].write_env(runs[1].read_env() | {"data": {"train": "12", "val": "56"}})
+    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [1, 1], "another evaluation"
+
+
+def test_the_terminal_shows_one_table_per_data_set(experiment: Path, tmp_path: Path) -> None:
+    tables = summary_tables([*find_runs([experiment]), start(tmp_path / "other", "other.beton")])
+    assert [title.count("\n") for title, _ in tables] == [2, 0]
+    assert [len(rows) for _, rows in tables] == [5, 1]
+    assert "86.00 ± 1.00" in format_summary(tables[0][1])
+
+
+def test_references_resolve_with_several_runs(report: Path) -> None:
+    page = Page(report)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    targets = [attrs["href"] for tag, attrs in page.tags if tag == "a" and attrs["href"].startswith("#")]
+    assert len(targets) > 20
+    assert {target[1:] for target in targets} <= set(ids)
+    assert page.text.count('<details class="run">') == 3
+
+
+def test_the_command_takes_an_experiment(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(experiment)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("86.00 ± 1.00") == 1
+    assert f"wrote {experiment / 'report.html'}" in printed
+    assert "<h1>table</h1>" in (experiment / "report.html").read_text()
+    for seed in range(3):
+        (experiment / f"seed{seed}/config.yaml").unlink()
+    assert main(["report", str(experiment)]) == 2
+    assert "no collection has started" in capsys.readouterr().err
+
+
+# ---- the matrix and its sentence
+
+
+def row(score: str, rate: float, final: float | None, strategy: str = "E", epochs: int = 30,
+        **others: object) -> dict[str, object]:
+    return {"name": "retrain", "score": score, "score_name": score, "strategy": strategy, "importance": "none",
+            "pruning_rate": rate, "num_images": 10, "epochs": epochs, "seeds": [0], "final_top1": final, "best_top1": final,
+            "final_top1_std": None, "best_top1_std": None, "difference": None, "is_reference": False, "published": None,
+            "status": "finished", "runs": "", "values": [{"seed": 0}], **others}
+
+
+def test_the_best_of_a_column_is_marked_among_its_like() -> None:
+    found = matrix([row("tdds", 0.5, 80.001), row("random", 0.5, 80.004), row("el2n", 0.5, 70.0), row("tdds", 0.5, 90.0, "P"),
+                    row("aum", 0.5, 95.0, "P"), row("tdds on other", 0.5, 99.0), row("aum", 0.8, 50.0)])
+    assert found["rates"] == [0.5, 0.8]
+    best = [[cell and cell["is_best"] for cell in line["cells"]] for line in found["lines"]]
+    assert [(line["name"], line["detail"][0]) for line in found["lines"]] == [
+        ("tdds", "E"), ("random", "E"), ("el2n", "E"), ("tdds", "P"), ("aum", "P"), ("tdds on other", "E"), ("aum", "E")]
+    assert best == [[True, None], [True, None], [False, None], [False, None], [True, None], [False, None], [None, False]]
+
+
+def test_other_epochs_are_another_line() -> None:
+    found = matrix([row("tdds", 0.5, 80.0), row("tdds", 0.5, 85.0, epochs=60), row("tdds", 0.8, 70.0, epochs=60)])
+    shown = {line["detail"]: [cell and cell["final_top1"] for cell in line["cells"]] for line in found["lines"]}
+    assert shown == {"E, none, 30 epochs": [80.0, None], "E, none, 60 epochs": [85.0, None], "E, none": [None, 70.0]}
+
+
+@pytest.mark.parametrize(("rates", "asked"), [((0.3, 0.8, 0.9), "80"), ((0.3, 0.5), "50")])
+def test_the_sentence_is_about_80_percent_where_it_can_be(rates: tuple[float, ...], asked: str) -> None:
+    full = row("full data", 0.0, 95.0, is_reference=True)
+    rows = [full, *(row(score, rate, 95 + change, difference=change) for rate in rates
+                    for score, change in (("tdds", 0.25), ("random", -4.5)))]
+    text = (finding(rows) or "").replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
+    assert text == (f"The full data gives a top-1 of 95.00 %. Removing {asked} % of the images gains 0.25 points with tdds "
+                    "(Strategy-E), up to 95.25 %; it costs 4.50 points with random (Strategy-E), down to 90.50 %.")
+    many = [*rows, *(row(score, rates[-1], 1.0) for score in ("aum", "el2n", "dual"))]
+    assert "aum" not in (finding(many) or "")
+    assert finding([full]) is None
+
+
+# ---- curves
+
+
+def drawn(svg: str) -> dict[str, int]:
+    """How many lines each series has."""
+    found = re.findall(r'data-series="(\w+)"', svg)
+    return {series: found.count(series) for series in found}
+
+
+def test_curves_count_from_one_and_are_grouped_by_rate(experiment: Path, tmp_path: Path) -> None:
+    found = [read_facts(run) for run in find_runs([experiment])]
+    curves = curve_charts(found, {"tdds": 1, "random": 0})
+    assert curves is not None
+    assert [line.label for line in curves["legend"]] == ["full data, collection", "tdds (E, batch)", "random (E, none)"]
+    assert [list(line.x) for line in curves["legend"]] == [[1, 2, 3]] * 3
+    assert curves["legend"][0].slot not in [line.slot for line in curves["legend"][1:]]
+    assert len(curves["charts"]) == 4  # two rates, top-1 and loss
+    assert [drawn(svg) for svg in curves["charts"]] == [{"c0": 4, "c1": 4, "c2": 4}] * 4  # three seeds and their mean
+    value = [read_facts(RunDir(experiment / f"seed{seed}")).retrained for seed in range(3)]
+    ends = [next(sub for sub in subs if sub.name.startswith("tdds_p0.5")).metrics[-1]["val_top1"] for subs in value]
+    assert f"tdds (E, batch) {np.mean(ends):.4g}" in curves["charts"][0]
+    assert curves["has_seeds"]
+    single = curve_charts(found[:1], {"tdds": 1, "random": 0})
+    assert single is not None
+    assert [drawn(svg) for svg in single["charts"]] == [{"c0": 1, "c1": 1, "c2": 1}] * 4
+
+
+def test_unfinished_trainings_are_not_in_the_mean(experiment: Path) -> None:
+    sub = RunDir(experiment / "seed2/retrain/tdds_p0.5_E_none_seed2")
+    sub.result_file.unlink()
+    sub.metrics_file.write_text(sub.metrics_file.read_text().splitlines()[0] + "\n")
+    curves = curve_charts([read_facts(run) for run in find_runs([experiment])], {"tdds": 1, "random": 0})
+    assert curves is not None
+    assert [list(line.x) for line in curves["legend"]][1] == [1, 2, 3]
+    assert "tdds (E, batch): mean of 2" in curves["charts"][0]
+    assert "tdds (E, batch): mean of 3" in curves["charts"][2]
+
+
+def test_settings_that_look_alike_get_markers(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    for importance in ("batch", "none"):
+        retrain(run, "tdds", 0.5, 0, 80.0, importance=importance)
+    retrain(run, "random", 0.5, 0, 80.0)
+    curves = curve_charts([read_facts(run)], {"tdds": 1, "random": 0})
+    assert curves is not None
+    assert {line.label: line.marker for line in curves["legend"]} == {
+        "tdds (E, batch)": "s", "tdds (E, none)": "o", "random (E, none)": ""}
+
+
+# ---- throughput and provenance
+
+
+def test_throughput_by_epoch_with_resumes_marked(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    log(run)
+    retrain(run, TDDS, 0.5, 0, 80.0)
+    retrain(run, TDDS, 0.5, 1, 81.0)
+    charts = speed_charts(read_facts(run))
+    assert charts is not None
+    assert [line.label for line in charts["legend"]] == ["collection", "50 % removed (mean of 2)"]
+    assert [list(line.y) for line in charts["legend"]] == [[100.0, 4321.0, 4321.0]] * 2
+    assert len(charts["charts"]) == 2, "no memory was recorded"
+    assert "scoring share of the collection (%) by epoch. Medians: collection 1.25." in charts["charts"][1]
+    unmarked = charts["charts"][0]
+    run.write_env(run.read_env() | {"resumes": [
+        {"started": "2026-02-03T04:05:06+0000", "epoch": 1, "step": 7, "world_size": 4, "device": "cpu", "commit": "abc",
+         "notes": ["rank 1 was <lost>"]}]})
+    charts = speed_charts(read_facts(run))
+    assert charts is not None
+    assert charts["resumes"] == [2]
+    assert charts["charts"][0].count("<path") > unmarked.count("<path")
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert "stopped and went on in epoch 2." in page.text
+    assert page.row("2026-02-03 04:05")[1:] == ["2", "7", "4", "cpu", "abc", "rank 1 was <lost>"]
+    assert "<lost>" not in page.text
+    assert next(row for row in page.rows if row[0] == "collect")[-1] == "1"
+
+
+def test_provenance_can_be_read(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    run.write_env(run.read_env() | {"command": ["tdds", "collect", "my config.yaml"], "commit": "abc"})
+    sub = retrain(run, TDDS, 0.5, 0, 80.0)
+    sub.write_env(sub.read_env() | {"commit": "def"})
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert "<code>tdds collect &#39;my config.yaml&#39;</code>" in page.text
+    assert re.search(r"<dt>Commit</dt><dd>abc</dd>", page.text)
+    assert f"Retrained at another commit than the collection: {sub.path.name}." in page.text
+    assert "other versions" not in page.text
+    assert re.search(r"<dt>global_batch_size</dt><dd>20</dd>", page.text)
+    sub.write_env(sub.read_env() | {"commit": "abc"})
+    assert "another commit" not in Page(build_report([run], tmp_path / "report.html")).text
+
+
+# ---- in a browser
+
+
+@pytest.fixture
+def opened(report: Path, browser: "Browser") -> "Iterator[BrowserPage]":
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(report.as_uri())
+    yield page
+    page.close()
+
+
+def column(opened: "BrowserPage", table: str, number: int) -> list[str]:
+    """The first words of a column's cells, from top to bottom."""
+    texts = opened.locator(f"{table} tbody:not(.whole-data) tr > :nth-child({number + 1})").all_inner_texts()
+    return [text.split()[0] for text in texts]
+
+
+@pytest.mark.browser
+def test_the_matrix_sorts_below_the_full_data(opened: "BrowserPage") -> None:
+    matrix, seed0 = "#p0 .matrix", "#r0 .matrix"
+    assert column(opened, matrix, 2) == ["83.00", "82.50"]
+    head = opened.locator(f"{matrix} thead button").nth(2)
+    head.focus()
+    opened.keyboard.press("Enter")
+    assert column(opened, matrix, 2) == ["82.50", "83.00"]
+    assert opened.locator(f"{matrix} th[aria-sort=ascending]").count() == 1
+    head.click()
+    assert column(opened, matrix, 2) == ["83.00", "82.50"]
+    assert opened.locator(f"{matrix} th[aria-sort=descending]").inner_text().startswith("80")
+    assert opened.locator(f"{matrix} tbody tr").first.inner_text().startswith("full data")
+    opened.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    for _ in range(2):  # what is missing comes last, both ways
+        opened.locator(f"{seed0} thead button").nth(2).click()
+        assert column(opened, seed0, 2) == ["82.00", "–"]
+    for table in opened.locator(".matrix").all():
+        assert table.evaluate("table => table.parentElement.scrollWidth - table.parentElement.clientWidth") == 0
+
+
+@pytest.mark.browser
+def test_cells_sort_by_what_they_mean(opened: "BrowserPage") -> None:
+    cells = ["1,000", "−2.5", "9.5 ± 0.1", "–", "", "12 %", "+0.5"]
+    order = opened.evaluate("""cells => {
+      const table = document.createElement("table");
+      table.append(document.createElement("tbody"));
+      for (const cell of cells) table.tBodies[0].insertRow().insertCell().textContent = cell;
+      sort(table, 0, false);
+      return [...table.rows].map(row => row.textContent);
+    }""", cells)
+    assert order == ["−2.5", "+0.5", "9.5 ± 0.1", "12 %", "1,000", "–", ""]
+    opened.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    names = "#p0 details table >> nth=0"
+    opened.locator(names).locator("thead button").first.click()
+    assert opened.locator(names).locator("tbody th").first.inner_text().startswith("full data")
+
+
+@pytest.mark.browser
+def test_a_name_in_the_legend_shows_its_curves_alone(opened: "BrowserPage") -> None:
+    names = opened.locator("#p0-curves ~ figure .legend button")
+
+    def shown() -> set[str]:
+        return set(opened.locator("#p0-curves ~ figure svg [data-series]").evaluate_all(
+            "found => found.filter(curve => curve.style.display !== 'none').map(curve => curve.dataset.series)"))
+
+    assert shown() == {"c0", "c1", "c2"}
+    names.nth(1).click()
+    assert shown() == {"c1"}
+    assert [names.nth(number).get_attribute("aria-pressed") for number in range(3)] == ["false", "true", "false"]
+    names.nth(2).click()
+    assert shown() == {"c1", "c2"}
+    names.nth(1).click()
+    names.nth(2).click()  # the last one: all are back
+    assert shown() == {"c0", "c1", "c2"}
+
+
+@pytest.mark.browser
+def test_a_link_opens_what_it_leads_to(opened: "BrowserPage") -> None:
+    assert not opened.locator("#r2-speed").is_visible()
+    opened.evaluate("location.hash = '#r2-speed'")
+    opened.wait_for_function("document.querySelector('#r2-speed').checkVisibility()")
+    opened.locator(".toc a[href='#r1']").click()
+    opened.wait_for_function("document.querySelector('#r1 details').open")
+    assert not opened.evaluate("document.querySelector('#r0 details').open")
