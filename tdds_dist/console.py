@@ -105,12 +105,14 @@ class Progress:
     """Progress of a stage: `total` units, `done` of which an earlier start did. Silent unless `visible` (rank 0).
 
     A bar on a terminal, elsewhere a line every LINE_SECONDS, of the same content: share, counts and speed unless `unit` is
-    empty, what `note` says, and the time left of the whole stage at the mean speed since the start.
+    empty, what `note` says, and the time left of the whole stage at the mean speed since the first step, which often pays for
+    what is loaded or compiled only once.
     """
 
     def __init__(self, title: str, total: int, unit: str, visible: bool, done: int = 0, note: str = ""):
         self._title, self._total, self._unit = title, total, unit
-        self._done = self._first = done
+        self._done = done
+        self._first_step: tuple[float, int] | None = None  # when it was done, and what was done by then
         self._note = note
         self._patience = _line_seconds()
         self._started = self._last_line = time.monotonic()
@@ -127,6 +129,9 @@ class Progress:
         """Count `num` more units."""
         self._done += num
         self._bar.update(num)
+        if self._first_step is None:
+            self._first_step = time.monotonic(), self._done
+            self._bar.measure_from_here()
         if self._plain and time.monotonic() - self._last_line >= self._patience + self._between:
             self._last_line = time.monotonic()
             say(self.line())
@@ -140,7 +145,8 @@ class Progress:
     def line(self) -> str:
         """All of it in words."""
         parts = [self._note] if self._note else []
-        seconds, new = time.monotonic() - self._started, self._done - self._first
+        since, done = self._first_step or (self._started, self._done)
+        seconds, new = time.monotonic() - since, self._done - done
         if self._unit:
             parts.insert(0, f"{self._done:,} of {self._total:,} {self._unit}")
             if new:
@@ -182,6 +188,11 @@ class _Bar(tqdm):
     def __init__(self, note: str, **options: Any):
         self.note = note
         super().__init__(**options)
+
+    def measure_from_here(self) -> None:
+        """Let speed and time left be those of what comes now."""
+        if not self.disable:
+            self.start_t, self.initial = time.time(), self.n
 
     @property
     def format_dict(self) -> dict[str, Any]:

@@ -59,6 +59,75 @@ def test_tables_sort_by_number_both_ways(demo, open_page, size):
     assert num_sorted >= 2
 
 
+def captions(section):
+    """Score and class under every picture that is shown."""
+    scores = [float(text) for text in section.locator("figcaption b").all_inner_texts()]
+    return scores, section.locator("figcaption span.number + span").all_inner_texts()
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_images_are_filtered_by_class_and_by_score(demo, open_page, size):
+    section = open_page(demo.report, size).page.locator("section.images")
+    count = section.locator(".filter-count")
+    before = count.inner_text()
+    section.locator(".filter-class").select_option("3")
+    scores, classes = captions(section)
+    assert set(classes) == {"3"}
+    low, high = sorted(scores)[len(scores) // 4], sorted(scores)[len(scores) // 2]
+    section.locator(".filter-low").fill(str(low))
+    section.locator(".filter-high").fill(str(high))
+    fewer, classes = captions(section)
+    assert 0 < len(fewer) < len(scores)
+    assert set(classes) == {"3"}
+    assert low <= min(fewer) <= max(fewer) <= high
+    assert int(re.search(r"Showing (\d+) of", count.inner_text())[1]) <= len(fewer)
+    section.locator(".filter-reset").click()
+    assert count.inner_text() == before
+
+
+def test_other_scores_and_cuts_show_their_images(demo, open_page):
+    section = open_page(demo.report).page.locator("section.images")
+    names = section.locator(".sheet-score option").all_inner_texts()
+    assert {"el2n", "aum", "forgetting", "dual"} <= set(names)
+    assert not any(name.startswith("random") for name in names)
+    sheets = section.locator(".sheets")
+    first = sheets.locator("img").first.get_attribute("data-index")
+    for name in names:
+        section.locator(".sheet-score").select_option(label=name)
+        highest = [float(text) for text in sheets.locator("ul").first.locator("b").all_inner_texts()]
+        assert len(highest) > 10
+        assert highest == sorted(highest, reverse=name != "moderate"), name
+    section.locator(".sheet-score").select_option(label="el2n")
+    assert sheets.locator("img").first.get_attribute("data-index") != first
+
+
+def test_without_scripts_the_main_sheets_stay(demo, open_page):
+    section = open_page(demo.report, scripts=False).page.locator("section.images")
+    assert section.locator(".sheets img").count() >= 48
+    assert not section.locator(".choices").is_visible()
+    assert not section.locator(".everything").is_visible()
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_agreement_shows_one_matrix_at_a_time(demo, open_page, size):
+    page = open_page(demo.report, size).page
+    tables, shown = page.locator("table.heat"), page.locator("table.heat:visible")
+    assert tables.count() == 3  # rank correlation, overlap at 50 and at 80 %
+    first = shown.inner_text()
+    page.locator("label", has_text="Overlap at 80 %").click()
+    assert shown.count() == 1
+    assert shown.inner_text() != first
+
+
+def test_links_of_the_contents_lead_somewhere(demo, open_page):
+    page = open_page(demo.report).page
+    links = page.locator("nav a").all()
+    assert len(links) >= 6
+    for link in links:
+        link.click()
+        assert page.locator(link.get_attribute("href")).is_visible()
+
+
 def test_the_demo_says_what_to_do_next(demo):
     assert f"open {demo.report}" in demo.printed
     assert "Traceback" not in demo.printed
