@@ -171,11 +171,11 @@ def test_writing_again_gives_the_same_files(tmp_path):
 
 
 def test_progress_is_plain_lines_away_from_a_terminal(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("tdds_dist.console.PLAIN_LINE_SECONDS", 0.0)
+    monkeypatch.setenv("TDDS_PROGRESS_SECONDS", "0")
     write_beton(open_source("synthetic:100,2,16"), tmp_path / "x.beton")
     shown = capfd.readouterr().err
-    assert "write: 100 of 100 images" in shown
-    assert "crc32: 100 of 100 images" in shown
+    assert "write: 100 %, 100 of 100 images" in shown
+    assert "checksums: 100 %, 100 of 100 images" in shown
     assert "\r" not in shown
 
 
