@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole flow on 1,797 real images: write, collect on two ranks, select, retrain, report. About 5 minutes on 2 cores.
+# The whole flow on 1,797 real images: write, collect on two ranks, select, retrain, report. Some 5 minutes on 2 cores.
 # Arguments change keys of the config for every training, e.g. `scripts/demo.sh train.lr=0.1`; another place needs DEMO_RUN and
 # DEMO_DATA and the keys run.dir, data.train and data.val.
 set -euo pipefail
@@ -22,13 +22,11 @@ step "2/5 collect: train on all of them on $ranks ranks, score every image on th
 distributed collect configs/digits.yaml "${settings[@]}"
 step "3/5 score and select: every other score from the same run; coresets at pruning rates 0.5 and 0.8, by TDDS and at random"
 do_ tdds score "$run" --all
-do_ tdds select "$run" --pruning-rate 0 --score random --out "$run/coresets/full.npz"
 for rate in 0.5 0.8; do
     do_ tdds select "$run" --pruning-rate "$rate" --out "$run/coresets/tdds_p$rate.npz"
     do_ tdds select "$run" --pruning-rate "$rate" --score random --out "$run/coresets/random_p$rate.npz"
 done
 step "4/5 retrain: on each coreset from scratch, for the same number of epochs (Strategy-E)"
-distributed retrain configs/digits.yaml "${settings[@]}" --coreset "$run/coresets/full.npz" --strategy E --name full
 for coreset in tdds_p0.5 random_p0.5 tdds_p0.8 random_p0.8; do
     distributed retrain configs/digits.yaml "${settings[@]}" --coreset "$run/coresets/$coreset.npz" --strategy E --name "$coreset"
 done
