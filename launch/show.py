@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from launch.jobs import EndRecord, JobRecord, first_cause, jobs_of, latest_submission, read_ends, read_lines
 from launch.logs import choose_log, follow, print_tail
 from launch.states import JobState, explain, job_states
+from tdds_dist.closing import command
 from tdds_dist.errors import InputError
 from tdds_dist.status import RunStatus, find_runs, read_status, retraining_lines, run_lines
 
@@ -135,6 +138,8 @@ def _status(options: argparse.Namespace) -> None:
     if options.watch is not None and not 1 <= options.watch <= 86400:
         raise InputError(f"--watch {options.watch:g} must be between 1 and 86400 seconds; leave the number out for "
                          f"{_WATCH_SECONDS:g}")
+    if options.json and options.watch is not None:
+        raise InputError("--json is one object, and --watch prints one again and again; leave one out")
     clear = "\033[H\033[2J" if sys.stdout.isatty() and not options.json else ""
     while True:
         status = gather(options.directory)
@@ -142,7 +147,7 @@ def _status(options: argparse.Namespace) -> None:
         print(clear * (options.watch is not None) + text, flush=True)
         if options.watch is None or not status.is_active:
             return
-        if not clear and not options.json:
+        if not clear:
             print(flush=True)
         time.sleep(options.watch)
 
@@ -225,18 +230,48 @@ def next_step(status: Status) -> str:
     if unfinished := [run for run in runs if run.state != "finished"]:
         again = "submit again" if status.rows else "start the same command again"
         from_where = "goes on from its last checkpoint" if any(run.checkpoint for run in unfinished) else "starts over"
-        return f"{again}; {'it' if len(unfinished) == 1 else 'each'} {from_where}"
+        known = "" if status.rows or len(unfinished) > 1 else _started_by(unfinished[0])
+        return f"{again}; {'it' if len(unfinished) == 1 else 'each'} {from_where}{known and f': {known}'}"
     if len(status.runs) > 1 or status.directory.joinpath("table.md").is_file():
         return f"the table is in {status.directory / 'table.md'}; the same `tdds experiment` again makes it anew"
     run = status.runs[0]
     if run.stage == "retrain":
-        return f"tdds report {status.directory.parent.parent}"
+        return _report_or_page(status.directory.parent.parent, runs)
     if status.retrainings:
-        return f"tdds report {status.directory}"
+        return _report_or_page(status.directory, runs)
     coresets = sorted((status.directory / "coresets").glob("*.npz"))
     if coresets:
         return f"tdds retrain {status.directory / 'config.yaml'} --coreset {coresets[0]} --strategy E"
-    return f"tdds select {status.directory} --pruning-rate 0.7"
+    return _select(status.directory)
+
+
+def _started_by(run: RunStatus) -> str:
+    """The command that started a run; empty where it does not say so itself."""
+    if len(run.command) < 2 or run.command[0] != "tdds":
+        return ""
+    return command(*run.command[1:], ranks=run.world_size or 1)
+
+
+def _report_or_page(directory: Path, runs: list[RunStatus]) -> str:
+    """The page, where one was written after the last of `runs` had finished."""
+    page = directory / "report.html"
+    try:
+        if page.stat().st_mtime >= max((Path(run.directory) / "result.json").stat().st_mtime for run in runs):
+            return f"open {page} in a browser"
+    except OSError:  # there is none
+        pass
+    return command("report", directory)
+
+
+def _select(directory: Path) -> str:
+    """As the collection itself closes; in words of its own where its config cannot be read."""
+    from tdds_dist.config import parse_config
+    from tdds_dist.stages import select_command
+
+    try:
+        return select_command(parse_config(yaml.safe_load((directory / "config.yaml").read_text())), directory)
+    except (OSError, ValueError, TypeError, RecursionError, InputError, yaml.YAMLError):
+        return f"`tdds select {directory} --pruning-rate P` makes a coreset"
 
 
 def _logs(options: argparse.Namespace) -> None:
@@ -250,7 +285,7 @@ def _logs(options: argparse.Namespace) -> None:
         print_tail(path, options.lines, text)
         print(json.dumps({"stage": "logs", "path": str(path), "lines": text.getvalue().splitlines()}), flush=True)
         return
-    print(f"==> {path}{choice}", flush=True)
+    print(f"==> {path}{choice}{'' if path.stat().st_size else ' is empty'}", flush=True)
     end = print_tail(path, options.lines, sys.stdout)
     if options.follow:
         try:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,14 @@ def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m launch.submit`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.submit", description="See `tdds submit --help`.")
+    parser = argparse.ArgumentParser(prog="python -m launch.submit", description="See `tdds submit --help`.",
+                                     allow_abbrev=False)
     _add_arguments(parser)
     try:
-        return run(parser.parse_intermixed_args(arguments)).exit_code
+        closing = run(parser.parse_intermixed_args(arguments))
+        if closing.text:
+            print(closing.text)
+        return closing.exit_code
     except InputError as error:
         print(f"launch.submit: error: {error}", file=sys.stderr)
         return 2
@@ -101,11 +106,9 @@ def run(options: argparse.Namespace) -> Closing:
     if options.dry_run:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        if needs:
-            print(f"{needs}\n")
-        print(describe(stages, cluster, config.run.name))
-        _print_files(stages, cluster, config.run.name, log_dir)
-        return _closing(stages, config, log_dir, warnings)
+        parts = [*([f"{needs}\n"] if needs else []), describe(stages, cluster, config.run.name),
+                 *_file_texts(stages, cluster, config.run.name, log_dir)]
+        return replace(_closing(stages, config, log_dir, warnings), text="\n".join(parts), is_the_product=True)
     if not any(stage.waiting for stage in stages):
         print(f"everything is done: {', '.join(_count(stage) for stage in stages)}{_page(stages, config)}")
         return _closing(stages, config, log_dir, warnings)
@@ -274,20 +277,19 @@ def _count(stage: "Stage") -> str:
     return stage.name if len(stage.steps) == 1 else f"{len(stage.steps)} x {stage.name}"
 
 
-def _print_files(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Path) -> None:
-    before = ""
+def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Path) -> list[str]:
+    before, texts = "", list[str]()
     for stage in stages:
         if not stage.waiting:
             continue
-        print(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
-        for step in stage.waiting:
-            for command in step.commands:
-                print(f"#      tdds {shlex.join(command)}")
+        texts.append(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
+        texts += [f"#      tdds {shlex.join(command)}" for step in stage.waiting for command in step.commands]
         if cluster.executor == "slurm":
             after = [f"<id of {before}>"] if before else []
             part = cluster.for_stage(stage.name)
-            print(scheduler.sbatch_text(part, f"{stage.name}-{name}", log_dir, len(stage.waiting), after))
+            texts.append(scheduler.sbatch_text(part, f"{stage.name}-{name}", log_dir, len(stage.waiting), after))
         before = stage.name
+    return texts
 
 
 # ---- submission and after

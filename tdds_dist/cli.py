@@ -6,6 +6,8 @@ of a rank into its own exit code 1 and adds a report of its own.
 """
 
 import argparse
+import difflib
+import io
 import json
 import os
 import sys
@@ -91,9 +93,13 @@ def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -
         return 2, f"tdds {options.stage}: error: {error}"
     except KeyboardInterrupt:
         return 130, f"tdds {options.stage}: interrupted{_after_interruption(options.stage, words)}"
+    except SystemExit as leaving:
+        if leaving.code != stages.EXIT_TERMINATED:
+            raise
+        return leaving.code, f"tdds {options.stage}: SIGTERM{_after_interruption(options.stage, words)}"
     except Preempted as leaving:
-        again = "" if "TDDS_JOB" in os.environ else f": {same_command(words)}"  # a job is queued again by its launcher
-        return EXIT_RESUME, f"tdds {options.stage}: {leaving}{again}" if is_main or not leaving.agreed else ""
+        said = str(leaving) if "TDDS_JOB" in os.environ else _again(str(leaving), words)  # a launcher queues its jobs again
+        return EXIT_RESUME, f"tdds {options.stage}: {said}" if is_main or not leaving.agreed else ""
     except BrokenPipeError:  # `tdds logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0, ""
@@ -105,7 +111,8 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
     """Run it and print what it closes with; the exit code."""
     quiet, as_json = (getattr(options, name, False) for name in ("quiet", "json"))
     if getattr(options, "prints_itself", False):
-        return (options.run(options) or Closing()).exit_code
+        with redirect_stdout(sys.__stdout__ if isinstance(sys.stdout, _Output) else sys.stdout):
+            return (options.run(options) or Closing()).exit_code
     with speaking(quiet) as warnings:
         with _nothing_printed(quiet or as_json):
             closing: Closing = options.run(options) or Closing()
@@ -137,7 +144,33 @@ def _after_interruption(stage: str, words: Sequence[str]) -> str:
         left = "the same command goes on from the last checkpoint, or starts over where there is none yet"
     else:
         left = "nothing half-written was left; the same command starts over"
-    return f"; {left}: {same_command(words)}"
+    return _again(f"; {left}", words)
+
+
+def _again(text: str, words: Sequence[str]) -> str:
+    """Words about "the same command", with that command behind them unless only its launcher knows it."""
+    again = same_command(words)
+    return f"{text}: {again}" if again.startswith("tdds ") else text
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that nobody may read to its end (`tdds check FILE | head`): the stage goes on, and its outcome counts."""
+
+    def write(self, text: str) -> int:
+        with self._unread():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            super().flush()
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 class UsageError(SystemExit):
@@ -149,7 +182,17 @@ class UsageError(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """Leaves by UsageError."""
+    """Leaves by UsageError. Takes no abbreviations: what is short for one option today is so for two tomorrow."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        near = difflib.get_close_matches(str(value), map(str, action.choices or ()), 1)
+        if near and near[0] != str(value):
+            known = ", ".join(map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{value!r} is none of {known}; the nearest is {near[0]}")
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -186,6 +229,9 @@ def run() -> None:
     """Entry point of the program. Leaves without interpreter teardown, whose order against the threads of gloo and
     FFCV would decide the exit code otherwise."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of C++ about a peer that is gone; we say it in a line
+    if isinstance(out := sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Output(out.buffer, out.encoding, out.errors, line_buffering=out.line_buffering,
+                             write_through=out.write_through)
     try:
         code = main()
     except SystemExit as leaving:  # argparse
@@ -193,8 +239,8 @@ def run() -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed before we came
+        stream.flush()
     os._exit(code)
 
 
@@ -457,5 +503,8 @@ def _report(options: argparse.Namespace) -> Closing:
 
     runs = find_runs(options.runs)
     path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
-    tables = [f"\n{title}\n{format_summary(rows)}" for title, rows in summary_tables(runs)]
-    return Closing([path], next=f"open {path} in a browser", text="\n".join([*tables, ""]))
+    found = summary_tables(runs)
+    tables = [f"\n{title}\n{format_summary(rows)}" for title, rows in found]
+    return Closing([path], {"retrainings": sum(row["name"] != "collect" for _, rows in found for row in rows)},
+                   f"open {path} in a browser", text="\n".join([*tables, ""]),
+                   rows=[{"about": title.splitlines(), **row} for title, rows in found for row in rows])

@@ -36,7 +36,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "corrupted_images": "{:,} images corrupted".format,
     "checked": "{:,} images checked".format,
     "scores": "{} scores".format,
-    "coresets": "{} coresets".format,
+    "coresets": lambda num: f"{num} coresets" if num > 1 else "",
     "retrainings": "{} retrainings".format,
     "failed": "{} failed".format,
     "jobs": "{} jobs".format,
@@ -52,9 +52,10 @@ _WORDS: dict[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class Closing:
-    """The end of a stage. `numbers` by the names above. `text` is shown before the lines of files and numbers, or in their
-    place where it `says_all`; also by a stage that is quiet where it is all that was asked for (`is_the_product`). `data` is
-    what JSON holds in the place of all this, where a stage has an object of its own."""
+    """The end of a stage. `there`: files of an earlier run, left as they are. `numbers` by the names above. `text` is shown
+    before the lines of files and numbers, or in their place where it `says_all`; also by a stage that is quiet where it is all
+    that was asked for (`is_the_product`). `rows` is the table of the text or the notes, for JSON. `data` is what JSON holds in
+    the place of all this, where a stage has an object of its own."""
 
     wrote: Sequence[Path] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
@@ -63,6 +64,8 @@ class Closing:
     text: str = ""
     says_all: bool = False
     is_the_product: bool = False
+    there: Sequence[Path] = ()
+    rows: Sequence[Mapping[str, Any]] = ()
     data: Mapping[str, Any] | None = None
     exit_code: int = 0
 
@@ -71,7 +74,9 @@ class Closing:
         lines = [self.text] if self.text else []
         if not self.says_all:
             lines += [f"{paint('wrote', 'green', stream)} {path} ({size_text(_size(path))})" for path in self.wrote]
-            words = [_WORDS[name](number) for name, number in self.numbers.items() if number is not None]
+            lines += [f"there is {path} ({size_text(_size(path))})" for path in self.there]
+            said = [_WORDS[name](number) for name, number in self.numbers.items() if number is not None]
+            words = [word for word in said if word]
             words += [f"{num_warnings} warning{'s' * (num_warnings > 1)}, see above"] if num_warnings else []
             text = ", ".join(word.replace(" ", _JOINED) for word in words)
             text = textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
@@ -84,9 +89,11 @@ class Closing:
     def as_data(self, stage: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
         """What `--json` prints."""
         if self.data is not None:
-            return dict(self.data)
-        wrote = [{"path": str(path), "bytes": _size(path)} for path in self.wrote]
-        return {"stage": stage, "wrote": wrote, "numbers": dict(self.numbers), "notes": list(self.notes),
+            return dict(self.data) | ({"warnings": list(warnings)} if warnings and "warnings" not in self.data else {})
+        wrote, there = ([{"path": str(path), "bytes": _size(path)} for path in paths] for paths in (self.wrote, self.there))
+        more: dict[str, Any] = {"there": there} if there else {}
+        more |= {"rows": [dict(row) for row in self.rows]} if self.rows else {}
+        return {"stage": stage, "wrote": wrote, "numbers": dict(self.numbers), **more, "notes": list(self.notes),
                 "warnings": list(warnings), "next": self.next, "exit_code": self.exit_code}
 
 

@@ -62,7 +62,10 @@ class Data(Section):
     def check_files(self) -> None:
         """InputError when one of the two files is missing; they are not opened."""
         for key in ("train", "val"):
-            if not Path(path := getattr(self, key)).is_file():
+            if Path(path := getattr(self, key)).is_dir():
+                raise InputError(f"data.{key}={path} is a folder; `tdds write imagefolder:{path} data/NAME.beton --split "
+                                 f"{key}` first, and give that file")
+            if not Path(path).is_file():
                 raise InputError(f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`")
 
 
@@ -424,6 +427,9 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `section.key=value` overrides (values are YAML); InputError for anything wrong."""
     tree = read_tree(Path(path), overrides, list(Config.model_fields))
+    if "executor" in tree and "train" not in tree:
+        raise InputError(f"{path} is a cluster file, not the config of a run; `tdds submit CONFIG.yaml --cluster {path}` takes "
+                         "it")
     if "methods" in tree and "train" not in tree:
         raise InputError(f"{path} is an experiment, not the config of a run; `tdds experiment {path}` runs it")
     return parse_config(tree, str(path))

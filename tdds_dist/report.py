@@ -8,9 +8,10 @@ else is binned or counted, so that 1.28 million samples give a page as small as 
 """
 
 import json
+import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -18,13 +19,24 @@ from typing import IO, Any
 
 import yaml
 
-from tdds_dist.artifacts import write_atomically
+from tdds_dist.artifacts import Coreset, write_atomically
+from tdds_dist.console import Progress, say
 from tdds_dist.errors import InputError
 from tdds_dist.published import base_key
 from tdds_dist.report_accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report_agreement import agreement_section, between_section
 from tdds_dist.report_images import BUDGET_BYTES, sheets
-from tdds_dist.report_scores import class_table, main_score, noise, noise_kept, noise_table, origin, score_facts
+from tdds_dist.report_scores import (
+    Origins,
+    class_table,
+    main_score,
+    noise,
+    noise_kept,
+    noise_table,
+    origin,
+    printable,
+    score_facts,
+)
 from tdds_dist.report_training import FULL_SLOT, curve_charts, speed, speed_charts
 from tdds_dist.rundir import RunDir
 from tdds_dist.summary import (
@@ -52,6 +64,9 @@ _SLOTS = {"random": 0, "tdds": 1, "entropy": 2, "forgetting": 3, "el2n": 4, "aum
           "dual": 8, "ccs": 9}
 
 
+_PARTS = ("scores", "known noise", "agreement of scores", "images", "classes", "accuracy and speed")  # of a run, with progress
+
+
 def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Path:
     """Write one self-contained HTML page about `runs` to `out`, with at most `num_thumbnails` images per sheet.
 
@@ -65,20 +80,28 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
                               lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters |= {"count": count, "percent": percent, "decimal": decimal, "signed": signed, "plus_minus": plus_minus,
                      "duration": duration}
-    found = [read_facts(run) for run in runs]
-    together = [pool for pool in pools(found) if len(pool) > 1]
-    pooled = {facts.run.path for pool in together for facts in pool}
-    budget_bytes = BUDGET_BYTES // len(found)
-    sections = [_section(facts, num_thumbnails, budget_bytes, facts.run.path in pooled) for facts in found]
-    style, script = ("".join(files("tdds_dist").joinpath("page", name).read_text(encoding="utf-8") for name in names)
-                     for names in (("style.css", "scores.css", "images.css"), ("page.js", "scores.js", "images.js")))
-    text = page.get_template("page.html.j2").render(
-        title=_title(runs, sections), sections=sections, pools=[_pool(pool, found, sections) for pool in together],
-        between=between_section([(section["name"], section["agreement"]) for section in sections]),
-        version=version("tdds-dist"), style=style, script=script, written=time.strftime("%Y-%m-%d %H:%M"))
+    with Progress("report", len(runs) * (1 + len(_PARTS)) + 1, "", visible=os.environ.get("RANK", "0") == "0") as progress:
+        found = []
+        for run in runs:
+            progress.note(f"reading {run.path.name}", now=True)
+            found.append(read_facts(run))
+            progress.advance()
+        together = [pool for pool in pools(found) if len(pool) > 1]
+        pooled = {facts.run.path for pool in together for facts in pool}
+        budget_bytes = BUDGET_BYTES // len(found)
+        sections = [_section(facts, num_thumbnails, budget_bytes, facts.run.path in pooled, progress) for facts in found]
+        style, script = ("".join(files("tdds_dist").joinpath("page", name).read_text(encoding="utf-8") for name in names)
+                         for names in (("style.css", "scores.css", "images.css"), ("page.js", "scores.js", "images.js")))
+        text = page.get_template("page.html.j2").render(
+            title=_title(runs, sections), sections=sections, pools=[_pool(pool, found, sections) for pool in together],
+            between=between_section([(section["name"], section["agreement"]) for section in sections]),
+            version=version("tdds-dist"), style=style, script=script, written=time.strftime("%Y-%m-%d %H:%M"))
+    for facts in found:
+        for problem in facts.problems:
+            say(f"warning: {problem}")
 
     def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "replace"))  # the names of files may hold bytes that are no UTF-8
 
     write_atomically(Path(out), write)
     return Path(out)
@@ -114,30 +137,45 @@ def _pool(pool: list[Facts], found: list[Facts], sections: Sequence[dict[str, An
     }
 
 
-def _section(facts: Facts, num_thumbnails: int, budget_bytes: int, is_pooled: bool) -> dict[str, Any]:
+def _section(facts: Facts, num_thumbnails: int, budget_bytes: int, is_pooled: bool, progress: Progress) -> dict[str, Any]:
     """Everything the template shows about one run. Of one that is pooled, charts of accuracy and learning are with the pool."""
     rows = summary_rows([facts])
     slots = _colour_slots([*facts.names.values()])
     origins = {name: origin(facts, coreset) for name, coreset in facts.coresets.items()}
     main = main_score(facts, origins)
+    computed: dict[str, Any] = {}
+    work: tuple[Callable[[], dict[str, Any]], ...] = (
+        lambda: {"scores": [score_facts(facts, name, origins, slots[facts.names[name]]) for name in facts.scores]},
+        lambda: {"coresets": [_coreset(facts, name, origins) for name in facts.coresets], "noise": noise(facts),
+                 "noise_kept": noise_table(facts, slots)},
+        lambda: {"agreement": agreement_section(facts, main, slots)},
+        lambda: {"sheets": sheets(facts, main, origins, num_thumbnails, budget_bytes)},
+        lambda: {"classes": class_table(facts, main, origins)},
+        lambda: {"accuracy": None if is_pooled else accuracy_chart(rows, slots),
+                 "curves": None if is_pooled else curve_charts([facts], slots),
+                 "speed": speed(facts), "speed_charts": speed_charts(facts)})
+    for part, compute in zip(_PARTS, work, strict=True):
+        progress.note(f"{run_name(facts)}: {part}", now=True)
+        computed |= compute()
+        progress.advance()
     data, result = facts.config.get("data", {}), facts.result or {}
     sizes = [result.get("num_images"), *(scores.fingerprint.num_samples for scores in facts.scores.values())]
-    return {
+    return computed | {
         "name": run_name(facts), "is_pooled": is_pooled,
         "dataset": _dataset_name(str(getattr(facts.manifest, "source", "")), str(data.get("train", "?"))),
         "num_images": next((size for size in sizes if size is not None), None), "num_classes": data.get("num_classes"),
         "model": facts.config.get("model", {}).get("name", "?"), "train": facts.config.get("train", {}),
         "seed": facts.config.get("run", {}).get("seed"), "env": facts.env, "result": facts.result,
         "rows": rows, "matrix": matrix(rows), "finding": finding(rows), "published": None if is_pooled else facts.published,
-        "problems": facts.problems,
-        "accuracy": None if is_pooled else accuracy_chart(rows, slots),
-        "curves": None if is_pooled else curve_charts([facts], slots),
-        "scores": [score_facts(facts, name, origins, slots[facts.names[name]]) for name in facts.scores], "main": main,
-        "coresets": [(name, coreset, *origins[name], noise_kept(facts, coreset)) for name, coreset in facts.coresets.items()],
-        "noise": noise(facts), "noise_kept": noise_table(facts, slots), "agreement": agreement_section(facts, main, slots),
-        "sheets": sheets(facts, main, origins, num_thumbnails, budget_bytes), "classes": class_table(facts, main, origins),
-        "speed": speed(facts), "speed_charts": speed_charts(facts), "provenance": _provenance(facts),
+        "problems": facts.problems, "main": main, "provenance": _provenance(facts),
     }
+
+
+def _coreset(facts: Facts, name: str, origins: Origins) -> tuple[str, Coreset, str | None, float | None, list[float | None]]:
+    """A row of the coresets' table: with the score it was cut from and where, unless that is a random rank."""
+    coreset = facts.coresets[name]
+    source, cut = (None, None) if base_key(coreset.score_key) == "random" else origins[name]
+    return name, coreset, source, cut, noise_kept(facts, coreset)
 
 
 def _provenance(facts: Facts) -> dict[str, Any]:
@@ -155,7 +193,8 @@ def _provenance(facts: Facts) -> dict[str, Any]:
             differences.append(f"Retrained {what} than the collection: {', '.join(others[:3])}{rest}.")
     return {
         "facts": [(term, value) for term, value in known.items() if value is not None],
-        "command": shlex.join(map(str, env.get("command", []))), "resumes": env.get("resumes", []), "differences": differences,
+        "command": shlex.join(map(str, env.get("command", []))), "num_ranks": env.get("world_size") or 1,
+        "resumes": env.get("resumes", []), "differences": differences,
         "config": [(section, [(key, _config_text(value)) for key, value in values.items()])
                    for section, values in facts.config.items() if isinstance(values, dict)],
         "config_text": yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
@@ -171,7 +210,7 @@ def _config_text(value: Any) -> str:
 def _dataset_name(source: str, beton: str) -> str:
     """The source's name without the folders above it, or the file's."""
     kind, _, folder = source.partition(":")
-    return f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name
+    return printable(f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name)
 
 
 def _colour_slots(keys: Sequence[str]) -> dict[str, int]:

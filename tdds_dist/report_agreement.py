@@ -141,11 +141,11 @@ def _maps(facts: Facts, main: str, ranked: Mapping[str, Ranked], rates: Sequence
     """Maps of the main score, and of the other TDDS windows, against forgetting and AUM, as far as there are such scores."""
     others = [name for name in ranked if base_key(name) in ("forgetting", "aum") and is_plain(name)]
     windows = [name for name in ranked if base_key(name) == "tdds" and is_plain(name)]
-    mapped = [name for name in dict.fromkeys([main, *(windows if main in windows else [])]) if name in ranked]
+    mapped = [*dict.fromkeys([main, *(windows if main in windows else [])])][:MAX_MAPPED]
     names = rankings.short_names([*ranked])
     noisy_N, _ = known_noise(facts)
     found = []
-    for name in mapped[:MAX_MAPPED]:
+    for name in [name for name in ranked if name in mapped]:
         if pairs := [other for other in others if other != name]:
             slot = slots[facts.names[name]]
             found.append({"name": names[name], "maps": [

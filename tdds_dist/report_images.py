@@ -19,7 +19,7 @@ import numpy as np
 from tdds_dist.artifacts import require_same_dataset
 from tdds_dist.errors import InputError
 from tdds_dist.published import base_key
-from tdds_dist.report_scores import Origins, class_name, known_noise
+from tdds_dist.report_scores import Origins, class_name, known_noise, printable
 from tdds_dist.summary import Facts, percent
 
 if TYPE_CHECKING:
@@ -89,13 +89,22 @@ def sheets(facts: Facts, main: str | None, origins: Origins, num_thumbnails: int
 
 
 def score_sheets(facts: Facts, name: str, origins: Origins, num: int) -> list[Sheet]:
-    """Sheets of one score: its ends, and both sides of every plain cut, the largest pruning rate first."""
-    score_N = facts.scores[name].score_N
+    """Sheets of one score: its ends, and both sides of every plain cut, the largest pruning rate first.
+
+    Cuts are at the pruning rates of all coresets: where none was made by this score, its own sampler says what it would keep.
+    """
+    scores, score_N = facts.scores[name], facts.scores[name].score_N
     order = np.argsort(score_N, kind="stable")
     order = order[~np.isnan(score_N[order])]
     found = [Sheet("highest", order[::-1][:num].tolist()), Sheet("lowest", order[:num].tolist())]
     cuts = {facts.coresets[coreset].pruning_rate: (cut, facts.coresets[coreset].index_M)
             for coreset, (source, cut) in origins.items() if source == name and cut is not None}
+    asked = {coreset.pruning_rate for coreset in facts.coresets.values()} - {0, *cuts}
+    if asked and np.isfinite(score_N).all() and not _keeps_centre(facts, name):
+        from tdds_dist.select import choose  # brings torch
+
+        kept_by_rate = {rate: choose(scores, rate) for rate in asked if round(rate * len(score_N)) < len(score_N)}
+        cuts |= {rate: (float(score_N[index_M].min()), index_M) for rate, index_M in kept_by_rate.items()}
     half = (num + 1) // 2
     for rate, (cut, index_M) in sorted(cuts.items(), reverse=True):
         if rate > 0:
@@ -191,16 +200,11 @@ def _pictures(facts: Facts, info: "BetonInfo", index: list[int], names: list[str
             "index": number, "pixelated": is_pixelated(info, number), "label": label, "class_name": name,
             "true_class": true_class, "corruption": corruption, "caption": caption,
             "alt": f"Image {number}, {caption}" + (f", corrupted ({corruption})" if corruption else ""),
-            "path": _printable(paths[number]) if paths else f"image {number}",
+            "path": printable(paths[number]) if paths else f"image {number}",
             "scores": [f"{score_N[number]:.4g}" for score_N in scores],
         }
 
     return {number: picture(number) for number in index}
-
-
-def _printable(path: str) -> str:
-    """A path as text: names of files may hold bytes that are no UTF-8."""
-    return path.encode("utf-8", "replace").decode()
 
 
 def _static_sheets(found: list[Sheet], pictures: dict[int, dict[str, Any]], uris: dict[int, str],

@@ -109,11 +109,12 @@ def kept_range(score_N: np.ndarray, index_M: np.ndarray) -> tuple[float, float] 
 
 def known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Which images have a wrong label, and which are corrupted, bool [N]; None where the manifest does not say, or is of
-    other labels than those that were scored."""
+    other labels than those that were scored or chosen."""
     manifest = facts.manifest
     if manifest is None:
         return None, None
-    if any(scores.fingerprint != manifest.fingerprint for scores in facts.scores.values()):
+    own = [each.fingerprint for each in facts.scores.values()] + [each.fingerprint for each in facts.coresets.values()]
+    if any(each != manifest.fingerprint for each in own):
         return None, None
     return manifest.noisy_N, manifest.corrupted_N
 
@@ -243,4 +244,9 @@ def coreset_labels(facts: Facts) -> dict[str, str]:
 
 def class_name(facts: Facts, label: int) -> str:
     names = getattr(facts.manifest, "class_names", None) or ()
-    return str(names[label]) if 0 <= label < len(names) else f"class {label}"
+    return printable(str(names[label])) if 0 <= label < len(names) else f"class {label}"
+
+
+def printable(name: str) -> str:
+    """A file's or folder's name as text: it may hold bytes that are no UTF-8."""
+    return name.encode("utf-8", "replace").decode()

@@ -4,19 +4,21 @@ Owns what those sections show; files were read by `summary`. Gives plain values 
 Epochs are counted from 1 here, as everywhere a person reads them; files count from 0.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tdds_dist import charts
-from tdds_dist.report_accuracy import MARKERS
-from tdds_dist.summary import FULL_DATA, Facts, Retrained, by_setting, percent, run_name, short_names
+from tdds_dist.report_accuracy import free_marker
+from tdds_dist.summary import FULL_DATA, Facts, Retrained, by_setting, percent, run_name, short_names, variants
 
 FULL_SLOT, FULL_RETRAINED_SLOT = 99, 98  # colours of the full data: the ink of the page, and a grey
 _THIN, _WIDE = 0.6, 3.5  # line widths: one of the trainings behind a mean; what lies below a line that may be the same
 GIB = 1024**3
+_UNKNOWN = 2.0  # in place of a pruning rate that no file says
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class _Run:
     """One training for the charts; `rate` is None for the full data, which every chart shows."""
 
     series: str
+    more: str  # what tells it from others of its series
+    where: str  # in which collections, where settings differ
     label: str
     rate: float | None
+    epochs: int | None
     slot: int
     dashed: bool
     width: float
@@ -40,8 +45,8 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
     `charts`: SVG, pair after pair; `legend`: a line per series; `has_seeds`: whether means are drawn.
     """
     names = short_names(pool)
-    runs = [run for label, group in by_setting(pool) for facts in group
-            for run in _runs(facts, slots, names, label, say_run=len(pool) > 1)]
+    runs = _told_apart([run for label, group in by_setting(pool) for variant in [variants(group)] for facts in group
+                        for run in _runs(facts, slots, names, variant, label, say_run=len(pool) > 1)])
     keys = {series: f"c{number}" for number, series in enumerate(dict.fromkeys(run.series for run in runs))}
     rates: list[float | None] = [*sorted({run.rate for run in runs if run.rate is not None})] or [None]
     found, legend, has_seeds = [], dict[str, charts.Line](), False
@@ -64,23 +69,41 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
             "legend": sorted(legend.values(), key=lambda line: [*keys.values()].index(line.series))}
 
 
-def _runs(facts: Facts, slots: dict[str, int], names: dict[str, str], label: str, say_run: bool) -> Iterable[_Run]:
+def _told_apart(runs: list[_Run]) -> list[_Run]:
+    """The runs with what tells them apart in the names of their series, their epochs too where these differ at a rate."""
+    found: dict[tuple[Any, ...], set[int | None]] = {}
+    for run in runs:
+        found.setdefault((run.series, run.more, run.where, run.rate), set()).add(run.epochs)
+
+    def named(run: _Run) -> _Run:
+        several = len(found[run.series, run.more, run.where, run.rate] - {None}) > 1
+        epochs = f", {run.epochs} epochs" if several and run.epochs is not None else ""
+        told = (f", {run.more}" if run.more else "") + epochs
+        series = f"{run.series[:-1]}{told})" if run.series.endswith(")") else run.series + told
+        return replace(run, series=series + run.where, label=run.label + epochs)
+
+    return [named(run) for run in runs]
+
+
+def _runs(facts: Facts, slots: dict[str, int], names: dict[str, str], variant: Mapping[tuple[Path, str], str], label: str,
+          say_run: bool) -> Iterable[_Run]:
     """The collection and every retraining of a run directory."""
     where = f" in {label}" if label else ""
     name = f", {run_name(facts)}" if say_run else ""
-    yield _Run(f"{FULL_DATA}, collection{where}", f"collection{name}", None, FULL_SLOT, False, 1.5, "none",
+    yield _Run(f"{FULL_DATA}, collection", "", where, f"collection{name}", None, None, FULL_SLOT, False, 1.5, "none",
                facts.result is not None, facts.metrics)
     for sub in facts.retrained:
         rate, importance, width = sub.setting.get("pruning_rate"), sub.setting.get("importance") or "none", 1.5
+        more = variant[facts.run.path, sub.name]
         if rate == 0:
             width = _WIDE
-            series, slot = f"{FULL_DATA}, retrained{where}", FULL_RETRAINED_SLOT
+            series, slot = f"{FULL_DATA}, retrained", FULL_RETRAINED_SLOT
         elif sub.strategy is None or rate is None:
-            series, slot = sub.name + where, slots[names[sub.score]]
+            series, slot = sub.name, slots[names[sub.score]]
         else:
-            series, slot = f"{names[sub.score]} ({sub.strategy}, {importance}){where}", slots[names[sub.score]]
-        yield _Run(series, _run_label(sub, names) + name, rate or None, slot, sub.strategy == "P", width, importance,
-                   sub.result is not None, sub.metrics)
+            series, slot = f"{names[sub.score]} ({sub.strategy}, {importance})", slots[names[sub.score]]
+        yield _Run(series, more, where, _run_label(sub, names, more) + name, rate or None, sub.setting.get("epochs"), slot,
+                   sub.strategy == "P", width, importance, sub.result is not None, sub.metrics)
 
 
 def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line]:
@@ -91,10 +114,12 @@ def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line
         if value:
             by_series.setdefault(run.series, []).append((run, value))
     looks = [(members[0][0].slot, members[0][0].dashed) for members in by_series.values()]
-    lines = []
+    lines, markers = list[charts.Line](), dict[tuple[int, bool], list[str]]()
     for series, members in by_series.items():
         first = members[0][0]
-        marker = MARKERS.get(first.importance, "o") if looks.count((first.slot, first.dashed)) > 1 else ""
+        look = (first.slot, first.dashed)
+        marker = free_marker(first.importance, markers.setdefault(look, [])) if looks.count(look) > 1 else ""
+        markers.setdefault(look, []).append(marker)
         finished = [value for run, value in members if run.is_finished]
         mean = _mean(finished if len(members) > 1 else [members[0][1]])
         for run, value in members if len(members) > 1 else []:
@@ -113,11 +138,11 @@ def _mean(values: list[dict[int, float]]) -> dict[int, float]:
     return {epoch: float(np.mean([value[epoch] for value in values])) for epoch in sorted(shared)}
 
 
-def _run_label(sub: Retrained, names: dict[str, str]) -> str:
-    """tdds 50 %, E, batch, seed 0. The name of the directory where nothing else is known."""
+def _run_label(sub: Retrained, names: dict[str, str], more: str = "") -> str:
+    """tdds 50 %, E, batch, train.lr=0.02, seed 0. The name of the directory where nothing else is known."""
     rate, importance, seed = (sub.setting.get(key) for key in ("pruning_rate", "importance", "seed"))
     pruned = f" {percent(rate)}" if rate else ""
-    label = f"{names[sub.score]}{pruned}, {sub.strategy}, {importance}, seed {seed}"
+    label = f"{names[sub.score]}{pruned}, {sub.strategy}, {importance}{', ' if more else ''}{more}, seed {seed}"
     return (sub.name if None in (rate, sub.strategy) else label) + ("" if sub.result else " (unfinished)")
 
 
@@ -125,7 +150,9 @@ def speed(facts: Facts) -> list[dict[str, Any]]:
     """Medians over epochs, without the first one where there are others: it pays for compilation and cold caches."""
     runs: list[tuple[str, dict[str, Any] | None, list[dict[str, Any]], dict[str, Any]]] = [
         ("collect", facts.result, facts.metrics, facts.env)]
-    runs += [(_run_label(sub, facts.names), sub.result, sub.metrics, sub.env) for sub in facts.retrained]
+    variant = variants([facts])
+    runs += [(_run_label(sub, facts.names, variant[facts.run.path, sub.name]), sub.result, sub.metrics, sub.env)
+             for sub in facts.retrained]
     rows = []
     for name, result, metrics, env in runs:
         warm = metrics[1:] or metrics
@@ -150,9 +177,11 @@ def speed_charts(facts: Facts) -> dict[str, Any] | None:
     `charts`: SVG; `legend`: lines; `resumes`: epochs in which the collection went on after a stop, marked in the charts.
     """
     groups: dict[float | None, list[list[dict[str, Any]]]] = {None: [facts.metrics]}
-    for sub in sorted(facts.retrained, key=lambda sub: sub.setting.get("pruning_rate") or 0.0):
-        groups.setdefault(sub.setting.get("pruning_rate") or 0.0, []).append(sub.metrics)
-    resumes = [entry["epoch"] + 1 for entry in facts.env.get("resumes", [])]
+    for sub in facts.retrained:
+        rate = sub.setting.get("pruning_rate")
+        groups.setdefault(_UNKNOWN if rate is None else rate, []).append(sub.metrics)
+    groups = dict(sorted(groups.items(), key=lambda item: -1.0 if item[0] is None else item[0]))
+    resumes = [entry["epoch"] + 1 for entry in facts.env.get("resumes", []) if entry.get("epoch") is not None]
     found, legend = [], dict[str, charts.Line]()
     for key, title, scale in (("images_per_second", "images per second", 1.0), ("memory_bytes", "memory (GiB)", GIB),
                               ("scoring_share", "scoring share of the collection (%)", 0.01)):
@@ -188,4 +217,4 @@ def _rate_label(rate: float | None, num_runs: int) -> str:
     if rate is None:
         return "collection"
     text = f"{percent(rate)} removed" if rate else f"{FULL_DATA}, retrained"
-    return text + (f" (mean of {num_runs})" if num_runs > 1 else "")
+    return ("pruning rate not known" if rate == _UNKNOWN else text) + (f" (mean of {num_runs})" if num_runs > 1 else "")

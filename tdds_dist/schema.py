@@ -110,7 +110,8 @@ def _one_line(root: type[Section], error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         valid, name = list(_model_at(root, first["loc"][:-1]).model_fields), str(first["loc"][-1])
-        return f"unknown key {key!r}; the nearest valid key is {nearest(name, valid)!r} (valid: {', '.join(valid)})"
+        near = ".".join([*map(str, first["loc"][:-1]), nearest(name, valid)])
+        return f"unknown key {key!r}; the nearest valid key is {near!r} (valid: {', '.join(valid)})"
     if first["type"] == "missing":
         return f"key {key!r} is missing; {_describe(root, first['loc'])}"
     if first["type"] == "value_error":

@@ -16,6 +16,7 @@ import numpy as np
 from tdds_dist import baselines
 from tdds_dist.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, save_scores
 from tdds_dist.beton import check_labels, dataset_fingerprint, inspect_beton, read_manifest
+from tdds_dist.closing import command
 from tdds_dist.config import Baselines, Config, parse_baselines, parse_config
 from tdds_dist.console import Progress, say
 from tdds_dist.dynamics import Dynamics, is_dynamics
@@ -152,12 +153,24 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
             except InputError as error:
                 if keys:
                     raise
-                skipped.append(f"{key}: {error}")
+                fitting = _fitting(settings, options, origin.recorded.num_epochs) if "is longer than" in str(error) else []
+                way_out = f": `{command('score', source, '--all', *fitting)}`" if fitting else ""
+                skipped.append(f"{key}: {error}{way_out}")
             bar.advance()
     for key in MODEL_SCORES if not keys else ():
         if not (folder / f"{key}.npz").is_file():
             skipped.append(f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights")
     return paths, skipped
+
+
+def _fitting(settings: Baselines, options: Sequence[str], num_epochs: int) -> list[str]:
+    """The options, with those that are longer than what was recorded lowered to what fits; none where nothing does."""
+    lowered = {name: num_epochs for name in ("el2n_epochs", "num_epochs") if getattr(settings, name) > num_epochs}
+    looked_at = lowered.get("num_epochs", settings.num_epochs) or num_epochs
+    if looked_at < settings.uncertainty_window:
+        lowered["uncertainty_window"] = max(2, looked_at // 2)
+    kept = [option for option in options if option.partition("=")[0].removeprefix("score.baselines.") not in lowered]
+    return [*kept, *(f"{name}={value}" for name, value in lowered.items())] if looked_at > 1 else []
 
 
 @dataclass(frozen=True)

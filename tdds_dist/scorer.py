@@ -208,7 +208,7 @@ class ShardedScorer:
         if self._counts is not None:
             sends_SW, receives_SW = self._counts
             if self.step >= len(sends_SW) or sum(sends_SW[self.step]) != len(index_B):
-                raise ValueError(f"record call {self.step} of epoch {self.epoch} with {len(index_B)} rows does not "
+                raise ValueError(f"record call {self.step} of epoch {self.epoch + 1} with {len(index_B)} rows does not "
                                  "follow the order given to expect()")
             by_owner_B = None if self._by_owner_SB is None else self._by_owner_SB[self.step]
             return by_owner_B, sends_SW[self.step], receives_SW[self.step]

@@ -5,6 +5,7 @@ Owns which sampler a score is meant for, the importance that goes with it, and n
 
 # N dataset, M kept samples, n samples that are not quarantined, m those of one class
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from tdds_dist import baselines, selection
 from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset
-from tdds_dist.config import parse_config
+from tdds_dist.config import BUILT_IN_METHODS, parse_config
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
 
@@ -115,9 +116,17 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
     return coreset, warnings
 
 
-def select(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
-           class_balanced: bool = False, seed: int = 0, out: Path | None = None, **options: Any) -> tuple[Path, list[str]]:
-    """Run the stage; returns the coreset file and warnings.
+def select(source: Path, pruning_rate: float, **options: Any) -> tuple[Path, list[str]]:
+    """Run the stage with the options of `prepare`; returns the coreset file and warnings."""
+    path, coreset, warnings = prepare(source, pruning_rate, **options)
+    save_coreset(path, coreset)
+    return path, warnings
+
+
+def prepare(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
+            class_balanced: bool = False, seed: int = 0, out: Path | None = None,
+            **options: Any) -> tuple[Path, Coreset, list[str]]:
+    """The stage without its last step: the file to write, the coreset, and warnings.
 
     `source` is a run directory or a score file. In a run, `score` is `tdds` (the window that its config assigns to the
     pruning rate), `random` (a seeded draw), `ccs` (AUM in strata), or the name of a file in `scores/`. Sampler and
@@ -127,7 +136,13 @@ def select(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: s
         InputError: no such score, or what `choose` raises.
     """
     source = Path(source)
+    if 1 < pruning_rate <= 100:
+        raise InputError(f"pruning_rate={pruning_rate:g} must lie in [0, 1): it is the fraction that is removed; "
+                         f"{pruning_rate:g} % is {pruning_rate / 100:g}")
     selection.num_kept(10**9, pruning_rate)  # the range, before any file is read
+    if (method := BUILT_IN_METHODS.get(score)) is not None and method.score_key != score and score != "ccs":
+        raise InputError(f"--score {score} is a score and a way to choose by it; use --score {method.score_key} --sampler "
+                         f"{method.sampler}")
     if score == "ccs":
         if sampler not in (None, "ccs"):
             raise InputError(f"--score ccs means sampler ccs on {CCS_SCORE}, not sampler {sampler}; name the score instead")
@@ -142,8 +157,7 @@ def select(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: s
     if path.suffix != ".npz":
         raise InputError(f"--out={path} must end in .npz")
     warnings += _replaced(path, coreset)
-    save_coreset(path, coreset)
-    return path, warnings
+    return path, coreset, warnings
 
 
 def _replaced(path: Path, coreset: Coreset) -> list[str]:
@@ -173,12 +187,15 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
         score = config.window_for(pruning_rate).key(config.score.preset)
     path = run.scores / f"{score.removesuffix('.npz')}.npz"
     if not path.is_file():
-        if run.read_config() and not run.result_file.is_file() and not any((run.scores.is_dir(), run.trajectory.is_dir())):
-            raise InputError(f"{source} has no scores because its collection has not finished; run `tdds collect` again, and "
-                             "it goes on")
-        known = ["tdds", "random", *sorted({path.stem for path in run.scores.glob("*.npz")} - {"random"})]
-        raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(known)}; `tdds score {source} --all` "
-                         "computes every score of the run")
+        planned = ((run.read_config() or {}).get("train") or {}).get("epochs")
+        if planned and not run.result_file.is_file():
+            raise InputError(f"{source} has no score {path.stem!r}: its collection has not finished ({len(run.read_metrics())} "
+                             f"of {planned} epochs); start it again with the same command, and it goes on")
+        there = sorted({path.stem for path in run.scores.glob("*.npz")} - {"random"})
+        like = [stem for stem in there if stem.startswith(f"{score}_")] or difflib.get_close_matches(score, there, 1)
+        way_out = f"--score {like[0]} is the nearest" if like else f"`tdds score {source} " + (
+            "--final-pass` computes it" if score in ("entropy", "moderate") else "--all` computes every score of the run")
+        raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(['tdds', 'random', *there])}; {way_out}")
     return load_scores(path)
 
 

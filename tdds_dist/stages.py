@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tdds_dist.rundir import RunDir
 
 _USUAL_RATE = "0.5"  # in a command that comes next, where nothing says which
+EXIT_TERMINATED = 143  # by SIGTERM, where there is nothing to save
 _RANKS_OF_A_NODE = 8  # of more, a command that comes next is for a cluster
 
 
@@ -58,7 +59,7 @@ def write(options: argparse.Namespace) -> Closing:
     from tdds_dist.corruptions import KINDS
     from tdds_dist.sources import open_source, with_corruption, with_label_noise
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # an exception, so that temporary files go
     started = time.perf_counter()
     source = open_source(options.source, options.split, options.subset)
     source = with_corruption(with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed)
@@ -127,6 +128,12 @@ def plan(options: argparse.Namespace) -> Closing:
         config, num_ranks=options.gpus, num_samples=options.num_samples, strategies=options.strategies,
         gpu_memory_bytes=parse_bytes(options.gpu_memory, "--gpu-memory"), disk_bytes=parse_bytes(options.disk, "--disk"),
         images_per_second=options.images_per_second, measured_in=options.measured_in)
+    if (images := next((line.value for line in found.sections["run"][1] if line.key == "images"), None)) and (
+            config.train.global_batch_size > images):
+        step = options.gpus * config.train.accumulation
+        fits = f"; train.global_batch_size={int(images) // step * step} fits" if images >= step else "; lower it"
+        say(f"warning: train.global_batch_size={config.train.global_batch_size} is larger than the {int(images)} images and "
+            f"repeats some to fill up{fits}")
     if options.gpus <= _RANKS_OF_A_NODE:
         then = command("collect", options.config, *options.overrides, ranks=options.gpus)
     else:
@@ -145,12 +152,15 @@ def collect(options: argparse.Namespace) -> Closing | None:
     from tdds_dist.distributed import session
     from tdds_dist.rundir import RunDir
 
+    run = RunDir(config.run.directory)
+    was_finished = run.result_file.is_file() and not options.fresh
     with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
         paths = run_collect(config, world, fresh=options.fresh, force=options.force, interruption=interruption)
         if not world.is_main:
             return None
-    run = RunDir(config.run.directory)
-    return Closing([*paths, run.models / "final.pt"], _training_numbers(run), _select_command(config))
+    files = [path for path in (*paths, run.models / "final.pt") if path.is_file()]
+    wrote, there = ([], files) if was_finished else (files, [])
+    return Closing(wrote, _training_numbers(run), select_command(config, run.path), there=there)
 
 
 def _training_numbers(run: "RunDir") -> dict[str, Any]:
@@ -165,13 +175,17 @@ def _training_numbers(run: "RunDir") -> dict[str, Any]:
         "scoring_share": statistics.median(shares) if shares and result.get("stage") == "collect" else None}
 
 
-def _select_command(config: "Config") -> str:
-    """Coresets at every rate that a window serves; by the first window where none does."""
-    served = sorted({rate for window in config.score.windows for rate in window.pruning_rates if rate > 0})
-    if served:
-        return command("select", config.run.directory, "--pruning-rate", *(f"{rate:g}" for rate in served))
+def select_command(config: "Config", directory: Path) -> str:
+    """Coresets of a run at every rate that a window serves; by the first window where none does."""
+    if served := _served_rates(config):
+        return command("select", directory, "--pruning-rate", *served)
     key = config.windows()[0].key(config.score.preset)
-    return command("select", config.run.directory, "--pruning-rate", _USUAL_RATE, "--score", key)
+    return command("select", directory, "--pruning-rate", _USUAL_RATE, "--score", key)
+
+
+def _served_rates(config: "Config") -> list[str]:
+    served = {rate for window in config.score.windows for rate in window.pruning_rates if rate > 0}
+    return [f"{rate:g}" for rate in sorted(served)]
 
 
 def retrain(options: argparse.Namespace) -> Closing | None:
@@ -256,12 +270,29 @@ def score(options: argparse.Namespace) -> Closing | None:
         paths, skipped = score_all(options.source, options.score, options=options.overrides, beton=options.beton,
                                    out=options.out)
         for reason in skipped:
-            say(f"not computed: {reason}")
+            say(f"warning: not computed: {reason}")
     else:
         paths = score_tdds(options.source, preset=options.preset, T=options.T, K=options.K, beta=options.beta,
                            delta=options.delta, beton=options.beton, out=options.out)
-    return Closing(paths, {"scores": len(paths), "seconds": time.perf_counter() - started},
-                   command("select", paths[0], "--pruning-rate", _USUAL_RATE))
+    return Closing(paths, {"scores": len(paths), "seconds": time.perf_counter() - started}, _after_score(options, paths))
+
+
+def _after_score(options: argparse.Namespace, paths: list[Path]) -> str:
+    """Coresets by what was scored: of a run at the rates of its config, of one that is not finished not yet."""
+    from tdds_dist.config import parse_config
+    from tdds_dist.rundir import RunDir
+
+    run, ranked = RunDir(options.source), [path for path in paths if path.stem != "random"]
+    if not ranked:
+        return ""
+    if not run.config_file.is_file() or options.out is not None:
+        return command("select", ranked[0], "--pruning-rate", _USUAL_RATE)
+    if not run.result_file.is_file():
+        return ""
+    config = parse_config(run.read_config(), str(run.config_file))
+    if {window.key(config.score.preset) for window in config.windows()} <= {path.stem for path in ranked}:
+        return select_command(config, run.path)
+    return command("select", run.path, "--pruning-rate", *(_served_rates(config) or [_USUAL_RATE]), "--score", ranked[0].stem)
 
 
 def _final_pass(options: argparse.Namespace) -> Closing | None:
@@ -285,8 +316,8 @@ def _final_pass(options: argparse.Namespace) -> Closing | None:
 
 
 def select(options: argparse.Namespace) -> Closing:
-    from tdds_dist.artifacts import load_coreset
-    from tdds_dist.select import select as select_coreset
+    from tdds_dist.artifacts import save_coreset
+    from tdds_dist.select import prepare
 
     sampler = "ccs" if options.score == "ccs" else options.sampler
     given = {key: value for key in ("num_strata", "hard_cutoff_rate", "c_d") if (value := getattr(options, key)) is not None}
@@ -298,17 +329,19 @@ def select(options: argparse.Namespace) -> Closing:
     if options.out is not None and len(rates) > 1:
         raise InputError(f"--out={options.out} names one file, and there are {len(rates)} pruning rates; leave it out, or give "
                          "one rate")
-    paths = []
-    for rate in rates:
-        path, warnings = select_coreset(options.source, rate, score=options.score, sampler=options.sampler,
-                                        class_balanced=options.class_balanced, seed=options.seed, out=options.out, **given)
-        paths.append(path)
+    made = [prepare(options.source, rate, score=options.score, sampler=options.sampler, class_balanced=options.class_balanced,
+                    seed=options.seed, out=options.out, **given) for rate in rates]  # all of them, before one is written
+    rows, notes = list[dict[str, Any]](), list[str]()
+    for path, coreset, warnings in made:
+        save_coreset(path, coreset)
         for warning in warnings:
-            say(f"warning: {warning}" + (f" (pruning rate {rate:g})" if len(rates) > 1 else ""))
-    coresets = [load_coreset(path) for path in paths]
-    notes = [f"kept at {coreset.pruning_rate:g}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images by "
-             f"{coreset.method}" for coreset in coresets]
-    return Closing(paths, {"coresets": len(paths)} if len(paths) > 1 else {}, _retrain_command(options.source, paths[0]), notes)
+            say(f"warning: {warning}" + (f" (pruning rate {coreset.pruning_rate:g})" if len(rates) > 1 else ""))
+        kept, images = len(coreset.index_M), coreset.fingerprint.num_samples
+        rows.append({"path": str(path), "method": coreset.method, "pruning_rate": coreset.pruning_rate, "kept": kept,
+                     "images": images})
+        notes.append(f"kept at {coreset.pruning_rate:g}: {kept} of {images} images by {coreset.method}")
+    paths = [path for path, _, _ in made]
+    return Closing(paths, {"coresets": len(paths)}, _retrain_command(options.source, paths[0]), notes, rows=rows)
 
 
 def _retrain_command(source: Path, coreset: Path) -> str:
@@ -330,6 +363,10 @@ def compare(options: argparse.Namespace) -> Closing:
     from tdds_dist.compare import compare as compare_runs
 
     text = compare_runs(options.runs, pruning_rates=options.pruning_rates, out=options.out)
+    if options.quiet or options.json:  # where the text does not show them
+        for line in text.rpartition("\n\n")[2].splitlines():
+            if line.startswith("note: "):
+                say(f"warning: {line.removeprefix('note: ')}")
     return Closing([options.out or options.runs[0] / "compare.csv"], text=text, says_all=True)
 
 

@@ -49,6 +49,7 @@ class RunStatus:
     num_resumes: int = 0
     host: str = ""
     job: str = ""
+    command: tuple[str, ...] = ()  # that started it, without its launcher
     why: str = ""  # it stopped
     checkpoint: LastCheckpoint | None = None
     final_top1: float | None = None
@@ -111,7 +112,8 @@ def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
         "directory": str(directory), "stage": _text(result, "stage") or _text(env, "stage") or _text(pulse, "stage"),
         "world_size": _whole(pulse, "world_size") or _whole(last_start, "world_size"),
         "num_resumes": len(resumes) if isinstance(resumes, list) else 0,
-        "host": _text(pulse, "host"), "job": _text(pulse, "job"), "retrainings": retrainings}
+        "command": _command(last_start) or _command(env), "host": _text(pulse, "host"), "job": _text(pulse, "job"),
+        "retrainings": retrainings}
     if result:
         return RunStatus(**known, state="finished", epoch=_whole(result, "epochs"), epochs=_whole(result, "epochs"),
                          final_top1=_number(result, "final_top1"), best_top1=_number(result, "best_top1"))
@@ -213,6 +215,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _text(record: dict[str, Any], key: str) -> str:
     value = record.get(key)
     return " ".join(value.split()) if isinstance(value, str) else ""
+
+
+def _command(record: dict[str, Any]) -> tuple[str, ...]:
+    words = record.get("command")
+    return tuple(words) if isinstance(words, list) and all(isinstance(word, str) for word in words) else ()
 
 
 def _whole(record: dict[str, Any], key: str) -> int | None:

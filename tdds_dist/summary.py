@@ -5,16 +5,18 @@ damaged or foreign file becomes a sentence in `Facts.problems` instead of an exc
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, require_same_dataset
+from tdds_dist.artifacts import Coreset, Fingerprint, Scores, load_coreset, load_scores, require_same_dataset
 from tdds_dist.errors import InputError
 from tdds_dist.published import PublishedTable, base_key, find_table, is_plain, score_order
+from tdds_dist.rankings import main_window
 from tdds_dist.rundir import RunDir
 
 FULL_DATA = "full data"
@@ -24,6 +26,8 @@ MISSING = "–"
 _NOT_A_SETTING: dict[str, tuple[str, ...] | None] = {
     "run": None, "checkpoint": None, "pipeline": None, "data": ("train", "val", "num_workers"), "train": ("log_every",),
     "score": ("baselines",)}
+# The same of two retrainings that agree in what a row names anyway; of these sections alone.
+_NOT_OF_A_RETRAINING = {"model": (), "data": ("train", "val", "num_workers"), "train": ("log_every", "epochs")}
 _SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings", "method", "row", "model", "network")
 
 
@@ -40,6 +44,7 @@ class Retrained:
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     env: dict[str, Any]
+    config: dict[str, Any]
 
     @property
     def score(self) -> str:
@@ -93,28 +98,34 @@ def read_facts(run: RunDir) -> Facts:
             scores[path.stem] = load_scores(path)
         except InputError as error:
             problems.append(str(error))
+    data = config.get("data", {})
+    manifest = _read_manifest(data.get("train"), problems)
+    env, result = _read_env(run, problems), _read_record(run.read_result, run.result_file, problems)
+    own = _own_dataset(scores, (result or {}).get("num_images"), manifest)
+    for name in [*scores]:
+        if own is not None and (problem := _other_dataset(scores[name].fingerprint, own, run.scores / f"{name}.npz")):
+            problems.append(problem)
+            del scores[name]
     for path in sorted(run.coresets.glob("*.npz")):
         try:
             coreset = load_coreset(path)
-            for score in list(scores.values())[:1]:
-                require_same_dataset(coreset.fingerprint, score.fingerprint, str(path))
+            if own is not None:
+                require_same_dataset(coreset.fingerprint, own, str(path))
             coresets[path.stem] = coreset
         except InputError as error:
             problems.append(str(error))
-    scores = dict(sorted(scores.items(), key=lambda item: score_order(item[0])))
+    main = main_window(config, [*scores]) if scores else None
+    scores = dict(sorted(scores.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
     coresets = dict(sorted(coresets.items(), key=lambda item: (*score_order(item[1].score_key), item[1].pruning_rate)))
-    data = config.get("data", {})
-    manifest = _read_manifest(data.get("train"), problems)
     names = [str(data.get("train", "")), str(getattr(manifest, "source", ""))]
     model = str(config.get("model", {}).get("name", ""))
     clean = manifest is None or (manifest.true_label_N is None and manifest.corruption is None)
-    result = run.read_result()
     sizes = [manifest.num_samples if manifest else None, (result or {}).get("num_images"),
              *(score.fingerprint.num_samples for score in scores.values())]
     num_images = next((size for size in sizes if size is not None), None)
     table = find_table(names, int(data.get("num_classes") or 0), model, num_images) if clean else None
-    retrained = sorted((_read_retrained(sub, model) for sub in run.retrain_runs()), key=_retrained_order)
-    return Facts(run, config, run.read_env(), _read_metrics(run), result, retrained,
+    retrained = sorted((_read_retrained(sub, model, problems) for sub in run.retrain_runs()), key=_retrained_order)
+    return Facts(run, config, env, _read_metrics(run), result, retrained,
                  scores, coresets, manifest, table, _short_names([*scores], retrained), problems)
 
 
@@ -175,7 +186,8 @@ def summary_table(run: RunDir) -> list[dict[str, Any]]:
     """Accuracy by setting, seeds averaged: the collection run, then one row per setting, then what has not finished.
 
     Keys of a row: `score` (key) and `score_name` (what to show for it), `strategy` ("E", "P" or None), `importance`,
-    `pruning_rate`, `num_images`, `epochs`, `seeds` (list), `final_top1`, `best_top1` (means, percent),
+    `variant` (settings that tell it from a row that is alike in these, else ""), `pruning_rate`, `num_images`,
+    `epochs`, `seeds` (list), `final_top1`, `best_top1` (means, percent),
     `final_top1_std`, `best_top1_std` (sample standard deviation over seeds, None for one), `difference` (final top-1
     minus the reference row's), `is_reference`, `published` (the paper's number, or None), `status` ("finished" or how
     far it got), `name` ("collect", "retrain", or that of an unfinished run), `runs` (the collections' names where several
@@ -202,6 +214,65 @@ def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     return [row | {"runs": label} for label, group in by_setting(pool) for row in _rows_of_one_setting(group, names)]
 
 
+def variants(group: Sequence[Facts]) -> dict[tuple[Path, str], str]:
+    """What tells retrainings apart beyond score, strategy, importance, pruning rate and epochs, "" for most.
+
+    Settings in which they differ, where they are not the collection's: `train.lr=0.02`. Of those that agree in everything,
+    the seed and the collection included, the first stands for them and the others say `repeated as NAME`. Keys are the
+    collection's directory and the retraining's name.
+    """
+    found: dict[tuple[Path, str], list[str]] = {}
+    rows: dict[tuple[Any, ...], list[tuple[Facts, Retrained]]] = {}
+    networks: dict[str | None, list[tuple[Facts, Retrained]]] = {}
+    for facts in group:
+        for sub in facts.retrained:
+            found[facts.run.path, sub.name] = []
+            networks.setdefault(sub.setting.get("network"), []).append((facts, sub))
+            rows.setdefault(_row_key(sub), []).append((facts, sub))
+    own = _decisive(group[0].config)
+    batch = "train.global_batch_size"  # may follow from the pruning rate
+    for network, members in networks.items():
+        _name_differences(members, found, {} if network else own, skipped=(batch,))
+    for members in rows.values():
+        _name_differences(members, found, own, only=batch)
+    seen = set()
+    for facts in group:
+        for sub in sorted(facts.retrained, key=lambda sub: (sub.result is None, str(sub.env.get("started") or ""))):
+            seed, variant = sub.setting.get("seed"), found[facts.run.path, sub.name]
+            key = (facts.run.path, seed, *_row_key(sub), *variant)
+            if key in seen and seed is not None and sub.setting.get("pruning_rate") is not None:
+                variant.append(f"repeated as {sub.name}")
+            seen.add(key)
+    return {key: ", ".join(parts) for key, parts in found.items()}
+
+
+def _name_differences(members: list[tuple[Facts, Retrained]], found: dict[tuple[Path, str], list[str]], own: dict[str, str],
+                      skipped: tuple[str, ...] = (), only: str | None = None) -> None:
+    """Add `key=value` where a retraining is unlike the others: unlike the collection, or where none is like it, unlike most.
+
+    A key that a config lacks, being of another version, is no difference.
+    """
+    configs = [_decisive(sub.config) for _, sub in members]
+    for key in [only] if only else dict.fromkeys(key for config in configs for key in config if key not in skipped):
+        values = Counter(config[key] for config in configs if key in config)
+        if len(values) > 1:
+            usual = own[key] if own.get(key) in values else values.most_common(1)[0][0]
+            for (facts, sub), config in zip(members, configs, strict=True):
+                if config.get(key, usual) != usual:
+                    found[facts.run.path, sub.name].append(f"{key}={config[key]}")
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, str]:
+    """What of a config decides a retraining's result, but for the seed and what its row names: section.key -> value."""
+    return {f"{section}.{key}": value if isinstance(value, str) else json.dumps(value, default=str)
+            for section, skipped in _NOT_OF_A_RETRAINING.items() if isinstance(config.get(section), dict)
+            for key, value in config[section].items() if key not in skipped}
+
+
+def _row_key(sub: Retrained) -> tuple[Any, ...]:
+    return sub.score, sub.strategy, *(sub.setting.get(key) for key in ("importance", "pruning_rate", "epochs"))
+
+
 def _setting_of(config: dict[str, Any]) -> str:
     """What decides a run's results, but for the seed, as text."""
     def matters(section: str, key: str) -> bool:
@@ -218,10 +289,10 @@ def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[
     collected, rows = _collect_rows(group), []
     trained: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     unfinished = []
+    variant = variants(group)
     for facts in group:
         for sub in facts.retrained:
-            key = (sub.score, sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"),
-                   sub.setting.get("epochs"))
+            key = (*_row_key(sub), variant[facts.run.path, sub.name])
             value = {"run": run_name(facts), "name": sub.name, "seed": sub.setting.get("seed"), **(sub.result or {})}
             if sub.result is not None:
                 trained.setdefault(key, []).append(value)
@@ -231,7 +302,7 @@ def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[
     rows = sorted((_row(names, published, "retrain", key, results) for key, results in trained.items()), key=_row_order)
     full = [row for row in [*rows, *collected]
             if row["score"] == FULL_DATA and row["final_top1"] is not None and row["status"] == "finished"]
-    full.sort(key=lambda row: (row in collected, row["importance"] not in (None, "none")))
+    full.sort(key=lambda row: (row in collected, row["variant"] != "", row["importance"] not in (None, "none")))
     if full:
         full[0]["is_reference"] = True
     for row in [*collected, *rows]:
@@ -256,7 +327,7 @@ def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
     rows = []
     epochs = group[0].config.get("train", {}).get("epochs")
     for key, values in by_status.items():
-        row = _row({}, group[0].published, "collect", (FULL_DATA, None, None, 0.0, epochs), values)
+        row = _row({}, group[0].published, "collect", (FULL_DATA, None, None, 0.0, epochs, ""), values)
         rows.append(row | {"status": key if key == "finished" else key[0]})
     return sorted(rows, key=lambda row: row["status"] != "finished")
 
@@ -282,6 +353,8 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         columns = [column for column in columns if column[0] != "published"]
     if all(row["status"] == "finished" for row in rows):
         columns = [column for column in columns if column[0] != "status"]
+    if any(row["variant"] for row in rows):
+        columns.insert(4, ("settings", "<", lambda row: row["variant"] or None))
     if any(row["runs"] for row in rows):
         columns.insert(1, ("runs", "<", lambda row: row["runs"]))
     plain = str.maketrans({"–": "-", "−": "-"})
@@ -329,12 +402,12 @@ def plus_minus(mean: float | None, std: float | None) -> str:
 def _row(names: dict[str, str], published: PublishedTable | None, name: str, key: tuple[Any, ...],
          results: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table from the results of all seeds of one setting."""
-    score, strategy, importance, rate, epochs = key
+    score, strategy, importance, rate, epochs, variant = key
     final, final_std = _mean_std(result.get("final_top1") for result in results)
     best, best_std = _mean_std(result.get("best_top1") for result in results)
     return {
         "name": name, "score": score, "score_name": names.get(score, score),
-        "strategy": strategy, "importance": importance, "pruning_rate": rate,
+        "strategy": strategy, "importance": importance, "variant": variant, "pruning_rate": rate,
         "num_images": results[0].get("num_images"), "epochs": results[0].get("epochs", epochs),
         "seeds": sorted(result["seed"] for result in results if result.get("seed") is not None),
         "final_top1": final, "final_top1_std": final_std, "best_top1": best, "best_top1_std": best_std,
@@ -346,7 +419,7 @@ def _row(names: dict[str, str], published: PublishedTable | None, name: str, key
 
 
 def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:
-    setting = (row["score"], str(row["strategy"]), str(row["importance"]), row["epochs"] or 0)
+    setting = (row["score"], str(row["strategy"]), str(row["importance"]), row["epochs"] or 0, row["variant"])
     return row["pruning_rate"] or 0, *score_order(row["score"]), *setting
 
 
@@ -392,25 +465,68 @@ def _mean_std(values: Iterable[float | None]) -> tuple[float | None, float | Non
     return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def _read_retrained(run: RunDir, model: str) -> Retrained:
-    config, result = run.read_config(), run.read_result()
-    env = run.read_env()  # says at the start what the result repeats at the end
+def _read_retrained(run: RunDir, model: str, problems: list[str]) -> Retrained:
+    config, result = run.read_config(), _read_record(run.read_result, run.result_file, problems)
+    env = _read_env(run, problems)  # says at the start what the result repeats at the end
     setting = {"seed": config.get("run", {}).get("seed"), "epochs": config.get("train", {}).get("epochs")}
     setting |= {key: env[key] for key in _SETTING_KEYS if key in env}
     setting |= result or {}
     setting["network"] = setting.get("network") or (setting["model"] if setting.get("model", model) != model else None)
-    return Retrained(run.path.name, setting, result, _read_metrics(run), env)
+    return Retrained(run.path.name, setting, result, _read_metrics(run), env, config)
+
+
+def _own_dataset(scores: Mapping[str, Scores], num_images: int | None, manifest: Any) -> Fingerprint | None:
+    """The data set that most of the scores are of; of equally many the one of the run, then of its manifest. None without
+    scores."""
+    found = [*dict.fromkeys(each.fingerprint for each in scores.values())]
+    found = [each for each in found if each.labels_sha256] or found
+
+    def weight(own: Fingerprint) -> tuple[int, bool, bool]:
+        same = [_other_dataset(each.fingerprint, own, "") is None for each in scores.values()]
+        of_manifest = manifest is not None and _other_dataset(manifest.fingerprint, own, "") is None
+        return sum(same), own.num_samples == num_images, of_manifest
+
+    return max(found, key=weight, default=None)
+
+
+def _other_dataset(have: Fingerprint, own: Fingerprint, what: str | Path) -> str | None:
+    """What `require_same_dataset` says, or None."""
+    try:
+        require_same_dataset(have, own, str(what))
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _read_record(read: Callable[[], Any], path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """A JSON object; None, with a problem, where the file holds something else."""
+    try:
+        record = read()
+        if record is None or isinstance(record, dict):
+            return record
+        problem = f"{type(record).__name__} instead of an object"
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems.append(f"{path} is damaged ({problem}) and left out; restore it, or run the stage again")
+    return None
+
+
+def _read_env(run: RunDir, problems: list[str]) -> dict[str, Any]:
+    env = _read_record(run.read_env, run.env_file, problems) or {}
+    kinds = {"versions": dict, "data": dict, "resumes": list, "command": list, "started": str}
+    return {key: value for key, value in env.items() if isinstance(value, kinds.get(key, object))}
 
 
 def _read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """One record per epoch. A line that a kill cut short is left out; of a repeated epoch the last record counts."""
     by_epoch: dict[int, dict[str, Any]] = {}
-    for line in run.metrics_file.read_text().splitlines() if run.metrics_file.is_file() else []:
+    for line in run.metrics_file.read_bytes().splitlines() if run.metrics_file.is_file() else []:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
-        by_epoch[record["epoch"]] = record
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            by_epoch[record["epoch"]] = record
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 

@@ -195,7 +195,10 @@ def test_score_all_and_score_key(finished, tmp_path, capsys):
     captured = capsys.readouterr()
     assert {path.stem for path in (tmp_path / "all").iterdir()} == windows | {"random", "forgetting", "aum"}
     assert "not computed: el2n: el2n_epochs=10 is longer than the 4" in captured.err
-    assert "next: tdds select " in captured.out
+    assert f"`tdds score {folder} --all el2n_epochs=4 uncertainty_window=2`" in captured.err
+    assert f"next: tdds select {tmp_path}/all/tdds_official_T3_K2_beta0.9.npz --pruning-rate" in captured.out
+    assert main(["score", str(folder), "--all", "--json", "--out", str(tmp_path / "all")]) == 0
+    assert any(text.startswith("not computed: el2n") for text in json.loads(capsys.readouterr().out)["warnings"])
     options = ["el2n_epochs=3", "uncertainty_window=3"]
     assert main(["score", str(folder), "--all", *options, "--out", str(tmp_path / "more")]) == 0
     assert {path.stem for path in (tmp_path / "more").iterdir()} == windows | {
@@ -246,7 +249,7 @@ def test_report_is_one_page(finished):
 
 
 def test_config_errors(config_file, capsys, tmp_path):
-    assert "nearest valid key is 'lr'" in refused(capsys, "collect", config_file, "train.lrr=1")
+    assert "nearest valid key is 'train.lr'" in refused(capsys, "collect", config_file, "train.lrr=1")
     assert "K=5 must lie in [2, 3] for T=3" in refused(capsys, "collect", config_file, "score.windows=[{T: 3, K: 5}]")
     assert "T=9 is longer than train.epochs=3" in refused(capsys, "collect", config_file, "score.windows=[{T: 9, K: 5}]")
     assert "does not exist" in refused(capsys, "collect", tmp_path / "none.yaml")
@@ -279,7 +282,50 @@ def test_what_is_hardly_meant_is_said(config_file, capsys):
 def test_a_typo_is_named_before_the_key_that_it_leaves_missing(config_file, capsys):
     text = config_file.read_text()
     config_file.write_text(text.replace("lr: 0.05", "learning_rate: 0.05"))
-    assert "unknown key 'train.learning_rate'; the nearest valid key is 'lr'" in refused(capsys, "collect", config_file)
+    assert "unknown key 'train.learning_rate'; the nearest valid key is 'train.lr'" in refused(capsys, "collect", config_file)
+
+
+def test_what_is_no_config_or_no_file_of_images_is_named(config_file, capsys, tmp_path):
+    assert f"`tdds write imagefolder:{tmp_path} data/NAME.beton --split train`" in refused(
+        capsys, "collect", config_file, f"data.train={tmp_path}")
+    cluster = Path(__file__).parents[1] / "configs/clusters/local.yaml"
+    assert f"is a cluster file, not the config of a run; `tdds submit CONFIG.yaml --cluster {cluster}`" in refused(
+        capsys, "collect", cluster)
+
+
+def test_an_unfinished_run_says_how_far_it_came(config_file, capsys, tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.config_file.write_text(config_file.read_text())
+    run.metrics_file.write_text('{"epoch": 1}\n')
+    assert "has not finished (1 of 3 epochs); start it again" in refused(
+        capsys, "select", run.path, "--score", "el2n", "--pruning-rate", "0.5")
+
+
+def test_plan_warns_of_a_batch_that_repeats_images(config_file, capsys):
+    assert main(["plan", str(config_file), "train.global_batch_size=144", "--gpus", "2", "--json"]) == 0
+    warning, = json.loads(capsys.readouterr().out)["warnings"]
+    assert "larger than the 120 images" in warning
+    assert warning.endswith("train.global_batch_size=120 fits")
+
+
+def test_words_are_not_guessed_but_suggested(capsys):
+    for words, said in ((["colect", "x"], "the nearest is collect"), (["score", "x", "--al"], "unrecognized arguments: --al"),
+                        (["export", "x", "--format", "cvs"], "the nearest is csv")):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["report", "none"], ["report", "none", "--json"], ["check", "none.beton"]])
+def test_a_pipe_that_nobody_reads_changes_no_exit_code(words):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "tdds_dist", *words], stdout=write, stderr=subprocess.PIPE, text=True,
+                          timeout=60)
+    os.close(write)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_refused_run_leaves_nothing_and_the_corrected_command_runs(config_file, capsys, tmp_path, betons):
@@ -395,6 +441,10 @@ def test_stage_errors(capsys, tmp_path):
      "--hard-cutoff-rate does nothing with sampler beta"),
     (["select", "--pruning-rate", "0.5", "--score", "ccs", "--sampler", "top"], "--score ccs means sampler ccs"),
     (["select", "--pruning-rate", "0.5", "--score", "dual"], "has no score 'dual'; it has tdds, random, "),
+    (["select", "--pruning-rate", "80"], "80 % is 0.8"),
+    (["select", "--pruning-rate", "0.5", "--score", "dual_beta"], "use --score dual --sampler beta"),
+    (["select", "--pruning-rate", "0.5", "--score", "tdds_official_T3"], "--score tdds_official_T3_K2_beta0.9 is the nearest"),
+    (["select", "--pruning-rate", "0.5", "--score", "el2n"], "--all` computes every score"),
     (["export", "--format", "paths"], "paths"),
     (["compare", "--pruning-rates", "1.5"], "1.5"),
 ])
@@ -440,15 +490,16 @@ def _check_together(rank):
 
 def test_a_terminated_write_leaves_nothing(tmp_path):
     out = tmp_path / "x.beton"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tdds_dist", "write", "synthetic:5000,3,256", str(out)], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-m", "tdds_dist", "write", "synthetic:5000,3,256", str(out), "--json"],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == json.loads(said)["exit_code"] == 143
+    assert "the same command starts over: tdds write" in json.loads(said)["error"]
     assert not list(tmp_path.iterdir())
 
 
@@ -513,8 +564,15 @@ def test_json_is_one_object_and_all_there_is(finished, stage_words, capfd, stage
         assert data["stage"] == words[0]
         assert data["exit_code"] == 0
     if wrote is not None:
-        assert {path.format(**places) for path in wrote} <= {file["path"] for file in data["wrote"]}
-        assert all(file["bytes"] == size(Path(file["path"])) > 0 for file in data["wrote"])
+        files = data["there"] if stage == "collect" else data["wrote"]  # that run was finished before
+        assert {path.format(**places) for path in wrote} <= {file["path"] for file in files}
+        assert all(file["bytes"] == size(Path(file["path"])) > 0 for file in files)
+        assert bool(data["wrote"]) == (stage not in ("check", "collect"))
+    if stage == "select":
+        assert [(row["kept"], row["images"]) for row in data["rows"]] == [(60, 120)]
+    if stage == "report":
+        assert data["rows"][0]["name"] == "collect"
+        assert data["rows"][0]["about"] == [str(places["run"])]
     if stage in NEXT:
         assert data["next"].startswith(NEXT[stage].format(**places))
     if stage in ("collect", "retrain"):
@@ -535,7 +593,7 @@ def test_quiet_stages_say_nothing_but_what_was_asked_for(finished, stage_words, 
     words, _ = stage_words(stage)
     assert main([*words, "--quiet"]) == 0
     captured = capfd.readouterr()
-    assert bool(captured.out) == (stage in ("plan", "status", "logs"))
+    assert bool(captured.out) == (stage in ("plan", "submit", "status", "logs"))  # submit: its dry run
     assert [line for line in captured.err.splitlines() if not line.startswith("warning: ")] == []
 
 
@@ -610,6 +668,8 @@ def test_several_rates_in_one_go(finished, capsys, tmp_path):
     line = refused(capsys, "select", folder, "--pruning-rate", "0.5", "0.8", "--out", tmp_path / "x.npz")
     assert "names one file, and there are 2 pruning rates" in line
     assert not (tmp_path / "x.npz").exists()
+    assert "must lie in [0, 1)" in refused(capsys, "select", folder, "--score", "random", "--pruning-rate", "0.31", "1.0")
+    assert not list((folder / "coresets").glob("random*_p0.31.npz")), "all are made before one is written"
 
 
 @pytest.mark.distributed

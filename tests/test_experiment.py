@@ -81,7 +81,7 @@ def test_defaults_and_overrides(plan_file):
     ("methods=[]", "methods"),
     ("methods=[5]", "methods.0=5"),
     ("methods=[{score: el2n}]", "key 'methods.0.name' is missing"),
-    ("methods=[tdds, {name: x, scroe: el2n}]", "unknown key 'methods.1.scroe'; the nearest valid key is 'score' (valid: "),
+    ("methods=[tdds, {name: x, scroe: el2n}]", "unknown key 'methods.1.scroe'; the nearest valid key is 'methods.1.score'"),
     ("methods=[{name: ../x, score: el2n}]", "methods.0.name='../x'"),
     ("methods=[{name: x, score: el2n, T: 5, K: 3}]", "x has T, which belongs to score tdds"),
     ("methods=[{name: x, score: el2n, preset: paper}]", "x has preset, which belongs to score tdds"),
@@ -102,7 +102,7 @@ def test_defaults_and_overrides(plan_file):
     ("seeds=[-1]", "must not be negative"),
     ("strategies=[E, Q]", "strategies.1='Q'"),
     ("architectures=[{name: a, overrides: []}, {name: a, overrides: []}]", "architectures: the names ['a'] stand twice"),
-    ("architectures=[{name: a, override: []}]", "unknown key 'architectures.0.override'; the nearest valid key is 'overrides'"),
+    ("architectures=[{name: a, override: []}]", "the nearest valid key is 'architectures.0.overrides'"),
     ("seed=[1]", "unknown key 'seed'; the nearest valid key is 'seeds'"),
     ("name=a/b", "name='a/b'"),
 ])

@@ -22,8 +22,8 @@ LAYERS = [
      "dynamics", "checkpoint"),
     ("rows", "fused", "scorer"),
     ("prepare", "snapshot", "job", "feed", "metrics", "engine"),
-    ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "summary", "status",
-     "rankings", "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
+    ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "rankings",
+     "summary", "status", "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
      "report_accuracy", "report_training", "report_scores", "report_agreement", "thumbnails", "report_images", "report"),
     ("stages", "cli", "__main__"),
 ]

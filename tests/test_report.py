@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,11 +17,14 @@ from tdds_dist import charts
 from tdds_dist.artifacts import Coreset, Scores, fingerprint, save_coreset, save_scores
 from tdds_dist.beton import Manifest, read_manifest
 from tdds_dist.beton_writer import write_beton
+from tdds_dist.config import load_config, to_dict
+from tdds_dist.console import speaking
 from tdds_dist.errors import InputError
 from tdds_dist.published import base_key, find_table
 from tdds_dist.report import build_report, format_summary, summary_table
 from tdds_dist.rundir import RunDir
 from tdds_dist.sources import open_source, with_corruption, with_label_noise
+from tdds_dist.summary import read_facts
 
 NUM_IMAGES, NUM_CLASSES = 60, 4
 TDDS = "tdds_official_T3_K2_beta0.9"
@@ -188,7 +192,7 @@ def test_numbers_come_from_results(run: RunDir, tmp_path: Path) -> None:
     assert page.row("random E, none", 1)[1:5] == ["50 %", "77.25", "−14.25", "77.75"]
     assert [page.row("tdds E, batch", number)[1:5] for number in (3, 4, 5)] == [  # each by itself
         ["50 %", "0", "80.00", "80.50"], ["50 %", "1", "81.00", "81.50"], ["50 %", "2", "85.00", "85.50"]]
-    assert "costs 9.50 points with tdds (Strategy-E, importance batch), down to 82.00\N{NO-BREAK SPACE}%" in page.text
+    assert "costs 9.50 points with tdds (importance batch), down to 82.00\N{NO-BREAK SPACE}%" in page.text
     speed = next(row for row in page.rows if row[0] == "collect")
     assert speed == ["collect", "4,321", "1 min 15 s", "–", "1.25 %", "1.5 s", "3", "2", "0"]  # first epoch left out
     assert "Published" not in page.text
@@ -328,6 +332,103 @@ def test_damaged_files_are_named(run: RunDir, tmp_path: Path) -> None:
     page = Page(build_report([run], tmp_path / "report.html"))
     assert "el2n.npz is not a scores file" in page.text
     assert "foreign.npz belongs to another dataset" in page.text
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b"[1]", b"{\"epoch\": 0}", b"\xff{"])
+@pytest.mark.parametrize("names", [("env.json", "train.manifest.json"), ("metrics.jsonl", "result.json")])
+def test_records_may_be_missing_or_damaged(names: tuple[str, str], content: bytes | None, run: RunDir, beton: Path,
+                                           tmp_path: Path) -> None:
+    for suffix in (".beton", ".manifest.json"):
+        (tmp_path / f"train{suffix}").write_bytes(beton.with_name(f"train{suffix}").read_bytes())
+    run.config_file.write_text(run.config_file.read_text().replace(str(beton), str(tmp_path / "train.beton")))
+    folders = [tmp_path, run.path, *(sub.path for sub in run.retrain_runs())]
+    for path in [folder / name for folder in folders for name in names if (folder / name).exists()]:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert page.row(f"{TDDS}_p0.5")
+    is_damaged = content in (b"[1]", b"\xff{")
+    said = {name: f"{name} is damaged" in page.text for name in ("env.json", "metrics.jsonl", "result.json")}
+    assert said == {"env.json": is_damaged and "env.json" in names, "metrics.jsonl": False,
+                    "result.json": is_damaged and "result.json" in names}
+    assert ("train.manifest.json is not a whole" in page.text) == (content is not None and "train.manifest.json" in names)
+    assert "Undefined" not in page.text
+
+
+def test_scores_of_other_images_are_left_out(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_scores(run, "aum", np.arange(40) % NUM_CLASSES, (0.5,))
+    with speaking(quiet=True) as warnings:
+        page = Page(build_report([run], tmp_path / "report.html"))
+    assert [sentence.split(" belongs")[0] for sentence in warnings] == [str(run.scores / "aum.npz"),
+                                                                       str(run.coresets / "aum_p0.5.npz")]
+    assert capsys.readouterr().err.count("warning: ") == 2
+    assert page.text.count("num_samples 40 instead of 60") == 2
+    assert page.row(f"{TDDS}_p0.5")
+    assert not any(row[0].startswith("aum") for row in page.rows if row)
+
+
+def test_of_two_scores_the_one_of_the_run_stays(tmp_path: Path, beton: Path, label_N: np.ndarray) -> None:
+    run = start(tmp_path / "run", beton)
+    add_scores(run, TDDS, np.arange(40) % NUM_CLASSES, ())
+    add_scores(run, "aum", label_N, (0.5,))
+    assert [*read_facts(run).scores] == ["aum"], "the manifest decides"
+    run.config_file.write_text(run.config_file.read_text().replace(str(beton), "gone.beton"))
+    finish_collect(run, 40)
+    assert [*read_facts(run).scores] == [TDDS], "the result decides"
+
+
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    source = open_source(f"synthetic:{NUM_IMAGES},{NUM_CLASSES},16")
+    source = dataclasses.replace(source, class_names=[name, *source.class_names[1:]], name=f"imagefolder:/data/{name}")
+    write_beton(source, tmp_path / "train.beton", num_workers=1, progress=False)
+    run = start(tmp_path / "run", tmp_path / "train.beton")
+    add_scores(run, TDDS, source.label_N, (0.5,))
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert page.row("caf?")
+    assert "imagefolder: caf?" in page.text
+
+
+def test_progress_is_shown_where_it_takes_long(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TDDS_PROGRESS_SECONDS", "0")
+    build_report([run], tmp_path / "report.html")
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.match(r"report: \d+ %, demo: images", line) for line in lines)
+    monkeypatch.delenv("TDDS_PROGRESS_SECONDS")
+    build_report([run], tmp_path / "report.html")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_command_is_told_with_its_ranks(run: RunDir, tmp_path: Path) -> None:
+    def told() -> bool:
+        return "<small>on 2 ranks, by torchrun</small>" in build_report([run], tmp_path / "report.html").read_text()
+
+    assert told()
+    run.write_env(run.read_env() | {"world_size": 1})
+    assert not told()
+
+
+def test_scores_are_in_one_order(tmp_path: Path, beton: Path, label_N: np.ndarray) -> None:
+    run = start(tmp_path / "run", beton)
+    first, second = (f"tdds_official_T{num_epochs}_K10_beta0.9" for num_epochs in (30, 20))  # as this config has them
+    config = to_dict(load_config(Path(__file__).parents[1] / "configs/digits.yaml"))
+    config["data"] |= {"train": str(beton), "num_classes": NUM_CLASSES}
+    run.write_start(config, run.read_env())
+    rng = np.random.default_rng(0)
+    for key, rates in ((first, (0.5,)), (second, (0.5, 0.8)), ("aum", ())):
+        add_scores(run, key, label_N, rates, rng.random(NUM_IMAGES, np.float32))
+    text = build_report([run], tmp_path / "report.html").read_text()
+    histograms = re.findall(r"<figcaption><b>(\S+)</b>: lowest", text)
+    maps = [*dict.fromkeys(re.findall(r'aria-label="Map of 60 images by (\S+) score', text))]
+    matrix = re.findall(rf'<th scope="row"[^>]*title="({TDDS[:4]}\S+)"', text)[:2]
+    assert histograms == [*maps, "aum"]
+    assert matrix == maps == [first, second], "by the windows of the config"
+
+
+def test_a_random_rank_is_no_score(run: RunDir, tmp_path: Path) -> None:
+    assert Page(build_report([run], tmp_path / "report.html")).row("random_p0.5")[3] == "–"
 
 
 def test_a_run_that_only_started(tmp_path: Path) -> None:

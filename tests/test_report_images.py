@@ -6,7 +6,7 @@ import re
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -23,6 +23,9 @@ from tdds_dist.rundir import RunDir
 from tdds_dist.sources import open_source, with_corruption, with_label_noise
 from tdds_dist.summary import Facts, read_facts
 from tdds_dist.thumbnails import thumbnails
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 NUM_IMAGES, NUM_CLASSES = 60, 4
 EVIL_CLASS, EVIL_PATH = '</script><script>alert("class")</script>', 'a/"><img src=x onerror=alert(1)>.png'
@@ -134,8 +137,59 @@ def test_sheets_of_every_plain_cut(tiny: Path, tmp_path: Path) -> None:
     by_score = np.argsort(score_N).tolist()
     assert [(sheet.kind, sheet.rate, sheet.cut) for sheet in found] == [
         ("highest", None, None), ("lowest", None, None), ("below", 0.8, 48), ("above", 0.8, 48),
+        ("below", 0.6, 36), ("above", 0.6, 36),  # the score's own top, not the other selection that there is
         ("below", 0.5, 30), ("above", 0.5, 30), ("below", 0.3, 18), ("above", 0.3, 18)]
     assert [sheet.index for sheet in found[:4]] == [by_score[:-7:-1], by_score[:6], by_score[45:48], by_score[48:51]]
+
+
+def test_every_score_is_cut_at_the_rates_of_all_coresets(tiny: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scores = {key: rng.permutation(NUM_IMAGES).astype(float) for key in ("tdds", "el2n", "moderate", "aum")}
+    scores["aum"][3] = np.nan
+    facts, _ = facts_of(tmp_path / "run", tiny, scores)
+    kept_M = np.arange(30)
+    facts.coresets["tdds_p0.5"] = Coreset(kept_M, np.ones(30, np.float32), "tdds", 0.5, facts.scores["tdds"].fingerprint)
+    rates = {name: [(sheet.kind, sheet.rate, sheet.cut) for sheet in score_sheets(facts, name, {}, 6)[2:]] for name in scores}
+    assert rates["el2n"] == [("below", 0.5, 30), ("above", 0.5, 30)]
+    assert rates["moderate"] == [], "two cuts"
+    assert rates["aum"] == [], "not finite"
+    by_score = np.argsort(scores["el2n"]).tolist()
+    assert [sheet.index for sheet in score_sheets(facts, "el2n", {}, 6)[2:]] == [by_score[27:30], by_score[30:33]]
+
+
+@pytest.mark.browser
+def test_a_filter_puts_what_fits_first_and_nan_comes_last(tiny: Path, tmp_path: Path, browser: "Browser") -> None:
+    rng = np.random.default_rng(0)
+    score_N = rng.permutation(NUM_IMAGES).astype(float)
+    score_N[[5, 20, 40]], score_N[[7, 8]] = np.nan, np.inf
+    facts, _ = facts_of(tmp_path / "run", tiny, {"tdds": score_N})
+    page = browser.new_page()
+    page.goto(build_report([facts.run], tmp_path / "report.html", num_thumbnails=2).as_uri())
+    section = page.locator("section.images")
+    heads = section.locator("h3")
+    assert heads.all_inner_texts() == ["Highest scores: kept longest", "Lowest scores: removed first", "A sample of all images"]
+    section.locator(".sheet-more").click()
+    shown = section.locator(".everything b").all_inner_texts()
+    assert shown == [f"{value:.4g}" for value in np.sort(score_N)]  # NumPy puts NaN last as well
+    facts_label = facts.scores["tdds"].label_N
+    label = int(facts_label[np.argsort(score_N)[NUM_IMAGES // 2]])
+    in_class_N = facts_label == label
+    section.locator(".filter-class").select_option(str(label))
+    texts = heads.all_inner_texts()
+    assert texts[0] == f"The {in_class_N.sum()} images in this page that fit, lowest score first"
+    assert section.locator(".everything b").all_inner_texts() == [f"{value:.4g}" for value in np.sort(score_N[in_class_N])]
+    assert len(texts) == 1 + section.locator(".sheets ul").count()
+    assert all(each.locator("img").count() for each in section.locator(".sheets ul").all()), "no group is empty"
+    section.locator(".filter-low").fill("1000")
+    section.locator(".filter-high").fill("1001")
+    assert heads.all_inner_texts() == ["No image in this page fits the filters"]
+    section.locator(".filter-reset").click()
+    assert heads.all_inner_texts()[-1] == "A sample of all images"
+    tops = page.evaluate("[...document.querySelectorAll('.choices label')].filter(each => !each.hidden && each.offsetParent)"
+                         ".map(each => [each.parentNode === document.querySelector('.filter-class').closest('p'),"
+                         " each.getBoundingClientRect().top])")
+    assert len({top for is_filter, top in tops if is_filter}) == 1
+    page.close()
 
 
 def test_nan_scores_are_in_no_sheet(tiny: Path, tmp_path: Path) -> None:

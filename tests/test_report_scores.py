@@ -343,9 +343,9 @@ def test_between_runs_of_other_data_or_other_rates(tmp_path: Path) -> None:
 def test_maps_count_every_image_and_cut_where_select_cuts(tmp_path: Path, drawn: dict[str, Drawn]) -> None:
     section = section_of(with_scores(tmp_path / "run"))
     assert [(of["name"], [chart["y"] for chart in of["maps"]]) for of in section["maps"]] == [
-        ("tdds_T3", ["forgetting", "aum"]), ("tdds_T2", ["forgetting", "aum"])]
+        ("tdds_T2", ["forgetting", "aum"]), ("tdds_T3", ["forgetting", "aum"])]
     x_N, y_N = scores_of(TDDS).score_N, scores_of("forgetting").score_N
-    chart = drawn["density_map"][0]
+    chart = drawn["density_map"][2]
     count_YX = np.zeros(chart["count_YX"].shape, int)
     for x, y in zip(x_N, y_N, strict=True):
         count_YX[chart["y_bins"].place(np.array([y]))[0], chart["x_bins"].place(np.array([x]))[0]] += 1
@@ -356,7 +356,7 @@ def test_maps_count_every_image_and_cut_where_select_cuts(tmp_path: Path, drawn:
     assert chart["x_cuts"] == [(f"{100 * rate:g} %", x_N[kept[rate][0]].min()) for rate in kept]
     assert [cut for _, cut in chart["y_cuts"]] == sorted({y_N[kept[rate][1]].min() for rate in kept})
     a, b = ({*index_M.tolist()} for index_M in kept[0.8])
-    corners = {place: num for place, _, num, _, _ in section["maps"][0]["maps"][0]["corners"]["corners"]}
+    corners = {place: num for place, _, num, _, _ in section["maps"][1]["maps"][0]["corners"]["corners"]}
     assert corners == {"top right": len(a & b), "bottom left": NUM_SAMPLES - len(a | b),
                        "top left": len(b - a), "bottom right": len(a - b)}
 

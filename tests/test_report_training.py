@@ -15,10 +15,10 @@ from test_report import TDDS, Page, finish_collect, log, retrain, start
 from tdds_dist.cli import main
 from tdds_dist.errors import InputError
 from tdds_dist.report import build_report
-from tdds_dist.report_accuracy import finding, matrix
+from tdds_dist.report_accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report_training import curve_charts, speed_charts
 from tdds_dist.rundir import RunDir
-from tdds_dist.summary import find_runs, format_summary, pools, read_facts, summary_rows, summary_tables
+from tdds_dist.summary import find_runs, format_summary, pools, read_facts, summary_rows, summary_table, summary_tables
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -192,9 +192,9 @@ def test_the_command_takes_an_experiment(experiment: Path, capsys: pytest.Captur
 def row(score: str, rate: float, final: float | None, strategy: str = "E", epochs: int = 30,
         **others: object) -> dict[str, object]:
     return {"name": "retrain", "score": score, "score_name": score, "strategy": strategy, "importance": "none",
-            "pruning_rate": rate, "num_images": 10, "epochs": epochs, "seeds": [0], "final_top1": final, "best_top1": final,
-            "final_top1_std": None, "best_top1_std": None, "difference": None, "is_reference": False, "published": None,
-            "status": "finished", "runs": "", "values": [{"seed": 0}], **others}
+            "variant": "", "pruning_rate": rate, "num_images": 10, "epochs": epochs, "seeds": [0],
+            "final_top1": final, "best_top1": final, "final_top1_std": None, "best_top1_std": None, "difference": None,
+            "is_reference": False, "published": None, "status": "finished", "runs": "", "values": [{"seed": 0}], **others}
 
 
 def test_the_best_of_a_column_is_marked_among_its_like() -> None:
@@ -218,12 +218,107 @@ def test_the_sentence_is_about_80_percent_where_it_can_be(rates: tuple[float, ..
     full = row("full data", 0.0, 95.0, is_reference=True)
     rows = [full, *(row(score, rate, 95 + change, difference=change) for rate in rates
                     for score, change in (("tdds", 0.25), ("random", -4.5)))]
-    text = (finding(rows) or "").replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
-    assert text == (f"The full data gives a top-1 of 95.00 %. Removing {asked} % of the images gains 0.25 points with tdds "
-                    "(Strategy-E), up to 95.25 %; it costs 4.50 points with random (Strategy-E), down to 90.50 %.")
+    assert sentence(rows) == (
+        f"The full data gives a top-1 of 95.00 %. Removing {asked} % of the images gains 0.25 points with tdds, up to 95.25 %; "
+        "it costs 4.50 points with random, down to 90.50 %.")
     many = [*rows, *(row(score, rates[-1], 1.0) for score in ("aum", "el2n", "dual"))]
-    assert "aum" not in (finding(many) or "")
+    assert "aum" not in sentence(many)
     assert finding([full]) is None
+
+
+def sentence(rows: list[dict[str, object]]) -> str:
+    return (finding(rows) or "").replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
+
+
+def test_the_sentence_never_leaves_out_random() -> None:
+    many = [row("tdds", 0.8, 70.0, strategy, importance=importance) for strategy in "EP"
+            for importance in ("batch", "none", "sample")]
+    many = [row("tdds_official_T9_K9_beta0.9_ce", 0.8, 60.0), *many, row("random", 0.8, 75.0)]
+    assert sentence(many) == ("With 80 % of the images removed, top-1 is 70.00 % with tdds (importance batch); 70.00 % with "
+                              "tdds (importance none); 70.00 % with tdds (importance sample); 75.00 % with random.")
+    assert "with el2n" in sentence([row(f"el2n_T{number}", 0.8, 70.0, score_name="el2n") for number in range(5)])
+
+
+def test_the_sentence_names_what_differs_alone() -> None:
+    rows = [row("full data", 0.0, 95.0, is_reference=True), row("tdds", 0.8, 95.001, difference=0.001),
+            row("tdds", 0.8, 90.0, "P", difference=-5.0), row("tdds", 0.8, 91.0, "P", 60, difference=-4.0),
+            row("tdds", 0.8, 85.0, difference=-10.0, variant="train.lr=0.02")]
+    assert sentence(rows).split(". ", 1)[1] == (
+        "Removing 80 % of the images costs nothing with tdds (Strategy-E), at 95.00 %; it costs 5.00 points with tdds "
+        "(Strategy-P, 30 epochs), down to 90.00 %; it costs 4.00 points with tdds (Strategy-P, 60 epochs), down to 91.00 %; "
+        "it costs 10.00 points with tdds (Strategy-E, train.lr=0.02), down to 85.00 %.")
+
+
+# ---- trainings that are no seeds of each other
+
+
+def change(sub: RunDir, **train: object) -> None:
+    """Another setting of a retraining, as if it had been asked for."""
+    config = sub.read_config()
+    sub.config_file.write_text(json.dumps(config | {"train": config["train"] | train}))
+    if "epochs" in train:
+        sub.write_result((sub.read_result() or {}) | {"epochs": train["epochs"]})
+
+
+def test_other_settings_and_repeated_seeds_are_no_seeds(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    log(run)
+    finish_collect(run, 60)
+    for name, seed, final in (("a", 0, 80.0), ("b", 1, 82.0), ("other", 0, 60.0), ("again", 0, 70.0)):
+        sub = retrain(run, TDDS, 0.5, seed, final, name=name)
+        sub.write_env(sub.read_env() | {"started": f"2026-01-0{2 if name == 'again' else 1}"})
+    change(RunDir(run.retrain / "other"), lr=0.02)
+    change(retrain(run, TDDS, 0.8, 0, 50.0, name="less"), global_batch_size=10)  # follows from the pruning rate
+    rows = summary_table(run)[1:]
+    assert [(row["pruning_rate"], row["variant"], row["seeds"], row["final_top1"]) for row in rows] == [
+        (0.5, "", [0, 1], 81.0), (0.5, "repeated as again", [0], 70.0), (0.5, "train.lr=0.02", [0], 60.0), (0.8, "", [0], 50.0)]
+    assert [line["detail"] for line in matrix(rows)["lines"]] == [
+        "E, none", "E, none, repeated as again", "E, none, train.lr=0.02"]
+    assert re.search(r"none +train.lr=0.02 +50 %", format_summary(rows))
+    chart = accuracy_chart(rows, {"tdds": 1})
+    assert chart is not None
+    assert [(line.label, line.y, line.marker) for line in chart["legend"]] == [
+        ("tdds (Strategy-E)", [81.0, 50.0], "o"), ("tdds (Strategy-E, repeated as again)", [70.0], "s"),
+        ("tdds (Strategy-E, train.lr=0.02)", [60.0], "^")]
+    curves = curve_charts([read_facts(run)], {"tdds": 1})
+    assert curves is not None
+    assert "tdds (E, none): mean of 2" in curves["charts"][0]
+    assert {line.label for line in curves["legend"]} == {
+        "full data, collection", "tdds (E, none)", "tdds (E, none, repeated as again)", "tdds (E, none, train.lr=0.02)"}
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert page.row("tdds E, none, train.lr=0.02")[1] == "60.00 −30.00 1 seed"
+
+
+def test_other_epochs_are_other_lines_in_the_charts(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    log(run)
+    retrain(run, TDDS, 0.5, 0, 80.0, name="short")
+    change(retrain(run, TDDS, 0.5, 0, 60.0, name="long"), epochs=6)
+    chart, curves = accuracy_chart(summary_table(run), {"tdds": 1}), curve_charts([read_facts(run)], {"tdds": 1})
+    assert chart is not None
+    assert curves is not None
+    assert [(line.label, line.x) for line in chart["legend"]] == [
+        ("tdds (Strategy-E, 3 epochs)", [50.0]), ("tdds (Strategy-E, 6 epochs)", [50.0])]
+    assert [line.label for line in curves["legend"]] == [
+        "full data, collection", "tdds (E, none, 6 epochs)", "tdds (E, none, 3 epochs)"]
+    assert not curves["has_seeds"]
+
+
+def test_a_retraining_of_unknown_rate_is_not_the_full_data(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "train.beton")
+    finish_collect(run, 60)
+    for name in ("mine", "yours"):
+        sub = retrain(run, TDDS, 0.5, 0, None, name=name)
+        sub.write_env({})
+    found = matrix(summary_table(run))
+    assert [(row["name"], row["variant"]) for row in found["unknown"]] == [("mine", ""), ("yours", "")]
+    assert [row["name"] for row in found["full"]] == ["collect"]
+    page = Page(build_report([run], tmp_path / "report.html"))
+    assert page.row("mine")[1] == "1 of 3 epochs; no file says its pruning rate"
+    assert "retrained" not in page.row("mine")[0]
+    charts = speed_charts(read_facts(run))
+    assert charts is not None
+    assert [line.label for line in charts["legend"]] == ["pruning rate not known (mean of 2)"]
 
 
 # ---- curves
@@ -293,15 +388,16 @@ def test_throughput_by_epoch_with_resumes_marked(tmp_path: Path) -> None:
     run.write_env(run.read_env() | {"resumes": [
         {"started": "2026-02-03T04:05:06+0000", "epoch": 1, "step": 7, "world_size": 4, "device": "cpu", "commit": "abc",
          "notes": ["rank 1 was <lost>"]}]})
+    run.write_env(run.read_env() | {"resumes": [*run.read_env()["resumes"], {"started": "2026-02-03T04:05:06+0000"}]})
     charts = speed_charts(read_facts(run))
     assert charts is not None
-    assert charts["resumes"] == [2]
+    assert charts["resumes"] == [2], "of the other entry it is not known"
     assert charts["charts"][0].count("<path") > unmarked.count("<path")
     page = Page(build_report([run], tmp_path / "report.html"))
     assert "stopped and went on in epoch 2." in page.text
     assert page.row("2026-02-03 04:05")[1:] == ["2", "7", "4", "cpu", "abc", "rank 1 was <lost>"]
     assert "<lost>" not in page.text
-    assert next(row for row in page.rows if row[0] == "collect")[-1] == "1"
+    assert next(row for row in page.rows if row[0] == "collect")[-1] == "2"
 
 
 def test_provenance_can_be_read(tmp_path: Path) -> None:
@@ -391,6 +487,31 @@ def test_a_name_in_the_legend_shows_its_curves_alone(opened: "BrowserPage") -> N
     names.nth(1).click()
     names.nth(2).click()  # the last one: all are back
     assert shown() == {"c0", "c1", "c2"}
+
+
+@pytest.mark.browser
+def test_the_legend_of_the_accuracy_chart_can_be_pressed(opened: "BrowserPage") -> None:
+    figure = opened.locator("#p0 figure.chart").first
+    assert figure.get_by_text("Press a name").is_visible()
+    lines = figure.locator("svg[role=img] [data-series]")
+    assert lines.count() > 2, "lines and their error bars"
+    figure.locator(".legend button").first.click()
+    assert set(lines.evaluate_all(
+        "found => found.filter(line => line.style.display !== 'none').map(line => line.dataset.series)")) == {"a0"}
+    assert figure.locator(".legend button[aria-pressed=false]").count() == 1
+
+
+@pytest.mark.browser
+def test_without_scripts_nothing_invites_a_press(report: Path, browser: "Browser") -> None:
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(report.as_uri())
+    assert page.get_by_text("Press a name").count() == 2
+    assert not any(found.is_visible() for found in page.get_by_text(re.compile("[Pp]ress a (name|column)")).all())
+    button = page.locator("#p0 .matrix thead button").first
+    style = button.evaluate("button => [getComputedStyle(button, '::after').content, getComputedStyle(button).cursor]")
+    assert style[0] in ("none", "normal")
+    assert style[1] != "pointer"
+    page.close()
 
 
 @pytest.mark.browser

@@ -140,6 +140,9 @@ def test_a_run_that_was_killed_on_this_machine_is_known_at_once(run: RunDir) -> 
     assert status.warnings[0].endswith(" is dead")
     put_checkpoint(run, 1200, {"epoch": 3})
     assert shown(run).splitlines()[-1] == "next: start the same command again; it goes on from its last checkpoint"
+    run.env_file.write_text(json.dumps({"command": ["tdds", "collect", "my.yaml", "run.name=a b"], "world_size": 2}))
+    assert shown(run).endswith("from its last checkpoint: torchrun --nproc-per-node 2 -m tdds_dist collect my.yaml "
+                               "'run.name=a b'")
 
 
 @pytest.mark.parametrize(("update", "touched", "state", "num_warnings"), [
@@ -194,7 +197,10 @@ def test_a_finished_run_says_what_comes_next(run: RunDir) -> None:
     beat(run, "finished")
     run.write_result(RESULT)
     assert shown(run).splitlines()[:2] == [f"{run.path}: collect, finished", "  10 epochs, final top-1 93.06 %, best 94.50 %"]
-    assert shown(run).endswith(f"next: tdds select {run.path} --pruning-rate 0.7")
+    assert shown(run).endswith(f"next: `tdds select {run.path} --pruning-rate P` makes a coreset")  # its config is no whole one
+    config = Path(__file__).parents[1] / "configs/digits.yaml"
+    run.config_file.write_text(config.read_text().replace("0.3", "0.35"))
+    assert shown(run).endswith(f"next: tdds select {run.path} --pruning-rate 0.35 0.5 0.7 0.8 0.9")
     run.coresets.mkdir()
     (run.coresets / "a.npz").touch()
     assert shown(run).endswith(f"next: tdds retrain {run.path}/config.yaml --coreset {run.path}/coresets/a.npz --strategy E")
@@ -305,6 +311,11 @@ def test_when_all_are_finished_the_report_comes(run: RunDir) -> None:
     inner = put_retraining(run, "a", result={"epochs": 10, "final_top1": 93.06, "best_top1": 95.0})
     assert shown(run).endswith(f"next: tdds report {run.path}")
     assert shown(inner).endswith(f"next: tdds report {run.path}")
+    (run.path / "report.html").touch()
+    for place in (run, inner):
+        assert shown(place).endswith(f"next: open {run.path}/report.html in a browser")
+    os.utime(run.path / "report.html", (0, 0))  # of before the retraining
+    assert shown(run).endswith(f"next: tdds report {run.path}")
 
 
 def test_an_experiment_shows_its_seeds_and_all_retrainings(tmp_path: Path) -> None:
@@ -447,6 +458,11 @@ def test_watch_needs_a_sensible_pause(run: RunDir, seconds: str) -> None:
         command("status", run.path, f"--watch={seconds}")
 
 
+def test_watching_is_for_people(run: RunDir) -> None:
+    with pytest.raises(InputError, match="--json is one object, and --watch prints one again and again; leave one out"):
+        command("status", run.path, "--watch", "--json")
+
+
 # ---- logs
 
 
@@ -510,6 +526,9 @@ def test_standard_output_on_request(run: RunDir, capsys: pytest.CaptureFixture[s
 def test_a_run_without_jobs_has_its_own_log(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"log.txt does not exist"):
         command("logs", run.path)
+    run.log_file.touch()
+    command("logs", run.path)
+    assert capsys.readouterr().out == f"==> {run.log_file} is empty\n"
     run.log_file.write_text("a\nb\n")
     command("logs", run.path, "--lines", "1")
     assert capsys.readouterr().out == f"==> {run.log_file}\nb\n"

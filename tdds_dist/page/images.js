@@ -5,6 +5,7 @@
   const make = (tag, className, text) => Object.assign(document.createElement(tag), {className, textContent: text ?? ""});
   const value = text => Number(text.replace("inf", "Infinity"));
   const number = count => count.toLocaleString("en");
+  const rising = (a, b) => Number.isNaN(a) - Number.isNaN(b) || Number(a > b) - Number(a < b); // what is no number comes last
 
   const figure = (image, place) => {
     const picture = make("img", image.pixelated ? "pixelated" : "");
@@ -51,21 +52,30 @@
       for (const sheet of scores[score.value].sheets)
         if (sheet.rate === null || sheet.rate === rate.value) {
           const shown = sheet.index.map(index => byIndex.get(index)).filter(image => isFitting.has(image));
+          if (!shown.length) continue;
           const list = make("ul", "sheet");
           fill(list, shown);
           const left = shown.length === sheet.index.length ? sheet.note
-            : `${shown.length || "None"} of ${sheet.note[0].toLowerCase()}${sheet.note.slice(1)}`;
+            : `${number(shown.length)} of ${sheet.note[0].toLowerCase()}${sheet.note.slice(1)}`;
           sheets.append(make(head, "subtitle", sheet.head), make("p", "note", left), list);
           for (const image of shown) isShown.add(image);
         }
       const some = fitting.slice(0, limit); // the store begins with the sample, well spread wherever it is cut
       const place = image => value(image.scores[score.value]);
-      fill(all.querySelector("ul"), [...some].sort((a, b) => place(a) - place(b)));
+      fill(all.querySelector("ul"), [...some].sort((a, b) => rising(place(a), place(b))));
       for (const image of some) isShown.add(image);
       more.hidden = some.length === fitting.length;
-      all.querySelector(".note").textContent = fitting.length
-        ? `${more.hidden ? "All" : `${number(some.length)} of the`} ${number(fitting.length)} in this page${isFiltered() ? " that fit the filters" : ""}, by rising score.`
-        : "No image in this page fits the filters.";
+      const title = all.querySelector(".subtitle"), note = all.querySelector(".note");
+      if (isFiltered()) {
+        sheets.before(all);
+        title.textContent = fitting.length > 1 ? `The ${number(fitting.length)} images in this page that fit, lowest score first`
+          : fitting.length ? "The one image in this page that fits" : "No image in this page fits the filters";
+      } else {
+        sheets.after(all);
+        title.textContent = "A sample of all images";
+      }
+      note.textContent = `${more.hidden ? "All" : `${number(some.length)} of the`} ${number(fitting.length)} in this page, by rising score.`;
+      note.hidden = isFiltered() && more.hidden;
       more.textContent = `Show ${number(Math.min(MANY, fitting.length - some.length))} more`;
       find("filter-count").textContent = `Showing ${number(isShown.size)} of ${number(images.length)} images`;
     };
@@ -75,7 +85,7 @@
     };
     const choose = () => {
       const texts = images.map(image => image.scores[score.value]).filter(text => Number.isFinite(value(text)));
-      texts.sort((a, b) => value(a) - value(b));
+      texts.sort((a, b) => rising(value(a), value(b)));
       low.value = high.value = "";
       low.placeholder = texts[0] ?? "";
       high.placeholder = texts.at(-1) ?? "";
