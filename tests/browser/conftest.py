@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WINDOWS = "[{T: 4, K: 2, pruning_rates: [0.0, 0.3, 0.5]}, {T: 3, K: 2, pruning_rates: [0.7, 0.8, 0.9]}]"
+WINDOWS = "[{T: 4, K: 3, pruning_rates: [0.0, 0.3, 0.5]}, {T: 3, K: 3, pruning_rates: [0.7, 0.8, 0.9]}]"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     done = subprocess.run(
         [str(ROOT / "scripts/demo.sh"), f"run.dir={run}", f"data.train={data}/digits_train.beton",
          f"data.val={data}/digits_val.beton", "train.epochs=4", "train.warmup_epochs=1", "model.name=shufflenet_v2_x0_5",
-         f"score.windows={WINDOWS}"],
+         f"score.windows={WINDOWS}", "score.baselines.el2n_epochs=3", "score.baselines.uncertainty_window=3"],
         env=os.environ | {"DEMO_RUN": str(run), "DEMO_DATA": str(data)}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return Demo(run, run / "report.html", done.stdout + done.stderr)

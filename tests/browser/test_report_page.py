@@ -88,7 +88,7 @@ def test_images_are_filtered_by_class_and_by_score(demo, open_page, size):
 def test_other_scores_and_cuts_show_their_images(demo, open_page):
     section = open_page(demo.report).page.locator("section.images")
     names = section.locator(".sheet-score option").all_inner_texts()
-    assert {"el2n", "aum", "forgetting", "dual"} <= set(names)
+    assert {"el2n_T3", "aum", "forgetting", "dual_J3"} <= set(names)
     assert not any(name.startswith("random") for name in names)
     sheets = section.locator(".sheets")
     first = sheets.locator("img").first.get_attribute("data-index")
@@ -96,8 +96,8 @@ def test_other_scores_and_cuts_show_their_images(demo, open_page):
         section.locator(".sheet-score").select_option(label=name)
         highest = [float(text) for text in sheets.locator("ul").first.locator("b").all_inner_texts()]
         assert len(highest) > 10
-        assert highest == sorted(highest, reverse=name != "moderate"), name
-    section.locator(".sheet-score").select_option(label="el2n")
+        assert highest == sorted(highest, reverse=True), name
+    section.locator(".sheet-score").select_option(label="el2n_T3")
     assert sheets.locator("img").first.get_attribute("data-index") != first
 
 
