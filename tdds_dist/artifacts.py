@@ -193,7 +193,7 @@ def _load(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any]
                     raise KeyError(*missing)
                 arrays = {name: file[name] for name in (*names, *(f"extra_{name}" for name in meta.get("extra", ())))}
     except (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        why = "is damaged" if isinstance(error, zipfile.BadZipFile) else repr(error)
+        why = f"damaged: {error}" if isinstance(error, zipfile.BadZipFile) else repr(error)
         raise InputError(f"{path} is not a {kind} file of tdds ({why}); expected an .npz written by `tdds`") from error
     if found != kind:
         raise InputError(f"{path} holds {found!r}, expected {kind!r}")

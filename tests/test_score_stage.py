@@ -860,6 +860,9 @@ def test_scores_that_are_not_finite(tmp_path):
 def test_score_that_is_not_there(run, tmp_path):
     with pytest.raises(InputError, match=r"holds no scores; run `tdds collect` or `tdds score` first"):
         select(run, 0.3, score="random")
+    with pytest.raises(InputError, match=r"T30_K10_beta0\.9': its collection has not finished \(0 of 30 epochs\)"):
+        select(run, 0.3)
+    (run / "result.json").write_text("{}")
     with pytest.raises(InputError, match=r"has no score 'tdds_official_T30_K10_beta0\.9'; it has tdds, random"):
         select(run, 0.3)
     score(run)
