@@ -746,6 +746,7 @@ def interrupted(words, is_time):
     return process.returncode, said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(config_file, tmp_path, capsys):
     run = RunDir(tmp_path / "run")
     words = ["collect", str(config_file), "train.epochs=300", "score.windows=[{T: 3, K: 2}]"]
@@ -758,6 +759,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config_file, tmp_path, capsys):
     assert json.loads(run.status_file.read_text())["state"] == "stopped"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     words = ["write", "synthetic:5000,3,256", tmp_path / "x.beton", "--num-workers", "1"]
     code, line = interrupted(words, lambda: any(file.stat().st_size > 2**20 for file in tmp_path.iterdir()))

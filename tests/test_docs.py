@@ -51,7 +51,7 @@ def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stop_after", [1, 6, 9])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(9, marks=pytest.mark.slow)])
 def test_the_example_that_resumes_gives_what_it_gives_uninterrupted(stop_after, tmp_path):
     def run(folder, **variables):
         return subprocess.run([sys.executable, str(ROOT / "docs/examples/resume.py"), str(tmp_path / folder)], text=True,

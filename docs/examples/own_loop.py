@@ -50,6 +50,7 @@ scores = scorer.gather()[window]
 if rank == 0:
     print(f"scored {len(scores)} images; kept first: {scores.argsort(descending=True)[:5].tolist()}")
 if dist.is_initialized():
-    del model, optimizer, scorer  # what holds the process group: its threads must end before Python does
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # DDP leaves threads of gloo behind, which now and then abort Python's own way out
