@@ -20,11 +20,11 @@ def find() -> str | None:
 
 @contextmanager
 def launched() -> Iterator["Browser"]:
-    """A browser for the time of a `with`. Its sandbox needs rights that containers and root lack; it opens our files only."""
+    """A browser for the time of a `with`. Its sandbox and /dev/shm need what containers lack; it opens our files only."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find(), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=find(), args=["--no-sandbox", "--disable-dev-shm-usage"])
         try:
             yield browser
         finally:
