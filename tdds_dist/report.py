@@ -22,6 +22,7 @@ import yaml
 from tdds_dist.artifacts import Coreset, write_atomically
 from tdds_dist.console import Progress, say
 from tdds_dist.errors import InputError
+from tdds_dist.facts import FULL_DATA, Facts, read_facts, short_names
 from tdds_dist.published import base_key
 from tdds_dist.report_accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report_agreement import agreement_section, between_section
@@ -40,8 +41,6 @@ from tdds_dist.report_scores import (
 from tdds_dist.report_training import FULL_SLOT, curve_charts, speed, speed_charts
 from tdds_dist.rundir import RunDir
 from tdds_dist.summary import (
-    FULL_DATA,
-    Facts,
     by_setting,
     count,
     decimal,
@@ -50,9 +49,7 @@ from tdds_dist.summary import (
     percent,
     plus_minus,
     pools,
-    read_facts,
     run_name,
-    short_names,
     signed,
     summary_rows,
     summary_table,

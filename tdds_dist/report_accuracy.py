@@ -6,8 +6,9 @@ Owns what is shown of the rows of `summary`; reads nothing. A cell that is missi
 from typing import Any
 
 from tdds_dist import charts
+from tdds_dist.facts import FULL_DATA
 from tdds_dist.published import base_key, is_plain
-from tdds_dist.summary import FULL_DATA, percent
+from tdds_dist.summary import percent
 
 ASKED_RATE = 0.8  # the sentence is about this pruning rate where it was retrained at, else about the largest
 MAX_NAMED = 4  # settings in the sentence; of more, TDDS and random

@@ -15,11 +15,12 @@ from tdds_dist import charts, rankings
 from tdds_dist.artifacts import Scores, require_same_dataset
 from tdds_dist.binning import bins_of
 from tdds_dist.errors import InputError
+from tdds_dist.facts import Facts
 from tdds_dist.published import base_key, is_plain
 from tdds_dist.rankings import Ranked
 from tdds_dist.report_scores import known_noise
 from tdds_dist.selection import num_kept
-from tdds_dist.summary import Facts, percent
+from tdds_dist.summary import percent
 
 DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of a run without coresets
 NUM_CELLS = 60  # of a map in either direction

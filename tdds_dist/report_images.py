@@ -18,9 +18,10 @@ import numpy as np
 
 from tdds_dist.artifacts import require_same_dataset
 from tdds_dist.errors import InputError
+from tdds_dist.facts import Facts
 from tdds_dist.published import base_key
 from tdds_dist.report_scores import Origins, class_name, known_noise, printable
-from tdds_dist.summary import Facts, percent
+from tdds_dist.summary import percent
 
 if TYPE_CHECKING:
     from tdds_dist.beton import BetonInfo

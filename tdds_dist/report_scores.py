@@ -14,8 +14,9 @@ from tdds_dist.agreement import keep_rates
 from tdds_dist.agreement import noise_kept as share_kept
 from tdds_dist.artifacts import Coreset
 from tdds_dist.binning import bins_of
+from tdds_dist.facts import Facts
 from tdds_dist.published import base_key, is_plain
-from tdds_dist.summary import Facts, percent
+from tdds_dist.summary import percent
 
 NUM_BINS = 80
 MAX_CLASS_CELLS = 20_000  # of the per-class table; beyond it only the main score's coresets are listed

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from tdds_dist import charts
+from tdds_dist.facts import FULL_DATA, Facts, Retrained, short_names
 from tdds_dist.report_accuracy import free_marker
-from tdds_dist.summary import FULL_DATA, Facts, Retrained, by_setting, percent, run_name, short_names, variants
+from tdds_dist.summary import by_setting, percent, run_name, variants
 
 FULL_SLOT, FULL_RETRAINED_SLOT = 99, 98  # colours of the full data: the ink of the page, and a grey
 _THIN, _WIDE = 0.6, 3.5  # line widths: one of the trainings behind a mean; what lies below a line that may be the same

@@ -11,9 +11,9 @@ from browser.chromium import find
 from benchmarks import report
 from benchmarks.report import KEYS, RATES, main, open_page, write_images, write_run
 from tdds_dist.beton import dataset_fingerprint, inspect_beton, read_images, read_manifest
+from tdds_dist.facts import read_facts
 from tdds_dist.report import build_report
 from tdds_dist.report_scores import origin
-from tdds_dist.summary import read_facts
 
 SMALL = ["--num-samples", "400", "--num-classes", "8", "--num-pictures", "16", "--epochs", "3", "--repetitions"]
 

@@ -23,7 +23,7 @@ LAYERS = [
     ("rows", "fused", "scorer"),
     ("prepare", "snapshot", "job", "feed", "metrics", "engine"),
     ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "rankings",
-     "summary", "status", "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
+     "facts", "summary", "status", "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
      "report_accuracy", "report_training", "report_scores", "report_agreement", "thumbnails", "report_images", "report"),
     ("stages", "cli", "__main__"),
 ]

@@ -20,11 +20,11 @@ from tdds_dist.beton_writer import write_beton
 from tdds_dist.config import load_config, to_dict
 from tdds_dist.console import speaking
 from tdds_dist.errors import InputError
+from tdds_dist.facts import read_facts
 from tdds_dist.published import base_key, find_table
 from tdds_dist.report import build_report, format_summary, summary_table
 from tdds_dist.rundir import RunDir
 from tdds_dist.sources import open_source, with_corruption, with_label_noise
-from tdds_dist.summary import read_facts
 
 NUM_IMAGES, NUM_CLASSES = 60, 4
 TDDS = "tdds_official_T3_K2_beta0.9"

@@ -16,12 +16,12 @@ from PIL import Image
 from tdds_dist.artifacts import Coreset, Scores, fingerprint, save_coreset, save_scores
 from tdds_dist.beton import inspect_beton, manifest_path, read_images
 from tdds_dist.beton_writer import write_beton
+from tdds_dist.facts import Facts, read_facts
 from tdds_dist.report import build_report
 from tdds_dist.report_images import Sheet, by_need, score_sheets, sheets, spread
 from tdds_dist.report_scores import Origins, origin
 from tdds_dist.rundir import RunDir
 from tdds_dist.sources import open_source, with_corruption, with_label_noise
-from tdds_dist.summary import Facts, read_facts
 from tdds_dist.thumbnails import thumbnails
 
 if TYPE_CHECKING:

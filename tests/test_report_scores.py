@@ -18,13 +18,13 @@ from tdds_dist.artifacts import Coreset, Scores, fingerprint, load_coreset, save
 from tdds_dist.beton import HEADER, VERSION, Manifest, manifest_path, write_manifest
 from tdds_dist.binning import LARGEST_RATIO, Bins, bins_of
 from tdds_dist.compare import compare
+from tdds_dist.facts import Facts, read_facts
 from tdds_dist.published import base_key
 from tdds_dist.report import build_report
 from tdds_dist.report_agreement import agreement_section, between_section
 from tdds_dist.report_scores import class_table, kept_range, main_score, noise_table, origin, score_facts
 from tdds_dist.rundir import RunDir
 from tdds_dist.select import choose, make_coreset
-from tdds_dist.summary import Facts, read_facts
 
 SHORT = TDDS.replace("T3", "T2")
 KEYS = (TDDS, SHORT, "random", "forgetting", "el2n", "aum", "moderate", "dual")

@@ -14,11 +14,12 @@ from test_report import TDDS, Page, finish_collect, log, retrain, start
 
 from tdds_dist.cli import main
 from tdds_dist.errors import InputError
+from tdds_dist.facts import read_facts
 from tdds_dist.report import build_report
 from tdds_dist.report_accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report_training import curve_charts, speed_charts
 from tdds_dist.rundir import RunDir
-from tdds_dist.summary import find_runs, format_summary, pools, read_facts, summary_rows, summary_table, summary_tables
+from tdds_dist.summary import find_runs, format_summary, pools, summary_rows, summary_table, summary_tables
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
