@@ -67,7 +67,7 @@ def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
     _check_methods(config, methods, rates)
     retrain = _retrain_stage(config, frozen, methods, rates)
     has_coresets = not retrain.waiting or all(_has_coreset(config, method, rate) for method in methods for rate in rates)
-    select = _select_stage(config, methods, rates, not collect.waiting and has_coresets)
+    select = _select_stage(config, methods, rates, not collect.waiting, has_coresets)
     stages = [collect, select, retrain]
     run = config.run.directory
     is_done = not any(stage.waiting for stage in stages) and (run / "report.html").is_file() and not any(
@@ -134,8 +134,12 @@ def _coreset(config: Config, method: Method, rate: float) -> Path:
     return config.run.directory / "coresets" / f"{method.name}_p{rate:g}.npz"
 
 
-def _select_stage(config: Config, methods: Sequence[Method], rates: Sequence[float], is_done: bool) -> Stage:
-    """One job for all coresets: each takes a second, and every score is computed once."""
+def _select_stage(config: Config, methods: Sequence[Method], rates: Sequence[float], is_collected: bool,
+                  has_coresets: bool) -> Stage:
+    """One job for all coresets: each takes a second, and every score is computed once.
+
+    A coreset that is there and of another collection or other options is moved aside (`--force`).
+    """
     run = config.run.directory
     commands: list[tuple[str, ...]] = []
     files = {"random": "random", **{key: key for key in FROM_THE_FINAL_MODEL}}  # of scores, by their keys
@@ -153,10 +157,13 @@ def _select_stage(config: Config, methods: Sequence[Method], rates: Sequence[flo
             is_tdds = method.score_key == "tdds"
             score = config.window_for(rate).key(config.score.preset) if is_tdds else files[method.score_key]
             sampler = ("--sampler", method.sampler) if method.sampler else ()
+            file = _coreset(config, method, rate)
+            force = ("--force",) if file.is_file() and not (is_collected and _has_coreset(config, method, rate)) else ()
             commands.append(("select", str(run), "--pruning-rate", f"{rate:g}", "--score", score, *sampler,
-                             "--seed", str(config.run.seed), "--out", str(_coreset(config, method, rate))))
+                             "--seed", str(config.run.seed), *force, "--out", str(file)))
     num = len(methods) * len(rates)
-    return Stage("select", (Step(f"{num} coreset{'s' if num > 1 else ''}", tuple(commands), str(run), is_done),))
+    return Stage("select", (Step(f"{num} coreset{'s' if num > 1 else ''}", tuple(commands), str(run),
+                                 is_collected and has_coresets),))
 
 
 def _retrain_stage(config: Config, frozen: Path, methods: Sequence[Method], rates: Sequence[float]) -> Stage:
@@ -182,20 +189,17 @@ def check_what_is_done(config: Config, stages: Sequence[Stage]) -> None:
     if not any(name in ("collect", "retrain") for name, _ in done):
         return
     from tdds_dist.artifacts import load_coreset
-    from tdds_dist.prepare import open_files
+    from tdds_dist.identity import differences
     from tdds_dist.retrain import resolve
     from tdds_dist.rundir import RunDir
-    from tdds_dist.start import changed_settings, check_settings, content_of
+    from tdds_dist.start import content_here
 
-    is_here = Path(config.data.train).is_file() and Path(config.data.val).is_file()
-    data = {"data": content_of(open_files(config)[:2])} if is_here else {}
+    data = content_here(config)
     for name, step in done:
         if name == "collect":
-            if changed := changed_settings(RunDir(step.directory), config, {"stage": "collect"}):
+            if changed := differences(RunDir(step.directory), config, {"stage": "collect"} | data):
                 raise InputError(f"{step.directory} was collected with other settings ({'; '.join(changed)}); keep those, or "
                                  "choose another run.name")
-            if data:
-                check_settings(RunDir(step.directory), config, {"stage": "collect"} | data)
         elif name == "retrain" and step.coreset is not None and step.coreset.is_file():
             if _is_older(Path(step.directory) / "result.json", config.run.directory / "result.json"):
                 raise InputError(f"{step.directory} was trained before the collection that is there now had finished; remove "
@@ -203,7 +207,7 @@ def check_what_is_done(config: Config, stages: Sequence[Stage]) -> None:
             seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": step.seed})})
             run, resolved, setting = resolve(seeded, load_coreset(step.coreset), step.coreset, step.strategy, step.importance,
                                              Path(step.directory).name)
-            changed = changed_settings(run, resolved, setting)
+            changed = differences(run, resolved, setting | data)
             if step.method is not None:
                 changed += _other_options(config, step.method, step.coreset)
             if changed:

@@ -13,7 +13,11 @@ step() { printf '\n[%3d s] %s\n' $((SECONDS - started)) "$*"; }
 do_() { printf '$ %s\n' "$*"; "$@"; }
 distributed() { do_ torchrun --standalone --nproc-per-node "$ranks" -m tdds_dist "$@"; }
 
-rm -rf "$run"
+if [ -e "$run" ]; then
+    aside=$(dirname "$run")/before-$(date +%Y%m%dT%H%M%S)
+    mkdir -p "$aside" && mv "$run" "$aside/"
+    printf 'the run that was there is moved aside to %s\n' "$aside"
+fi
 step "1/5 write: scikit-learn's digits as JPEG into .beton files"
 for split in train val; do
     do_ tdds write digits "$data/digits_$split.beton" --split "$split" --overwrite

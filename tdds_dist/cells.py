@@ -3,20 +3,18 @@
 Reads configs and what finished runs say of themselves; runs nothing (`experiment` does).
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tdds_dist.checkpoint import published
+from tdds_dist.artifacts import load_coreset
 from tdds_dist.config import Architecture, Config, Experiment, Method, load_config, parse_baselines, parse_config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.rundir import RunDir
 from tdds_dist.score import BASELINES, MODEL_SCORES, check_options
+from tdds_dist.start import content_here, why_not
 from tdds_dist.tdds import Window, check_window
-
-_NOT_A_SETTING = {"run": ("name", "dir", "device", "timeout_seconds"), "data": ("num_workers",)}  # change no result
 
 
 @dataclass(frozen=True)
@@ -139,73 +137,42 @@ def _collection_task(plan: Experiment, seed: int) -> Task:
         raise InputError(f"methods {sorted(needed & set(MODEL_SCORES))} need score.final_pass=true; switch it on")
     if not config.score.trajectory:
         raise InputError("an experiment scores from the trajectory; set score.trajectory=true")
-    matters = to_dict(config)
-    del matters["retrain"], matters["score"]["baselines"], matters["pipeline"]
-    matters["score"]["windows"] = [{**window, "pruning_rates": ()} for window in matters["score"]["windows"]]
-    settings = {"digest": _digest(matters)}
-    return Task(f"collect, seed {seed}", config.run.directory, to_dict(config), settings=settings)
+    return Task(f"collect, seed {seed}", config.run.directory, to_dict(config))
 
 
 def retrain_task(plan: Experiment, cell: Cell) -> Task:
     """The run of a cell whose coreset is made."""
-    config = to_dict(_config(plan, cell.seed, cell.architecture))
-    matters = {section: values for section, values in config.items() if section not in ("score", "collect", "pipeline")}
-    digest = _digest(matters, cell.coreset_file.read_bytes().hex(), cell.strategy, cell.importance)
     what = (f"{cell.method.name} p={cell.pruning_rate:g} {cell.strategy}{' ' + cell.network if cell.network else ''}, "
             f"seed {cell.seed}")
     cost = 1.0 if cell.strategy == "P" else 1.0 - cell.pruning_rate
-    return Task(what, cell.run.path, config, cell.coreset_file, cell.strategy, cell.importance, cell.name,
-                {"digest": digest, "row": cell.method.name} | ({"network": cell.network} if cell.network else {}), cost)
-
-
-def _digest(config: dict[str, Any], *rest: str) -> str:
-    """What decides a run's result, hashed: the config without names and places, and what else is given."""
-    config = {section: {key: value for key, value in values.items() if key not in _NOT_A_SETTING.get(section, ())}
-              for section, values in config.items()}
-    text = json.dumps([config, *rest], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    settings = {"row": cell.method.name} | ({"network": cell.network} if cell.network else {})
+    return Task(what, cell.run.path, to_dict(_config(plan, cell.seed, cell.architecture)), cell.coreset_file, cell.strategy,
+                cell.importance, cell.name, settings, cost)
 
 
 def is_done(task: Task) -> bool:
-    """Whether it has a result, whatever it was asked for then (`check_directory`)."""
+    """Whether it has a result, whatever it was asked for then (`in_the_way`)."""
     return RunDir(task.directory).result_file.is_file()
 
 
-def check_directory(task: Task) -> None:
-    """InputError when the task's directory holds something else, or a finished run that was asked for something else.
+def in_the_way(task: Task, images: dict[Any, Any]) -> tuple[str, str] | None:
+    """Say why what is in the task's directory neither is, nor can become, its result, and a way out; None if it can.
 
-    What a stopped run of an experiment left there goes when the task starts.
+    `images` remembers the content of files from call to call.
     """
-    run = RunDir(task.directory)
-    assert task.settings is not None
-    found = run.read_env().get("digest")
-    if found is None and task.directory.exists():
-        own = task.directory.is_dir() and all(  # all that a start can leave before it says whose run it is
-            path.name in (run.config_file.name, run.log_file.name, run.status_file.name) or path.suffix == ".tmp"
-            or path.name.startswith(("run.lock", ".run.lock")) for path in task.directory.iterdir())
-        if not own:
-            raise InputError(f"{run.path} holds something that this experiment did not start; choose another name or dir")
-    if is_done(task) and found != task.settings["digest"]:
-        idle = ("pipeline", *(("retrain",) if task.coreset_file is None else ("score", "collect")))  # decide nothing here
-        raise other_settings(run, {section: values for section, values in task.config.items() if section not in idle})
+    run, config = RunDir(task.directory), parse_config(task.config, task.title)
+    setting: dict[str, Any] = {"stage": "collect"}
+    if not run.path.exists():
+        return None
+    if task.coreset_file is not None:
+        from tdds_dist.retrain import resolve
 
-
-def can_go_on(task: Task) -> bool:
-    """Whether its directory holds the same run, unfinished, with a checkpoint."""
-    run = RunDir(task.directory)
-    same = run.config_file.is_file() and run.read_env().get("digest") == (task.settings or {})["digest"]
-    return same and bool(published(run.checkpoints))
-
-
-def other_settings(run: RunDir, config: dict[str, Any]) -> InputError:
-    """The refusal, with the first key that differs where it is one of the config."""
-    then = run.read_config()
-    changed = [f" ({section}.{key} was {then[section][key]}, now {value})" for section, values in config.items()
-               for key, value in values.items() if key not in _NOT_A_SETTING.get(section, ()) and section in then
-               and (section, key) not in (("train", "epochs"), ("train", "global_batch_size")) and key in then[section]
-               and then[section][key] != value]
-    return InputError(f"{run.path} was run with other settings than the experiment now says{changed[0] if changed else ''}; "
-                      "choose another name or dir, or remove that directory to run it again")
+        _, config, setting = resolve(config, load_coreset(task.coreset_file), task.coreset_file, task.strategy, task.importance,
+                                     task.name)
+    files = config.data.train, config.data.val
+    if files not in images:
+        images[files] = content_here(config)
+    return why_not(run, config, setting | images[files], "name or dir")
 
 
 def window_of(config: Config, method: Method, rate: float) -> Window:

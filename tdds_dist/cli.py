@@ -362,7 +362,8 @@ def _add_collect(parsers: "Parsers") -> None:
 def _add_fresh(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--fresh", action="store_true",
                        help="start over instead of going on from the last checkpoint; refused where there is a run")
-    stage.add_argument("--force", action="store_true", help="with --fresh: remove the run that is there")
+    stage.add_argument("--force", action="store_true",
+                       help="with --fresh: move the run that is there aside, into before-<time>/ in it")
 
 
 def _add_score(parsers: "Parsers") -> None:
@@ -412,6 +413,8 @@ def _add_select(parsers: "Parsers") -> None:
                        help="of sampler ccs: share of all images dropped as too hard (default: 0.2 from P = 0.8, 0.3 from 0.9)")
     stage.add_argument("--c-d", type=float, metavar="C", help="of sampler beta: its exponent (default: 4)")
     stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: coresets/ of the run, or beside the scores")
+    stage.add_argument("--force", action="store_true",
+                       help="move another coreset that has the name aside, into before-<time>/ beside it")
     stage.set_defaults(run=stages.select)
 
 
@@ -450,6 +453,8 @@ def _add_experiment(parsers: "Parsers") -> None:
     stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the experiment, e.g. seeds=[0]")
     stage.add_argument("--jobs", type=int, default=1, metavar="J",
                        help="runs at a time, each with its share of CPUs and GPUs (default: 1)")
+    stage.add_argument("--force", action="store_true",
+                       help="move runs that are there and of other settings aside, into before-<time>/ beside them")
     stage.set_defaults(run=stages.experiment)
 
 
@@ -501,6 +506,7 @@ def _report(options: argparse.Namespace) -> Closing:
     from tdds_dist.report import build_report
     from tdds_dist.summary import find_runs, format_summary, summary_tables
 
+    stages.check_out(options.out, "<!doctype html>")
     runs = find_runs(options.runs)
     path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
     found = summary_tables(runs)

@@ -7,7 +7,6 @@ and the coresets in between. What a run does is `collect`'s and `retrain`'s; wha
 import fcntl
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,31 +17,33 @@ from typing import Any
 import numpy as np
 
 from tdds_dist.agreement import noise_kept
-from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset, write_atomically
+from tdds_dist.artifacts import Scores, load_coreset, load_scores, write_atomically
 from tdds_dist.beton import Manifest, read_manifest
-from tdds_dist.cells import Cell, Task, can_go_on, check_directory, check_plan, is_done, other_settings, retrain_task, window_of
+from tdds_dist.cells import Cell, Task, check_plan, in_the_way, is_done, retrain_task, window_of
 from tdds_dist.config import Config, Experiment, Method, load_config, parse_baselines, parse_config
 from tdds_dist.console import Progress, announce, duration, say
-from tdds_dist.distributed import World, current_world, session, together
+from tdds_dist.distributed import World, current_world, gather_objects, session, together
 from tdds_dist.errors import InputError
+from tdds_dist.lock import RunLock
 from tdds_dist.preemption import Interruption
-from tdds_dist.rundir import RunDir
+from tdds_dist.rundir import RunDir, move_aside
 from tdds_dist.score import BASELINES, MODEL_SCORES, file_key, score, score_all
-from tdds_dist.select import any_scores, find_scores, make_coreset, random_scores
+from tdds_dist.select import any_scores, changes, find_scores, make_coreset, put, random_scores
 from tdds_dist.tables import Outcome, write_tables
 from tdds_dist.workers import run_in_processes
 
 
-def experiment(plan: Experiment, *, jobs: int = 1, world: World | None = None,
+def experiment(plan: Experiment, *, jobs: int = 1, force: bool = False, world: World | None = None,
                interruption: Interruption | None = None) -> tuple[Path, list[str]]:
     """Run what is missing of an experiment and write its tables; returns the Markdown file and what failed.
 
     `jobs` runs go at a time, each alone in a process with its share of the CPUs and GPUs. With a `world` of several ranks
     every rank calls it, and all of them work on one run after the other. What is done already is skipped; a run that was
-    stopped half-way goes on from its last checkpoint. A run that fails stops only those that need it.
+    stopped half-way goes on from its last checkpoint. What can do neither, being of other settings, is refused, and with
+    `force` moved aside. A run that fails stops only those that need it.
 
     Raises:
-        InputError: an impossible plan, something else in its directory, or results of other settings; before anything runs.
+        InputError: an impossible plan, or runs of other settings in its directory; before anything runs.
     """
     world = world or current_world("cpu")
     execute = _on_all_ranks(world, interruption) if world.world_size > 1 else _in_processes(jobs)
@@ -53,16 +54,20 @@ def experiment(plan: Experiment, *, jobs: int = 1, world: World | None = None,
                 plan.directory.mkdir(parents=True, exist_ok=True)
                 for seed in plan.seeds:
                     locks.enter_context(_locked(plan, seed))
-        return _experiment(plan, collections, cells, execute, world, 1 if world.world_size > 1 else jobs)
+        return _experiment(plan, collections, cells, execute, world, 1 if world.world_size > 1 else jobs, force)
 
 
 def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell],
-                execute: Callable[[list[Task]], dict[Path, str]], world: World, jobs: int) -> tuple[Path, list[str]]:
+                execute: Callable[[list[Task]], dict[Path, str]], world: World, jobs: int,
+                force: bool) -> tuple[Path, list[str]]:
     """Ranks agree on what to do without telling each other: they see the same files and the same failures."""
     started = time.perf_counter()
     with together(world):
-        for task in collections.values():
-            check_directory(task)
+        if world.is_main:
+            _clear_the_way([*collections.values()], force)
+            _clear_the_way([retrain_task(plan, cell) for cell in cells
+                             if cell.run.path.exists() and _is_readable(cell.coreset_file)], force)
+    with together(world):
         waiting = [task for task in collections.values() if not is_done(task)]
         if world.is_main:
             announce(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), "
@@ -73,15 +78,16 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
     with together(world):
         cells_left = [cell for cell in cells if cell.collection.path not in not_collected]
         configs = {seed: parse_config(task.config) for seed, task in collections.items()}
-        reasons = _make_coresets(cells_left, configs) if world.is_main else {}
+        reasons = _make_coresets(cells_left, configs, force) if world.is_main else {}
+    reasons = gather_objects(reasons, world)[0]
     with together(world):  # nobody reads what the main rank is still writing
         coresets = dict.fromkeys(cell.coreset_file for cell in cells_left)
-        missing = [file for file in coresets if not file.is_file()]
-        failed += [f"coreset {file}: {reasons.get(file, 'not made')}" for file in missing]
-        cells_left = [cell for cell in cells_left if cell.coreset_file not in missing]
+        failed += [f"coreset {file}: {reasons[file]}" for file in coresets if file in reasons]
+        cells_left = [cell for cell in cells_left if cell.coreset_file not in reasons]
         tasks = [retrain_task(plan, cell) for cell in cells_left]
-        for task in tasks:
-            check_directory(task)
+        if world.is_main:
+            _clear_the_way(tasks, force)
+    with together(world):
         waiting = sorted((task for task in tasks if not is_done(task)), key=lambda task: -task.cost)
         if world.is_main and tasks:
             say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
@@ -91,6 +97,30 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         if world.is_main:
             _finish(plan, collections, cells, cells_left, started)
     return plan.directory / "table.md", failed
+
+
+def _clear_the_way(tasks: list[Task], force: bool) -> None:
+    """Raise InputError when a directory holds a run that is not, and cannot become, that of its task; with `force` move all
+    such runs aside, when nobody is at work in them."""
+    images: dict[Any, Any] = {}
+    found = {task.directory: problem for task in tasks if (problem := in_the_way(task, images))}
+    for directory, (what, way_out) in found.items():
+        if not force:
+            raise InputError(f"{what}; {way_out}, or give --force, which moves it aside")
+        for run in (RunDir(directory), *RunDir(directory).retrain_runs()):
+            lock = RunLock(run.path)
+            lock.acquire(say)
+            lock.release()
+    for directory, (what, _) in found.items():
+        say(f"warning: {what}; it is moved aside to {move_aside(directory)}")
+
+
+def _is_readable(coreset_file: Path) -> bool:
+    try:
+        load_coreset(coreset_file)
+    except InputError:
+        return False
+    return True
 
 
 @contextmanager
@@ -155,8 +185,10 @@ def _locked(plan: Experiment, seed: int) -> Iterator[None]:
 # ---- scores and coresets: seconds, on the main rank
 
 
-def _make_coresets(cells: list[Cell], configs: dict[int, Config]) -> dict[Path, str]:
-    """Write the coreset files of the cells; returns those that cannot be made, and why. One that is right already stays.
+def _make_coresets(cells: list[Cell], configs: dict[int, Config], force: bool) -> dict[Path, str]:
+    """Write the coreset files of the cells; returns those that cannot be made, and why.
+
+    One that is right already stays, another one is moved aside; refused without `force` where it was trained on.
 
     `configs` by seed are those of the plan: that of the collection may have had other rates and options.
     """
@@ -173,28 +205,17 @@ def _make_coresets(cells: list[Cell], configs: dict[int, Config]) -> dict[Path, 
         except InputError as error:
             say(f"{cell.coreset_file}: FAILED: {error}", urgent=True)
             reasons[cell.coreset_file] = str(error)
-            cell.coreset_file.unlink(missing_ok=True)
             continue
         for warning in warnings:
             say(f"warning: {method.name} at p={rate:g}, seed {cell.seed}: {warning}")
-        try:
-            found = load_coreset(cell.coreset_file)
-        except InputError:  # none yet, or damaged
-            save_coreset(cell.coreset_file, coreset)
-            continue
-        if not _is_same(found, coreset):
-            for other in cells:
-                if other.coreset_file == cell.coreset_file and other.run.result_file.is_file():
-                    raise other_settings(other.run, {})
-            save_coreset(cell.coreset_file, coreset)
+        changed = changes(cell.coreset_file, coreset) if cell.coreset_file.exists() else ""
+        for other in cells:
+            if changed and not force and other.coreset_file == cell.coreset_file and other.run.config_file.is_file():
+                raise InputError(f"{other.run.path} was trained on {cell.coreset_file}, which {changed}; choose another name "
+                                 "or dir, or give --force, which moves both aside")
+        for notice in put(cell.coreset_file, coreset):
+            say(f"warning: {notice}")
     return reasons
-
-
-def _is_same(a: Coreset, b: Coreset) -> bool:
-    """Whether two coresets are one; where the scores were computed, live or afterwards, makes no difference."""
-    return (np.array_equal(a.index_M, b.index_M) and np.array_equal(a.importance_M, b.importance_M)
-            and a.fingerprint == b.fingerprint and a.score_key == b.score_key
-            and a.settings | {"source": ""} == b.settings | {"source": ""})
 
 
 def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scores:
@@ -222,15 +243,10 @@ def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scor
 
 
 def _run_task(task: Task, world: World, interruption: Interruption | None = None) -> None:
-    """One collection or retraining, from its last checkpoint where it was stopped; what one of other settings left goes."""
+    """One collection or retraining, from its last checkpoint where it was stopped."""
     from tdds_dist.collect import collect
     from tdds_dist.retrain import retrain
 
-    with together(world):
-        if world.is_main and task.directory.exists():
-            check_directory(task)
-            if not can_go_on(task):
-                shutil.rmtree(task.directory)
     config = parse_config(task.config, task.title)
     if task.coreset_file is None:
         collect(config, world, settings=task.settings, interruption=interruption)

@@ -28,12 +28,11 @@ from tdds_dist.artifacts import (
     load_coreset,
     load_scores,
     require_same_dataset,
-    write_atomically,
 )
 from tdds_dist.beton import Manifest, check_labels, dataset_fingerprint, inspect_beton, manifest_path, read_manifest
 from tdds_dist.config import parse_config
 from tdds_dist.errors import InputError
-from tdds_dist.rundir import RunDir
+from tdds_dist.rundir import RunDir, write_keeping
 from tdds_dist.select import choose, default_sampler, make_coreset
 
 FORMATS = ("parquet", "csv", "paths", "official", "torch-subset")
@@ -91,8 +90,7 @@ def export(source: Path, kind: str, out: Path | None = None, *, pruning_rates: S
     target = _folder(source) / f"{name}{_SUFFIX[kind]}" if out is None else Path(out)
     if target.is_dir():
         target /= f"{name}{_SUFFIX[kind]}"
-    write_atomically(target, write)
-    return [target], notes
+    return [target], notes + write_keeping(target, write)
 
 
 def subset_rate(num_samples: int, num_kept: int) -> float:
@@ -321,7 +319,7 @@ def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tu
                      "[0, 1]")
     paths = [folder / f"data_mask_{suffix}.npy", folder / f"score_{suffix}.npy"]
     for path, values_N in zip(paths, (mask_N, score_N), strict=True):
-        write_atomically(path, partial(np.save, arr=np.ascontiguousarray(values_N)))
+        notes += write_keeping(path, partial(np.save, arr=np.ascontiguousarray(values_N)))
     return paths, notes
 
 

@@ -17,9 +17,10 @@ import numpy as np
 from tdds_dist.artifacts import UNKNOWN_LABEL, Scores, fingerprint, load_scores, require_same_dataset, save_scores
 from tdds_dist.beton import manifest_path
 from tdds_dist.config import parse_config
+from tdds_dist.console import say
 from tdds_dist.errors import InputError
 from tdds_dist.export import Dataset, read_dataset, train_file
-from tdds_dist.rundir import RunDir
+from tdds_dist.rundir import RunDir, move_aside
 from tdds_dist.select import any_scores
 from tdds_dist.tdds import ABLATIONS, Window, window_settings
 
@@ -79,10 +80,14 @@ def import_scores(source: Path, *, key: str | None = None, column: str | None = 
         label_N = np.full(len(score_N), UNKNOWN_LABEL) if label_N is None else label_N
         found = fingerprint(label_N, 0 if (label_N == UNKNOWN_LABEL).any() else int(label_N.max()) + 1)
     path = (source.parent if run is None else RunDir(run).scores) / f"{key}.npz" if out is None else Path(out)
-    if out is None and path.exists() and load_scores(path).settings.get("source") != "imported":
-        raise InputError(f"{path} holds scores that were computed here; choose another --key (with --column for the column of "
-                         "the file), or remove it")
     settings = {"score": key, "source": "imported", "file": source.name} | settings
+    if path.exists():
+        before = load_scores(path)
+        if before.settings.get("source") != "imported":
+            raise InputError(f"{path} holds scores that were computed here; choose another --key (with --column for the column "
+                             "of the file) or --out, or move it away")
+        if before.settings != settings or not np.array_equal(before.score_N, score_N):
+            say(f"warning: {path} held other imported scores, which are moved aside to {move_aside(path)}")
     save_scores(path, Scores(key, score_N, label_N, found, settings, extra))
     return path
 

@@ -4,20 +4,21 @@ Owns paths and records (`env.json`, `metrics.jsonl`, `result.json`, `config.yaml
 scores, coresets (`artifacts`) or trajectories (`trajectory`). Only rank 0 writes through it.
 """
 
+import filecmp
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
-from tdds_dist.artifacts import write_atomically
+from tdds_dist.artifacts import sync_folder, write_atomically
 from tdds_dist.errors import InputError
 
 
@@ -59,13 +60,10 @@ class RunDir:
         """Write the record of how the run was started."""
         self._write_json(self.env_file, env)
 
-    def clear(self) -> None:
-        """Remove what a run of this directory wrote; coresets and retrainings in it stay."""
-        for path in (self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.status_file,
-                     self.report_file):
-            path.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard):
-            shutil.rmtree(folder, ignore_errors=True)
+    def set_aside(self) -> Path:
+        """Move what a run of this directory wrote into a folder in it; coresets and retrainings stay. Returns the folder."""
+        return move_aside(self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.status_file,
+                          self.report_file, self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard)
 
     def rewind(self, num_epochs: int) -> None:
         """Forget the metrics of later epochs, which are to come again."""
@@ -126,6 +124,41 @@ class RunDir:
 
     def _write_json(self, path: Path, record: dict[str, Any]) -> None:
         write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
+
+
+def move_aside(*paths: Path) -> Path:
+    """Move files and folders of one folder into a new one beside them, `before-<time>`, and return that.
+
+    One level further down, no pattern for runs, scores or coresets finds them any more. Paths that do not exist are left out.
+    """
+    paths = tuple(path for path in paths if path.exists())
+    folder = first = paths[0].parent / time.strftime("before-%Y%m%dT%H%M%S")
+    number = 1
+    while any((folder / path.name).exists() for path in paths):
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    try:
+        folder.mkdir(exist_ok=True)
+        for path in paths:
+            path.rename(folder / path.name)
+    except OSError as error:
+        raise InputError(f"cannot move {paths[0]} aside to {folder} ({error}); move it by hand") from error
+    sync_folder(folder.parent)
+    return folder
+
+
+def write_keeping(path: Path, write: Callable[[IO[bytes]], object]) -> list[str]:
+    """Write a file; another one that has the name is moved aside. Returns what to say of that."""
+    new = path.with_name(f".new.{path.name}")
+    try:
+        write_atomically(new, write)
+        said = []
+        if path.exists() and not filecmp.cmp(new, path, shallow=False):
+            said = [f"{path} held something else, which is moved aside to {move_aside(path)}"]
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    return said
 
 
 def environment(world_size: int, device: str) -> dict[str, Any]:

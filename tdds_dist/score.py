@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from tdds_dist import baselines
-from tdds_dist.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, save_scores
+from tdds_dist.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, load_scores, save_scores
 from tdds_dist.beton import check_labels, dataset_fingerprint, inspect_beton, read_manifest
 from tdds_dist.closing import command
 from tdds_dist.config import Baselines, Config, parse_baselines, parse_config
 from tdds_dist.console import Progress, say
 from tdds_dist.dynamics import Dynamics, is_dynamics
 from tdds_dist.errors import InputError
-from tdds_dist.rundir import RunDir
+from tdds_dist.rundir import RunDir, move_aside
 from tdds_dist.selection import set_lowest
 from tdds_dist.tdds import Window, check_window, delta_scalar, score_trajectory, window_settings
 from tdds_dist.trajectory import Trajectory
@@ -217,6 +217,14 @@ class _Origin:
     def save(self, folder_or_file: Path, key: str, score_N: np.ndarray, settings: dict[str, Any],
              extra: dict[str, np.ndarray] | None = None) -> Path:
         path = folder_or_file if folder_or_file.suffix == ".npz" else folder_or_file / f"{key}.npz"
+        if path.exists():
+            try:
+                is_imported = load_scores(path).settings.get("source") == "imported"
+            except InputError:
+                say(f"warning: {path} is no readable score file; it is moved aside to {move_aside(path)}")
+                is_imported = False
+            if is_imported:
+                raise InputError(f"{path} holds imported scores; import them under another --key, or move that file away")
         save_scores(path, Scores(key, score_N, self.label_N, self.found, settings | {"source": "recorded"} | self.settings,
                                  extra or {}))
         return path

@@ -17,7 +17,7 @@ from tdds_dist import baselines, selection
 from tdds_dist.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset
 from tdds_dist.config import BUILT_IN_METHODS, parse_config
 from tdds_dist.errors import InputError
-from tdds_dist.rundir import RunDir
+from tdds_dist.rundir import RunDir, move_aside
 
 SAMPLERS = ("top", "ccs", "centre", "beta")
 CCS_SCORE = "aum"  # what `--score ccs` cuts into strata, as in its paper
@@ -116,11 +116,11 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
     return coreset, warnings
 
 
-def select(source: Path, pruning_rate: float, **options: Any) -> tuple[Path, list[str]]:
-    """Run the stage with the options of `prepare`; returns the coreset file and warnings."""
+def select(source: Path, pruning_rate: float, *, force: bool = False, **options: Any) -> tuple[Path, list[str]]:
+    """Run the stage with the options of `prepare`; returns the coreset file and warnings. `force` as in `check_place`."""
     path, coreset, warnings = prepare(source, pruning_rate, **options)
-    save_coreset(path, coreset)
-    return path, warnings
+    check_place(path, coreset, force)
+    return path, [*warnings, *put(path, coreset)]
 
 
 def prepare(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
@@ -156,22 +156,48 @@ def prepare(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: 
     path = Path(out) if out is not None else _default_path(source, coreset)
     if path.suffix != ".npz":
         raise InputError(f"--out={path} must end in .npz")
-    warnings += _replaced(path, coreset)
     return path, coreset, warnings
 
 
-def _replaced(path: Path, coreset: Coreset) -> list[str]:
-    """What is lost when `coreset` is saved there; nothing when it is the same images with the same importances."""
-    if not path.is_file():
+def check_place(path: Path, coreset: Coreset, force: bool = False) -> None:
+    """Raise InputError where another coreset, or something else, has that name; not with `force`, with which `put` moves it
+    aside."""
+    if not force and path.exists() and (changed := changes(path, coreset)):
+        raise InputError(f"{path} {changed}; choose another name with --out, or give --force, which moves it aside")
+
+
+def put(path: Path, coreset: Coreset) -> list[str]:
+    """Save a coreset unless it is there already; what else has its name is moved aside. Returns what to say of that."""
+    if not path.exists():
+        save_coreset(path, coreset)
         return []
+    if not (changed := changes(path, coreset)):
+        return []
+    aside = move_aside(path)
+    save_coreset(path, coreset)
+    return [f"{path} {changed}; it is moved aside to {aside}, and retrainings on it are not of the new one"]
+
+
+def changes(path: Path, coreset: Coreset) -> str:
+    """Say what the file holds instead of this coreset, with the settings that differ; "" when it is the same one.
+
+    Where and on how many ranks the scores were computed, live or afterwards, makes no difference.
+    """
     try:
         before = load_coreset(path)
     except InputError:
-        return [f"{path} was there and is no readable coreset; it is replaced"]
-    if np.array_equal(before.index_M, coreset.index_M) and np.array_equal(before.importance_M, coreset.importance_M):
-        return []
-    return [f"{path} held another coreset ({len(before.index_M)} images by {before.method}), which is replaced; retrainings on "
-            "it are not of the new one"]
+        return "is there and is no readable coreset"
+    was, now = ({"score": each.score_key, "pruning_rate": each.pruning_rate} | each.settings for each in (before, coreset))
+    changed = [f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in dict.fromkeys([*was, *now])
+               if key not in ("source", "world_size") and was.get(key) != now.get(key)]
+    if before.fingerprint != coreset.fingerprint:
+        changed.append("of another dataset")
+    if not changed and (not np.array_equal(before.index_M, coreset.index_M)
+                        or not np.array_equal(before.importance_M, coreset.importance_M)):
+        changed.append("the scores it was chosen by were others")
+    if not changed:
+        return ""
+    return f"holds another coreset, {len(before.index_M)} images by {before.method} ({'; '.join(changed)})"
 
 
 def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:

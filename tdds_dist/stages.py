@@ -223,10 +223,10 @@ def experiment(options: argparse.Namespace) -> Closing | None:
             raise InputError(f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the other; leave it "
                              "out", shared=True)
         with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
-            table, failed = run_experiment(table_of, world=world, interruption=interruption)
+            table, failed = run_experiment(table_of, force=options.force, world=world, interruption=interruption)
             is_main = world.is_main
     else:
-        table, failed = run_experiment(table_of, jobs=options.jobs)
+        table, failed = run_experiment(table_of, jobs=options.jobs, force=options.force)
         is_main = True
     files = [table, table.with_name("cells.csv")]
     if failed:
@@ -316,8 +316,7 @@ def _final_pass(options: argparse.Namespace) -> Closing | None:
 
 
 def select(options: argparse.Namespace) -> Closing:
-    from tdds_dist.artifacts import save_coreset
-    from tdds_dist.select import prepare
+    from tdds_dist.select import changes, check_place, prepare, put
 
     sampler = "ccs" if options.score == "ccs" else options.sampler
     given = {key: value for key in ("num_strata", "hard_cutoff_rate", "c_d") if (value := getattr(options, key)) is not None}
@@ -331,17 +330,20 @@ def select(options: argparse.Namespace) -> Closing:
                          "one rate")
     made = [prepare(options.source, rate, score=options.score, sampler=options.sampler, class_balanced=options.class_balanced,
                     seed=options.seed, out=options.out, **given) for rate in rates]  # all of them, before one is written
+    for path, coreset, _ in made:
+        check_place(path, coreset, options.force)
+    there = [path for path, coreset, _ in made if path.exists() and not changes(path, coreset)]
     rows, notes = list[dict[str, Any]](), list[str]()
     for path, coreset, warnings in made:
-        save_coreset(path, coreset)
-        for warning in warnings:
+        for warning in [*warnings, *put(path, coreset)]:
             say(f"warning: {warning}" + (f" (pruning rate {coreset.pruning_rate:g})" if len(rates) > 1 else ""))
         kept, images = len(coreset.index_M), coreset.fingerprint.num_samples
         rows.append({"path": str(path), "method": coreset.method, "pruning_rate": coreset.pruning_rate, "kept": kept,
                      "images": images})
         notes.append(f"kept at {coreset.pruning_rate:g}: {kept} of {images} images by {coreset.method}")
     paths = [path for path, _, _ in made]
-    return Closing(paths, {"coresets": len(paths)}, _retrain_command(options.source, paths[0]), notes, rows=rows)
+    return Closing([path for path in paths if path not in there], {"coresets": len(paths)},
+                   _retrain_command(options.source, paths[0]), notes, rows=rows, there=there)
 
 
 def _retrain_command(source: Path, coreset: Path) -> str:
@@ -359,9 +361,20 @@ def _retrain_command(source: Path, coreset: Path) -> str:
 # ---- results, and other tools
 
 
+def check_out(out: Path | None, begins: str) -> None:
+    """Raise InputError where `--out` names a file that is no earlier one of this stage, which begin with `begins`."""
+    if out is not None and out.is_file():
+        with out.open("rb") as file:
+            if not file.read(len(begins) + 16).lstrip().lower().startswith(begins.lower().encode()):
+                raise InputError(f"--out={out} is there and was not written by this stage; choose another name, or move it "
+                                 "away")
+
+
 def compare(options: argparse.Namespace) -> Closing:
+    from tdds_dist.compare import COLUMNS
     from tdds_dist.compare import compare as compare_runs
 
+    check_out(options.out, ",".join(COLUMNS))
     text = compare_runs(options.runs, pruning_rates=options.pruning_rates, out=options.out)
     if options.quiet or options.json:  # where the text does not show them
         for line in text.rpartition("\n\n")[2].splitlines():

@@ -1,7 +1,7 @@
 """How a stage enters its run directory: alone, and new, resumed, or finished already.
 
-Owns that decision: the lock, which settings may change between two starts, which checkpoint is used, what a crash left half
-done. `engine` restores the state itself.
+Owns that decision: the lock, which checkpoint is used, what a crash left half done. `identity` says which settings may change,
+`engine` restores the state itself.
 """
 
 import os
@@ -10,34 +10,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tdds_dist import console, distributed
 from tdds_dist.artifacts import write_atomically
-from tdds_dist.beton import BetonInfo, content_sha256
+from tdds_dist.beton import BetonInfo, content_sha256, inspect_beton
 from tdds_dist.checkpoint import Checkpoint, Checkpoints, published
-from tdds_dist.config import Config, parse_config, to_dict
+from tdds_dist.config import Config, to_dict
 from tdds_dist.console import say
 from tdds_dist.distributed import World, together
 from tdds_dist.errors import InputError
+from tdds_dist.identity import changeable_keys, differences
 from tdds_dist.lock import RunLock
 from tdds_dist.preemption import Preempted
 from tdds_dist.pulse import Pulse
-from tdds_dist.rundir import RunDir, environment
+from tdds_dist.rundir import RunDir, environment, move_aside
 from tdds_dist.trajectory import whole_epochs
 
-# What may change between two starts of a run: section -> keys, or all of it.
-MAY_CHANGE: dict[str, tuple[str, ...] | None] = {
-    "run": ("name", "dir", "device", "timeout_seconds"),
-    "data": ("train", "val", "num_workers"),  # the files by name; their content is compared
-    "train": ("accumulation", "log_every", "eval_every"),
-    "score": ("baselines", "final_pass", "on_nan"),
-    "retrain": None, "checkpoint": None, "pipeline": None,
-}
-_OF_RETRAIN: dict[str, tuple[str, ...] | None] = MAY_CHANGE | {"score": None, "collect": None}  # these decide nothing there
 _LOOK_AGAIN_SECONDS = 5.0
 _PATIENCE = 0.8  # of the time-out of a collective
-_STAGE_KEYS = ("stage", "strategy", "importance", "coreset_sha256")
 
 
 @dataclass(frozen=True)
@@ -56,13 +48,14 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             force: bool = False) -> Iterator[Start]:
     """Hold a run directory for one stage. `config` is the resolved one, `setting` what else decides the result.
 
-    `fresh` starts over; with `force` also where there is a run. All ranks enter and leave; rank 0 does the work.
+    `fresh` starts over; with `force` also where there is a run, which is moved aside. All ranks enter and leave; rank 0 does
+    the work.
 
     Raises:
         InputError: in use, of other settings or data, no usable checkpoint, not writable; on every rank.
     """
     if force and not fresh:
-        raise InputError("--force belongs to --fresh: it removes the run that is there; give both, or neither", shared=True)
+        raise InputError("--force belongs to --fresh: it moves the run that is there aside; give both, or neither", shared=True)
     if fresh and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         fresh = force = False  # said to the first start: this one is to go on
     lock = RunLock(run.path)
@@ -156,72 +149,60 @@ def _acquire(lock: RunLock, longest_seconds: float) -> str | None:
 def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, force: bool,
           tell: Callable[[str], object]) -> tuple[dict[str, Any] | None, bool]:
     """(result of a finished run, whether there is an unfinished one)."""
-    num_epochs = len(run.read_metrics())
-    has_run = run.config_file.is_file() and run.env_file.is_file()
-    leftovers = num_epochs > 0 or (run.trajectory / "meta.json").exists() or bool(published(run.checkpoints))
     if fresh:
-        if (has_run or leftovers) and not force:
+        if _has_run(run) or _has_parts(run):
             finished = run.result_file.is_file()
-            what = "a finished run" if finished else f"an unfinished run of {num_epochs} epochs"
-            raise InputError(f"{run.path} already holds {what}; --fresh --force removes it and starts over"
-                             + ("" if finished else ", without --fresh it goes on"))
-        if has_run or leftovers:
-            run.clear()
+            if not force:
+                what = "a finished run" if finished else f"an unfinished run of {len(run.read_metrics())} epochs"
+                raise InputError(f"{run.path} already holds {what}; --fresh --force moves it aside and starts over"
+                                 + ("" if finished else ", without --fresh it goes on"))
+            aside = run.set_aside()
+            tell(f"starts over; the run that was there is moved aside to {aside}")
         return None, False
-    if not has_run:
-        if leftovers:
-            raise InputError(f"{run.path} holds parts of a run, but not its config.yaml and env.json; restore them, choose "
-                             "another run.name or run.dir, or start over with --fresh --force")
+    if problem := why_not(run, config, setting, "run.name or run.dir"):
+        raise InputError(f"{problem[0]}; {problem[1]}, or start over with --fresh --force, which moves it aside")
+    if not _has_run(run):
         return None, False
-    check_settings(run, config, setting)
     if (result := run.read_result()) is not None:
-        say(f"{run.path} is finished already; --fresh --force runs it again", None)
+        say(f"{run.path} is finished already; --fresh --force moves it aside and runs it again", None)
         return result, False
     if published(run.checkpoints):
         return None, True
-    is_older = "checkpoint" not in run.read_config()  # of a version that made none
-    if run.read_env().get("has_checkpoints") or (is_older and num_epochs):
-        raise InputError(f"{run.path} holds {num_epochs} epochs of an unfinished run, and no checkpoint to go on from; restore "
-                         "checkpoints/, or start over with --fresh --force")
     tell(f"{run.path} was stopped before its first checkpoint; it starts over")
     return None, False
 
 
-def check_settings(run: RunDir, config: Config, setting: dict[str, Any]) -> None:
-    """InputError when the run that is there was asked for something else; names the keys."""
-    if changed := changed_settings(run, config, setting):
-        may_change = MAY_CHANGE if setting["stage"] == "collect" else _OF_RETRAIN
-        free_keys = ", ".join(f"{section}.*" if keys is None else ", ".join(f"{section}.{key}" for key in keys)
-                              for section, keys in may_change.items())
-        raise InputError(f"{run.path} holds a run of other settings ({'; '.join(changed)}); go on with those it was started "
-                         f"with (only {free_keys} may change), choose another run.name or run.dir, or start over with --fresh "
-                         "--force")
-    env = run.read_env()
-    if (was := env.get("data")) is not None and was != setting["data"]:
-        other = ", ".join(f"data.{key}={getattr(config.data, key)}" for key in was if was[key] != setting["data"][key])
-        raise InputError(f"{run.path} was started with other images than {other} holds now (the fingerprint of the content "
-                         "differs); restore the file, or choose another run.name or run.dir")
+def _has_run(run: RunDir) -> bool:
+    return run.config_file.is_file() and run.env_file.is_file()
 
 
-def changed_settings(run: RunDir, config: Config, setting: dict[str, Any]) -> list[str]:
-    """What the run that is there was asked for otherwise, in words; the content of the images is not looked at."""
-    env, before = run.read_env(), to_dict(parse_config(run.read_config(), str(run.config_file)))
-    may_change = MAY_CHANGE if setting["stage"] == "collect" else _OF_RETRAIN
-    changed = [f"{key} was {env.get(key)!r}, now {setting.get(key)!r}" for key in _STAGE_KEYS
-               if env.get(key) != setting.get(key)]
-    for section, values in to_dict(config).items():
-        free = may_change.get(section, ())
-        for key, value in values.items():
-            if free is None or key in free:
-                continue
-            old = before[section].get(key)
-            if (section, key) == ("score", "windows"):  # which rates a window serves may change
-                old, value = ([{**window, "pruning_rates": ()} for window in windows] for windows in (old, value))
-            if (section, key) == ("score", "trajectory") and old and not value:
-                continue  # may be given up, not taken up half-way
-            if old != value:
-                changed.append(f"{section}.{key} was {old!r}, now {value!r}")
-    return changed
+def _has_parts(run: RunDir) -> bool:
+    return bool(run.read_metrics()) or (run.trajectory / "meta.json").exists() or bool(published(run.checkpoints))
+
+
+def why_not(run: RunDir, config: Config, setting: dict[str, Any], elsewhere: str) -> tuple[str, str] | None:
+    """Say why what is in a directory neither is, nor can become, the result that is asked for, and a way out; None if it can.
+
+    `elsewhere` are the keys by which another directory is chosen.
+    """
+    if not _has_run(run):
+        return None if not _has_parts(run) else (f"{run.path} holds parts of a run, but not its config.yaml and env.json",
+                                                 f"restore them, choose another {elsewhere}")
+    try:
+        changed = differences(run, config, setting)
+    except InputError as error:
+        return f"{run.path} holds a run whose config cannot be read ({error})", f"restore it, choose another {elsewhere}"
+    if changed:
+        return (f"{run.path} holds a run of other settings ({'; '.join(changed)})", "go on with those it was started with "
+                f"(only {changeable_keys(setting['stage'])} may change), choose another {elsewhere}")
+    if run.result_file.is_file() or published(run.checkpoints):
+        return None
+    num_epochs = len(run.read_metrics())
+    is_older = "checkpoint" not in run.read_config()  # of a version that made none
+    if run.read_env().get("has_checkpoints") or (is_older and num_epochs):
+        return (f"{run.path} holds {num_epochs} epochs of an unfinished run, and no checkpoint to go on from",
+                "restore checkpoints/")
+    return None
 
 
 def _lacks(run: RunDir, found: Checkpoint) -> str:
@@ -240,7 +221,10 @@ def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World,
             if not left.name.startswith(".run.lock"):
                 left.unlink()
     if resume is None:
-        shutil.rmtree(run.trajectory, ignore_errors=True)  # of a start that did not come to its first checkpoint
+        if run.read_metrics():  # epochs of a start that did not come to its first checkpoint
+            aside = move_aside(run.metrics_file, run.trajectory, run.models, run.tensorboard)
+            tell(f"the epochs that it had recorded are moved aside to {aside}")
+        shutil.rmtree(run.trajectory, ignore_errors=True)
         run.rewind(0)
         run.start(to_dict(config), setting | ({"notes": notes[:]} if notes else {}), world.world_size, str(world.device))
         return
@@ -264,5 +248,13 @@ def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World,
 
 
 def content_of(files: tuple[BetonInfo, BetonInfo]) -> dict[str, str]:
-    """What the images of a run are, for `setting["data"]`."""
+    """Return what the images of a run are, for `setting["data"]`."""
     return {key: content_sha256(file) for key, file in zip(("train", "val"), files, strict=True)}
+
+
+def content_here(config: Config) -> dict[str, dict[str, str]]:
+    """Return `content_of` the files of a config as `data`, or nothing where one of them is not on this machine."""
+    paths = Path(config.data.train), Path(config.data.val)
+    if not all(path.is_file() for path in paths):
+        return {}
+    return {"data": content_of((inspect_beton(paths[0]), inspect_beton(paths[1])))}

@@ -13,17 +13,13 @@ import numpy as np
 
 from tdds_dist.errors import InputError
 from tdds_dist.facts import FULL_DATA, Facts, Retrained, read_facts, short_names
+from tdds_dist.identity import setting_of
 from tdds_dist.published import PublishedTable, score_order
 from tdds_dist.rundir import RunDir
 
 _VALUE_KEYS = ("run", "name", "seed", "final_top1", "best_top1", "train_seconds")
 MISSING = "–"
-# What may differ between two runs that are seeds of one setting: section -> keys, or all of it.
-_NOT_A_SETTING: dict[str, tuple[str, ...] | None] = {
-    "run": None, "checkpoint": None, "pipeline": None, "data": ("train", "val", "num_workers"), "train": ("log_every",),
-    "score": ("baselines",)}
-# The same of two retrainings that agree in what a row names anyway; of these sections alone.
-_NOT_OF_A_RETRAINING = {"model": (), "data": ("train", "val", "num_workers"), "train": ("log_every", "epochs")}
+_OF_A_RETRAINING = ("model.", "data.", "train.")  # what two retrainings that agree in what a row names may differ in
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunDir]:
@@ -69,9 +65,9 @@ def run_name(facts: Facts) -> str:
 
 def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
     """Runs that differ in nothing but their seed, together, each with a label: their names, or "" where all are alike."""
-    groups: dict[str, list[Facts]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[Facts]] = {}
     for facts in pool:
-        groups.setdefault(_setting_of(facts.config), []).append(facts)
+        groups.setdefault(tuple(sorted(setting_of(facts.config).items())), []).append(facts)
     if len(groups) == 1:
         return [("", [*pool])]
     are_told_apart = len({run_name(facts) for facts in pool}) == len(pool)
@@ -161,24 +157,12 @@ def _name_differences(members: list[tuple[Facts, Retrained]], found: dict[tuple[
 
 def _decisive(config: dict[str, Any]) -> dict[str, str]:
     """What of a config decides a retraining's result, but for the seed and what its row names: section.key -> value."""
-    return {f"{section}.{key}": value if isinstance(value, str) else json.dumps(value, default=str)
-            for section, skipped in _NOT_OF_A_RETRAINING.items() if isinstance(config.get(section), dict)
-            for key, value in config[section].items() if key not in skipped}
+    return {key: value for key, value in setting_of(config).items()
+            if key.startswith(_OF_A_RETRAINING) and key != "train.epochs"}
 
 
 def _row_key(sub: Retrained) -> tuple[Any, ...]:
     return sub.score, sub.strategy, *(sub.setting.get(key) for key in ("importance", "pruning_rate", "epochs"))
-
-
-def _setting_of(config: dict[str, Any]) -> str:
-    """What decides a run's results, but for the seed, as text."""
-    def matters(section: str, key: str) -> bool:
-        skipped = _NOT_A_SETTING.get(section, ())
-        return skipped is not None and key not in skipped
-
-    kept = {section: {key: value for key, value in values.items() if matters(section, key)}
-            for section, values in config.items() if isinstance(values, dict)}
-    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[dict[str, Any]]:

@@ -268,7 +268,7 @@ def test_a_second_invocation_runs_nothing(finished, no_workers):
 
 
 def test_what_is_missing_is_run_again_with_the_same_result(copied):
-    """One cell removed, one half-finished."""
+    """One cell removed, one without its result and its checkpoints: that is refused, and with --force moved aside."""
     path, directory = copied
     runs = cell_runs(directory)
     before = {name: run.read_result() for name, run in runs.items()}
@@ -278,14 +278,40 @@ def test_what_is_missing_is_run_again_with_the_same_result(copied):
     runs[stopped].result_file.unlink()
     (runs[stopped].path / "left_behind").touch()
     written = {name: run.result_file.stat().st_mtime_ns for name, run in runs.items() if name not in (removed, stopped)}
-    assert experiment(load_experiment(path), jobs=2)[1] == []
+    assert f"{stopped} holds 3 epochs of an unfinished run, and no checkpoint to go on from; restore" in expect_refusal(path)
+    assert (runs[stopped].path / "left_behind").exists()
+    assert experiment(load_experiment(path), jobs=2, force=True)[1] == []
     assert {name: runs[name].result_file.stat().st_mtime_ns for name in written} == written
-    assert not (runs[stopped].path / "left_behind").exists()
-    assert len(runs[stopped].read_metrics()) == 3
+    (aside,) = (directory / "seed1/retrain").glob(f"before-*/{stopped}")
+    assert (aside / "left_behind").exists()
+    assert len(RunDir(aside).read_metrics()) == len(runs[stopped].read_metrics()) == 3
     for name in (removed, stopped):
         for key in ("final_top1", "final_loss", "best_top1", "steps"):
             assert runs[name].read_result()[key] == before[name][key], (name, key)
     assert table_of(directory)[3:] == table[3:]  # below the heading
+    assert [run.path.name for run in RunDir(directory / "seed1").retrain_runs()] == sorted(
+        name for name in runs if name.endswith("seed1"))
+
+
+def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(betons, tmp_path):
+    from tdds_dist.collect import collect
+    from tdds_dist.preemption import Interruption, Preempted
+
+    class AfterTwoEpochs(Interruption):
+        requested = property(lambda _: "SIGTERM" if len(run.read_metrics()) == 2 else "")
+
+    path = write_plan(tmp_path, betons, methods=["random"], pruning_rates=[0.95], seeds=[0])
+    run = RunDir(tmp_path / "tiny/seed0")
+    config = check_plan(load_experiment(path))[0][0].config
+    with session("cpu") as world, pytest.raises(Preempted):
+        collect(parse_config(config), world, interruption=AfterTwoEpochs())
+    recorded = run.metrics_file.read_bytes()
+    changes = ("train.log_every=10", "checkpoint.keep=3", "train.eval_every=1", "train.accumulation=2",
+               "score.on_nan=quarantine")
+    assert experiment(load_experiment(path, changes))[1] == []
+    assert run.metrics_file.read_bytes().startswith(recorded)
+    assert len(run.read_metrics()) == 3
+    assert [resume["epoch"] for resume in run.read_env()["resumes"]] == [2]
 
 
 def test_stages_by_hand_give_the_same(finished, tmp_path):
@@ -323,35 +349,45 @@ def test_stages_by_hand_give_the_same(finished, tmp_path):
 
 def test_other_settings_are_refused(copied, no_workers):
     path, directory = copied
-    overrides = load_experiment(path).overrides
     coreset = (directory / "seed0/coresets/moderate_p0.5.npz").read_bytes()
-    assert "seed0 was run with other settings" in expect_refusal(path, f"overrides={[*overrides, 'train.lr=0.06']}")
-    message = expect_refusal(path, "methods=[tdds, {name: moderate, class_balanced: true}]")
-    assert "moderate_p0.5_E_none_seed0 was run with other settings" in message
-    assert (directory / "seed0/coresets/moderate_p0.5.npz").read_bytes() == coreset, "that of the finished run stays"
-    (directory / "seed1/env.json").write_text(json.dumps({"stage": "collect"}))
-    assert "seed1 holds something that this experiment did not start" in expect_refusal(path)
+    message = expect_refusal(path, "train.lr=0.06")
+    assert "seed0 holds a run of other settings (train.lr was 0.05, now 0.06); go on with those" in message
+    assert "choose another name or dir, or give --force, which moves it aside" in message
+    assert "moderate_p0.5_E_none_seed0 was trained on " in (
+        message := expect_refusal(path, "methods=[tdds, {name: moderate, class_balanced: true}]"))
+    assert "by moderate (class_balanced was False, now True); choose" in message
+    assert (directory / "seed0/coresets/moderate_p0.5.npz").read_bytes() == coreset
+    assert "(train.epochs was 3, now 2)" in expect_refusal(path, "retrain.epochs=2")
 
 
-def test_a_plan_that_changed_after_the_collection_is_followed(copied, no_workers):
-    """Which rates a window serves decides nothing in a collection, but what is cut from it; the plan says it."""
+@pytest.fixture
+def no_runs(monkeypatch):
+    """Runs nothing, and says that all went well."""
+    monkeypatch.setattr(experiment_module, "_in_processes", lambda _: lambda tasks: {})
+
+
+def test_with_force_other_settings_are_moved_aside(copied, no_runs, capsys):
+    """Of a collection all of its directory, of a method its coreset and retrainings; nothing finds them as runs any more."""
+    from tdds_dist import status, summary
+
     path, directory = copied
-    change = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}, {T: 3, K: 3, pruning_rates: [0.8]}]"
-    before = {file: file.read_bytes() for file in directory.rglob("coresets/*.npz")}
-    plan = load_experiment(path, [f'overrides=["train.epochs=3", "{change}"]'])
-    with pytest.raises(InputError, match="was run with other settings than the experiment now says"):
-        experiment(plan)
-    assert {file: file.read_bytes() for file in before} == before
-
-
-def test_a_refusal_names_the_key_that_differs(copied, no_workers):
-    path, directory = copied
-    with pytest.raises(InputError, match=r"seed0 was run with other settings .* \(train\.lr was 0\.05, now 0\.1\); choose"):
-        experiment(load_experiment(path, ["train.lr=0.1"]))
-    shutil.rmtree(directory / "seed0")
-    plan = load_experiment(path, ["retrain.epochs=2", "seeds=[1]"])
-    with pytest.raises(InputError, match=r"retrain/.* was run with other settings .* \(retrain\.epochs was 0, now 2\)"):
-        experiment(plan)
+    coreset = directory / "seed1/coresets/moderate_p0.5.npz"
+    before = {file.relative_to(directory): file.read_bytes() for file in directory.rglob("*.npz")}
+    experiment(load_experiment(path, ["methods=[tdds, {name: moderate, class_balanced: true}]"]), force=True)
+    (moved,) = coreset.parent.glob("before-*/moderate_p0.5.npz")
+    assert moved.read_bytes() == before[coreset.relative_to(directory)] != coreset.read_bytes()
+    assert [path.name for path in (directory / "seed1/retrain").glob("before-*/*")] == [
+        "moderate_p0.5_E_none_seed1", "moderate_p0.8_E_none_seed1"]
+    assert len(RunDir(directory / "seed1").retrain_runs()) == 2
+    change = ["seeds=[0]", "train.lr=0.06"]
+    shutil.copytree(directory / "seed0", kept := directory.parent / "kept")
+    experiment(load_experiment(path, change), force=True)
+    (moved,) = directory.glob("before-*/seed0")
+    assert f"now 0.06); it is moved aside to {moved.parent}" in capsys.readouterr().err
+    for file in (file for file in kept.rglob("*") if file.is_file()):
+        assert (moved / file.relative_to(kept)).read_bytes() == file.read_bytes()
+    assert [run.path.name for run in summary.find_runs([directory])] == ["seed1"]
+    assert [run.name for run in status.find_runs(directory)] == ["seed1"]
 
 
 def test_a_rate_may_be_added_without_collecting_again(copied):
@@ -388,21 +424,6 @@ def test_scores_computed_again_are_no_other_settings(copied, no_workers):
         scores.settings["source"] = "recorded"  # as `tdds score RUN` leaves them
         save_scores(file, scores)
     assert experiment(load_experiment(path))[1] == []
-
-
-@pytest.mark.parametrize("left", ["notes", "run"])
-def test_a_foreign_directory_is_refused(betons, tmp_path, no_workers, left):
-    path = write_plan(tmp_path, betons)
-    foreign = tmp_path / "tiny/seed1"
-    foreign.mkdir(parents=True)
-    if left == "notes":
-        (foreign / "notes.txt").write_text("keep me")
-    else:  # a collection under way, by hand
-        RunDir(foreign).start({}, {"stage": "collect"}, 1, "cpu")
-        RunDir(foreign).append_metrics({"epoch": 0})
-    files = sorted(foreign.iterdir())
-    assert "seed1 holds something that this experiment did not start" in expect_refusal(path)
-    assert sorted(foreign.iterdir()) == files
 
 
 def test_two_at_a_time_are_refused(betons, tmp_path, no_workers):

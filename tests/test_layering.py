@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "tdds_dist"
 LAYERS = [
     ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "storage", "agreement", "binning",
      "published"),
-    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "pulse", "console", "closing", "workers"),
+    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "identity", "pulse", "console",
+     "closing", "workers"),
     ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
      "dynamics", "checkpoint"),
     ("rows", "fused", "scorer"),

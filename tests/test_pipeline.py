@@ -174,6 +174,10 @@ def test_options_of_scores_are_those_of_this_config_and_not_of_the_collection(ru
     commands = other["select"].steps[0].commands
     assert commands[0][2:5] == ("--score", "aum", "aum_of=probability")
     assert [command[command.index("--score") + 1] for command in commands[1:]] == ["aum_probability"] * 2
+    assert all("--force" in command for command in commands[1:]), "those that are there are of other options"
+    coresets(stages["select"])[0].unlink()
+    again = plan(run, *settings)["select"].steps[0].commands[1:]
+    assert not any("--force" in command for command in again), "one is missing, the other is what is asked for"
 
 
 @pytest.mark.parametrize(("override", "said"), [

@@ -1177,3 +1177,45 @@ def test_no_random_coreset_holds_a_quarantined_sample(run):
 def test_scores_that_say_nothing_are_said_to(run, capsys):
     score(run, T=12, K=2)
     assert "warning: all scores of tdds_official_T12_K2_beta0.9 are 0; they say nothing, raise K" in capsys.readouterr().err
+
+
+# ---- files that somebody else made
+
+
+def test_imported_scores_and_other_files_are_not_overwritten(run, capsys):
+    from tdds_dist.ingest import import_scores
+
+    file = run.parent / "el2n.csv"
+    file.write_text("index,score\n" + "".join(f"{i},{i}\n" for i in range(600)))
+    path = import_scores(file, out=run / "scores" / "el2n.npz")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"el2n\.npz holds imported scores"):
+        score_all(run, ["el2n"])
+    assert path.read_bytes() == before
+    file.write_text("index,score\n" + "".join(f"{i},{-i}\n" for i in range(600)))
+    import_scores(file, out=path)
+    (aside,) = path.parent.glob("before-*")
+    assert (aside / "el2n.npz").read_bytes() == before
+    assert f"are moved aside to {aside}" in capsys.readouterr().err
+    path.write_bytes(b"mine")
+    score_all(run, ["el2n"])
+    assert "mine" in [file.read_text(errors="replace") for file in path.parent.glob("before-*/*")]
+    with pytest.raises(InputError, match="computed here"):
+        import_scores(file, out=path)
+
+
+def test_an_export_moves_what_had_its_name_aside(scored, tmp_path):
+    """As the table that the scores were imported from, which lies beside them."""
+    from tdds_dist.export import export
+
+    path = select(scored, 0.3, out=tmp_path / "coreset.npz")[0]
+    target = tmp_path / "mine.csv"
+    target.write_text("index,score\n0,1\n")
+    _, notes = export(path, "csv", target)
+    (aside,) = tmp_path.glob("before-*")
+    assert (aside / "mine.csv").read_text() == "index,score\n0,1\n"
+    assert str(aside) in notes[-1]
+    written = target.read_bytes()
+    assert export(path, "csv", target)[1] == notes[:-1], "the same again"
+    assert target.read_bytes() == written
+    assert sorted(tmp_path.glob("before-*")) == [aside]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tdds_dist import Checkpoints, distributed
-from tdds_dist.cells import Task, check_directory
-from tdds_dist.config import load_config
+from tdds_dist.config import Config, load_config, to_dict
 from tdds_dist.errors import InputError
+from tdds_dist.identity import KINDS, differences, setting_of
 from tdds_dist.rundir import RunDir
 from tdds_dist.start import entered
 
@@ -57,6 +57,10 @@ def test_a_run_without_a_checkpoint_yet_starts_over(run, config, every_epochs):
     assert run.read_metrics() == []
     assert not run.trajectory.exists()
     assert "starts over" in run.read_env()["notes"][0]
+    (aside,) = run.path.glob("before-*")
+    assert f"the epochs that it had recorded are moved aside to {aside}" in run.read_env()["notes"]
+    assert len(RunDir(aside).read_metrics()) == 3
+    assert (aside / "trajectory" / "epoch_0000").is_dir()
 
 
 @pytest.mark.parametrize("every_epochs", [0, 1, 5])
@@ -104,6 +108,22 @@ def test_fresh_where_there_is_no_run_removes_nothing(run, config):
     assert (run.scores / "imported.npz").exists()
 
 
+def test_starting_over_moves_what_was_there_aside(run, config):
+    for _ in range(2):  # perhaps in one second
+        stopped_after(run, config, 3, had_checkpoint=True)
+        for folder in (run.scores, run.coresets, run.retrain):
+            folder.mkdir(exist_ok=True)
+        enter(run, config, fresh=True, force=True)
+        assert {path.name for path in run.path.iterdir() if not path.name.startswith("before-")} == {
+            "config.yaml", "env.json", "log.txt", "status.json", "coresets", "retrain"}
+    folders = sorted(run.path.glob("before-*"))
+    assert str(folders[0]) in run.log_file.read_text() + (folders[-1] / "log.txt").read_text()
+    for folder in folders:
+        assert len(RunDir(folder).read_metrics()) == 3
+        assert {"config.yaml", "env.json", "trajectory", "scores"} <= {path.name for path in folder.iterdir()}
+    assert len(folders) == 2
+
+
 def test_a_cut_last_line_of_the_metrics_is_forgotten_and_a_damaged_one_is_not(run, config):
     enter(run, config)
     run.metrics_file.write_text('{"epoch": 0}\n{"epoch": 1}\n{"ep')
@@ -123,16 +143,56 @@ def test_a_record_is_what_comes_back(tmp_path):
         bad.save(1, {"a": torch.ones(2)}, {"path": Path("x")}, wait=True)
 
 
-def test_an_experiment_takes_what_an_early_kill_left_for_its_own(tmp_path):
-    folder = tmp_path / "seed0"
-    folder.mkdir()
-    task = Task("collect", folder, {}, settings={"digest": "x"})
-    for name in ("run.lock", "config.yaml", "log.txt", ".run.lock.after-1", ".env.json.1.tmp"):
-        (folder / name).touch()
-    check_directory(task)
-    (folder / "other").touch()
-    with pytest.raises(InputError, match="did not start"):
-        check_directory(task)
+# ---- what a key of the config decides
+
+
+def test_the_table_names_keys_that_exist():
+    for section, kinds in KINDS.items():
+        known = Config.model_fields[section].annotation.model_fields
+        assert isinstance(kinds, str) or kinds.keys() <= known.keys()
+
+
+@pytest.mark.parametrize("stage", ["collect", "retrain"])
+@pytest.mark.parametrize(("override", "changed"), [
+    *((override, "") for override in (
+        "train.log_every=10", "checkpoint.every_seconds=9.0", "train.eval_every=3", "train.accumulation=2",
+        "score.on_nan=quarantine", "score.trajectory=false", "score.windows=[{T: 3, K: 2, pruning_rates: [0.3]}]",
+        "run.name=other", "data.num_workers=3", "retrain.epochs=3", "pipeline.seeds=[1]")),
+    ("train.lr=0.07", "train.lr was 0.05, now 0.07"), ("run.seed=3", "run.seed was 0, now 3"),
+    ("model.compile=true", "model.compile was False, now True"), ("score.beta=0.5", "score.beta was 0.9, now 0.5"),
+    ("collect.stop_after=last_window", "collect.stop_after was 'schedule', now 'last_window'")])
+def test_what_a_run_may_go_on_with_and_count_as(run, config_file, stage, override, changed):
+    windows = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]"
+    tree = to_dict(load_config(config_file, [windows]))
+    del tree["model"]["compile"]  # a key that the version before did not have
+    run.start(tree, {"stage": stage}, 1, "cpu")
+    if stage == "retrain" and override.startswith(("score.", "collect.")):
+        changed = ""  # decides nothing there
+    now = load_config(config_file, [windows, override])
+    assert differences(run, now, {"stage": stage}) == ([changed] if changed else [])
+
+
+@pytest.mark.parametrize(("was", "now", "told"), [
+    ("a", "a", ""), ("a", "b", "it was started with other images than data.train=elsewhere.beton holds now"),
+    ("a", None, "data.train was '"), (None, "a", "data.train was '")])
+def test_images_are_compared_by_content_and_by_name_where_it_is_not_known(run, config, was, now, told):
+    def setting(content):
+        return {"stage": "collect"} | ({"data": {"train": content, "val": "v"}} if content else {})
+
+    run.start(to_dict(config), setting(was), 1, "cpu")
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"train": "elsewhere.beton"})})
+    found = differences(run, moved, setting(now))
+    assert [text.startswith(told) for text in found] == [True] * bool(told)
+
+
+@pytest.mark.parametrize(("override", "same"), [
+    ("run.seed=3", True), ("run.dir=x", True), ("train.log_every=9", True), ("checkpoint.keep=3", True),
+    ("score.baselines.el2n_epochs=1", True), ("train.accumulation=2", False), ("train.eval_every=3", False),
+    ("score.on_nan=quarantine", False), ("train.lr=0.07", False), ("collect.stop_after=last_window", False)])
+def test_seeds_of_one_setting(config, config_file, override, same):
+    other = to_dict(load_config(config_file, [override]))
+    del other["model"]["compile"]
+    assert (setting_of(other) == setting_of(to_dict(config))) == same
 
 
 # ---- with training
