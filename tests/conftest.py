@@ -1,9 +1,14 @@
-"""Small datasets shared by the tests, written once per session."""
+"""Small datasets and a finished run shared by the tests, made once per session."""
 
+import fcntl
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -35,16 +40,69 @@ def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def config_file(betons: dict[str, Path], tmp_path: Path) -> Path:
     """A config that trains on 120 digits in seconds; run directory `tmp_path/run`."""
-    path = tmp_path / "config.yaml"
+    return write_config(betons, tmp_path)
+
+
+def write_config(betons: dict[str, Path], folder: Path, epochs: int = 3, second: str = "T: 2, K: 2", more: str = "") -> Path:
+    path = folder / "config.yaml"
     path.write_text(f"""
-run: {{name: tiny, dir: {tmp_path / "run"}, device: cpu}}
+run: {{name: tiny, dir: {folder / "run"}, device: cpu}}
 data: {{train: {betons["train"]}, val: {betons["val"]}, num_classes: 10, image_size: 32, crop: pad, padding: 2, flip: false,
        mean: [78.0, 78.0, 78.0], std: [90.0, 90.0, 90.0]}}
 model: {{name: shufflenet_v2_x0_5}}
-train: {{epochs: 3, global_batch_size: 24, lr: 0.05}}
-score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{T: 2, K: 2, pruning_rates: [0.8]}}]}}
+train: {{epochs: {epochs}, global_batch_size: 24, lr: 0.05}}
+score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{{second}, pruning_rates: [0.8]}}]}}
+{more}
 """)
     return path
+
+
+class Finished(NamedTuple):
+    """A run with everything in it: collected on two ranks, scored, pruned, retrained. Never changed."""
+
+    run: Path
+    config: Path
+    said: dict[str, str]  # what `tdds collect` printed: stdout, stderr
+
+    @property
+    def coreset(self) -> Path:
+        """80 % removed, by the second window."""
+        return self.run / "coresets/tdds_official_T4_K3_beta0.9_p0.8.npz"
+
+    @property
+    def retrained(self) -> Path:
+        return self.run / f"retrain/{self.coreset.stem}_E_batch_seed0"
+
+
+@pytest.fixture(scope="session")
+def finished_run(betons: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One for all workers of pytest-xdist: whoever comes first makes it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished_run"
+    folder.mkdir(exist_ok=True)
+    said = folder / "said.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            said.write_text(json.dumps(_finish(folder, write_config(
+                betons, folder, 5, "T: 4, K: 3", "collect: {stop_after: last_window}"))))
+    return Finished(folder / "run", folder / "config.yaml", json.loads(said.read_text()))
+
+
+def _finish(folder: Path, config: Path) -> dict[str, str]:
+    """Run the stages; returns what the first printed."""
+    from tdds_dist.cli import main
+
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*ranks, "-m", "tdds_dist", "collect", str(config)], capture_output=True, text=True, timeout=280,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stderr
+    made = Finished(folder / "run", config, {"stdout": done.stdout, "stderr": done.stderr})
+    for words in (["score", made.run, "--all", "el2n_epochs=3", "uncertainty_window=3"],
+                  ["select", made.run, "--pruning-rate", "0.8"],
+                  ["retrain", config, "--coreset", made.coreset, "--strategy", "E"]):
+        assert main([*map(str, words), "--quiet"]) == 0, words
+    return made.said
 
 
 @pytest.fixture(scope="session")

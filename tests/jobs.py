@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -149,22 +149,36 @@ def _log_steps(path: Path) -> None:
 # ---- faults
 
 
-def all_of(*injects: Inject | None) -> Inject:
+class _Later:
+    """A call that still waits for its first arguments. Unlike a closure it can be sent to another process."""
+
+    def __init__(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]):
+        self.name, self.arguments, self.options = name, arguments, options
+
+    def __call__(self, *first: Any) -> Any:
+        return globals()[self.name].__wrapped__(*first, *self.arguments, **self.options)
+
+
+def later(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `f(2, 3)` an action that calls `f(2, 3)` when it is called; of `f(rank, 2, 3)` an inject."""
+    @wraps(function)
+    def wait(*arguments: Any, **options: Any) -> _Later:
+        return _Later(function.__name__, arguments, options)
+
+    return wait
+
+
+@later
+def all_of(rank: int, *injects: Inject | None) -> None:
     """Several of them, one after the other."""
-    return partial(_all_of, tuple(inject for inject in injects if inject is not None))
-
-
-def _all_of(injects: tuple[Inject, ...], rank: int) -> None:
     for inject in injects:
-        inject(rank)
+        if inject is not None:
+            inject(rank)
 
 
-def at_step(step: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY) -> Inject:
+@later
+def at_step(rank: int, step: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY) -> None:
     """Act just before optimizer step `step` (the first is 1) of this run, counted over restarts."""
-    return partial(_at_step, step, action, tuple(ranks))
-
-
-def _at_step(step: int, action: Callable[[], object], ranks: Sequence[int], rank: int) -> None:
     from tdds_dist.engine import Trainer
 
     update = Trainer._update
@@ -177,13 +191,10 @@ def _at_step(step: int, action: Callable[[], object], ranks: Sequence[int], rank
     Trainer._update = hurt
 
 
-def at_call(target: str, call: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY, *,
-            after: bool = False) -> Inject:
+@later
+def at_call(rank: int, target: str, call: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY, *,
+            after: bool = False) -> None:
     """Act just before, or `after`, the call of this number (from 1) of `package.module:Class.method` in this process."""
-    return partial(_at_call, target, call, action, tuple(ranks), after)
-
-
-def _at_call(target: str, call: int, action: Callable[[], object], ranks: Sequence[int], after: bool, rank: int) -> None:
     module, _, name = target.partition(":")
     *owners, last = name.split(".")
     owner: Any = importlib.import_module(module)
@@ -218,38 +229,28 @@ def quick(rank: int) -> None:
     Trainer.evaluate = rise
 
 
-def signal_self(number: int = signal.SIGKILL) -> Callable[[], None]:
-    return partial(_signal_self, number)
-
-
-def _signal_self(number: int) -> None:
+@later
+def signal_self(number: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), number)
 
 
-def nap(flag: Path, seconds: float) -> Callable[[], None]:
-    """Say in a file that the rank sleeps now, and sleep."""
-    return partial(_nap, flag, seconds)
-
-
-def _nap(flag: Path, seconds: float) -> None:
+@later
+def nap(flag: Path, seconds: float) -> None:
+    """Say in a file that the rank sleeps now, and sleep until the file is gone, but no longer than so many seconds."""
     flag.touch()
-    time.sleep(seconds)
+    end = time.monotonic() + seconds
+    while flag.exists() and time.monotonic() < end:
+        time.sleep(0.02)
 
 
-def fail(error: BaseException) -> Callable[[], None]:
-    return partial(_fail, error)
-
-
-def _fail(error: BaseException) -> None:
+@later
+def fail(error: BaseException) -> None:
     raise error
 
 
-def torn(target: str, call: int, ranks: Sequence[int] = EVERYBODY) -> Inject:
+@later
+def torn(rank: int, target: str, call: int, ranks: Sequence[int] = EVERYBODY) -> None:
     """Killed in a function that writes to a file object, `f(file, ...)` or `f(..., file)`: some bytes are there already."""
-    return partial(_torn, target, call, tuple(ranks))
-
-
-def _torn(target: str, call: int, ranks: Sequence[int], rank: int) -> None:
     module, _, name = target.partition(":")
     owner = importlib.import_module(module)
     function, count = getattr(owner, name), itertools.count(1)
@@ -259,18 +260,15 @@ def _torn(target: str, call: int, ranks: Sequence[int], rank: int) -> None:
             file = next(argument for argument in arguments if hasattr(argument, "write"))
             file.write(b"half of it")
             file.flush()
-            _signal_self(signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
 
     setattr(owner, name, hurt)
 
 
-def nan_logits(step: int, indices: Sequence[int]) -> Inject:
+@later
+def nan_logits(rank: int, step: int, indices: Sequence[int]) -> None:
     """The network gives NaN for these samples in one optimizer step (in whose batch they must be)."""
-    return partial(_nan_logits, step, tuple(indices))
-
-
-def _nan_logits(step: int, indices: Sequence[int], rank: int) -> None:
     from tdds_dist.engine import Trainer
 
     forward_backward = Trainer._forward_backward
@@ -288,39 +286,23 @@ def _nan_logits(step: int, indices: Sequence[int], rank: int) -> None:
     Trainer._forward_backward = hurt
 
 
-def limit_file_size(num_bytes: int) -> Callable[[], None]:
+@later
+def limit_file_size(num_bytes: int) -> None:
     """Larger files cannot be written from now on, as on a disk that is nearly full."""
-    return partial(_limit_file_size, num_bytes)
-
-
-def _limit_file_size(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
-def fill_disk(folder: Path) -> Callable[[], None]:
+@later
+def fill_disk(folder: Path) -> None:
     """Fill the file system of a folder, by a file `filler` in it."""
-    return partial(_fill_disk, folder)
-
-
-def _fill_disk(folder: Path) -> None:
     with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(1 << 12)):
             pass
 
 
-def no_recording(rank: int) -> None:
-    """Training shows its outputs to nobody; scoring then has nothing to go by."""
-    from tdds_dist import collect, engine
-
-    collect.Scoring = lambda scorer, stop: engine.Nobody()
-
-
-def program(function: Callable[[int], None]) -> Inject:
+@later
+def program(rank: int, function: Callable[[int], None]) -> None:
     """Instead of a stage, run a function inside `cli.run`."""
-    return partial(_program, function)
-
-
-def _program(function: Callable[[int], None], rank: int) -> None:
     from tdds_dist import cli
 
     cli.parse = lambda arguments: argparse.Namespace(stage="tiny", run=lambda options: function(rank))
@@ -350,23 +332,16 @@ def leaves(rank: int) -> None:
         raise Preempted("SIGTERM: saved", agreed=True)
 
 
-def fails(rank: int) -> None:
+def fails(rank: int, error: type[BaseException] = ZeroDivisionError) -> None:
+    from tdds_dist.distributed import barrier
+
     with _session():
-        _meet()
-        raise ZeroDivisionError
+        barrier()  # a rank that leaves while others still join is one that did not come
+        raise error
 
 
 def is_interrupted(rank: int) -> None:
-    with _session():
-        _meet()
-        raise KeyboardInterrupt
-
-
-def _meet() -> None:
-    """A rank that leaves while others still join is one that did not come."""
-    from tdds_dist.distributed import barrier
-
-    barrier()
+    fails(rank, KeyboardInterrupt)
 
 
 def _session() -> Any:
@@ -382,10 +357,8 @@ def state_of(run: Path) -> dict[str, np.ndarray]:
     """Everything that must not depend on interruptions: weights, scores, recorded scalars."""
     from tdds_dist.trajectory import Trajectory
 
-    state = {f"model/{name}": value.numpy()
-             for name, value in torch.load(run / "models" / "final.pt", weights_only=True).items()}
-    state |= {f"best/{name}": value.numpy()
-              for name, value in torch.load(run / "models" / "best.pt", weights_only=True).items()}
+    state = {f"{kind}/{name}": value.numpy() for kind in ("final", "best")
+             for name, value in torch.load(run / "models" / f"{kind}.pt", weights_only=True).items()}
     for path in sorted((run / "scores").glob("*.npz")):
         with np.load(path) as file:
             state |= {f"{path.stem}/{name}": file[name] for name in ("score", "label")}

@@ -1,13 +1,13 @@
 """Slow, literal transcriptions of the formulas, for the tests to compare with.
 
-Plain Python loops over one sample at a time, `math` only, float64 throughout: nothing here is fast, clever or shared
+Plain Python over one sample at a time, `math` only, float64 throughout: nothing here is fast, clever or shared
 with the package. Epochs count from 0, and `delta[t]` is the loss difference between epochs t and t + 1.
 """
 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import permutations
+from itertools import pairwise, permutations
 
 EPSILON = 1e-8  # in both logarithms of the authors' code
 FLOOR = -1e4  # the package floors log-probabilities here; without it two certain epochs would give 0 * log(0 / 0)
@@ -21,10 +21,8 @@ Row = Sequence[float]  # one sample, one epoch: C logits
 def log_softmax(logits: Row) -> list[float]:
     """log p_c, floored at FLOOR. The floor changes no probability: exp(-1e4) is 0 in float64."""
     largest = max(logits)
-    total = 0.0
-    for logit in logits:
-        total += math.exp(logit - largest)
-    return [max(logit - largest - math.log(total), FLOOR) for logit in logits]
+    log_total = math.log(sum(math.exp(logit - largest) for logit in logits))
+    return [max(logit - largest - log_total, FLOOR) for logit in logits]
 
 
 def softmax(logits: Row) -> list[float]:
@@ -33,36 +31,22 @@ def softmax(logits: Row) -> list[float]:
 
 def entropy(logits: Row) -> float:
     """H(p) = -sum_c p_c log p_c."""
-    total = 0.0
-    for p, logp in zip(softmax(logits), log_softmax(logits), strict=True):
-        total -= p * logp
-    return total
+    return -sum(math.exp(logp) * logp for logp in log_softmax(logits))
 
 
 def el2n(logits: Row, label: int) -> float:
     """|| p - onehot(y) ||_2."""
-    total = 0.0
-    for c, p in enumerate(softmax(logits)):
-        total += (p - (1.0 if c == label else 0.0)) ** 2
-    return math.sqrt(total)
+    return math.sqrt(sum((p - (c == label)) ** 2 for c, p in enumerate(softmax(logits))))
 
 
 def margin(values: Row, label: int) -> float:
     """The label's value minus the largest of the other classes: of logits for AUM, of probabilities for its variant."""
-    largest_other = -math.inf
-    for c, value in enumerate(values):
-        if c != label and value > largest_other:
-            largest_other = value
-    return values[label] - largest_other
+    return values[label] - max(value for c, value in enumerate(values) if c != label)
 
 
 def correct(logits: Row, label: int) -> float:
     """1 where the first of the largest logits is the label's."""
-    best = 0
-    for c, logit in enumerate(logits):
-        if logit > logits[best]:
-            best = c
-    return 1.0 if best == label else 0.0
+    return float(list(logits).index(max(logits)) == label)
 
 
 # ---- one sample, two adjacent epochs
@@ -70,18 +54,14 @@ def correct(logits: Row, label: int) -> float:
 
 def loss_difference_official(previous: Row, now: Row) -> float:
     """sum_c | p'_c (log(p'_c + 1e-8) - log(p_c + 1e-8)) |: the absolute value is taken per class."""
-    total = 0.0
-    for p_previous, p_now in zip(softmax(previous), softmax(now), strict=True):
-        total += abs(p_now * (math.log(p_now + EPSILON) - math.log(p_previous + EPSILON)))
-    return total
+    return sum(abs(p_now * (math.log(p_now + EPSILON) - math.log(p_previous + EPSILON)))
+               for p_previous, p_now in zip(softmax(previous), softmax(now), strict=True))
 
 
 def loss_difference_paper(previous: Row, now: Row) -> float:
     """sum_c p'_c log(p'_c / p_c), Eq. 10, with floored logarithms: a class may have had probability 0."""
-    total = 0.0
-    for logp_previous, logp_now in zip(log_softmax(previous), log_softmax(now), strict=True):
-        total += math.exp(logp_now) * (logp_now - logp_previous)
-    return total
+    return sum(math.exp(logp_now) * (logp_now - logp_previous)
+               for logp_previous, logp_now in zip(log_softmax(previous), log_softmax(now), strict=True))
 
 
 def loss_difference_ce(previous: Row, now: Row, label: int) -> float:
@@ -92,59 +72,39 @@ def loss_difference_ce(previous: Row, now: Row, label: int) -> float:
 # ---- one sample, a whole trajectory
 
 
-def window_variability(delta: Sequence[float], preset: str) -> float:
-    """Eq. 11: the sum of squared deviations from the mean; its square root in preset `official`."""
-    mean = 0.0
-    for d in delta:
-        mean += d / len(delta)
-    squares = 0.0
-    for d in delta:
-        squares += (d - mean) ** 2
-    return math.sqrt(squares) if preset == "official" else squares
-
-
-def windows_official(delta: Sequence[float], T: int, K: int) -> list[float]:
-    """R_k for k = 0..T-K. Window k holds the K snapshots k..k+K-1, between which lie K-1 differences."""
-    found = []
-    for k in range(T - K + 1):
-        found.append(window_variability([delta[t] for t in range(k, k + K - 1)], "official"))
-    return found
-
-
-def windows_paper(delta: Sequence[float], T: int, K: int) -> list[float]:
-    """R_t for the T-K windows of K differences each."""
-    found = []
-    for first in range(T - K):
-        found.append(window_variability([delta[t] for t in range(first, first + K)], "paper"))
-    return found
-
-
 def mean(values: Sequence[float]) -> float:
-    total = 0.0
-    for value in values:
-        total += value
-    return total / len(values)
+    return sum(values) / len(values)
+
+
+def squared_deviations(values: Sequence[float]) -> float:
+    average = mean(values)
+    return sum((value - average) ** 2 for value in values)
+
+
+def windows(values: Sequence[float], length: int, num_windows: int) -> list[Sequence[float]]:
+    """Adjacent windows: values 0..length-1, then 1..length, and so on."""
+    return [values[first : first + length] for first in range(num_windows)]
 
 
 def score_official(delta: Sequence[float], T: int, K: int, beta: float) -> float:
-    """sum_k beta (1-beta)^(T-K-k) R_k, the closed form of the authors' code; beta = 0 stands for the plain mean."""
-    windows = windows_official(delta, T, K)
+    """sum_k beta (1-beta)^(T-K-k) R_k, the closed form of the authors' code; beta = 0 stands for the plain mean.
+
+    R_k, k = 0..T-K, is the root of Eq. 11: window k holds the snapshots k..k+K-1, between which lie K-1 differences.
+    """
+    variability = [math.sqrt(squared_deviations(window)) for window in windows(delta, K - 1, T - K + 1)]
     if beta == 0:
-        return mean(windows)
-    total = 0.0
-    for k, variability in enumerate(windows):
-        total += beta * (1.0 - beta) ** (T - K - k) * variability  # 0.0 ** 0 is 1: beta = 1 takes the last window
-    return total
+        return mean(variability)
+    return sum(beta * (1.0 - beta) ** (T - K - k) * R for k, R in enumerate(variability))  # beta = 1: 0.0 ** 0 is 1
 
 
 def score_paper(delta: Sequence[float], T: int, K: int, beta: float) -> float:
-    """R <- beta R_t + (1-beta) R from R = 0, Eq. 12; beta = 0 stands for the plain mean."""
-    windows = windows_paper(delta, T, K)
+    """R <- beta R_t + (1-beta) R from R = 0, Eq. 12, over T-K windows of K differences; beta = 0 stands for the plain mean."""
+    variability = [squared_deviations(window) for window in windows(delta, K, T - K)]  # Eq. 11
     if beta == 0:
-        return mean(windows)
+        return mean(variability)
     average = 0.0
-    for variability in windows:
-        average = beta * variability + (1.0 - beta) * average
+    for R in variability:
+        average = beta * R + (1.0 - beta) * average
     return average
 
 
@@ -155,10 +115,7 @@ def score(delta: Sequence[float], T: int, K: int, beta: float, preset: str) -> f
 def tdds(logits: Sequence[Row], T: int, K: int, beta: float, preset: str) -> float:
     """TDDS of one sample from its logits by epoch, [>= T][C]."""
     difference = loss_difference_official if preset == "official" else loss_difference_paper
-    delta = []
-    for t in range(T - 1):
-        delta.append(difference(logits[t], logits[t + 1]))
-    return score(delta, T, K, beta, preset)
+    return score([difference(previous, now) for previous, now in pairwise(logits[:T])], T, K, beta, preset)
 
 
 # ---- baselines: one sample, one value per epoch
@@ -166,21 +123,14 @@ def tdds(logits: Sequence[Row], T: int, K: int, beta: float, preset: str) -> flo
 
 def forgetting(correct: Sequence[float], never_learned: str) -> float:
     """Epochs that get wrong what the one before got right; T where no epoch is right and such samples rank first."""
-    events = 0
-    learned = False
-    for t, now in enumerate(correct):
-        if now == 1:
-            learned = True
-        if t > 0 and correct[t - 1] == 1 and now == 0:
-            events += 1
-    if not learned and never_learned == "inf":
+    if 1 not in correct and never_learned == "inf":
         return float(len(correct))
-    return float(events)
+    return float(sum(before == 1 and now == 0 for before, now in pairwise(correct)))
 
 
 def el2n_early(norms: Sequence[float], num_epochs: int) -> float:
     """EL2N averaged over the first epochs."""
-    return mean([norms[t] for t in range(num_epochs)])
+    return mean(norms[:num_epochs])
 
 
 def aum(margins: Sequence[float], keep: str) -> float:
@@ -189,27 +139,18 @@ def aum(margins: Sequence[float], keep: str) -> float:
 
 
 def unbiased_std(values: Sequence[float]) -> float:
-    squares = 0.0
-    for value in values:
-        squares += (value - mean(values)) ** 2
-    return math.sqrt(squares / (len(values) - 1))
+    return math.sqrt(squared_deviations(values) / (len(values) - 1))
 
 
 def dyn_unc(p_label: Sequence[float], window: int) -> float:
     """Mean over windows of the unbiased std of the label's probability."""
-    found = []
-    for first in range(len(p_label) - window + 1):
-        found.append(unbiased_std([p_label[t] for t in range(first, first + window)]))
-    return mean(found)
+    return mean([unbiased_std(inside) for inside in windows(p_label, window, len(p_label) - window + 1)])
 
 
 def dual(p_label: Sequence[float], window: int) -> float:
     """Mean over windows of std * (1 - mean)."""
-    found = []
-    for first in range(len(p_label) - window + 1):
-        inside = [p_label[t] for t in range(first, first + window)]
-        found.append(unbiased_std(inside) * (1.0 - mean(inside)))
-    return mean(found)
+    return mean([unbiased_std(inside) * (1.0 - mean(inside))
+                 for inside in windows(p_label, window, len(p_label) - window + 1)])
 
 
 def median(values: Sequence[float]) -> float:
@@ -221,14 +162,8 @@ def median(values: Sequence[float]) -> float:
 
 def moderate(features: Sequence[Row], labels: Sequence[int], sample: int) -> float:
     """Distance of one sample to the median of its class, which is taken dimension by dimension."""
-    squares = 0.0
-    for d, value in enumerate(features[sample]):
-        of_class = []
-        for other, label in zip(features, labels, strict=True):
-            if label == labels[sample]:
-                of_class.append(other[d])
-        squares += (value - median(of_class)) ** 2
-    return math.sqrt(squares)
+    of_class = [row for row, label in zip(features, labels, strict=True) if label == labels[sample]]
+    return math.sqrt(sum((value - median([row[d] for row in of_class])) ** 2 for d, value in enumerate(features[sample])))
 
 
 # ---- pruning
@@ -260,31 +195,21 @@ def stratum(score: float, low: float, high: float, num_strata: int) -> int:
     if low == high:
         return 0
     width = (Fraction(high) - Fraction(low)) / num_strata
-    found = 0
-    while found < num_strata - 1 and Fraction(score) >= Fraction(low) + (found + 1) * width:
-        found += 1
-    return found
+    return min((Fraction(score) - Fraction(low)) // width, num_strata - 1)
 
 
 def stratum_counts(scores: Sequence[float], low: float, high: float, num_strata: int) -> list[int]:
     """How many of the scores lie in each stratum between low and high."""
-    counts = [0] * num_strata
-    for score in scores:
-        counts[stratum(score, low, high, num_strata)] += 1
-    return counts
+    found = [stratum(score, low, high, num_strata) for score in scores]
+    return [found.count(s) for s in range(num_strata)]
 
 
 def stratum_budgets(counts: Sequence[int], num: int) -> list[int]:
     """CCS: from the smallest stratum up, an equal share of what remains, or all there is."""
     budgets = [0] * len(counts)
-    waiting = list(range(len(counts)))
-    while waiting:
-        smallest = waiting[0]
-        for position in waiting:
-            if counts[position] < counts[smallest]:
-                smallest = position
-        budgets[smallest] = min(counts[smallest], (num - sum(budgets)) // len(waiting))
-        waiting.remove(smallest)
+    by_size = sorted(range(len(counts)), key=lambda s: counts[s])
+    for position, s in enumerate(by_size):
+        budgets[s] = min(counts[s], (num - sum(budgets)) // (len(counts) - position))
     return budgets
 
 

@@ -6,34 +6,31 @@ Processes are forked from a server that has torch loaded (a fresh interpreter pe
 import multiprocessing
 import os
 import queue
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # many ranks share few cores here
+WORLDS = [1, 3, *(pytest.param(world_size, marks=pytest.mark.slow) for world_size in (2, 4))]  # to parametrize with
 NOT_MET = 111  # exit code of a rank that found no process group
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.engine", "tdds_dist.scorer"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, deadline: float = 120.0) -> list[Any]:
-    """Results of `function(rank, *arguments)` by rank. An exception is returned as ("error", type name, message)."""
+    """Return the results of `function(rank, *arguments)` by rank; AssertionError when a rank raises, dies or hangs."""
     results: Any = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        processes = [
-            _context.Process(target=_main, args=(rank, world_size, str(store), function, arguments, results), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        processes = _start(world_size, folder, function, arguments, results)
         by_rank: dict[int, Any] = {}
         end = time.monotonic() + deadline
         try:
@@ -45,8 +42,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, de
                     if time.monotonic() > end or (dead and results.empty()):
                         raise AssertionError(f"ranks {dead or 'all'} died or hung for {deadline} s") from None
                     continue
-                if kind == "crash":
-                    raise AssertionError(f"rank {rank} failed:\n{value}")
+                assert kind == "done", f"rank {rank} failed:\n{value}"
                 by_rank[rank] = value
         finally:
             for process in processes:
@@ -56,83 +52,68 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, de
     return [by_rank[rank] for rank in range(world_size)]
 
 
-def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any, patience: float = 5.0) -> list[int]:
+def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any, patience: float = 5.0) -> list[int | None]:
     """Exit codes by rank of `function(rank, *arguments)`, which may kill its process: 0 it returned, 1 it raised.
 
     When one rank has ended badly, the others get `patience` seconds before they are killed. Ranks that do not even meet (gloo
     loses a connection now and then on a busy machine) are started again.
     """
     for _ in range(3):
-        codes = _exit_codes(world_size, function, arguments, patience)
+        with tempfile.TemporaryDirectory() as folder:
+            processes = _start(world_size, folder, function, arguments, None)
+            end = time.monotonic() + 120.0
+            is_over = False
+            while any(process.is_alive() for process in processes) and time.monotonic() < end:
+                if not is_over and any(process.exitcode for process in processes):
+                    is_over, end = True, time.monotonic() + patience
+                time.sleep(0.01)
+            for process in processes:
+                process.kill()
+                process.join()
+        codes = [process.exitcode for process in processes]
         if NOT_MET not in codes:
             break
     return codes
 
 
-def _exit_codes(world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], patience: float) -> list[int]:
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [_context.Process(target=_main_that_may_die,
-                                      args=(rank, world_size, str(Path(folder) / "store"), function, arguments), daemon=True)
-                     for rank in range(world_size)]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + 120.0
-        is_over = False
-        while any(process.is_alive() for process in processes) and time.monotonic() < end:
-            if not is_over and any(process.exitcode for process in processes):
-                is_over, end = True, time.monotonic() + patience
-            time.sleep(0.01)
-        for process in processes:
-            process.kill()
-            process.join()
-        return [process.exitcode for process in processes]
-
-
-def catch(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
+def catch(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[str, str]:
     """Name and text of the exception that a call raises, or ("", "")."""
     try:
-        function(*arguments)
+        function(*arguments, **options)
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
 
 
-def _main(
-    rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any
-) -> None:
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-        )
-        value = function(rank, *arguments)
-        dist.barrier()
-        dist.destroy_process_group()
-        results.put((rank, "done", value))
-    except BaseException:
-        results.put((rank, "crash", traceback.format_exc()))
-    results.close()
-    results.join_thread()
-    os._exit(0)
+def _start(world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...],
+           results: Any) -> list[BaseProcess]:
+    processes = [_context.Process(target=_main, args=(rank, world_size, f"{folder}/store", function, arguments, results),
+                                  daemon=True) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    return processes
 
 
-def _main_that_may_die(
-    rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _main(rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...],
+          results: Any) -> None:
+    """Join the group, call the function, and put (rank, "done" or "crash", result or traceback) where results are wanted."""
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
+    code = NOT_MET
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
                                 timeout=timedelta(seconds=60))
-    except RuntimeError:
-        traceback.print_exc()
-        os._exit(NOT_MET)
-    try:
-        function(rank, *arguments)
+        code = 1
+        value = function(rank, *arguments)
         dist.barrier()
         dist.destroy_process_group()
+        outcome, code = (rank, "done", value), 0
     except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        outcome = (rank, "crash", traceback.format_exc())
+        if results is None:
+            print(outcome[2], file=sys.stderr)
+    if results is not None:
+        results.put(outcome)
+        results.close()
+        results.join_thread()
+    os._exit(code)

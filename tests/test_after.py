@@ -58,17 +58,22 @@ def ended(folder, code=1, requeue_failures=3, num_ranks=4):
     return after.main([str(folder), str(code), str(num_ranks), str(requeue_failures)])
 
 
+class Naps(list):
+    """Seconds that passed at once; `then` is called after each nap."""
+
+    then = staticmethod(lambda: None)
+
+
 @pytest.fixture
 def naps(monkeypatch):
-    """Seconds that pass at once."""
-    passed, clock = [], [0.0]
+    naps = Naps()
 
     def sleep(seconds):
-        passed.append(seconds)
-        clock[0] += seconds
+        naps.append(seconds)
+        naps.then()
 
-    monkeypatch.setattr(after, "time", SimpleNamespace(time=time.time, monotonic=lambda: clock[0], sleep=sleep))
-    return passed
+    monkeypatch.setattr(after, "time", SimpleNamespace(time=time.time, monotonic=lambda: sum(naps), sleep=sleep))
+    return naps
 
 
 # ---- after the ranks
@@ -97,41 +102,41 @@ def test_success_that_a_rank_knows_nothing_of_is_none(tmp_path, capsys, naps):
     naps.clear()
     assert ended(tmp_path, 9) == 9
     assert naps == []  # no success to wait for
-
-
-def test_a_result_that_comes_late_is_seen(tmp_path, monkeypatch):
-    clock = [0.0]
-
-    def sleep(seconds):
-        clock[0] += seconds
-        if clock[0] >= 5.0:
-            done(tmp_path, 1)
-
-    monkeypatch.setattr(after, "time", SimpleNamespace(time=time.time, monotonic=lambda: clock[0], sleep=sleep))
-    done(tmp_path, 0)
-    assert ended(tmp_path, 0, num_ranks=2) == 0
-    assert 5.0 <= clock[0] < 7.0
+    naps.then = lambda: done(tmp_path, 2) if sum(naps) >= 5 else None
+    assert ended(tmp_path, 0) == 0
+    assert 5 <= sum(naps) < 7
 
 
 def test_a_rank_that_raised_is_not_done(tmp_path, naps):
     done(tmp_path, 0, outcome="error")
-    assert ended(tmp_path, 1, num_ranks=1) != 0
+    assert ended(tmp_path, 1, num_ranks=1) == 1
 
 
-@pytest.mark.parametrize(("kinds", "told"), [
-    ((("lost", 0), ("failed", 1), ("refused", 2)), "failed on rank 1 (node1): failed it said"),
-    ((("lost", 0), ("refused", 1)), "refused on rank 1 (node1): refused it said"),
-    ((("lost", 1), ("lost", 3), ("failed", 2), ("failed", 0)), "failed on rank 2 (node2): failed it said"),
-    ((("resume", 0), ("failed", 1)), "failed on rank 1 (node1): failed it said"),
+@pytest.mark.parametrize(("kinds", "left", "told"), [
+    # The earliest of the most telling kind, whatever the exit code of srun.
+    ("lost0 failed1 refused2", None, "failed on rank 1 (node1): failed it said"),
+    ("lost0 refused1", None, "refused on rank 1 (node1): refused it said"),
+    ("lost1 lost3 failed2 failed0", None, "failed on rank 2 (node2): failed it said"),
+    ("resume0 failed1", None, "failed on rank 1 (node1): failed it said"),
+    # What rank 0 has queued again, or only saved, is left alone.
+    ("requeued0", None, ""), ("lost1 requeued0", None, ""), ("failed1 requeued0", None, ""), ("resume0", 75, ""),
+    ("resume0 resume1", 75, ""), ("requeue0", REQUEUE, ""),
+    # Ranks that lost each other or said nothing are queued again.
+    ("resume0 lost1", REQUEUE, "queued again: rank 1 (node1): lost it said"),
+    ("lost0 lost1", REQUEUE, "queued again: rank 0 (node0): lost it said"),
+    ("lost1", REQUEUE, "queued again: rank 1 (node1): lost it said"),
+    ("", REQUEUE, "queued again: ranks ended without a word (srun: {code})"),
 ])
-def test_the_rank_with_the_cause_is_named_and_the_job_is_over(tmp_path, capsys, kinds, told):
-    """The earliest of the most telling kind, whatever the exit code of srun."""
-    for kind, rank in kinds:
-        end(tmp_path, kind, rank=rank)
+def test_what_becomes_of_a_job_by_what_its_ranks_said(tmp_path, capsys, kinds, left, told):
+    for word in kinds.split():
+        end(tmp_path, word[:-1], rank=int(word[-1]))
     for code in (1, 2, 137):
-        assert ended(tmp_path, code) == code
-        assert capsys.readouterr().err == f"tdds: job 12 {told}\n"
-    assert not list(tmp_path.glob("*failures*"))
+        assert ended(tmp_path, code) == (left or code)
+        assert capsys.readouterr().err == (f"tdds: job 12 {told.format(code=code)}\n" if told else "")
+    failures = [path.read_text().splitlines() for path in tmp_path.glob("12_failures.jsonl")]
+    assert bool(failures) == told.startswith("queued again")
+    if failures:
+        assert json.loads(failures[0][-1])["what"] == told.format(code=137).removeprefix("queued again: ")
 
 
 def test_the_traceback_is_printed_once(tmp_path, capsys):
@@ -141,35 +146,6 @@ def test_the_traceback_is_printed_once(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1
     assert "ZeroDivisionError: 2\nTraceback\n  of rank 2" in error
-
-
-@pytest.mark.parametrize(("kinds", "code"), [((("requeued", 0),), 255), ((("lost", 1), ("requeued", 0)), 1),
-                                             ((("failed", 1), ("requeued", 0)), 1), ((("resume", 0),), 75),
-                                             ((("resume", 0), ("resume", 1)), 75), ((("requeue", 0),), 77)])
-def test_what_rank_0_has_queued_again_or_only_saved_is_left_alone(tmp_path, capsys, kinds, code):
-    for kind, rank in kinds:
-        end(tmp_path, kind, rank=rank)
-    assert ended(tmp_path, code) == code
-    assert "queued again" not in capsys.readouterr().err
-    assert not list(tmp_path.glob("*failures*"))
-
-
-def test_a_rank_that_saved_alone_does_not_hide_that_another_was_lost(tmp_path):
-    end(tmp_path, "resume", rank=0)
-    end(tmp_path, "lost", rank=1)
-    assert ended(tmp_path, 1) == REQUEUE
-
-
-@pytest.mark.parametrize("kinds", [(), (("lost", 0), ("lost", 1)), (("lost", 1),)])
-def test_ranks_that_lost_each_other_or_said_nothing_are_queued_again(tmp_path, capsys, kinds):
-    for kind, rank in kinds:
-        end(tmp_path, kind, rank=rank)
-    assert ended(tmp_path, 137) == REQUEUE
-    told = "rank 0 (node0): lost it said" if ("lost", 0) in kinds else (
-        "rank 1 (node1): lost it said" if kinds else "ranks ended without a word (srun: 137)")
-    assert capsys.readouterr().err == f"tdds: job 12 queued again: {told}\n"
-    (line,) = (tmp_path / "12_failures.jsonl").read_text().splitlines()
-    assert json.loads(line)["what"] == told
 
 
 def test_only_the_ends_of_this_restart_count(tmp_path, capsys, monkeypatch):
@@ -229,18 +205,14 @@ def test_failures_in_a_row_without_a_new_checkpoint_are_counted(tmp_path, listed
     assert progress == ["", "", "", *["step_0000000005"] * 3, *["step_0000000010"] * 4]
 
 
-@pytest.mark.parametrize("requeue_failures", [0, 1, 5])
-def test_how_many_are_forgiven_is_the_cluster_file_to_say(tmp_path, listed, requeue_failures):
-    codes = [ended(tmp_path, 3, requeue_failures) for _ in range(requeue_failures + 1)]
-    assert codes == [REQUEUE] * requeue_failures + [3]
-
-
 def test_what_is_no_checkpoint_is_no_progress(tmp_path, listed):
-    assert ended(tmp_path, 1, 1) == REQUEUE
+    """And how many failures are forgiven is the cluster file's to say."""
+    assert ended(tmp_path, 3, 0) == 3
+    assert ended(tmp_path, 3, 2) == REQUEUE
     for name in ("step_0000000005.damaged", "step_0000000007.abandoned", "step_x", "step_", "other"):
         (listed / "checkpoints" / name).mkdir(parents=True)
     checkpoint(listed.parent / "other", 5)
-    assert ended(tmp_path, 1, 1) == 1
+    assert ended(tmp_path, 3, 2) == 3
 
 
 def test_a_job_that_is_not_listed_has_no_progress(tmp_path, monkeypatch):
@@ -275,37 +247,37 @@ def test_a_damaged_count_of_failures_does_not_end_the_job(tmp_path, left):
 # ---- the end of an sbatch file, as bash runs it
 
 
-def run_sbatch_file(folder, code, *, cluster=None, shown="", **variables):
-    """Run the file with stand-ins for srun and scontrol; what it returned, and what scontrol was told."""
-    bin_ = folder / "bin"
-    bin_.mkdir(exist_ok=True)
-    told = folder / "scontrol.txt"
+def run_sbatch_file(folder, code, *, shown="", after=None, variables=(), **cluster):
+    """Run the file with stand-ins for srun and scontrol; what it returned, and what scontrol was told. With `after`, a stand-in
+    for launch.after leaves with that code."""
+    told, log_dir, bin_ = folder / "scontrol.txt", folder / "log dir", folder / "bin"
     told.unlink(missing_ok=True)
+    log_dir.mkdir(exist_ok=True)
+    bin_.mkdir(exist_ok=True)
     srun = f'echo "srun: TDDS_JOB_STARTED=$TDDS_JOB_STARTED SETUP=$SETUP"; exit {code}'
-    for name, body in {"srun": srun, "scontrol": f'echo "$@" >>{told}; echo "{shown}"'}.items():
+    for name, body in {"srun": srun, "scontrol": f'echo "$@" >>{told}; echo "{shown}"', "python": f"exit {after}"}.items():
         (bin_ / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_ / name).chmod(0o755)
-    cluster = cluster or Cluster(executor="slurm", time_minutes=5)
+    cluster = Cluster(executor="slurm", time_minutes=5, venv=None if after is None else str(folder), **cluster)
     script = folder / "job.sh"
-    script.write_text(sbatch_text(cluster, "name", folder / "log dir", 1))
-    (folder / "log dir").mkdir(exist_ok=True)
+    script.write_text(sbatch_text(cluster, "name", log_dir, 1))
     if code == 0:
-        done(folder / "log dir", *range(cluster.num_ranks))
-    environment = os.environ | variables | {"PATH": f"{bin_}:{os.environ['PATH']}"}
-    left = subprocess.run(["bash", str(script)], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+        done(log_dir, *range(cluster.num_ranks))
+    environment = os.environ | dict(variables) | {"PATH": f"{bin_}:{os.environ['PATH']}"}
+    left = subprocess.run(["bash", str(script)], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     return left, told.read_text() if told.exists() else ""
 
 
 def test_the_sbatch_file_leaves_with_what_the_ranks_left_with(tmp_path):
-    cluster = Cluster(executor="slurm", time_minutes=5, setup=("export SETUP='a b'",), nodes=2, ranks_per_node=3)
-    left, told = run_sbatch_file(tmp_path, 0, cluster=cluster)
+    cluster = {"setup": ("export SETUP='a b'",), "nodes": 2, "ranks_per_node": 3}
+    left, told = run_sbatch_file(tmp_path, 0, **cluster)
     assert (left.returncode, told, left.stderr) == (0, "", "")
     started = float(left.stdout.split()[1].partition("=")[2])
     assert abs(started - time.time()) < 30
     assert left.stdout.endswith("SETUP=a b\n")
     (tmp_path / "log dir" / "12_5_result.pkl").unlink()
     end(tmp_path / "log dir", "refused")
-    left, told = run_sbatch_file(tmp_path, 2, cluster=cluster)
+    left, told = run_sbatch_file(tmp_path, 2, **cluster)
     assert (left.returncode, told) == (2, "")
     assert left.stderr == "tdds: job 12 refused on rank 0 (node0): refused it said\n"
 
@@ -314,15 +286,15 @@ def test_the_sbatch_file_leaves_with_what_the_ranks_left_with(tmp_path):
     ("JobId=12 PreemptTime=2099-01-01T00:00:00 X=1", True), ("JobId=12 PreemptTime=2001-01-01T00:00:00 X=1", False),
     ("JobId=12 PreemptTime=None X=1", False), ("", False)])
 def test_a_job_that_left_because_it_was_preempted_in_this_start_is_queued_again(tmp_path, shown, queued):
-    end(tmp_path / "log dir", "resume")
-    left, told = run_sbatch_file(tmp_path, 75, shown=shown)
+    left, told = run_sbatch_file(tmp_path, 143, shown=shown, after=75)
     assert ("requeue 12" in told) == queued
     assert left.returncode == (REQUEUE if queued else 75)
 
 
 def test_the_sbatch_file_queues_itself_again(tmp_path):
     """A task of an array by its own number: that of the array would be all of it."""
-    left, told = run_sbatch_file(tmp_path, 137, SLURM_JOB_ID="15", SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
+    left, told = run_sbatch_file(tmp_path, 137, variables={"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12",
+                                                                     "SLURM_ARRAY_TASK_ID": "3"})
     assert told == "requeue 15\n"
     assert left.returncode == REQUEUE
     assert "job 12_3 queued again" in left.stderr
@@ -370,12 +342,13 @@ def test_a_port_of_both_protocols_is_not_free():
         assert not network.is_free(holder.getsockname()[1])
 
 
-def test_the_interface_that_leads_to_a_host():
-    assert network.interface_to("127.0.0.1") == "lo"
-    assert network.interface_to("localhost") == "lo"
-    assert network.interface_to("127.0.0.2") == "lo"
+def test_the_interface_that_leads_to_a_host(monkeypatch):
+    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
+        assert network.interface_to(host) == "lo"
     names = {name for _, name in socket.if_nameindex()}
     assert network.interface_to("192.0.2.1") in names | {None}  # for documentation: wherever the default route leads
+    monkeypatch.setattr(network, "_RESOLVE_SECONDS", 0.0)
+    assert network.interface_to("no-such-host.invalid") is None
 
 
 def test_an_unknown_host_is_asked_for_again_and_then_given_up(monkeypatch):
@@ -399,11 +372,6 @@ def test_an_unknown_host_is_asked_for_again_and_then_given_up(monkeypatch):
     asked.clear()
     wanted = 4  # a node that starts
     assert network.interface_to("node7") == "lo"
-
-
-def test_a_host_that_does_not_exist(monkeypatch):
-    monkeypatch.setattr(network, "_RESOLVE_SECONDS", 0.0)
-    assert network.interface_to("no-such-host.invalid") is None
 
 
 # ---- what a rank is told
@@ -468,30 +436,21 @@ def test_a_rank_knows_its_place(described):
     assert (stage.job_id, stage.rank, stage.restart, stage.is_slurm) == ("12", 3, 2, True)
     assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] != "1"  # all of the node's
     assert "TDDS_CPUS_PER_RANK" not in os.environ
+    described(0, cpus_per_rank=8)
+    assert os.environ["TDDS_CPUS_PER_RANK"] == "8"
 
 
 def test_all_ranks_meet_at_one_port_and_the_next_start_at_another(described):
-    ports = []
+    places = []
     for restart in ("0", "1", "2"):
-        found = set()
         for rank in range(4):
             described(rank, variables={"SLURM_RESTART_COUNT": restart})
-            found.add((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
-        assert len(found) == 1
-        ports += found
-    assert len(set(ports)) == 3
-
-
-def test_a_task_of_an_array_has_a_port_of_its_own(described):
-    stage = described(1, 4, 2, "15", variables={"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"})
+            places.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
+    assert places == [("node1", str(network.rendezvous_port(12, restart))) for restart in range(3) for _ in range(4)]
+    stage = described(1, 4, 2, "15", variables={"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3",
+                                                "SLURM_RESTART_COUNT": "0"})
     assert stage.job_id == os.environ["TDDS_JOB"] == "12_3"
-    assert os.environ["MASTER_PORT"] == str(network.rendezvous_port(15, 0))
-
-
-def test_one_node_needs_no_name_service(described):
-    described(1, 2, 1)
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    assert described.asked == ["127.0.0.1"]
+    assert os.environ["MASTER_PORT"] == str(network.rendezvous_port(15, 0))  # a port of its own for a task of an array
 
 
 def test_a_rank_leaves_before_its_time_limit(described):
@@ -506,36 +465,32 @@ def test_a_rank_leaves_before_its_time_limit(described):
         assert abs(float(os.environ["TDDS_LEAVE_AT"]) - (time.time() + 560)) < 20
 
 
-@pytest.mark.parametrize(("cpus", "told"), [(0, None), (8, "8")])
-def test_cpus_that_the_scheduler_gave(described, cpus, told):
-    described(0, cpus_per_rank=cpus)
-    assert os.environ.get("TDDS_CPUS_PER_RANK") == told
-
-
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-@pytest.mark.parametrize(("interface", "before", "told"), [
-    (None, {}, ("eth7", "eth7")), (None, {"NCCL_SOCKET_IFNAME": "ib"}, ("eth7", "ib")),
-    (None, dict.fromkeys(VARIABLES, "x"), ("x", "x")), ("ib0", {}, ("ib0", "ib0")),
-    ("ib0", {"GLOO_SOCKET_IFNAME": "x", "NCCL_SOCKET_IFNAME": "ib"}, ("ib0", "ib0")),
+@pytest.mark.parametrize(("rank", "interface", "before", "told", "asked"), [
+    (1, None, {}, ("eth7", "eth7"), ["node2"]),  # this is the first node
+    (2, None, {}, ("eth7", "eth7"), ["node1"]),  # other nodes ask for the way to the first
+    (1, None, {"NCCL_SOCKET_IFNAME": "ib"}, ("eth7", "ib"), ["node2"]),
+    (1, None, dict.fromkeys(VARIABLES, "x"), ("x", "x"), ["node2"]), (1, "ib0", {}, ("ib0", "ib0"), []),
+    (1, "ib0", {"GLOO_SOCKET_IFNAME": "x", "NCCL_SOCKET_IFNAME": "ib"}, ("ib0", "ib0"), []),
 ])
-def test_what_is_set_stays_unless_the_cluster_file_says_otherwise(described, interface, before, told):
-    described(1, variables=before, interface=interface)
+def test_what_is_set_stays_unless_the_cluster_file_says_otherwise(described, rank, interface, before, told, asked):
+    described(rank, variables=before, interface=interface)
     assert tuple(os.environ[key] for key in VARIABLES) == told
-    assert described.asked == ([] if interface else ["node2"])  # this is the first node
-
-
-def test_other_nodes_ask_for_the_way_to_the_first(described):
-    described(2)
-    assert described.asked == ["node1"]
+    assert described.asked == asked
 
 
 def test_no_interface_is_chosen_where_none_is_known_or_needed(described, monkeypatch):
     described(0, 1, 1)
     assert not set(VARIABLES) & os.environ.keys()
     assert described.asked == []
+    described(1, 2, 1)  # one node needs no name service
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert described.asked == ["127.0.0.1"]
     monkeypatch.setattr(task, "interface_to", lambda host: None)
+    for key in VARIABLES:
+        os.environ.pop(key, None)
     described(1)
     assert not set(VARIABLES) & os.environ.keys()
 
@@ -635,6 +590,7 @@ def test_commands_run_one_after_the_other(outcomes, leaving, tmp_path):
     ((2, "tdds collect: error: bad"), 2, "refused"), ((1, "tdds collect: error: lost"), 1, "lost"),
     ((2, f"tdds collect: error: runs/a {IN_USE} pid 3 on node7"), 2, "lost"),  # which ends some day
     ((130, "tdds collect: interrupted"), 130, "failed"), (ZeroDivisionError("x"), 1, "failed"),
+    ((2, ""), 2, None),  # rank 0 says it for all
 ])
 def test_a_command_that_fails_ends_the_rank_and_is_written_down(outcomes, leaving, tmp_path, capsys, result, code, kind):
     slurm_rank(2, SLURM_RESTART_COUNT="3")
@@ -643,6 +599,9 @@ def test_a_command_that_fails_ends_the_rank_and_is_written_down(outcomes, leavin
         a_task(tmp_path, (("score", "a"), ("select", "b"), ("select", "c")), interface="lo")()
     assert left.value.args == (code,)
     assert len(outcomes.ran) == 2
+    if kind is None:
+        assert read_ends(tmp_path, "12") == []
+        return
     (found,) = read_ends(tmp_path, "12")
     assert (found.kind, found.rank, found.restart, found.host) == (kind, 2, 3, socket.gethostname())
     if isinstance(result, tuple):
@@ -653,15 +612,6 @@ def test_a_command_that_fails_ends_the_rank_and_is_written_down(outcomes, leavin
         assert found.message == "ZeroDivisionError: x"
         assert found.traceback.startswith("Traceback")
         assert "ZeroDivisionError: x" in found.traceback
-
-
-def test_a_rank_with_nothing_to_say_leaves_without_a_record(outcomes, leaving, tmp_path):
-    """Rank 0 says it for all."""
-    slurm_rank(1)
-    outcomes.results += [(2, "")]
-    with pytest.raises(Left, match="2"):
-        a_task(tmp_path, interface="lo")()
-    assert read_ends(tmp_path, "12") == []
 
 
 def test_a_log_folder_that_cannot_be_written_changes_no_exit_code(outcomes, leaving, tmp_path, capsys):
@@ -722,32 +672,25 @@ def asked_to_leave(outcomes, monkeypatch, *signals, leave_at=None, elsewhere="",
     ((signal.SIGUSR2,), None, UncompletedJobError("timed-out too many times"), 75, "resume"),
     ((signal.SIGUSR2,), None, FileNotFoundError("no scontrol in a container"), 75, "requeue"),
     ((signal.SIGINT,), None, SystemExit(-1), 75, "resume"),
+    # By another rank: the signal may not have come here yet, and clocks differ.
+    ("SIGUSR2", None, SystemExit(-1), -1, "requeued"), ("time limit", None, SystemExit(-1), -1, "requeued"),
+    ("SIGTERM", None, SystemExit(-1), 75, "resume"), ("SIGINT", None, SystemExit(-1), 75, "resume"),
 ])
 def test_rank_0_has_the_job_queued_again_unless_it_was_cancelled(
         outcomes, leaving, handler, monkeypatch, tmp_path, signals, leave_at, result, left, kind):
     """SIGTERM alone is `scancel`; SIGUSR2 the time limit or a preemption; the end of its time it sees itself."""
     slurm_rank(0, 1, 1)
     handler.result = result
-    asked_to_leave(outcomes, monkeypatch, *signals, leave_at=leave_at)
+    here, elsewhere = ((), signals) if isinstance(signals, str) else (signals, "")
+    asked_to_leave(outcomes, monkeypatch, *here, leave_at=leave_at, elsewhere=elsewhere)
     with pytest.raises(Left) as found:
         a_task(tmp_path)()
     assert found.value.args == (left,)
-    assert handler.asked == ([] if kind == "resume" and signal.SIGUSR2 not in signals else [signal.SIGUSR2])
+    assert handler.asked == ([] if kind == "resume" and signal.SIGUSR2 not in here else [signal.SIGUSR2])
     (record,) = read_ends(tmp_path, "12")
     assert record.kind == kind
     assert "saved" in record.message
     assert ("not queued again (timed-out too many times)" in record.message) == isinstance(result, UncompletedJobError)
-
-
-@pytest.mark.parametrize(("told", "left"), [("SIGUSR2", -1), ("time limit", -1), ("SIGTERM", 75), ("SIGINT", 75)])
-def test_rank_0_acts_on_what_another_rank_was_told(outcomes, leaving, handler, monkeypatch, tmp_path, told, left):
-    """The signal may not have come here yet, and clocks differ."""
-    slurm_rank(0)
-    asked_to_leave(outcomes, monkeypatch, elsewhere=told)
-    with pytest.raises(Left) as found:
-        a_task(tmp_path, interface="lo")()
-    assert found.value.args == (left,)
-    assert [record.kind for record in read_ends(tmp_path, "12")] == ["resume" if left == 75 else "requeued"]
 
 
 def test_a_second_signal_while_rank_0_waits_for_it(outcomes, leaving, handler, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from tdds_dist.facts import read_facts
 from tdds_dist.report import build_report
 from tdds_dist.report_scores import origin
 
+pytestmark = pytest.mark.slow
 SMALL = ["--num-samples", "400", "--num-classes", "8", "--num-pictures", "16", "--epochs", "3", "--repetitions"]
 
 
@@ -25,10 +26,8 @@ def test_images_share_pixels_but_not_bytes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(info.label_N, label_N)
     assert len(set(info.data_ptr_N.tolist())) == 103
     images = read_images(info.path, range(103), info)
-    assert len({image.tobytes() for image in images[:16]}) == 16
-    for number, image in enumerate(images):
-        assert image.shape == (256, 256, 3)
-        assert image.tobytes() == images[number % 16].tobytes()
+    assert {image.shape for image in images} == {(256, 256, 3)}
+    assert [image.tobytes() for image in images] == [images[number % 16].tobytes() for number in range(103)]
     assert min(image.std() for image in images) > 50, "noise"
 
 
@@ -50,17 +49,16 @@ def test_benchmark_measures_the_command_and_the_page(tmp_path: Path, monkeypatch
     monkeypatch.setattr(report, "open_page", lambda page, repetitions: [{"load": 0.5, "sheets": 0.75, "filter": 0.125}])
     assert main([*SMALL, "1", "--out", str(tmp_path), "--name", "small"]) == 0
     result = json.loads((tmp_path / "report_small.json").read_text())
-    metrics = result["metrics"]
-    assert metrics["build, s"]["repetitions"] == 1
+    metrics, held = result["metrics"], result["held"]
     assert metrics["build, s"]["min"] > 0
     assert 50e6 < metrics["build, bytes"]["value"] < 4e9
     assert metrics["load, s"]["value"] == 0.5
-    assert result["held"]["classes"] == 8
-    assert 100 < result["held"]["images"] <= 400
-    assert 0 < result["held"]["thumbnail_bytes"] < metrics["page, bytes"]["value"]
+    assert held["classes"] == 8
+    assert 100 < held["images"] <= 400
+    assert 0 < held["thumbnail_bytes"] < metrics["page, bytes"]["value"]
     page = (tmp_path / "report_small.md").read_text()
-    assert f"The page holds {result['held']['images']} images of 8 classes" in page
-    assert "0.75 | 0.75 |" in page
+    assert f"The page holds {held['images']} images of 8 classes" in page
+    assert "0.75|0.75|" in page.replace(" ", ""), "columns are as wide as the slowest figure"
     result["metrics"] = {name: found for name, found in metrics.items() if name.startswith(("build", "page"))}
     assert "No Chromium" in report.as_markdown(result)
     assert "No Chromium" not in page
@@ -84,19 +82,3 @@ def test_a_report_that_fails_is_said(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(report.InputError, match="exit code 2"):
         report.build(run, tmp_path / "report.html")
     assert "is not a run directory" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--num-samples", "5"], "--num-samples 5 must be at least 20"),
-    (["--repetitions", "0"], "--repetitions 0 must be at least 1"),
-    (["--num-pictures", "100"], "--num-pictures 100 cannot make 1281167 images; give at least 118"),
-    (["--num-samples", "90000000000000", "--num-pictures", "90000000000000"], "GB free, this size needs"),
-])
-def test_options_that_measure_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
-                                      message: str) -> None:
-    assert main([*arguments, "--out", str(tmp_path / "new")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("benchmarks.report: error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "new").exists()

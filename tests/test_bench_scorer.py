@@ -1,6 +1,7 @@
 """The benchmarks of scoring and of compact storage: they measure what they say. No speed is judged."""
 
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from benchmarks import files, precision, recording, scorer
 from benchmarks.recording import Outputs, Setting, Stored
 from tdds_dist.partition import epoch_order
-from tdds_dist.tdds import Window, score_trajectory
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 STORED = ["float32", "float16", "topk:3", "topk:1/float16", "topk:9/float32"]
 TINY = ["--num-samples", "300", "--num-classes", "7", "--stored", "float16", "--batch", "32", "--passes", "2", "--threads", "1",
         "--wide-samples", "1000", "--wide-classes", "40", "--wide-shards", "4", "--wide-rows", "64", "--wide-stored", "topk:5",
@@ -22,16 +23,10 @@ TINY = ["--num-samples", "300", "--num-classes", "7", "--stored", "float16", "--
 # ---- scorer
 
 
-@pytest.mark.distributed
-def test_every_part_writes_numbers_with_provenance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = ["imagenet", "wide", "ranks", "step"]
-    assert scorer.main([*TINY, "--only", *parts, "--out", str(tmp_path), "--name", "tiny"]) == 0
+def test_every_part_writes_numbers_with_provenance(tmp_path: Path) -> None:
+    assert scorer.main([*TINY, "--only", "imagenet", "wide", "ranks", "step", "--out", str(tmp_path), "--name", "tiny"]) == 0
     result = json.loads((tmp_path / "scorer_tiny.json").read_text())
-    assert {"benchmark", "settings", "warm_up", "repetitions", "metrics", "parts", "provenance"} <= result.keys()
     assert {"commit", "cpu", "num_cpus", "versions", "threads", "load_average"} <= result["provenance"].keys()
-    assert result["settings"]["num_samples"] == 300
-    assert list(result["parts"]) == parts
-
     (alone,), (shard,), (routed,), (step,) = result["parts"].values()
     assert (alone["rows_per_pass"], shard["rows_per_pass"], shard["num_samples"]) == (300, 64, 250)
     for row in (alone, shard):
@@ -41,9 +36,6 @@ def test_every_part_writes_numbers_with_provenance(tmp_path: Path, capsys: pytes
             assert share == pytest.approx(row["moved_bytes_per_sample"] / (taken * 1e-6) / row["copy_bandwidth"])
     assert alone["moved_bytes_per_sample"] == 16 + 7 * 4 + 2 * 7 * 2 + 9 * 4 + 8 + 16
     assert shard["moved_bytes_per_sample"] == 16 + 40 * 4 + 2 * (7 * 4 + 6 * 2) + 9 * 4 + 8 + 16
-    assert len(alone["end_epoch_ms"]) == len(alone["record_us_per_sample"]) == 2
-    assert shard["end_epoch_ms"] == []
-    assert alone["is_within_limit"]
     # 100 samples in steps of 2 x 32: two steps of 32 rows from each rank
     assert routed["calls_per_step"] == 1.0
     assert routed["bytes_sent_per_step"] == routed["formula_bytes_per_step"] == 32 * (7 * 4 + 16)
@@ -54,17 +46,13 @@ def test_every_part_writes_numbers_with_provenance(tmp_path: Path, capsys: pytes
     rate = metrics["imagenet N=300 C=7 float16: record, samples/s"]
     assert (rate["better"], rate["relative"], rate["repetitions"]) == ("higher", False, 2)
     assert rate["max"] == pytest.approx(1e6 / min(alone["record_us_per_sample"]))
-    assert metrics["imagenet N=300 C=7 float16: state"]["value"] == alone["state_bytes"]
     assert {"wide N=250 C=40 topk:5: peak RSS", "ranks W=2 N=100 C=7 float16: sent per step and rank",
             "step N=100 C=7 float16: with record over without"} <= metrics.keys()
-
     page = (tmp_path / "scorer_tiny.md").read_text()
-    assert page in capsys.readouterr().out
     assert "the process stayed under 4 GB of RSS" in page
     assert "The part `cuda` was not run" in page
-    texts = [path.read_text() for path in tmp_path.iterdir()]
-    assert len(texts) == 2
-    assert not any(f" {socket.gethostname()} " in text or f'"{socket.gethostname()}"' in text for text in texts)
+    for path in tmp_path.iterdir():
+        assert not re.search(rf"[ \"]{re.escape(socket.gethostname())}[ \"]", path.read_text())
 
 
 def test_a_shard_that_does_not_fit_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,32 +61,6 @@ def test_a_shard_that_does_not_fit_is_left_out_and_said(tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "scorer_tiny.json").read_text())["metrics"] == {}
     page = (tmp_path / "scorer_tiny.md").read_text()
     assert "Left out: stored as float32 (needs 1.5 GB, 1.0 GB are available)." in page
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--passes", "0"], "--passes 0 must be at least 1"),
-    (["--ranks", "2", "0"], "--ranks 0 must be at least 1"),
-    (["--stored", "bfloat16"], "stored as 'bfloat16' is unknown"),
-    (["--stored", "topk:3/int8"], "stored as 'topk:3/int8' is unknown"),
-    (["--stored", "topk:7"], "stored as topk:7 keeps all of 7 classes"),
-    (["--wide-stored", "topk:40"], "stored as topk:40 keeps all of 40 classes"),
-    (["--wide-rows", "251"], "--wide-rows 251 is more than the 250 samples of a shard"),
-    (["--batch", "60"], "--ranks-samples 100 must hold two batches of 60"),
-    (["--model", "resnet99"], "resnet99"),
-])
-def test_options_that_measure_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
-                                                  message: str) -> None:
-    assert scorer.main([*TINY, "--out", str(tmp_path / "new"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("benchmarks.scorer: error: ")
-    assert message in error
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_cuda_part_needs_a_device(capsys: pytest.CaptureFixture[str]) -> None:
-    assert scorer.main(["--only", "cuda"]) == 2
-    assert "--only cuda needs a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -134,13 +96,8 @@ def test_a_scorer_is_measured_in_the_middle_of_training() -> None:
 def test_the_update_alone_is_measured_on_any_device() -> None:
     setting = Setting(200, 30, 64, Stored("float16"))
     row, = recording.measure_update(setting, "cpu", 3)
-    assert row["path"] == "plain"
-    assert len(row["update_us"]) == 3
-    assert row["state_bytes"] == setting.formula_bytes()
+    assert (row["path"], len(row["update_us"]), row["state_bytes"]) == ("plain", 3, setting.formula_bytes())
     assert row["launches_per_step"] > 1
-    for taken, share in zip(row["update_us"], row["share_of_copy_bandwidth"], strict=True):
-        assert share == pytest.approx(64 * setting.moved_bytes() / (taken * 1e-6) / row["copy_bandwidth"])
-
     parts = {"cuda": [scorer._row(setting, row)]}  # what the page of a GPU says, from the figures of this device
     metrics = scorer.metrics_of(parts)
     assert metrics["cuda N=200 C=30 float16 B=64 plain: update"]["repetitions"] == 3
@@ -188,39 +145,6 @@ def test_float16_stays_within_what_rounding_can_do() -> None:
     assert row["bytes_per_sample"] == 400
 
 
-def test_keeping_more_classes_costs_less_error() -> None:
-    rows = rows_of(recorded(["topk:199", "topk:100", "topk:20", "topk:3"]))
-    for preset in ("official", "paper"):
-        errors = [rows[name, preset]["median_absolute"] for name in ("topk:199", "topk:100", "topk:20", "topk:3")]
-        assert errors == sorted(errors)
-        assert errors[1] > 100 * errors[0]
-        assert rows["topk:199", preset]["max_absolute"] < 1e-5  # only one class is not kept: nothing is lost
-        assert rows["topk:199", preset]["spearman"] > 0.9999
-
-
-def test_blocks_make_no_difference_to_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """25 rows at once: three blocks, the last one short; each has its own outputs, and scalars are in the order of the rows."""
-    monkeypatch.setattr(precision, "BLOCK_BYTES", 25 * 4 * 200)
-    found = recorded(["float16"])
-    stream = precision.Synthetic(60, 200, 6)
-    for first, end in ((0, 25), (25, 50), (50, 60)):
-        for epoch, (logits_MC, label_M) in enumerate(stream.epochs(first, end)):
-            p_M = logits_MC.softmax(1).gather(1, label_M[:, None])[:, 0]
-            np.testing.assert_allclose(found["float32"]["p_label"][epoch, first:end], p_M, rtol=1e-4, atol=1e-7)
-    assert found["float16"]["delta_paper"].shape == (6, 60)
-
-
-def test_synthetic_outputs_look_like_training() -> None:
-    """From noise to confidence; what is labelled wrong is fitted last or not at all."""
-    num_samples, num_classes = 600, 100
-    right = precision.describe(recorded([], num_samples=num_samples, num_classes=num_classes, num_epochs=8), num_classes)
-    assert right["top1_percent"][0] < 50 < 70 < right["top1_percent"][-1] < 99
-    assert right["mean_entropy"][0] > 2.5 > 1.0 > right["mean_entropy"][-1]
-    only_wrong = precision.Synthetic(num_samples, num_classes, 8, hard=0.0, wrong=1.0).record(["float32"])
-    wrong = precision.describe(only_wrong, num_classes)["top1_percent"]
-    assert wrong[4] < 10 < wrong[-1] < right["top1_percent"][-1]
-
-
 @pytest.mark.parametrize(("right", "stored", "absolute", "relative"), [
     (2.0, 2.5, 0.5, 0.25), (-2.0, -1.5, 0.5, 0.25), (1e-5, 3e-3 + 1e-5, 3e-3, 3.0)])  # the last one counts against the floor
 def test_errors_are_counted_as_stated(right: float, stored: float, absolute: float, relative: float) -> None:
@@ -240,44 +164,24 @@ def test_errors_are_counted_as_stated(right: float, stored: float, absolute: flo
     assert rows["float16", "official"]["max_absolute"] == 0.0
 
 
-def test_kept_sets_and_scores_are_those_of_one_window() -> None:
-    rng = np.random.default_rng(0)
-    exact_TN, other_TN = rng.random((6, 100), dtype=np.float32), rng.random((6, 100), dtype=np.float32)
-    scalars = [{"delta_paper": delta_TN, "delta_official": delta_TN, "entropy": delta_TN} for delta_TN in (exact_TN, other_TN)]
-    row = rows_of({"float32": scalars[0], "topk:3": scalars[1]})["topk:3", "official"]
-    scores = [score_trajectory(delta_TN, Window(6, 5), "official") for delta_TN in (exact_TN, other_TN)]
-    for rate, kept in (("0.5", 50), ("0.9", 10)):
-        best = [set(np.argsort(-score_N)[:kept]) for score_N in scores]
-        assert row["overlap"][rate] == len(best[0] & best[1]) / kept
-    ranks = [score_N.argsort().argsort() for score_N in scores]
-    assert row["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
-
-
 SMALL = ["--num-samples", "40", "--num-classes", "50", "--imagenet-stored", "float16", "topk:5", "--wide-samples", "20",
          "--wide-classes", "90", "--wide-stored", "topk:9/float16", "--epochs", "5", "--threads", "1",
          "--digits-stored", "topk:2", "--digits-override", "train.epochs=4",
          "score.windows=[{T: 4, K: 3}]", "model.name=shufflenet_v2_x0_5", "train.global_batch_size=120"]
 
 
-@pytest.mark.distributed
-def test_precision_of_made_up_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_precision_of_made_up_outputs(tmp_path: Path) -> None:
     assert precision.main([*SMALL, "--only", "imagenet", "wide", "--out", str(tmp_path), "--name", "tiny"]) == 0
     result = json.loads((tmp_path / "precision_tiny.json").read_text())
-    assert {"settings", "warm_up", "repetitions", "metrics", "provenance"} <= result.keys()
     assert [row["stored"] for row in result["parts"]["imagenet"]["rows"]] == ["float16"] * 2 + ["topk:5"] * 2
     metrics = result["metrics"]
-    assert all(content["relative"] for content in metrics.values())
     assert metrics["imagenet N=40 C=50 float16: bytes per sample"]["value"] == 100
     assert metrics["wide N=20 C=90 topk:9/float16: bytes per sample"]["value"] == 11 * 2 + 10 * 2
     assert {"imagenet N=40 C=50 topk:5 official: largest relative error", "imagenet N=40 C=50 float16 paper: Spearman",
             "wide N=20 C=90 topk:9/float16 paper: kept in common at 0.9"} <= metrics.keys()
-    page = (tmp_path / "precision_tiny.md").read_text()
-    assert page in capsys.readouterr().out
-    assert "* topk:5 changes a loss difference by" in page
+    assert "* topk:5 changes a loss difference by" in (tmp_path / "precision_tiny.md").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
 def test_precision_of_a_training_run(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     assert precision.main([*SMALL, "--only", "digits", "--digits-stored", "topk:9", "topk:2", "--out", str(tmp_path), "--name",
@@ -287,21 +191,3 @@ def test_precision_of_a_training_run(tmp_path: Path) -> None:
     assert digits["stream"]["top1_percent"][-1] > digits["stream"]["top1_percent"][0]
     all_but_one, two = (next(row for row in digits["rows"] if row["stored"] == name) for name in ("topk:9", "topk:2"))
     assert all_but_one["max_absolute"] < 1e-4 < two["max_absolute"]
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--epochs", "3"], "--epochs 3 must be at least 4"),
-    (["--imagenet-stored", "float16", "float16"], "--imagenet-stored float16 float16 must name each way once"),
-    (["--wide-stored", "float32"], "--wide-stored float32 must name each way once, and not float32"),
-    (["--digits-stored", "topk:10"], "--digits-stored topk:10 keeps all of 10 classes"),
-    (["--imagenet-stored", "top:3"], "stored as 'top:3' is unknown"),
-    (["--digits-override", "train.epochs=3", "score.windows=[{T: 3, K: 2}]"], "train.epochs=3 must be at least 4"),
-    (["--digits-override", "train.epoch=3"], "train.epoch"),
-])
-def test_options_that_show_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
-                                               message: str) -> None:
-    assert precision.main([*SMALL, "--out", str(tmp_path / "new"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("benchmarks.precision: error: ")
-    assert message in error
-    assert not (tmp_path / "new").exists()

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 import statistics
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from benchmarks.bare_loops import BareLoop
 from benchmarks.paired_loops import PAIRED, VARIANTS, Bench, Setting, measure_rank, order_of
 
 NETWORK, NUM_IMAGES, ROUNDS = "shufflenet_v2_x0_5", 16, 2
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 LOOPS = ("off", "off again", "tdds", "all", "model")  # of ours
 
 
 def measure_watched(evidence, setting, folder, run):
     """`measure_rank`, with a note of what every block did to weights, scorers and files."""
-    bare, timed = [], Bench.timed
-    notes = []
-    init = BareLoop.__init__
+    bare, timed, init, notes = [], Bench.timed, BareLoop.__init__, []
 
     def remember(loop, *arguments):
         init(loop, *arguments)
@@ -31,9 +28,9 @@ def measure_watched(evidence, setting, folder, run):
 
     def look(bench, variant):
         models = [bench.trainer.model, *(loop._model for loop in bare)]
-        scorers = [bench.blocks[name].__closure__ for name in ("tdds", "all")]
+        closures = [bench.blocks[name].__closure__ for name in ("tdds", "all")]
         scorers = [next(cell.cell_contents.scorer for cell in cells if hasattr(cell.cell_contents, "scorer"))
-                   for cells in scorers]
+                   for cells in closures]
 
         def state():
             return ([torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models],
@@ -51,8 +48,7 @@ def measure_watched(evidence, setting, folder, run):
 
     BareLoop.__init__, Bench.timed = remember, look
     found = measure_rank(setting, folder, run)
-    rank = os.environ["RANK"]
-    (Path(evidence) / f"{setting.num_ranks}_{rank}.json").write_text(json.dumps(notes))
+    (Path(evidence) / f"{setting.num_ranks}_{os.environ['RANK']}.json").write_text(json.dumps(notes))
     return found
 
 
@@ -78,6 +74,8 @@ def test_all_variants_see_the_same_images_in_the_same_rounds(result):
         assert {variant: len(rates) for variant, rates in row["rates"].items()} == {
             variant: ROUNDS if variant in PAIRED else 1 for variant in VARIANTS}
         assert min(min(rates) for rates in row["rates"].values()) > 0
+        assert row["peak_bytes"] > 2e8, "Python, torch and FFCV alone"
+        assert 0.2 < row["peak_bytes"] / row["planned_bytes"] < 5
 
 
 def test_every_block_does_what_its_name_says(result):
@@ -97,49 +95,21 @@ def test_every_block_does_what_its_name_says(result):
                 assert note["resident"] == (variant == "model"), variant
 
 
-def test_ratios_shares_limit_and_targets_follow_from_the_rates(result):
-    for row in result[0]["rows"]:
-        rates = row["rates"]
-        for name, (variant, over, _, _) in throughput.RATIOS.items():
-            pairs = zip(rates[variant], rates[over], strict=False)  # those that are not in every round were in the first
-            assert row["ratios"][name] == pytest.approx([a / b for a, b in pairs]), name
-        assert sum(row["shares"].values()) == pytest.approx(1.0)
-        model, most = (statistics.median(1.0 / rate for rate in rates[variant]) for variant in ("model", "all"))
-        assert row["shares"]["model"] == pytest.approx(model / most)
-        assert 0 < row["waiting"] < 1
-        slowest = min(("loader", "model", "scorer"), key=lambda name: rates[name][0])
-        assert row["limit"] == slowest
-        assert [target["wanted"] for target in row["targets"]] == [0.97, 0.97, 0.98]
-        for target in row["targets"]:
-            assert target["found"] == pytest.approx(statistics.median(row["ratios"][target["ratio"]]))
-            assert target["met"] == (target["found"] >= target["wanted"])
-
-
-def test_memory_stands_next_to_what_is_planned(result):
-    for row in result[0]["rows"]:
-        assert row["peak_bytes"] > 2e8  # Python, torch and FFCV alone
-        assert 0.2 < row["peak_bytes"] / row["planned_bytes"] < 5
-
-
 def test_metrics_and_page(result):
     numbers, page, _ = result
-    assert {"benchmark", "settings", "warm_up", "repetitions", "metrics", "provenance"} <= set(numbers)
-    assert (numbers["benchmark"], numbers["repetitions"]) == ("throughput", ROUNDS)
     for row in numbers["rows"]:
         label, metrics = row["label"], numbers["metrics"]
-        assert label in page
         off = metrics[f"{label}: our loop, scoring off, images/s"]
         assert (off["value"], off["better"], off["relative"]) == (statistics.median(row["rates"]["off"]), "higher", False)
         ratio = metrics[f"{label}: TDDS and trajectory / scoring off"]
-        assert (ratio["min"], ratio["max"], ratio["relative"]) == (
-            *sorted(row["ratios"]["TDDS and trajectory / scoring off"]), True)
+        assert (ratio["min"], ratio["max"]) == (*sorted(row["ratios"]["TDDS and trajectory / scoring off"]),)
         assert metrics[f"{label}: peak memory"]["value"] == row["peak_bytes"]
-        assert f"**the {row['limit']} is the limit**" in page
+        section = page[page.index(f"## {label}"):]
+        assert f"**the {row['limit']} is the limit**" in section
         for target in row["targets"]:
-            verdict = "met" if target["met"] else "missed"
-            section = page[page.index(f"## {label}"):].splitlines()
-            cells = [cell.strip() for cell in next(line for line in section if target["ratio"] in line).split("|")]
-            assert (cells[2], cells[-2]) == (f"{target['found']:.3f}", verdict)
+            line = next(line for line in section.splitlines() if target["ratio"] in line)
+            assert f"{target['found']:.3f}" in line
+            assert ("met" if target["met"] else "missed") in line
 
 
 # ---- conclusions, from blocks that were made up
@@ -196,48 +166,6 @@ def test_every_round_has_the_pairs_and_they_take_turns():
     for variant in PAIRED:
         places = {[name for name in names if name in PAIRED].index(variant) for names in rounds}
         assert len(places) == len(PAIRED)
-
-
-# ---- options
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--setting", "resnet34,224"], "--setting resnet34,224 must be NETWORK,SIZE,ROWS,CLASSES,IMAGES"),
-    (["--setting", f"{NETWORK},32,1,5,16"], "ROWS=1 of shufflenet_v2_x0_5 must be at least 2"),
-    (["--setting", f"{NETWORK},32,4,1,16"], "CLASSES=1"),
-    (["--setting", f"{NETWORK},32,4,5,17"], "IMAGES=17 of shufflenet_v2_x0_5 must be a multiple of the 4 rows of a step"),
-    (["--setting", f"{NETWORK},32,4,5,20", "--ranks", "2"], "(4 on 2 rank(s)), so that all loops see the same images; use 16"),
-    (["--setting", "resnet35,32,4,5,16"], "model.name='resnet35' is not a torchvision classifier"),
-    (["--setting", "alexnet,16,4,5,16"], "model.name=alexnet cannot train on 4 images of 16x16"),
-    (["--rounds", "0"], "--rounds 0 must be at least 1"),
-    (["--ranks", "0"], "--ranks 0 must be at least 1"),
-    (["--ranks", "1", "-3"], "--ranks -3 must be at least 1"),
-])
-def test_options_that_measure_nothing_are_refused(tmp_path, capsys, arguments, message):
-    assert throughput.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "new")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("benchmarks.throughput: error: ")
-    assert message in error
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_a_gpu_that_is_not_there_is_said(tmp_path, capsys):
-    assert throughput.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
-    assert re.search(r"no CUDA device is visible; use --device cpu", capsys.readouterr().err)
-
-
-def test_the_settings_of_the_issue_are_the_default():
-    parser = throughput.build_parser()
-    settings = throughput.settings_of(parser.parse_args(["--device", "cpu"]))
-    assert {setting.network for setting in settings} == {"shufflenet_v2_x1_0", "resnet34", "swin_t"}
-    assert [setting.num_ranks for setting in settings if setting.size == 32] == [1, 2]
-    assert {setting.network for setting in throughput.CUDA_SETTINGS} == {"resnet18", "resnet34", "resnet50", "swin_t"}
-    assert all((setting.size, setting.num_classes) == (224, 1000) for setting in throughput.CUDA_SETTINGS)
-    compiled = throughput.settings_of(parser.parse_args(["--device", "cpu", "--compile", "--ranks", "1"]))
-    config = compiled[0].config(Path("a"), Path("b"), Path("c"))
-    assert config.model.compile
-    assert len(compiled) == 3
 
 
 @pytest.mark.cuda

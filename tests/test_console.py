@@ -161,17 +161,15 @@ def test_warnings_are_counted_and_said_even_when_quiet(capsys, tmp_path):
         "collect x: 5 images", "resumes at epoch 2", "warning: the disk is full"]
 
 
-def test_colours_are_for_terminals(monkeypatch):
+@pytest.mark.parametrize(("term", "no_color", "stream", "painted"), [
+    ("xterm", None, Terminal, True), ("xterm", None, io.StringIO, False), ("xterm", "1", Terminal, False),
+    ("xterm", "", Terminal, True), ("dumb", "", Terminal, False)])  # an empty NO_COLOR means not set
+def test_colours_are_for_terminals(monkeypatch, term, no_color, stream, painted):
+    monkeypatch.setenv("TERM", term)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert paint("wrote", "green", Terminal()) == "\033[32mwrote\033[0m"
-    assert paint("wrote", "green", io.StringIO()) == "wrote"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert paint("wrote", "green", Terminal()) == "wrote"
-    monkeypatch.setenv("NO_COLOR", "")  # empty means not set
-    assert paint("wrote", "green", Terminal()) != "wrote"
-    monkeypatch.setenv("TERM", "dumb")
-    assert paint("wrote", "green", Terminal()) == "wrote"
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    assert paint("wrote", "green", stream()) == ("\033[32mwrote\033[0m" if painted else "wrote")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [

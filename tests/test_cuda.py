@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same scores as on the CPU, and no wait for the device in a step."""
+"""What only a GPU can show: the same scores as on the CPU, and no wait for the device in a step (its kernel: test_fused.py)."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 
 from tdds_dist import ShardedScorer, Window
 from tdds_dist.partition import epoch_order
-from tdds_dist.rows import Arrived, Shard, pack, update
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -42,62 +41,6 @@ def test_the_gpu_gives_the_scores_of_the_cpu(dtype, storage, fused):
 @pytest.mark.parametrize("storage", ["dense", "topk:10"])
 def test_a_step_does_not_wait_for_the_device(storage):
     scores_on("cuda", forbid_sync=True, storage=storage)
-
-
-def rows_on_the_gpu(num_rows, num_classes, dtype, seed):
-    """(index, label, logits) in no order, with padding and, in every 50th row, no finite numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_BC = torch.randn(num_rows + 3, num_classes, generator=generator) * 4
-    logits_BC[::50, num_classes // 2] = torch.inf
-    label_B = torch.randint(num_classes, (num_rows + 3,), generator=generator)
-    index_B = torch.cat([torch.randperm(num_rows, generator=generator), torch.full((3,), -1)])
-    return index_B.cuda(), label_B.cuda(), logits_BC.to(dtype).cuda()
-
-
-@pytest.mark.parametrize("quarantines", [True, False])
-@pytest.mark.parametrize("logp_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_classes", [2, 10, 999, 1000, 4096, 4097, 21841, 65536])
-def test_the_kernel_gives_what_the_plain_update_gives(num_classes, dtype, logp_dtype, quarantines):
-    from tdds_dist import fused
-
-    num_rows = 120
-    plain, kernel = (Shard(0, num_rows, num_classes, "dense", logp_dtype, torch.device("cuda")) for _ in range(2))
-    for epoch in range(2):
-        index_B, label_B, logits_BC = rows_on_the_gpu(num_rows, num_classes, dtype, epoch)
-        payload_RX = pack(index_B, label_B, logits_BC)
-        for write, shard in ((update, plain), (fused.update, kernel)):
-            write(shard, [Arrived(payload_RX, dtype, 5)], epoch > 0, quarantines)
-        for name in ("bad_index", "bad_label", "nonfinite_step", "label_M", "visits_M", "nonfinite_M"):
-            found, expected = getattr(kernel, name), getattr(plain, name)
-            if name.endswith("_M"):
-                found, expected = found[:num_rows], expected[:num_rows]
-            assert torch.equal(found, expected), name
-        finite_M = (plain.nonfinite_M[:num_rows] == 0) | quarantines
-        rough = logp_dtype == torch.float16
-        for name in ("logp", "scalars"):
-            found, expected = (shard.tables()[name][:num_rows][finite_M].float() for shard in (kernel, plain))
-            tolerance = 1e-3 if rough and (name == "logp" or epoch) else 5e-5
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-@pytest.mark.parametrize(("num_classes", "dtype"), [(10, torch.float32), (1000, torch.bfloat16), (9001, torch.float32)])
-def test_no_company_changes_a_bit_of_what_the_kernel_gives(num_classes, dtype):
-    from tdds_dist import fused
-
-    num_rows, found = 60, []
-    index_B, label_B, logits_BC = rows_on_the_gpu(num_rows, num_classes, dtype, 0)
-    logp_MC = -torch.rand(num_rows + 1, num_classes, device="cuda")
-    everything = torch.arange(num_rows + 3)
-    for ways in ([everything], [everything.flip(0)], everything.split(1), everything.split(7)):
-        shard = Shard(0, num_rows, num_classes, "dense", torch.float32, torch.device("cuda"))
-        shard.previous.logp_MC.copy_(logp_MC)
-        for rows in (rows.cuda() for rows in ways):
-            fused.update(shard, [Arrived(pack(index_B[rows], label_B[rows], logits_BC[rows]), dtype, 0)], True, True)
-        found.append({name: table[:num_rows].contiguous().view(torch.uint8) for name, table in shard.tables().items()})
-    for tables in found[1:]:
-        for name, table in tables.items():
-            assert torch.equal(table, found[0][name]), name
 
 
 def test_a_step_is_two_kernels():

@@ -5,9 +5,12 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -21,25 +24,25 @@ from tdds_dist.score import score, score_all
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.md")])
 WITH_COMMANDS = sorted([*PAGES, *(ROOT / "docs/examples").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")])
+SCHEMAS = {"run": "configs", "experiment": "configs/experiments", "cluster": "configs/clusters"}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIONS_OF_OTHERS = {"--nproc-per-node", "--max-restarts", "--subset_rate", "--cpu-bind", "--nv"}  # not ours
 
 
-def printed_by(*words: str) -> str:
-    """Standard output of a program of ours."""
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def example_run(name: str, *words: object, launcher: Sequence[str] = (), code: int = 0, **variables: str) -> str:
+    """Standard output of a program of docs/examples."""
+    done = subprocess.run([sys.executable, *launcher, str(ROOT / "docs/examples" / name), *map(str, words)], timeout=120,
+                          capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == code, done.stderr
     return done.stdout
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+@pytest.mark.parametrize("launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"])
 def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
     trajectory, scores = tmp_path / "trajectory", tmp_path / "scores"
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "docs/examples/own_loop.py"), str(trajectory)], capture_output=True, text=True,
-        timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"scored 1797 images; kept first: \[(\d+(?:, \d+){4})\]", done.stdout)
+    found = re.search(r"scored 1797 images; kept first: \[(\d+(?:, \d+){4})\]",
+                      example_run("own_loop.py", trajectory, launcher=launcher))
     assert found
     paths, skipped = score_all(trajectory, out=scores)
     assert {path.stem for path in paths} == {"tdds_official_T12_K5_beta0.9", "random", "forgetting", "el2n", "aum", "dyn_unc",
@@ -50,19 +53,16 @@ def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
     assert kept_first.tolist() == [int(index) for index in found[1].split(", ")]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(9, marks=pytest.mark.slow)])
-def test_the_example_that_resumes_gives_what_it_gives_uninterrupted(stop_after, tmp_path):
-    def run(folder, **variables):
-        return subprocess.run([sys.executable, str(ROOT / "docs/examples/resume.py"), str(tmp_path / folder)], text=True,
-                              capture_output=True, timeout=120, env=os.environ | variables)
-
-    assert run("stopped", STOP_AFTER=str(stop_after)).returncode == 1
-    resumed, straight = run("stopped"), run("straight")
-    assert resumed.returncode == straight.returncode == 0, resumed.stderr + straight.stderr
-    first, said = re.match(r"trained from epoch (\d+); (.*)", resumed.stdout).groups()
-    assert stop_after - 3 <= int(first) <= stop_after  # the last save may still have been under way
-    assert said in straight.stdout
+def test_the_example_that_resumes_gives_what_it_gives_uninterrupted(tmp_path):
+    straight = example_run("resume.py", tmp_path / "straight")
+    for stop_after in (1, 6, 9):
+        folder = tmp_path / f"stopped{stop_after}"
+        example_run("resume.py", folder, code=1, STOP_AFTER=str(stop_after))
+        first, said = re.match(r"trained from epoch (\d+); (.*)", example_run("resume.py", folder)).groups()
+        assert stop_after - 3 <= int(first) <= stop_after  # the last save may still have been under way
+        assert said in straight
 
 
 def test_links_and_files_named_in_the_docs_exist():
@@ -151,9 +151,14 @@ def test_every_stage_is_in_the_readme():
     assert [stage for stage in stages() if f"tdds {stage} " not in text] == []
 
 
-def test_the_reference_of_commands_is_that_of_the_help():
-    assert (ROOT / "docs/commands.md").read_text() == printed_by("scripts/command_reference.py"), (
-        "run `python scripts/command_reference.py > docs/commands.md`")
+@pytest.mark.parametrize(("made", "program", "words"), [
+    ("docs/commands.md", "command_reference.py", []), ("docs/configs.md", "config_reference.py", []),
+    *((f"{folder}/schema.json", "config_schema.py", [kind]) for kind, folder in SCHEMAS.items())])
+def test_references_and_schemas_are_those_of_the_program(made, program, words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    runpy.run_path(str(ROOT / "scripts" / program), run_name="__main__")
+    assert (ROOT / made).read_text() == capsys.readouterr().out, (
+        f"run `{shlex.join(['python', f'scripts/{program}', *words])} > {made}`")
 
 
 def test_defaults_in_the_help_are_those_of_the_parser():
@@ -181,11 +186,6 @@ def test_defaults_in_the_help_are_those_of_the_parser():
 
 
 # ---- keys
-
-
-def test_the_reference_of_config_keys_is_that_of_the_schema():
-    assert (ROOT / "docs/configs.md").read_text() == printed_by("scripts/config_reference.py"), (
-        "run `python scripts/config_reference.py > docs/configs.md`")
 
 
 def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch):
@@ -224,21 +224,14 @@ def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch
 
 # ---- schemas for editors
 
-SCHEMAS = {"run": ROOT / "configs", "experiment": ROOT / "configs/experiments", "cluster": ROOT / "configs/clusters"}
-SHIPPED = [(kind, file) for kind, folder in SCHEMAS.items() for file in sorted(folder.glob("*.yaml"))]
+SHIPPED = [(kind, file) for kind, folder in SCHEMAS.items() for file in sorted((ROOT / folder).glob("*.yaml"))]
 
 
+@cache
 def validator(kind):
-    schema = json.loads((SCHEMAS[kind] / "schema.json").read_text())
+    schema = json.loads((ROOT / SCHEMAS[kind] / "schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
-
-
-@pytest.mark.parametrize("kind", SCHEMAS)
-def test_the_schema_for_editors_is_that_of_the_models(kind):
-    file = (SCHEMAS[kind] / "schema.json")
-    assert file.read_text() == printed_by("scripts/config_schema.py", kind), (
-        f"run `python scripts/config_schema.py {kind} > {file.relative_to(ROOT)}`")
 
 
 @pytest.mark.parametrize(("kind", "file"), SHIPPED, ids=[file.name for _, file in SHIPPED])
@@ -275,7 +268,7 @@ def test_the_schema_takes_what_the_loader_takes(tmp_path):
     ("cluster", ("stages",), {"retrain": {"executor": "local"}}), ("cluster", ("time_minutes",), "1:00")])
 def test_the_schema_refuses_what_the_loader_refuses(kind, keys, value):
     name = {"run": "digits", "experiment": "digits_table1", "cluster": "gpu"}[kind]
-    tree = yaml.safe_load((SCHEMAS[kind] / f"{name}.yaml").read_text())
+    tree = yaml.safe_load((ROOT / SCHEMAS[kind] / f"{name}.yaml").read_text())
     assert validator(kind).is_valid(tree)
     node = tree
     for key in keys[:-1]:

@@ -3,13 +3,13 @@
 Examples for tools that are not installed are skipped; torch and FFCV always are.
 """
 
-import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,19 +32,22 @@ SIZES = {"1": 3, "10": 4, "2": 5}  # class folders whose natural order is anothe
 KEPT = np.array([0, 2, 3, 8, 11])
 
 
-def example(name: str) -> ModuleType:
+def example(name: str) -> SimpleNamespace:
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
 
 
-def blocks_of(page: str) -> list[str]:
-    """The Python code that a page shows."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+def blocks_of(page: str, words: str) -> list[str]:
+    """The blocks of Python code with these words that a page of the docs shows."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+    return [block for block in found if words in block]
+
+
+def pipelines() -> dict[str, list]:
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.transforms import ToTensor
+
+    return {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]}
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +79,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_is_short(name: str) -> None:
+def test_a_loop_is_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) < 60
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
+@pytest.mark.parametrize("launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"])
 @pytest.mark.parametrize(("package", "num_samples"), [("timm", 1796), ("lightning", 1797)])
-def test_the_loop_of_a_library_scores_every_image_once(package: str, num_samples: int, launcher: list[str],
-                                                       tmp_path: Path) -> None:
+def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, launcher, tmp_path):
     pytest.importorskip(package)
     done = subprocess.run([sys.executable, *launcher, str(EXAMPLES / f"{package}_loop.py")], capture_output=True, text=True,
                           timeout=240, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -98,11 +100,11 @@ def test_the_loop_of_a_library_scores_every_image_once(package: str, num_samples
 
 @pytest.mark.parametrize("num_samples", [97, 96])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_repeats_of_a_distributed_sampler_are_found(num_samples: int, world_size: int) -> None:
+def test_repeats_of_a_distributed_sampler_are_found(num_samples, world_size):
     """The two lines that docs/own_loop.md gives for torch's DistributedSampler."""
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-    (lines,) = [block for block in blocks_of("own_loop.md") if "world_size + rank" in block]
+    (lines,) = blocks_of("own_loop.md", "world_size + rank")
     dataset = TensorDataset(torch.arange(num_samples))
     recorded: list[int] = []
     for rank in range(world_size):
@@ -118,8 +120,8 @@ def test_repeats_of_a_distributed_sampler_are_found(num_samples: int, world_size
     assert len(recorded) - len(real) == -num_samples % world_size
 
 
-def test_the_wrapper_gives_any_dataset_its_index(images: dict[str, Path]) -> None:
-    (block,) = [block for block in blocks_of("own_loop.md") if "class Indexed" in block]
+def test_the_wrapper_gives_any_dataset_its_index(images):
+    (block,) = blocks_of("own_loop.md", "class Indexed")
     names = {"torch": torch, "torchvision": torchvision, "transform": torchvision.transforms.functional.pil_to_tensor}
     exec(block.replace("DIR", str(images["folder"])), names)
     dataset = names["dataset"]
@@ -131,16 +133,13 @@ def test_the_wrapper_gives_any_dataset_its_index(images: dict[str, Path]) -> Non
         assert label.tolist() == order.label_N[index].tolist()
 
 
-def test_an_ffcv_file_without_an_index_field_gives_the_index(images: dict[str, Path]) -> None:
+def test_an_ffcv_file_without_an_index_field_gives_the_index(images):
     """The lines of docs/own_loop.md, in a loop: every image comes with its own index, every epoch in another order."""
-    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import ToTensor
 
-    (block,) = [block for block in blocks_of("own_loop.md") if "next_traversal_order" in block]
+    (block,) = blocks_of("own_loop.md", "next_traversal_order")
     names = {
-        "torch": torch, "Loader": Loader, "OrderOption": OrderOption, "beton": str(images["beton"]), "pipelines": {
-            "image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+        "torch": torch, "Loader": Loader, "OrderOption": OrderOption, "beton": str(images["beton"]), "pipelines": pipelines(),
         "seen": [], "batch_size": 5, "epochs": 2}
     exec(block.replace("...", "seen.append((image[:, 0, 0, 0].tolist(), label.tolist(), index.tolist()))"), names)
     seen = names["seen"]
@@ -156,16 +155,15 @@ def test_an_ffcv_file_without_an_index_field_gives_the_index(images: dict[str, P
 # ---- coresets elsewhere
 
 
-def test_what_the_pages_show_is_what_is_tested() -> None:
+def test_what_the_pages_show_is_what_is_tested():
     files = [path.read_text() for path in EXAMPLES.glob("*.py")]
-    page = (ROOT / "docs/interchange.md").read_text().split("## Examples")[1].split("\n## ")[0]
-    shown = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "def " in block]
+    shown = blocks_of("interchange.md", "def ")
     assert len(shown) == 5
     for block in shown:
         assert any(block in text for text in files), block
 
 
-def test_a_coreset_in_pytorch(images: dict[str, Path]) -> None:
+def test_a_coreset_in_pytorch(images):
     dataset = ImageFolder(str(images["folder"] / "train"))
     subset, importance_N = example("coreset_torch").coreset_of(dataset, images["subset"])
     assert [image.getpixel((0, 0))[0] for image, _ in subset] == (10 * KEPT).tolist()
@@ -175,19 +173,15 @@ def test_a_coreset_in_pytorch(images: dict[str, Path]) -> None:
         example("coreset_torch").coreset_of(torch.utils.data.Subset(dataset, range(11)), images["subset"])
 
 
-def test_a_coreset_in_ffcv(images: dict[str, Path]) -> None:
-    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-    from ffcv.transforms import ToTensor
-
+def test_a_coreset_in_ffcv(images):
     loader = example("coreset_ffcv").loader_of(
-        str(images["beton"]), str(images["coreset"]), 2, num_workers=1, pipelines={
-            "image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]})
+        str(images["beton"]), str(images["coreset"]), 2, num_workers=1, pipelines=pipelines())
     for _ in range(2):
         assert sorted(value for image, _ in loader for value in image[:, 0, 0, 0].tolist()) == (10 * KEPT).tolist()
 
 
 @pytest.mark.parametrize("as_program", [False, True])
-def test_a_coreset_in_timm(as_program: bool, images: dict[str, Path]) -> None:
+def test_a_coreset_in_timm(as_program, images):
     timm_data = pytest.importorskip("timm.data")
     if as_program:
         done = subprocess.run([sys.executable, str(EXAMPLES / "coreset_timm.py"), str(images["folder"]), str(images["paths"])],
@@ -203,7 +197,7 @@ def test_a_coreset_in_timm(as_program: bool, images: dict[str, Path]) -> None:
     assert dataset.reader.class_to_idx == {"1": 0, "2": 1, "10": 2}
 
 
-def test_a_coreset_in_hugging_face_datasets(images: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coreset_in_hugging_face_datasets(images, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"value": list(range(12))})
@@ -213,7 +207,7 @@ def test_a_coreset_in_hugging_face_datasets(images: dict[str, Path], tmp_path: P
     assert sorted(image.getpixel((0, 0))[0] for image in kept["image"]) == (10 * KEPT).tolist()
 
 
-def test_scores_in_fiftyone(images: dict[str, Path], tmp_path: Path) -> None:
+def test_scores_in_fiftyone(images, tmp_path):
     """With FiftyOne and its database where they run, else with the two methods that the example calls."""
     paths = [str(file) for file in sorted((images["folder"] / "train").rglob("*.png"))] + [str(tmp_path / "other.png")]
     dataset = _fiftyone_dataset(paths)

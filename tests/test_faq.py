@@ -15,7 +15,7 @@ HEADINGS = re.findall(r"^### `(.*)`$", (ROOT / "docs/faq.md").read_text(), flags
 def texts() -> list[str]:
     """Every string of the program as it stands there, `…` for what is put in."""
     found = []
-    for path in [*(ROOT / "tdds_dist").glob("*.py"), *(ROOT / "launch").glob("*.py")]:
+    for path in [*(ROOT / "tdds_dist").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
@@ -30,6 +30,5 @@ def test_there_are_errors_to_explain():
 
 @pytest.mark.parametrize("heading", HEADINGS)
 def test_the_heading_is_an_error_of_the_program(heading):
-    pieces = [piece.strip() for piece in heading.split("…")]
-    wanted = re.compile(".*".join(map(re.escape, pieces)))
+    wanted = re.compile(".*".join(re.escape(piece.strip()) for piece in heading.split("…")))
     assert any(wanted.search(text) for text in texts()), "no string of the program reads like this"

@@ -10,13 +10,12 @@ import oracles
 import pytest
 import torch
 import torchvision
-from ranks import catch, run_ranks
+from ranks import WORLDS, catch, run_ranks
 
 from tdds_dist import distributed, final_pass
 from tdds_dist.artifacts import Scores, fingerprint, load_scores, save_scores
 from tdds_dist.beton import read_images
 from tdds_dist.beton_writer import write_beton
-from tdds_dist.config import load_config, to_dict
 from tdds_dist.distributed import World
 from tdds_dist.errors import InputError
 from tdds_dist.models import build_model, classifier_layer
@@ -31,22 +30,23 @@ def random_image(index):
     return np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
-def make_run(config_file, folder, class_sizes, model="shufflenet_v2_x0_5"):
+def make_run(folder, class_sizes, model="shufflenet_v2_x0_5", batch=12):
     """A finished run: raw random images in mixed order, and weights whose features differ between images."""
-    label_N = np.random.default_rng(0).permutation(np.repeat(np.arange(len(class_sizes)), class_sizes))
-    names = [f"c{label}" for label in range(len(class_sizes))]
-    beton = folder / "train.beton"
+    num_classes = len(class_sizes)
+    label_N = np.random.default_rng(0).permutation(np.repeat(np.arange(num_classes), class_sizes))
+    names, beton = [f"c{label}" for label in range(num_classes)], folder / "train.beton"
     write_beton(Source("random", "train", names, [f"{i}" for i in range(len(label_N))], label_N, random_image), beton,
                 write_mode="raw", num_workers=1, progress=False)
-    config = load_config(config_file, [
-        f"run.dir={folder / 'run'}", "run.seed=4", f"data.train={beton}", f"data.val={beton}", "data.flip=true",
-        f"data.num_classes={len(class_sizes)}", f"model.name={model}", "train.global_batch_size=12"])
     run = RunDir(folder / "run")
-    run.start(to_dict(config), {"stage": "collect"}, 1, "cpu")
+    run.start({
+        "run": {"name": "tiny", "dir": str(run.path), "seed": 4}, "model": {"name": model},
+        "score": {"windows": [{"T": 2, "K": 2}]}, "train": {"epochs": NUM_EPOCHS, "global_batch_size": batch, "lr": 0.1},
+        "data": {"train": str(beton), "val": str(beton), "num_classes": num_classes, "image_size": 32, "crop": "pad",
+                 "padding": 2, "mean": [78.0] * 3, "std": [90.0] * 3}}, {"stage": "collect"}, 1, "cpu")
     for epoch in range(NUM_EPOCHS):
         run.append_metrics({"epoch": epoch})
     torch.manual_seed(1)
-    network = torchvision.models.get_model(model, weights=None, num_classes=len(class_sizes)).train()
+    network = torchvision.models.get_model(model, weights=None, num_classes=num_classes).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
@@ -75,52 +75,42 @@ def by_hand(run_dir, num_samples, num_classes, model="shufflenet_v2_x0_5"):
     return logits, np.array(features, dtype=np.float64)
 
 
-def moderate_by_hand(feature_ND, label_N):
-    """|| z - median of the class ||, the median taken for each dimension."""
-    distances = []
-    for feature_D, label in zip(feature_ND, label_N, strict=True):
-        median_D = np.array([np.median(of_class) for of_class in feature_ND[label_N == label].T])
-        distances.append(np.sqrt(((feature_D - median_D) ** 2).sum()))
-    return np.array(distances)
+def check_scores(found, run_dir, num_classes):
+    """Entropy and Moderate, || z - median of the class || with a median for each dimension, are those computed by hand."""
+    label_N = found["entropy"].label_N
+    logits, feature_ND = by_hand(run_dir, len(label_N), num_classes)
+    entropy_N = [oracles.entropy(row) for row in logits]
+    median_CD = np.array([np.median(feature_ND[label_N == label], axis=0) for label in range(num_classes)])
+    moderate_N = np.linalg.norm(feature_ND - median_CD[label_N], axis=1)
+    assert np.ptp(entropy_N) > 1e-3, "a test that compares constants shows nothing"
+    assert np.ptp(moderate_N[label_N == 1]) > 1e-2
+    np.testing.assert_allclose(found["entropy"].score_N, entropy_N, rtol=2e-5)
+    np.testing.assert_allclose(found["moderate"].score_N, moderate_N, rtol=2e-5, atol=1e-5 * moderate_N.max())
+    return feature_ND
 
 
 @pytest.fixture(scope="module")
-def shared_config(betons, tmp_path_factory):
-    """What `config_file` holds, for runs that all tests of this file share."""
-    path = tmp_path_factory.mktemp("final") / "config.yaml"
-    path.write_text(f"""
-run: {{name: tiny, device: cpu}}
-data: {{train: {betons["train"]}, val: {betons["val"]}, num_classes: 10, image_size: 32, crop: pad, padding: 2, flip: false,
-       mean: [78.0, 78.0, 78.0], std: [90.0, 90.0, 90.0]}}
-model: {{name: shufflenet_v2_x0_5}}
-train: {{epochs: 3, global_batch_size: 24, lr: 0.05}}
-score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}]}}
-""")
-    return path
-
-
-@pytest.fixture(scope="module")
-def run_dir(shared_config, tmp_path_factory):
+def run_dir(tmp_path_factory):
     """44 images of 5 classes, the smallest with one: 4 steps of 12, the last with 8 real rows. Never changed.
 
     At 3 ranks the last one then sends rows to rank 1 and keeps padding."""
-    return make_run(shared_config, tmp_path_factory.mktemp("five"), CLASS_SIZES)
+    return make_run(tmp_path_factory.mktemp("five"), CLASS_SIZES)
 
 
 @pytest.fixture(scope="module")
-def passes(run_dir, tmp_path_factory):
-    """World size -> (scores by key, what each rank kept)."""
-    found = {}
-    for world_size in (1, 2, 3):
-        folder = tmp_path_factory.mktemp("pass") / "run"
-        shutil.copytree(run_dir, folder)
-        kept = run_ranks(world_size, watched_pass, folder)
-        found[world_size] = {path.stem: load_scores(path) for path in (folder / "scores").iterdir()}, kept
-    return found
+def alone(run_dir, tmp_path_factory):
+    return after_pass(1, run_dir, tmp_path_factory.mktemp("alone"))[0]
+
+
+def after_pass(world_size, run_dir, folder):
+    """Scores by key, and what each rank kept, after a pass over a copy of the run."""
+    shutil.copytree(run_dir, folder / "run")
+    kept = run_ranks(world_size, watched_pass, folder / "run")
+    return {path.stem: load_scores(path) for path in (folder / "run" / "scores").iterdir()}, kept
 
 
 def watched_pass(rank, folder):
-    """The final pass; the names it returns, and the features that this rank kept."""
+    """The final pass: the names it returns, and the samples and features that this rank kept."""
     made = []
 
     class Watched(final_pass._ByClass):
@@ -137,72 +127,48 @@ def watched_pass(rank, folder):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_scores_against_one_image_at_a_time(run_dir, passes, world_size):
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_scores_against_one_image_at_a_time(world_size, run_dir, alone, tmp_path):
     """Were padding rows counted, entropy would be too high for some samples and features of others lost."""
-    scores, kept = passes[world_size]
+    scores, kept = (alone, []) if world_size == 1 else after_pass(world_size, run_dir, tmp_path)
     assert sorted(scores) == ["entropy", "moderate"]
-    assert all(paths == ["scores/entropy.npz", "scores/moderate.npz"] for paths, _, _ in kept)
     label_N = scores["entropy"].label_N
     assert np.bincount(label_N).tolist() == CLASS_SIZES
-    logits, feature_ND = by_hand(run_dir, 44, 5)
-    entropy = [oracles.entropy(row) for row in logits]
-    moderate = moderate_by_hand(feature_ND, label_N)
-    assert np.ptp(entropy) > 1e-3, "a test that compares constants shows nothing"
-    assert np.ptp(moderate[label_N == 1]) > 1e-2
-    np.testing.assert_allclose(scores["entropy"].score_N, entropy, rtol=2e-5)
-    np.testing.assert_allclose(scores["moderate"].score_N, moderate, rtol=2e-5, atol=1e-5 * moderate.max())
+    feature_ND = check_scores(scores, run_dir, 5)
     assert scores["moderate"].score_N[label_N == 2] == 0, "alone in its class: its own median"
-
-
-@pytest.mark.distributed
-def test_world_size_changes_nothing_but_rounding_of_convolutions(passes):
-    """Rows per rank differ, and with them the order in which a convolution adds up."""
-    alone, _ = passes[1]
-    for world_size in (2, 3):
-        for key, want in alone.items():
-            np.testing.assert_allclose(passes[world_size][0][key].score_N, want.score_N, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.distributed
-def test_score_files_say_what_they_are(run_dir, passes):
-    for world_size, (scores, _) in passes.items():
-        for key, found in scores.items():
-            assert found.key == key
-            assert found.settings == {"score": key, "source": "final_pass", "view": "evaluation", "epochs": NUM_EPOCHS,
-                                      "seed": 4, "world_size": world_size}
-            assert found.fingerprint == fingerprint(found.label_N, 5)
+    for key, found in scores.items():
+        assert found.key == key
+        assert found.settings == {"score": key, "source": "final_pass", "view": "evaluation", "epochs": NUM_EPOCHS, "seed": 4,
+                                  "world_size": world_size}
+        assert found.fingerprint == fingerprint(label_N, 5)
+        # rows per rank differ, and with them the order in which a convolution adds up
+        np.testing.assert_allclose(found.score_N, alone[key].score_N, rtol=1e-5, atol=1e-5)
     assert not (run_dir / "scores").exists()
+    if world_size > 1:
+        check_kept(kept, label_N, feature_ND)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_each_rank_keeps_its_classes_and_no_more(run_dir, passes, world_size):
-    scores, kept = passes[world_size]
-    label_N = scores["entropy"].label_N
-    _, feature_ND = by_hand(run_dir, 44, 5)
+def check_kept(kept, label_N, feature_ND):
+    """Each rank keeps its classes and no more; no class is divided."""
     np.testing.assert_array_equal(np.sort(np.concatenate([index_M for _, index_M, _ in kept])), np.arange(44))
     classes_of_rank = [set(label_N[index_M].tolist()) for _, index_M, _ in kept]
-    assert sorted(label for classes in classes_of_rank for label in classes) == [0, 1, 2, 3, 4], "no class is divided"
-    assert world_size == 2 or {38, 41} <= set(kept[1][1].tolist()), "what the last rank sends in the last step"
-    for _, index_M, feature_MD in kept:
-        assert 0 < len(index_M) <= 44 // world_size + max(CLASS_SIZES)
+    assert sorted(label for classes in classes_of_rank for label in classes) == [0, 1, 2, 3, 4]
+    assert len(kept) != 3 or {38, 41} <= set(kept[1][1].tolist()), "what the last rank sends in the last step"
+    for paths, index_M, feature_MD in kept:
+        assert paths == ["scores/entropy.npz", "scores/moderate.npz"]
+        assert 0 < len(index_M) <= 44 // len(kept) + max(CLASS_SIZES)
         assert len(index_M) < 44
         assert feature_MD.shape == (len(index_M), feature_ND.shape[1])
         np.testing.assert_allclose(feature_MD, feature_ND[index_M], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.distributed
-def test_more_ranks_than_classes(shared_config, tmp_path):
-    """The third rank keeps no class and receives nothing in steps without padding."""
-    folder = make_run(shared_config, tmp_path, [15, 4])
-    kept = run_ranks(3, watched_pass, folder)
+def test_more_ranks_than_classes(tmp_path):
+    """The third rank keeps no class and receives nothing in steps without padding; training on 3 ranks needs another batch."""
+    run = make_run(tmp_path, [15, 4], batch=10)
+    scores, kept = after_pass(3, run, tmp_path / "copy")
     assert [len(index_M) for _, index_M, _ in kept] == [15, 4, 0]
-    logits, feature_ND = by_hand(folder, 19, 2)
-    scores = {key: load_scores(folder / "scores" / f"{key}.npz") for key in ("entropy", "moderate")}
-    np.testing.assert_allclose(scores["entropy"].score_N, [oracles.entropy(row) for row in logits], rtol=2e-5)
-    want_N = moderate_by_hand(feature_ND, scores["moderate"].label_N)
-    np.testing.assert_allclose(scores["moderate"].score_N, want_N, rtol=2e-5, atol=1e-5 * want_N.max())
+    check_scores(scores, run, 2)
 
 
 def test_padding_rows_are_dropped():
@@ -221,12 +187,11 @@ def test_padding_rows_are_dropped():
 
 
 @pytest.mark.distributed
-def test_network_without_a_linear_classifier_has_an_entropy_only(shared_config, tmp_path):
-    folder = make_run(shared_config, tmp_path, [9, 5], model="squeezenet1_1")
+def test_network_without_a_linear_classifier_has_an_entropy_only(tmp_path):
+    folder = make_run(tmp_path, [9, 5], model="squeezenet1_1")
     (paths, said), others = run_ranks(2, pass_and_words, folder)
-    assert paths == ["entropy.npz"]
     assert "warning: squeezenet1_1 does not end in a linear layer, so there is no score `moderate`" in said
-    assert others == (["entropy.npz"], ""), "one rank speaks"
+    assert (paths, others) == (["entropy.npz"], (["entropy.npz"], "")), "one rank speaks"
     assert [path.name for path in (folder / "scores").iterdir()] == ["entropy.npz"]
     logits, _ = by_hand(folder, 14, 2, model="squeezenet1_1")
     np.testing.assert_allclose(load_scores(folder / "scores" / "entropy.npz").score_N,
@@ -295,24 +260,12 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
 
 def failing_passes(rank, folder, names):
     """What each of the folders raises, one after the other: a rank that went on alone would hang the next one."""
-    world = distributed.current_world("cpu")
-    read = final_pass._read_weights
-    outcomes = {}
+
+    def gone(run):
+        raise InputError("gone on rank 1")
+
+    world, read, outcomes = distributed.current_world("cpu"), final_pass._read_weights, {}
     for name in names:
         final_pass._read_weights = gone if name == "on one rank" and rank == 1 else read
         outcomes[name] = catch(final_pass.final_pass, folder / name, world)
     return outcomes
-
-
-def gone(run):
-    raise InputError("gone on rank 1")
-
-
-@pytest.mark.distributed
-def test_any_number_of_ranks_may_do_the_pass(run_dir, passes, tmp_path):
-    """Training needs a batch that the ranks divide; evaluation does not. 5 does not divide 12."""
-    folder = tmp_path / "run"
-    shutil.copytree(run_dir, folder)
-    run_ranks(5, watched_pass, folder)
-    for key, want in passes[1][0].items():
-        np.testing.assert_allclose(load_scores(folder / "scores" / f"{key}.npz").score_N, want.score_N, rtol=1e-5, atol=1e-5)

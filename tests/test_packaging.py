@@ -54,7 +54,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_holds_the_program_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_program_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0].split("-")[0] for name in names}
     assert tops == {"tdds_dist", "launch"}
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_program_and_nothing_else(wheel: Path) -> None:
     assert held == wanted  # py.typed, templates, configs, cluster files, schemas: whatever is there, and no test
 
 
-def test_the_program_runs_far_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_the_program_runs_far_from_the_checkout(installed, tmp_path):
     """Write, collect, score, select, retrain, report with the installed files only, templates and configs included."""
     tdds = installed / "bin/tdds"
     assert done(run(installed / "bin/python", "-c", "import tdds_dist, launch; print(tdds_dist.__file__, launch.__file__)",
@@ -97,7 +97,7 @@ scorer.record("index", torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
 """
 
 
-def test_a_program_of_a_user_sees_types(installed: Path, tmp_path: Path) -> None:
+def test_a_program_of_a_user_sees_types(installed, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     checked = run(sys.executable, "-m", "mypy", "--python-executable", installed / "bin/python", "program.py", cwd=tmp_path)
     assert 'Revealed type is "dict[tdds_dist.tdds.Window, torch._tensor.Tensor]"' in checked.stdout.replace("builtins.", "")

@@ -18,6 +18,7 @@ from torch import nn
 
 from tdds_dist import ShardedScorer, budget, distributed, footprint
 from tdds_dist.beton import inspect_beton
+from tdds_dist.beton_writer import write_beton
 from tdds_dist.budget import Case, Images, list_trainings, size
 from tdds_dist.checkpoint import Checkpoints
 from tdds_dist.cli import main
@@ -34,6 +35,8 @@ from tdds_dist.prepare import build_optimizer
 from tdds_dist.rundir import RunDir
 from tdds_dist.scalars import SCALARS
 from tdds_dist.scorer import WAITING_NUMBERS
+from tdds_dist.sources import open_source
+from tdds_dist.tdds import Window
 
 ROOT = Path(__file__).parents[1]
 IMAGENET = 1_281_167
@@ -103,17 +106,11 @@ def test_scorer_bytes_are_those_of_a_real_scorer(tiny, monkeypatch, overrides, n
 
 def pending_bytes(rank, world_size, rows, num_classes, dtype):
     """Buffers of one routed step."""
-    scorer = ShardedScorer(200, num_classes, load_windows(), device="cpu")
+    scorer = ShardedScorer(200, num_classes, [Window(3, 2)], device="cpu")
     index_B = torch.arange(rank, 200, world_size)[:rows]
     scorer.record(index_B, torch.zeros(rows, num_classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64))
     exchange = scorer._pending[0]
     return exchange._sent_BX.nbytes, exchange._received_RX.nbytes
-
-
-def load_windows():
-    from tdds_dist.tdds import Window
-
-    return [Window(3, 2)]
 
 
 @pytest.mark.slow
@@ -132,7 +129,7 @@ def test_routing_buffers_are_those_of_a_real_step(dtype):
 def test_recording_takes_no_more_than_planned(rows, num_classes, kind):
     storage = kind if kind == "dense" else f"topk:{max(1, num_classes // 10)}"
     num_samples = rows * max(4, 2 * WAITING_NUMBERS // (rows * num_classes))
-    scorer = ShardedScorer(num_samples, num_classes, load_windows(), device="cpu", storage=storage)
+    scorer = ShardedScorer(num_samples, num_classes, [Window(3, 2)], device="cpu", storage=storage)
 
     def batch(first):
         index_B = torch.arange(first, first + rows)
@@ -168,21 +165,6 @@ def test_activations_on_shapes_are_those_of_a_real_step(name, rows, image_size):
     assert on_meta[:2] == (saved, peak)
     assert on_meta[2].shape == output.shape
     assert peak > saved > rows * 3 * image_size**2 * 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [CPU, GPU, [*GPU, "train.amp=bf16"], [*GPU, "train.amp=fp16"]])
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
-def test_activations_grow_linearly_with_the_batch(tiny, name, overrides):
-    config = tiny(f"model.name={name}", *overrides)
-    networks = [footprint.network_of(config, rows) for rows in (2, 4, 7)]
-    two, four, seven = (network.activations for network in networks)
-    assert seven - four == (four - two) * 3 // 2
-    constant = two - (four - two)
-    if len(overrides) > 1:
-        assert 0.45 < constant / networks[0].parameters < 0.6  # the weights in 16 bits
-    else:
-        assert constant < 0.05 * networks[0].parameters
 
 
 class Small(nn.Sequential):
@@ -226,16 +208,11 @@ def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(ti
     assert network.buffers == storage_bytes(model.buffers())
     assert footprint.optimizer_bytes(config.train, network.parameters) == storage_bytes(state) == per_parameter * gradients
     lines = budget.memory_lines(case_of(config, 100))
-    assert value(lines, "gradients") == gradients
-    assert value(lines, "parameters") == gradients
+    assert value(lines, "gradients") == value(lines, "parameters") == gradients
     assert value(lines, "optimizer state") == storage_bytes(state)
-
-
-def test_images_of_a_batch(tiny):
-    _, image, _ = network_and_batch("shufflenet_v2_x0_5", 24, 32)
-    normalised = InputStage((0.0,) * 3, (1.0,) * 3, channels_last=True)(image.to(torch.uint8))
-    lines = budget.memory_lines(case_of(tiny(), 100))
-    assert value(lines, "images of a batch") == normalised.nbytes + 2 * image.to(torch.uint8).nbytes
+    whole_batch = torch.zeros(24, 3, 32, 32, dtype=torch.uint8)
+    normalised = InputStage((0.0,) * 3, (1.0,) * 3, channels_last=True)(whole_batch)
+    assert value(lines, "images of a batch") == normalised.nbytes + 2 * whole_batch.nbytes
 
 
 def test_a_network_that_reads_numbers_while_it_is_built_gets_a_plan(tiny):
@@ -246,34 +223,22 @@ def test_a_network_that_reads_numbers_while_it_is_built_gets_a_plan(tiny):
     assert numbers["activations_kept_for_backward_bytes"] > 1e6
 
 
-def test_a_network_that_cannot_train_is_refused(tiny):
-    with pytest.raises(InputError, match=r"model.name=alexnet cannot train on 24 images of 16x16 per rank and step"):
-        plan(tiny("model.name=alexnet", "data.image_size=16"))
-    with pytest.raises(InputError, match="several outputs"):
-        plan(tiny("model.name=inception_v3", "data.image_size=299", "train.global_batch_size=2"), num_samples=10)
-
-
 # ---- sums
 
 
-def test_memory_is_the_sum_of_its_lines(tiny):
-    for overrides in (GPU, CPU):
-        lines = budget.memory_lines(case_of(tiny(*overrides), 50_000, 2))
-        numbers = {line.label: line.value for line in lines}
-        parts = [line.value for line in lines[:-1]]
-        assert numbers["total"] == sum(parts)
-        assert len(parts) == 14 + 2 * (overrides is GPU)
-        if overrides is GPU:
-            assert numbers["margin"] == math.ceil(0.05 * (sum(parts) - numbers["margin"] - 1_000_000_000))
-            assert numbers["CUDA, NCCL, workspaces"] == 1_000_000_000
-        else:
-            assert "margin" not in numbers
-
-
-def test_quarantine_keeps_good_buffers(tiny):
-    buffers = [value(budget.memory_lines(case_of(tiny(f"score.on_nan={on_nan}"), 100)), "network's buffers")
-               for on_nan in ("stop", "quarantine")]
-    assert buffers[1] == 2 * buffers[0] > 0
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_memory_is_the_sum_of_its_lines(tiny, device):
+    lines = budget.memory_lines(case_of(tiny(f"run.device={device}"), 50_000, 2))
+    *parts, total = [line.value for line in lines]
+    assert total == sum(parts)
+    assert len(parts) == 14 + 2 * (device == "cuda")
+    if device == "cuda":
+        assert value(lines, "CUDA, NCCL, workspaces") == 1_000_000_000
+        assert value(lines, "margin") == math.ceil(0.05 * (total - value(lines, "margin") - 1_000_000_000))
+    else:
+        assert "margin" not in [line.label for line in lines]
+        good = budget.memory_lines(case_of(tiny("score.on_nan=quarantine"), 50_000, 2))  # keeps good buffers
+        assert value(good, "network's buffers") == 2 * value(lines, "network's buffers") > 0
 
 
 def test_what_is_needed_outside_of_steps_counts_where_it_is_more(tiny):
@@ -318,8 +283,8 @@ def collect_keeping_checkpoints(rank, config_file, overrides):
 
 
 @pytest.fixture(scope="module")
-def collected(betons, tmp_path_factory):
-    """Two ranks on raw images; config, run directory, and bytes of the copy in host memory by rank."""
+def raw_config(betons, tmp_path_factory):
+    """A config on raw images; run directory `run` beside it."""
     folder = tmp_path_factory.mktemp("planned")
     path = folder / "config.yaml"
     path.write_text(f"""
@@ -330,18 +295,32 @@ model: {{name: shufflenet_v2_x0_5}}
 train: {{epochs: 3, global_batch_size: 24, lr: 0.05}}
 score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{T: 2, K: 2, pruning_rates: [0.8]}}]}}
 """)
-    return path, folder / "run", run_ranks(2, collect_keeping_checkpoints, str(path), [])
+    return path
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def collected(request, raw_config, tmp_path_factory):
+    """A finished collection: its run directory, the number of ranks, and the most bytes that one copied to host memory."""
+    run, num_ranks = tmp_path_factory.mktemp("collected") / "run", request.param
+    arguments = str(raw_config), [f"run.dir={run}"]
+    if num_ranks > 1:
+        return run, num_ranks, max(run_ranks(num_ranks, collect_keeping_checkpoints, *arguments))
+    with pytest.MonkeyPatch.context() as patch, distributed.session("cpu", 60.0):
+        for name in ("remove_all", "_staged"):
+            patch.setattr(Checkpoints, name, getattr(Checkpoints, name))  # put back afterwards
+        staged = collect_keeping_checkpoints(0, *arguments)
+    return run, num_ranks, staged
 
 
 @pytest.mark.distributed
-def test_files_of_a_real_run_are_as_large_as_planned(collected):
-    path, folder, staged = collected
-    config = load_config(path)
-    case = Case(config, budget.read_images(config, None), 2, pruning_rates=(0.5, 0.8))
+def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
+    folder, num_ranks, staged = collected
+    config = load_config(raw_config)
+    case = Case(config, budget.read_images(config, None), num_ranks, pruning_rates=(0.5, 0.8))
     assert case.images.num_samples == 97
     lines = budget.disk_lines(case)
     blocks = list((folder / "trajectory").rglob("*.npy"))
-    assert len(blocks) == 2 * (3 + 1)
+    assert len(blocks) == num_ranks * (3 + 1)
     assert sum(block.stat().st_size for block in blocks) - 128 * len(blocks) == value(lines, "trajectory")
     checkpoints = sorted((folder / "checkpoints").iterdir())
     assert len(checkpoints) == 2  # checkpoint.keep
@@ -353,14 +332,12 @@ def test_files_of_a_real_run_are_as_large_as_planned(collected):
     scores = list((folder / "scores").iterdir())
     assert sum(file.stat().st_size for file in scores) - value(lines, "scores") < 2500 * len(scores)
     assert 12 * 97 * len(scores) == value(lines, "scores")
-    copied = footprint.staged_bytes(config, case.network, 97, 2) - 40_000_000
-    assert max(staged) == pytest.approx(copied, abs=10_000)  # random numbers, sums of metrics
+    copied = footprint.staged_bytes(config, case.network, 97, num_ranks) - 40_000_000
+    assert staged == pytest.approx(copied, abs=10_000)  # random numbers, sums of metrics
 
 
-@pytest.mark.distributed
-def test_the_total_on_disk_is_what_lies_there_at_once(collected):
-    path, _, _ = collected
-    config = load_config(path)
+def test_the_total_on_disk_is_what_lies_there_at_once(raw_config):
+    config = load_config(raw_config)
     case = Case(config, budget.read_images(config, None), 2, ("tdds",), (0.5, 0.8), ("E", "P"), (0, 1))
     lines = budget.disk_lines(case)
     get = partial(value, lines)
@@ -372,6 +349,8 @@ def test_the_total_on_disk_is_what_lies_there_at_once(collected):
     few = budget.disk_lines(replace(case, pruning_rates=()))
     assert value(few, "checkpoints while retraining") == 0
     assert few[-1].value < lines[-1].value
+    at_once = load_config(raw_config, ["checkpoint.asynchronous=false"])  # takes the largest table to host memory, not all
+    assert footprint.staged_bytes(at_once, footprint.network_of(at_once, 12), 97, 2) == 49 * 5 * 4
 
 
 def test_every_rank_has_statistics_of_its_own_in_a_checkpoint(tiny):
@@ -399,21 +378,11 @@ def test_trajectory_and_checkpoint_follow_the_config(tiny):
     assert checkpoints - planned("score.storage=topk:3")[1] == saved
 
 
-@pytest.mark.distributed
-def test_a_checkpoint_written_at_once_takes_the_largest_table(collected):
-    config = load_config(collected[0], ["checkpoint.asynchronous=false"])
-    network = footprint.network_of(config, 12)
-    assert footprint.staged_bytes(config, network, 97, 2) == 49 * 5 * 4
-
-
 # ---- host memory
 
 
 def test_index_of_the_images_is_what_loader_and_order_take(tmp_path):
-    from tdds_dist.beton_writer import write_beton
-    from tdds_dist.sources import open_source
-
-    num_samples, path = 8_000, tmp_path / "many.beton"
+    num_samples, path = 4_000, tmp_path / "many.beton"
     source = open_source(f"synthetic:{num_samples},10,8", "train", None)
     write_beton(source, path, write_mode="raw", num_workers=1, progress=False)
     view = View(8)
@@ -502,17 +471,17 @@ def test_hours_from_a_given_speed():
 
 
 @pytest.mark.distributed
-def test_hours_from_an_earlier_run(collected):
-    path, folder, _ = collected
-    config = load_config(path)
+def test_hours_from_an_earlier_run(raw_config, collected):
+    folder, num_ranks, _ = collected
+    config = load_config(raw_config, [f"run.dir={folder}"])
     median = float(np.median([record["images_per_second"] for record in RunDir(folder).read_metrics()]))
-    own = plan(config, num_ranks=2)
-    given = plan(config, num_ranks=4, measured_in=folder)
+    own = plan(config, num_ranks=num_ranks)
+    given = plan(load_config(raw_config), num_ranks=2 * num_ranks, measured_in=folder)
     assert own.as_json()["time"]["images_per_second"] == pytest.approx(median)
     assert given.as_json()["time"]["images_per_second"] == pytest.approx(2 * median)
-    assert "times 4 / 2 ranks" in given.as_text()
+    assert f"times {2 * num_ranks} / {num_ranks} ranks" in given.as_text()
     assert "times" not in own.as_text().split("images per second")[1].split("\n")[0]
-    other = load_config(path, ["model.name=resnet18"])
+    other = load_config(raw_config, [f"run.dir={folder}", "model.name=resnet18"])
     with pytest.raises(InputError, match=r"was measured with model.name=shufflenet_v2_x0_5; give a run of this config"):
         plan(other, measured_in=folder)
     text = plan(other).as_text()
@@ -523,43 +492,47 @@ def test_without_a_speed_it_says_how_to_give_one(tiny):
     found = plan(tiny())
     assert re.search(r"images per second +unknown +give --images-per-second X, or --from RUN", found.as_text())
     assert found.as_json()["trainings"][0]["hours"] is None
-    with pytest.raises(InputError, match="exclude each other"):
-        plan(tiny(), images_per_second=1.0, measured_in=Path("x"))
-    for speed in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(InputError, match="must be positive"):
-            plan(tiny(), images_per_second=speed)
 
 
 # ---- what it is about
 
 
-def test_the_beton_says_the_number_of_images(tiny, betons):
+BAD_INPUT = [
+    (["model.name=alexnet", "data.image_size=16"], {}, r"alexnet cannot train on 24 images of 16x16 per rank and step"),
+    (["model.name=inception_v3", "data.image_size=299", "train.global_batch_size=2"], {"num_samples": 10}, "several outputs"),
+    ([], {"images_per_second": 1.0, "measured_in": Path("x")}, "exclude each other"),
+    *(([], {"images_per_second": speed}, "must be positive") for speed in (0.0, -1.0, math.inf, math.nan)),
+    (["data.num_classes=11"], {}, "data.num_classes=11, but .* has 10 classes"),
+    (["data.train=missing.beton"], {}, "data.train=missing.beton does not exist.*give --num-samples N"),
+    *(([], {"num_samples": num}, "--num-samples") for num in (0, -1)),
+    ([], {"num_ranks": 0}, "--gpus=0 must be at least 1"),
+    (["train.epochs=2"], {}, "T=3 is longer than train.epochs=2"),
+    ([], {"num_ranks": 5}, "train.global_batch_size=24 is not divisible by world_size=5; use 20 or 25"),
+    ([], {"num_ranks": 8}, r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"),  # that of p = 0.8 is 12
+    ([], {"num_ranks": 12}, r"cannot train on 1 images of 32x32 per rank and step \(Expected more than 1 value"),
+    (CPU, {"gpu_memory_bytes": 8e9}, r"--gpu-memory=\d+ means nothing with run.device=cpu"),
+    (CPU, {"disk_bytes": 1e4}, r"of disk, more than 10 kB \(--disk\)"),
+    ([], {"measured_in": Path("nowhere")}, "nowhere does not exist"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "arguments", "message"), BAD_INPUT)
+def test_what_has_no_plan_is_one_line(tiny, overrides, arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        plan(tiny(*overrides), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("overrides", "num_ranks"), [
+    (["retrain.batch_size_rule={}"], 8), (["pipeline.pruning_rates=[0.5]"], 8), (["pipeline.pruning_rates=[0.5]"], 12)])
+def test_what_the_retrainings_of_this_pipeline_need_is_all_that_is_asked(tiny, overrides, num_ranks):
+    assert plan(tiny(*overrides), num_ranks=num_ranks).num_ranks == num_ranks
+
+
+def test_the_beton_says_the_number_of_images(tiny):
     assert plan(tiny()).as_json()["run"]["images"] == 120
     assert plan(tiny(), num_samples=77).as_json()["run"]["images"] == 77
-    with pytest.raises(InputError, match=r"data.num_classes=11, but .* has 10 classes"):
-        plan(tiny("data.num_classes=11"))
-    with pytest.raises(InputError, match=r"data.train=missing.beton does not exist.*give --num-samples N"):
-        plan(tiny("data.train=missing.beton"))
     assert plan(tiny("data.train=missing.beton"), num_samples=7).as_json()["run"]["images"] == 7
-    for num in (0, -1):
-        with pytest.raises(InputError, match="--num-samples"):
-            plan(tiny(), num_samples=num)
-    with pytest.raises(InputError, match="--gpus=0 must be at least 1"):
-        plan(tiny(), num_ranks=0)
-
-
-def test_rules_of_the_stages_hold_here_too(tiny):
-    with pytest.raises(InputError, match=r"T=3 is longer than train.epochs=2"):
-        plan(tiny("train.epochs=2"))
-    with pytest.raises(InputError, match=r"train.global_batch_size=24 is not divisible by world_size=5; use 20 or 25"):
-        plan(tiny(), num_ranks=5)
-    with pytest.raises(InputError, match=r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"):
-        plan(tiny(), num_ranks=8)  # that of p = 0.8 is 12
-    assert plan(tiny("retrain.batch_size_rule={}"), num_ranks=8).num_ranks == 8
-    assert plan(tiny("pipeline.pruning_rates=[0.5]"), num_ranks=8).num_ranks == 8
-    with pytest.raises(InputError, match=r"cannot train on 1 images of 32x32 per rank and step \(Expected more than 1 value"):
-        plan(tiny(), num_ranks=12)
-    assert plan(tiny("pipeline.pruning_rates=[0.5]"), num_ranks=12).num_ranks == 12
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "rates"), [
@@ -631,7 +604,7 @@ def test_the_smallest_number_of_gpus_is_named(tiny):
     arguments = {"num_samples": 3_000_000, "disk_bytes": 1e13}
     needs = {num: budget.memory_lines(case_of(config, 3_000_000, num))[-1].value for num in (1, 2, 3, 4, 6, 8, 12, 16, 24)}
     assert sorted(needs.values(), reverse=True) == list(needs.values())
-    for num, less in itertools.pairwise(needs):
+    for num, less in ((1, 2), (8, 12)):
         with pytest.raises(InputError) as caught:
             plan(config, gpu_memory_bytes=needs[num] - 1, **arguments)
         assert f"--gpus {less} (" in str(caught.value)
@@ -679,8 +652,6 @@ def test_on_the_cpu_there_is_no_gpu_to_fill(tiny):
     assert "rank-hours" in text
     assert "GPU" not in text
     assert "CUDA" not in text
-    with pytest.raises(InputError, match=r"--gpu-memory=\d+ means nothing with run.device=cpu"):
-        plan(tiny(*CPU), gpu_memory_bytes=8e9)
 
 
 def test_a_visible_gpu_and_the_free_disk_are_the_limits(tiny, monkeypatch):
@@ -729,15 +700,16 @@ def test_text_and_json_have_the_same_numbers(tiny, options):
         assert words[4:] == ["unknown" if number is None else f"{number:,.2f}" for number in hours]
 
 
-def test_sizes_are_read_strictly():
-    good = {"80GB": 80e9, "79.6GiB": 79.6 * 2**30, "80000MB": 80e9, "80000000000": 80e9, "1 TiB": 2**40, "5kB": 5e3, "7B": 7,
-            "2KiB": 2048, "3MiB": 3 * 2**20}
-    for text, expected in good.items():
-        assert parse_bytes(text, "--disk") == expected, text
-    assert parse_bytes(None, "--disk") is None
-    for text in ("", "GB", "80gb", "80 Gigs", "-5GB", "0", "0GB", "1e9", "80GB!", "8,0GB", "80Gb", "nan"):
+@pytest.mark.parametrize(("text", "number"), [
+    ("80GB", 80e9), ("79.6GiB", 79.6 * 2**30), ("80000MB", 80e9), ("80000000000", 80e9), ("1 TiB", 2**40), ("5kB", 5e3),
+    ("7B", 7), ("2KiB", 2048), ("3MiB", 3 * 2**20), (None, None),
+    *((bad, InputError) for bad in ("", "GB", "80gb", "80 Gigs", "-5GB", "0", "0GB", "1e9", "80GB!", "8,0GB", "80Gb", "nan"))])
+def test_sizes_are_read_strictly(text, number):
+    if number is InputError:
         with pytest.raises(InputError, match=r"--disk=.* is not a size; write it like 80GB"):
             parse_bytes(text, "--disk")
+    else:
+        assert parse_bytes(text, "--disk") == number
 
 
 def test_sizes_for_people():
@@ -754,14 +726,11 @@ def test_the_command(config_file, capsys):
     printed = capsys.readouterr().out
     assert "retrain p=0.8 P" in printed
     assert "retrain p=0 " not in printed  # the collection trains on everything
-    for arguments, part in (
-            (["run.device=cuda", "--gpu-memory", "1GB"], "more than 1 GB (--gpu-memory); no option makes it fit"),
-            (["run.device=cuda", "--gpu-memory", "lots"], "--gpu-memory='lots' is not a size"),
-            (["run.device=cuda", "--gpu-memory", ""], "--gpu-memory='' is not a size"),
-            (["--disk", "10kB"], "of disk, more than 10 kB (--disk)"),
-            (["--gpus", "7"], "not divisible by world_size=7"),
-            (["--from", "nowhere"], "nowhere does not exist")):
-        assert main(["plan", str(config_file), *arguments]) == 2
+    for words, part in ((["run.device=cuda", "--gpu-memory", "lots"], "--gpu-memory='lots' is not a size"),
+                        (["run.device=cuda", "--gpu-memory", ""], "--gpu-memory='' is not a size"),
+                        (["--disk", "10kB"], "of disk, more than 10 kB (--disk)"), (["--gpus", "7"], "world_size=7"),
+                        (["--from", "nowhere"], "nowhere does not exist")):
+        assert main(["plan", str(config_file), *words]) == 2
         error = capsys.readouterr().err
         assert part in error
         assert error.count("\n") == 1

@@ -20,6 +20,7 @@ from tdds_dist.selection import not_quarantined, set_lowest
 N, C = 200, 4
 QUARANTINED = [0, 7, 50, 51, 120, 199]
 OTHERS = [i for i in range(N) if i not in QUARANTINED]
+SAMPLERS = ["top", "centre", "ccs", "beta"]
 LONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
@@ -44,10 +45,9 @@ def test_set_lowest_by_hand():
     assert found.tolist() == [-2, -2, 5, -2, 4]
     assert found.dtype == np.float32
     assert score_N.tolist() == [3, -2, 5, -7, 4], "a copy"
-    assert set_lowest(score_N, []).tolist() == score_N.tolist()
+    assert set_lowest(score_N, ()).tolist() == score_N.tolist()
     assert set_lowest(score_N, ()) is not score_N
     assert set_lowest(np.array([np.nan, 2, -np.inf, 1], dtype=np.float32), (0, 2)).tolist() == [1, 2, 1, 1]
-    assert set_lowest(score_N, [1, 2, 3, 4]).tolist() == [3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("rule", [set_lowest, lambda score_N, quarantined: not_quarantined(len(score_N), quarantined)])
@@ -62,31 +62,18 @@ def test_quarantine_that_cannot_be(rule):
 # ---- every sampler
 
 
-def literal_top(scores: Scores, members: list[int], num: int) -> list[int]:
-    return sorted(sorted(members, key=lambda i: -scores.score_N[i])[:num])
-
-
-def literal_centre(scores: Scores, members: list[int], num: int) -> list[int]:
-    low = (len(members) - num) // 2
-    return sorted(sorted(members, key=lambda i: scores.score_N[i])[low : low + num])
-
-
-def draw(sampler: str, scores: Scores, members: list[int], num: int, rate: float, seed: int) -> list[int]:
+def literal_choice(sampler: str, scores: Scores, members: list[int], num: int, rate: float, seed: int) -> list[int]:
     """What the sampler draws from a dataset of these samples alone."""
-    score_n = np.array([scores.score_N[i] for i in members])
+    if sampler in ("top", "centre"):
+        first = 0 if sampler == "top" else (len(members) - num + 1) // 2
+        return sorted(sorted(members, key=lambda i: -scores.score_N[i])[first : first + num])
+    score_n, p_mean_n = scores.score_N[members], scores.extra["p_mean"][members]
     if sampler == "ccs":
         cutoff = 0.3 if rate >= 0.9 else 0.2 if rate >= 0.8 else 0.0
         kept = selection.ccs(score_n, num, num_strata=50, hard_cutoff_rate=cutoff, seed=seed)
     else:
-        p_mean_n = np.array([scores.extra["p_mean"][i] for i in members])
         kept = selection.beta_sample(score_n, p_mean_n, num, rate, c_d=4.0, seed=seed)
     return [members[k] for k in kept]
-
-
-def literal_choice(sampler: str, scores: Scores, members: list[int], num: int, rate: float, seed: int) -> list[int]:
-    if sampler in ("top", "centre"):
-        return (literal_top if sampler == "top" else literal_centre)(scores, members, num)
-    return draw(sampler, scores, members, num, rate, seed)
 
 
 def literal_quotas(label_N: np.ndarray, members: list[int], num: int) -> dict[int, int]:
@@ -99,54 +86,45 @@ def literal_quotas(label_N: np.ndarray, members: list[int], num: int) -> dict[in
     return quotas
 
 
-RATES = [0.0, 0.02, 0.035, 0.3, 0.5, 0.8, 0.9]
-
-
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("sampler", ["top", "centre", "ccs", "beta"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_others_are_chosen_as_if_alone(sampler, rate, seed):
-    scores = some_scores(seed)
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.035, 0.3, 0.5, 0.8, 0.9])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_others_are_chosen_as_if_alone(sampler, rate):
+    scores, seed = some_scores(1), 1
     num = min(oracles.num_kept(N, rate), len(OTHERS))
     kept = choose(scores, rate, sampler=sampler, seed=seed)
     assert kept.dtype == np.int64
     assert kept.tolist() == literal_choice(sampler, scores, OTHERS, num, rate, seed)
     assert len(kept) == num
-    balanced = choose(scores, rate, sampler=sampler, seed=seed, class_balanced=True)
     want = []
     for label, quota in literal_quotas(scores.label_N, OTHERS, num).items():
         members = [i for i in OTHERS if scores.label_N[i] == label]
         class_seed = int(np.random.SeedSequence([seed, label]).generate_state(1)[0])
         want += literal_choice(sampler, scores, members, quota, rate, class_seed)
-    assert balanced.tolist() == sorted(want)
+    assert choose(scores, rate, sampler=sampler, seed=seed, class_balanced=True).tolist() == sorted(want)
 
 
-@pytest.mark.parametrize("sampler", ["top", "centre", "ccs", "beta"])
-@pytest.mark.parametrize("class_balanced", [True, False])
-def test_without_quarantine_nothing_changes(sampler, class_balanced):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_without_quarantine_nothing_changes(sampler):
     scores = some_scores(2, quarantined=[])
     assert "quarantined" not in scores.settings
     listed_as_none = Scores(**vars(scores) | {"settings": scores.settings | {"quarantined": []}})
-    everything = list(range(N))
-    kept = choose(scores, 0.3, sampler=sampler, class_balanced=class_balanced, seed=4)
-    np.testing.assert_array_equal(choose(listed_as_none, 0.3, sampler=sampler, class_balanced=class_balanced, seed=4), kept)
-    if not class_balanced:
-        assert kept.tolist() == literal_choice(sampler, scores, everything, 140, 0.3, 4)
+    for class_balanced in (True, False):
+        options = {"sampler": sampler, "class_balanced": class_balanced, "seed": 4}
+        kept = choose(scores, 0.3, **options).tolist()
+        assert choose(listed_as_none, 0.3, **options).tolist() == kept
+        assert class_balanced or kept == literal_choice(sampler, scores, list(range(N)), 140, 0.3, 4)
     assert make_coreset(scores, 0.3, sampler=sampler)[1] == []
 
 
 def test_quarantined_scores_need_not_be_finite_others_do():
     scores = some_scores()
     scores.score_N[QUARANTINED] = np.nan
-    assert choose(scores, 0.5).tolist() == literal_top(scores, OTHERS, 100)
+    assert choose(scores, 0.5).tolist() == literal_choice("top", scores, OTHERS, 100, 0.5, 0)
     scores.score_N[3] = np.inf
     with pytest.raises(InputError, match="'dual' holds 1 values that are not finite"):
         choose(scores, 0.5)
-
-
-def test_a_list_of_another_dataset_is_refused():
     with pytest.raises(InputError, match=r"quarantined sample 200 is not in \[0, 200\)"):
-        choose(Scores(**vars(some_scores()) | {"settings": {"quarantined": [200]}}), 0.5)
+        choose(Scores(**vars(scores) | {"settings": {"quarantined": [200]}}), 0.5)
 
 
 def test_importance_is_scaled_over_the_others():
@@ -171,27 +149,21 @@ def test_warnings_say_what_was_left_out():
     assert make_coreset(some_scores(quarantined=[3]), 0.5)[1] == ["1 quarantined sample (NaN logits) is in no coreset"]
     constant = some_scores()
     constant.score_N[OTHERS] = 2.0
-    _, warnings = make_coreset(constant, 0.1)
-    assert warnings[1] == "all 194 scores of dual are 2, so the choice is a random draw"
+    assert make_coreset(constant, 0.1)[1][1] == "all 194 scores of dual are 2, so the choice is a random draw"
+    drawn = random_scores(some_scores(), seed=3)
+    assert drawn.settings == {"score": "random", "quarantined": QUARANTINED}
+    assert choose(drawn, 0.0).tolist() == OTHERS
+    assert random_scores(some_scores(quarantined=[]), seed=3).settings == {"score": "random"}
 
 
 def test_a_class_of_which_nothing_is_left():
     label_N = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     scores = Scores("mine", np.arange(10, dtype=np.float32), label_N, fingerprint(label_N, 3), {"quarantined": [4, 5]})
-    for class_balanced in (True, False):
+    for class_balanced, want in ((True, [1, 2, 3, 8, 9]), (False, [3, 6, 7, 8, 9])):
         coreset, warnings = make_coreset(scores, 0.5, class_balanced=class_balanced)
-        assert coreset.index_M.tolist() == ([1, 2, 3, 8, 9] if class_balanced else [3, 6, 7, 8, 9])
-        assert warnings == ["2 quarantined samples (NaN logits) are in no coreset",
-                            "all samples of 1 classes are quarantined (first: [1])"]
-    _, warnings = make_coreset(scores, 0.7)
-    assert warnings[2].startswith("1 of 2 classes keep no sample (first: [0]); --class-balanced")
-
-
-def test_a_random_draw_keeps_the_list():
-    drawn = random_scores(some_scores(), seed=3)
-    assert drawn.settings == {"score": "random", "quarantined": QUARANTINED}
-    assert choose(drawn, 0.0).tolist() == OTHERS
-    assert random_scores(some_scores(quarantined=[]), seed=3).settings == {"score": "random"}
+        assert coreset.index_M.tolist() == want
+        assert warnings[1] == "all samples of 1 classes are quarantined (first: [1])"
+    assert make_coreset(scores, 0.7)[1][2].startswith("1 of 2 classes keep no sample (first: [0]); --class-balanced")
 
 
 # ---- scores of the final model

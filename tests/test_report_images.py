@@ -11,56 +11,36 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import pytest
+from make import EVIL_CLASS, EVIL_PATH, NUM_CLASSES, NUM_IMAGES, add_scores, coreset, start, write_images
 from PIL import Image
 
-from tdds_dist.artifacts import Coreset, Scores, fingerprint, save_coreset, save_scores
+from tdds_dist.artifacts import fingerprint
 from tdds_dist.beton import inspect_beton, manifest_path, read_images
-from tdds_dist.beton_writer import write_beton
 from tdds_dist.facts import Facts, read_facts
 from tdds_dist.report import build_report
 from tdds_dist.report_images import Sheet, by_need, score_sheets, sheets, spread
 from tdds_dist.report_scores import Origins, origin
-from tdds_dist.rundir import RunDir
-from tdds_dist.sources import open_source, with_corruption, with_label_noise
 from tdds_dist.thumbnails import thumbnails
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
-
-NUM_IMAGES, NUM_CLASSES = 60, 4
-EVIL_CLASS, EVIL_PATH = '</script><script>alert("class")</script>', 'a/"><img src=x onerror=alert(1)>.png'
-
-
-def write(path: Path, side: int, label_noise: float = 0, corrupt: float = 0) -> Path:
-    source = open_source(f"synthetic:{NUM_IMAGES},{NUM_CLASSES},{side}")
-    source = dataclasses.replace(source, class_names=[EVIL_CLASS, *source.class_names[1:]], path=[EVIL_PATH, *source.path[1:]])
-    write_beton(with_corruption(with_label_noise(source, label_noise, 0), corrupt, 0), path, num_workers=1, progress=False)
-    return path
-
+    pass
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16-pixel images, some with wrong labels, some corrupted."""
-    return write(tmp_path_factory.mktemp("data") / "tiny.beton", 16, 0.2, 0.3)
+    return write_images(tmp_path_factory.mktemp("data") / "tiny.beton", 16, 0.2, 0.3)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("data") / "large.beton", 256)
+    return write_images(tmp_path_factory.mktemp("data") / "large.beton", 256)
 
 
 def facts_of(folder: Path, beton: Path, scores: dict[str, np.ndarray], rates: tuple[float, ...] = ()) -> tuple[Facts, Origins]:
     """Facts of a run with these scores [N], each with its top as coresets at these pruning rates."""
-    run = RunDir(folder)
-    run.start({"data": {"train": str(beton), "num_classes": NUM_CLASSES}}, {"stage": "collect"}, world_size=1, device="cpu")
-    label_N = inspect_beton(beton).label_N
-    found = fingerprint(label_N, NUM_CLASSES)
+    run = start(folder, beton)
     for key, score_N in scores.items():
-        save_scores(run.scores / f"{key}.npz", Scores(key, score_N.astype(np.float32), label_N, found, {"score": key}))
-        for rate in rates:
-            index_M = np.sort(np.argsort(-score_N, kind="stable")[: NUM_IMAGES - round(rate * NUM_IMAGES)])
-            coreset = Coreset(index_M, np.ones(len(index_M), np.float32), key, rate, found)
-            save_coreset(run.coresets / f"{key}_p{rate:g}.npz", coreset)
+        add_scores(run, key, inspect_beton(beton).label_N, rates, score_N)
     facts = read_facts(run)
     return facts, {name: origin(facts, coreset) for name, coreset in facts.coresets.items()}
 
@@ -90,7 +70,7 @@ def ranks(score_N: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 10, 100, 144])  # 144: as many golden steps nearly end where they began
-def test_sample_is_spread_over_classes_and_ranks(num_classes: int) -> None:
+def test_sample_is_spread_over_classes_and_ranks(num_classes):
     rng = np.random.default_rng(3)
     label_N = rng.permutation(np.repeat(np.arange(num_classes), 500))
     score_N = rng.gamma(1.0, 1.0, len(label_N))
@@ -108,7 +88,7 @@ def test_sample_is_spread_over_classes_and_ranks(num_classes: int) -> None:
     assert num_classes < 10 or across.std() > 0.2, "the first images of the classes are not all of one rank"
 
 
-def test_sample_of_uneven_classes_and_odd_scores() -> None:
+def test_sample_of_uneven_classes_and_odd_scores():
     label_N = np.array([7] * 50 + [2] + [0] * 3)
     score_N = np.full(54, np.nan)
     score_N[:30] = np.inf
@@ -122,17 +102,16 @@ def test_sample_of_uneven_classes_and_odd_scores() -> None:
     assert max(labels) > 4400, "of more classes than there is room for, not the first ones"
 
 
-def test_images_that_say_most_come_first() -> None:
+def test_images_that_say_most_come_first():
     found = [Sheet("highest", [9, 8, 7]), Sheet("lowest", [0, 1, 2]),
              Sheet("below", [3, 4, 5], 0.5, 6.0), Sheet("above", [6, 7], 0.5, 6.0)]
     assert by_need(found) == [9, 0, 5, 6, 8, 1, 4, 7, 2, 3]
 
 
-def test_sheets_of_every_plain_cut(tiny: Path, tmp_path: Path) -> None:
+def test_sheets_of_every_plain_cut(tiny, tmp_path):
     score_N = np.random.default_rng(0).permutation(NUM_IMAGES).astype(float)
     facts, origins = facts_of(tmp_path / "run", tiny, {"tdds": score_N}, (0.0, 0.3, 0.5, 0.8))
-    odd = Coreset(np.arange(1, NUM_IMAGES, 2), np.ones(30, np.float32), "tdds", 0.6, facts.scores["tdds"].fingerprint)
-    facts.coresets["odd"] = odd
+    odd = facts.coresets["odd"] = coreset("tdds", 0.6, np.arange(1, NUM_IMAGES, 2), facts.scores["tdds"].label_N)
     found = score_sheets(facts, "tdds", origins | {"odd": origin(facts, odd)}, 6)
     by_score = np.argsort(score_N).tolist()
     assert [(sheet.kind, sheet.rate, sheet.cut) for sheet in found] == [
@@ -142,13 +121,12 @@ def test_sheets_of_every_plain_cut(tiny: Path, tmp_path: Path) -> None:
     assert [sheet.index for sheet in found[:4]] == [by_score[:-7:-1], by_score[:6], by_score[45:48], by_score[48:51]]
 
 
-def test_every_score_is_cut_at_the_rates_of_all_coresets(tiny: Path, tmp_path: Path) -> None:
+def test_every_score_is_cut_at_the_rates_of_all_coresets(tiny, tmp_path):
     rng = np.random.default_rng(0)
     scores = {key: rng.permutation(NUM_IMAGES).astype(float) for key in ("tdds", "el2n", "moderate", "aum")}
     scores["aum"][3] = np.nan
     facts, _ = facts_of(tmp_path / "run", tiny, scores)
-    kept_M = np.arange(30)
-    facts.coresets["tdds_p0.5"] = Coreset(kept_M, np.ones(30, np.float32), "tdds", 0.5, facts.scores["tdds"].fingerprint)
+    facts.coresets["tdds_p0.5"] = coreset("tdds", 0.5, np.arange(30), facts.scores["tdds"].label_N)
     rates = {name: [(sheet.kind, sheet.rate, sheet.cut) for sheet in score_sheets(facts, name, {}, 6)[2:]] for name in scores}
     assert rates["el2n"] == [("below", 0.5, 30), ("above", 0.5, 30)]
     assert rates["moderate"] == [], "two cuts"
@@ -158,7 +136,7 @@ def test_every_score_is_cut_at_the_rates_of_all_coresets(tiny: Path, tmp_path: P
 
 
 @pytest.mark.browser
-def test_a_filter_puts_what_fits_first_and_nan_comes_last(tiny: Path, tmp_path: Path, browser: "Browser") -> None:
+def test_a_filter_puts_what_fits_first_and_nan_comes_last(tiny, tmp_path, browser):
     rng = np.random.default_rng(0)
     score_N = rng.permutation(NUM_IMAGES).astype(float)
     score_N[[5, 20, 40]], score_N[[7, 8]] = np.nan, np.inf
@@ -192,7 +170,7 @@ def test_a_filter_puts_what_fits_first_and_nan_comes_last(tiny: Path, tmp_path: 
     page.close()
 
 
-def test_nan_scores_are_in_no_sheet(tiny: Path, tmp_path: Path) -> None:
+def test_nan_scores_are_in_no_sheet(tiny, tmp_path):
     score_N = np.arange(NUM_IMAGES, dtype=float)
     score_N[[0, 30, 59]], score_N[58] = np.nan, np.inf
     facts, origins = facts_of(tmp_path / "run", tiny, {"tdds": score_N})
@@ -212,7 +190,7 @@ def picture(uri: str) -> Image.Image:
     return found
 
 
-def test_thumbnails_shrink_until_they_fit(large: Path) -> None:
+def test_thumbnails_shrink_until_they_fit(large):
     info = inspect_beton(large)
     sizes = {}
     for side in (224, 112, 80):
@@ -232,14 +210,14 @@ def test_thumbnails_shrink_until_they_fit(large: Path) -> None:
     assert thumbnails(info, [3], 0) == ({}, [])
 
 
-def test_tiny_images_keep_their_pixels(tiny: Path) -> None:
+def test_tiny_images_keep_their_pixels(tiny):
     info = inspect_beton(tiny)
     uris, _ = thumbnails(info, [3, 5], 10**6)
     for image, uri in zip(read_images(tiny, [3, 5], info), uris.values(), strict=True):
         np.testing.assert_array_equal(np.asarray(picture(uri)), image)
 
 
-def test_a_damaged_image_is_left_out(large: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_is_left_out(large, tmp_path):
     data, info = bytearray(large.read_bytes()), inspect_beton(large)
     for number in (4, 11):
         start = int(info.data_ptr_N[number])
@@ -262,7 +240,7 @@ def test_a_damaged_image_is_left_out(large: Path, tmp_path: Path) -> None:
 # ---- the page
 
 
-def test_every_thumbnail_stands_in_the_page_once(tiny: Path, tmp_path: Path) -> None:
+def test_every_thumbnail_stands_in_the_page_once(tiny, tmp_path):
     rng = np.random.default_rng(1)
     scores = {"tdds": np.arange(NUM_IMAGES), "el2n": rng.random(NUM_IMAGES), "random": rng.random(NUM_IMAGES)}
     facts, origins = facts_of(tmp_path / "run", tiny, scores, (0.5, 0.8))
@@ -286,8 +264,14 @@ def test_every_thumbnail_stands_in_the_page_once(tiny: Path, tmp_path: Path) -> 
             assert image["scores"][place] == f"{np.float32(scores[score['name']][image['index']]):.4g}"
 
 
-def test_names_cannot_leave_the_store(tiny: Path, tmp_path: Path) -> None:
-    facts, origins = facts_of(tmp_path / "run", tiny, {"tdds": np.arange(NUM_IMAGES)})
+@pytest.fixture
+def plain(tiny: Path, tmp_path: Path) -> tuple[Facts, Origins]:
+    """Two scores in the order of the images."""
+    return facts_of(tmp_path / "run", tiny, dict.fromkeys(("tdds", "moderate"), np.arange(NUM_IMAGES)))
+
+
+def test_names_cannot_leave_the_store(plain):
+    facts, origins = plain
     facts.manifest.path[1] = "a\udcff.png"  # of a file whose name is no UTF-8
     text = rendered(sheets(facts, "tdds", origins, 4))
     text.encode()
@@ -298,8 +282,8 @@ def test_names_cannot_leave_the_store(tiny: Path, tmp_path: Path) -> None:
     assert EVIL_CLASS in {image["class_name"] for image in store["images"]}
 
 
-def test_known_noise_can_be_chosen(tiny: Path, tmp_path: Path) -> None:
-    facts, origins = facts_of(tmp_path / "run", tiny, {"tdds": np.arange(NUM_IMAGES)})
+def test_known_noise_can_be_chosen_and_the_centre_is_not_called_removed(plain, tmp_path):
+    facts, origins = plain
     store = store_of(rendered(sheets(facts, "tdds", origins, 4)))
     assert store["known"] == ["true_class", "corruption"]
     noisy = {image["index"]: image for image in store["images"] if image["true_class"] is not None}
@@ -309,12 +293,13 @@ def test_known_noise_can_be_chosen(tiny: Path, tmp_path: Path) -> None:
                for index, image in noisy.items())
     corrupted = [image["index"] for image in store["images"] if image["corruption"]]
     assert sorted(corrupted) == np.flatnonzero(facts.manifest.corrupted_N).tolist()
-    clean = write(tmp_path / "clean.beton", 16)
-    facts, origins = facts_of(tmp_path / "other", clean, {"tdds": np.arange(NUM_IMAGES)})
+    assert [[sheet["head"] for sheet in score["sheets"]] for score in store["scores"]] == [
+        ["Highest scores: kept longest", "Lowest scores: removed first"], ["Highest scores", "Lowest scores"]]
+    facts, origins = facts_of(tmp_path / "other", write_images(tmp_path / "clean.beton"), {"tdds": np.arange(NUM_IMAGES)})
     assert store_of(rendered(sheets(facts, "tdds", origins, 4)))["known"] == []
 
 
-def test_budget_is_kept_and_shared_by_sheets_and_classes(large: Path, tmp_path: Path) -> None:
+def test_budget_is_kept_and_shared_by_sheets_and_classes(large, tmp_path):
     rng = np.random.default_rng(1)
     facts, origins = facts_of(tmp_path / "run", large, {key: rng.random(NUM_IMAGES) for key in ("tdds", "el2n", "aum")}, (0.5,))
     uris, _ = thumbnails(inspect_beton(large), range(NUM_IMAGES), 10**9, (112,))
@@ -336,7 +321,7 @@ def test_budget_is_kept_and_shared_by_sheets_and_classes(large: Path, tmp_path: 
         image["index"] for image in store["images"]}
 
 
-def test_runs_share_the_budget_of_the_page(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_share_the_budget_of_the_page(large, tmp_path, monkeypatch):
     facts = [facts_of(tmp_path / name, large, {"tdds": np.arange(NUM_IMAGES)})[0] for name in ("a", "b")]
     monkeypatch.setattr("tdds_dist.report.BUDGET_BYTES", 500_000)
     sizes = [sum(map(len, re.findall(r'"(data:image/[^"]*)"', build_report(runs, tmp_path / "report.html").read_text())))
@@ -345,18 +330,10 @@ def test_runs_share_the_budget_of_the_page(large: Path, tmp_path: Path, monkeypa
     assert min(sizes) > 300_000
 
 
-def test_the_centre_is_not_called_removed(tiny: Path, tmp_path: Path) -> None:
-    scores = {"tdds": np.arange(NUM_IMAGES), "moderate": np.arange(NUM_IMAGES)}
-    facts, origins = facts_of(tmp_path / "run", tiny, scores)
-    tdds, moderate = store_of(rendered(sheets(facts, "tdds", origins, 4)))["scores"]
-    assert [sheet["head"] for sheet in tdds["sheets"]] == ["Highest scores: kept longest", "Lowest scores: removed first"]
-    assert [sheet["head"] for sheet in moderate["sheets"]] == ["Highest scores", "Lowest scores"]
-
-
-def test_scores_of_other_labels_are_left_out(tiny: Path, tmp_path: Path) -> None:
-    facts, origins = facts_of(tmp_path / "run", tiny, {"tdds": np.arange(NUM_IMAGES), "el2n": np.arange(NUM_IMAGES)})
-    el2n = facts.scores["el2n"]
-    other_N = (el2n.label_N + 1) % NUM_CLASSES
-    facts.scores["el2n"] = dataclasses.replace(el2n, label_N=other_N, fingerprint=fingerprint(other_N, NUM_CLASSES))
+def test_scores_of_other_labels_are_left_out(plain):
+    facts, origins = plain
+    found = facts.scores["moderate"]
+    other_N = (found.label_N + 1) % NUM_CLASSES
+    facts.scores["moderate"] = dataclasses.replace(found, label_N=other_N, fingerprint=fingerprint(other_N, NUM_CLASSES))
     assert [score["name"] for score in sheets(facts, "tdds", origins, 4)["store"]["scores"]] == ["tdds"]
-    assert "another dataset" in sheets(facts, "el2n", origins, 4)["note"]
+    assert "another dataset" in sheets(facts, "moderate", origins, 4)["note"]

@@ -102,7 +102,8 @@ class Run:
         assert len(list(Path(self.directory).glob("epoch_*"))) == self.case.epochs
         found = {f"trajectory of {name}": trajectory.read(name).tobytes() for name in trajectory.scalars}
         return found | {"trajectory of labels": trajectory.labels().tobytes(),
-                        "trajectory of quarantine": str(trajectory.quarantined).encode()}
+                        "trajectory of quarantine": str(trajectory.quarantined).encode(),
+                        "trajectory, what it is": (Path(self.directory) / "meta.json").read_bytes()}
 
 
 def uninterrupted(case, tmp_path):
@@ -125,7 +126,6 @@ CASES = {
     "quarantine": Case(num_samples=300, global_batch=75, bad=((0, 7, torch.inf), (2, 123, torch.nan), (3, 7, torch.nan)),
                        options={"on_nan": "quarantine"}),
 }
-QUICK = (("official", (3, *range(10, 15), 17)), ("float16, no trajectory", (7, 11, 12)))
 
 
 # ---- every position, every change of ranks
@@ -142,12 +142,12 @@ def _save_everywhere(rank, case, folder):
     checkpoints.close()
 
 
-def _resume_everywhere(rank, case, folder, expected, positions, thin):
+def _resume_everywhere(rank, case, folder, expected, saved_by_each, positions, thin):
     """From where it goes wrong: (ranks that saved, position, names of what differs). Takes every `thin`-th, in turns."""
     world = distributed.current_world("cpu")
     wrong = []
     checkpoints = Checkpoints(folder, world)
-    for saved_by in (1, 2, 3):
+    for saved_by in saved_by_each:
         for position in (p for p in positions if (p + saved_by + world.world_size) % thin == 0):
             directory = folder / f"resumed by {world.world_size} {saved_by} {position}"
             if case.with_trajectory and world.is_main:  # with all epochs: those that come after the checkpoint are lost
@@ -165,26 +165,27 @@ def _resume_everywhere(rank, case, folder, expected, positions, thin):
     return wrong
 
 
-def _interrupt_and_resume(case, tmp_path, positions, thin):
+def _interrupt_and_resume(case, tmp_path, world_sizes, positions, thin):
     expected = uninterrupted(case, tmp_path)
-    for world_size in (1, 2, 3):
+    for world_size in world_sizes:
         run_ranks(world_size, _save_everywhere, case, tmp_path)
-    for world_size in (1, 2, 3):
-        assert run_ranks(world_size, _resume_everywhere, case, tmp_path, expected, positions, thin) == [[]] * world_size
+    for world_size in world_sizes:
+        wrong = run_ranks(world_size, _resume_everywhere, case, tmp_path, expected, world_sizes, positions, thin)
+        assert wrong == [[]] * world_size
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("name", "positions"), QUICK)
+@pytest.mark.parametrize(("name", "positions"), [("official", (3, *range(10, 13))), ("float16, no trajectory", (7, 11))])
 def test_resumed_within_an_epoch_on_any_number_of_ranks(tmp_path, name, positions):
-    """Every position is resumed by each number of ranks, every change of ranks is made at several positions."""
-    _interrupt_and_resume(CASES[name], tmp_path, positions, thin=3)
+    _interrupt_and_resume(CASES[name], tmp_path, (1, 3), positions, thin=1)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_anywhere_on_any_number_of_ranks(tmp_path, name):
-    _interrupt_and_resume(CASES[name], tmp_path, range(CASES[name].num_actions), thin=1 if name == "official" else 3)
+    world_sizes = (1, 2, 3, 4) if name == "official" else (2, 3)
+    _interrupt_and_resume(CASES[name], tmp_path, world_sizes, range(CASES[name].num_actions), thin=3)
 
 
 # ---- torture
@@ -243,9 +244,9 @@ def _plans(seed, num_interruptions):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("seed", "name"), [(1, "official"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
-    (2, "paper"), (3, "quarantine"), (4, "official"), (5, "paper")))])
-def test_interrupted_twenty_times(tmp_path, seed, name):
+@pytest.mark.parametrize(("seed", "name", "num_interruptions"), [(1, "official", 6), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "paper", 20), (3, "quarantine", 20), (4, "official", 20)))])
+def test_interrupted_many_times(tmp_path, seed, name, num_interruptions):
     """The same for the same seed: every life ends where it is told to, and its checkpoint is there or not for sure."""
     case = Case(num_samples=29, epochs=7, windows=(Window(7, 3, 0.9), Window(5, 4, 0.0)))
     if name == "paper":
@@ -255,7 +256,7 @@ def test_interrupted_twenty_times(tmp_path, seed, name):
                        bad=((0, 7, torch.inf), (2, 300, torch.nan), (4, 7, torch.nan)))
     expected = uninterrupted(case, tmp_path)
     told = []
-    for world_size, plan in _plans(seed, 20):
+    for world_size, plan in _plans(seed, num_interruptions):
         codes = exit_codes(world_size, _segment, case, tmp_path, plan, tmp_path / "outcome.pt", patience=10.0)
         told.append((world_size, plan))
         assert set(codes) <= ({0} if plan[0] in ("graceful", "to the end") else {9}), (seed, told, codes)
@@ -276,47 +277,37 @@ def _at(case, position, directory=None):
 PLAIN = Case(with_trajectory=False)
 
 
+OTHER = {  # settings, and words of the refusal with Checkpoints, with a state from anywhere
+    "windows": (replace(PLAIN, windows=(*PLAIN.windows[:2], Window(4, 2, 0.5))), "windows", "windows"),
+    "order of windows": (replace(PLAIN, windows=PLAIN.windows[::-1]), "windows", "windows"),
+    "preset": (replace(PLAIN, preset="paper"), "delta", "preset"),
+    "fewer windows": (replace(PLAIN, windows=PLAIN.windows[:2]), "average", "windows"),
+    "samples": (replace(PLAIN, num_samples=24), "(23,", "num_samples"),
+    "classes": (replace(PLAIN, num_classes=6), "(23, 5)", "num_classes"),
+    "logp": (replace(PLAIN, options={"logp_dtype": torch.float16}), "float16", "logp_dtype"),
+}
+
+
 def _other_settings(rank, folder):
     world = distributed.current_world("cpu")
     checkpoints = Checkpoints(folder, world, asynchronous=False)
     checkpoints.save(7, _at(PLAIN, 7).scorer.state_dict(), {})
     found = checkpoints.latest()
-    outcomes = {}
-    for name, case in OTHER.items():
-        scorer = Run(case, None).scorer
+
+    def resume(scorer):
         state = scorer.state_dict()
+        checkpoints.load(found, state)
+        scorer.load_state_dict(state)
 
-        def resume(scorer=scorer, state=state):
-            checkpoints.load(found, state)
-            scorer.load_state_dict(state)
-
-        outcomes[name] = catch(resume)
+    outcomes = {name: catch(resume, Run(case, None).scorer) for name, (case, *_) in OTHER.items()}
     checkpoints.close()
     return outcomes
 
 
-OTHER = {
-    "windows": replace(PLAIN, windows=(*PLAIN.windows[:2], Window(4, 2, 0.5))),
-    "order of windows": replace(PLAIN, windows=PLAIN.windows[::-1]),
-    "preset": replace(PLAIN, preset="paper"),
-    "fewer windows": replace(PLAIN, windows=PLAIN.windows[:2]),
-    "samples": replace(PLAIN, num_samples=24),
-    "classes": replace(PLAIN, num_classes=6),
-    "logp": replace(PLAIN, options={"logp_dtype": torch.float16}),
-}
-WORDS = {  # with Checkpoints, with a state from anywhere
-    "windows": ("windows", "windows"), "order of windows": ("windows", "windows"), "preset": ("delta", "preset"),
-    "fewer windows": ("average", "windows"), "samples": ("(23,", "num_samples"), "classes": ("(23, 5)", "num_classes"),
-    "logp": ("float16", "logp_dtype"),
-}
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_the_state_of_other_settings_is_refused_on_every_rank(tmp_path, world_size):
-    outcomes = run_ranks(world_size, _other_settings, tmp_path)
-    for name, (words, _) in WORDS.items():
-        for found in outcomes:
+def test_the_state_of_other_settings_is_refused_on_every_rank(tmp_path):
+    for found in run_ranks(3, _other_settings, tmp_path):
+        for name, (_, words, _) in OTHER.items():
             assert found[name][0] == "InputError", (name, found[name])
             assert words in found[name][1], (name, found[name])
             assert "resume with the" in found[name][1]
@@ -324,8 +315,8 @@ def test_the_state_of_other_settings_is_refused_on_every_rank(tmp_path, world_si
 
 def test_the_state_of_other_settings_is_refused_in_a_foreign_loop():
     state = {name: tensor.clone() for name, tensor in _at(PLAIN, 7).scorer.state_dict().items()}
-    for name, (_, words) in WORDS.items():
-        run = Run(OTHER[name], None)
+    for name, (case, _, words) in OTHER.items():
+        run = Run(case, None)
         before = {key: tensor.clone() for key, tensor in run.scorer.state_dict().items()}
         error, text = catch(run.scorer.load_state_dict, state)
         assert error == "InputError", (name, error, text)
@@ -337,7 +328,7 @@ def test_the_state_of_other_settings_is_refused_in_a_foreign_loop():
         assert repr(lost) in text
 
 
-@pytest.mark.parametrize("position", [0, 2, 4, 5, 8, 12])
+@pytest.mark.parametrize("position", [0, 4, 8, 12])
 def test_a_foreign_loop_keeps_the_state_by_torch_save(tmp_path, position):
     case = CASES["official"]
     torch.save(_at(case, position, tmp_path / "t").scorer.state_dict(), tmp_path / "state.pt")
@@ -364,10 +355,8 @@ def _own_checkpointing(rank, case, folder, expected, position):
 def test_a_loop_with_checkpoints_of_its_own(tmp_path):
     case = CASES["official"]
     expected = uninterrupted(case, tmp_path)
-    for saved_by, loaded_by, position in ((2, 3, 7), (3, 1, 10)):
-        folder = tmp_path / str(position)
-        run_ranks(saved_by, _own_checkpointing, case, folder, None, position)
-        assert run_ranks(loaded_by, _own_checkpointing, case, folder, expected, position) == [[]] * loaded_by
+    run_ranks(2, _own_checkpointing, case, tmp_path, None, 7)
+    assert run_ranks(3, _own_checkpointing, case, tmp_path, expected, 7) == [[]] * 3
 
 
 def test_a_state_shares_memory_and_may_be_taken_at_any_time():
@@ -438,11 +427,10 @@ def _nan_before_save(rank, folder):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_what_is_not_finite_is_never_kept(tmp_path, world_size):
+def test_what_is_not_finite_is_never_kept(tmp_path):
     order = epoch_order(23, 6, seed=3, epoch=1)
     step = next(step for step, index_G in enumerate(order.index_SG) if 22 in index_G)
-    for outcomes, newest, finite, nonfinite in run_ranks(world_size, _nan_before_save, tmp_path):
+    for outcomes, newest, finite, nonfinite in run_ranks(3, _nan_before_save, tmp_path):
         bad = [number for number, (error, _) in enumerate(outcomes) if error]
         assert bad == list(range(5 + step, 9))
         assert newest == 5 + step
@@ -479,7 +467,7 @@ def test_quarantined_samples_leave_all_others_as_they_are(tmp_path, preset):
     case = replace(QUARANTINE, preset=preset, windows=finite.windows)
     others = [index for index in range(300) if index not in (7, 123)]
     outcomes = []
-    for world_size in (1, 2, 3):
+    for world_size in (1, 3):
         folder = tmp_path / str(world_size)
         for outcome, scores, quarantined in run_ranks(world_size, _quarantine_rank, case, folder):
             outcomes.append(outcome)
@@ -522,35 +510,26 @@ def _diverge_rank(rank, case):
     return "", str(sorted(run.scorer.quarantined())), run.scorer.epoch
 
 
+THREE = [(1, index, torch.nan) for index in (5, 100, 299)]
+DIVERGED = (  # bad values, options, epoch that ends it, words
+    ((*THREE, (2, 5, torch.nan)), {"on_nan": "quarantine"}, 4, ["[5, 100, 299]"]),
+    ((*THREE, (1, 250, torch.inf)), {"on_nan": "quarantine"}, 1, ["4 samples", "more than 1%", "5, 100, 250, 299"]),
+    ((*THREE, (3, 250, torch.inf)), {"on_nan": "quarantine"}, 3, ["more than 1%", "250"]),
+    (BAD, {}, 0, ["for 1 samples (global indices 7); lower the learning rate"]))
+
+
+def _diverge_ranks(rank):
+    return [_diverge_rank(rank, replace(FINITE, with_trajectory=False, bad=bad, options=options))
+            for bad, options, _, _ in DIVERGED]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_more_than_one_percent_is_no_quarantine(world_size):
+def test_more_than_one_percent_is_no_quarantine_and_without_it_one_sample_stops_the_run():
     """300 samples: three may be out, all epochs together."""
-    def outcomes(*bad):
-        return run_ranks(world_size, _diverge_rank, replace(QUARANTINE, with_trajectory=False, bad=bad))
-
-    three = [(1, index, torch.nan) for index in (5, 100, 299)]
-    assert outcomes(*three, (2, 5, torch.nan)) == [("", "[5, 100, 299]", 4)] * world_size
-    for error, text, epoch in outcomes(*three, (1, 250, torch.inf)):
-        assert (error, epoch) == ("NonFiniteLogitsError", 1)
-        assert "4 samples" in text
-        assert "more than 1%" in text
-        assert "5, 100, 250, 299" in text
-    for error, text, epoch in outcomes(*three, (3, 250, torch.inf)):
-        assert (error, epoch) == ("NonFiniteLogitsError", 3)
-        assert "more than 1%" in text
-        assert "250" in text
-
-
-def _stop_rank(rank):
-    return _diverge_rank(rank, replace(QUARANTINE, with_trajectory=False, options={}))
-
-
-@pytest.mark.distributed
-def test_without_quarantine_one_sample_stops_the_run():
-    for error, text, epoch in run_ranks(2, _stop_rank):
-        assert (error, epoch) == ("NonFiniteLogitsError", 0)
-        assert "for 1 samples (global indices 7); lower the learning rate" in text
+    for outcomes in run_ranks(3, _diverge_ranks):
+        for (error, text, epoch), (_, _, last, words) in zip(outcomes, DIVERGED, strict=True):
+            assert (error, epoch) == ("" if last == FINITE.epochs else "NonFiniteLogitsError", last)
+            assert all(word in text for word in words), text
 
 
 def test_a_state_with_quarantine_needs_a_scorer_that_knows_it():

@@ -1,7 +1,5 @@
 """Per-sample scalars: values against the literal oracles, and rows that do not feel their neighbours."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import oracles
 import pytest
@@ -11,15 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from tdds_dist.scalars import (
-    DELTAS,
-    LOGP_FLOOR,
-    SCALARS,
-    log_probabilities,
-    loss_difference_official,
-    loss_difference_paper,
-    sample_scalars,
-)
+from tdds_dist.scalars import DELTAS, LOGP_FLOOR, SCALARS, log_probabilities, loss_difference_paper, sample_scalars
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=300)
 EPS = float(np.finfo(np.float32).eps)
@@ -29,15 +19,6 @@ LOGIT = st.one_of(
     st.floats(-1e4, 1e4, width=32),
     st.sampled_from([0.0, -0.0, 20.0, -20.0, 88.0, -104.0, 1e4, -1e4]),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads and lose much to them on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @st.composite
@@ -78,6 +59,8 @@ def expected(previous: list[float], now: list[float], label: int) -> dict[str, f
 def test_every_scalar_has_the_value_of_its_formula(problem):
     previous_BC, now_BC, label_B = problem
     found = computed(*problem)
+    logp = [log_probabilities(torch.from_numpy(logits)) for logits in problem[:2]]
+    np.testing.assert_array_equal(loss_difference_paper(*logp).numpy(), found["delta_paper"], "alone, as `dynamics` calls it")
     for row, label in enumerate(label_B.tolist()):
         previous, now = previous_BC[row].tolist(), now_BC[row].tolist()
         for name, value in expected(previous, now, label).items():
@@ -85,15 +68,6 @@ def test_every_scalar_has_the_value_of_its_formula(problem):
             size = max(map(abs, oracles.log_softmax(previous) + oracles.log_softmax(now)))
             atol = 4 * EPS * (size if name in ("delta_paper", "delta_ce") else 8.0)
             assert found[name][row] == pytest.approx(value, rel=1e-4, abs=max(atol, 1e-6)), (name, row)
-
-
-@PROPERTY
-@given(problems())
-def test_loss_differences_alone_are_those_of_sample_scalars(problem):
-    previous, now = (log_probabilities(torch.from_numpy(logits)) for logits in problem[:2])
-    found = computed(*problem)
-    np.testing.assert_array_equal(loss_difference_official(previous, now).numpy(), found["delta_official"])
-    np.testing.assert_array_equal(loss_difference_paper(previous, now).numpy(), found["delta_paper"])
 
 
 def test_hand_computed_three_classes():
@@ -110,13 +84,6 @@ def test_hand_computed_three_classes():
     assert set(want) == set(SCALARS)
     for name, value in want.items():
         assert found[name][0] == pytest.approx(value, abs=1e-6), name
-
-
-def test_identical_epochs_have_no_loss_difference():
-    logits_BC = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).numpy() * 5
-    found = computed(logits_BC, logits_BC.copy(), np.zeros(50, dtype=np.int64))
-    for name in DELTAS:
-        assert not found[name].any(), name
 
 
 def test_first_epoch_has_no_loss_difference_and_all_else():
@@ -140,41 +107,26 @@ def test_certain_rows_stay_finite():
     assert floored.exp().sum(dim=1).tolist() == [1.0, 1.0]
 
 
-def test_first_of_equal_logits_counts_as_the_prediction():
-    logits_BC = np.array([[1, 1, 0], [1, 1, 0], [0, 1, 1]], dtype=np.float32)
-    assert computed(logits_BC, logits_BC, np.array([0, 1, 2]))["correct"].tolist() == [1.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_are_computed_in_float32(dtype):
+def test_other_dtypes_are_computed_in_float32_and_inputs_are_not_changed(dtype):
     logits_BC, label_B = torch.randn(6, 5).to(dtype), torch.arange(6) % 5
-    logp_BC = log_probabilities(logits_BC)
-    wide_BC = log_probabilities(logits_BC.float())
+    logp_BC, wide_BC = log_probabilities(logits_BC), log_probabilities(logits_BC.float())
     assert logp_BC.dtype == torch.float32
     assert torch.equal(logp_BC, wide_BC)
-    found = sample_scalars(logits_BC, logp_BC, logp_BC, label_B)
-    assert torch.equal(found, sample_scalars(logits_BC.float(), wide_BC, wide_BC, label_B))
-
-
-def test_inputs_are_not_changed():
-    logits_BC, label_B = torch.randn(6, 5), torch.arange(6) % 5
-    logp_BC, previous_BC = log_probabilities(logits_BC), log_probabilities(torch.randn(6, 5))
-    copies = [value.clone() for value in (logits_BC, logp_BC, previous_BC, label_B)]
-    sample_scalars(logits_BC, logp_BC, previous_BC, label_B)
-    for value, copy in zip((logits_BC, logp_BC, previous_BC, label_B), copies, strict=True):
-        assert torch.equal(value, copy)
+    previous_BC = log_probabilities(torch.randn(6, 5))
+    inputs = (logits_BC, logp_BC, previous_BC, label_B)
+    copies = [value.clone() for value in inputs]
+    found = sample_scalars(*inputs)
+    assert torch.equal(found, sample_scalars(logits_BC.float(), wide_BC, previous_BC, label_B))
+    assert all(torch.equal(value, copy) for value, copy in zip(inputs, copies, strict=True))
 
 
 # ---- rows do not feel their neighbours
 
 
-def bits(value_FB: Tensor) -> Tensor:
-    return value_FB.contiguous().view(torch.int32)
-
-
-@pytest.mark.parametrize("num_classes", [2, 3, 8, 10, 17, 100, 257, 1000])
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 17, 100, 257, 1000])
 def test_a_row_is_bitwise_the_same_in_any_company(num_classes):
-    """The same rows alone, in slices (at other alignments), permuted, and computed by two threads."""
+    """The same rows alone, in slices (at other alignments), permuted, and computed by another number of threads."""
     generator = torch.Generator().manual_seed(num_classes)
     num_rows = 300 if num_classes > 100 else 130
     previous_NC, now_NC = (4 * torch.randn(num_rows, num_classes, generator=generator) for _ in range(2))
@@ -182,7 +134,8 @@ def test_a_row_is_bitwise_the_same_in_any_company(num_classes):
 
     def scalars_of(rows: Tensor | slice) -> Tensor:
         logits, previous = now_NC[rows], log_probabilities(previous_NC[rows])
-        return bits(sample_scalars(logits, log_probabilities(logits), previous, label_N[rows]))
+        found_FN = sample_scalars(logits, log_probabilities(logits), previous, label_N[rows])
+        return found_FN.contiguous().view(torch.int32)
 
     together_FN = scalars_of(slice(None))
     for num in (1, 2, 3, 5, 8, 16, 33, 64, 128):
@@ -190,8 +143,9 @@ def test_a_row_is_bitwise_the_same_in_any_company(num_classes):
             assert torch.equal(scalars_of(slice(first, first + num)), together_FN[:, first : first + num]), (num, first)
         chosen = torch.randperm(num_rows, generator=generator)[:num]
         assert torch.equal(scalars_of(chosen), together_FN[:, chosen]), num
-    torch.set_num_threads(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - threads if threads < 3 else 1)
     try:
         assert torch.equal(scalars_of(slice(None)), together_FN)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ffcv.loader.epoch_iterator import EpochIterator
-from ranks import run_ranks
+from ranks import catch, run_ranks
 from torch import nn
 
 from tdds_dist import ShardedScorer, distributed, engine
@@ -25,7 +25,11 @@ from tdds_dist.prepare import build_optimizer, open_files, preflight, set_determ
 from tdds_dist.rundir import RunDir
 
 GROWING = ["data.crop=resized", "data.progressive={start_size: 16, from_epoch: 0, to_epoch: 3, multiple: 8}", "train.epochs=5"]
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_cuda(function):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.cuda(pytest.mark.distributed(skip(function)))
 
 
 class Small(nn.Module):
@@ -96,30 +100,33 @@ def train(rank, config_file, folder, overrides, leave_at=0, error=None, score=Fa
     metrics = [{key: record[key] for key in ("train_loss", "train_top1", "val_loss", "val_top1") if key in record}
                for record in run.read_metrics()]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return {"outcome": outcome, "seen": seen, "weights": weights, "metrics": metrics, "threads": threads, "graphs": graphs}
+    return {"outcome": outcome, "seen": list(seen), "weights": weights, "metrics": metrics, "threads": threads,
+            "graphs": graphs}
 
 
 def loading_threads():
     return [thread.name for thread in threading.enumerate() if isinstance(thread, EpochIterator)]
 
 
-def trained(world_size, *arguments, **options):
-    """What `train` gives on rank 0 of so many."""
-    return several(world_size, [(arguments, options)])[0]
+def trained(world_size, config_file, folder, *calls, deadline=120.0):
+    """What `train` gives on rank 0 for each of (overrides, options), in the same processes: they start slowly."""
+    return run_ranks(world_size, _train, config_file, folder, calls, deadline=deadline)[0]
 
 
-def several(world_size, calls, deadline=120.0):
-    """What `train` gives on rank 0 for each of (arguments, options), in the same processes: a compiler starts slowly."""
-    return run_ranks(world_size, _train, calls, deadline=deadline)[0]
-
-
-def _train(rank, calls):
-    return [train(rank, *arguments, **options) for arguments, options in calls]
+def _train(rank, config_file, folder, calls):
+    return [train(rank, config_file, folder / str(number), overrides, **options)
+            for number, (overrides, options) in enumerate(calls)]
 
 
 def assert_same(a, b):
     assert a["weights"].keys() == b["weights"].keys()
     assert [name for name in a["weights"] if not np.array_equal(a["weights"][name], b["weights"][name])] == []
+    assert a["threads"] == b["threads"] == []
+
+
+def assert_resumed(whole, left):
+    assert (whole["outcome"], left["outcome"]) == ("done", "Preempted")
+    assert_same(whole, left)
 
 
 def distance(a, b):
@@ -178,14 +185,11 @@ def test_without_growth_there_is_one_size(config_file):
 @pytest.mark.distributed
 def test_training_and_evaluation_see_their_sizes(config_file, tmp_path):
     """Also where the training is longer than the config's, and begins again in the middle of an epoch."""
-    whole = trained(1, config_file, tmp_path / "whole", [*GROWING, "data.eval_size=40"])
-    assert sizes_of(whole) == ([[16], [24], [24], [32], [32]], {40})
-    left = trained(1, config_file, tmp_path / "left", [*GROWING, "data.eval_size=40"], leave_at=7)
-    assert left["outcome"] == "Preempted"
-    assert sizes_of(left) == sizes_of(whole)
-    assert left["threads"] == whole["threads"] == []
-    assert_same(whole, left)
-    longer = trained(2, config_file, tmp_path / "longer", [*GROWING, "data.eval_size=40"], epochs=9)
+    settings = [*GROWING, "data.eval_size=40"]
+    whole, left, longer = trained(1, config_file, tmp_path, *((settings, options) for options in (
+        {}, {"leave_at": 7}, {"epochs": 9})))
+    assert sizes_of(whole) == sizes_of(left) == ([[16], [24], [24], [32], [32]], {40})
+    assert_resumed(whole, left)
     assert sizes_of(longer)[0] == [[16], [16], [24], [24], [24], [32], [32], [32], [32]]
 
 
@@ -215,16 +219,16 @@ def test_preflight_tries_every_size(config_file):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_fused_optimizer_takes_the_same_steps_and_resumes_bitwise(config_file, tmp_path, optimizer):
-    base = [f"train.optimizer={optimizer}", "train.lr=0.01", "train.decay_norm_and_bias=false"]
-    fused = [*base, "train.fused_optimizer=true"]
-    plain, whole, left = several(
-        1, [((config_file, tmp_path / "plain", base), {}), ((config_file, tmp_path / "whole", fused), {}),
-            ((config_file, tmp_path / "left", fused), {"leave_at": 7})])
-    assert distance(plain, whole) < 1e-4
-    assert left["outcome"] == "Preempted"
-    assert_same(whole, left)
+def test_a_fused_optimizer_takes_the_same_steps_and_resumes_bitwise(config_file, tmp_path):
+    calls = []
+    for optimizer in ("sgd", "adamw"):
+        base = [f"train.optimizer={optimizer}", "train.lr=0.01", "train.decay_norm_and_bias=false"]
+        fused = [*base, "train.fused_optimizer=true"]
+        calls += [(base, {}), (fused, {}), (fused, {"leave_at": 7})]
+    found = trained(1, config_file, tmp_path, *calls)
+    for plain, whole, left in (found[:3], found[3:]):
+        assert distance(plain, whole) < 1e-3
+        assert_resumed(whole, left)
 
 
 def test_which_optimizer_is_fused(config_file):
@@ -247,9 +251,8 @@ def test_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
     """With recording, from an extra clean view too, which is eager; names in checkpoints and models stay."""
     clean = ["score.view=clean", "train.mixup=0.2"]
     compile = [*clean, "model.compile=true"]
-    plain, compiled, scored = several(
-        1, [((config_file, tmp_path / "plain", clean), {}), ((config_file, tmp_path / "compiled", compile), {}),
-            ((config_file, tmp_path / "scored", compile), {"score": True})], deadline=400.0)
+    plain, compiled, scored = trained(
+        1, config_file, tmp_path, (clean, {}), (compile, {}), (compile, {"score": True}), deadline=400.0)
     assert (plain["graphs"], compiled["graphs"], scored["graphs"]) == (0, 1, 1)
     assert not any(training for training, _ in compiled["seen"]), "evaluation alone is eager"
     assert plain["weights"].keys() == compiled["weights"].keys() == dict(Small(None).state_dict()).keys()
@@ -263,15 +266,15 @@ def test_a_compiled_network_on_ranks_resumes_bitwise(config_file, tmp_path):
     """Two forward passes per step, of which DDP lets one be; a graph for each of the sizes."""
     plain = [*GROWING, "train.accumulation=2"]
     compile = [*plain, "model.compile=true"]
-    eager, whole, left = several(
-        2, [((config_file, tmp_path / "eager", plain), {}), ((config_file, tmp_path / "whole", compile), {}),
-            ((config_file, tmp_path / "left", compile), {"leave_at": 13})], deadline=400.0)
+    eager, whole, left = trained(
+        2, config_file, tmp_path, (plain, {}), (compile, {}), (compile, {"leave_at": 13}), deadline=400.0)
     assert whole["graphs"] >= 3
-    assert left["outcome"] == "Preempted"
-    assert_same(whole, left)
+    assert_resumed(whole, left)
     assert 0 < distance(eager, whole) < 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_compile_failure_is_said(config_file, tmp_path):
     """One line instead of the compiler's pages."""
     kind, text = run_ranks(1, _no_compiler, config_file, tmp_path / "run")[0]
@@ -289,22 +292,18 @@ def _no_compiler(rank, config_file, folder):
 
     cpp_builder.get_cpp_compiler = fail
     torch._inductor.config.force_disable_caches = True
-    try:
-        train(rank, config_file, folder, ["model.compile=true"])
-    except InputError as error:
-        return type(error).__name__, str(error)
-    return "", ""
+    return catch(train, rank, config_file, folder, ["model.compile=true"])
 
 
 # ---- decoding ahead
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_what_follows_is_started_before_it_is_needed(config_file, tmp_path, world_size):
+def test_what_follows_is_started_before_it_is_needed(config_file, tmp_path):
     """120 images in 5 steps: what follows starts with 3 to go. The results are those of a loop that does not look ahead."""
     overrides = ["train.eval_every=2", "train.epochs=4"]
-    ahead = trained(world_size, config_file, tmp_path / "ahead", overrides, prepare=_note_openings)
+    ahead, behind = trained(2, config_file, tmp_path, (overrides, {"prepare": _note_openings}),
+                            (overrides, {"prepare": _do_not_look_ahead}))
     events = [what if isinstance(what[0], str) else "t" if what[0] else "v" for what in ahead["seen"]]
     opened = {what: events.index(what) for what in events if not isinstance(what, str)}
     assert list(opened) == [("train", 0), ("train", 1), ("val", 1), ("train", 2), ("train", 3), ("val", 3)]
@@ -313,10 +312,8 @@ def test_what_follows_is_started_before_it_is_needed(config_file, tmp_path, worl
     assert steps == [0, 2, 7, 10, 12, 17]
     evaluated = [sum(event == "v" for event in events[:place]) for place in opened.values()]
     assert evaluated == [0, 0, 0, num_val - num_val, num_val, num_val]
-    behind = trained(world_size, config_file, tmp_path / "behind", overrides, prepare=_do_not_look_ahead)
     assert_same(ahead, behind)
     assert json.dumps(ahead["metrics"]) == json.dumps(behind["metrics"])
-    assert ahead["threads"] == behind["threads"] == []
 
 
 def _note_openings(seen):
@@ -334,12 +331,11 @@ def _do_not_look_ahead(seen):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("leave_at", [3, 5, 6])
-def test_every_way_out_ends_the_loading_threads(config_file, tmp_path, leave_at):
+def test_every_way_out_ends_the_loading_threads(config_file, tmp_path):
     """From the middle of an epoch; with the next pass started already; after it."""
-    for every in (1, 3):  # evaluation is next, or the next epoch
-        overrides = [f"train.eval_every={every}"]
-        failed = trained(1, config_file, tmp_path / f"failed{every}", overrides, leave_at=leave_at, error=RuntimeError("boom"))
+    calls = [([f"train.eval_every={every}"], {"leave_at": leave_at, "error": RuntimeError("boom")})
+             for every in (1, 3) for leave_at in (3, 5, 6)]  # evaluation is next, or the next epoch
+    for failed in trained(1, config_file, tmp_path, *calls):
         assert (failed["outcome"], failed["threads"]) == ("RuntimeError", [])
 
 
@@ -383,39 +379,33 @@ def test_new_options_stand_in_the_record_of_a_run(config_file):
 # ---- on a GPU
 
 
-@pytest.mark.cuda
-@pytest.mark.distributed
 @on_cuda
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_on_cuda_fused_steps_resume_bitwise(config_file, tmp_path, optimizer, amp):
     """With loss scaling, clipping and images that grow; deterministic, so that bits can be compared."""
     overrides = [*GROWING, f"train.optimizer={optimizer}", f"train.amp={amp}", "train.lr=0.01", "run.device=cuda"]
-    for more in ([], ["train.clip_norm=1.0"]):
-        runs = [trained(1, config_file, tmp_path / f"{leave_at}{len(more)}", overrides + more, leave_at=leave_at, device="cuda")
-                for leave_at in (0, 7)]
-        assert [run["outcome"] for run in runs] == ["done", "Preempted"]
-        assert_same(*runs)
+    calls = [(overrides + more, {"leave_at": leave_at, "device": "cuda"})
+             for more in ([], ["train.clip_norm=1.0"]) for leave_at in (0, 7)]
+    found = trained(1, config_file, tmp_path, *calls)
+    assert_resumed(*found[:2])
+    assert_resumed(*found[2:])
 
 
-@pytest.mark.cuda
-@pytest.mark.distributed
 @on_cuda
 def test_on_cuda_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
     base = [*GROWING, "run.device=cuda"]
-    plain = trained(1, config_file, tmp_path / "plain", base, device="cuda")
-    compiled = trained(1, config_file, tmp_path / "compiled", [*base, "model.compile=true"], device="cuda")
+    plain, compiled = trained(1, config_file, tmp_path, *(
+        ([*base, *more], {"device": "cuda"}) for more in ([], ["model.compile=true"])))
     assert compiled["graphs"] == 3
     assert distance(plain, compiled) < 1e-2
 
 
-@pytest.mark.cuda
-@pytest.mark.distributed
 @on_cuda
 def test_no_step_of_the_loop_waits_for_the_device(config_file, tmp_path):
     """Training steps and evaluation under torch's watch; what is read at log cadence and at ends of epochs is let be."""
-    outcome = trained(1, config_file, tmp_path / "run", ["run.device=cuda", "train.log_every=1000"], device="cuda",
-                      score=True, prepare=_forbid_waits)
+    overrides = ["run.device=cuda", "train.log_every=1000"]
+    outcome = trained(1, config_file, tmp_path, (overrides, {"device": "cuda", "score": True, "prepare": _forbid_waits}))[0]
     assert outcome["outcome"] == "done"
     assert len(outcome["metrics"]) == 3
 

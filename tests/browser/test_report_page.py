@@ -6,37 +6,32 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-SCHEMES = ("light", "dark")
+
+@pytest.fixture(params=["desktop", "phone"])
+def page(demo, open_page, request):
+    return open_page(demo.report, request.param).page
 
 
 @pytest.mark.parametrize("size", ["desktop", "phone"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_page_opens_without_errors_requests_or_sideways_scrolling(demo, open_page, size, scheme):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_opens_without_errors_requests_or_sideways_scrolling_and_images_load(demo, open_page, size, scheme):
     opened = open_page(demo.report, size, scheme)
     page = opened.page
     page.mouse.wheel(0, 100_000)
-    assert opened.errors == []
-    assert opened.requests == []
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     red, green, blue = (int(value) for value in re.findall(r"\d+", paper)[:3])
     assert (red + green + blue > 600) == (scheme == "light")
-
-
-@pytest.mark.parametrize("size", ["desktop", "phone"])
-def test_images_load(demo, open_page, size):
-    page = open_page(demo.report, size).page
     page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
     page.wait_for_function("[...document.images].every(image => image.complete)")
     widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
     assert len(widths) >= 48
     assert set(widths) == {32}  # the digits as they were written
+    assert (opened.errors, opened.requests) == ([], [])
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
-def test_tables_sort_by_number_both_ways(demo, open_page, size):
-    page = open_page(demo.report, size).page
+def test_tables_sort_by_number_both_ways(page):
     num_sorted = 0
     for table in page.locator("table.sortable").all():
         if not table.is_visible():
@@ -65,9 +60,8 @@ def captions(section):
     return scores, section.locator("figcaption span.number + span").all_inner_texts()
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
-def test_images_are_filtered_by_class_and_by_score(demo, open_page, size):
-    section = open_page(demo.report, size).page.locator("section.images")
+def test_images_are_filtered_by_class_and_by_score(page):
+    section = page.locator("section.images")
     count = section.locator(".filter-count")
     before = count.inner_text()
     section.locator(".filter-class").select_option("3")
@@ -108,9 +102,7 @@ def test_without_scripts_the_main_sheets_stay(demo, open_page):
     assert not section.locator(".everything").is_visible()
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
-def test_agreement_shows_one_matrix_at_a_time(demo, open_page, size):
-    page = open_page(demo.report, size).page
+def test_agreement_shows_one_matrix_at_a_time(page):
     tables, shown = page.locator("table.heat"), page.locator("table.heat:visible")
     assert tables.count() == 3  # rank correlation, overlap at 50 and at 80 %
     first = shown.inner_text()

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NoReturn
 
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -131,9 +131,7 @@ class SlurmCluster:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     @property
@@ -173,7 +171,7 @@ class SlurmCluster:
         elif self._keeper is not None:
             self._keeper.terminate()
         with contextlib.suppress(SlurmError):
-            _until(lambda: self._has_ended(pid), 10, "the keeper stops")
+            _until(lambda: self._has_ended(pid), 60, "the keeper stops")
         if self._keeper is not None and self._keeper.poll() is None:
             self._keeper.kill()
             self._keeper.wait()
@@ -186,7 +184,7 @@ class SlurmCluster:
 
     # ---- commands
 
-    def run(self, *command: str, check: bool = True, timeout: float = 30) -> str:
+    def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
         """Standard output of a command, which sees this cluster and no variable of a job that this process may be in."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
         done = subprocess.run(command, env=environment | self.environment, timeout=timeout, check=False, text=True,
@@ -196,25 +194,19 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def state(self, job_id: str | int) -> str:
-        """State of a job or of one element of an array ("12_3"), in a word; UNKNOWN when SLURM knows no such job.
+        """State of a job in a word; UNKNOWN when SLURM knows no such job.
 
         The controller says it, and the accounting once the controller has forgotten the job. `sacct`, which submitit asks,
         is up to 5 s behind.
         """
-        state = self._shown(str(job_id)).get("JobState")
-        return state or (self.history(job_id) or ["UNKNOWN"])[-1]
-
-    def history(self, job_id: str | int) -> list[str]:
-        """How each run of a job has ended and what it does now, as sacct has it: ["NODE_FAIL", "RUNNING"]."""
-        lines = self.run("sacct", "-D", "-n", "-P", "-X", "-j", str(job_id), "-o", "JobID,State", check=False).splitlines()
-        rows = [line.split("|", 1) for line in lines]
-        return [state.split()[0] for name, state in rows if name == str(job_id)]
+        accounted = partial(self.run, "sacct", "-n", "-P", "-X", "-j", str(job_id), "-o", "State", check=False)
+        return self._shown(job_id).get("JobState") or (accounted().split() or ["UNKNOWN"])[0]
 
     def restarts(self, job_id: str | int) -> int:
         """How many times a job has been started again."""
-        return int(self._shown(str(job_id)).get("Restarts", 0))
+        return int(self._shown(job_id).get("Restarts", 0))
 
-    def wait_for(self, job_id: str | int, states: str | Collection[str], deadline: float = 60) -> str:
+    def wait_for(self, job_id: str | int, states: str | Collection[str], deadline: float = 180) -> str:
         """Waits until the job is in one of the states and returns that; fails when it no longer can be, or is too late."""
         wanted = {states} if isinstance(states, str) else set(states)
         begin = time.monotonic()
@@ -229,13 +221,13 @@ class SlurmCluster:
     def story(self, job_id: str | int) -> str:
         """All that SLURM has to say about a job, with the end of its output."""
         columns = "JobID,State,ExitCode,Start,End,NodeList"
-        shown = self._shown(str(job_id))
+        shown = self._shown(job_id)
         parts = [self.run("sacct", "-D", "-P", "-j", str(job_id), "-o", columns, check=False),
-                 self.run("scontrol", "show", "job", str(job_id), check=False)]
-        parts += [f"==> {shown[key]} <==\n{_tail(Path(shown[key]))}" for key in ("StdOut", "StdErr") if key in shown]
+                 self.run("scontrol", "show", "job", str(job_id), check=False),
+                 *(f"==> {shown[key]} <==\n{_tail(Path(shown[key]))}" for key in ("StdOut", "StdErr") if key in shown)]
         return "\n".join(parts)
 
-    def cancel_all(self, deadline: float = 40) -> None:
+    def cancel_all(self, deadline: float = 120) -> None:
         """Cancels every job, kills what jobs left running, mends the nodes; returns when both are idle."""
         if jobs := self.run("squeue", "-h", "-o", "%A").split():
             self.run("scancel", *set(jobs), check=False)
@@ -255,8 +247,8 @@ class SlurmCluster:
 
         _until(are_idle, deadline, "both nodes are idle", self.logs)
 
-    def _shown(self, job_id: str) -> dict[str, str]:
-        lines = self.run("scontrol", "show", "job", "-o", job_id, check=False).splitlines()
+    def _shown(self, job_id: str | int) -> dict[str, str]:
+        lines = self.run("scontrol", "show", "job", "-o", str(job_id), check=False).splitlines()
         words = lines[0].split() if lines else []
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -271,15 +263,14 @@ class SlurmCluster:
         pid = self.slurmd_pid(node)
         assert pid is not None, f"slurmd of {node} does not run\n{self.logs()}"
         os.kill(pid, signal.SIGKILL)
-        _until(lambda: self.slurmd_pid(node) is None, 5, f"slurmd of {node} is gone")
+        _until(lambda: self.slurmd_pid(node) is None, 60, f"slurmd of {node} is gone")
 
     def lose_node(self, node: str) -> None:
         """SIGKILL to all that runs on a node, as when the machine loses power. SLURM notices within half a minute."""
         self.kill_slurmd(node)
-        log = str(self.directory / "log" / f"slurmd-{node}.log")
-        for pid in [pid for pid in _processes() if _name(pid) == "slurmstepd" and log in _open_files(pid)]:
+        for pid in self._stepd_pids(node, ""):
             _kill(pid)
-        for pid in self.job_pids():
+        for pid in _job_processes(self.directory):
             if f"SLURMD_NODENAME={node}" in _environment(pid):
                 _kill(pid)
 
@@ -287,34 +278,25 @@ class SlurmCluster:
         """Starts a node's daemon again."""
         assert self.slurmd_pid(node) is None, f"slurmd of {node} runs already"
         (self.directory / f"slurmd-{node}.wanted").touch()
-        _until(lambda: self.slurmd_pid(node) is not None, 10, f"slurmd of {node} starts", self.logs)
+        _until(lambda: self.slurmd_pid(node) is not None, 60, f"slurmd of {node} starts", self.logs)
 
-    def stepd_pids(self, node: str, job_id: str | int, step: str | None = None) -> list[int]:
-        """Processes that look after a job's steps on a node ("0", "batch", "extern"; None means all steps)."""
-        job_id = str(job_id)
-        if "_" in job_id:
-            job_id = self._shown(job_id).get("JobId", job_id)
-        log = self.directory / "log" / f"slurmd-{node}.log"
-        names = f"slurmstepd: [{job_id}." + (f"{step}]" if step is not None else "")
+    def _stepd_pids(self, node: str, job_id: str | int, step: str = "0") -> list[int]:
+        """Processes that look after a step of a job on a node ("0", "batch"), or of all jobs ("")."""
+        log = str(self.directory / "log" / f"slurmd-{node}.log")
+        name = f"slurmstepd: [{job_id}.{step}]" if job_id else "slurmstepd: ["
         return [pid for pid in _processes()
-                if _name(pid) == "slurmstepd" and _command(pid).startswith(names) and str(log) in _open_files(pid)]
+                if _name(pid) == "slurmstepd" and _command(pid).startswith(name) and log in _open_files(pid)]
 
-    def kill_stepd(self, node: str, job_id: str | int, step: str = "0", deadline: float = 10) -> list[int]:
-        """SIGKILL to the processes that look after one step of a job on a node, once there are any."""
-        _until(lambda: bool(self.stepd_pids(node, job_id, step)), deadline, f"step {job_id}.{step} runs on {node}", self.logs)
-        pids = self.stepd_pids(node, job_id, step)
-        for pid in pids:
+    def kill_stepd(self, node: str, job_id: str | int, deadline: float = 60) -> None:
+        """SIGKILL to the processes that look after a job's ranks on a node, once there are any."""
+        _until(lambda: bool(self._stepd_pids(node, job_id)), deadline, f"step {job_id}.0 runs on {node}", self.logs)
+        for pid in self._stepd_pids(node, job_id):
             _kill(pid)
-        return pids
 
-    def task_pids(self, node: str, job_id: str | int, step: str = "0") -> list[int]:
-        """Processes that a step started on a node: its tasks, or the batch script's shell."""
-        keepers = self.stepd_pids(node, job_id, step)
+    def task_pids(self, node: str, job_id: str | int) -> list[int]:
+        """A job's ranks on a node."""
+        keepers = self._stepd_pids(node, job_id)
         return [pid for pid, (parent, _) in _processes().items() if parent in keepers and _name(pid) != "slurmstepd"]
-
-    def job_pids(self) -> list[int]:
-        """Every process that belongs to any job, also those that have lost their slurmstepd."""
-        return _job_processes(self.directory)
 
     def logs(self, lines: int = 25) -> str:
         """The end of every daemon's log."""
@@ -410,22 +392,22 @@ def _keeper_of(directory: Path) -> int | None:
     return _read_process(directory / _KEEPER)
 
 
-def _name(pid: int) -> str:
+def _read(pid: int, name: str) -> str:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     return ""
+
+
+def _name(pid: int) -> str:
+    return _read(pid, "comm").strip()
 
 
 def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
-    return ""
+    return _read(pid, "cmdline").replace("\0", " ").strip()
 
 
 def _environment(pid: int) -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-    return []
+    return _read(pid, "environ").split("\0")
 
 
 def _open_files(pid: int) -> set[str]:
@@ -439,13 +421,10 @@ def _open_files(pid: int) -> set[str]:
 
 def _job_processes(directory: Path) -> list[int]:
     """Processes of jobs: SLURM has put a job's number and this cluster's file into their environment."""
-    found = []
-    for pid in _processes():
-        variables = _environment(pid)
-        is_ours = f"SLURM_CONF={directory}/slurm.conf" in variables and any(v.startswith("SLURM_JOB_ID=") for v in variables)
-        if is_ours and pid != os.getpid() and _name(pid) != "slurmstepd":
-            found.append(pid)
-    return found
+    def is_ours(variables: list[str]) -> bool:
+        return f"SLURM_CONF={directory}/slurm.conf" in variables and any(v.startswith("SLURM_JOB_ID=") for v in variables)
+
+    return [pid for pid in _processes() if is_ours(_environment(pid)) and pid != os.getpid() and _name(pid) != "slurmstepd"]
 
 
 def _daemons(directory: Path) -> list[int]:
@@ -483,7 +462,7 @@ def _remove(directory: Path) -> None:
             _kill(pid)
         return not pids
 
-    _until(is_clear, 10, f"the processes of {directory} are gone")
+    _until(is_clear, 60, f"the processes of {directory} are gone")
     shutil.rmtree(directory)
 
 
@@ -542,9 +521,7 @@ class _Keeper:
     def serve(self, owner: int) -> None:
         """Until the owner has died (0: for ever), or a signal raises SystemExit."""
         while owner in (0, os.getppid()):
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
+            self.reap()
             for node in NODES:
                 wanted = self.directory / f"slurmd-{node}.wanted"
                 if wanted.exists():
@@ -554,16 +531,20 @@ class _Keeper:
 
     def stop(self) -> None:
         def is_clear() -> bool:
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
+            self.reap()
             pids = _descendants(os.getpid())
             for pid in pids:
                 _kill(pid)
             return not pids
 
-        _until(is_clear, 8, "all processes are gone")
+        _until(is_clear, 45, "all processes are gone")
         _remove(self.directory)
+
+    def reap(self) -> None:
+        """Wait for what has ended, also of what was adopted."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
     def write(self, name: str, content: str | bytes, mode: int = 0o644) -> None:
         path = self.directory / name
@@ -586,7 +567,7 @@ class _Keeper:
 
     def prints(self, text: str, *command: str) -> bool:
         """Whether a command succeeds, with this text in its output."""
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
         return not done.returncode and text in done.stdout
 
     def until(self, name: str, process: "subprocess.Popen[bytes]", is_ready: Callable[[], bool]) -> None:
@@ -595,7 +576,7 @@ class _Keeper:
                 raise SlurmError(f"{name} ended with {process.returncode} at its start\n{self.logs(name)}")
             return is_ready()
 
-        _until(is_over, 30, f"{name} answers", partial(self.logs, name, "slurmctld"))
+        _until(is_over, 120, f"{name} answers", partial(self.logs, name, "slurmctld"))
 
 
 def _reserve_port() -> socket.socket:

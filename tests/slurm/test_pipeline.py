@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ CPU_TEST = REPOSITORY / "configs" / "clusters" / "cpu_test.yaml"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory):
     """Digits and a config: 400 images, two ranks with one thread each, deterministic, some seconds of training."""
     from tdds_dist.beton_writer import write_beton
     from tdds_dist.sources import open_source
@@ -48,7 +48,7 @@ score: {{windows: [{{T: 10, K: 5, pruning_rates: [0.5]}}, {{T: 5, K: 3, pruning_
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder: Path) -> Path:
+def undisturbed(folder):
     """The same collection under torchrun, on as many ranks, with nothing done to it."""
     run = folder / "undisturbed"
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TDDS_CPUS_PER_RANK": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -58,8 +58,7 @@ def undisturbed(folder: Path) -> Path:
     return run
 
 
-def submit(slurm: SlurmCluster, folder: Path, run: Path, *arguments: str, cluster: Path = CPU_TEST,
-           config: str = "config.yaml") -> subprocess.CompletedProcess[str]:
+def submit(slurm, folder, run, *arguments, cluster=CPU_TEST, config="config.yaml"):
     """`tdds submit` on the cluster, from the command line."""
     command = [str(Path(sys.executable).with_name("tdds")), "submit", str(folder / config), "--cluster", str(cluster),
                f"run.dir={run}", *arguments]
@@ -67,7 +66,7 @@ def submit(slurm: SlurmCluster, folder: Path, run: Path, *arguments: str, cluste
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
-def slow_first_start(folder: Path) -> list[str]:
+def slow_first_start(folder):
     """Setup lines that make the first start of a job take its time, as training does that SLURM has time to watch."""
     hook = folder / "slow"
     hook.mkdir(exist_ok=True)
@@ -80,7 +79,7 @@ def slow_first_start(folder: Path) -> list[str]:
     return [f"export PYTHONPATH={hook}"]
 
 
-def cluster_file(folder: Path, **changes: object) -> Path:
+def cluster_file(folder, **changes):
     """The cluster file for tries with some keys changed."""
     import yaml
 
@@ -89,7 +88,7 @@ def cluster_file(folder: Path, **changes: object) -> Path:
     return path
 
 
-def job_ids(run: Path) -> dict[str, list[str]]:
+def job_ids(run):
     """Ids of the jobs that were submitted for a run, by stage."""
     found: dict[str, list[str]] = {}
     for line in (run / "jobs" / "jobs.jsonl").read_text().splitlines():
@@ -98,7 +97,7 @@ def job_ids(run: Path) -> dict[str, list[str]]:
     return found
 
 
-def until_epoch(run: Path, num: int, deadline: float = 240.0) -> None:
+def until_epoch(run, num, deadline=240.0):
     """Wait until so many epochs are done, and the next has begun."""
     end = time.monotonic() + deadline
     while len(RunDir(run).read_metrics()) < num:
@@ -107,11 +106,11 @@ def until_epoch(run: Path, num: int, deadline: float = 240.0) -> None:
     time.sleep(0.2)
 
 
-def log_text(run: Path) -> str:
+def log_text(run):
     return "\n".join(f"==> {path.name}\n{path.read_text()[-3000:]}" for path in sorted((run / "jobs").glob("*_log.*")))
 
 
-def check_as_if_nothing_happened(run: Path, undisturbed: Path) -> None:
+def check_as_if_nothing_happened(run, undisturbed):
     assert differences(state_of(run), state_of(undisturbed)) == []
     assert [record["epoch"] for record in RunDir(run).read_metrics()] == list(range(EPOCHS))
     recorded = sorted(path.name for path in (run / "trajectory").glob("epoch_*"))
@@ -122,15 +121,18 @@ def check_as_if_nothing_happened(run: Path, undisturbed: Path) -> None:
 # ---- the whole pipeline
 
 
-def test_pipeline_from_one_command(slurm: SlurmCluster, folder: Path, undisturbed: Path) -> None:
+def test_pipeline_from_one_command(slurm, folder, undisturbed):
     run = folder / "pipeline"
     settings = ["pipeline.scores=[tdds,random]", "pipeline.strategies=[E,P]", "pipeline.pruning_rates=[0.5]",
                 "retrain.epochs=2"]
+    printed = submit(slurm, folder, run, *settings, "--dry-run").stdout
+    assert not run.exists()
     done = submit(slurm, folder, run, *settings)
     assert done.returncode == 0, done.stderr
     assert "retrain       4     0  1 node(s) x 1 rank(s)" in done.stdout
     ids = job_ids(run)
     assert {stage: len(of_stage) for stage, of_stage in ids.items()} == {"collect": 1, "select": 1, "retrain": 4, "report": 1}
+    assert (run / "jobs" / f"{ids['collect'][0]}_submission.sh").read_text().strip() in printed
     names = slurm.run("squeue", "-h", "-o", "%j").split()
     assert {"collect-hurt", "select-hurt", "retrain-hurt", "report-hurt"} >= set(names)
 
@@ -163,54 +165,35 @@ def test_pipeline_from_one_command(slurm: SlurmCluster, folder: Path, undisturbe
     assert (run / "retrain" / "random_p0.5_P_none_seed0" / "result.json").is_file()
 
 
-def test_the_printed_sbatch_file_is_the_one_that_is_queued(slurm: SlurmCluster, folder: Path) -> None:
-    run = folder / "printed"
-    text = submit(slurm, folder, run, "--stage", "collect", "--dry-run").stdout
-    assert not run.exists()
-    assert submit(slurm, folder, run, "--stage", "collect").returncode == 0
-    (job_id,) = job_ids(run)["collect"]
-    assert (run / "jobs" / f"{job_id}_submission.sh").read_text().strip() in text
-    slurm.run("scancel", job_id)
-
-
 # ---- hurt in the middle
 
 
 Hurt = Callable[[SlurmCluster, str, Path], None]
 
 
-def requeue(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def requeue(slurm, job_id, run):
     slurm.run("scontrol", "requeue", job_id)
 
 
-def preempt_as_submitit_does(slurm: SlurmCluster, job_id: str, run: Path) -> None:
-    _interrupt(slurm, job_id, run, timeout=False)
-
-
-def end_time_as_submitit_does(slurm: SlurmCluster, job_id: str, run: Path) -> None:
-    _interrupt(slurm, job_id, run, timeout=True)
-
-
-def _interrupt(slurm: SlurmCluster, job_id: str, run: Path, timeout: bool) -> None:
-    code = ("import sys; from submitit import SlurmJob\n"
-            f"SlurmJob(sys.argv[1], sys.argv[2], [0, 1])._interrupt(timeout={timeout})")
-    slurm.run(sys.executable, "-c", code, str(run / "jobs"), job_id)
-
-
-def send_usr2(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def send_usr2(slurm, job_id, run):
     slurm.run("scancel", "--signal=USR2", job_id)
 
 
-def kill_stepd_of_the_second_node(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def send_usr2_in_a_container(slurm, job_id, run):
+    """Where python finds no scontrol (PATH stands for the container): the job is queued again from outside."""
+    send_usr2(slurm, job_id, run)
+
+
+def kill_stepd_of_the_second_node(slurm, job_id, run):
     slurm.kill_stepd(slurm.nodes[1], job_id)
 
 
-def kill_a_rank(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def kill_a_rank(slurm, job_id, run):
     (pid,) = slurm.task_pids(slurm.nodes[1], job_id)
     os.kill(pid, signal.SIGKILL)
 
 
-def kill_a_rank_that_starts(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def kill_a_rank_that_starts(slurm, job_id, run):
     """Before training srun's SIGTERM finds the other rank unprepared."""
     slurm.run("scontrol", "requeue", job_id)
     slurm.wait_for(job_id, "PENDING")
@@ -219,24 +202,24 @@ def kill_a_rank_that_starts(slurm: SlurmCluster, job_id: str, run: Path) -> None
     kill_a_rank(slurm, job_id, run)
 
 
-def kill_slurmd(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def kill_slurmd(slurm, job_id, run):
     slurm.kill_slurmd(slurm.nodes[1])
-    slurm.wait_for(job_id, {"PENDING", "REQUEUED", "COMPLETED"}, 60)
+    slurm.wait_for(job_id, {"PENDING", "REQUEUED", "COMPLETED"})
     slurm.start_slurmd(slurm.nodes[1])
 
 
-def lose_a_node(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def lose_a_node(slurm, job_id, run):
     slurm.lose_node(slurm.nodes[0])
-    slurm.wait_for(job_id, {"PENDING", "REQUEUED", "COMPLETED"}, 60)
+    slurm.wait_for(job_id, {"PENDING", "REQUEUED", "COMPLETED"})
     slurm.start_slurmd(slurm.nodes[0])
 
 
-def preempt(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def preempt(slurm, job_id, run):
     """A job of the partition that goes first takes both nodes for a moment."""
     slurm.run("sbatch", "--parsable", "-p", "main", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 1")
 
 
-def preempt_with_sigterm_alone(slurm: SlurmCluster, job_id: str, run: Path) -> None:
+def preempt_with_sigterm_alone(slurm, job_id, run):
     """As clusters do that give grace and send no other signal: the job leaves before SLURM would have queued it again."""
     config = slurm.directory / "slurm.conf"
     usual = config.read_text()
@@ -245,7 +228,7 @@ def preempt_with_sigterm_alone(slurm: SlurmCluster, job_id: str, run: Path) -> N
     try:
         slurm.run("scontrol", "reconfigure")
         preempt(slurm, job_id, run)
-        slurm.wait_for(job_id, "PENDING", 60)
+        slurm.wait_for(job_id, "PENDING")
     finally:
         config.write_text(usual)
         slurm.run("scontrol", "reconfigure")
@@ -256,12 +239,14 @@ _NOTICED_LATE = (kill_stepd_of_the_second_node, kill_slurmd, lose_a_node)
 
 
 @pytest.mark.parametrize("hurt", [
-    requeue, preempt_as_submitit_does, end_time_as_submitit_does, send_usr2, kill_stepd_of_the_second_node, kill_a_rank,
-    kill_a_rank_that_starts, kill_slurmd, lose_a_node, preempt, preempt_with_sigterm_alone], ids=lambda hurt: hurt.__name__)
-def test_a_collection_that_is_hurt_goes_on(slurm: SlurmCluster, folder: Path, undisturbed: Path, hurt: Hurt) -> None:
+    requeue, send_usr2, send_usr2_in_a_container, kill_stepd_of_the_second_node, kill_a_rank, kill_a_rank_that_starts,
+    kill_slurmd, lose_a_node, preempt, preempt_with_sigterm_alone], ids=lambda hurt: hurt.__name__)
+def test_a_collection_that_is_hurt_goes_on(slurm, folder, undisturbed, hurt):
     run = folder / hurt.__name__
+    changes = {"container": "/usr/bin/env PATH=/nowhere", "venv": str(Path(sys.executable).parents[1])}
     cluster = cluster_file(folder, partition="scavenger" if hurt in _SCAVENGERS else "main",
-                           setup=slow_first_start(folder) if hurt in _NOTICED_LATE else ["set -e"])
+                           setup=slow_first_start(folder) if hurt in _NOTICED_LATE else ["set -e"],
+                           **(changes if hurt is send_usr2_in_a_container else {}))
     done = submit(slurm, folder, run, "--stage", "collect", cluster=cluster)
     assert done.returncode == 0, done.stderr
     (job_id,) = job_ids(run)["collect"]
@@ -274,7 +259,7 @@ def test_a_collection_that_is_hurt_goes_on(slurm: SlurmCluster, folder: Path, un
     check_as_if_nothing_happened(run, undisturbed)
 
 
-def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm: SlurmCluster, folder: Path, undisturbed: Path) -> None:
+def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm, folder, undisturbed):
     """The job believes that it started 3 minutes ago: its last of 4 minutes, less the grace, is near."""
     run = folder / "short"
     cluster = cluster_file(folder, time_minutes=4, grace_seconds=30, setup=[
@@ -287,41 +272,26 @@ def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm: SlurmClus
     check_as_if_nothing_happened(run, undisturbed)
 
 
-def test_python_in_a_container_without_slurm_is_queued_again_from_outside(slurm: SlurmCluster, folder: Path,
-                                                                         undisturbed: Path) -> None:
-    """A PATH without scontrol stands for the container."""
-    run = folder / "container"
-    venv = Path(sys.executable).parents[1]
-    cluster = cluster_file(folder, container="/usr/bin/env PATH=/nowhere", venv=str(venv))
-    assert submit(slurm, folder, run, "--stage", "collect", cluster=cluster).returncode == 0
-    (job_id,) = job_ids(run)["collect"]
-    until_epoch(run, 2)
-    slurm.run("scancel", "--signal=USR2", job_id)
-    slurm.wait_for(job_id, "COMPLETED", 400)
-    assert slurm.restarts(job_id) == 1
-    check_as_if_nothing_happened(run, undisturbed)
-
-
-def test_a_cancelled_job_is_not_queued_again(slurm: SlurmCluster, folder: Path) -> None:
+def test_a_cancelled_job_is_not_queued_again(slurm, folder):
     run = folder / "cancelled"
     assert submit(slurm, folder, run, "--stage", "collect").returncode == 0
     (job_id,) = job_ids(run)["collect"]
     until_epoch(run, 2)
     slurm.run("scancel", job_id)
-    slurm.wait_for(job_id, "CANCELLED", 30)
+    slurm.wait_for(job_id, "CANCELLED")
     time.sleep(8)
     assert slurm.state(job_id) == "CANCELLED"
     assert "SIGTERM: saved at epoch" in (run / "log.txt").read_text()
 
 
-def test_time_limits_do_not_go_on_for_ever(slurm: SlurmCluster, folder: Path) -> None:
+def test_time_limits_do_not_go_on_for_ever(slurm, folder):
     run = folder / "limited"
     cluster = cluster_file(folder, requeue_time_limits=0, time_minutes=4)
     assert submit(slurm, folder, run, "--stage", "collect", cluster=cluster).returncode == 0
     (job_id,) = job_ids(run)["collect"]
     until_epoch(run, 2)
     slurm.run("scancel", "--signal=USR2", job_id)
-    slurm.wait_for(job_id, "FAILED", 60)
+    slurm.wait_for(job_id, "FAILED")
     assert "timed-out too many times" in log_text(run)
     assert list((run / "checkpoints").glob("step_*"))
 
@@ -329,7 +299,7 @@ def test_time_limits_do_not_go_on_for_ever(slurm: SlurmCluster, folder: Path) ->
 # ---- without submitit
 
 
-def test_sbatch_example_with_srun_and_torchrun(slurm: SlurmCluster, folder: Path, undisturbed: Path) -> None:
+def test_sbatch_example_with_srun_and_torchrun(slurm, folder, undisturbed):
     """It leaves at its time limit, which it believes to be near, is queued again, and finishes."""
     run = folder / "example"
     script = (REPOSITORY / "launch" / "sbatch_example.sh").read_text()

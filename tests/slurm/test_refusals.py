@@ -2,20 +2,18 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from slurm.cluster import SlurmCluster
 from slurm.test_pipeline import cluster_file, folder, job_ids, log_text, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 __all__ = ["folder"]  # a fixture
 
 
-def hurt_rank(folder: Path, name: str, rank: int, fail: str) -> list[str]:
+def hurt_rank(folder, name, rank, fail):
     """Setup lines that put the function `fail` in the place of the optimizer step on one rank."""
     hook = folder / f"hook_{name}"
     hook.mkdir()
@@ -26,7 +24,7 @@ def hurt_rank(folder: Path, name: str, rank: int, fail: str) -> list[str]:
     return [f"export PYTHONPATH={hook}"]
 
 
-def status(slurm: SlurmCluster, run: Path, *arguments: str) -> str:
+def status(slurm, run, *arguments):
     return slurm.run(str(Path(sys.executable).with_name("tdds")), "status", str(run), *arguments)
 
 
@@ -35,8 +33,7 @@ def status(slurm: SlurmCluster, run: Path, *arguments: str) -> str:
     ({"memory_gb": 10000}, "Memory specification can not be satisfied"),
     ({"stages": {"retrain": {"nodes": 1, "partition": "nowhere"}}}, "refused retrain-hurt .*invalid partition"),
 ], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
-def test_what_the_scheduler_refuses_is_one_line_and_leaves_nothing(
-        slurm: SlurmCluster, folder: Path, changes: dict[str, object], said: str) -> None:
+def test_what_the_scheduler_refuses_is_one_line_and_leaves_nothing(slurm, folder, changes, said):
     run = folder / "refused"
     done = submit(slurm, folder, run, "pipeline.pruning_rates=[0.5]", cluster=cluster_file(folder, **changes))
     assert done.returncode == 2, done.stdout
@@ -48,7 +45,7 @@ def test_what_the_scheduler_refuses_is_one_line_and_leaves_nothing(
     assert not (run / "jobs" / "jobs.jsonl").exists()
 
 
-def test_data_that_the_nodes_lack_is_the_top_of_the_log_and_cancels_the_rest(slurm: SlurmCluster, folder: Path) -> None:
+def test_data_that_the_nodes_lack_is_the_top_of_the_log_and_cancels_the_rest(slurm, folder):
     run = folder / "lacks"
     done = submit(slurm, folder, run, "pipeline.pruning_rates=[0.5]", f"data.train={folder}/gone.beton", "--wait")
     assert f"warning: data.train={folder}/gone.beton not found on this machine; the nodes must have it" in done.stderr
@@ -65,7 +62,7 @@ def test_data_that_the_nodes_lack_is_the_top_of_the_log_and_cancels_the_rest(slu
     assert [job["state"]["state"] for job in data["jobs"]] == ["failed", "cancelled", "cancelled", "cancelled"]
 
 
-def test_a_rank_that_fails_is_named_with_its_traceback(slurm: SlurmCluster, folder: Path) -> None:
+def test_a_rank_that_fails_is_named_with_its_traceback(slurm, folder):
     """And not the three that lost it; 4 ranks on 2 nodes."""
     run = folder / "fails"
     fails = "def fail(*a): raise ZeroDivisionError('the cause')"
@@ -86,7 +83,7 @@ def test_a_rank_that_fails_is_named_with_its_traceback(slurm: SlurmCluster, fold
     assert f"{job_id}_2_log.err" in shown
 
 
-def test_a_job_that_dies_at_the_same_place_again_and_again_is_given_up(slurm: SlurmCluster, folder: Path) -> None:
+def test_a_job_that_dies_at_the_same_place_again_and_again_is_given_up(slurm, folder):
     run = folder / "dies"
     dies = "def fail(*a): os.kill(os.getpid(), 9)"
     cluster = cluster_file(folder, requeue_failures=1, setup=hurt_rank(folder, "dies", 1, dies))
@@ -96,12 +93,3 @@ def test_a_job_that_dies_at_the_same_place_again_and_again_is_given_up(slurm: Sl
     assert (slurm.state(job_id), slurm.restarts(job_id)) == ("FAILED", 1)
     assert "gave up: " in log_text(run)
     assert "failure 2 in a row without a new checkpoint (requeue_failures=1)" in status(slurm, run)
-
-
-def test_launch_runs_as_a_module_as_well(slurm: SlurmCluster, folder: Path) -> None:
-    command = [sys.executable, "-m", "launch.submit", str(folder / "config.yaml"), f"run.dir={folder}/m",
-               "--stage", "collect", "--cluster", str(cluster_file(folder, partition="nowhere"))]
-    done = subprocess.run(command, env=slurm.environment | {"PATH": "/usr/bin:/bin"}, text=True, timeout=200,
-                          capture_output=True)
-    assert done.returncode == 2
-    assert "launch.submit: error: the scheduler refused collect-hurt (" in done.stderr
