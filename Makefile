@@ -21,11 +21,11 @@ test-slow: setup  ## the tests that take minutes each
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and not slurm and not browser"
 
 test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
-	@tests/slurm/install.sh
+	@tests/system/slurm/install.sh
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slurm
 
 test-browser: setup  ## the demo, and its report in a headless Chromium (needs root only to install it)
-	@tests/browser/install.sh
+	@tests/system/browser/install.sh
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser
 
 lint: setup  ## style and types

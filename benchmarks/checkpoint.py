@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from benchmarks import files
-from tdds_dist import ShardedScorer, Window, distributed
-from tdds_dist.checkpoint import Checkpoints
-from tdds_dist.rundir import environment
+from tdds_dist import ShardedScorer, Window
+from tdds_dist.distributed import collectives
+from tdds_dist.distributed import world as distributed
+from tdds_dist.runs.checkpoint import Checkpoints
+from tdds_dist.runs.directory import environment
 
 
 def measure(num_samples: int, num_classes: int, repetitions: int, folder: Path | None) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def measure(num_samples: int, num_classes: int, repetitions: int, folder: Path |
         scorer = ShardedScorer(num_samples, num_classes, [Window(30, 10, 0.9)], device="cpu")
         state = scorer.state_dict()
         for table in state.values():
-            local = distributed.own_rows(table)
+            local = collectives.own_rows(table)
             if local.is_floating_point():
                 local.normal_()
         checkpoints = Checkpoints(Path(name) / "checkpoints", world, asynchronous=True, stop_on_error=True, say=_nothing)

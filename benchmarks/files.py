@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from tdds_dist.artifacts import write_atomically
 from tdds_dist.errors import InputError
-from tdds_dist.rundir import environment
+from tdds_dist.runs.artifacts import write_atomically
+from tdds_dist.runs.directory import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks import files
-from tdds_dist.beton_writer import write_beton
-from tdds_dist.loader import BetonLoader, View
-from tdds_dist.partition import epoch_order
-from tdds_dist.rundir import environment
-from tdds_dist.sources import open_source
+from tdds_dist.data.loader import BetonLoader, View
+from tdds_dist.data.sources import open_source
+from tdds_dist.data.writer import write_beton
+from tdds_dist.distributed.partition import epoch_order
+from tdds_dist.runs.directory import environment
 
 
 def ours(path: Path, batch: int, size: int, workers: int) -> Callable[[int], int]:

@@ -35,11 +35,11 @@ import torch
 from benchmarks import files
 from benchmarks.ranks import run_on_ranks
 from benchmarks.windowed import windowed_scores
-from tdds_dist.artifacts import load_scores
 from tdds_dist.errors import InputError
-from tdds_dist.scalars import SCALARS
-from tdds_dist.score import score, score_all
-from tdds_dist.trajectory import TrajectoryWriter
+from tdds_dist.runs.artifacts import load_scores
+from tdds_dist.scoring.offline import score, score_all
+from tdds_dist.scoring.sample_stats import SCALARS
+from tdds_dist.scoring.trajectory import TrajectoryWriter
 
 SIZES = ("50000x100x30x10", "12500x100x30x10", "2500x1000x30x10", "12500x100x15x10", "12500x100x30x20")
 KEYS = ("tdds", "forgetting", "el2n", "aum", "dyn_unc", "dual", "random")

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 from benchmarks import bare_loops
-from tdds_dist import ShardedScorer, distributed
-from tdds_dist.beton import inspect_beton
-from tdds_dist.collect import Scoring
-from tdds_dist.config import Config, parse_config
+from tdds_dist import ShardedScorer
+from tdds_dist.config.run import Config, parse_config
 from tdds_dist.console import Progress
-from tdds_dist.distributed import World
-from tdds_dist.engine import Trainer
-from tdds_dist.job import Job, Nobody, Observer
-from tdds_dist.loader import Batch, default_workers
-from tdds_dist.partition import EpochOrder, epoch_order
-from tdds_dist.rundir import RunDir
+from tdds_dist.data.beton import inspect_beton
+from tdds_dist.data.loader import Batch, default_workers
+from tdds_dist.distributed import collectives
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.partition import EpochOrder, epoch_order
+from tdds_dist.distributed.world import World
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.training.collect import Scoring
+from tdds_dist.training.engine import Trainer
+from tdds_dist.training.job import Job, Nobody, Observer
 
 VARIANTS = {
     "off": "our loop, scoring off", "tdds": "our loop with TDDS", "all": "our loop with TDDS and the trajectory",
@@ -233,7 +235,7 @@ class Bench:
         if self.world.device.type == "cpu":
             torch.set_num_threads(self.threads)  # FFCV's loader sets them
         self.tap.wait_seconds = 0.0
-        distributed.barrier()
+        collectives.barrier()
         self._synchronize()
         started = time.perf_counter()
         num_images = self.blocks[variant]()

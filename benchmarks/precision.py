@@ -37,21 +37,22 @@ from torch import Tensor
 from benchmarks import files
 from benchmarks.ranks import run_on_ranks
 from benchmarks.recording import Stored
-from tdds_dist import distributed
-from tdds_dist.agreement import overlap, spearman
-from tdds_dist.beton_writer import write_beton
-from tdds_dist.config import load_config
-from tdds_dist.engine import fit
+from tdds_dist.config.run import load_config
+from tdds_dist.config.scores import DELTA_OF_PRESET, Window
+from tdds_dist.coreset.agreement import overlap, spearman
+from tdds_dist.coreset.samplers import num_kept, top
+from tdds_dist.data.sources import open_source
+from tdds_dist.data.writer import write_beton
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
-from tdds_dist.job import Job
-from tdds_dist.partition import EpochOrder
-from tdds_dist.prepare import open_files
-from tdds_dist.rundir import RunDir
-from tdds_dist.scorer import ShardedScorer
-from tdds_dist.selection import num_kept, top
-from tdds_dist.sources import open_source
-from tdds_dist.tdds import DELTA_OF_PRESET, Window, score_trajectory
-from tdds_dist.trajectory import Trajectory
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.scoring.scorer import ShardedScorer
+from tdds_dist.scoring.tdds import score_trajectory
+from tdds_dist.scoring.trajectory import Trajectory
+from tdds_dist.training.build import open_files
+from tdds_dist.training.engine import fit
+from tdds_dist.training.job import Job
 
 PARTS = ("digits", "imagenet", "wide")
 REFERENCE = "float32"

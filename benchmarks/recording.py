@@ -22,13 +22,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdds_dist import distributed
+from tdds_dist.config.scores import Window
+from tdds_dist.distributed import collectives
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.partition import EpochOrder, epoch_order, rows_per_shard
 from tdds_dist.errors import InputError
-from tdds_dist.models import build_model
-from tdds_dist.partition import EpochOrder, epoch_order, rows_per_shard
-from tdds_dist.scalars import SCALARS
-from tdds_dist.scorer import ShardedScorer
-from tdds_dist.tdds import Window
+from tdds_dist.scoring.sample_stats import SCALARS
+from tdds_dist.scoring.scorer import ShardedScorer
+from tdds_dist.training.build import build_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 K = 10  # window of the paper's ImageNet setting
@@ -92,7 +93,7 @@ class Setting:
         scorer = ShardedScorer(self.num_samples, self.num_classes, [window], "official", device, **self.stored.options())
         state = scorer.state_dict()
         for name, table in state.items():
-            rows = distributed.own_rows(table)
+            rows = collectives.own_rows(table)
             if rows.is_floating_point() and name != "settings":
                 rows.fill_(-math.log(self.num_classes))
         scorer.load_state_dict(state | {"position": torch.tensor([K, 0])})
@@ -242,7 +243,7 @@ def measure_ranks(settings: list[Setting], passes: int) -> list[dict[str, Any]]:
         for number in range(1 + passes):
             for setting, scorer, output, row in zip(settings, scorers, outputs, found, strict=True):
                 order = epoch_order(setting.num_samples, setting.batch * world.world_size, epoch=number)
-                distributed.barrier()
+                collectives.barrier()
                 with mock.patch.object(dist, "all_to_all_single", Traffic()) as traffic:
                     started = time.perf_counter()
                     record_seconds(scorer, output, order)

@@ -32,21 +32,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import files
-from tdds_dist.artifacts import Coreset, Fingerprint, Scores, fingerprint, save_coreset, save_scores
-from tdds_dist.beton import (
-    ALLOCATION,
-    DESCRIPTOR,
-    FIELD_TYPES,
-    HEADER,
-    IMAGE_TYPE,
-    INT_TYPE,
-    VERSION,
-    Manifest,
-    manifest_path,
-    write_manifest,
-)
+from tdds_dist.data.beton import ALLOCATION, DESCRIPTOR, FIELD_TYPES, HEADER, IMAGE_TYPE, INT_TYPE, VERSION
+from tdds_dist.data.manifest import Manifest, manifest_path, write_manifest
 from tdds_dist.errors import InputError
-from tdds_dist.rundir import RunDir
+from tdds_dist.runs.artifacts import Coreset, Fingerprint, Scores, fingerprint, save_coreset, save_scores
+from tdds_dist.runs.directory import RunDir
 
 WINDOWS = ("tdds_official_T90_K10_beta0.9", "tdds_official_T60_K10_beta0.9", "tdds_official_T30_K10_beta0.9")
 KEYS = (*WINDOWS, "el2n", "aum", "forgetting")
@@ -61,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Ends with its peak in kilobytes: the one in a parent's resource usage would count the parent's memory as well.
 COMMAND = """
 import re, sys
-from tdds_dist.cli import main
+from tdds_dist.cli.main import main
 code = main(sys.argv[1:])
 print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 sys.exit(code)
@@ -188,7 +178,7 @@ def build(run: RunDir, page: Path) -> dict[str, float]:
 
 def open_page(page: Path, repetitions: int) -> list[dict[str, float]]:
     """Seconds to open a page, each time in a fresh tab; empty without Playwright or without a Chromium."""
-    from tests.browser import chromium
+    from tests.system.browser import chromium
 
     if importlib.util.find_spec("playwright") is None or chromium.find() is None:
         return []

@@ -35,12 +35,13 @@ import torch.distributed as dist
 from benchmarks import files
 from benchmarks.offline import peak_bytes, reset_peak
 from benchmarks.ranks import run_on_ranks
-from tdds_dist import distributed
+from tdds_dist.config.scores import Window
+from tdds_dist.distributed import collectives
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.partition import epoch_order, routing_counts
 from tdds_dist.errors import InputError
-from tdds_dist.partition import epoch_order, routing_counts
-from tdds_dist.scalars import SCALARS
-from tdds_dist.scorer import ShardedScorer
-from tdds_dist.tdds import Window
+from tdds_dist.scoring.sample_stats import SCALARS
+from tdds_dist.scoring.scorer import ShardedScorer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 HEADER_BYTES = 16  # global index and label of a row
@@ -100,14 +101,14 @@ def _watched(counts: dict[str, int], seconds: dict[str, float]) -> Iterator[None
 
         return call
 
-    def waiting(exchange: distributed.Exchange, real: Any = distributed.Exchange.wait) -> Any:
+    def waiting(exchange: collectives.Exchange, real: Any = collectives.Exchange.wait) -> Any:
         started = time.perf_counter()
         received = real(exchange)
         seconds["wait"] += time.perf_counter() - started
         return received
 
     watched = {name: counting(name, getattr(dist, name)) for name in COLLECTIVES}
-    with mock.patch.multiple(dist, **watched), mock.patch.object(distributed.Exchange, "wait", waiting):
+    with mock.patch.multiple(dist, **watched), mock.patch.object(collectives.Exchange, "wait", waiting):
         yield
 
 
@@ -160,7 +161,7 @@ def _exchange_alone(setting: Setting, world: distributed.World, order: Any) -> f
     dist.barrier()
     started = time.perf_counter()
     for sends, receives in zip(sends_SW.tolist(), receives_SW.tolist(), strict=True):
-        distributed.exchange_rows(payload_BX, sends, receives).wait()
+        collectives.exchange_rows(payload_BX, sends, receives).wait()
     return time.perf_counter() - started
 
 

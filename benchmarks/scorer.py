@@ -29,9 +29,9 @@ import torch
 from benchmarks import files
 from benchmarks.ranks import run_on_ranks
 from benchmarks.recording import Setting, Stored, measure_ranks, measure_share, measure_table, measure_update, summarise_ranks
+from tdds_dist.distributed.partition import rows_per_shard
 from tdds_dist.errors import InputError
-from tdds_dist.models import build_model
-from tdds_dist.partition import rows_per_shard
+from tdds_dist.training.build import build_model
 
 MOST_RESIDENT = {"float32": 8e9, "float16": 4e9}  # bytes that a process may take at ImageNet's size
 SPARE_BYTES = 1.5e9  # what a process takes besides its tables

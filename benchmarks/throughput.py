@@ -32,10 +32,10 @@ from PIL import Image
 from benchmarks import files
 from benchmarks.paired_loops import VARIANTS, Setting, measure_rank
 from benchmarks.ranks import run_on_ranks
-from tdds_dist import budget
-from tdds_dist.beton_writer import write_beton
+from tdds_dist.data.sources import open_source
+from tdds_dist.data.writer import write_beton
 from tdds_dist.errors import InputError
-from tdds_dist.sources import open_source
+from tdds_dist.experiments import needs
 
 RATIOS: dict[str, tuple[str, str, float | None, float | None]] = {  # (variant, over which, least wanted on the CPU, a GPU)
     "TDDS / scoring off": ("tdds", "off", 0.97, 0.995),
@@ -87,10 +87,10 @@ def _write_jpeg(spec: str, tree: Path, index: int) -> None:
 def planned_bytes(setting: Setting) -> float:
     """What `tdds plan` says a rank takes, without what does not happen or is not counted here (NOT_HERE)."""
     nowhere = Path()
-    images = budget.Images(setting.num_images, "written for this", setting.side**2)
-    case = budget.Case(setting.config(nowhere, nowhere, nowhere), images, setting.num_ranks)
-    lines = budget.host_lines(case) if case.is_cpu else budget.memory_lines(case)
-    return budget.total([line for line in lines if line.label not in NOT_HERE])
+    images = needs.Images(setting.num_images, "written for this", setting.side**2)
+    case = needs.Case(setting.config(nowhere, nowhere, nowhere), images, setting.num_ranks)
+    lines = needs.host_lines(case) if case.is_cpu else needs.memory_lines(case)
+    return needs.total([line for line in lines if line.label not in NOT_HERE])
 
 
 def summarise(setting: Setting, ranks: list[dict[str, Any]], planned: float) -> dict[str, Any]:

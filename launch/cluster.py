@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from tdds_dist.config.schema import Section
 from tdds_dist.errors import InputError
-from tdds_dist.schema import Section
 
 STAGES = ("collect", "select", "retrain", "report")
 _ON_ONE_RANK = ("select", "report")

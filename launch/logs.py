@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from launch.jobs import JobRecord, first_cause, jobs_of, latest_submission, log_files, read_ends
-from launch.states import JobState, job_states
+from launch.job_states import JobState, job_states
+from launch.records import JobRecord, first_cause, jobs_of, latest_submission, log_files, read_ends
 from tdds_dist.errors import InputError
-from tdds_dist.status import find_runs
+from tdds_dist.runs.status import find_runs
 
 _LOOK_SECONDS = 0.5  # between looks at a log that is followed
 _BLOCK_BYTES = 1 << 16

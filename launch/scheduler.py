@@ -1,7 +1,7 @@
 """What submitit is told: the parameters of a job, its sbatch file, and how it is handed over. The only user of submitit's
 executors.
 
-A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and then `launch.after`, which
+A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and then `launch.requeue`, which
 queues the job again when a rank was lost, or says what ended it.
 """
 
@@ -21,7 +21,7 @@ from tdds_dist.errors import InputError
 if TYPE_CHECKING:
     from submitit import Job
 
-REQUEUE = 77  # exit code of launch.after: queue this job again
+REQUEUE = 77  # exit code of launch.requeue: queue this job again
 _END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=30")  # one rank down: all down, not a job that waits for its time limit
 
 
@@ -105,7 +105,7 @@ def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]
         "setup": ["export TDDS_JOB_STARTED=$(date +%s)", *cluster.setup, "set +eu  # what follows the ranks is to run"],
         "teardown": [
             "code=$?",
-            f"{cluster.python} -m launch.after {folder} $code {cluster.num_ranks} {cluster.requeue_failures}; code=$?",
+            f"{cluster.python} -m launch.requeue {folder} $code {cluster.num_ranks} {cluster.requeue_failures}; code=$?",
             # Preempted with a warning, it has saved and left before SLURM would have queued it again.
             "if [ $code -eq 75 ]; then",
             r'    preempted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/.* PreemptTime=\([0-9][^ ]*\).*/\1/p")',

@@ -23,17 +23,18 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launch import jobs as job_list
+from launch import records as job_list
 from launch import scheduler
 from launch.cluster import Cluster, load_cluster
-from launch.states import FORGOTTEN, job_states, outcome_of
+from launch.job_states import FORGOTTEN, job_states, outcome_of
 from launch.task import StageTask
-from tdds_dist.closing import Closing
+from tdds_dist.cli.outcome import Outcome
 from tdds_dist.errors import InputError
+from tdds_dist.training.schedule import batch_size_factor, per_rank_batch
 
 if TYPE_CHECKING:
-    from launch.pipeline import Stage, Step
-    from tdds_dist.config import Config
+    from tdds_dist.config.run import Config
+    from tdds_dist.experiments.grid import Stage, Step
 
 _POLL_SECONDS = 5.0
 _RECHECK_SECONDS = 1.0
@@ -84,14 +85,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     retrain.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
 
 
-def run(options: argparse.Namespace) -> Closing:
+def run(options: argparse.Namespace) -> Outcome:
     """Submit what the command line says, and print it; returns the exit code, and what `tdds submit --json` prints.
 
     Raises:
         InputError: it cannot run as asked, or the scheduler refuses it; nothing stays queued.
     """
     cluster = load_cluster(options.cluster)
-    from tdds_dist.config import load_config  # loads torch: after what is quick to refuse
+    from tdds_dist.config.run import load_config  # loads torch: after what is quick to refuse
 
     config = load_config(options.config, options.overrides)
     elsewhere = os.path.expanduser(os.path.expandvars(cluster.log_dir or ""))
@@ -108,10 +109,10 @@ def run(options: argparse.Namespace) -> Closing:
             print(f"warning: {warning}", file=sys.stderr)
         parts = [*([f"{needs}\n"] if needs else []), describe(stages, cluster, config.run.name),
                  *_file_texts(stages, cluster, config.run.name, log_dir)]
-        return replace(_closing(stages, config, log_dir, warnings), text="\n".join(parts), is_the_product=True)
+        return replace(_outcome(stages, config, log_dir, warnings), text="\n".join(parts), is_the_product=True)
     if not any(stage.waiting for stage in stages):
         print(f"everything is done: {', '.join(_count(stage) for stage in stages)}{_page(stages, config)}")
-        return _closing(stages, config, log_dir, warnings)
+        return _outcome(stages, config, log_dir, warnings)
     with _alone(config.run.directory):
         before = (job_list.log_dir_of(config.run.directory), config.run.directory / "jobs")
         _refuse_twice(stages, {log_dir, *(folder.absolute() for folder in before)})
@@ -122,21 +123,21 @@ def run(options: argparse.Namespace) -> Closing:
         records = _submit_all(stages, cluster, config, log_dir) if cluster.executor == "slurm" else []
     if cluster.executor == "local":
         code = _run_here(stages, cluster, config, log_dir, options)
-        return _closing(stages, config, log_dir, warnings, exit_code=code)
+        return _outcome(stages, config, log_dir, warnings, exit_code=code)
     where = config.run.directory
     tasks = f" ({len(records)} with the elements of arrays)" if "_" in "".join(record.id for record in records) else ""
     print(f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs {where}\n"
           f"stop:   scancel {_ids(records).replace(',', '')}", flush=True)
     code = _wait_for(records, log_dir) if options.wait else 0
-    return _closing(stages, config, log_dir, warnings, records, code)
+    return _outcome(stages, config, log_dir, warnings, records, code)
 
 
-def _closing(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: list[str],
-             records: Sequence[job_list.JobRecord] = (), exit_code: int = 0) -> Closing:
+def _outcome(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: list[str],
+             records: Sequence[job_list.JobRecord] = (), exit_code: int = 0) -> Outcome:
     """The object for `--json`; people have read the same already."""
     parts = [{"name": stage.name, "jobs": len(stage.waiting), "done": len(stage.steps) - len(stage.waiting)}
              for stage in stages]
-    return Closing(exit_code=exit_code, data={
+    return Outcome(exit_code=exit_code, data={
         "stage": "submit", "stages": parts, "jobs": [record.id for record in records], "log_dir": str(log_dir),
         "warnings": warnings, "next": f"tdds status {config.run.directory}", "exit_code": exit_code})
 
@@ -146,7 +147,7 @@ def _closing(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: l
 
 def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen: Path) -> "list[Stage]":
     """The stages; InputError for what would otherwise fail only after jobs have waited in the queue."""
-    from launch.pipeline import check_batch, check_what_is_done, collect_stage, pipeline_stages
+    from tdds_dist.experiments.grid import check_what_is_done, collect_stage, pipeline_stages
 
     given = [key for key in ("coreset", "strategy", "importance", "name") if getattr(options, key) is not None]
     if options.part != "retrain" and given:
@@ -164,8 +165,8 @@ def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen
 
 
 def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path, given: list[str]) -> "Stage":
-    from launch.pipeline import Stage, Step
-    from tdds_dist.artifacts import load_coreset
+    from tdds_dist.experiments.grid import Stage, Step
+    from tdds_dist.runs.artifacts import load_coreset
 
     if missing := [f"--{key}" for key in ("coreset", "strategy") if key not in given]:
         raise InputError(f"--stage retrain needs {' and '.join(missing)}; see `tdds submit --help`")
@@ -182,8 +183,8 @@ def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path,
 
 def _needs(config: "Config", cluster: Cluster) -> str:
     """What the collection takes, as `tdds plan` says it; InputError when that cannot fit."""
-    from tdds_dist.plan import parse_bytes
-    from tdds_dist.plan import plan as plan_resources
+    from tdds_dist.experiments.forecast import parse_bytes
+    from tdds_dist.experiments.forecast import plan as plan_resources
 
     part = cluster.for_stage("collect")
     device = "cuda" if part.gpus_per_node else "cpu"
@@ -206,7 +207,7 @@ def _warnings(config: "Config") -> list[str]:
 
 def _frozen(config: "Config", part: str, log_dir: Path) -> tuple[Path, str]:
     """File and text of the resolved config, under a name that its content decides."""
-    from tdds_dist.config import to_dict
+    from tdds_dist.config.run import to_dict
 
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
     return log_dir / f"{part}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml", text
@@ -415,3 +416,18 @@ def _ids(records: Sequence[job_list.JobRecord]) -> str:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def check_batch(config: "Config", cluster: Cluster, stages: "Sequence[Stage]") -> None:
+    """InputError when the ranks of a stage cannot share its batch evenly."""
+    for stage in stages:
+        if stage.name not in ("collect", "retrain"):
+            continue
+        num_ranks = cluster.for_stage(stage.name).num_ranks
+        for rate in sorted({step.pruning_rate or 0.0 for step in stage.steps}):
+            factor = batch_size_factor(rate, config.retrain.batch_size_rule) if stage.name == "retrain" else 1.0
+            try:
+                per_rank_batch(config.train.global_batch_size, num_ranks, config.train.accumulation, factor)
+            except InputError as error:
+                at = f" at pruning rate {rate:g}" if stage.name == "retrain" else ""
+                raise InputError(f"{stage.name}{at} on {num_ranks} ranks: {error}") from error

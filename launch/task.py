@@ -6,7 +6,7 @@ is. State is on disk, found by the command itself.
 How a rank leaves. Done: by returning. Asked to leave (exit code 75): all ranks have saved at the same step; then rank 0 hands
 over to submitit, whose handler has waited below ours, by sending itself the signal that it waits for. That queues the job
 again if there is a time limit or a preemption behind it; `scancel`, which sends SIGTERM alone, stays a cancellation. Anything
-else: a line in the job's end file says why, for `launch.after`, `tdds status` and people, and the exit code is the command's.
+else: a line in the job's end file says why, for `launch.requeue`, `tdds status` and people, and the exit code is the command's.
 """
 
 import atexit
@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.jobs import append_end
-from launch.network import interface_to, is_free, rendezvous_port
+from launch.records import append_end
+from launch.rendezvous import interface_to, is_free, rendezvous_port
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
-    from tdds_dist.preemption import Interruption
+    from tdds_dist.distributed.interruption import Interruption
 
 PREDECESSOR_SECONDS = 180  # that a job may still hold its run directory after the scheduler has started it elsewhere
 _EARLIER_SECONDS = 10.0  # than the scheduler's signal a run looks at its time limit itself
@@ -51,9 +51,9 @@ class StageTask:
         if self.rank != 0:
             # submitit ignores it until training listens; a rank that does not queue the job again need not outlive the others.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        from tdds_dist.cli import outcome
-        from tdds_dist.lock import IN_USE
-        from tdds_dist.preemption import EXIT_RESUME, Interruption
+        from tdds_dist.cli.main import outcome
+        from tdds_dist.distributed.interruption import EXIT_RESUME, Interruption
+        from tdds_dist.runs.lock import IN_USE
 
         for command in self.commands:
             interruption = Interruption()
@@ -74,7 +74,7 @@ class StageTask:
                 # A predecessor that holds the run, because its node was cut off and not dead, ends some day.
                 kind = "lost" if IN_USE in message else {_BAD_INPUT: "refused", _LOST: "lost"}.get(code, "failed")
                 self._leave(code, kind, message)
-        # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.run`.
+        # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.main.run`.
         atexit.register(_exit, 0)
 
     def checkpoint(self) -> "DelayedSubmission":
@@ -135,7 +135,7 @@ class StageTask:
         """All ranks are here, or leave on their own: the state is on disk."""
         from submitit.core.utils import UncompletedJobError
 
-        from tdds_dist.preemption import EXIT_RESUME, NOT_SAVED, TIME_LIMIT
+        from tdds_dist.distributed.interruption import EXIT_RESUME, NOT_SAVED, TIME_LIMIT
 
         if self.rank != 0:
             _exit(0)  # another code would let srun end rank 0 before it has queued the job again
@@ -148,7 +148,7 @@ class StageTask:
             self._leave(leaving.code if isinstance(leaving.code, int) else EXIT_RESUME, "requeued", message)
         except UncompletedJobError as error:  # too many time limits
             self._leave(EXIT_RESUME, "resume", f"{message}; not queued again ({' '.join(str(error).split())})")
-        except Exception as error:  # no scontrol in this container, or it failed: `launch.after` asks for it from outside
+        except Exception as error:  # no scontrol in this container, or it failed: `launch.requeue` asks for it from outside
             self._leave(EXIT_RESUME, "requeue", f"{message}; to be queued again from outside ({' '.join(str(error).split())})")
         # SIGTERM alone. Where all have saved somebody asked for that. A single rank may have it from srun, because of another
         # rank that died; had it come from scancel, the batch shell would be gone too, and nobody reads this.

@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Iterator
 
-from tdds_dist.cli import build_parser
+from tdds_dist.__main__ import COMMANDS
+from tdds_dist.cli.parser import build_parser
 
 HEAD = """\
 # Every command and option
@@ -16,7 +17,7 @@ HEAD = """\
 
 def page() -> str:
     """The text of docs/commands.md."""
-    parser = build_parser()
+    parser = build_parser(COMMANDS)
     (stages,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     common = {option for action in parser._actions for option in action.option_strings}
     summary = {choice.dest: choice.help or "" for choice in stages._choices_actions}

@@ -9,13 +9,15 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from launch.cluster import Cluster
-from tdds_dist.config import BUILT_IN_METHODS, Config, Experiment, Method
-from tdds_dist.schema import Section
+from tdds_dist.config.experiment import Experiment
+from tdds_dist.config.grid import BUILT_IN_METHODS, Method
+from tdds_dist.config.run import Config
+from tdds_dist.config.schema import Section
 
 HEAD = """\
 # Every key of a config
 
-<!-- Made by `python scripts/config_reference.py > docs/configs.md`. Change the descriptions in tdds_dist/config.py. -->
+<!-- Made by `python scripts/config_reference.py > docs/configs.md`. Change the descriptions in tdds_dist/config/run.py. -->
 
 [A run](#a-run) is one YAML file, as in `configs/`. [An experiment](#an-experiment) is another, as in `configs/experiments/`,
 and names the config of its runs. [A cluster](#a-cluster) is a third, as in `configs/clusters/`: what jobs ask for, and nothing

@@ -14,8 +14,10 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from launch.cluster import _OF_THE_WHOLE, Cluster
-from tdds_dist.config import BUILT_IN_METHODS, Config, Experiment
-from tdds_dist.schema import Section
+from tdds_dist.config.experiment import Experiment
+from tdds_dist.config.grid import BUILT_IN_METHODS
+from tdds_dist.config.run import Config
+from tdds_dist.config.schema import Section
 
 ROOTS: dict[str, type[Section]] = {"run": Config, "experiment": Experiment, "cluster": Cluster}
 EXPONENT = r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"  # 5e-4: a number here, and text for tools that read YAML 1.1 to the letter

@@ -1,15 +1,15 @@
 """Pictures of a report for the documentation: python scripts/screenshots.py runs/demo/report.html docs/images
 
-Needs playwright and a Chromium (tests/browser/install.sh).
+Needs playwright and a Chromium (tests/system/browser/install.sh).
 """
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from browser.chromium import SIZES, launched  # noqa: E402
+from tests.system.browser.chromium import SIZES, launched  # noqa: E402
 
 # file name -> size, scheme, what is shown (None: the top of the page), height in CSS pixels at most
 PICTURES = {

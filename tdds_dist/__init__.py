@@ -1,29 +1,35 @@
-"""Distributed dataset pruning: train once, get the TDDS score of every sample, cut a coreset, retrain on it.
+"""Distributed dataset pruning: train once, get every pruning score of every sample, cut a coreset, retrain on it.
 
-The scorer alone needs torch and NumPy only; names are loaded on first use so that importing the package is free.
+What a program of yours may use stands in `__all__`. Names are loaded on first use, so that importing the package is free; the
+scorer needs torch and NumPy only.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tdds_dist.checkpoint import Checkpoints
-    from tdds_dist.scorer import ShardedScorer
-    from tdds_dist.tdds import Window
+    from tdds_dist.config.scores import Window
+    from tdds_dist.coreset.select import choose
+    from tdds_dist.distributed.partition import EpochOrder, epoch_order
+    from tdds_dist.errors import InputError
+    from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, load_scores
+    from tdds_dist.runs.checkpoint import Checkpoints
+    from tdds_dist.scoring.scorer import ShardedScorer
+    from tdds_dist.scoring.trajectory import Trajectory
 
-__all__ = ["Checkpoints", "ShardedScorer", "Window"]
+__all__ = [
+    "Checkpoints", "Coreset", "EpochOrder", "InputError", "Scores", "ShardedScorer", "Trajectory", "Window", "choose",
+    "epoch_order", "load_coreset", "load_scores",
+]
+_MODULES = {
+    "Checkpoints": "runs.checkpoint", "Coreset": "runs.artifacts", "EpochOrder": "distributed.partition",
+    "InputError": "errors", "Scores": "runs.artifacts", "ShardedScorer": "scoring.scorer",
+    "Trajectory": "scoring.trajectory", "Window": "config.scores", "choose": "coreset.select",
+    "epoch_order": "distributed.partition", "load_coreset": "runs.artifacts", "load_scores": "runs.artifacts",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "Checkpoints":
-        from tdds_dist.checkpoint import Checkpoints
-
-        return Checkpoints
-    if name == "ShardedScorer":
-        from tdds_dist.scorer import ShardedScorer
-
-        return ShardedScorer
-    if name == "Window":
-        from tdds_dist.tdds import Window
-
-        return Window
+    if name in _MODULES:
+        return getattr(import_module(f"tdds_dist.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,24 @@
-"""`python -m tdds_dist` is `tdds`."""
+"""The program `tdds`, also `python -m tdds_dist`: the command line with the commands of the launcher. Nothing else in this
+package knows `launch`."""
 
-from tdds_dist.cli import run
+from collections.abc import Sequence
+
+from launch.status import add_logs, add_status
+from launch.submit import add_submit
+from tdds_dist.cli import main as cli
+
+COMMANDS = (add_submit, add_status, add_logs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    return cli.main(arguments, COMMANDS)
+
+
+def run() -> None:
+    """Run one command and leave the process with its exit code."""
+    cli.run(COMMANDS)
+
 
 if __name__ == "__main__":
     run()

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from tdds_dist.text import duration
+
 LINE_SECONDS = 10.0  # between lines of progress, unless TDDS_PROGRESS_SECONDS says otherwise
 _CODES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
 _HEADS = {"warning: ": "yellow", "error: ": "red"}
@@ -86,19 +88,6 @@ def note(message: str, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-
-
-def duration(seconds: float) -> str:
-    """In words: 0.4 s, 32 s, 4 min 10 s, 2 h 5 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 class Progress:

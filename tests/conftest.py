@@ -22,8 +22,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the backgrou
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files: `train` and `val` (digits, JPEG), `raw` (97 random images of 32x32, uncompressed), `big` (61 of 80x80, JPEG)."""
-    from tdds_dist.beton_writer import write_beton
-    from tdds_dist.sources import open_source
+    from tdds_dist.data.sources import open_source
+    from tdds_dist.data.writer import write_beton
 
     folder = tmp_path_factory.mktemp("betons")
     wanted = {
@@ -91,7 +91,7 @@ def finished_run(betons: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 def _finish(folder: Path, config: Path) -> dict[str, str]:
     """Run the stages; returns what the first printed."""
-    from tdds_dist.cli import main
+    from tdds_dist.cli.main import main
 
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*ranks, "-m", "tdds_dist", "collect", str(config)], capture_output=True, text=True, timeout=280,
@@ -108,9 +108,9 @@ def _finish(folder: Path, config: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def browser() -> "Iterator[Browser]":
     """A headless Chromium; Playwright allows one at a time in a thread."""
-    from browser.chromium import find, launched
+    from tests.system.browser.chromium import find, launched
 
     if find() is None:
-        pytest.skip("no Chromium found: tests/browser/install.sh")
+        pytest.skip("no Chromium found: tests/system/browser/install.sh")
     with launched() as browser:
         yield browser

@@ -25,7 +25,8 @@ import torch
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.collect", "tdds_dist.retrain", "tdds_dist.cli"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.training.collect", "tdds_dist.training.retrain",
+                                 "tdds_dist.cli.main"])
 
 Inject = Callable[[int], None]
 EVERYBODY = tuple(range(16))
@@ -118,17 +119,18 @@ def _main(words: list[str], rank: int, world_size: int, port: int, folder: str, 
 def begin(words: Sequence[str], rank: int, folder: Path, inject: Inject | None = None) -> None:
     """Be a rank of `tdds` in this process, whose environment describes the process group. Does not return."""
     sys.argv = ["tdds", *words]
-    from tdds_dist import cli, engine
+    from tdds_dist.cli import main
+    from tdds_dist.training import engine
 
     engine.default_workers = lambda local_world_size: 1  # threads change the order of sums, and ranks share few cores
     _log_steps(folder / f"steps{rank}.txt")
     if inject is not None:
         inject(rank)
-    cli.run()
+    main.run()
 
 
 def _log_steps(path: Path) -> None:
-    from tdds_dist.engine import Trainer
+    from tdds_dist.training.engine import Trainer
 
     forward_backward, update, seen = Trainer._forward_backward, Trainer._update, []
 
@@ -179,7 +181,7 @@ def all_of(rank: int, *injects: Inject | None) -> None:
 @later
 def at_step(rank: int, step: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY) -> None:
     """Act just before optimizer step `step` (the first is 1) of this run, counted over restarts."""
-    from tdds_dist.engine import Trainer
+    from tdds_dist.training.engine import Trainer
 
     update = Trainer._update
 
@@ -217,8 +219,8 @@ def at_call(rank: int, target: str, call: int, action: Callable[[], object], ran
 def quick(rank: int) -> None:
     """Lost ranks are counted sooner than after 10 s, and evaluation makes epochs 1 to 3 the best so far (the network learns
     too little in these tests)."""
-    from tdds_dist import distributed
-    from tdds_dist.engine import Trainer
+    from tdds_dist.distributed import world as distributed
+    from tdds_dist.training.engine import Trainer
 
     distributed._ROLL_CALL_SECONDS = 2.0
     evaluate = Trainer.evaluate
@@ -269,7 +271,7 @@ def torn(rank: int, target: str, call: int, ranks: Sequence[int] = EVERYBODY) ->
 @later
 def nan_logits(rank: int, step: int, indices: Sequence[int]) -> None:
     """The network gives NaN for these samples in one optimizer step (in whose batch they must be)."""
-    from tdds_dist.engine import Trainer
+    from tdds_dist.training.engine import Trainer
 
     forward_backward = Trainer._forward_backward
 
@@ -303,9 +305,9 @@ def fill_disk(folder: Path) -> None:
 @later
 def program(rank: int, function: Callable[[int], None]) -> None:
     """Instead of a stage, run a function inside `cli.run`."""
-    from tdds_dist import cli
+    from tdds_dist.cli import main
 
-    cli.parse = lambda arguments: argparse.Namespace(stage="tiny", run=lambda options: function(rank))
+    main.parse = lambda arguments, extra_commands: argparse.Namespace(stage="tiny", run=lambda options: function(rank))
 
 
 # ---- programs that do nothing but leave, for `program`
@@ -317,7 +319,7 @@ def returns(rank: int) -> None:
 
 
 def refuses(rank: int) -> None:
-    from tdds_dist.distributed import together
+    from tdds_dist.distributed.collectives import together
     from tdds_dist.errors import InputError
 
     with _session() as world, together(world):
@@ -326,14 +328,14 @@ def refuses(rank: int) -> None:
 
 
 def leaves(rank: int) -> None:
-    from tdds_dist.preemption import Preempted
+    from tdds_dist.distributed.interruption import Preempted
 
     with _session():
         raise Preempted("SIGTERM: saved", agreed=True)
 
 
 def fails(rank: int, error: type[BaseException] = ZeroDivisionError) -> None:
-    from tdds_dist.distributed import barrier
+    from tdds_dist.distributed.collectives import barrier
 
     with _session():
         barrier()  # a rank that leaves while others still join is one that did not come
@@ -345,7 +347,7 @@ def is_interrupted(rank: int) -> None:
 
 
 def _session() -> Any:
-    from tdds_dist.distributed import session
+    from tdds_dist.distributed.world import session
 
     return session("cpu", 30.0)
 
@@ -355,7 +357,7 @@ def _session() -> Any:
 
 def state_of(run: Path) -> dict[str, np.ndarray]:
     """Everything that must not depend on interruptions: weights, scores, recorded scalars."""
-    from tdds_dist.trajectory import Trajectory
+    from tdds_dist.scoring.trajectory import Trajectory
 
     state = {f"{kind}/{name}": value.numpy() for kind in ("final", "best")
              for name, value in torch.load(run / "models" / f"{kind}.pt", weights_only=True).items()}

@@ -17,14 +17,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from tdds_dist import charts
-from tdds_dist.artifacts import Coreset, Scores, fingerprint, save_coreset, save_scores
-from tdds_dist.beton import HEADER, VERSION, Manifest, manifest_path, read_manifest, write_manifest
-from tdds_dist.beton_writer import write_beton
+from tdds_dist.data.beton import HEADER, VERSION
+from tdds_dist.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from tdds_dist.data.sources import open_source, with_corruption, with_label_noise
+from tdds_dist.data.writer import write_beton
 from tdds_dist.errors import InputError
-from tdds_dist.report import build_report
-from tdds_dist.rundir import RunDir, environment
-from tdds_dist.sources import open_source, with_corruption, with_label_noise
+from tdds_dist.report import charts
+from tdds_dist.report.page import build_report
+from tdds_dist.runs.artifacts import Coreset, Scores, fingerprint, save_coreset, save_scores
+from tdds_dist.runs.directory import RunDir, environment
 
 NUM_IMAGES, NUM_CLASSES = 60, 4
 TDDS, SHORT = "tdds_official_T3_K2_beta0.9", "tdds_official_T2_K2_beta0.9"

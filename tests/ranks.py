@@ -23,7 +23,7 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # many rank
 WORLDS = [1, 3, *(pytest.param(world_size, marks=pytest.mark.slow) for world_size in (2, 4))]  # to parametrize with
 NOT_MET = 111  # exit code of a rank that found no process group
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.engine", "tdds_dist.scorer"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.training.engine", "tdds_dist.scoring.scorer"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, deadline: float = 120.0) -> list[Any]:

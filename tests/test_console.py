@@ -7,8 +7,9 @@ import time
 import pytest
 
 from tdds_dist import console
-from tdds_dist.closing import Closing, command, same_command, size_text
-from tdds_dist.console import Progress, announce, duration, paint, say, speaking
+from tdds_dist.cli.outcome import Outcome
+from tdds_dist.console import Progress, announce, paint, say, speaking
+from tdds_dist.text import command, duration, same_command, size_text
 
 
 class Terminal(io.StringIO):
@@ -192,7 +193,7 @@ def closing(tmp_path):
     (tmp_path / "a.npz").write_bytes(bytes(2048))
     (tmp_path / "run/models").mkdir(parents=True)
     (tmp_path / "run/models/final.pt").write_bytes(bytes(3 * 2**20))
-    return Closing([tmp_path / "a.npz", tmp_path / "run"],
+    return Outcome([tmp_path / "a.npz", tmp_path / "run"],
                    {"images": 1281167, "epochs": 90, "seconds": 250.0, "final_top1": 73.456, "memory_bytes": 3 * 2**30,
                     "scoring_share": None},
                    "tdds report run", ["noise: none"])
@@ -210,7 +211,7 @@ def test_a_closing_block_lists_files_numbers_warnings_and_the_next_command(closi
 
 
 def test_numbers_are_not_torn_from_their_words(closing):
-    many = Closing(numbers=dict.fromkeys(("checked", "corrupted_images", "images_per_second", "changed_labels", "final_top1"),
+    many = Outcome(numbers=dict.fromkeys(("checked", "corrupted_images", "images_per_second", "changed_labels", "final_top1"),
                                          1_000_000) | {"scoring_share": 0.01})
     lines = many.as_text(io.StringIO()).splitlines()
     assert len(lines) > 1

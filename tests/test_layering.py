@@ -1,4 +1,4 @@
-"""The layer table: who may import whom, who alone may touch which dependency, and what importing the package costs.
+"""The rooms: which may import which, who alone may touch which dependency, and what importing the package costs.
 
 Imports are read from the syntax tree, so those inside functions and under TYPE_CHECKING count as well.
 """
@@ -6,77 +6,114 @@ Imports are read from the syntax tree, so those inside functions and under TYPE_
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "tdds_dist"
-
-# A module imports from rows above its own, and within its row from what stands to its left.
-LAYERS = [
-    ("errors", "partition", "scalars", "tdds", "baselines", "selection", "schedule", "storage", "agreement", "binning",
-     "published"),
-    ("schema", "config", "preemption", "distributed", "artifacts", "lock", "rundir", "identity", "pulse", "console",
-     "closing", "workers"),
-    ("corruptions", "sources", "beton", "beton_writer", "imaging", "loader", "check", "models", "trajectory",
-     "dynamics", "checkpoint"),
-    ("rows", "fused", "scorer"),
-    ("prepare", "snapshot", "job", "feed", "metrics", "engine"),
-    ("select", "final_pass", "footprint", "budget", "plan", "start", "collect", "score", "retrain", "rankings",
-     "facts", "summary", "status", "compare", "export", "ingest", "tables", "cells", "experiment", "charts",
-     "report_accuracy", "report_training", "report_scores", "report_agreement", "thumbnails", "report_images", "report"),
-    ("stages", "cli", "__main__"),
-]
-PLACE = {module: place for place, module in enumerate(module for layer in LAYERS for module in layer)}
-PURE = LAYERS[0]
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-IMPORTABLE = [module for module in MODULES if module != "__init__"]  # that one lends out names lazily
-
-# dependency: the modules that may import it
+ROOT = Path(__file__).parents[1]
+PACKAGE = "tdds_dist"
+GROUND = ("errors", "console", "text")  # modules of the package itself, which every room may import
+# A room imports rooms of the lines above its own, and of these only modules that their `__all__` names.
+ROOMS = (("config", "distributed"), ("runs",), ("data",), ("scoring",), ("coreset", "training"), ("report",), ("experiments",),
+         ("cli",), ("launch",), ("__main__",))
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+UNSEEN = {"report": {"training"}}  # rooms above that it may not import all the same
+# dependency: the modules or rooms that may import it
 ONLY_IN = {
-    "ffcv": {"beton_writer", "loader", "imaging"},
-    "numba": {"loader", "imaging"},
-    "matplotlib": {"charts"},
-    "pyarrow": {"export"},
-    "torch.distributed": {"distributed", "checkpoint"},
-    "torch.distributed.checkpoint": {"checkpoint"},
-    "triton": {"fused"},
-    "submitit": set(),  # launch/ only
-    "launch": {"cli"},
+    "ffcv": {"data.writer", "data.loader", "data.decode"},
+    "numba": {"data.loader", "data.decode"},
+    "matplotlib": {"report.charts"},
+    "pyarrow": {"coreset.export"},
+    "torch.distributed": {"distributed.world", "distributed.collectives", "runs.checkpoint"},
+    "torch.distributed.checkpoint": {"runs.checkpoint"},
+    "triton": {"scoring.shard_triton"},
+    "submitit": {"launch"},
+    "launch": {"launch", "__main__"},
 }
+# NumPy and torch in, NumPy and torch out
+PURE = ("distributed.partition", "scoring.sample_stats", "scoring.tdds", "scoring.baselines", "scoring.quarantine",
+        "coreset.samplers")
 
 
-def tree_of(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name without the package: `errors`, `runs.lock`, `launch.task`; a room by its own."""
+    found = {}
+    for path in sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "launch").rglob("*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[1:] if parts[0] == PACKAGE else parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
 
 
 def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Every imported module or name, dotted and absolute; `from a import b` gives a and a.b."""
+    """Every imported module or name, dotted; `from a import b` gives a and a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["tdds_dist" if node.level else "", node.module]))
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            assert node.level == 0, f"line {node.lineno}: a relative import; write it in full"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
             yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 
-def imported_modules(tree: ast.AST) -> set[str]:
-    """Modules of the package that a module imports."""
-    parts = (name.split(".") for name in imported_names(tree))
-    return {part[1] for part in parts if part[0] == "tdds_dist" and len(part) > 1 and part[1] in MODULES}
+def imported_modules(tree: ast.AST, known: Iterable[str] = MODULES) -> set[str]:
+    """Modules of ours that a module imports; a name of a package that is no module counts as the package."""
+    names = {name.removeprefix(f"{PACKAGE}.") for name in imported_names(tree) if name.split(".")[0] in (PACKAGE, "launch")}
+    names &= set(known)
+    return {name for name in names if name and not any(other.startswith(f"{name}.") for other in names)}
 
 
 def uses(tree: ast.AST, dependency: str) -> bool:
-    """Whether a dependency is imported or, like `torch.distributed`, reached as an attribute."""
+    """Say whether a dependency is imported or, like `torch.distributed`, reached as an attribute."""
     if any(f"{name}.".startswith(f"{dependency}.") for name in imported_names(tree)):
         return True
     prefixes = (f"{dependency}.", "dist.") if dependency == "torch.distributed" else (f"{dependency}.",)
     attributes = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     return any(f"{text}.".startswith(prefixes) for text in attributes)
+
+
+def faults(module: str, tree: ast.AST) -> list[str]:
+    """What is wrong with the imports of a module."""
+    room, found = module.split(".")[0], []
+    for other in imported_modules(tree) - {module}:
+        target = other.split(".")[0]
+        if target in GROUND or target == room:
+            continue
+        if room not in FLOOR or FLOOR.get(target, 99) >= FLOOR[room] or target in UNSEEN.get(room, ()):
+            found.append(f"{module} may not import {other}")
+        elif target != "launch" and (other == target or other.split(".")[1] not in doors(target)):
+            found.append(f"{module} may not import {other}, which `__all__` of {target} does not name")
+    return found
+
+
+def doors(room: str) -> list[str]:
+    """The modules that a room lets others import."""
+    (listed,) = (node.value for node in TREES[room].body
+                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
+    return ast.literal_eval(listed)
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """A circle among modules, or an empty list."""
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module):], module]
+        if module in done:
+            return []
+        found = next(filter(None, (walk(other, (*path, module)) for other in sorted(edges[module]))), [])
+        done.add(module)
+        return found
+
+    return next(filter(None, (walk(module, ()) for module in sorted(edges))), [])
 
 
 # ---- the checks themselves
@@ -85,17 +122,31 @@ def uses(tree: ast.AST, dependency: str) -> bool:
 def test_the_checks_see_every_kind_of_import():
     tree = ast.parse("""
 from typing import TYPE_CHECKING
-import tdds_dist.config
+import tdds_dist.config.run
 if TYPE_CHECKING:
-    from tdds_dist.scorer import ShardedScorer
+    from tdds_dist.scoring.scorer import ShardedScorer
 def function():
-    from tdds_dist import charts, tdds as t
-    from . import report
-    from .select import select
-    import tdds_dist.retrain as r
-    __import__("tdds_dist.score")
+    from tdds_dist.report import charts, page as t
+    import tdds_dist.training.retrain as r
+    __import__("tdds_dist.coreset.select")
+from tdds_dist import console
+from launch import task
 """)
-    assert imported_modules(tree) == {"config", "scorer", "charts", "tdds", "report", "select", "retrain", "score"}
+    assert imported_modules(tree) == {"config.run", "scoring.scorer", "report.charts", "report.page", "training.retrain",
+                                      "coreset.select", "console", "launch.task"}
+
+
+@pytest.mark.parametrize(("module", "source", "words"), [
+    ("report.page", "from tdds_dist.training.engine import fit", "may not import training.engine"),
+    ("runs.lock", "from tdds_dist.data.beton import BetonInfo", "may not import data.beton"),
+    ("training.job", "import tdds_dist.coreset.select", "may not import coreset.select"),
+    ("cli.main", "def f():\n    from launch.submit import add_submit", "may not import launch.submit"),
+    ("coreset.select", "from tdds_dist.data.decode import uniform", "does not name"),
+    ("errors", "from tdds_dist.runs import lock", "may not import runs.lock"),
+])
+def test_the_checks_see_what_is_wrong(module, source, words):
+    (fault,) = faults(module, ast.parse(source))
+    assert words in fault
 
 
 @pytest.mark.parametrize(("source", "dependency"), [
@@ -110,25 +161,43 @@ def test_the_checks_see_every_kind_of_use(source, dependency):
     assert not uses(ast.parse(others), dependency)
 
 
-# ---- the layer table
+# ---- the rooms
 
 
-def test_every_module_has_one_place_in_the_table():
-    placed = [module for layer in LAYERS for module in layer]
-    assert sorted(placed) == sorted(set(placed))
-    assert sorted([*placed, "__init__"]) == MODULES, "a new module needs a place in LAYERS, a removed one leaves it"
-    assert not list(PACKAGE.glob("*/__init__.py")), "the package is flat"
+def test_imports_point_to_rooms_below():
+    assert [fault for module, tree in TREES.items() if module for fault in faults(module, tree)] == []
 
 
-@pytest.mark.parametrize("module", IMPORTABLE)
-def test_imports_point_upwards(module):
-    wrong = {other for other in imported_modules(tree_of(module)) if PLACE[other] >= PLACE[module]}
-    assert not wrong, f"{module} may not import {sorted(wrong)}"
+def test_no_circle():
+    edges = {module: imported_modules(tree) - {module} for module, tree in TREES.items() if module}
+    assert circle(edges) == []
+    assert circle(edges | {"errors": {"runs.lock"}}) != []
+
+
+def test_rooms_are_few_and_small():
+    top = {path.name for path in (ROOT / PACKAGE).iterdir() if path.name != "__pycache__"}
+    rooms = {name for name in top if (ROOT / PACKAGE / name).is_dir()}
+    assert rooms == FLOOR.keys() - {"launch", "__main__"}
+    assert len(rooms) <= 12
+    assert len(top - rooms) <= 6
+    for room in (*rooms, "launch"):
+        names = {module.split(".")[1] for module in MODULES if module.startswith(f"{room}.")}
+        assert len(names) <= 12, room
+        assert ast.get_docstring(TREES[room]), room
+        assert room == "launch" or set(doors(room)) <= names, room
 
 
 def test_the_package_itself_imports_nothing_at_once():
-    at_once = [node for node in tree_of("__init__").body if isinstance(node, ast.Import | ast.ImportFrom)]
+    at_once = [node for node in TREES[""].body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not imported_modules(ast.Module(at_once, []))
+
+
+def test_every_public_name_is_there():
+    import tdds_dist
+
+    assert all(getattr(tdds_dist, name).__name__ == name for name in tdds_dist.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = tdds_dist.no_such_name
 
 
 # ---- dependencies and the outside world
@@ -136,29 +205,29 @@ def test_the_package_itself_imports_nothing_at_once():
 
 @pytest.mark.parametrize("dependency", ONLY_IN)
 def test_dependency_stays_where_it_belongs(dependency):
-    users = {module for module in MODULES if uses(tree_of(module), dependency)}
-    assert users <= ONLY_IN[dependency]
+    users = {module for module, tree in TREES.items() if uses(tree, dependency)}
+    assert {module for module in users if not {module, module.split(".")[0]} & ONLY_IN[dependency]} == set()
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_reads_the_variables_of_slurm(module):
-    assert "SLURM_" not in (PACKAGE / f"{module}.py").read_text()
+def test_nothing_in_the_package_reads_the_variables_of_slurm():
+    of_the_package = (path for module, path in MODULES.items() if not module.startswith("launch"))
+    assert [path.name for path in of_the_package if "SLURM_" in path.read_text()] == []
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_pure_modules_touch_nothing_outside(module):
     """No files, no processes, no process group, no environment."""
-    names = {name.split(".")[0] for name in imported_names(tree_of(module))}
+    names = {name.split(".")[0] for name in imported_names(TREES[module])}
     assert names <= {"collections", "dataclasses", "math", "typing", "numpy", "torch", "tdds_dist"}
-    called = {ast.unparse(node.func) for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call)}
+    called = {ast.unparse(node.func) for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)}
     assert not {name for name in called if name.split(".")[-1] in
                 {"open", "print", "load", "save", "savez", "fromfile", "tofile", "exec", "eval", "__import__"}}
 
 
 def printed_by(program: str) -> str:
-    """What a fresh interpreter prints; the package is the one beside these tests."""
+    """Return what a fresh interpreter prints; the package is the one beside these tests."""
     command = [sys.executable, "-c", f"import sys; {program}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -170,4 +239,5 @@ def test_importing_the_scorer_is_cheap():
 
 
 def test_importing_the_command_line_does_not_load_torch():
-    assert printed_by("from tdds_dist import cli; cli.build_parser(); print('torch' in sys.modules)") == "False"
+    program = "from tdds_dist.__main__ import COMMANDS; from tdds_dist.cli.parser import build_parser; build_parser(COMMANDS)"
+    assert printed_by(f"{program}; print('torch' in sys.modules)") == "False"

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from tdds_dist import ShardedScorer, Window
-from tdds_dist.partition import epoch_order
+from tdds_dist.distributed.partition import epoch_order
 
 if "RANK" in os.environ:
     dist.init_process_group("gloo")

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from tdds_dist import Checkpoints, ShardedScorer, Window
-from tdds_dist.partition import epoch_order
+from tdds_dist.distributed.partition import epoch_order
 
 EPOCHS = 12
 run = Path(sys.argv[1])

@@ -1,0 +1,374 @@
+"""What became of jobs: asked of `squeue` and `sacct`, and for executor=local of the process table and the files of the ranks.
+
+Nothing here raises because a scheduler is missing, refuses or hangs: the state is then "unknown", with the reason.
+"""
+
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launch.records import CAUSES, JobRecord, files_of_ranks, first_cause, log_files, read_ends
+
+FORGOTTEN = "SLURM does not know it any more"
+ACTIVE = ("pending", "requeued", "running", "suspended")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What became of a job."""
+
+    state: str  # pending requeued running suspended finished failed cancelled timeout node_fail out_of_memory preempted unknown
+    reason: str = ""  # as the scheduler has it, e.g. Dependency; where the state is unknown, why
+    restarts: int = 0
+    elapsed: str = ""  # days-hours:minutes:seconds
+    nodes: str = ""
+    exit_code: int | None = None  # 128 + the signal where one ended it
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the job still waits or runs."""
+        return self.state in ACTIVE
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the job is over without success."""
+        return self.state not in (*ACTIVE, "finished", "unknown")
+
+
+def job_states(jobs: Iterable[JobRecord], timeout_seconds: float = 10.0) -> dict[str, JobState]:
+    """The state of every job, by id. Asks SLURM at most once, within the time-out; raises nothing."""
+    jobs = list(jobs)
+    on_slurm = [job for job in jobs if job.executor == "slurm"]
+    states = _slurm_states(on_slurm, timeout_seconds) if on_slurm else {}
+    states |= {job.id: _local_state(job) for job in jobs if job.executor != "slurm"}
+    return states
+
+
+_WORDS = {
+    "PENDING": "pending", "CONFIGURING": "pending", "REQUEUE_HOLD": "pending", "RESV_DEL_HOLD": "pending",
+    "REQUEUED": "requeued", "REQUEUE_FED": "requeued",
+    "RUNNING": "running", "COMPLETING": "running", "RESIZING": "running", "SIGNALING": "running", "STAGE_OUT": "running",
+    "SUSPENDED": "suspended", "STOPPED": "suspended",
+    "COMPLETED": "finished", "CANCELLED": "cancelled", "REVOKED": "cancelled", "TIMEOUT": "timeout", "DEADLINE": "timeout",
+    "FAILED": "failed", "SPECIAL_EXIT": "failed", "NODE_FAIL": "node_fail", "BOOT_FAIL": "node_fail",
+    "OUT_OF_MEMORY": "out_of_memory", "PREEMPTED": "preempted",
+}
+_SQUEUE = ["squeue", "--noheader", "--array", "--states=all",
+           "--Format=JobArrayID:64|,State:24|,RestartCnt:12|,TimeUsed:24|,exit_code:12|,NodeList:256|,Reason:256"]
+_SACCT = ["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates",
+          "--format=JobID,State,Submit,Elapsed,ExitCode,NodeList"]
+_CLOCK_SKEW = 300.0  # seconds that the clocks of a login node and of the controller may be apart
+
+
+def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, JobState]:
+    """squeue knows what waits and runs, sacct what is over; each does for the other as far as it can."""
+    which = "--jobs=" + ",".join(sorted({job.id for job in jobs}))
+    (queue, queue_error), (account, account_error) = _ask([[*_SQUEUE, which], [*_SACCT, which]], timeout_seconds)
+    if "Invalid job id" in queue_error:  # what squeue says of jobs that ended a while ago
+        queue_error = ""
+    queued, accounted = _parse_squeue(queue), _parse_sacct(account, {job.id: job.time for job in jobs})
+    states = {}
+    for job in jobs:
+        here, there = queued.get(job.id), accounted.get(job.id)
+        known: JobState | None
+        if here and there:
+            known = here if here.is_active else there
+            known = replace(known, restarts=max(here.restarts, there.restarts), reason=known.reason or here.reason,
+                            nodes=known.nodes or here.nodes)
+        elif not (known := here or there):
+            errors = "; ".join(error for error in (queue_error, account_error) if error)
+            known = _by_results(job) or JobState("unknown", errors or FORGOTTEN)
+        states[job.id] = known
+    return states
+
+
+def _ask(commands: list[list[str]], timeout_seconds: float) -> list[tuple[str, str]]:
+    """Run the commands at the same time; per command what it printed, and in a line why it did not answer."""
+    deadline = time.monotonic() + timeout_seconds
+    # Times are compared below; the format is the user's to choose otherwise.
+    environment = os.environ | {"SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+    started: list[subprocess.Popen[str] | OSError] = []
+    for command in commands:
+        try:
+            started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                            text=True, errors="replace", env=environment, start_new_session=True))
+        except OSError as error:
+            started.append(error)
+    answers = []
+    for command, process in zip(commands, started, strict=True):
+        if isinstance(process, OSError):
+            answers.append(("", f"{command[0]} is not here" if isinstance(process, FileNotFoundError)
+                            else f"{command[0]} cannot run ({process.strerror})"))
+            continue
+        try:
+            out, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _end(process)
+            answers.append(("", f"{command[0]} did not answer within {timeout_seconds:g} s"))
+            continue
+        last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), f"exit code {process.returncode}")
+        answers.append((out, "" if process.returncode == 0 else f"{command[0]} failed: {last[:200]}"))
+    return answers
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Kill a command and what it started. Not waited for: on a file system that hangs it dies when that comes back."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError:
+        process.kill()
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+def _parse_squeue(text: str) -> dict[str, JobState]:
+    found = {}
+    for line in text.splitlines():
+        columns = [column.strip() for column in line.split("|", 6)]
+        if len(columns) < 7:
+            continue
+        job_ids, state, restarts, elapsed, exit_code, nodes, reason = columns
+        num_restarts = int(restarts) if restarts.isdigit() else 0
+        word = _WORDS.get(state, "unknown")
+        known = JobState("requeued" if word == "pending" and num_restarts else word,
+                         state if word == "unknown" else "" if reason in ("None", "N/A", "(null)") else reason, num_restarts,
+                         "" if word == "pending" else _elapsed(elapsed), _nodes(nodes),
+                         None if word in ACTIVE else _exit_code(exit_code))
+        found.update(dict.fromkeys(_array_ids(job_ids), known))
+    return found
+
+
+def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobState]:
+    """The last record of each job; the others are its starts before a requeue, or those of another job that had its number
+    before SLURM counted from 1 again: older than the submission."""
+    records: dict[str, list[tuple[float, JobState]]] = {}
+    for line in text.splitlines():
+        columns = [column.strip() for column in line.split("|")]
+        if len(columns) < 6:
+            continue
+        job_ids, state, submit, elapsed, exit_code, nodes = columns[:6]
+        word, _, who = state.partition(" ")  # "CANCELLED by 1000"
+        word = _WORDS.get(word.rstrip("+"), "unknown")
+        time_ = _seconds(submit)
+        known = JobState(word, who if word == "cancelled" else state if word == "unknown" else "", 0,
+                         "" if word == "pending" else _elapsed(elapsed), _nodes(nodes),
+                         None if word in ACTIVE else _exit_code(exit_code))
+        for job_id in _array_ids(job_ids):
+            if time_ is None or time_ >= submitted.get(job_id, 0.0) - _CLOCK_SKEW:
+                records.setdefault(job_id, []).append((time_ or 0.0, known))
+    states = {}
+    for job_id, found in records.items():
+        last = max(range(len(found)), key=lambda number: (found[number][0], number))
+        states[job_id] = replace(found[last][1], restarts=len(found) - 1)
+    return states
+
+
+def _array_ids(text: str) -> list[str]:
+    """The ids behind one that may stand for several: 12, 12_3, 12_[0-3,7%2], 12_[0-8:4]; cut off ("12_[0-3,5-...") too."""
+    match = re.fullmatch(r"(\d+)_\[([^\]%]*)(%\d+)?(\]?)", text)
+    if match is None:
+        return [text]
+    found = []
+    for part in match[2].split(",")[:None if match[3] or match[4] else -1]:  # of a number that is cut off, nothing is known
+        if numbers := re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part.strip()):
+            first = int(numbers[1])
+            steps = range(first, int(numbers[2] or first) + 1, int(numbers[3] or 1) or 1)
+            found += [f"{match[1]}_{number}" for number in steps]
+    return found
+
+
+def _nodes(text: str) -> str:
+    return "" if text in ("None assigned", "None", "(null)", "n/a", "N/A") else text
+
+
+def _exit_code(text: str) -> int | None:
+    """From "code:signal" (sacct), or the status of wait(2) (squeue)."""
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        code, signal_number = int(match[1]), int(match[2])
+    elif text.isdigit():
+        code, signal_number = int(text) >> 8, int(text) & 127
+    else:
+        return None
+    return 128 + signal_number if signal_number else code
+
+
+def _elapsed(text: str) -> str:
+    """squeue writes 0:08 and 1:02:03 where sacct writes 00:00:08 and 01:02:03."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts):
+        return ""
+    clock = ":".join(f"{int(part):02d}" for part in ["0"] * (3 - len(parts)) + parts)
+    return f"{days}-{clock}" if days else clock
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:  # Unknown
+        return None
+
+
+# ---- without a scheduler
+
+
+def _local_state(job: JobRecord) -> JobState:
+    """From its process, its results and how its ranks ended."""
+    elapsed = _duration(time.time() - job.time)
+    if job.host and job.host != socket.gethostname():
+        return _by_results(job) or JobState("unknown", f"its process is on {job.host}; ask there")
+    if not job.id.isdigit() or not _is_alive(int(job.id), job.time):
+        return _by_results(job) or JobState("failed", "its process is gone and left no result", _restarts(job))
+    if job.after and not log_files(job.log_dir, job.id, "err"):
+        return JobState("pending", "Dependency")
+    return JobState("running", "", _restarts(job), elapsed, job.host)
+
+
+def _by_results(job: JobRecord) -> JobState | None:
+    """From the files that its ranks left: all successes, or any failure; None when they do not say."""
+    files = dict(files_of_ranks(job.log_dir, job.id, r"result\.pkl"))
+    outcomes = [outcome_of(file) for file in files.values()]
+    ends = read_ends(job.log_dir, job.id)
+    times = [file.stat().st_mtime for file in files.values()] + [end.time for end in ends]
+    elapsed = _duration(max(times) - job.time) if times and job.time else ""
+    if outcomes.count("success") >= job.num_ranks:
+        return JobState("finished", "", _restarts(job), elapsed, job.host, 0)
+    last = [end for end in ends if end.restart == _restarts(job)]
+    kinds = {end.kind for end in last}
+    if "error" not in outcomes and not kinds & {*CAUSES, "resume"}:
+        return None
+    exit_code = 1 if "failed" in kinds else 2 if "refused" in kinds else 75 if "resume" in kinds else 1
+    return JobState("failed", "", _restarts(job), elapsed, job.host, exit_code)
+
+
+def _restarts(job: JobRecord) -> int:
+    return max((end.restart for end in read_ends(job.log_dir, job.id)), default=0)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Results are read to show a word; nothing in them is run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+
+
+def outcome_of(file: Path) -> str:
+    """ "success" or "error", as submitit writes it; "" when the file says neither."""
+    try:
+        with file.open("rb") as content:
+            outcome = _PlainUnpickler(content).load()[0]
+    except Exception:  # a damaged pickle raises anything
+        return ""
+    return outcome if outcome in ("success", "error") else ""
+
+
+def _is_alive(pid: int, submitted: float) -> bool:
+    """Whether the process that had this number at that time still runs; a later one with its number is another."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, ValueError, StopIteration):
+        return False
+    started = boot + int(rest[18]) / os.sysconf("SC_CLK_TCK")  # the 22nd field, as proc(5) counts
+    return state not in ("Z", "X") and started <= submitted + 10.0
+
+
+def _duration(seconds: float) -> str:
+    """As SLURM writes it: [days-]hours:minutes:seconds."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}-" if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+# ---- for people
+
+
+_WAITING = {
+    "Priority": "waiting for its turn", "Resources": "waiting for free nodes", "BeginTime": "waiting for its start time",
+    "JobArrayTaskLimit": "waiting for others of its array", "JobHeldUser": "held, `scontrol release` frees it",
+    "JobHeldAdmin": "held by an administrator", "PartitionDown": "waiting for a partition that is down",
+}
+_ENDED = {"timeout": "met its time limit", "node_fail": "lost a node", "out_of_memory": "ran out of memory",
+          "preempted": "was preempted", "cancelled": "was cancelled"}
+
+
+def explain(job: JobRecord, jobs: Iterable[JobRecord], states: Mapping[str, JobState]) -> tuple[str, JobRecord | None]:
+    """The state of a job in words, and the job whose end explains it: itself when it failed, the first of those that it waited
+    for when it never started because of that, else None. `jobs` are all there are, `states` what is known of them."""
+    state, by_id = states[job.id], {other.id: other for other in jobs}
+    root = _failed_parent(job, by_id, states)
+    if state.state in ("pending", "requeued"):
+        again = "requeued, " if state.state == "requeued" else ""
+        if state.reason == "DependencyNeverSatisfied" or (root and state.reason == "Dependency"):
+            why = _how(root, states[root.id]) if root else f"a job that it waits for failed ({state.reason})"
+            return f"{again}never starts because {why}", root
+        if state.reason == "Dependency":
+            active = {parent: other for parent in job.after for other in reversed(_parents(parent, by_id))
+                      if other.id in states and states[other.id].is_active}
+            waits = [_named(replace(other, id=parent)) for parent, other in active.items()]  # an array by the number of all
+            return f"{again}waiting for {', '.join(waits[:3]) or 'others'}{' and more' if len(waits) > 3 else ''}", None
+        words = _WAITING.get(state.reason, "waiting")
+        return again + words + (f" ({state.reason})" if state.reason else ""), None
+    if state.state == "cancelled":
+        if root is not None:
+            return f"cancelled because {_how(root, states[root.id])}", root
+        return f"cancelled {state.reason.replace('by ', 'by user ')}".strip(), None
+    if state.state == "unknown":
+        return f"unknown ({state.reason})", None
+    if not state.is_bad:
+        return state.state, None
+    return _bad_end(job, state), job
+
+
+def _bad_end(job: JobRecord, state: JobState, *, with_code: bool = True) -> str:
+    """What its ranks say of themselves counts more than the exit code, which srun takes from any of them."""
+    code = f" (exit code {state.exit_code})" if state.exit_code and with_code else ""
+    if state.state != "failed":
+        return _ENDED[state.state]
+    ends = read_ends(job.log_dir, job.id)
+    cause, kinds = first_cause(ends), {end.kind for end in ends if end.restart == max(other.restart for other in ends)}
+    if (cause.kind if cause else "") == "refused" or (cause is None and state.exit_code == 2):
+        return f"refused its input{code}"
+    if cause is None and ("resume" in kinds or state.exit_code == 75):
+        return f"left when it was asked to, its state is saved{code}"
+    if state.exit_code is not None and state.exit_code > 128 and with_code:
+        code = f" (signal {state.exit_code - 128})"
+    if state.exit_code == 128 + 53 and not ends:  # SLURM's own, for files
+        return f"failed{code}: its log files could not be written where it ran"
+    return f"failed{f', {state.reason}' if state.reason and state.exit_code is None else ''}{code}"
+
+
+def _how(job: JobRecord, state: JobState) -> str:
+    return f"job {_named(job)} {_bad_end(job, state, with_code=False)}"
+
+
+def _named(job: JobRecord) -> str:
+    return f"{job.id} ({job.name})" if job.name else job.id
+
+
+def _parents(parent: str, by_id: Mapping[str, JobRecord]) -> list[JobRecord]:
+    """The jobs behind one id that another waits for; the number of an array stands for all in it."""
+    return [other for other in by_id.values() if other.id == parent or other.id.startswith(f"{parent}_")]
+
+
+def _failed_parent(job: JobRecord, by_id: Mapping[str, JobRecord], states: Mapping[str, JobState]) -> JobRecord | None:
+    """The job that made this one impossible: one that failed, before one that was cancelled itself."""
+    parents = [other for parent in job.after for other in _parents(parent, by_id) if other.id != job.id]
+    bad = [other for other in parents if other.id in states and states[other.id].is_bad]
+    bad.sort(key=lambda other: states[other.id].state == "cancelled")
+    for other in bad:
+        if states[other.id].state != "cancelled":
+            return other
+        return _failed_parent(other, {key: value for key, value in by_id.items() if key != job.id}, states) or other
+    return None

@@ -1,0 +1,191 @@
+"""Jobs that were submitted for a run: the list of them, and how their ranks ended; what became of them, `job_states` finds out.
+
+Owns two kinds of files in the log folder. Each holds one JSON object per line, written in one piece, so that several writers do
+not mix; a line that is damaged is as if it were not there.
+
+    jobs.jsonl              a line per job, by whoever submits
+    <id>_<rank>_end.jsonl   a line each time that a rank leaves other than by success
+"""
+
+import json
+import os
+import re
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+JOBS_FILE = "jobs.jsonl"
+POINTER_FILE = "jobs.path"  # in the run directory: one line, the log folder, where that is not jobs/
+CAUSES = ("failed", "refused", "lost")  # kinds of ends that are a failure, the most telling first
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One job as it was submitted."""
+
+    id: str  # of SLURM ("12", in an array "12_3"), or the process of submitit's controller
+    time: float = 0.0  # unix seconds
+    submission: str = ""  # shared by all jobs of one command
+    executor: str = "slurm"
+    stage: str = ""
+    name: str = ""
+    title: str = ""
+    after: tuple[str, ...] = ()  # ids of the jobs that it waits for
+    num_ranks: int = 1
+    directory: str = ""  # the run directory that it works in
+    host: str = ""  # that submitted it: process ids mean something there only
+    log_dir: Path = field(default=Path(), compare=False)  # where it was read from; not in the file
+
+
+@dataclass(frozen=True)
+class EndRecord:
+    """How one rank left."""
+
+    kind: str  # refused | failed | lost; resume: saved, not queued again; requeued; requeue: to be queued again
+    rank: int = 0
+    time: float = 0.0  # unix seconds
+    restart: int = 0  # of the job, by the scheduler
+    host: str = ""
+    message: str = ""
+    traceback: str = ""
+
+
+_ID = re.compile(r"[\w.+-]+")  # they become arguments of commands, and parts of names
+_Record = TypeVar("_Record", JobRecord, EndRecord)
+
+
+# ---- files
+
+
+def log_dir_of(run: Path) -> Path:
+    """The log folder of a run or experiment directory."""
+    try:
+        told = (run / POINTER_FILE).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        told = ""
+    if "\0" in told:  # no path, of a disk that was full
+        told = ""
+    return run / told if told else run / "jobs"
+
+
+def jobs_of(directory: Path) -> tuple[Path | None, list[JobRecord], list[JobRecord]]:
+    """Log folder, the jobs of a run or experiment, and all that are listed with them.
+
+    A retraining, or one seed of an experiment, may have been submitted with the directory around it.
+    """
+    for place in (directory, *list(directory.resolve().parents)[:3]):
+        log_dir = log_dir_of(place)
+        if not (listed := read_jobs(log_dir)):
+            continue
+        if place == directory:
+            return log_dir, listed, listed
+        inside = directory.resolve()
+        if found := [job for job in listed if job.directory and Path(job.directory).resolve().is_relative_to(inside)]:
+            return log_dir, found, listed
+    return None, [], []
+
+
+def append_job(log_dir: Path, record: JobRecord | Mapping[str, Any]) -> None:
+    """Add a job to the list; the host is filled in. OSError when that cannot be written."""
+    job = record if isinstance(record, JobRecord) else JobRecord(**record)
+    job = replace(job, host=job.host or socket.gethostname())
+    append_line(log_dir / JOBS_FILE, {key: value for key, value in asdict(job).items() if key != "log_dir"})
+
+
+def read_jobs(log_dir: Path) -> list[JobRecord]:
+    """Every job in the order of submission; lines that are damaged are left out."""
+    found = [_record(JobRecord, content) for content in read_lines(log_dir / JOBS_FILE)]
+    return [replace(job, after=tuple(map(str, job.after)), log_dir=log_dir) for job in found if job and _ID.fullmatch(job.id)]
+
+
+def latest_submission(jobs: list[JobRecord]) -> list[JobRecord]:
+    """The jobs of the command that came last."""
+    return [job for job in jobs if job.submission == jobs[-1].submission] if jobs else []
+
+
+def append_end(log_dir: Path, job_id: str, record: EndRecord | Mapping[str, Any]) -> None:
+    """Say how a rank of a job left. OSError when that cannot be written."""
+    end = record if isinstance(record, EndRecord) else EndRecord(**record)
+    append_line(log_dir / f"{job_id}_{end.rank}_end.jsonl", asdict(end))
+
+
+def read_ends(log_dir: Path, job_id: str) -> list[EndRecord]:
+    """How the ranks of a job left, earliest first; lines that are damaged are left out."""
+    files = files_of_ranks(log_dir, job_id, r"end\.jsonl")
+    ends = (_record(EndRecord, content) for _, file in files for content in read_lines(file))
+    return sorted((end for end in ends if end), key=lambda end: end.time)
+
+
+def first_cause(ends: Iterable[EndRecord]) -> EndRecord | None:
+    """What explains a failure: of the last restart, a rank that failed before one that refused its input before one that lost
+    another, and of those the earliest. None when nobody failed."""
+    ends = list(ends)
+    last = max((end.restart for end in ends), default=0)
+    found = [end for end in ends if end.restart == last and end.kind in CAUSES]
+    return min(found, key=lambda end: (CAUSES.index(end.kind), end.time), default=None)
+
+
+def log_files(log_dir: Path, job_id: str, stream: str) -> dict[int, Path]:
+    """The logs of a job by rank; `stream` is out or err."""
+    return dict(files_of_ranks(log_dir, job_id, rf"log\.{stream}"))
+
+
+def files_of_ranks(log_dir: Path, job_id: str, rest: str) -> list[tuple[int, Path]]:
+    pattern = re.compile(rf"{re.escape(job_id)}_(\d+)_{rest}")
+    try:
+        names = os.listdir(log_dir)
+    except OSError:
+        return []
+    return sorted((int(match[1]), log_dir / name) for name in names if (match := pattern.fullmatch(name)))
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if os.fstat(file).st_size and not _ends_whole(path):
+            os.write(file, b"\n")  # of a writer that was killed: its line stays a line
+        os.write(file, (json.dumps(content) + "\n").encode())
+    finally:
+        os.close(file)
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, without what is damaged."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict):
+            found.append(content)
+    return found
+
+
+def _record(kind: type[_Record], content: dict[str, Any]) -> _Record | None:
+    """A record from JSON; unknown keys are left out, a value of another type makes it damaged."""
+    known: dict[str, Any] = {}
+    for key in fields(kind):
+        if key.name in content and key.name != "log_dir":
+            value = content[key.name]
+            wanted = {"after": list, "time": (int, float), "num_ranks": int, "rank": int, "restart": int}.get(key.name, str)
+            if not isinstance(value, wanted):  # type: ignore[arg-type]
+                return None
+            known[key.name] = value
+    try:
+        return kind(**known)
+    except TypeError:  # without its id or kind
+        return None

@@ -1,0 +1,356 @@
+"""`tdds status` and `tdds logs`: a run, its retrainings and its jobs on one screen, and the log that matters.
+
+Owns how these are put together and printed. What a run directory says, `tdds_dist.runs.status` reads; what became of jobs,
+`job_states`; which log it is, `logs`. Imports no torch, and answers even where the scheduler does not.
+"""
+
+import argparse
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.job_states import JobState, explain, job_states
+from launch.logs import choose_log, follow, print_tail
+from launch.records import EndRecord, JobRecord, first_cause, jobs_of, latest_submission, read_ends, read_lines
+from tdds_dist.errors import InputError
+from tdds_dist.runs.status import _WORDS, RunStatus, duration, find_runs, read_status
+from tdds_dist.text import command
+
+_WATCH_SECONDS = 30.0  # schedulers do not like to be asked more often
+_MOST_JOBS = 30  # in the table; above, those that are done or wait are counted only
+
+
+def add_status(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `status`."""
+    stage = stages.add_parser(
+        "status", help="where a run, its retrainings and its jobs are",
+        description="Where a run or an experiment is: state, progress, last checkpoint, why it stopped; its retrainings; the "
+                    "jobs of the latest submission, and what to do next. Works while it runs, and when SLURM does not answer.")
+    stage.add_argument("directory", metavar="RUN", type=Path, help="directory of a run, a retraining or an experiment")
+    stage.add_argument("--json", action="store_true", help="the same as data, on one line")
+    stage.add_argument("--watch", type=float, nargs="?", const=_WATCH_SECONDS, metavar="SECONDS",
+                       help=f"again and again, until nothing runs any more (default: every {_WATCH_SECONDS:g} s)")
+    stage.set_defaults(run=_status, prints_itself=True)
+
+
+def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommand `logs`."""
+    stage = stages.add_parser(
+        "logs", help="the log of a job of a run",
+        description="The end of the log of the newest job: of one that runs, else of the one that wrote last. Of a job that "
+                    "failed, the rank that failed first. A run without jobs has log.txt.")
+    stage.add_argument("directory", metavar="RUN", type=Path, help="directory of a run, a retraining or an experiment")
+    stage.add_argument("--job", metavar="ID", help="another job than the newest, as `tdds status` lists them")
+    stage.add_argument("--rank", type=int, metavar="R", help="default: the one that failed first, else 0")
+    stream = stage.add_mutually_exclusive_group()
+    stream.add_argument("--out", dest="stream", action="store_const", const="out", help="standard output")
+    stream.add_argument("--err", dest="stream", action="store_const", const="err", help="standard error (the default)")
+    stage.add_argument("--lines", type=int, default=50, metavar="N", help="how many, 0 for all (default: 50)")
+    stage.add_argument("--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+    stage.add_argument("--json", action="store_true", help="path and lines as data, on one line")
+    stage.set_defaults(run=_logs, stream="err", prints_itself=True)
+
+
+# ---- status
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job as it is shown."""
+
+    job: JobRecord
+    state: JobState
+    text: str  # the state in words
+    blamed: JobRecord | None  # the job whose end explains it
+    cause: EndRecord | None  # how that ended
+
+
+@dataclass(frozen=True)
+class Status:
+    """All that `tdds status` knows."""
+
+    directory: Path
+    runs: list[RunStatus]
+    log_dir: Path | None
+    rows: list[JobRow]  # of the latest submission
+    num_waiting: int  # retrainings that were submitted and have no directory yet
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything waits or runs."""
+        runs = [*self.runs, *self.retrainings]
+        return any(run.is_active for run in runs) or any(row.state.is_active for row in self.rows)
+
+    @property
+    def retrainings(self) -> list[RunStatus]:
+        """Of all runs."""
+        return [retraining for run in self.runs for retraining in run.retrainings]
+
+
+def gather(directory: Path) -> Status:
+    """Look at the files, then ask the scheduler.
+
+    Raises:
+        InputError: it is the directory of neither a run nor an experiment.
+    """
+    runs = [read_status(path) for path in find_runs(directory)]
+    log_dir, jobs, every_job = jobs_of(directory)
+    latest = latest_submission(jobs)
+    wanted = {job.id: job for job in latest}
+    parents = {parent for job in latest for parent in job.after}
+    for job in reversed(every_job):  # what they waited for, also of submissions before; the newest where a number came again
+        if parents & {job.id, job.id.partition("_")[0]}:
+            wanted.setdefault(job.id, job)
+            parents.update(job.after)
+    states = job_states(wanted.values())
+    rows = []
+    for job in latest:
+        text, blamed = explain(job, wanted.values(), states)
+        rows.append(JobRow(job, states[job.id], text, blamed, _cause(blamed) if blamed else None))
+    seen = {Path(status.directory).resolve() for run in runs for status in (run, *run.retrainings)}
+    waiting = {path for row in rows if row.job.stage == "retrain" and row.state.is_active and row.job.directory
+               and (path := Path(row.job.directory).resolve()) not in seen}
+    return Status(directory, runs, log_dir, rows, len(waiting))
+
+
+def _cause(job: JobRecord) -> EndRecord | None:
+    """Why a job failed, by its ranks; where they had no time to say, by what was written when they had ended."""
+    if (found := first_cause(read_ends(job.log_dir, job.id))) is not None:
+        return found
+    after = [line for line in read_lines(job.log_dir / f"{job.id}_failures.jsonl") if isinstance(line.get("what"), str)]
+    return EndRecord("lost", -1, message=" ".join(after[-1]["what"].split())) if after else None
+
+
+def _cause_line(job: JobRecord, cause: EndRecord) -> str:
+    if cause.rank < 0:
+        return cause.message
+    where = f" on {cause.host}" if cause.host else ""
+    return f"rank {cause.rank}{where}: {' '.join(cause.message.split())}"
+
+
+def _status(options: argparse.Namespace) -> None:
+    if options.watch is not None and not 1 <= options.watch <= 86400:
+        raise InputError(f"--watch {options.watch:g} must be between 1 and 86400 seconds; leave the number out for "
+                         f"{_WATCH_SECONDS:g}")
+    if options.json and options.watch is not None:
+        raise InputError("--json is one object, and --watch prints one again and again; leave one out")
+    clear = "\033[H\033[2J" if sys.stdout.isatty() and not options.json else ""
+    while True:
+        status = gather(options.directory)
+        text = json.dumps(as_data(status)) if options.json else "\n".join(as_lines(status))
+        print(clear * (options.watch is not None) + text, flush=True)
+        if options.watch is None or not status.is_active:
+            return
+        if not clear:
+            print(flush=True)
+        time.sleep(options.watch)
+
+
+def as_data(status: Status) -> dict[str, Any]:
+    """What `--json` prints."""
+    rows = []
+    for row in status.rows:
+        job = {key: value for key, value in asdict(row.job).items() if key != "log_dir"}
+        cause = row.cause and asdict(row.cause)
+        rows.append({**job, "state": asdict(row.state), "text": row.text, "because_of": row.blamed and row.blamed.id,
+                     "cause": cause})
+    data = {"directory": str(status.directory), "runs": [asdict(run) for run in status.runs],
+            "log_dir": status.log_dir and str(status.log_dir), "jobs": rows, "retrainings_not_started": status.num_waiting,
+            "next": next_step(status)}
+    return json.loads(json.dumps(data))  # tuples are lists, as they are read
+
+
+def as_lines(status: Status) -> list[str]:
+    """What a person reads."""
+    lines = [line for run in status.runs for line in run_lines(run)]
+    lines += retraining_lines(status.retrainings, status.num_waiting)
+    if status.rows:
+        submitted = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(row.job.time for row in status.rows)))
+        lines += [f"jobs of {submitted} (logs in {status.log_dir}):", *_table(status)]
+    return [*lines, f"next: {next_step(status)}"]
+
+
+def _table(status: Status) -> list[str]:
+    shown, hidden = status.rows, dict[str, int]()
+    if len(shown) > _MOST_JOBS:
+        shown = [row for row in status.rows if row.state.state not in ("finished", "pending") or row.blamed]
+        for row in status.rows:
+            if row not in shown:
+                hidden[row.state.state] = hidden.get(row.state.state, 0) + 1
+    head = ("id", "name", "title", "state", "restarts", "elapsed", "nodes")
+    cells = [head, *((row.job.id, row.job.name, row.job.title if row.job.title != row.job.name else "", row.text,
+                      str(row.state.restarts or ""), row.state.elapsed, row.state.nodes) for row in shown)]
+    used = [column for column in range(len(head)) if any(line[column] for line in cells[1:])]
+    width = {column: max(len(line[column]) for line in cells) for column in used}
+    texts = ["  " + "  ".join(f"{line[column]:<{width[column]}}" for column in used).rstrip() for line in cells]
+    lines, told = texts[:1] if shown else [], set()
+    for row, text in zip(shown, texts[1:], strict=True):
+        lines.append(text)
+        if row.blamed and row.cause and row.blamed.id not in told:
+            told.add(row.blamed.id)
+            rank = f" --rank {row.cause.rank}" if row.cause.rank >= 0 else ""
+            lines += [f"      {_cause_line(row.blamed, row.cause)}",
+                      f"      more: tdds logs {status.directory} --job {row.blamed.id}{rank}"]
+    if hidden:
+        counts = ", ".join(f"{count} {word}" for word, count in hidden.items())
+        lines.append(f"  and {counts}")
+    return lines
+
+
+_NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "AccountNotAllowed", "QOSNotAllowed", "InvalidAccount",
+          "InvalidQOS", "DependencyNeverSatisfied")  # reasons that waiting does not mend
+
+
+def next_step(status: Status) -> str:
+    """One line: what a person would do now."""
+    bad = [row for row in status.rows if row.state.is_bad]
+    runs = [*status.runs, *status.retrainings]
+    logs = f"tdds logs {status.directory}"
+    never = [row for row in status.rows if row.state.state == "pending" and row.state.reason.startswith(_NEVER)]
+    if never:
+        ids = " ".join(dict.fromkeys(row.job.id.partition("_")[0] for row in status.rows if row.state.is_active))
+        return (f"job {never[0].job.id} will not start as it is ({never[0].state.reason}); scancel {ids}, adapt the cluster "
+                "file and submit again")
+    if status.is_active:
+        if bad:
+            return f"when the others are over, see to the {len(bad)} that failed and submit again; what is done is skipped"
+        return f"nothing to do; `{logs} --follow` shows what it says" if status.rows else "nothing to do"
+    if any(row.cause and row.cause.kind == "refused" for row in bad):
+        return "correct what was refused and submit again; what is done is skipped"
+    if any(row.cause and row.cause.kind == "failed" for row in bad):
+        return f"`{logs}` shows the traceback; correct the cause and submit again, what is done is skipped"
+    if bad:
+        return "submit again; what is done is skipped, the rest goes on from its last checkpoint"
+    if unfinished := [run for run in runs if run.state != "finished"]:
+        again = "submit again" if status.rows else "start the same command again"
+        from_where = "goes on from its last checkpoint" if any(run.checkpoint for run in unfinished) else "starts over"
+        known = "" if status.rows or len(unfinished) > 1 else _started_by(unfinished[0])
+        return f"{again}; {'it' if len(unfinished) == 1 else 'each'} {from_where}{known and f': {known}'}"
+    if len(status.runs) > 1 or status.directory.joinpath("table.md").is_file():
+        return f"the table is in {status.directory / 'table.md'}; the same `tdds experiment` again makes it anew"
+    run = status.runs[0]
+    if run.stage == "retrain":
+        return _report_or_page(status.directory.parent.parent, runs)
+    if status.retrainings:
+        return _report_or_page(status.directory, runs)
+    coresets = sorted((status.directory / "coresets").glob("*.npz"))
+    if coresets:
+        return f"tdds retrain {status.directory / 'config.yaml'} --coreset {coresets[0]} --strategy E"
+    return _select(status.directory)
+
+
+def _started_by(run: RunStatus) -> str:
+    """The command that started a run; empty where it does not say so itself."""
+    if len(run.command) < 2 or run.command[0] != "tdds":
+        return ""
+    return command(*run.command[1:], ranks=run.world_size or 1)
+
+
+def _report_or_page(directory: Path, runs: list[RunStatus]) -> str:
+    """The page, where one was written after the last of `runs` had finished."""
+    page = directory / "report.html"
+    try:
+        if page.stat().st_mtime >= max((Path(run.directory) / "result.json").stat().st_mtime for run in runs):
+            return f"open {page} in a browser"
+    except OSError:  # there is none
+        pass
+    return command("report", directory)
+
+
+def _select(directory: Path) -> str:
+    """As the collection itself closes; in words of its own where its config cannot be read."""
+    from tdds_dist.cli.commands import select_command
+    from tdds_dist.config.run import parse_config
+
+    try:
+        return select_command(parse_config(yaml.safe_load((directory / "config.yaml").read_text())), directory)
+    except (OSError, ValueError, TypeError, RecursionError, InputError, yaml.YAMLError):
+        return f"`tdds select {directory} --pruning-rate P` makes a coreset"
+
+
+def _logs(options: argparse.Namespace) -> None:
+    if options.lines < 0:
+        raise InputError(f"--lines {options.lines} must be at least 0 (0 shows all)")
+    if options.json and options.follow:
+        raise InputError("--json is one object at the end, and --follow has none; leave one out")
+    path, choice = choose_log(options.directory, options.job, options.rank, options.stream)
+    if options.json:
+        text = io.StringIO()
+        print_tail(path, options.lines, text)
+        print(json.dumps({"stage": "logs", "path": str(path), "lines": text.getvalue().splitlines()}), flush=True)
+        return
+    print(f"==> {path}{choice}{'' if path.stat().st_size else ' is empty'}", flush=True)
+    end = print_tail(path, options.lines, sys.stdout)
+    if options.follow:
+        try:
+            follow(path, end, sys.stdout)
+        except KeyboardInterrupt:  # the way to end it, no failure
+            print(flush=True)
+
+
+def run_lines(status: RunStatus) -> list[str]:
+    """The run itself, in a few lines; the first has no indent."""
+    lines = [f"{status.directory}: {', '.join(filter(None, (status.stage, _WORDS.get(status.state, status.state))))}"]
+    if progress := progress_text(status):
+        lines.append(f"  {progress}")
+    resumed = f"resumed {_count(status.num_resumes, 'time')}" if status.num_resumes else ""
+    facts = (_count(status.world_size, "rank"), f"on {status.host}" if status.host else "",
+             f"job {status.job}" if status.job else "", resumed,
+             f"last update {duration(status.updated_seconds_ago)} ago" if status.updated_seconds_ago is not None else "")
+    if any(facts):
+        lines.append("  " + ", ".join(filter(None, facts)))
+    if last := status.checkpoint:
+        epoch = f"epoch {last.epoch}, " if last.epoch is not None else ""
+        lines.append(f"  last checkpoint: {epoch}step {last.step:,}, {duration(last.age_seconds)} ago")
+    if status.why:
+        lines.append(f"  why: {status.why}")
+    return lines + [f"  warning: {warning}" for warning in status.warnings]
+
+
+def progress_text(status: RunStatus) -> str:
+    """How far it is, in one line."""
+    if status.state == "finished":
+        top1 = (f"final top-1 {status.final_top1:.2f} %" if status.final_top1 is not None else "",
+                f"best {status.best_top1:.2f} %" if status.best_top1 is not None else "")
+        return ", ".join(filter(None, (f"{status.epochs} epochs" if status.epochs else "", *top1)))
+    of_epochs = f" of {status.epochs}" if status.epochs else ""
+    of_steps = f" of {status.steps:,} ({100 * (status.step or 0) // status.steps} %)" if status.steps else ""
+    parts = (f"epoch {status.epoch}{of_epochs} done" if status.epoch or status.epochs else "",
+             f"step {status.step:,}{of_steps}" if status.step is not None and (status.step or status.steps) else "",
+             f"{status.images_per_second:,.0f} images/s" if status.images_per_second else "",
+             f"about {duration(status.eta_seconds)} left" if status.eta_seconds else "")
+    return ", ".join(filter(None, parts))
+
+
+def retraining_lines(retrainings: Iterable[RunStatus], num_waiting: int = 0) -> list[str]:
+    """A count of those that finished, and a line for each of the others."""
+    found = list(retrainings)
+    if not found and not num_waiting:
+        return []
+    finished = [status for status in found if status.state == "finished"]
+    top1 = sorted((status.final_top1, status.best_top1) for status in finished
+                  if status.final_top1 is not None and status.best_top1 is not None)
+    text = f"{len(finished)} of {len(found) + num_waiting} finished"
+    if top1:
+        text += f" (final top-1 {top1[0][0]:.2f} to {top1[-1][0]:.2f} %, best epoch {max(best for _, best in top1):.2f} %)"
+    counts = [(sum(status.is_active for status in found), "running"),
+              (sum(status.state in ("failed", "stopped", "lost") for status in found), "stopped"),
+              (num_waiting + sum(status.state == "new" for status in found), "not started")]
+    lines = ["retrainings: " + ", ".join([text, *(f"{count} {word}" for count, word in counts if count)])]
+    width = max((len(status.name) for status in found if status.state != "finished"), default=0)
+    for status in found:
+        if status.state != "finished":
+            said = "; ".join(filter(None, (progress_text(status), status.why, *status.warnings)))
+            lines.append(f"  {status.name:<{width}}  {_WORDS.get(status.state, status.state)}: {said}".rstrip(" :"))
+    return lines
+
+
+def _count(number: int | None, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}" if number else ""

@@ -1,0 +1,168 @@
+"""The command line, and the only place where stages meet processes: `tdds <stage> --help`.
+
+Exit codes: 0 done; 2 bad input, said in one line on standard error; 75 asked to leave by SIGTERM, SIGUSR2 or SIGINT, saved, the
+same command goes on; 130 interrupted at once; 1 a rank that is gone, or a defect with its traceback. torchrun turns any failure
+of a rank into its own exit code 1 and adds a report of its own.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+
+from tdds_dist.cli import commands
+from tdds_dist.cli.outcome import Outcome
+from tdds_dist.cli.parser import Commands, UsageError, parse
+from tdds_dist.console import paint, speaking
+from tdds_dist.distributed.interruption import EXIT_RESUME, Interruption, Preempted
+from tdds_dist.errors import InputError, LostRankError
+from tdds_dist.text import same_command
+
+_MAIN_SPEAKS_SECONDS = 2.0
+
+
+def main(arguments: Sequence[str] | None = None, extra_commands: Commands = ()) -> int:
+    """Run one command; return the exit code."""
+    code, message = outcome(arguments, extra_commands=extra_commands)
+    if message:
+        print(message.replace(": error: ", f": {paint('error:', 'red', sys.stderr)} ", 1), file=sys.stderr)
+    return code
+
+
+def outcome(arguments: Sequence[str] | None = None, interruption: Interruption | None = None,
+            extra_commands: Commands = ()) -> tuple[int, str]:
+    """Run one subcommand; returns the exit code, and the line that this rank has to say about it (empty when done, or when
+    another rank says it). `interruption` lets the caller see which signals came."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    as_json = "--json" in words and is_main
+    try:
+        options = parse(words, extra_commands)
+        options.interruption = interruption or Interruption()
+        code, message = _attempt(options, words, is_main)
+    except (UsageError, Exception) as error:
+        if as_json:
+            text, code = (error.message, 2) if isinstance(error, UsageError) else (f"{type(error).__name__}: {error}", 1)
+            _print_error(text, code)
+        raise
+    if as_json and message:
+        _print_error(message, code)
+    return code, message
+
+
+def _print_error(message: str, code: int) -> None:
+    print(json.dumps({"error": message, "exit_code": code}), flush=True)
+
+
+def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -> tuple[int, str]:
+    try:
+        return _run_stage(options, is_main), ""
+    except InputError as error:
+        if error.shared and not is_main:
+            time.sleep(_MAIN_SPEAKS_SECONDS)  # launchers end all ranks when the first leaves
+            return 2, ""
+        return 2, f"tdds {options.stage}: error: {error}"
+    except KeyboardInterrupt:
+        return 130, f"tdds {options.stage}: interrupted{_after_interruption(options.stage, words)}"
+    except SystemExit as leaving:
+        if leaving.code != commands.EXIT_TERMINATED:
+            raise
+        return leaving.code, f"tdds {options.stage}: SIGTERM{_after_interruption(options.stage, words)}"
+    except Preempted as leaving:
+        said = str(leaving) if "TDDS_JOB" in os.environ else _again(str(leaving), words)  # a launcher queues its jobs again
+        return EXIT_RESUME, f"tdds {options.stage}: {said}" if is_main or not leaving.agreed else ""
+    except BrokenPipeError:  # `tdds logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0, ""
+    except LostRankError as error:
+        return 1, f"tdds {options.stage}: error: {error}"
+
+
+def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
+    """Run it and print what it closes with; the exit code."""
+    quiet, as_json = (getattr(options, name, False) for name in ("quiet", "json"))
+    if getattr(options, "prints_itself", False):
+        with redirect_stdout(sys.__stdout__ if isinstance(sys.stdout, _Output) else sys.stdout):
+            return (options.run(options) or Outcome()).exit_code
+    with speaking(quiet) as warnings:
+        with _nothing_printed(quiet or as_json):
+            closing: Outcome = options.run(options) or Outcome()
+        if is_main and as_json:
+            print(json.dumps(closing.as_data(options.stage, warnings)), flush=True)
+        elif is_main and (not quiet or closing.is_the_product):
+            text = closing.text if quiet else closing.as_text(sys.stdout, len(warnings))
+            print(text + "\n" * bool(text), end="", flush=True)
+    return closing.exit_code
+
+
+@contextmanager
+def _nothing_printed(silent: bool) -> Iterator[None]:
+    """Inside, nothing comes to standard output when `silent`."""
+    if not silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _after_interruption(stage: str, words: Sequence[str]) -> str:
+    """What is left, and how to go on."""
+    if stage in ("plan", "status", "logs"):
+        return ""
+    if stage == "submit":
+        return "; `tdds status RUN` shows what is queued and what runs"
+    if stage in ("collect", "retrain", "experiment"):
+        left = "the same command goes on from the last checkpoint, or starts over where there is none yet"
+    else:
+        left = "nothing half-written was left; the same command starts over"
+    return _again(f"; {left}", words)
+
+
+def _again(text: str, words: Sequence[str]) -> str:
+    """Words about "the same command", with that command behind them unless only its launcher knows it."""
+    again = same_command(words)
+    return f"{text}: {again}" if again.startswith("tdds ") else text
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that nobody may read to its end (`tdds check FILE | head`): the stage goes on, and its outcome counts."""
+
+    def write(self, text: str) -> int:
+        with self._unread():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            super().flush()
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def run(extra_commands: Commands = ()) -> None:
+    """Entry point of the program. Leaves without interpreter teardown, whose order against the threads of gloo and
+    FFCV would decide the exit code otherwise."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of C++ about a peer that is gone; we say it in a line
+    if isinstance(out := sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Output(out.buffer, out.encoding, out.errors, line_buffering=out.line_buffering,
+                             write_through=out.write_through)
+    try:
+        code = main(extra_commands=extra_commands)
+    except SystemExit as leaving:  # argparse
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed before we came
+        stream.flush()
+    os._exit(code)

@@ -1,0 +1,93 @@
+"""The schema of an experiment: a table of retrainings from one collection per seed."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tdds_dist.config.grid import BUILT_IN_METHODS, Method
+from tdds_dist.config.run import Config
+from tdds_dist.config.schema import Section, parse_tree, read_tree
+from tdds_dist.errors import InputError
+
+
+class Architecture(Section):
+    """A network to retrain with; the coreset stays that of the network of the collection."""
+
+    name: str = Field(description="Name of the network in files and tables.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    overrides: tuple[str, ...] = Field(description="Changes to the config, e.g. model.name=vgg16_bn.")
+
+
+class Experiment(Section):
+    """A table of retrainings: methods x pruning rates x strategies x seeds (x architectures), one collection per seed."""
+
+    name: str = Field(description="Name of the experiment.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    config: str = Field(description="Config of every run.")
+    overrides: tuple[str, ...] = Field((), description="Changes to that config, e.g. train.epochs=20.")
+    dir: str = Field("", description="Where everything goes; empty means runs/<name>.")
+    methods: tuple[Method, ...] = Field(min_length=1, description="Names of methods, or methods with options.")
+    pruning_rates: tuple[float, ...] = Field(min_length=1, description="Fractions to remove.")
+    strategies: tuple[Literal["E", "P"], ...] = Field(("E",), min_length=1, description="Strategy-E, Strategy-P.")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="One collection, and one retraining per cell, for each.")
+    architectures: tuple[Architecture, ...] = Field((), description="Networks to retrain with; empty means the config's.")
+
+    @property
+    def directory(self) -> Path:
+        """Where everything goes."""
+        return Path(self.dir or f"runs/{self.name}")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _built_in(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"methods={value!r} must be a list, e.g. [tdds, random]")
+        for name in value:
+            if isinstance(name, str) and name not in BUILT_IN_METHODS:
+                raise InputError(f"methods: {name!r} is not known by name ({', '.join(BUILT_IN_METHODS)}); describe it, e.g. "
+                                 f"{{name: {name}, score: el2n}}")
+        return tuple(BUILT_IN_METHODS[item] if isinstance(item, str) else item for item in value)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Experiment":
+        for key in ("methods", "architectures"):
+            names = [item.name for item in getattr(self, key)]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise InputError(f"{key}: the names {sorted(twice)} stand twice; give each another")
+        for key in ("pruning_rates", "strategies", "seeds"):
+            names = [f"{value:g}" if key == "pruning_rates" else value for value in getattr(self, key)]  # as files say them
+            if len(set(names)) != len(names):
+                raise InputError(f"{key}={list(getattr(self, key))} holds a value twice; leave each in once")
+        if bad := [rate for rate in self.pruning_rates if not 0.0 < rate < 1.0]:
+            raise InputError(f"pruning_rates={bad} must lie between 0 and 1; the full data is trained on in the collection")
+        if min(self.seeds) < 0:
+            raise InputError(f"seeds={list(self.seeds)} must not be negative")
+        for method in self.methods:
+            tdds_only = {key: getattr(method, key) for key in ("preset", "T", "K", "beta")} | {
+                "delta": None if method.delta == "kl" else method.delta}
+            if method.score_key != "tdds" and (given := [key for key, value in tdds_only.items() if value is not None]):
+                raise InputError(f"methods: {method.name} has {given[0]}, which belongs to score tdds; set score: tdds, or "
+                                 "leave it out")
+            if method.score_key == "tdds" and method.options:
+                raise InputError(f"methods: {method.name} has options={list(method.options)}, which belong to other scores; "
+                                 "use preset, delta, T, K, beta")
+            fitting = {"ccs": ("num_strata", "hard_cutoff_rate"), "beta": ("c_d",)}.get(method.sampler or "", ())
+            if wrong := [key for key in method.selector_options if key not in fitting]:
+                raise InputError(f"methods: {method.name} has {wrong[0]}, which does nothing with sampler "
+                                 f"{method.sampler or 'top'}; set sampler: {'beta' if wrong[0] == 'c_d' else 'ccs'}, or leave "
+                                 "it out")
+            if (method.T is None) != (method.K is None):
+                raise InputError(f"methods: {method.name} has one of T and K; give both, or neither")
+        return self
+
+
+def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment from YAML, with `key=value` overrides; those of the config's keys, such as train.lr=0.1, are added
+    to its `overrides`. InputError for anything wrong."""
+    path = Path(path)
+    of_config = [override for override in overrides if override.partition(".")[0] in Config.model_fields]
+    tree = read_tree(path, [override for override in overrides if override not in of_config], list(Experiment.model_fields))
+    if "train" in tree and "methods" not in tree:
+        raise InputError(f"{path} is the config of a run, not an experiment; `tdds collect {path}` runs it")
+    if of_config and isinstance(known := tree.get("overrides", []), list):
+        tree["overrides"] = [*known, *of_config]
+    return parse_tree(Experiment, tree, str(path))

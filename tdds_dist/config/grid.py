@@ -1,0 +1,70 @@
+"""Methods by name, and what a pipeline runs after its collection."""
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tdds_dist.config.schema import Section
+from tdds_dist.errors import InputError
+
+
+class Method(Section):
+    """One row of an experiment: a score, how samples are chosen by it, and how they are weighted in retraining."""
+
+    name: str = Field(description="Name of the row, in files too.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    score: str = Field("", description="Score key; empty means the name. tdds takes the window that serves the pruning rate.")
+    sampler: Literal["top", "ccs", "centre", "beta"] | None = Field(None, description="Empty: what the score is meant for.")
+    class_balanced: bool = Field(False, description="The same share of every class.")
+    importance: Literal["none", "batch", "sample"] | None = Field(
+        None, description="Weight of the loss; empty means retrain.importance for tdds and none for other scores.")
+    preset: Literal["official", "paper"] | None = Field(None, description="Of tdds; empty means score.preset.")
+    delta: Literal["kl", "kl_signed", "ce", "ce_absolute", "el2n"] = Field("kl", description="Of tdds: what varies.")
+    T: int | None = Field(None, ge=1, description="Of tdds: trajectory length at every pruning rate.")
+    K: int | None = Field(None, ge=1, description="Of tdds: window size at every pruning rate.")
+    beta: float | None = Field(None, ge=0, le=1, description="Of tdds: EMA decay; empty means that of the window.")
+    options: tuple[str, ...] = Field((), description="Of other scores: keys of score.baselines, e.g. el2n_epochs=20.")
+    num_strata: int | None = Field(None, ge=1, description="Of sampler ccs.")
+    hard_cutoff_rate: float | None = Field(None, ge=0, lt=1, description="Of sampler ccs.")
+    c_d: float | None = Field(None, gt=0, description="Of sampler beta.")
+
+    @property
+    def score_key(self) -> str:
+        """The score this method ranks by."""
+        return self.score or self.name
+
+    @property
+    def selector_options(self) -> dict[str, Any]:
+        """Options of the sampler that were given."""
+        given = {key: getattr(self, key) for key in ("num_strata", "hard_cutoff_rate", "c_d")}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+BUILT_IN_METHODS = {
+    method.name: method for method in (
+        *(Method(name=name) for name in (
+            "tdds", "random", "entropy", "forgetting", "el2n", "aum", "moderate", "dyn_unc", "dual")),
+        Method(name="ccs", score="aum", sampler="ccs"), Method(name="dual_beta", score="dual", sampler="beta"))}
+
+
+class Pipeline(Section):
+    """What `tdds submit --stage pipeline` runs after the collection: scores x pruning rates x strategies x seeds."""
+
+    scores: tuple[str, ...] = Field(
+        ("tdds",), min_length=1, description="What coresets are chosen by: tdds, random, entropy, forgetting, el2n, aum, "
+                                             "moderate, dyn_unc, dual, ccs (AUM in strata), dual_beta (DUAL's weighted draw).")
+    pruning_rates: tuple[float, ...] = Field((), description="Fractions to remove; empty means those that score.windows serve.")
+    strategies: tuple[Literal["E", "P"], ...] = Field(("E",), min_length=1, description="Strategy-E, Strategy-P.")
+    seeds: tuple[int, ...] = Field((), description="Seeds of the retrainings; empty means run.seed.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Pipeline":
+        if unknown := [name for name in self.scores if name not in BUILT_IN_METHODS]:
+            raise InputError(f"pipeline.scores: {unknown[0]!r} is not known; use some of {', '.join(BUILT_IN_METHODS)}")
+        if bad := [rate for rate in self.pruning_rates if not 0.0 < rate < 1.0]:
+            raise InputError(f"pipeline.pruning_rates={bad} must lie between 0 and 1; the collection trains on everything")
+        if bad_seeds := [seed for seed in self.seeds if seed < 0]:
+            raise InputError(f"pipeline.seeds={bad_seeds} must not be negative")
+        for key in ("scores", "pruning_rates", "strategies", "seeds"):
+            values = [f"{value:g}" if key == "pruning_rates" else value for value in getattr(self, key)]  # as files say them
+            if len(set(values)) != len(values):
+                raise InputError(f"pipeline.{key}={list(getattr(self, key))} holds a value twice; leave each in once")
+        return self

@@ -1,0 +1,177 @@
+"""Scores as rankings: what `compare` and the report need of a score file to say how much two of them agree.
+
+Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, and short names; not how they are
+shown. Of a score only its ranks and one bit per sample and pruning rate stay in memory. Which samples a score keeps is
+`select`'s, which is imported when it is needed: it brings torch.
+"""
+
+# N dataset, M kept samples, P pruning rates, B bytes of N bits
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.config.run import parse_config
+from tdds_dist.config.scores import base_key, score_order
+from tdds_dist.coreset.samplers import num_kept
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """What stays in memory of one score file."""
+
+    rank_N: np.ndarray  # of `centred_ranks`
+    kept_PB: np.ndarray  # uint8, the coreset of each pruning rate as N bits
+
+    def kept(self, position: int) -> np.ndarray:
+        """Which samples are in the coreset of one pruning rate, bool [N]."""
+        return np.unpackbits(self.kept_PB[position], count=len(self.rank_N)).astype(bool)
+
+    def index(self, position: int) -> np.ndarray:
+        """The coreset of one pruning rate, sorted int64 [M]."""
+        return np.flatnonzero(self.kept(position))
+
+    def overlap(self, other: "Ranked") -> list[float]:
+        """Share that both keep of another score's coreset of the same size, by pruning rate."""
+        sizes = np.bitwise_count(self.kept_PB).sum(axis=1, dtype=np.int64)
+        return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
+
+    def agreement(self, other: "Ranked") -> list[float]:
+        """Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P]."""
+        return [rank_correlation(self.rank_N, other.rank_N), *self.overlap(other)]
+
+
+def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
+    """Sort once for all rates; `choose` decides where that is not enough: another sampler, or ties at the cut.
+
+    Raises:
+        InputError: a rate that is out of range or keeps nothing.
+    """
+    from tdds_dist.coreset import select
+
+    score_N, num_samples = scores.score_N, len(scores.score_N)
+    order_N = np.argsort(score_N)
+    takes_top = select.default_sampler(scores) == "top" and not scores.settings.get("quarantined")
+    kept = []
+    for rate in rates:
+        cut = num_samples - num_kept(num_samples, rate)
+        clear = cut == 0 or score_N[order_N[cut - 1]] != score_N[order_N[cut]]
+        kept_N = np.zeros(num_samples, dtype=bool)
+        kept_N[order_N[cut:] if takes_top and clear else select.choose(scores, rate)] = True
+        kept.append(np.packbits(kept_N))
+    return Ranked(centred_ranks(score_N, order_N), np.stack(kept))
+
+
+def in_order(ranked: Mapping[str, Ranked], config: dict[str, Any]) -> dict[str, Ranked]:
+    """The scores of a run by name: its main window first, the others in the order of `score_order`."""
+    main = main_window(config, [*ranked])
+    return dict(sorted(ranked.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
+
+
+def main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
+    """The first TDDS window of the config that has been scored; else the first TDDS score, else the first score."""
+    try:
+        parsed = parse_config(config)
+        configured = [window.key(parsed.score.preset) for window in parsed.windows()]
+    except InputError:  # the config of another version: its scores are as good as ever
+        configured = []
+    return min(keys, key=lambda key: (configured.index(key) if key in configured else len(configured), score_order(key), key))
+
+
+def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float]]:
+    """`agreement` of each pair of scores of one run, in the order of `ranked`."""
+    return {(a, b): ranked[a].agreement(ranked[b]) for a, b in itertools.combinations(ranked, 2)}
+
+
+def between_runs(runs: Sequence[Mapping[str, Ranked]]) -> dict[str, dict[tuple[int, int], list[float]]]:
+    """By score that two runs or more have: `agreement` of each pair of runs, which are named by their positions."""
+    found = {}
+    for key in dict.fromkeys(key for ranked in runs for key in ranked):
+        having = [position for position, ranked in enumerate(runs) if key in ranked]
+        if len(having) > 1:
+            found[key] = {(a, b): runs[a][key].agreement(runs[b][key]) for a, b in itertools.combinations(having, 2)}
+    return found
+
+
+def over_pairs(reduce: Callable[..., Any], values: Sequence[Sequence[float]]) -> list[float]:
+    """Mean, smallest or largest of each column; nan (a constant score) where no pair has a number."""
+    columns = ([value for value in column if value == value] for column in zip(*values, strict=True))
+    return [float(reduce(column)) if column else float("nan") for column in columns]
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """A name to show for each key: without the settings that all variants of its score share.
+
+    `tdds_official_T90_K10_beta0.9` and `tdds_official_T70_K10_beta0.9` -> `tdds_T90` and `tdds_T70`.
+    """
+    variants: dict[str, list[str]] = {}
+    for key in dict.fromkeys(keys):
+        variants.setdefault(base_key(key), []).append(key)
+    short: dict[str, str] = {}
+    for base, group in variants.items():
+        settings = [key[len(base):].split("_") for key in group]
+        common = set(settings[0]).intersection(*settings)
+        names = [base + "".join(f"_{part}" for part in parts if part not in common) for parts in settings]
+        short |= dict(zip(group, names if len(set(names)) == len(group) else group, strict=True))
+    return short
+
+
+def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    """Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
+
+    Raises InputError for lengths that differ.
+    """
+    if a_N.shape != b_N.shape or a_N.ndim != 1:
+        raise InputError(f"scores of shapes {a_N.shape} and {b_N.shape} cannot be correlated; both must be [N]")
+    if np.isnan(a_N).any() or np.isnan(b_N).any():
+        return float("nan")
+    return rank_correlation(centred_ranks(a_N, np.argsort(a_N)), centred_ranks(b_N, np.argsort(b_N)))
+
+
+def overlap(index_a: np.ndarray, index_b: np.ndarray) -> float:
+    """Share of the (larger) coreset that both have in common; each int64 [M], no index twice. Nan for no samples."""
+    larger = max(len(index_a), len(index_b))
+    return len(np.intersect1d(index_a, index_b, assume_unique=True)) / larger if larger else float("nan")
+
+
+def keep_rates(index_M: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.ndarray:
+    """Share of each class that is kept, float64 [C]; nan for a class without samples. Unknown labels (-1) do not count.
+
+    Raises InputError for a label that is not below `num_classes`.
+    """
+    if len(label_N) and label_N.max() >= num_classes:
+        raise InputError(f"label {label_N.max()} is outside [0, {num_classes}); score again with --beton FILE")
+
+    def sizes(label: np.ndarray) -> np.ndarray:
+        return np.bincount(label[label >= 0], minlength=num_classes)
+
+    total_C = sizes(label_N)
+    return np.divide(sizes(label_N[index_M]), total_C, out=np.full(num_classes, np.nan), where=total_C > 0)
+
+
+def noise_kept(index_M: np.ndarray, noisy_N: np.ndarray) -> tuple[float, float]:
+    """Share of the noisy samples (bool [N]) that is kept, and share of the coreset that is noisy; nan for a share of none."""
+    kept, noisy = int(np.count_nonzero(noisy_N[index_M])), int(np.count_nonzero(noisy_N))
+    return (kept / noisy if noisy else float("nan")), (kept / len(index_M) if len(index_M) else float("nan"))
+
+
+def centred_ranks(score_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
+    """Twice the average rank minus twice the mean rank, int32 [N]: whole numbers, in sum 0. `order_N` sorts the scores."""
+    sorted_N = score_N[order_N]
+    first = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))  # where each group of ties starts
+    end = np.append(first[1:], len(score_N))
+    rank_N = np.empty(len(score_N), dtype=np.int32)
+    rank_N[order_N] = np.repeat(first + end - len(score_N), end - first)
+    return rank_N
+
+
+def rank_correlation(rank_a_N: np.ndarray, rank_b_N: np.ndarray) -> float:
+    """Pearson's correlation of two results of `centred_ranks`."""
+    a_N, b_N = rank_a_N.astype(np.float64), rank_b_N.astype(np.float64)
+    squares = float(a_N @ a_N) * float(b_N @ b_N)
+    return float(a_N @ b_N) / squares**0.5 if squares else float("nan")

@@ -1,0 +1,400 @@
+"""Stage `compare`: how much scores agree, within a run and between runs, and what their coresets are made of.
+
+Owns the questions (rank correlation, overlap of coresets, share of each class and of the noise that is kept), the text
+and the CSV file; which samples a score keeps is `select`'s. Of a score file only ranks and one bit per sample and pruning
+rate stay in memory. A damaged or foreign score file becomes a sentence at the end of the text instead of an exception.
+"""
+
+# N dataset, M kept samples, P pruning rates, B bytes of N bits, C classes
+
+import csv
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.coreset.agreement import (
+    Ranked,
+    between_runs,
+    in_order,
+    keep_rates,
+    noise_kept,
+    over_pairs,
+    rank,
+    short_names,
+    within_run,
+)
+from tdds_dist.coreset.samplers import num_kept
+from tdds_dist.data.manifest import manifest_path, read_manifest
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import Fingerprint, load_scores, require_same_dataset, write_atomically
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.text import count, percent
+
+COLUMNS = ("table", "run_a", "score_a", "run_b", "score_b", "pruning_rate", "class", "value")
+AT_RANDOM = "at random"  # what a uniform draw of the same size is expected to give
+WIDTH = 120  # of the text, characters
+MAX_PAIRS = 6  # of runs that the text lists; of more it gives the extremes
+
+
+def compare(runs: Sequence[Path], *, pruning_rates: Sequence[float] = (0.3, 0.5, 0.7, 0.8, 0.9),
+            out: Path | None = None) -> str:
+    """Run the stage; returns the text to print and writes every number as CSV (default: compare.csv in the first run).
+
+    Each file in `scores/` is compared as it is at every pruning rate, with the sampler its score is meant for; the TDDS
+    windows of a config are not tied to their rates here. Text: shares in percent, overlaps with the run's first TDDS
+    window. CSV: one row per number, shares in [0, 1], with the columns COLUMNS. Its tables:
+
+    * `spearman`, `overlap`: each pair of scores of a run (run_a = run_b), each score in each pair of runs
+      (score_a = score_b); `spearman_mean`, `overlap_mean`: the mean over the pairs of runs;
+    * `keep_rate`: share of a class that is kept; `class` is its number; classes without a sample are left out;
+    * `noisy_kept`, `coreset_noisy` where the manifest knows the true labels: share of the noisy samples that is kept, of
+      the coreset that is noisy; `corrupted_kept`, `coreset_corrupted` likewise, `class` the kind of corruption or empty
+      for all; score_a `at random` is the expectation of a uniform draw.
+
+    Raises:
+        InputError: no run, a run without scores, runs of different datasets, a rate out of range, a file that cannot be
+            written.
+    """
+    runs, rates = [Path(run) for run in runs], sorted(set(pruning_rates))
+    if not runs or not rates:
+        raise InputError(f"{len(runs)} runs and {len(rates)} pruning rates are nothing to compare; give one of each or more")
+    places = [run.resolve() for run in runs]
+    if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
+        raise InputError(f"{twice[-1]} is given twice; name each run once")
+    for rate in rates:
+        num_kept(10**9, rate)  # the range, before any file is read
+    found = _Findings(rates)
+    read = [_read_run(run, name, letter, found) for run, name, letter in zip(runs, _names(runs), _letters(), strict=False)]
+    for other in read[1:]:
+        require_same_dataset(other.fingerprint, read[0].fingerprint, f"run {other.run.path}")
+    found.short = short_names([key for run in read for key in run.ranked])
+    label_N = next((run.label_N for run in read if run.fingerprint.labels_sha256), read[0].label_N)
+    known: dict[Path, _Noise | None] = {}
+    for run in read:
+        _add_agreement(run, found)
+        _add_classes(run, label_N, found)
+        _add_noise(run, known, found)
+    _add_between(read, found)
+    path = runs[0] / "compare.csv" if out is None else Path(out)
+    _write_csv(path, found.rows)
+    return _page(read, found, path)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One run as it was read; `ranked` is by file name, the first TDDS window of the config first."""
+
+    run: RunDir
+    name: str
+    letter: str
+    config: dict[str, Any]
+    ranked: dict[str, Ranked]
+    fingerprint: Fingerprint
+    label_N: np.ndarray
+
+    @property
+    def main(self) -> str:
+        """The score that the others are compared with in the text."""
+        return next(iter(self.ranked))
+
+
+@dataclass(frozen=True, eq=False)
+class _Noise:
+    """Which samples of a training file are noisy; None where its manifest does not say."""
+
+    fingerprint: Fingerprint
+    noisy_N: np.ndarray | None  # bool
+    corruption_N: np.ndarray | None  # str, "" = clean
+
+
+class _Findings:
+    """What was found: `rows` of the CSV, `parts` of the text, `problems` at its end, `short` names of the scores."""
+
+    def __init__(self, rates: list[float]):
+        self.rates = rates
+        self.rows: list[tuple[Any, ...]] = []
+        self.parts: list[str] = []
+        self.problems: list[str] = []
+        self.short: dict[str, str] = {}
+
+    def row(self, table: str, value: float, run_a: str = "", score_a: str = "", run_b: str = "", score_b: str = "",
+            rate: float | str = "", group: int | str = "") -> None:
+        self.rows.append((table, run_a, score_a, run_b, score_b, rate, group, f"{value:.9g}"))
+
+
+def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
+    run = RunDir(path)
+    config = run.read_config()
+    ranked: dict[str, Ranked] = {}
+    dataset, label_N, unusable = None, np.empty(0, np.int64), []
+    for file in sorted(run.scores.glob("*.npz")):
+        try:
+            scores = load_scores(file)
+            if dataset is not None:
+                require_same_dataset(scores.fingerprint, dataset, str(file))
+            if bad := int(np.count_nonzero(~np.isfinite(scores.score_N))):
+                raise InputError(f"{file} holds {bad} values that are not finite; compute it again with `tdds score`")
+        except InputError as error:
+            unusable.append(str(error))
+            continue
+        ranked[file.stem] = rank(scores, found.rates)
+        if dataset is None or not dataset.labels_sha256:
+            dataset, label_N = scores.fingerprint, scores.label_N
+    if dataset is None:
+        because = f" that can be used ({unusable[0]})" if unusable else ""
+        raise InputError(f"{run.scores} holds no score{because}; run `tdds collect`, or `tdds score {path}`")
+    found.problems += unusable
+    return _Run(run, name, letter, config, in_order(ranked, config), dataset, label_N)
+
+
+def _read_noise(beton: Path) -> _Noise | None:
+    manifest = read_manifest(beton)
+    if manifest is None or (manifest.noisy_N is None and manifest.corruption is None):
+        return None
+    corruption_N = None if manifest.corruption is None else np.array(manifest.corruption, dtype=np.str_)
+    return _Noise(manifest.fingerprint, manifest.noisy_N, corruption_N)
+
+
+# ------------------------------------------------------------------------------------------------------------ findings
+
+
+def _add_agreement(run: _Run, found: _Findings) -> None:
+    """Rank correlation and overlap of all pairs of scores of one run."""
+    keys, rates = [*run.ranked], found.rates
+    if len(keys) == 1:
+        found.parts.append(_part(f"{run.letter}: one score only ({keys[0]}), nothing to correlate it with"))
+        return
+    correlation = {(key, key): 1.0 for key in keys}
+    common: dict[str, list[float]] = {}
+    for (a, b), (value, *shares) in within_run(run.ranked).items():
+        correlation[a, b] = correlation[b, a] = value
+        found.row("spearman", value, run.name, a, run.name, b)
+        for rate, share in zip(rates, shares, strict=True):
+            found.row("overlap", share, run.name, a, run.name, b, rate)
+        if a == run.main:
+            common[b] = shares
+    numbered = [f"{position:>{len(str(len(keys)))}} {found.short[key]}" for position, key in enumerate(keys, 1)]
+    found.parts.append(_part(
+        f"{run.letter}: Spearman rank correlation of the scores",
+        _table("score", numbered, [_group(str(position), [[_decimal(correlation[row, column])] for row in keys])
+                                   for position, column in enumerate(keys, 1)])))
+    num_samples = run.fingerprint.num_samples
+    found.parts.append(_part(
+        f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning rate",
+        _table("score", [*(found.short[key] for key in common), AT_RANDOM], [
+            _group(percent(rate), [[_percent(shares[p])] for shares in common.values()]
+                   + [[_percent(num_kept(num_samples, rate) / num_samples)]]) for p, rate in enumerate(rates)])))
+
+
+def _add_between(runs: list[_Run], found: _Findings) -> None:
+    """The same score in several runs: rank correlation and overlap of each pair of runs, and their means."""
+    names: list[str] = []
+    lines: list[list[float]] = []  # Spearman, then the overlap at each rate
+    most = 0
+    for key, pairs in between_runs([run.ranked for run in runs]).items():
+        for (a, b), (value, *shares) in pairs.items():
+            found.row("spearman", value, runs[a].name, key, runs[b].name, key)
+            for rate, share in zip(found.rates, shares, strict=True):
+                found.row("overlap", share, runs[a].name, key, runs[b].name, key, rate)
+        of_pair = [*pairs.values()]
+        mean = over_pairs(np.mean, of_pair)
+        found.row("spearman_mean", mean[0], score_a=key, score_b=key)
+        for rate, share in zip(found.rates, mean[1:], strict=True):
+            found.row("overlap_mean", share, score_a=key, score_b=key, rate=rate)
+        most = max(most, len(pairs))
+        names.append(found.short[key])
+        lines.append(mean)
+        if len(pairs) > MAX_PAIRS:
+            names += ["  smallest", "  largest"]
+            lines += [over_pairs(np.min, of_pair), over_pairs(np.max, of_pair)]
+        elif len(runs) > 2:
+            names += [f"  {runs[a].letter}-{runs[b].letter}" for a, b in pairs]
+            lines += of_pair
+    if not names:
+        if len(runs) > 1:
+            found.parts.append(_part("Between runs: no score is present in two of them"))
+        return
+    mean_of = "" if most < 2 else ", mean over pairs" + ("" if most > MAX_PAIRS else " and each pair") + " of runs"
+    found.parts.append(_part(f"Between runs: agreement of the same score{mean_of}", _table("score", names, [
+        _group("Spearman", [[_decimal(line[0], 3)] for line in lines]),
+        _group("percent of the coreset in common", [[*map(_percent, line[1:])] for line in lines],
+               [percent(rate) for rate in found.rates])])))
+
+
+def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
+    """Share of every class that each score keeps."""
+    num_classes = run.fingerprint.num_classes
+    if not (label_N >= 0).any():
+        found.problems.append(f"{run.run.scores}: no labels are known, so nothing is said on classes; score again with "
+                              "--beton FILE to take labels from the dataset")
+        return
+    by_rate: list[list[list[str]]] = [[] for _ in found.rates]
+    for key, ranked in run.ranked.items():
+        for position, rate in enumerate(found.rates):
+            share_C = keep_rates(ranked.index(position), label_N, num_classes)
+            present = np.flatnonzero(~np.isnan(share_C))
+            for class_id in present.tolist():
+                found.row("keep_rate", share_C[class_id], run.name, key, rate=rate, group=class_id)
+            share = share_C[present]
+            by_rate[position].append([*(_whole_percent(function(share)) for function in (np.min, np.median, np.max)),
+                                      str(int(np.count_nonzero(share == 0)))])
+    found.parts.append(_part(
+        f"{run.letter}: percent of a class that is kept (smallest, median, largest), and how many classes keep none",
+        _table("score", [found.short[key] for key in run.ranked], [
+            _group(percent(rate), cells, ["min", "med", "max", "none"])
+            for rate, cells in zip(found.rates, by_rate, strict=True)])))
+
+
+def _add_noise(run: _Run, known: dict[Path, _Noise | None], found: _Findings) -> None:
+    """Share of wrong labels and of corrupted images that each score keeps, where the manifest knows them."""
+    beton = (run.config.get("data") or {}).get("train")
+    if not beton:
+        return
+    path = Path(beton)
+    try:
+        if not path.is_file():
+            raise InputError(f"run {run.run.path}: {path} is no longer there, so whether labels are noisy is not known")
+        if path not in known:
+            known[path] = None  # so that it is read, and a fault said, once
+            known[path] = _read_noise(path)
+        if (noise := known[path]) is None:
+            return
+        require_same_dataset(noise.fingerprint, run.fingerprint, str(manifest_path(path)))
+    except InputError as error:
+        found.problems.append(str(error))
+        return
+    if noise.noisy_N is not None:
+        _add_kept("noisy", "samples with a wrong label", run, {"": noise.noisy_N}, found)
+    if noise.corruption_N is not None:
+        kinds = {kind: noise.corruption_N == kind for kind in np.unique(noise.corruption_N).tolist() if kind}
+        _add_kept("corrupted", "corrupted images", run, {"": noise.corruption_N != ""} | kinds, found)
+
+
+def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], found: _Findings) -> None:
+    """One kind of noise; `kinds` maps a part of it, "" for all, to its samples (bool [N])."""
+    num_samples, num_noisy = run.fingerprint.num_samples, int(np.count_nonzero(kinds[""]))
+    if num_noisy == 0:
+        return
+    by_rate: list[list[list[str]]] = [[] for _ in found.rates]
+    for key in [*run.ranked, AT_RANDOM]:
+        for position, rate in enumerate(found.rates):
+            index_M = run.ranked[key].index(position) if key in run.ranked else None
+            for kind, noisy_N in kinds.items():
+                if index_M is not None:
+                    kept, of_coreset = noise_kept(index_M, noisy_N)
+                else:
+                    kept, of_coreset = num_kept(num_samples, rate) / num_samples, float(noisy_N.mean())
+                found.row(f"{word}_kept", kept, run.name, key, rate=rate, group=kind)
+                found.row(f"coreset_{word}", of_coreset, run.name, key, rate=rate, group=kind)
+                if kind == "":
+                    by_rate[position].append([_percent(kept), _percent(of_coreset)])
+    found.parts.append(_part(
+        f"{run.letter}: {what} ({count(num_noisy)} of {count(num_samples)}); kept: percent of them; share: percent of the "
+        "coreset",
+        _table("score", [*(found.short[key] for key in run.ranked), AT_RANDOM], [
+            _group(percent(rate), cells, ["kept", "share"]) for rate, cells in zip(found.rates, by_rate, strict=True)])))
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Columns under one title, as lines of equal width; `subtitle` is "" where there are none."""
+
+    title: str
+    subtitle: str
+    rows: list[str]
+
+
+def _group(title: str, cells: list[list[str]], subtitles: list[str] | None = None) -> _Group:
+    lines = [*([subtitles] if subtitles else []), *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    width = max(len(title), *map(len, text))
+    text = [line.rjust(width) for line in text]
+    return _Group(title.center(width) if subtitles else title.rjust(width), text.pop(0) if subtitles else "", text)
+
+
+def _table(label: str, names: list[str], groups: list[_Group]) -> str:
+    """An aligned table; groups of columns that do not fit into WIDTH follow below with the names repeated."""
+    width = max(len(label), *map(len, names))
+    blocks: list[list[_Group]] = [[]]
+    used = width
+    for group in groups:
+        if blocks[-1] and used + 2 + len(group.title) > WIDTH:
+            blocks.append([])
+            used = width
+        blocks[-1].append(group)
+        used += 2 + len(group.title)
+    text = []
+    for block in blocks:
+        lines = [[label, *(group.subtitle or group.title for group in block)],
+                 ["-" * width, *("-" * len(group.title) for group in block)]]
+        if any(group.subtitle for group in block):
+            lines.insert(0, ["", *(group.title if group.subtitle else " " * len(group.title) for group in block)])
+        lines += [[name, *cells] for name, *cells in zip(names, *(group.rows for group in block), strict=True)]
+        text.append("\n".join("  ".join([name.ljust(width), *cells]).rstrip() for name, *cells in lines))
+    return "\n\n".join(text)
+
+
+def _part(title: str, *body: str) -> str:
+    return "\n".join([title, *body])
+
+
+def _page(runs: list[_Run], found: _Findings, path: Path) -> str:
+    """The whole text: what was compared, the tables, where the CSV is, what was left out."""
+    dataset = runs[0].fingerprint
+    head = [f"{count(dataset.num_samples)} samples, {count(dataset.num_classes)} classes"]
+    width = max(len(run.name) for run in runs)
+    for run in runs:
+        facts = [("", (run.config.get("model") or {}).get("name")), ("seed ", (run.config.get("run") or {}).get("seed")),
+                 ("world size ", run.run.read_env().get("world_size"))]
+        said = [f"{word}{value}" for word, value in facts if value is not None]
+        head.append(f"{run.letter}  {run.name:{width}}  {', '.join([*said, f'{len(run.ranked)} scores'])}")
+    renamed = {short: key for key, short in found.short.items() if short != key}
+    width = max(map(len, renamed), default=0)
+    names = [f"{short:{width}} = {key}" for short, key in renamed.items()]
+    end = [f"wrote {path} ({count(len(found.rows))} rows)", *(f"note: {problem}" for problem in dict.fromkeys(found.problems))]
+    return "\n\n".join(["\n".join(head), *(["\n".join(names)] if names else []), *found.parts, "\n".join(end)])
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """Folder names, or the whole paths where two are called the same."""
+    names = [run.resolve().name for run in runs]
+    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+
+
+def _letters() -> itertools.chain[str]:
+    """A, B, ... Z, then R27, R28, ..."""
+    return itertools.chain(map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27)))
+
+
+def _decimal(value: float, digits: int = 2) -> str:
+    return "-" if np.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.00
+
+
+def _percent(share: float) -> str:
+    return "-" if np.isnan(share) else f"{100 * share:.1f}"
+
+
+def _whole_percent(share: float) -> str:
+    """Without decimals; neither something nor nearly all is rounded away."""
+    return "<1" if 0 < share < 0.005 else ">99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
+
+
+def _write_csv(path: Path, rows: list[tuple[Any, ...]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    try:
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error}); choose another file with --out") from error

@@ -1,0 +1,268 @@
+"""`.beton` files: check one, read single images back; and the manifest beside it. `writer` makes them.
+
+Uses NumPy on the file format, not FFCV: importing FFCV costs seconds, and its reader takes truncated and corrupted
+files without a word. The content of the images is not checked here but in `check`, which reads them by `stored_bytes`.
+"""
+
+# N samples, A entries of the allocation table
+
+import hashlib
+import io
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tdds_dist.config.run import Config
+from tdds_dist.console import Progress
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import Fingerprint, fingerprint
+
+JPG, RAW = 0, 1  # FFCV's storage modes of an image
+
+# The file format, version 2: header, field descriptors, metadata [N], pages of data, allocation table [A].
+VERSION = 2
+HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
+                   ("alloc_table_ptr", "<u8")], align=True)
+DESCRIPTOR = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+INT_TYPE, IMAGE_TYPE = 1, 2
+FIELD_TYPES = {0: np.dtype("<f8"), INT_TYPE: np.dtype("<i8"), IMAGE_TYPE: IMAGE, 3: BYTES, 4: np.dtype("<u8"),
+               5: BYTES, 6: np.dtype("<u8")}  # float, int, image, bytes, array, JSON, tensor
+FIXED_SIZE_TYPES = (0, INT_TYPE)  # all other fields have one entry per sample in the allocation table
+
+CONTENT_IMAGES = 256  # whose bytes go into `content_sha256`
+IMAGES_PER_READ = 1024  # that one thread takes at a time
+
+
+# --- inspecting ---
+
+
+@dataclass(frozen=True, eq=False)
+class BetonInfo:
+    """What the checked metadata of a `.beton` says; arrays are by global index."""
+
+    path: Path
+    num_samples: int
+    num_bytes: int
+    field_names: list[str]
+    image_field: str
+    label_field: str
+    label_N: np.ndarray  # int64
+    width_N: np.ndarray  # uint16, pixels
+    height_N: np.ndarray  # uint16, pixels
+    mode_N: np.ndarray  # uint8, JPG or RAW
+    data_ptr_N: np.ndarray  # uint64, offset of the image in the file, bytes
+    size_N: np.ndarray  # uint64, bytes of the image in the file
+
+
+def inspect_beton(path: Path) -> BetonInfo:
+    """Check the structure of a `.beton` and return its metadata, without FFCV and without reading image data.
+
+    Raises InputError when it is missing, truncated, of another version, has no single image and label field, or when
+    metadata and allocation table contradict each other.
+    """
+    path = Path(path)
+    header, num_bytes = _read_header(path)
+    num_samples, num_fields, table_ptr = (int(header[key]) for key in ("num_samples", "num_fields", "alloc_table_ptr"))
+    start = HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
+    if min(table_ptr, num_bytes) < start or num_samples == 0 or num_fields == 0:
+        raise _damaged(path, f"{num_bytes} bytes, {num_samples} samples, {num_fields} fields and an allocation table "
+                             f"at {table_ptr} are not a finished file")
+    names, types = _read_fields(path, num_fields)
+    image, label = _pick_field(path, names, types, IMAGE_TYPE), _pick_field(path, names, types, INT_TYPE)
+    metadata_type = np.dtype([("", FIELD_TYPES[type_id]) for type_id in types], align=True)
+    data_start = start + num_samples * metadata_type.itemsize
+    num_allocations = num_samples * sum(type_id not in FIXED_SIZE_TYPES for type_id in types)
+    expected = table_ptr + num_allocations * ALLOCATION.itemsize
+    if table_ptr < data_start or num_bytes != expected:
+        raise _damaged(path, f"{num_bytes} bytes instead of {max(expected, data_start)} for {num_samples} samples: "
+                             "truncated, or header corrupted")
+    metadata_N = np.fromfile(path, metadata_type, num_samples, offset=start)
+    table_A = np.fromfile(path, ALLOCATION, num_allocations, offset=table_ptr)
+    image_N = metadata_N[f"f{image}"]
+    size_N = _allocated_bytes(path, image_N["data_ptr"], table_A, data_start, table_ptr)
+    _check_images(path, image_N, size_N)
+    width_N, height_N, mode_N, data_ptr_N = (np.ascontiguousarray(image_N[key])
+                                             for key in ("width", "height", "mode", "data_ptr"))
+    return BetonInfo(path, num_samples, num_bytes, names, names[image], names[label],
+                     metadata_N[f"f{label}"].astype(np.int64), width_N, height_N, mode_N, data_ptr_N, size_N)
+
+
+def dataset_fingerprint(info: BetonInfo, num_classes: int) -> Fingerprint:
+    """The fingerprint that ties scores and coresets to this file's samples."""
+    return fingerprint(info.label_N, num_classes)
+
+
+def content_sha256(info: BetonInfo) -> str:
+    """Whether a file is the one it was: hash of all labels, sizes and modes and of the bytes of up to 256 images.
+
+    Where in the file an image lies is left out: it differs between two writes of the same images by several workers.
+    Cheap, but no proof that all images are the same; that is `tdds check`.
+    """
+    digest = hashlib.sha256(f"tdds-content-1 {info.num_samples}".encode())
+    for array_N, kind in ((info.label_N, "<i8"), (info.width_N, "<u2"), (info.height_N, "<u2"), (info.mode_N, "<u1"),
+                          (info.size_N, "<u8")):
+        digest.update(array_N.astype(kind).tobytes())
+    chosen = evenly_spaced(info.num_samples, CONTENT_IMAGES)
+    stored = dict(stored_bytes(info, chosen))
+    for i in chosen.tolist():
+        digest.update(stored[i])
+    return digest.hexdigest()
+
+
+def evenly_spaced(num_samples: int, num: int) -> np.ndarray:
+    """At most `num` global indices from the first to the last, sorted int64."""
+    return np.unique(np.linspace(0, num_samples - 1, max(1, min(num, num_samples))).astype(np.int64))
+
+
+def stored_bytes(info: BetonInfo, index: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """(global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is fast.
+
+    Reads rather than maps, because a file that shrinks under a map ends the process. Raises InputError for a file that
+    cannot be read, or is no longer as long as it was.
+    """
+    try:
+        with info.path.open("rb", buffering=0) as file:
+            for i in map(int, index):
+                ptr, size = int(info.data_ptr_N[i]), int(info.size_N[i])
+                data = os.pread(file.fileno(), size, ptr)
+                while len(data) < size and (more := os.pread(file.fileno(), size - len(data), ptr + len(data))):
+                    data += more  # one call reads 2 GiB at most
+                if len(data) != size:
+                    raise _damaged(info.path, f"it ends within image {i}, so it has changed since it was opened")
+                yield i, data
+    except OSError as error:
+        raise InputError(f"{info.path} cannot be read ({error}); check the disk, or copy it again") from error
+
+
+def crc32_of_images(info: BetonInfo, num_threads: int = 1, progress: bool = False) -> np.ndarray:
+    """CRC-32 of the stored bytes of every image, uint32 [N], read in the order of the file."""
+    crc32_N = np.empty(info.num_samples, np.uint32)
+    order_N = np.argsort(info.data_ptr_N, kind="stable")
+
+    def of_part(first: int) -> int:
+        part = order_N[first : first + IMAGES_PER_READ]
+        for i, data in stored_bytes(info, part):
+            crc32_N[i] = zlib.crc32(data)
+        return len(part)
+
+    with Progress("checksums", info.num_samples, "images", progress) as bar, ThreadPoolExecutor(num_threads) as pool:
+        for num in pool.map(of_part, range(0, info.num_samples, IMAGES_PER_READ)):  # reading and CRC let others run
+            bar.advance(num)
+    return crc32_N
+
+
+def read_images(path: Path, index: Iterable[int], info: BetonInfo | None = None) -> list[np.ndarray]:
+    """Images at the global indices `index`, each uint8 [H, W, 3] RGB, decoded straight from the file.
+
+    `info` saves inspecting the file again. Raises InputError for an index outside the file and a damaged image.
+    """
+    info = inspect_beton(path) if info is None else info
+    images = []
+    with Path(path).open("rb") as file:
+        for i in map(int, index):
+            if not 0 <= i < info.num_samples:
+                raise InputError(f"index {i} is outside [0, {info.num_samples}) of {path}; use indices of this file")
+            shape = (int(info.height_N[i]), int(info.width_N[i]), 3)
+            file.seek(int(info.data_ptr_N[i]))
+            data = file.read(int(info.size_N[i]))
+            try:
+                if info.mode_N[i] == RAW:
+                    image = np.frombuffer(data, np.uint8).reshape(shape)
+                else:
+                    image = np.asarray(Image.open(io.BytesIO(data), formats=["JPEG"]).convert("RGB"))
+            except (OSError, ValueError, SyntaxError) as error:
+                raise _damaged(path, f"image {i} cannot be decoded ({error})") from error
+            if image.shape != shape:
+                raise _damaged(path, f"image {i} is {image.shape[:2]}, its metadata says {shape[:2]}")
+            images.append(image)
+    return images
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path} is not a whole .beton file: {what}; copy it again, or write it again with `tdds write`")
+
+
+def _read_header(path: Path) -> tuple[np.void, int]:
+    """Header and size in bytes of a file of the right version."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file; `tdds write` makes .beton files")
+    try:
+        num_bytes = path.stat().st_size
+        header = np.fromfile(path, HEADER, 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}); check its permissions") from error
+    if len(header) == 0:
+        raise _damaged(path, f"{num_bytes} bytes do not hold a header")
+    if header[0]["version"] != VERSION:
+        raise _damaged(path, f"format version {header[0]['version']} instead of {VERSION}")
+    return header[0], num_bytes
+
+
+def _read_fields(path: Path, num_fields: int) -> tuple[list[str], list[int]]:
+    """Name and type id of every field, in the order of the metadata's columns."""
+    descriptors = np.fromfile(path, DESCRIPTOR, num_fields, offset=HEADER.itemsize)
+    names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"]]
+    types = [int(type_id) for type_id in descriptors["type_id"]]
+    for name, type_id in zip(names, types, strict=True):
+        if type_id not in FIELD_TYPES:
+            raise InputError(f"{path}: field {name!r} has the custom type {type_id}; only FFCV's own fields can be "
+                             "read, write the file again with an image and a label field")
+    return names, types
+
+
+def _pick_field(path: Path, names: list[str], types: list[int], type_id: int) -> int:
+    """Position of the one field of this type; of several int fields, the one named label."""
+    found = [i for i, other in enumerate(types) if other == type_id]
+    if type_id == INT_TYPE and len(found) > 1:
+        found = [i for i in found if names[i] == "label"]
+    if len(found) != 1:
+        what = "RGB image field" if type_id == IMAGE_TYPE else "int field (or, of several, one named label)"
+        raise InputError(f"{path}: fields {names} must hold exactly one {what}; write the file again with `tdds write`")
+    return found[0]
+
+
+def _allocated_bytes(path: Path, data_ptr_N: np.ndarray, table_A: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Size of each image, uint64 [N], looked up in the allocation table; all regions must lie in [start, end)."""
+    table_A = table_A[table_A["size"] > 0]
+    table_A = table_A[np.argsort(table_A["ptr"], kind="stable")]
+    ptr_A, size_A = np.ascontiguousarray(table_A["ptr"]), np.ascontiguousarray(table_A["size"])
+    if len(ptr_A) == 0 or ptr_A[0] < start or ptr_A[-1] >= end or (size_A > end - ptr_A).any():
+        raise _damaged(path, f"its allocation table points outside the data region [{start}, {end})")
+    entry_N = np.minimum(np.searchsorted(ptr_A, data_ptr_N), len(ptr_A) - 1)
+    unknown = np.flatnonzero(ptr_A[entry_N] != data_ptr_N)
+    if unknown.size:
+        raise _damaged(path, f"{unknown.size} images, the first of them {unknown[0]}, are not in the allocation table")
+    if np.count_nonzero(np.bincount(entry_N)) != len(data_ptr_N):
+        raise _damaged(path, "two samples share one image")
+    return size_A[entry_N]
+
+
+def _check_images(path: Path, image_N: np.ndarray, size_N: np.ndarray) -> None:
+    pixels_N = image_N["width"].astype(np.uint64) * image_N["height"]
+    wrong = (pixels_N == 0) | (image_N["mode"] > RAW) | ((image_N["mode"] == RAW) & (size_N != pixels_N * 3))
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        raise _damaged(path, f"image {first} has mode {image_N['mode'][first]}, {image_N['width'][first]} x "
+                             f"{image_N['height'][first]} pixels and {size_N[first]} bytes, which cannot be")
+
+
+def content_of(files: tuple[BetonInfo, BetonInfo]) -> dict[str, str]:
+    """Return what the images of a run are, for `setting["data"]`."""
+    return {key: content_sha256(file) for key, file in zip(("train", "val"), files, strict=True)}
+
+
+def content_here(config: Config) -> dict[str, dict[str, str]]:
+    """Return `content_of` the files of a config as `data`, or nothing where one of them is not on this machine."""
+    paths = Path(config.data.train), Path(config.data.val)
+    if not all(path.is_file() for path in paths):
+        return {}
+    return {"data": content_of((inspect_beton(paths[0]), inspect_beton(paths[1])))}

@@ -1,0 +1,7 @@
+"""Ranks and what they exchange.
+
+Owns the process group, every collective, who owns which global index, the visit order of an epoch, and signals that ask to
+leave. May import the ground only. Start with `partition` (index arithmetic, NumPy only), then `world` and `collectives`.
+"""
+
+__all__ = ["collectives", "interruption", "partition", "world"]  # modules that other rooms may import

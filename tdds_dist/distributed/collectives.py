@@ -1,0 +1,252 @@
+"""What ranks exchange: agreement, sums, rows by owner, gathered shards."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tdds_dist.distributed.partition import rows_per_shard, shard_bounds
+from tdds_dist.distributed.world import _CONTROL_SHARE, TIMEOUT_SECONDS, Group, World
+from tdds_dist.errors import InputError
+
+# ---- ranks that agree
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """Run a block that may find bad input, or a full disk, on some ranks only; then all ranks raise an InputError with
+    the first rank's message.
+
+    Protocol: every rank enters and leaves the block; inside it there is no collective.
+    """
+    error: InputError | None = None
+    try:
+        yield
+    except InputError as caught:
+        error = caught
+    except OSError as caught:
+        error = InputError(f"cannot read or write ({caught}); free space, or choose another run.dir")
+        error.__cause__ = caught
+    messages = gather_objects(None if error is None else str(error), world)
+    first = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if first is not None:
+        if error is not None and world.rank == first:
+            error.shared = True
+            raise error
+        raise InputError(f"{messages[first]} (found on rank {first})", shared=True)
+
+
+def gather_objects(value: Any, world: World, group: Group | None = None) -> list[Any]:
+    """The small `value` of every rank, by rank, on every rank; blocks. Only for values of our own ranks: it pickles."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * world.world_size
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def control_group(timeout_seconds: float = TIMEOUT_SECONDS) -> Group | None:
+    """A group of all ranks on the CPU, for talk that must not get between training's collectives; None without ranks.
+
+    A collective. `release_group` ends it.
+    """
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_CONTROL_SHARE * timeout_seconds))
+
+
+def release_group(group: Group | None) -> None:
+    """End a control group; every rank calls it, after its last use."""
+    if group is not None:
+        dist.destroy_process_group(group)
+
+
+class Consensus:
+    """The largest of every flag over all ranks, one call late: a step starts the exchange, the next one reads it, so that
+    nobody waits for a message that was sent just now. All ranks see the same answers at the same call."""
+
+    def __init__(self, num_flags: int, group: Group | None):
+        self._num_flags, self._group = num_flags, group
+        self._pending: tuple[Tensor, dist.Work | None] | None = None
+
+    def exchange(self, flags: list[int]) -> list[int]:
+        """Give this rank's flags; returns the agreed ones of the call before (zeros at first)."""
+        agreed = self._read()
+        flag_F = torch.tensor(flags, dtype=torch.int64)
+        work = None if self._group is None else dist.all_reduce(flag_F, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (flag_F, work)
+        return agreed
+
+    def settle(self, flags: list[int]) -> list[int]:
+        """As `exchange`, but waits, and counts what was under way as well."""
+        before = self.exchange(flags)
+        return [max(pair) for pair in zip(before, self._read(), strict=True)]
+
+    def _read(self) -> list[int]:
+        if self._pending is None:
+            return [0] * self._num_flags
+        flag_F, work = self._pending
+        self._pending = None
+        if work is not None:
+            work.wait()
+        return flag_F.tolist()
+
+
+def as_shard(local: Tensor, num_samples: int, world: World, dim: int = 0) -> Tensor:
+    """This rank's block of a table whose axis `dim` is the sample axis, as a DTensor over all ranks (shares memory).
+
+    Without a process group it is the whole table, and comes back as it is.
+    """
+    if not dist.is_initialized():
+        return local
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    mesh = DeviceMesh.from_group(everyone, world.device.type)
+    shape = torch.Size([*local.shape[:dim], num_samples, *local.shape[dim + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
+
+
+def own_rows(table: Tensor) -> Tensor:
+    """The local block of what `as_shard` made."""
+    return table.to_local() if hasattr(table, "to_local") else table
+
+
+def copy_to_host(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """A copy on the CPU, sharded as `tensor` is; into `buffer`, an earlier copy of the same tensor, where it fits.
+
+    On CUDA the copy is under way when this returns.
+    """
+    local = own_rows(tensor)
+    host = None if buffer is None else own_rows(buffer)
+    if host is None or (host.shape, host.dtype) != (local.shape, local.dtype):
+        host = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+    host.copy_(local, non_blocking=True)
+    if local is tensor:
+        return host
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    mesh = DeviceMesh.from_group(everyone, "cpu")
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(host, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+class Exchange:
+    """Rows under way between ranks, started by `exchange_rows`; `wait` gives what this rank received."""
+
+    def __init__(self, received_RX: Tensor, work: dist.Work | None, sent_BX: Tensor):
+        self._received_RX = received_RX
+        self._work = work
+        self._sent_BX = sent_BX  # must outlive the transfer
+
+    def wait(self) -> Tensor:
+        """Received rows [R, X], ordered by sending rank. On CUDA this orders streams and does not block the host."""
+        if self._work is not None:
+            self._work.wait()
+        return self._received_RX
+
+
+def exchange_rows(rows_BX: Tensor, sends: list[int], receives: list[int]) -> Exchange:
+    """Start sending the first sends[0] rows to rank 0, the next sends[1] to rank 1, and so on.
+
+    Protocol: every rank calls it equally often, also with nothing to send; `receives` must be what the others send.
+    """
+    if not dist.is_initialized():
+        return Exchange(rows_BX, None, rows_BX)
+    received_RX = rows_BX.new_empty((sum(receives), rows_BX.shape[1]))
+    work = dist.all_to_all_single(received_RX, rows_BX.contiguous(), receives, sends, async_op=True)
+    return Exchange(received_RX, work, rows_BX)
+
+
+def exchange_counts(sends_W: Tensor) -> list[int]:
+    """How many rows each rank will send to this one, given how many this one sends to each (int64 [W]); blocks."""
+    if not dist.is_initialized():
+        return sends_W.tolist()
+    receives_W = torch.empty_like(sends_W)
+    dist.all_to_all_single(receives_W, sends_W)
+    return receives_W.tolist()
+
+
+def all_gather_shards(shard_MX: Tensor, num_samples: int, world: World) -> Tensor:
+    """Rows of all shards in global order, [N, ...], on every rank; `shard_MX` holds this rank's rows only."""
+    if not dist.is_initialized():
+        return shard_MX
+    rows = rows_per_shard(num_samples, world.world_size)
+    padded_MX = shard_MX.new_zeros((rows, *shard_MX.shape[1:]))
+    padded_MX[: len(shard_MX)] = shard_MX
+    gathered = shard_MX.new_empty((world.world_size * rows, *shard_MX.shape[1:]))
+    dist.all_gather_into_tensor(gathered, padded_MX)
+    return gathered[:num_samples]
+
+
+def all_gather_same(value_X: Tensor, world: World) -> Tensor:
+    """The equally shaped `value_X` of every rank, [W, ...]."""
+    gathered_WX = value_X.new_empty((world.world_size, *value_X.shape))
+    if not dist.is_initialized():
+        gathered_WX[0] = value_X
+    else:
+        dist.all_gather_into_tensor(gathered_WX.view(-1), value_X.contiguous().view(-1))
+    return gathered_WX
+
+
+def sum_over_ranks(value_X: Tensor) -> Tensor:
+    """Sum of `value_X` over ranks, in place, on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(value_X)
+    return value_X
+
+
+def min_over_ranks(value_X: Tensor) -> Tensor:
+    """Minimum of `value_X` over ranks, in place, on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(value_X, op=dist.ReduceOp.MIN)
+    return value_X
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, so that replicas agree."""
+    if not dist.is_initialized():
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= dist.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def data_parallel(model: nn.Module, world: World, num_compiled: int = 0) -> nn.parallel.DistributedDataParallel:
+    """The model wrapped for gradient averaging; buffers stay local during an epoch (see `average_buffers`).
+
+    num_compiled: shapes of input for each of which calls of the wrapper are compiled (torch.compile, in place: names of
+    parameters stay, the model inside stays as it is); 0 compiles nothing. The graph is cut where DDP's buckets end, so that
+    gradients travel during backward all the same. Compiled kernels give other last bits than eager ones, and the same bits
+    again on the same machine.
+    """
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    replicas = nn.parallel.DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    if num_compiled:
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 8 + num_compiled)  # beyond it, torch goes on uncompiled
+        replicas.compile(dynamic=False)  # kernels for a size are faster than kernels for any
+    return replicas
+
+
+def own_shard(num_samples: int, world: World) -> tuple[int, int]:
+    """Half-open range of global indices that this rank owns."""
+    return shard_bounds(num_samples, world.world_size, world.rank)

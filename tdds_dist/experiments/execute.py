@@ -1,0 +1,328 @@
+"""Stage `experiment`: a table of retrainings from one collection per seed.
+
+Owns running what `grid` plans: several at a time in processes of their own, or one after the other on all ranks of a job;
+and the coresets in between. What a run does is `collect`'s and `retrain`'s; what comes out is `tables`'.
+"""
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.config.experiment import Experiment
+from tdds_dist.config.grid import Method
+from tdds_dist.config.run import Config, load_config, parse_baselines, parse_config
+from tdds_dist.console import Progress, announce, say
+from tdds_dist.coreset.agreement import noise_kept
+from tdds_dist.coreset.select import changes, find_scores, make_coreset, put, random_scores
+from tdds_dist.data.manifest import Manifest, read_manifest
+from tdds_dist.distributed.collectives import gather_objects, together
+from tdds_dist.distributed.interruption import Interruption
+from tdds_dist.distributed.world import World, current_world, session
+from tdds_dist.errors import InputError
+from tdds_dist.experiments.grid import Cell, Task, check_plan, in_the_way, is_done, retrain_task, window_of
+from tdds_dist.experiments.processes import run_in_processes
+from tdds_dist.experiments.tables import CellResult, write_tables
+from tdds_dist.runs.artifacts import Scores, load_coreset, load_scores, write_atomically
+from tdds_dist.runs.directory import RunDir, any_scores, move_aside
+from tdds_dist.runs.lock import RunLock
+from tdds_dist.scoring.offline import BASELINES, MODEL_SCORES, file_key, score, score_all
+from tdds_dist.text import duration
+
+
+def experiment(plan: Experiment, *, jobs: int = 1, force: bool = False, world: World | None = None,
+               interruption: Interruption | None = None) -> tuple[Path, list[str]]:
+    """Run what is missing of an experiment and write its tables; returns the Markdown file and what failed.
+
+    `jobs` runs go at a time, each alone in a process with its share of the CPUs and GPUs. With a `world` of several ranks
+    every rank calls it, and all of them work on one run after the other. What is done already is skipped; a run that was
+    stopped half-way goes on from its last checkpoint. What can do neither, being of other settings, is refused, and with
+    `force` moved aside. A run that fails stops only those that need it.
+
+    Raises:
+        InputError: an impossible plan, or runs of other settings in its directory; before anything runs.
+    """
+    world = world or current_world("cpu")
+    execute = _on_all_ranks(world, interruption) if world.world_size > 1 else _in_processes(jobs)
+    with ExitStack() as locks:
+        with together(world):
+            collections, cells = check_plan(plan)
+            if world.is_main:
+                plan.directory.mkdir(parents=True, exist_ok=True)
+                for seed in plan.seeds:
+                    locks.enter_context(_locked(plan, seed))
+        return _experiment(plan, collections, cells, execute, world, 1 if world.world_size > 1 else jobs, force)
+
+
+def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell],
+                execute: Callable[[list[Task]], dict[Path, str]], world: World, jobs: int,
+                force: bool) -> tuple[Path, list[str]]:
+    """Ranks agree on what to do without telling each other: they see the same files and the same failures."""
+    started = time.perf_counter()
+    with together(world):
+        if world.is_main:
+            _clear_the_way([*collections.values()], force)
+            _clear_the_way([retrain_task(plan, cell) for cell in cells
+                             if cell.run.path.exists() and _is_readable(cell.coreset_file)], force)
+    with together(world):
+        waiting = [task for task in collections.values() if not is_done(task)]
+        if world.is_main:
+            announce(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), "
+                     f"{len(cells)} retrainings, {jobs} at a time")
+    with _tables_if_interrupted(plan, collections, cells, [], started, world):  # what cells hold is not checked yet
+        not_collected = execute(waiting)
+    failed = list(not_collected.values())
+    with together(world):
+        cells_left = [cell for cell in cells if cell.collection.path not in not_collected]
+        configs = {seed: parse_config(task.config) for seed, task in collections.items()}
+        reasons = _make_coresets(cells_left, configs, force) if world.is_main else {}
+    reasons = gather_objects(reasons, world)[0]
+    with together(world):  # nobody reads what the main rank is still writing
+        coresets = dict.fromkeys(cell.coreset_file for cell in cells_left)
+        failed += [f"coreset {file}: {reasons[file]}" for file in coresets if file in reasons]
+        cells_left = [cell for cell in cells_left if cell.coreset_file not in reasons]
+        tasks = [retrain_task(plan, cell) for cell in cells_left]
+        if world.is_main:
+            _clear_the_way(tasks, force)
+    with together(world):
+        waiting = sorted((task for task in tasks if not is_done(task)), key=lambda task: -task.cost)
+        if world.is_main and tasks:
+            say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
+    with _tables_if_interrupted(plan, collections, cells, cells_left, started, world):
+        failed += execute(waiting).values()
+    with together(world):
+        if world.is_main:
+            _finish(plan, collections, cells, cells_left, started)
+    return plan.directory / "table.md", failed
+
+
+def _clear_the_way(tasks: list[Task], force: bool) -> None:
+    """Raise InputError when a directory holds a run that is not, and cannot become, that of its task; with `force` move all
+    such runs aside, when nobody is at work in them."""
+    images: dict[Any, Any] = {}
+    found = {task.directory: problem for task in tasks if (problem := in_the_way(task, images))}
+    for directory, (what, way_out) in found.items():
+        if not force:
+            raise InputError(f"{what}; {way_out}, or give --force, which moves it aside")
+        for run in (RunDir(directory), *RunDir(directory).retrain_runs()):
+            lock = RunLock(run.path)
+            lock.acquire(say)
+            lock.release()
+    for directory, (what, _) in found.items():
+        say(f"warning: {what}; it is moved aside to {move_aside(directory)}")
+
+
+def _is_readable(coreset_file: Path) -> bool:
+    try:
+        load_coreset(coreset_file)
+    except InputError:
+        return False
+    return True
+
+
+@contextmanager
+def _tables_if_interrupted(plan: Experiment, collections: dict[int, Task], cells: list[Cell], valid: list[Cell],
+                           started: float, world: World) -> Iterator[None]:
+    """What is done so far, when the runs end before their time; where ranks work together, the launcher ends them."""
+    try:
+        yield
+    except BaseException:
+        if world.world_size == 1:
+            _finish(plan, collections, cells, valid, started)
+        raise
+
+
+def _finish(plan: Experiment, collections: dict[int, Task], cells: list[Cell], valid: list[Cell], started: float) -> None:
+    """Write the tables, and the record of this start. Results of cells that are not `valid` do not count."""
+    paths = {cell.run.path for cell in valid}
+    manifest = _manifest(plan)
+    outcomes = [_outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest) for cell in cells]
+    _record_time(plan, time.perf_counter() - started)
+    write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
+    finished = {run.path for task in collections.values() for run in RunDir(task.directory).retrain_runs()
+                if run.result_file.is_file()}
+    if others := finished - {cell.run.path for cell in cells}:
+        say(f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or networks, and are not in "
+            "the table")
+
+
+def _manifest(plan: Experiment) -> Manifest | None:
+    """The manifest of the training images, where there is one."""
+    try:
+        return read_manifest(Path(load_config(plan.config, plan.overrides).data.train))
+    except InputError:  # the file is gone, or another
+        return None
+
+
+def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | None) -> CellResult:
+    """What the table says of a cell, with the noise in its coreset where the manifest, of the same labels, knows."""
+    coreset = load_coreset(cell.coreset_file) if cell.coreset_file.is_file() else None
+    bad: list[np.ndarray | None] = [None, None]
+    if manifest and coreset and manifest.fingerprint == coreset.fingerprint:
+        bad = [manifest.noisy_N, manifest.corrupted_N]
+    shares = [noise_kept(coreset.index_M, bad_N)[0] if coreset and bad_N is not None else None for bad_N in bad]
+    return CellResult(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed, result,
+                   coreset.method if coreset else "", *shares)
+
+
+@contextmanager
+def _locked(plan: Experiment, seed: int) -> Iterator[None]:
+    """Keep other processes from this seed's runs, which they would take for left-overs; ends with this process."""
+    with (plan.directory / f".seed{seed}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another `tdds experiment` is at work on seed {seed} in {plan.directory}; wait for it, or "
+                             "choose another name or dir") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+# ---- scores and coresets: seconds, on the main rank
+
+
+def _make_coresets(cells: list[Cell], configs: dict[int, Config], force: bool) -> dict[Path, str]:
+    """Write the coreset files of the cells; returns those that cannot be made, and why.
+
+    One that is right already stays, another one is moved aside; refused without `force` where it was trained on.
+
+    `configs` by seed are those of the plan: that of the collection may have had other rates and options.
+    """
+    scores: dict[tuple[Path, str, float], Scores] = {}
+    reasons: dict[Path, str] = {}
+    for cell in {cell.coreset_file: cell for cell in cells}.values():
+        method, rate, run = cell.method, cell.pruning_rate, cell.collection
+        key = (run.path, method.name, rate if method.score_key == "tdds" else 0.0)
+        try:
+            if key not in scores:
+                scores[key] = _scores_of(run, configs[cell.seed], method, rate)
+            coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
+                                             seed=cell.seed, **method.selector_options)
+        except InputError as error:
+            say(f"{cell.coreset_file}: FAILED: {error}", urgent=True)
+            reasons[cell.coreset_file] = str(error)
+            continue
+        for warning in warnings:
+            say(f"warning: {method.name} at p={rate:g}, seed {cell.seed}: {warning}")
+        changed = changes(cell.coreset_file, coreset) if cell.coreset_file.exists() else ""
+        for other in cells:
+            if changed and not force and other.coreset_file == cell.coreset_file and other.run.config_file.is_file():
+                raise InputError(f"{other.run.path} was trained on {cell.coreset_file}, which {changed}; choose another name "
+                                 "or dir, or give --force, which moves both aside")
+        for notice in put(cell.coreset_file, coreset):
+            say(f"warning: {notice}")
+    return reasons
+
+
+def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scores:
+    """The scores a method ranks by, computed from the trajectory where no file holds them yet."""
+    key = method.score_key
+    if key == "random":
+        return random_scores(any_scores(run.path), config.run.seed)
+    if key in MODEL_SCORES:
+        return find_scores(run.path, key, rate)
+    if key == "tdds":
+        window, preset = window_of(config, method, rate), method.preset or config.score.preset
+        path = run.scores / f"{window.key(preset, method.delta)}.npz"
+        if not path.is_file():
+            path, = score(run.path, preset=preset, T=window.T, K=window.K, beta=window.beta, delta=method.delta, out=path)
+        return load_scores(path)
+    options = parse_baselines(config.score.baselines, method.options)
+    path = run.scores / f"{file_key(key, options)}.npz"  # the name carries every option
+    if not path.is_file():
+        values = [f"{name}={getattr(options, name)}" for name in BASELINES[key].options]
+        (path,), _ = score_all(run.path, [key], options=values)
+    return load_scores(path)
+
+
+# ---- running
+
+
+def _run_task(task: Task, world: World, interruption: Interruption | None = None) -> None:
+    """One collection or retraining, from its last checkpoint where it was stopped."""
+    from tdds_dist.training.collect import collect
+    from tdds_dist.training.retrain import retrain
+
+    config = parse_config(task.config, task.title)
+    if task.coreset_file is None:
+        collect(config, world, settings=task.settings, interruption=interruption)
+    else:
+        retrain(config, world, task.coreset_file, task.strategy, importance=task.importance, name=task.name,
+                settings=task.settings, interruption=interruption)
+
+
+def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[list[Task]], dict[Path, str]]:
+    """What runs tasks one after the other on all ranks; returns those that failed, by directory, and why."""
+    def execute(tasks: list[Task]) -> dict[Path, str]:
+        failed = {}
+        for number, task in enumerate(tasks, start=1):
+            if world.is_main:
+                say(f"[{number}/{len(tasks)}] {task.title}")
+            try:
+                _run_task(task, world, interruption)
+            except InputError as error:
+                if not error.shared:
+                    raise
+                failed[task.directory] = f"{task.title}: {error}"
+                if world.is_main:
+                    say(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}", urgent=True)
+        return failed
+
+    return execute
+
+
+def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
+    """What runs tasks in `jobs` processes; returns those that failed, by directory, and why."""
+    if jobs < 1:
+        raise InputError(f"--jobs={jobs} must be at least 1")
+
+    def execute(tasks: list[Task]) -> dict[Path, str]:
+        if not tasks:
+            return {}
+        failed: dict[Path, str] = {}
+        defects: list[Exception] = []
+        done, started = 0.0, time.perf_counter()
+        total = sum(task.cost or 1.0 for task in tasks)
+        with Progress("experiment", len(tasks), "runs", visible=True) as bar:
+            for number, (task, outcome) in enumerate(run_in_processes(tasks, _work, jobs), start=1):
+                done += task.cost or 1.0
+                left = duration((time.perf_counter() - started) * (total - done) / done)
+                if isinstance(outcome, InputError):
+                    failed[task.directory] = f"{task.title}: {outcome}"
+                elif isinstance(outcome, Exception):
+                    defects.append(outcome)
+                text = f"FAILED: {outcome or type(outcome).__name__}" if isinstance(outcome, Exception) else outcome
+                say(f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left", urgent=isinstance(outcome, Exception))
+                bar.advance()
+        if defects:
+            raise defects[0]  # with the worker's traceback
+        return failed
+
+    return execute
+
+
+def _work(task: Task) -> str:
+    """Run a task in this worker, its lines in the log of the run alone; returns what to say about it."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process; log.txt has the lines
+    started = time.perf_counter()
+    device = task.config["run"]["device"]
+    with session(device, task.config["run"]["timeout_seconds"]) as world:
+        _run_task(task, world)
+    result = RunDir(task.directory).read_result() or {}
+    return f"{result['final_top1']:.2f} % in {time.perf_counter() - started:.0f} s"
+
+
+def _record_time(plan: Experiment, seconds: float) -> None:
+    """Add this invocation to times.jsonl, for the provenance of the table."""
+    file = plan.directory / "times.jsonl"
+    line = json.dumps({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds}) + "\n"
+    before = file.read_bytes() if file.is_file() else b""
+    write_atomically(file, lambda handle: handle.write(before + line.encode()))

@@ -1,0 +1,345 @@
+"""Stage `plan`: what a collection and its retrainings will take, before anything runs, and which option makes it fit.
+
+`needs` says what is needed; this stage compares it with what there is. Nothing is written. A way out that an error names
+was planned with in full, and fits.
+"""
+
+import itertools
+import math
+import re
+import shutil
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tdds_dist.config.run import Config, parse_config
+from tdds_dist.errors import InputError
+from tdds_dist.experiments.needs import (
+    Case,
+    Line,
+    Training,
+    assumptions,
+    check_batches,
+    disk_lines,
+    host_lines,
+    list_trainings,
+    memory_lines,
+    network_lines,
+    read_images,
+    run_lines,
+    size,
+)
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.training.schedule import batch_size_factor
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(|B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
+_LEAST_WITHOUT_UNIT = 1e6  # bytes; less is gigabytes in somebody's mind
+_MOST_TOGETHER = 4  # options that an error combines
+_MOST_NAMED = 4  # ways out that an error names
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes that there are."""
+
+    num_bytes: float
+    source: str  # where that is known from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All numbers of a plan."""
+
+    title: str
+    sections: dict[str, tuple[str, list[Line]]]  # name in JSON -> heading, lines
+    trainings: list[Training]
+    num_ranks: int
+    unit: str  # what a rank is called
+    assumed: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers of the text, by name."""
+        numbers = {name: {line.key: line.value for line in lines} for name, (_, lines) in self.sections.items()}
+        trainings = [asdict(training) | {"images_seen": training.images_seen, "rank_hours": self._rank_hours(training.hours)}
+                     for training in self.trainings]
+        return {"plan": self.title, **numbers, "trainings": trainings, "assumptions": self.assumed}
+
+    def as_text(self) -> str:
+        """Tables for people."""
+        rows = [self.title]
+        for heading, lines in self.sections.values():
+            rows += ["", heading, *(f"  {line.label:<40}{line.text:>12}   {line.note}".rstrip() for line in lines)]
+        width = max(len(training.name) for training in self.trainings)
+        rows += ["", f"  {'':<{width}}{'images':>12}{'epochs':>8}{'batch':>8}{'images seen':>16}{'hours':>10}"
+                     f"{self.unit + '-hours':>12}"]
+        for training in self.trainings:
+            rows.append(f"  {training.name:<{width}}{training.num_images:>12,}{training.epochs:>8}"
+                        f"{training.global_batch_size:>8}{training.images_seen:>16,}{_hours(training.hours):>10}"
+                        f"{_hours(self._rank_hours(training.hours)):>12}")
+        seen = sum(training.images_seen for training in self.trainings)
+        hours = [training.hours for training in self.trainings if training.hours is not None]
+        total = sum(hours) if hours else None
+        rows.append(f"  {'all':<{width}}{'':>28}{seen:>16,}{_hours(total):>10}{_hours(self._rank_hours(total)):>12}")
+        return "\n".join([*rows, "", "assumed", *(f"  {text}" for text in self.assumed)])
+
+    def _rank_hours(self, hours: float | None) -> float | None:
+        return None if hours is None else hours * self.num_ranks
+
+
+def _hours(hours: float | None) -> str:
+    return "unknown" if hours is None else f"{hours:,.2f}"
+
+
+def plan(config: Config, *, num_ranks: int = 1, num_samples: int | None = None, gpu_memory_bytes: float | None = None,
+         disk_bytes: float | None = None, images_per_second: float | None = None, measured_in: Path | None = None,
+         strategies: Sequence[str] | None = None) -> Plan:
+    """What `config` takes on `num_ranks` ranks.
+
+    Args:
+        num_samples: N; by default the training .beton says it.
+        gpu_memory_bytes: of one GPU; by default that of a visible one, and no limit where there is none.
+        disk_bytes: by default what is free where the run directory lies.
+        images_per_second: over all ranks; by default as measured in the run `measured_in`, or in the config's own.
+        strategies: of the retrainings, which are those of the config's section `pipeline`; by default its own.
+
+    Raises:
+        InputError: the config cannot be run so, or something does not fit; names options with which it does.
+    """
+    if num_ranks < 1:
+        raise InputError(f"--gpus={num_ranks} must be at least 1: it is the number of ranks on all nodes together")
+    config.check_collect()
+    images = read_images(config, num_samples)
+    served = sorted({rate for window in config.score.windows for rate in window.pruning_rates} - {0.0})  # 0: the collection
+    wanted = config.pipeline
+    case = Case(config, images, num_ranks, wanted.scores, wanted.pruning_rates or tuple(served),
+                tuple(strategies or wanted.strategies), wanted.seeds or (config.run.seed,))
+    trainings = list_trainings(case)
+    check_batches(case)
+    limits = find_limits(case, gpu_memory_bytes, disk_bytes)
+    if exceeded := _exceeded(case, limits):
+        raise InputError(_refusal(case, limits, exceeded))
+    speed, source = find_speed(config, num_ranks, images_per_second, measured_in)
+    if speed is not None:
+        trainings = [replace(training, hours=training.images_seen / speed / 3600) for training in trainings]
+    there_is = {key: [Line("there is", limit.num_bytes, limit.source)] for key, limit in limits.items()}
+    sections = {
+        "run": ("run", run_lines(case)),
+        "memory_per_rank": (f"memory per {case.unit}", memory_lines(case) + there_is.get("memory", [])),
+        "host_memory_per_rank": (f"host memory per {case.unit}", host_lines(case)),
+        "disk": (f"disk, in {config.run.directory}", disk_lines(case) + there_is.get("disk", [])),
+        "network_per_rank": (f"network, sent by each {case.unit}", network_lines(case)),
+        "time": ("time", [Line("images per second", speed, source, "")]),
+    }
+    title = f"plan of {config.run.name}: {config.model.name} on {num_ranks} {case.unit}{'s' if num_ranks > 1 else ''}"
+    return Plan(title, sections, trainings, num_ranks, case.unit, assumptions(case))
+
+
+# ---- what there is
+
+
+def parse_bytes(text: str | None, option: str) -> float | None:
+    """Bytes of a size such as 80GB, 79.6GiB or 80000MB, or of a plain number; None of None. InputError for anything else."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    num_bytes = 0.0
+    if match:
+        unit = match[2]
+        base = 1024 if "i" in unit else 1000
+        num_bytes = float(match[1]) * base ** (" KMGT".index(unit[0].upper()) if unit not in ("", "B") else 0)
+    if match and not match[2] and 0 < num_bytes < _LEAST_WITHOUT_UNIT:
+        raise InputError(f"{option}={text} has no unit; write {text}GB")
+    if not num_bytes:
+        raise InputError(f"{option}={text!r} is not a size; write it like 80GB (10^9 bytes), 79.6GiB (2^30), 80000MB or "
+                         "80000000000")
+    return num_bytes
+
+
+def find_limits(case: Case, gpu_memory_bytes: float | None, disk_bytes: float | None) -> dict[str, Limit]:
+    """Memory per GPU and disk, as given, else as found on this machine; memory is missing where there is no GPU."""
+    if case.is_cpu and gpu_memory_bytes is not None:
+        raise InputError(f"--gpu-memory={gpu_memory_bytes:.0f} means nothing with run.device=cpu; leave it out, or set "
+                         "run.device=cuda")
+    limits = {}
+    if gpu_memory_bytes is not None:
+        limits["memory"] = Limit(gpu_memory_bytes, "--gpu-memory")
+    elif not case.is_cpu:
+        import torch
+
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_properties(0)
+            limits["memory"] = Limit(device.total_memory, f"{device.name} here; --gpu-memory plans for another")
+    folder = case.config.run.directory.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    limits["disk"] = (Limit(shutil.disk_usage(there).free, f"free in {there}; --disk plans for another") if disk_bytes is None
+                      else Limit(disk_bytes, "--disk"))
+    return limits
+
+
+def find_speed(config: Config, num_ranks: int, images_per_second: float | None,
+               measured_in: Path | None) -> tuple[float | None, str]:
+    """Images per second over all ranks, and where that is known from; None where it is not."""
+    if images_per_second is not None:
+        if measured_in is not None:
+            raise InputError("--images-per-second and --from exclude each other; leave one out")
+        if not (images_per_second > 0 and math.isfinite(images_per_second)):
+            raise InputError(f"--images-per-second={images_per_second} must be positive")
+        return images_per_second, "--images-per-second"
+    run = RunDir(measured_in or config.run.directory)
+    if measured_in is None and not run.metrics_file.is_file():
+        return None, "give --images-per-second X, or --from RUN with a run of this network"
+    was = parse_config(run.read_config(), str(run.config_file))
+    others = [f"{key}={old}" for key, old, new in (
+        ("model.name", was.model.name, config.model.name), ("model.cifar_stem", was.model.cifar_stem, config.model.cifar_stem),
+        ("data.image_size", was.data.image_size, config.data.image_size),
+        ("data.progressive", was.data.progressive, config.data.progressive), ("train.amp", was.train.amp, config.train.amp),
+        ("model.compile", was.model.compile, config.model.compile),
+        ("train.fused_optimizer", was.train.fused_optimizer, config.train.fused_optimizer),
+    ) if old != new]
+    speeds = [record["images_per_second"] for record in run.read_metrics() if "images_per_second" in record]
+    if others or not speeds:
+        what = f"was measured with {', '.join(others)}" if others else "has no finished epoch"
+        if measured_in is not None:
+            raise InputError(f"--from={measured_in} {what}; give a run of this config, or --images-per-second X")
+        return None, f"{run.path} {what}; give --images-per-second X"
+    env = run.read_env()
+    then = (env.get("resumes") or [env])[-1]
+    ranks = then.get("world_size", num_ranks)
+    scaled = f", times {num_ranks} / {ranks} ranks as if linear" if ranks != num_ranks else ""
+    source = f"median of {len(speeds)} epochs of {run.path} on {ranks} x {then.get('device', 'unknown')}{scaled}"
+    return median(speeds) * num_ranks / ranks, source
+
+
+# ---- what does not fit, and what would
+
+
+def _needs(case: Case, key: str) -> float:
+    return (memory_lines(case) if key == "memory" else disk_lines(case))[-1].value or 0
+
+
+def _exceeded(case: Case, limits: dict[str, Limit]) -> list[str]:
+    return [key for key, limit in limits.items() if _needs(case, key) > limit.num_bytes]
+
+
+def _refusal(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> str:
+    """One line: what is needed, what there is, and what makes it fit."""
+    where = {"memory": f"per {case.unit}", "disk": "of disk"}
+    needed = " and ".join(f"{size(_needs(case, key))} {where[key]}, more than {size(limits[key].num_bytes)} "
+                          f"({limits[key].source})" for key in exceeded)
+    ways = [f"{' and '.join(_changes(case, way))} ({', '.join(f'{size(_needs(way, key))} {where[key]}' for key in exceeded)})"
+            for way in _ways_out(case, limits, exceeded)]
+    start = f"{case.config.run.name} on {case.num_ranks} {case.unit}{'s' if case.num_ranks > 1 else ''} needs {needed}"
+    if ways:
+        return f"{start}; use {', or '.join(ways)}"
+    lines = {"memory": memory_lines, "disk": disk_lines}
+    largest = [max(lines[key](case)[:-1], key=lambda line: line.value or 0) for key in exceeded]
+    parts = ", ".join(f"{line.label} ({line.text})" for line in largest)
+    out = {"memory": "a GPU with more memory, another network or data.image_size",
+           "disk": "a run.dir on a larger file system"}
+    return f"{start}; no option makes it fit, the largest part is {parts}; use {', and '.join(out[key] for key in exceeded)}"
+
+
+def _ways_out(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> list[Case]:
+    """The mildest use of each option that makes everything fit; where none does, of two together, and so on."""
+    options = [option for key in exceeded for option in OPTIONS[key]]
+    for num_together in range(1, _MOST_TOGETHER + 1):
+        found: dict[tuple[str, ...], Case] = {}
+        for together in itertools.combinations(dict.fromkeys(options), num_together):
+            ways = list(_variants(case, together))
+            if num_together == 1:  # each takes less than the one before
+                ways = ways[bisect_left(ways, True, key=lambda way: _fits(way, limits, otherwise=True)):][:1]
+            if (way := next((way for way in ways if _fits(way, limits)), None)) is not None:
+                found.setdefault(tuple(_changes(case, way)), way)
+        if found:
+            return list(found.values())[:_MOST_NAMED]
+    return []
+
+
+def _fits(case: Case, limits: dict[str, Limit], otherwise: bool = False) -> bool:
+    """Whether all limits are kept; `otherwise` is the answer for a batch so small that the network cannot train on it."""
+    try:
+        if _exceeded(case, limits):
+            return False
+        check_batches(case)
+        return True
+    except InputError:
+        return otherwise
+
+
+Option = Callable[[Case], Iterator[Case]]
+
+
+def _variants(case: Case, options: Sequence[Option]) -> Iterator[Case]:
+    """All uses of several options together, mild ones first."""
+    if not options:
+        yield case
+        return
+    for changed in options[0](case):
+        yield from _variants(changed, options[1:])
+
+
+def _smaller_logp(case: Case) -> Iterator[Case]:
+    if case.config.score.logp_dtype == "float32":
+        yield case.with_config("score", logp_dtype="float16")
+
+
+def _more_gpus(case: Case) -> Iterator[Case]:
+    most = case.config.train.global_batch_size // case.config.train.accumulation
+    cases = (replace(case, num_ranks=num) for num in range(case.num_ranks + 1, most + 1))
+    yield from filter(_deals_out, cases)
+
+
+def _more_forward_passes(case: Case) -> Iterator[Case]:
+    train = case.config.train
+    most = train.global_batch_size // case.num_ranks
+    cases = (case.with_config("train", accumulation=num) for num in range(train.accumulation + 1, most + 1))
+    yield from filter(_deals_out, cases)
+
+
+def _mixed_precision(case: Case) -> Iterator[Case]:
+    if not case.is_cpu and case.config.train.amp == "none":
+        yield case.with_config("train", amp="bf16")
+
+
+def _smaller_trajectory(case: Case) -> Iterator[Case]:
+    if case.config.score.trajectory and case.config.score.trajectory_dtype == "float32":
+        yield case.with_config("score", trajectory_dtype="float16")
+
+
+def _no_trajectory(case: Case) -> Iterator[Case]:
+    if case.config.score.trajectory:
+        yield case.with_config("score", trajectory=False)
+
+
+def _fewer_checkpoints(case: Case) -> Iterator[Case]:
+    for keep in range(case.config.checkpoint.keep - 1, 1, -1):  # 2 is the fewest
+        yield case.with_config("checkpoint", keep=keep)
+
+
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "memory": (_smaller_logp, _more_gpus, _more_forward_passes, _mixed_precision),
+    "disk": (_smaller_trajectory, _no_trajectory, _fewer_checkpoints, _smaller_logp),
+}
+
+
+def _deals_out(case: Case) -> bool:
+    """Whether ranks and forward passes divide the batches of all trainings. `per_rank_batch` also looks for better ones."""
+    train, parts = case.config.train, case.num_ranks * case.config.train.accumulation
+    rule = case.config.retrain.batch_size_rule
+    batches = [train.global_batch_size * batch_size_factor(rate, rule) for rate in case.pruning_rates]
+    return all(batch >= parts and batch % parts == 0 for batch in (train.global_batch_size, *batches))
+
+
+def _changes(before: Case, after: Case) -> list[str]:
+    """The options by which two cases differ, as they are typed."""
+
+    def options_of(case: Case) -> list[str]:
+        score, train = case.config.score, case.config.train
+        return [f"score.logp_dtype={score.logp_dtype}", f"--gpus {case.num_ranks}", f"train.accumulation={train.accumulation}",
+                f"train.amp={train.amp}", f"score.trajectory_dtype={score.trajectory_dtype}",
+                f"score.trajectory={str(score.trajectory).lower()}", f"checkpoint.keep={case.config.checkpoint.keep}"]
+
+    return [new for old, new in zip(options_of(before), options_of(after), strict=True) if old != new]

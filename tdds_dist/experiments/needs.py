@@ -1,0 +1,322 @@
+"""What a planned run takes, line by line: on the device, in host memory, on disk, over the network. Numbers, no decisions.
+
+`memory` counts bytes; here they are added up for a config on so many ranks, with what follows the collection. What was
+not measured is a named constant, and said by `assumptions`.
+"""
+
+# B rows per rank and forward pass, C classes, M rows of a shard, N dataset, W world size (number of ranks)
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.config.run import Config
+from tdds_dist.config.scores import DENSE
+from tdds_dist.coreset.samplers import num_kept
+from tdds_dist.data.beton import inspect_beton
+from tdds_dist.data.manifest import check_labels
+from tdds_dist.distributed.partition import class_owners, rows_per_shard
+from tdds_dist.errors import InputError
+from tdds_dist.experiments import memory
+from tdds_dist.experiments.memory import Network
+from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
+
+CONTEXT_BYTES = 1_000_000_000  # assumed, per process: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS
+MARGIN = 0.05  # assumed, of all else: what the caching allocator cannot use between its blocks
+PROCESS_BYTES = {"cuda": 3_000_000_000, "cpu": 900_000_000}  # assumed, in host memory: Python, torch and its libraries
+INDEX_BYTES_PER_IMAGE = 170  # in host memory: what the loader knows of each image, and one epoch's order and routing; measured
+LARGEST_SIDE = 400  # assumed where the .beton is not there: side of the largest image, pixels
+BATCHES_IN_FLIGHT = 5  # of a loader: 3 ahead, and those at both ends
+BATCHES_ON_DEVICE = {"cuda": 7, "cpu": 2}  # as they came; on CUDA those in flight, and two because the host runs ahead
+
+_ASSUMED = (
+    "retrainings have no scorer and no larger batch, so they take less memory; they run one after another",
+    "hours are those of training: evaluation, the final pass and start-up come on top",
+)
+_ASSUMED_OF_GPUS = (
+    f"CUDA, NCCL, cuDNN and cuBLAS take {CONTEXT_BYTES / 1e9:g} GB per process, and {MARGIN:.0%} of all else is lost between "
+    "blocks of the allocator (neither is measured)",
+    "attention counts unfused, and work in backward as in float32: upper bounds",
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is known of the training images."""
+
+    num_samples: int
+    source: str  # where that is known from
+    largest_pixels: int  # width times height of the largest
+    label_N: np.ndarray | None = None
+
+    def largest_share(self, num_ranks: int) -> int:
+        """Images whose classes one rank keeps in the final pass, at most."""
+        if self.label_N is None:
+            return rows_per_shard(self.num_samples, num_ranks)
+        owner_C = class_owners(self.label_N, num_ranks)
+        return int(np.bincount(owner_C[self.label_N]).max())
+
+
+@dataclass(frozen=True)
+class Training:
+    """A collection or a retraining. `hours` on all ranks together, None where the speed is not known."""
+
+    name: str
+    num_images: int
+    epochs: int
+    global_batch_size: int
+    hours: float | None = None
+
+    @property
+    def images_seen(self) -> int:
+        """Images in all epochs."""
+        return self.num_images * self.epochs
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number: bytes, or a count; None where it is not known."""
+
+    label: str
+    value: float | None
+    note: str = ""
+    unit: str = "bytes"
+
+    @property
+    def key(self) -> str:
+        """Its name in JSON."""
+        words = re.sub(r"[^a-z0-9]+", "_", self.label.lower()).strip("_")
+        return f"{words}_{self.unit}" if self.unit else words
+
+    @property
+    def text(self) -> str:
+        """Its number for people."""
+        if self.value is None:
+            return "unknown"
+        return size(self.value) if self.unit == "bytes" else f"{self.value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config on so many ranks, and what is to follow the collection."""
+
+    config: Config
+    images: Images
+    num_ranks: int
+    scores: tuple[str, ...] = ("tdds",)
+    pruning_rates: tuple[float, ...] = ()
+    strategies: tuple[str, ...] = ("E",)
+    seeds: tuple[int, ...] = (0,)
+
+    @cached_property
+    def rows(self) -> int:
+        """B."""
+        train = self.config.train
+        return per_rank_batch(train.global_batch_size, self.num_ranks, train.accumulation)
+
+    @cached_property
+    def network(self) -> Network:
+        """The network at B rows."""
+        return memory.network_of(self.config, self.rows)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether ranks train on the CPU; run.device=auto is planned for GPUs, wherever the plan is made."""
+        return self.config.run.device == "cpu"
+
+    @property
+    def unit(self) -> str:
+        """What a rank is called."""
+        return "rank" if self.is_cpu else "GPU"
+
+    def with_config(self, section: str, **values: Any) -> "Case":
+        """The same with other values in a section of the config."""
+        changed = getattr(self.config, section).model_copy(update=values)
+        return replace(self, config=self.config.model_copy(update={section: changed}))
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.4g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def total(lines: Sequence[Line]) -> float:
+    """Sum of lines."""
+    return sum(line.value or 0 for line in lines)
+
+
+# ---- what it is about
+
+
+def read_images(config: Config, num_samples: int | None) -> Images:
+    """The training images: their number as given, else what the .beton says. InputError when neither is there."""
+    if num_samples is not None:
+        if num_samples < 1:
+            raise InputError(f"--num-samples={num_samples} must be at least 1: it is the number of training images")
+        return Images(num_samples, "--num-samples", LARGEST_SIDE**2)
+    path = Path(config.data.train)
+    if not path.is_file():
+        raise InputError(f"data.train={path} does not exist, so the number of images is not known; give --num-samples N, or "
+                         f"write it with `tdds write SOURCE {path}`")
+    info = inspect_beton(path)
+    check_labels(info, config.data.num_classes)
+    pixels = int((info.width_N.astype(np.int64) * info.height_N).max())
+    return Images(info.num_samples, str(path), pixels, info.label_N)
+
+
+def list_trainings(case: Case) -> list[Training]:
+    """The collection, then one retraining per score, pruning rate, strategy and seed.
+
+    Raises:
+        InputError: a batch that cannot be dealt out evenly.
+    """
+    config, num_images = case.config, case.images.num_samples
+    train = config.train
+    stops_early = config.collect.stop_after == "last_window"
+    epochs = max(window.T for window in config.windows()) if stops_early else train.epochs
+    found = [Training("collect", num_images, epochs, case.rows * case.num_ranks * train.accumulation)]
+    for score, rate, strategy, seed in itertools.product(case.scores, case.pruning_rates, case.strategies, case.seeds):
+        factor = batch_size_factor(rate, config.retrain.batch_size_rule)
+        rows = per_rank_batch(train.global_batch_size, case.num_ranks, train.accumulation, factor)
+        name = " ".join([*([score] if len(case.scores) > 1 else []), f"p={rate:g} {strategy}",
+                         *([f"seed {seed}"] if len(case.seeds) > 1 else [])])
+        epochs = retrain_epochs(config.retrain.epochs or train.epochs, rate, strategy)
+        found.append(Training(f"retrain {name}", num_kept(num_images, rate), epochs,
+                              rows * case.num_ranks * train.accumulation))
+    return found
+
+
+def check_batches(case: Case) -> None:
+    """InputError when a training leaves a rank fewer rows than the network can train on (batch norm needs some)."""
+    batches = [training.global_batch_size for training in list_trainings(case)]
+    for batch in (batches[0], min(batches)):
+        memory.network_of(case.config, batch // (case.num_ranks * case.config.train.accumulation))
+
+
+def assumptions(case: Case) -> list[str]:
+    """What the numbers rest on, as sentences."""
+    return [*(() if case.is_cpu else _ASSUMED_OF_GPUS), *_ASSUMED]
+
+
+# ---- the lines; in those of memory and disk the last one is what must fit
+
+
+def run_lines(case: Case) -> list[Line]:
+    """Sizes of the collection."""
+    collection, train = list_trainings(case)[0], case.config.train
+    is_cut = collection.epochs < train.epochs
+    schedule = f"of a schedule of {train.epochs}; collect.stop_after=last_window" if is_cut else ""
+    return [
+        Line("images", collection.num_images, case.images.source, ""),
+        Line("classes", case.config.data.num_classes, "", ""),
+        Line("epochs", collection.epochs, schedule, ""),
+        Line("steps per epoch", math.ceil(collection.num_images / collection.global_batch_size), "", ""),
+        Line("global batch", collection.global_batch_size, "", ""),
+        Line("ranks", case.num_ranks, "run.device=cpu" if case.is_cpu else "one per GPU", ""),
+        Line("rows per rank and forward pass", case.rows, f"{train.accumulation} forward pass(es) per step", ""),
+    ]
+
+
+def memory_lines(case: Case) -> list[Line]:
+    """On the device of rank 0, which has the longest shard, at the worst moment."""
+    config, network, rows, num_images = case.config, case.network, case.rows, case.images.num_samples
+    scorer = memory.scorer_bytes(config, num_images, case.num_ranks)
+    shard = rows_per_shard(num_images, case.num_ranks)
+    optimizer = memory.optimizer_bytes(config.train, network.parameters)
+    keeps_buffers = config.score.on_nan == "quarantine"
+    lasting = [
+        *(Line(label, value) for label, value in scorer.items()),
+        Line("parameters", network.parameters),
+        Line("gradients", network.parameters, "in the buckets of DDP, all the time"),
+        Line("optimizer state", optimizer, config.train.optimizer),
+        Line("network's buffers", network.buffers * (1 + keeps_buffers), "twice for quarantine" if keeps_buffers else ""),
+    ]
+    as_they_came = BATCHES_ON_DEVICE["cpu" if case.is_cpu else "cuda"]
+    kept = "[M, C]" if config.score.storage == DENSE else config.score.storage
+    lasting[0] = replace(lasting[0], note=f"{kept} {config.score.logp_dtype}, M = {shard:,}")
+    step = [
+        Line("images of a batch", 3 * config.data.image_size**2 * rows * (4 + as_they_came),
+             f"normalised, and {as_they_came} batches as they came"),
+        Line("activations kept for backward", network.activations, "" if case.is_cpu else f"train.amp={config.train.amp}"),
+        Line("work of forward and backward", network.working),
+        Line("routing buffers and recording",
+             memory.recording_bytes(rows, config.data.num_classes, network.logit_bytes, config.score.storage)),
+    ]
+    elsewhere = max(  # than in forward and backward
+        network.parameters,  # the optimizer's step works on a copy
+        36 * shard + 8 * (num_images + shard),  # an epoch's end: scalars on their way out, the labels of all
+        12 * num_images + total(step) - (total(lasting) - network.parameters))  # the final pass, with the network alone
+    lines = [*lasting, *step, Line("more than that outside of steps", max(0, elsewhere - total(step)))]
+    if not case.is_cpu:
+        lines += [Line("margin", math.ceil(MARGIN * total(lines)), f"{MARGIN:.0%}, assumed"),
+                  Line("CUDA, NCCL, workspaces", CONTEXT_BYTES, "assumed")]
+    return [*lines, Line("total", total(lines))]
+
+
+def host_lines(case: Case) -> list[Line]:
+    """Of one rank's process; on the CPU the memory of training is there as well."""
+    config, network, num_images = case.config, case.network, case.images.num_samples
+    staged = memory.staged_bytes(config, network, num_images, case.num_ranks)
+    kept = case.images.largest_share(case.num_ranks) if config.score.final_pass else 0
+    features = kept * network.num_features * 4
+    sides = (config.data.image_size, config.data.eval_size or config.data.image_size)  # both loaders hold batches at times
+    decoded = case.rows * sum(BATCHES_IN_FLIGHT * (3 * side**2 + 9) + 3 * case.images.largest_pixels for side in sides)
+    held = [
+        Line("process", PROCESS_BYTES["cpu" if case.is_cpu else "cuda"], "Python and libraries, assumed"),
+        Line("index of the images", INDEX_BYTES_PER_IMAGE * num_images, "in the loader; order and routing of an epoch"),
+        Line("decoded batches", decoded,
+             f"of training and evaluation, largest image {case.images.largest_pixels:,} pixels"
+             + (", assumed" if case.images.label_N is None else "")),
+        *([Line("memory of training", memory_lines(case)[-1].value, "as above")] if case.is_cpu else []),
+    ]
+    writes = "a copy, written in the background" if config.checkpoint.asynchronous else "one table at a time"
+    either = [Line("checkpoint under way", staged, writes),
+              Line("features of the final pass", features, "later, when no checkpoint is under way")]
+    needed = total(held) + max(staged, features)
+    return [*held, *either, Line("total", needed, f"{size(needed * case.num_ranks)} for {case.num_ranks} such processes")]
+
+
+def disk_lines(case: Case) -> list[Line]:
+    """In the run directory, when it is fullest; the checkpoints of a training go when it has finished."""
+    config, network, num_images = case.config, case.network, case.images.num_samples
+    trainings, keep = list_trainings(case), config.checkpoint.keep
+    epoch_bytes = memory.trajectory_bytes(config, num_images)
+    checkpoint = memory.checkpoint_bytes(config, network, num_images, case.num_ranks)
+    of_retraining = memory.checkpoint_bytes(config, network, 0, case.num_ranks) if len(trainings) > 1 else 0
+    num_scores = len(dict.fromkeys(config.windows())) + config.score.final_pass * (1 + (network.num_features > 0))
+    models = 2 * memory.model_file_bytes(network)
+    coresets = sum(12 * training.num_images for training in trainings[1:])
+    first = [
+        Line("trajectory", (epoch_bytes * trainings[0].epochs + 8 * num_images) if epoch_bytes else 0,
+             f"{size(epoch_bytes)} per epoch, {config.score.trajectory_dtype}" if epoch_bytes else "score.trajectory=false"),
+        Line("scores", 12 * num_images * num_scores, f"{num_scores} files"),
+        Line("models", models, "final.pt, best.pt"),
+    ]
+    later = [Line("coresets", coresets), Line("models of retrainings", models * (len(trainings) - 1))]
+    during = [
+        Line("checkpoints while collecting", (keep + 1) * checkpoint,
+             f"{keep + 1} x {size(checkpoint)}: checkpoint.keep={keep}, and one being written"),
+        Line("checkpoints while retraining", (keep + 1) * of_retraining),
+    ]
+    fullest = total(first) + max(during[0].value or 0, total(later) + (during[1].value or 0))
+    return [*first, *later, *during, Line("total when fullest", fullest, "checkpoints go when a training has finished")]
+
+
+def network_lines(case: Case) -> list[Line]:
+    """What each rank sends."""
+    share = (case.num_ranks - 1) / case.num_ranks
+    rows = memory.payload_bytes(case.rows, case.config.data.num_classes, case.network.logit_bytes)
+    return [
+        Line("rows to their owners, per forward pass", round(rows * share), "all-to-all; expected, as the order is random"),
+        Line("gradients, per step", round(2 * share * case.network.parameters), "all-reduce in a ring"),
+    ]

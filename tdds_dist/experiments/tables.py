@@ -1,0 +1,187 @@
+"""Tables of an experiment: mean and standard deviation per cell beside the published numbers, as Markdown and CSV.
+
+Owns averaging and layout. A cell that is missing or failed stays visible; nothing is left out because it is bad.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdds_dist.config.experiment import Experiment
+from tdds_dist.config.grid import Method
+from tdds_dist.config.run import Config, load_config
+from tdds_dist.data.manifest import read_manifest
+from tdds_dist.errors import InputError
+from tdds_dist.report.published import PublishedTable, find_table
+from tdds_dist.runs.artifacts import write_atomically
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.text import markdown_table as _markdown
+from tdds_dist.text import mean_std
+
+MISSING = "–"
+CSV_COLUMNS = ("method", "score", "sampler", "importance", "network", "strategy", "pruning_rate", "seed", "num_images",
+               "epochs", "final_top1", "best_top1", "train_seconds", "published_top1", "wrong_labels_kept", "corrupted_kept")
+NOISE = {"wrong_labels_kept": "Wrong labels in the coreset", "corrupted_kept": "Corrupted images in the coreset"}
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One retraining of an experiment; `result` is None until it is done, `network` empty for that of the collection.
+
+    `key` is its coreset's score and way of choosing (`Coreset.method`), empty while there is none. Of images known to be
+    mislabelled or corrupted, the shares that the coreset keeps.
+    """
+
+    method: Method
+    pruning_rate: float
+    strategy: str
+    network: str
+    importance: str
+    seed: int
+    result: dict[str, Any] | None
+    key: str = ""
+    wrong_labels_kept: float | None = None
+    corrupted_kept: float | None = None
+
+
+def write_tables(plan: Experiment, outcomes: Sequence[CellResult], collections: dict[int, RunDir]) -> str:
+    """Write table.md and cells.csv into the experiment's directory; returns the Markdown. `collections` is by seed."""
+    config = load_config(plan.config, plan.overrides)
+    published = _published(config)
+    full = {seed: run.read_result() for seed, run in collections.items()}
+    parts = [_heading(plan, config, outcomes, collections), _full_data(full, published)]
+    for network in dict.fromkeys(outcome.network for outcome in outcomes):
+        for strategy in plan.strategies:
+            group = [outcome for outcome in outcomes if (outcome.network, outcome.strategy) == (network, strategy)]
+            where = f"Strategy-{strategy}" + (f", retrained with {network}" if network else "")
+            parts.append(f"## {where}\n\n{_table(plan, group, None if network else published)}")
+    parts += [_noise_table(plan, outcomes, key) for key in NOISE]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write_atomically(plan.directory / "table.md", lambda file: file.write(text.encode()))
+    rows = _csv(outcomes, published)
+    write_atomically(plan.directory / "cells.csv", lambda file: file.write(rows.encode()))
+    return text
+
+
+def _published(config: Config) -> PublishedTable | None:
+    """The paper's table for these images and this network; none for images that were changed."""
+    try:
+        manifest = read_manifest(Path(config.data.train))
+    except InputError:
+        manifest = None
+    if manifest is not None and (manifest.true_label_N is not None or manifest.corruption is not None):
+        return None
+    names = [config.data.train, manifest.source if manifest else ""]
+    return find_table(names, config.data.num_classes, config.model.name, manifest.num_samples if manifest else None)
+
+
+def _lookup(outcome: CellResult, published: PublishedTable | None) -> float | None:
+    if published is None or outcome.network or not outcome.key:
+        return None
+    return published.lookup(outcome.strategy, outcome.key, outcome.pruning_rate, outcome.importance)
+
+
+def _cell(outcomes: Sequence[CellResult]) -> str:
+    """97.22 ± 0.31 over seeds; says so when some are missing."""
+    done = [outcome.result["final_top1"] for outcome in outcomes if outcome.result is not None]
+    if not done:
+        return MISSING
+    mean, std = mean_std(done)
+    text = f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
+    return text if len(done) == len(outcomes) else f"{text} ({len(done)} of {len(outcomes)})"
+
+
+def _table(plan: Experiment, outcomes: Sequence[CellResult], published: PublishedTable | None) -> str:
+    """Methods in rows, pruning rates in columns; below a method what the paper prints, where it does."""
+    lines = [["final top-1 (%), images removed", *(f"{100 * rate:g} %" for rate in plan.pruning_rates)]]
+    for method in plan.methods:
+        mine = [[outcome for outcome in outcomes if (outcome.method, outcome.pruning_rate) == (method, rate)]
+                for rate in plan.pruning_rates]
+        importance = mine[0][0].importance
+        label = method.name + (f", importance {importance}" if importance != "none" else "")
+        lines.append([label, *map(_cell, mine)])
+        printed = [_lookup(found[0], published) for found in mine]
+        if any(value is not None for value in printed):
+            lines.append([f"*{method.name}, published*",
+                          *(MISSING if value is None else f"*{value:.2f}*" for value in printed)])
+    return _markdown(lines)
+
+
+def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> str:
+    """Methods in rows, rates in columns: the share kept in percent over seeds; empty where nothing is known."""
+    first = [outcome for outcome in outcomes  # strategies and networks share their coresets
+             if (outcome.network, outcome.strategy) == (outcomes[0].network, outcomes[0].strategy)]
+    if all(getattr(outcome, key) is None for outcome in first):
+        return ""
+    lines = [["percent of them kept, images removed", *(f"{100 * rate:g} %" for rate in plan.pruning_rates)]]
+    for method in plan.methods:
+        cells = []
+        for rate in plan.pruning_rates:
+            known = [100 * share for outcome in first if (outcome.method, outcome.pruning_rate) == (method, rate)
+                     and (share := getattr(outcome, key)) is not None]
+            mean, std = mean_std(known) if known else (None, None)
+            cells.append(MISSING if mean is None else f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else ""))
+        lines.append([method.name, *cells])
+    return f"## {NOISE[key]}\n\n{_markdown(lines)}"
+
+
+def _full_data(full: dict[int, dict[str, Any] | None], published: PublishedTable | None) -> str:
+    whole = [result for result in full.values() if result is not None and result["epochs"] == result["epochs_planned"]]
+    paper = f"; published: {published.full_top1:.2f}" if published else ""
+    if not whole:
+        stopped = "Collections stopped before the end of their schedule, so they give no accuracy on the full data"
+        return f"{stopped}{paper}." if any(full.values()) else ""
+    mean, std = mean_std(result["final_top1"] for result in whole)
+    spread = f" ± {std:.2f}" if std is not None else ""
+    seeds = f"{len(whole)} seed{'s' if len(whole) > 1 else ''}"
+    return f"Full data: {mean:.2f}{spread} ({seeds}{paper})."
+
+
+def _heading(plan: Experiment, config: Config, outcomes: Sequence[CellResult], collections: dict[int, RunDir]) -> str:
+    results = [outcome.result for outcome in outcomes if outcome.result is not None]
+    collected = [result for run in collections.values() if (result := run.read_result()) is not None]
+    env = next((env for run in collections.values() if (env := run.read_env())), {})
+    training = sum(result["train_seconds"] for result in [*results, *collected])
+    seconds = sum(record["seconds"] for record in _times(plan))
+    versions = env.get("versions", {})
+    lines = [
+        f"# {plan.name}", "",
+        f"{config.model.name}, {config.train.epochs} epochs, batch {config.train.global_batch_size}, {config.data.train}; "
+        f"seeds {', '.join(map(str, plan.seeds))}; {len(results)} of {len(outcomes)} retrainings done. Mean ± standard "
+        "deviation over seeds: each seed is a collection of its own, and the retraining from it.", "",
+        f"{env.get('cpu', '?')} ({env.get('num_cpus', '?')} CPUs), {env.get('device', '?')}, "
+        f"{env.get('world_size', '?')} rank(s) per run, torch {versions.get('torch', '?')}, commit {env.get('commit', '?')}; "
+        f"{_duration(training)} of training in {_duration(seconds)}."]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    """35 s, 21 min, 5.2 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _times(plan: Experiment) -> list[dict[str, Any]]:
+    file = plan.directory / "times.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _csv(outcomes: Sequence[CellResult], published: PublishedTable | None) -> str:
+    """One line per retraining, also those that are not done."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for outcome in outcomes:
+        result = outcome.result or {}
+        paper = _lookup(outcome, published)
+        values = [outcome.method.name, outcome.method.score_key, outcome.method.sampler or "", outcome.importance,
+                  outcome.network, outcome.strategy, outcome.pruning_rate, outcome.seed,
+                  *(result.get(key, "") for key in CSV_COLUMNS[8:13]), "" if paper is None else paper,
+                  *("" if share is None else share for share in (outcome.wrong_labels_kept, outcome.corrupted_kept))]
+        writer.writerow(values)
+    return text.getvalue()

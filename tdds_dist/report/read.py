@@ -1,0 +1,227 @@
+"""What a run directory says, each file read once, for tables and the report.
+
+Owns the reading, not the formats of what it reads. A damaged or foreign file becomes a sentence in `Facts.problems` instead of
+an exception: a report is most wanted half-way.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdds_dist.config.scores import base_key, is_plain, score_order
+from tdds_dist.coreset.agreement import main_window
+from tdds_dist.errors import InputError
+from tdds_dist.report.published import PublishedTable, find_table
+from tdds_dist.runs.artifacts import Coreset, Fingerprint, Scores, load_coreset, load_scores, require_same_dataset
+from tdds_dist.runs.directory import RunDir
+
+FULL_DATA = "full data"
+_SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings", "method", "row", "model", "network")
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """One retraining run; `setting` holds what it was asked for, `result` is None until it finishes.
+
+    Strategy, importance, score and pruning rate of an unfinished run are known from its name alone, unless it was
+    given another.
+    """
+
+    name: str
+    setting: dict[str, Any]
+    result: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    env: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def score(self) -> str:
+        """Score and way of choosing by it; FULL_DATA where nothing was pruned; with the network where that is another than
+        the collection's."""
+        if self.setting.get("pruning_rate") == 0:
+            name = FULL_DATA
+        elif "row" in self.setting or "method" in self.setting:
+            name = self.setting.get("row") or self.setting["method"]
+        else:
+            balanced = (self.setting.get("coreset_settings") or {}).get("class_balanced")
+            name = self.setting.get("score_key", "?") + ("_balanced" if balanced else "")
+        return f"{name} on {self.setting['network']}" if self.setting.get("network") else name
+
+    @property
+    def strategy(self) -> str | None:
+        """`E` or `P`, however it was spelled."""
+        text = self.setting.get("strategy")
+        return text[-1].upper() if text else None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that was read from one run directory, each file once.
+
+    `scores` and `coresets` are by file name; `names` gives each score key a short name to show, e.g. `tdds` for
+    `tdds_official_T30_K10_beta0.9`, where no other window of it serves the same pruning rate.
+    """
+
+    run: RunDir
+    config: dict[str, Any]
+    env: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    retrained: list[Retrained]
+    scores: dict[str, Scores]
+    coresets: dict[str, Coreset]
+    manifest: Any  # beton.Manifest, or None when there is none
+    published: PublishedTable | None
+    names: dict[str, str]
+    problems: list[str]
+
+
+def read_facts(run: RunDir) -> Facts:
+    """Read one run directory. InputError when it is none."""
+    config, problems = run.read_config(), list[str]()
+    scores: dict[str, Scores] = {}
+    coresets: dict[str, Coreset] = {}
+    for path in sorted(run.scores.glob("*.npz")):
+        try:
+            scores[path.stem] = load_scores(path)
+        except InputError as error:
+            problems.append(str(error))
+    data = config.get("data", {})
+    manifest = _read_manifest(data.get("train"), problems)
+    env, result = _read_env(run, problems), _read_record(run.read_result, run.result_file, problems)
+    own = _own_dataset(scores, (result or {}).get("num_images"), manifest)
+    for name in [*scores]:
+        if own is not None and (problem := _other_dataset(scores[name].fingerprint, own, run.scores / f"{name}.npz")):
+            problems.append(problem)
+            del scores[name]
+    for path in sorted(run.coresets.glob("*.npz")):
+        try:
+            coreset = load_coreset(path)
+            if own is not None:
+                require_same_dataset(coreset.fingerprint, own, str(path))
+            coresets[path.stem] = coreset
+        except InputError as error:
+            problems.append(str(error))
+    main = main_window(config, [*scores]) if scores else None
+    scores = dict(sorted(scores.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
+    coresets = dict(sorted(coresets.items(), key=lambda item: (*score_order(item[1].score_key), item[1].pruning_rate)))
+    names = [str(data.get("train", "")), str(getattr(manifest, "source", ""))]
+    model = str(config.get("model", {}).get("name", ""))
+    clean = manifest is None or (manifest.true_label_N is None and manifest.corruption is None)
+    sizes = [manifest.num_samples if manifest else None, (result or {}).get("num_images"),
+             *(score.fingerprint.num_samples for score in scores.values())]
+    num_images = next((size for size in sizes if size is not None), None)
+    table = find_table(names, int(data.get("num_classes") or 0), model, num_images) if clean else None
+    retrained = sorted((_read_retrained(sub, model, problems) for sub in run.retrain_runs()), key=_retrained_order)
+    return Facts(run, config, env, _read_metrics(run), result, retrained,
+                 scores, coresets, manifest, table, _short_names([*scores], retrained), problems)
+
+
+def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
+    rate, importance = sub.setting.get("pruning_rate"), sub.setting.get("importance")
+    return rate != 0, *score_order(sub.score), str(sub.strategy), str(importance), rate or 0, sub.name
+
+
+def short_names(pool: Sequence[Facts]) -> dict[str, str]:
+    """`Facts.names` of several runs that are shown together."""
+    if len(pool) == 1:
+        return pool[0].names
+    return _short_names([*dict.fromkeys(key for facts in pool for key in facts.scores)],
+                        [sub for facts in pool for sub in facts.retrained])
+
+
+def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
+    """A name to show for each score key: the score alone, unless two of its settings compete at one pruning rate, or the key
+    is of a variant."""
+    def family(key: str) -> str:
+        return base_key(key) + ("_balanced" if key.endswith("_balanced") else "")
+
+    competing: dict[tuple[Any, ...], set[str]] = {}
+    for sub in retrained:
+        setting = (family(sub.score), sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"))
+        competing.setdefault(setting, set()).add(sub.score)
+    ambiguous = {setting[0] for setting, scores in competing.items() if len(scores) > 1}
+
+    def name(key: str) -> str:
+        return family(key) if is_plain(key.removesuffix("_balanced")) and family(key) not in ambiguous else key
+
+    return {key: name(key) for key in [*keys, *(sub.score for sub in retrained)]}
+
+
+def _read_retrained(run: RunDir, model: str, problems: list[str]) -> Retrained:
+    config, result = run.read_config(), _read_record(run.read_result, run.result_file, problems)
+    env = _read_env(run, problems)  # says at the start what the result repeats at the end
+    setting = {"seed": config.get("run", {}).get("seed"), "epochs": config.get("train", {}).get("epochs")}
+    setting |= {key: env[key] for key in _SETTING_KEYS if key in env}
+    setting |= result or {}
+    setting["network"] = setting.get("network") or (setting["model"] if setting.get("model", model) != model else None)
+    return Retrained(run.path.name, setting, result, _read_metrics(run), env, config)
+
+
+def _own_dataset(scores: Mapping[str, Scores], num_images: int | None, manifest: Any) -> Fingerprint | None:
+    """The data set that most of the scores are of; of equally many the one of the run, then of its manifest. None without
+    scores."""
+    found = [*dict.fromkeys(each.fingerprint for each in scores.values())]
+    found = [each for each in found if each.labels_sha256] or found
+
+    def weight(own: Fingerprint) -> tuple[int, bool, bool]:
+        same = [_other_dataset(each.fingerprint, own, "") is None for each in scores.values()]
+        of_manifest = manifest is not None and _other_dataset(manifest.fingerprint, own, "") is None
+        return sum(same), own.num_samples == num_images, of_manifest
+
+    return max(found, key=weight, default=None)
+
+
+def _other_dataset(have: Fingerprint, own: Fingerprint, what: str | Path) -> str | None:
+    """What `require_same_dataset` says, or None."""
+    try:
+        require_same_dataset(have, own, str(what))
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _read_record(read: Callable[[], Any], path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """A JSON object; None, with a problem, where the file holds something else."""
+    try:
+        record = read()
+        if record is None or isinstance(record, dict):
+            return record
+        problem = f"{type(record).__name__} instead of an object"
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems.append(f"{path} is damaged ({problem}) and left out; restore it, or run the stage again")
+    return None
+
+
+def _read_env(run: RunDir, problems: list[str]) -> dict[str, Any]:
+    env = _read_record(run.read_env, run.env_file, problems) or {}
+    kinds = {"versions": dict, "data": dict, "resumes": list, "command": list, "started": str}
+    return {key: value for key, value in env.items() if isinstance(value, kinds.get(key, object))}
+
+
+def _read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """One record per epoch. A line that a kill cut short is left out; of a repeated epoch the last record counts."""
+    by_epoch: dict[int, dict[str, Any]] = {}
+    for line in run.metrics_file.read_bytes().splitlines() if run.metrics_file.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            by_epoch[record["epoch"]] = record
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def _read_manifest(beton: str | None, problems: list[str]) -> Any:
+    if not beton or not Path(beton).is_file():
+        return None
+    try:
+        from tdds_dist.data.manifest import read_manifest
+
+        return read_manifest(Path(beton))
+    except (InputError, OSError, ImportError) as error:
+        problems.append(str(error))
+        return None

@@ -1,0 +1,288 @@
+"""The accuracy table of one or several runs: by setting, seeds averaged, unfinished runs included.
+
+Owns which runs belong together, averaging, and numbers as text; reading is `read`', the page is `report`'s.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.config.scores import score_order
+from tdds_dist.errors import InputError
+from tdds_dist.report.published import PublishedTable
+from tdds_dist.report.read import FULL_DATA, Facts, Retrained, read_facts, short_names
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.identity import setting_of
+from tdds_dist.text import MISSING, count, decimal, percent, plus_minus, signed
+
+_VALUE_KEYS = ("run", "name", "seed", "final_top1", "best_top1", "train_seconds")
+_OF_A_RETRAINING = ("model.", "data.", "train.")  # what two retrainings that agree in what a row names may differ in
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunDir]:
+    """The run directories at `paths`, each once; an experiment stands for the collections in it, by seed.
+
+    Raises InputError where there is no run.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths:
+        runs = sorted((file.parent for file in path.glob("seed*/config.yaml")), key=lambda run: (len(run.name), run.name))
+        if (path / "config.yaml").is_file() or not runs:
+            if (path / "times.jsonl").is_file():
+                raise InputError(f"{path} is an experiment in which no collection has started; run `tdds experiment` again")
+            RunDir(path).read_config()  # says so when it is no run directory
+            runs = [path]
+        for run in runs:
+            found.setdefault(run.resolve(), RunDir(run))
+    return [*found.values()]
+
+
+def experiment_name(runs: Sequence[RunDir]) -> str | None:
+    """The experiment whose collections `runs` are, or None."""
+    parents = {run.path.resolve().parent for run in runs}
+    if len(parents) > 1 or not all(run.path.name.removeprefix("seed").isdigit() for run in runs):
+        return None
+    return parents.pop().name
+
+
+def pools(found: Sequence[Facts]) -> list[list[Facts]]:
+    """Runs that trained and evaluated on the same images, together; in the order of their first."""
+    groups: dict[str, list[Facts]] = {}
+    for facts in found:
+        data = facts.config.get("data", {})
+        content = facts.env.get("data") or [data.get("train"), data.get("val")]
+        groups.setdefault(json.dumps([content, data.get("num_classes")], sort_keys=True), []).append(facts)
+    return [*groups.values()]
+
+
+def run_name(facts: Facts) -> str:
+    """What to call a run."""
+    return str(facts.config.get("run", {}).get("name") or facts.run.path.name)
+
+
+def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
+    """Runs that differ in nothing but their seed, together, each with a label: their names, or "" where all are alike."""
+    groups: dict[tuple[tuple[str, str], ...], list[Facts]] = {}
+    for facts in pool:
+        groups.setdefault(tuple(sorted(setting_of(facts.config).items())), []).append(facts)
+    if len(groups) == 1:
+        return [("", [*pool])]
+    are_told_apart = len({run_name(facts) for facts in pool}) == len(pool)
+    return [(", ".join(run_name(facts) if are_told_apart else str(facts.run.path) for facts in group), group)
+            for group in groups.values()]
+
+
+def summary_table(run: RunDir) -> list[dict[str, Any]]:
+    """Accuracy by setting, seeds averaged: the collection run, then one row per setting, then what has not finished.
+
+    Keys of a row: `score` (key) and `score_name` (what to show for it), `strategy` ("E", "P" or None), `importance`,
+    `variant` (settings that tell it from a row that is alike in these, else ""), `pruning_rate`, `num_images`,
+    `epochs`, `seeds` (list), `final_top1`, `best_top1` (means, percent),
+    `final_top1_std`, `best_top1_std` (sample standard deviation over seeds, None for one), `difference` (final top-1
+    minus the reference row's), `is_reference`, `published` (the paper's number, or None), `status` ("finished" or how
+    far it got), `name` ("collect", "retrain", or that of an unfinished run), `runs` (the collections' names where several
+    runs are summed up and their settings differ, else ""), `values` (a dict per training: `run`, `name`, `seed`,
+    `final_top1`, `best_top1`, `train_seconds`).
+
+    The reference is the retraining on the full data, and where there is none the collection run, unless that was
+    stopped before the end of its schedule.
+    """
+    return summary_rows([read_facts(run)])
+
+
+def summary_tables(runs: Sequence[RunDir]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """A table for each run, or one for the runs of the same data together; with the directories it is about."""
+    return [("\n".join(str(facts.run.path) for facts in pool), summary_rows(pool)) for pool in pools([*map(read_facts, runs)])]
+
+
+def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
+    """The rows of `summary_table` from facts already read, of several runs of the same data together.
+
+    Runs that differ in nothing but their seed are averaged. Other runs have rows and a reference of their own.
+    """
+    names = short_names(pool)
+    return [row | {"runs": label} for label, group in by_setting(pool) for row in _rows_of_one_setting(group, names)]
+
+
+def variants(group: Sequence[Facts]) -> dict[tuple[Path, str], str]:
+    """What tells retrainings apart beyond score, strategy, importance, pruning rate and epochs, "" for most.
+
+    Settings in which they differ, where they are not the collection's: `train.lr=0.02`. Of those that agree in everything,
+    the seed and the collection included, the first stands for them and the others say `repeated as NAME`. Keys are the
+    collection's directory and the retraining's name.
+    """
+    found: dict[tuple[Path, str], list[str]] = {}
+    rows: dict[tuple[Any, ...], list[tuple[Facts, Retrained]]] = {}
+    networks: dict[str | None, list[tuple[Facts, Retrained]]] = {}
+    for facts in group:
+        for sub in facts.retrained:
+            found[facts.run.path, sub.name] = []
+            networks.setdefault(sub.setting.get("network"), []).append((facts, sub))
+            rows.setdefault(_row_key(sub), []).append((facts, sub))
+    own = _decisive(group[0].config)
+    batch = "train.global_batch_size"  # may follow from the pruning rate
+    for network, members in networks.items():
+        _name_differences(members, found, {} if network else own, skipped=(batch,))
+    for members in rows.values():
+        _name_differences(members, found, own, only=batch)
+    seen = set()
+    for facts in group:
+        for sub in sorted(facts.retrained, key=lambda sub: (sub.result is None, str(sub.env.get("started") or ""))):
+            seed, variant = sub.setting.get("seed"), found[facts.run.path, sub.name]
+            key = (facts.run.path, seed, *_row_key(sub), *variant)
+            if key in seen and seed is not None and sub.setting.get("pruning_rate") is not None:
+                variant.append(f"repeated as {sub.name}")
+            seen.add(key)
+    return {key: ", ".join(parts) for key, parts in found.items()}
+
+
+def _name_differences(members: list[tuple[Facts, Retrained]], found: dict[tuple[Path, str], list[str]], own: dict[str, str],
+                      skipped: tuple[str, ...] = (), only: str | None = None) -> None:
+    """Add `key=value` where a retraining is unlike the others: unlike the collection, or where none is like it, unlike most.
+
+    A key that a config lacks, being of another version, is no difference.
+    """
+    configs = [_decisive(sub.config) for _, sub in members]
+    for key in [only] if only else dict.fromkeys(key for config in configs for key in config if key not in skipped):
+        values = Counter(config[key] for config in configs if key in config)
+        if len(values) > 1:
+            usual = own[key] if own.get(key) in values else values.most_common(1)[0][0]
+            for (facts, sub), config in zip(members, configs, strict=True):
+                if config.get(key, usual) != usual:
+                    found[facts.run.path, sub.name].append(f"{key}={config[key]}")
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, str]:
+    """What of a config decides a retraining's result, but for the seed and what its row names: section.key -> value."""
+    return {key: value for key, value in setting_of(config).items()
+            if key.startswith(_OF_A_RETRAINING) and key != "train.epochs"}
+
+
+def _row_key(sub: Retrained) -> tuple[Any, ...]:
+    return sub.score, sub.strategy, *(sub.setting.get(key) for key in ("importance", "pruning_rate", "epochs"))
+
+
+def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[dict[str, Any]]:
+    published = group[0].published
+    collected, rows = _collect_rows(group), []
+    trained: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    unfinished = []
+    variant = variants(group)
+    for facts in group:
+        for sub in facts.retrained:
+            key = (*_row_key(sub), variant[facts.run.path, sub.name])
+            value = {"run": run_name(facts), "name": sub.name, "seed": sub.setting.get("seed"), **(sub.result or {})}
+            if sub.result is not None:
+                trained.setdefault(key, []).append(value)
+            else:
+                row = _row(names, published, sub.name, key, [value])
+                unfinished.append(row | {"status": _progress(sub.metrics, sub.setting.get("epochs"))})
+    rows = sorted((_row(names, published, "retrain", key, results) for key, results in trained.items()), key=_row_order)
+    full = [row for row in [*rows, *collected]
+            if row["score"] == FULL_DATA and row["final_top1"] is not None and row["status"] == "finished"]
+    full.sort(key=lambda row: (row in collected, row["variant"] != "", row["importance"] not in (None, "none")))
+    if full:
+        full[0]["is_reference"] = True
+    for row in [*collected, *rows]:
+        same_network = " on " not in row["score"]
+        if full and row is not full[0] and row["final_top1"] is not None and same_network:
+            row["difference"] = row["final_top1"] - full[0]["final_top1"]
+    return [*collected, *rows, *unfinished]
+
+
+def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
+    """One row for the collections that came to the end of their schedule, one for each of the others."""
+    by_status: dict[Any, list[dict[str, Any]]] = {}
+    for facts in group:
+        result = facts.result or {}
+        epochs, planned = result.get("epochs"), result.get("epochs_planned", result.get("epochs"))
+        value = {"run": run_name(facts), "name": "collect", "seed": facts.config.get("run", {}).get("seed"), **result}
+        if facts.result is None:
+            status = _progress(facts.metrics, facts.config.get("train", {}).get("epochs"))
+        else:
+            status = "finished" if epochs == planned else f"stopped after {epochs} of {planned} epochs"
+        by_status.setdefault(status if status == "finished" else (status, value["run"]), []).append(value)
+    rows = []
+    epochs = group[0].config.get("train", {}).get("epochs")
+    for key, values in by_status.items():
+        row = _row({}, group[0].published, "collect", (FULL_DATA, None, None, 0.0, epochs, ""), values)
+        rows.append(row | {"status": key if key == "finished" else key[0]})
+    return sorted(rows, key=lambda row: row["status"] != "finished")
+
+
+def format_summary(rows: list[dict[str, Any]]) -> str:
+    """The rows of `summary_table` as an aligned plain-text table. Top-1 in percent; "best" is over epochs."""
+    columns: list[tuple[str, str, Any]] = [
+        ("stage", "<", lambda row: row["name"] if row["name"] == "collect" else "retrain"),
+        ("score", "<", lambda row: row["score_name"]),
+        ("strategy", "<", lambda row: row["strategy"]),
+        ("importance", "<", lambda row: row["importance"]),
+        ("pruned", ">", lambda row: percent(row["pruning_rate"])),
+        ("images", ">", lambda row: count(row["num_images"])),
+        ("epochs", ">", lambda row: count(row["epochs"])),
+        ("seeds", ">", lambda row: len(row["seeds"])),
+        ("final top-1", ">", lambda row: plus_minus(row["final_top1"], row["final_top1_std"])),
+        ("best top-1", ">", lambda row: plus_minus(row["best_top1"], row["best_top1_std"])),
+        ("vs full", ">", lambda row: "reference" if row["is_reference"] else signed(row["difference"])),
+        ("published", ">", lambda row: decimal(row["published"])),
+        ("status", "<", lambda row: row["status"]),
+    ]
+    if all(row["published"] is None for row in rows):
+        columns = [column for column in columns if column[0] != "published"]
+    if all(row["status"] == "finished" for row in rows):
+        columns = [column for column in columns if column[0] != "status"]
+    if any(row["variant"] for row in rows):
+        columns.insert(4, ("settings", "<", lambda row: row["variant"] or None))
+    if any(row["runs"] for row in rows):
+        columns.insert(1, ("runs", "<", lambda row: row["runs"]))
+    plain = str.maketrans({"–": "-", "−": "-"})
+    cells = [[name for name, _, _ in columns]]
+    for row in rows:
+        shown = [show(row) for _, _, show in columns]
+        cells.append([str(MISSING if cell is None else cell).translate(plain) for cell in shown])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    form = "  ".join(f"{{:{side}{width}}}" for (_, side, _), width in zip(columns, widths, strict=True))
+    return "\n".join(form.format(*line).rstrip() for line in cells)
+
+
+# ----------------------------------------------------------------------------------------------------------- details
+
+
+def _row(names: dict[str, str], published: PublishedTable | None, name: str, key: tuple[Any, ...],
+         results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table from the results of all seeds of one setting."""
+    score, strategy, importance, rate, epochs, variant = key
+    final, final_std = _mean_std(result.get("final_top1") for result in results)
+    best, best_std = _mean_std(result.get("best_top1") for result in results)
+    return {
+        "name": name, "score": score, "score_name": names.get(score, score),
+        "strategy": strategy, "importance": importance, "variant": variant, "pruning_rate": rate,
+        "num_images": results[0].get("num_images"), "epochs": results[0].get("epochs", epochs),
+        "seeds": sorted(result["seed"] for result in results if result.get("seed") is not None),
+        "final_top1": final, "final_top1_std": final_std, "best_top1": best, "best_top1_std": best_std,
+        "difference": None, "is_reference": False, "status": "finished",
+        "published": (published.lookup(strategy, results[0].get("method", score), rate, importance)
+                      if published and " on " not in score else None),
+        "runs": "", "values": [{key: result.get(key) for key in _VALUE_KEYS} for result in results],
+    }
+
+
+def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:
+    setting = (row["score"], str(row["strategy"]), str(row["importance"]), row["epochs"] or 0, row["variant"])
+    return row["pruning_rate"] or 0, *score_order(row["score"]), *setting
+
+
+def _progress(metrics: list[dict[str, Any]], epochs: int | None) -> str:
+    return f"unfinished, {len(metrics)} of {'?' if epochs is None else epochs} epochs"
+
+
+def _mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None

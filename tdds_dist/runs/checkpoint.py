@@ -1,0 +1,443 @@
+"""Checkpoints of a run, by torch.distributed.checkpoint: whole or not there, checked before use, tensors and JSON only.
+
+    <dir>/step_0000012000/      appears by a rename when all is written and synced
+        __0_0.distcp ...        tensors: replicated ones once, sharded ones by every rank
+        .metadata               where each tensor lies (of torch.distributed.checkpoint)
+        checkpoint.json         step, what the run says about itself, size and SHA-256 of every other file
+    <dir>/step_....damaged      set aside when a later start found it damaged; `.abandoned` when it could not use it otherwise
+
+A flipped bit loads silently in torch.distributed.checkpoint, and saving into an existing folder can leave a mixture: hence
+the hashes, and a fresh folder for every save. Sharded tables are cut anew when another number of ranks loads them.
+Nothing in a checkpoint can execute code: `.metadata` is unpickled with the few names that it needs, and everything that is
+not a tensor is JSON. The order of checkpoints is that of their steps; clocks have no part in it.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from tdds_dist.distributed import collectives
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.collectives import together
+from tdds_dist.distributed.world import World
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import sync_folder, write_atomically
+
+FORMAT = "tdds-checkpoint-1"
+_RECORD = "checkpoint.json"
+_STEP = re.compile(r"step_(\d{10,})")
+_UNFINISHED = ".unfinished_"  # prefix of a folder that is being written, or was when its job died
+_BYTES_PER_READ = 1 << 24
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole. `record` is what the run said about itself; `step` its optimizer steps."""
+
+    path: Path
+    step: int
+    record: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run; all ranks make one and call it alike.
+
+    Args:
+        directory: where they lie; made when the first is saved.
+        world: the ranks; by default those of the process group.
+        keep: how many of the latest stay, at least 2 (the last one may be the one that a disk has damaged).
+        asynchronous: write in the background: `save` returns once the state is copied to host memory.
+        stop_on_error: a save that fails ends the run; else it is said, and the run goes on with those there are.
+        guard: raises InputError when the directory is not ours any more; asked on the main rank before every save.
+        about: JSON of the main rank that every checkpoint carries beside its record, e.g. config and dataset.
+        published: told on the main rank that a checkpoint is there, perhaps by another thread.
+        say: takes what a person should know; on the main rank. `note` takes what belongs in the log only.
+    """
+
+    def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True,
+                 stop_on_error: bool = False, timeout_seconds: float = distributed.TIMEOUT_SECONDS,
+                 about: Mapping[str, Any] | None = None, guard: Callable[[], None] = lambda: None,
+                 published: Callable[[], object] = lambda: None, say: Callable[[str], object] = print,
+                 note: Callable[[str], object] | None = None):
+        if keep < 2:
+            raise InputError(f"keep={keep} must be at least 2: the newest checkpoint may be damaged")
+        self.directory = Path(directory)
+        self.num_failed = 0
+        world = world or distributed.current_world()
+        self._world, self._keep, self._asynchronous, self._stop_on_error = world, keep, asynchronous, stop_on_error
+        self._say = say if world.is_main else _say_nothing
+        self._note = note or _say_nothing
+        self._guard, self._on_published, self._about = guard, published, dict(about or {})
+        self._group = collectives.control_group(timeout_seconds)
+        self._thread: threading.Thread | None = None
+        self._step_under_way = -1
+        self._error: str | None = None  # of the save that ended last; the same on all ranks
+        self._defect: BaseException | None = None
+        self._saved_step = -1
+        self._buffers: dict[str, Tensor] = {}
+
+    # ---- saving
+
+    def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], *, files: Mapping[str, Path] | None = None,
+             wait: bool = False) -> None:
+        """Save `tensors` (replicated, sharded by `distributed.as_shard`, or of this rank alone under a name of its own).
+
+        `record` is JSON of the main rank. `files` are files that go along (linked where the file system can). Returns when
+        the state may change again; with `wait` when the checkpoint is on disk. A collective.
+
+        Raises:
+            InputError: this save (with `wait`) or the one before failed, and `stop_on_error` says so; on every rank.
+        """
+        self.finish()
+        if step == self._saved_step:
+            return
+        folder = self.directory / f"{_UNFINISHED}{_name(step)}"
+        with together(self._world):
+            if self._world.is_main:
+                self._guard()
+        try:
+            with together(self._world):
+                if self._world.is_main:
+                    self._sweep()
+                    folder.mkdir(parents=True)
+                    for name, file in (files or {}).items():
+                        _link(file, folder / name)
+        except InputError as error:
+            if self._world.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+            self._failed(step, str(error))
+            return
+        in_background = self._asynchronous and not wait
+        if in_background or self._buffers:  # else torch's writer makes a copy of its own
+            tensors = self._staged(tensors)
+
+        def write() -> None:
+            try:
+                self._error = self._write(step, folder, record, tensors)
+            except BaseException as error:  # raised where the main thread looks
+                self._defect = error
+
+        if not in_background:
+            write()
+            self._buffers = {}  # the last save for a while: the end of training, or of the job
+            self._end(step)
+        else:
+            self._thread = threading.Thread(target=write, name=f"checkpoint {step}", daemon=True)
+            self._thread.start()
+            self._step_under_way = step
+
+    def finish(self) -> None:
+        """Wait for the save under way, if any. A collective, as `save` is, and with its errors."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._end(self._step_under_way)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's part of a background save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """Finish, and free the process group."""
+        try:
+            self.finish()
+        finally:
+            collectives.release_group(self._group)
+            self._group = None
+
+    def remove_all(self) -> None:
+        """Delete every checkpoint: the run is over and its results are written. Main rank only."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end(self, step: int) -> None:
+        if self._defect is not None:
+            error, self._defect = self._defect, None
+            raise error
+        if self._error is not None:
+            self._failed(step, self._error)
+        else:
+            self._saved_step = step
+
+    def _failed(self, step: int, error: str) -> None:
+        self.num_failed += 1
+        message = f"checkpoint at step {step} failed ({error})"
+        if self._stop_on_error:
+            raise InputError(f"{message}; make room and run the same command again, or let runs go on without it by "
+                             "checkpoint.on_error=continue", shared=True)
+        self._say(f"warning: {message}; the run goes on, the checkpoints before it stay")
+
+    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy in host memory that is kept from save to save.
+
+        torch's own stager copies a DTensor three times and into fresh memory: 4.2 s of standstill for 0.8 GB where this took
+        0.3 (benchmarks/checkpoint.py).
+        """
+        self._buffers = {name: collectives.copy_to_host(tensor, self._buffers.get(name)) for name, tensor in tensors.items()}
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._buffers
+
+    def _write(self, step: int, folder: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
+        """Write, hash and publish; returns what went wrong anywhere, the same on all ranks. In the background or not."""
+        error, hashes = None, {}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "assuming the intent is to save in a single process"
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, overwrite=False), process_group=self._group,
+                         no_dist=self._group is None)
+            for path in sorted(folder.iterdir()):
+                if self._is_mine(path.name):
+                    hashes[path.name] = _describe(path)
+        except (CheckpointException, OSError, RuntimeError) as caught:
+            error = _one_line(caught)
+        outcomes = collectives.gather_objects((error, hashes), self._world, self._group)
+        errors = [outcome for outcome, _ in outcomes if outcome]
+        if not errors and self._world.is_main:
+            files = {name: described for _, found in outcomes for name, described in found.items()}
+            try:
+                self._publish(step, folder, record, files)
+            except (OSError, TypeError, ValueError) as caught:  # the last two: a record that is not JSON
+                errors = [_one_line(caught)]
+        if errors and self._world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        return collectives.gather_objects(errors[0] if errors else None, self._world, self._group)[0]
+
+    def _is_mine(self, name: str) -> bool:
+        if match := re.match(r"__(\d+)_", name):
+            return int(match[1]) == self._world.rank
+        return self._world.is_main
+
+    def _publish(self, step: int, folder: Path, record: dict[str, Any], files: dict[str, Any]) -> None:
+        """Make a written folder a checkpoint: from one rename to the next there is nothing in between."""
+        content = json.loads(json.dumps(
+            {"format": FORMAT, "step": step, "record": record, "about": self._about, "files": files}))  # as it is read
+        text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
+        write_atomically(folder / _RECORD, lambda file: file.write(text.encode()))
+        target = self.directory / _name(step)
+        if target.exists():  # from before a resume that went further back
+            shutil.rmtree(_retire(target))
+        folder.rename(target)
+        sync_folder(self.directory)
+        self._note(f"checkpoint at step {step} saved")
+        self._on_published()
+        for path in published(self.directory)[: -self._keep]:
+            shutil.rmtree(_retire(path), ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what died while it was written or deleted."""
+        for path in self.directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(path)
+
+    # ---- finding and loading
+
+    def latest(self, refuse: Callable[[Checkpoint], str] = lambda checkpoint: "") -> Checkpoint | None:
+        """The newest checkpoint that is whole and that `refuse` (asked on the main rank) has nothing against.
+
+        Newer ones that are not are said and set aside. None when there is no checkpoint at all. A collective.
+
+        Raises:
+            InputError: there are checkpoints, and none can be used; lists them all, deletes none.
+        """
+        world = self._world
+        paths = collectives.gather_objects(published(self.directory) if world.is_main else None, world)[0]
+        problems: list[str] = []
+        newer: dict[Path, str] = {}
+        for path in reversed(paths):
+            found, problem = self._examine(path)
+            told = collectives.gather_objects(problem, world)
+            problem = next((text for text in told if text), "")
+            is_whole = not problem
+            if is_whole and world.is_main and found is not None:
+                try:
+                    problem = refuse(found)
+                except OSError as error:
+                    problem = _one_line(error)
+            problem = collectives.gather_objects(problem, world)[0]
+            if not problem and found is not None:
+                with together(world):
+                    if world.is_main:
+                        self._set_aside(newer, problems)
+                self._saved_step = found.step
+                return found
+            problems.append(f"{path.name}: {problem}")
+            newer[path] = "abandoned" if is_whole else "damaged"
+        if problems:
+            found_here = f"none of the {len(problems)} checkpoints in {self.directory} can be used"
+            raise InputError(f"{found_here} ({'; '.join(problems)}); restore one of them, or start over with --fresh --force",
+                             shared=True)
+        return None
+
+    def _set_aside(self, newer: dict[Path, str], problems: list[str]) -> None:
+        """Take their names from checkpoints that are not used: what is trained from here on is another branch."""
+        for problem in problems:
+            self._say(f"warning: checkpoint {problem}; the one before it is used")
+        for path, why in newer.items():
+            number = 0
+            while (aside := path.with_name(f"{path.name}.{why}{number or ''}")).exists():
+                number += 1
+            path.rename(aside)
+
+    def _examine(self, path: Path) -> tuple[Checkpoint | None, str]:
+        """Read the record and check this rank's share of the files; what is wrong, or ""."""
+        try:
+            content = json.loads((path / _RECORD).read_bytes())
+            told = content.pop("sha256")
+            if content["format"] != FORMAT:
+                return None, f"format {content['format']!r} instead of {FORMAT!r}"
+            if told != _digest(content) or path.name != _name(content["step"]):
+                return None, f"{_RECORD} is damaged"
+            if odd := [name for name in content["files"] if Path(name).name != name]:
+                return None, f"it names {odd[0]!r}, which lies outside"
+            for number, (name, described) in enumerate(sorted(content["files"].items())):
+                if number % self._world.world_size == self._world.rank and (found := _describe(path / name)) != described:
+                    if found["bytes"] != described["bytes"]:
+                        return None, f"{name} has {found['bytes']} bytes instead of {described['bytes']}"
+                    return None, f"{name} is damaged (its SHA-256 is another)"
+            if ".metadata" not in content["files"]:
+                return None, "it has no .metadata"
+        except FileNotFoundError as error:
+            return None, f"{Path(str(error.filename)).name} is missing"
+        except OSError as error:
+            return None, f"it cannot be read ({_one_line(error)})"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return None, f"{_RECORD} is damaged ({_one_line(error)})"
+        return Checkpoint(path, content["step"], content["record"], content["about"]), ""
+
+    def describe(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """The tensors of a checkpoint without their values (device `meta`), by name; sharded ones as a whole."""
+        try:
+            metadata = _Reader(checkpoint.path).read_metadata()
+            return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                    for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
+            raise InputError(f"{checkpoint.path} was not written by tdds ({error}); use those of your own run") from error
+
+    def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+        """Read `tensors` in place; sharded ones get their rows of this number of ranks. A collective.
+
+        Raises:
+            InputError: a tensor that the checkpoint does not hold, or holds in another shape or dtype, or that cannot be read;
+                on every rank.
+        """
+        with together(self._world):
+            have = self.describe(checkpoint)
+            for name, tensor in tensors.items():
+                if name not in have:
+                    raise InputError(f"{checkpoint.path} has no tensor {name!r}; resume with the config that it was made with")
+                if (have[name].shape, have[name].dtype) != (tensor.shape, tensor.dtype):
+                    raise InputError(f"{checkpoint.path} holds {name!r} as {have[name].dtype} {tuple(have[name].shape)}, not "
+                                     f"{tensor.dtype} {tuple(tensor.shape)}; resume with the config that it was made with")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            try:
+                dcp.load(tensors, storage_reader=_Reader(checkpoint.path), planner=_TensorsOnly(), process_group=self._group,
+                         no_dist=self._group is None)
+            except CheckpointException as error:
+                raise InputError(f"{checkpoint.path} cannot be read ({_one_line(error)}); check the disk, or remove it and use "
+                                 "the one before it", shared=True) from error
+
+
+def published(directory: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, in the order of their steps."""
+    try:
+        found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))]
+    except OSError:  # none yet
+        return []
+    return [path for _, path in sorted(found)]
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, with an unpickler for `.metadata` that knows only what belongs there."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _Unpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    """torch's planner unpickles what is not a tensor; ours are all tensors."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise InputError(f"{read_item.dest_index.fqn!r} in the checkpoint is not a tensor; it was not written by tdds")
+
+
+class _Unpickler(pickle.Unpickler):
+    _OF_DCP = frozenset({"Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+                         "StorageMeta", "_MEM_FORMAT_ENCODING"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = (
+            (module == "torch.distributed.checkpoint.metadata" and name in self._OF_DCP)
+            or (module == "torch.distributed.checkpoint.filesystem" and name == "_StorageInfo")
+            or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
+            or (module, name) in {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
+                                  ("collections", "OrderedDict")})
+        if not allowed:
+            raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which does not belong there")
+        return super().find_class(module, name)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:010d}"
+
+
+def _retire(path: Path) -> Path:
+    """Take its name from a folder that is to be deleted, so that it is gone at once and never half there."""
+    return path.rename(path.with_name(f"{_UNFINISHED}removal_of_{path.name}"))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The file under another name: later writes replace it, and leave this one alone."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_BYTES_PER_READ):
+            digest.update(data)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_one_line(failure)}"
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if "unexpected pos" in text:  # of torch's writer, in the place of what the file system said
+        return f"a file could not be written to its end, as when the disk is full; {text}"
+    return text
+
+
+def _say_nothing(message: str) -> None:
+    """What ranks other than the main one say."""

@@ -1,0 +1,215 @@
+"""The run directory: where every file of a run lies, and the small JSON records in it.
+
+Owns paths and records (`env.json`, `metrics.jsonl`, `result.json`, `config.yaml`, TensorBoard); not the formats of
+scores, coresets (`artifacts`) or trajectories (`trajectory`). Only rank 0 writes through it.
+"""
+
+import filecmp
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import Scores, load_scores, sync_folder, write_atomically
+
+
+class RunDir:
+    """Paths of one run; `retrain/<name>` inside it are run directories of their own."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.env_file = self.path / "env.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.result_file = self.path / "result.json"
+        self.log_file = self.path / "log.txt"
+        self.status_file = self.path / "status.json"
+        self.tensorboard = self.path / "tb"
+        self.checkpoints = self.path / "checkpoints"
+        self.trajectory = self.path / "trajectory"
+        self.scores = self.path / "scores"
+        self.coresets = self.path / "coresets"
+        self.models = self.path / "models"
+        self.retrain = self.path / "retrain"
+        self.report_file = self.path / "report.html"
+
+    def start(self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str) -> None:
+        """Create the directory, with the config and the record of how the run was started; `stage` names the stage and its
+        settings."""
+        self.write_start(config, stage | environment(world_size, device))
+
+    def write_start(self, config: dict[str, Any], env: dict[str, Any]) -> None:
+        """Write config and record; env.json comes last, so a config alone is a start that did not happen."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+            self.write_env(env)
+        except OSError as error:
+            raise InputError(f"cannot write to run.dir={self.path} ({error}); choose a writable directory") from error
+
+    def write_env(self, env: dict[str, Any]) -> None:
+        """Write the record of how the run was started."""
+        self._write_json(self.env_file, env)
+
+    def set_aside(self) -> Path:
+        """Move what a run of this directory wrote into a folder in it; coresets and retrainings stay. Returns the folder."""
+        return move_aside(self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.status_file,
+                          self.report_file, self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard)
+
+    def rewind(self, num_epochs: int) -> None:
+        """Forget the metrics of later epochs, which are to come again."""
+        if self.metrics_file.is_file():
+            lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["epoch"] < num_epochs]
+            write_atomically(self.metrics_file, lambda file: file.write("".join(lines).encode()))
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved config as it was run."""
+        if not self.config_file.is_file():
+            way_out = "`tdds collect` makes one"
+            if not self.path.exists():
+                raise InputError(f"{self.path} does not exist; {way_out}")
+            if seeds := sorted(self.path.glob("seed*/config.yaml")):
+                way_out = f"it is an experiment, give one of its runs, e.g. {seeds[0].parent}"
+            elif scores := sorted(self.path.glob("*.npz")):
+                way_out = f"it is a folder of scores, give one of them, e.g. {scores[0]}"
+            raise InputError(f"{self.path} is not a run directory (no config.yaml); {way_out}")
+        return yaml.safe_load(self.config_file.read_text())
+
+    def read_env(self) -> dict[str, Any]:
+        """How the run was started; empty when not recorded."""
+        return json.loads(self.env_file.read_text()) if self.env_file.is_file() else {}
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Append one epoch's record to metrics.jsonl."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One record per epoch, in order; empty when there is none yet. A last line that was cut off is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        records = []
+        lines = self.metrics_file.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise InputError(f"{self.metrics_file}, line {number}: not JSON ({error}); restore the file, or remove "
+                                     "that line") from error
+        return records
+
+    def write_result(self, record: dict[str, Any]) -> None:
+        """Write the outcome; its presence says that the run finished."""
+        self._write_json(self.result_file, record)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The outcome, or None while the run has not finished."""
+        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
+
+    def retrain_runs(self) -> list["RunDir"]:
+        """Finished and unfinished retraining runs inside this one, by name."""
+        return [RunDir(path.parent) for path in sorted(self.retrain.glob("*/config.yaml"))]
+
+    def _write_json(self, path: Path, record: dict[str, Any]) -> None:
+        write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
+
+
+def move_aside(*paths: Path) -> Path:
+    """Move files and folders of one folder into a new one beside them, `before-<time>`, and return that.
+
+    One level further down, no pattern for runs, scores or coresets finds them any more. Paths that do not exist are left out.
+    """
+    paths = tuple(path for path in paths if path.exists())
+    folder = first = paths[0].parent / time.strftime("before-%Y%m%dT%H%M%S")
+    number = 1
+    while any((folder / path.name).exists() for path in paths):
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    try:
+        folder.mkdir(exist_ok=True)
+        for path in paths:
+            path.rename(folder / path.name)
+    except OSError as error:
+        raise InputError(f"cannot move {paths[0]} aside to {folder} ({error}); move it by hand") from error
+    sync_folder(folder.parent)
+    return folder
+
+
+def write_keeping(path: Path, write: Callable[[IO[bytes]], object]) -> list[str]:
+    """Write a file; another one that has the name is moved aside. Returns what to say of that."""
+    new = path.with_name(f".new.{path.name}")
+    try:
+        write_atomically(new, write)
+        said = []
+        if path.exists() and not filecmp.cmp(new, path, shallow=False):
+            said = [f"{path} held something else, which is moved aside to {move_aside(path)}"]
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    return said
+
+
+def environment(world_size: int, device: str) -> dict[str, Any]:
+    """Provenance of a run: versions, commit, hardware, command."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "tdds"), *sys.argv[1:]],
+        "commit": _commit(),
+        "world_size": world_size,
+        "device": device,
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("tdds-dist", "torch", "torchvision", "ffcv", "numba", "numpy")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    source = Path(__file__).resolve().parent
+    try:
+        git = subprocess.run(["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"],
+                             capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return git.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def any_scores(source: Path) -> Scores:
+    """Any score file, for the labels and fingerprint of the dataset, and the quarantined samples: imported ones, which know
+    none, only where there are no others."""
+    if source.is_file():
+        return load_scores(source)
+    found = sorted(RunDir(source).scores.glob("*.npz"))
+    if not found:
+        raise InputError(f"{source} holds no scores; run `tdds collect` or `tdds score` first")
+    for path in found:
+        if (scores := load_scores(path)).settings.get("source") != "imported":
+            return scores
+    return load_scores(found[0])

@@ -1,0 +1,382 @@
+"""The trajectory: a few numbers per sample and epoch on disk, from which every score can be computed again.
+
+    <dir>/meta.json                                   what the columns are, N, C, dtype, hash of the labels
+    <dir>/labels/<first>-<end>.npy                    int64 [end - first], once
+    <dir>/epoch_0007/<first>-<end>.npy                float32 or float16 [F, end - first], one block per rank
+    <dir>/epoch_0007/<first>-<end>.json               its place and a CRC-32 per row; beside each block, also in labels/
+    <dir>/quarantine.json                             samples that are kept out of scores; absent when there are none
+
+A block is keyed by the range of global indices it covers, so readers need not know the world size that wrote it, and
+may mix several: a run that resumes on another number of ranks appends to what is there. A row is compared with its
+checksum before it is used. NumPy only.
+"""
+
+# F scalars, N dataset, T epochs, M rows of a block, R rows that are read
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import Fingerprint, fingerprint, write_atomically
+
+FORMAT = "tdds-trajectory-1"
+QUARANTINE_FORMAT = "tdds-quarantine-1"
+DTYPES = ("float32", "float16")
+_LARGEST_FLOAT16 = 65504.0
+_LABELS = "labels"  # their folder, and what their blocks have in the place of an epoch
+_BLOCK = re.compile(r"(\d{10})-(\d{10})\.npy")
+_SIDECAR = re.compile(r"(\d{10})-(\d{10})\.json")
+_LEFTOVER = re.compile(r"\.(\d{10}-\d{10}\.(npy|json)|(meta|quarantine)\.json)\.\w+\.tmp")  # of a killed writer
+_EPOCH = re.compile(r"epoch_(\d{4,})")
+
+
+def require_no_trajectory(directory: Path) -> None:
+    """InputError when there is one already, or part of one: epochs of two runs must not mix."""
+    if any(directory.glob("epoch_*")) or not _holds_nothing(directory):
+        raise InputError(f"{directory} already holds a trajectory; choose another directory or remove it")
+
+
+def whole_epochs(directory: Path | str) -> tuple[int, str]:
+    """How many epochs, from 0 on without a gap, are there and undamaged, and why the next one is not.
+
+    Reads everything. The reason is "" when no further epoch was begun, or when there is no trajectory at all. Without
+    undamaged labels and meta.json (and quarantine.json, where there is one) no epoch counts.
+    """
+    directory = Path(directory)
+    if _holds_nothing(directory):
+        return 0, ""
+    num_whole = 0
+    try:
+        Trajectory(directory, 0).verify()
+        for num_whole in range(len(_epochs(directory))):
+            Trajectory(directory, num_whole + 1).verify_epoch(num_whole)
+    except InputError as error:
+        return num_whole, str(error)
+    return len(_epochs(directory)), ""
+
+
+def resume_trajectory(directory: Path | str, scalars: tuple[str, ...], num_samples: int, num_classes: int,
+                      labels_sha256: str | None, next_epoch: int, *, dtype: str = "float32") -> None:
+    """Make an existing trajectory ready for writers that append epoch `next_epoch` and later ones.
+
+    The other arguments describe the run that goes on. Its writers may have other shards than those before; they write
+    no labels. Epochs 0 .. next_epoch - 1 must be whole (`whole_epochs`) and stay; later ones were not finished, or their
+    training is lost, and are removed, and samples that were quarantined in them are free again. For `next_epoch` 0
+    labels, meta.json and quarantine.json are removed too, as they are written again with epoch 0. What a killed writer
+    left half-written is removed everywhere. Nothing is removed unless all checks pass.
+
+    Protocol: one rank calls it, and the others wait before they append.
+
+    Args:
+        labels_sha256: of `artifacts.fingerprint`; None when the labels are not known.
+
+    Raises:
+        InputError: the trajectory is of another dataset, other scalars or another dtype, or not whole up to there.
+    """
+    assert next_epoch >= 0, next_epoch
+    directory = Path(directory)
+    if next_epoch > 0 or (directory / "meta.json").exists():
+        trajectory = Trajectory(directory, next_epoch)
+        trajectory.require(scalars, num_samples, num_classes, dtype)
+        if next_epoch > 0:
+            quarantined = trajectory.quarantined
+            found = trajectory.verify().labels_sha256
+            if labels_sha256 and found != labels_sha256:
+                raise InputError(f"{directory} holds labels of another dataset; they hash to {found[:12]}, those of this run "
+                                 f"to {labels_sha256[:12]}; resume with the .beton it was recorded from")
+    for epoch, folder in reversed(_epochs(directory)):  # the last first: no gap when this is interrupted
+        if epoch >= next_epoch:
+            shutil.rmtree(folder)
+    for path in [path for path in directory.rglob(".*.tmp") if _LEFTOVER.fullmatch(path.name)]:
+        path.unlink()
+    if next_epoch == 0:
+        for path in [*_label_files(directory), directory / "quarantine.json", directory / "meta.json"]:
+            path.unlink(missing_ok=True)
+    elif any(epoch >= next_epoch for epoch in quarantined.values()):
+        _write_quarantine(directory, {index: epoch for index, epoch in quarantined.items() if epoch < next_epoch})
+
+
+class TrajectoryWriter:
+    """Appends the blocks of one rank. All ranks may create it; they write different files.
+
+    Beside each block lies a sidecar with its checksums, which is written first: a block without one was not written here.
+
+    `scored` is what was scored live (preset, windows), for those who score again. `dtype` is `float32`, or `float16` for half
+    the disk: then values beyond +-65504 are clipped to that (NaN stays NaN).
+    """
+
+    def __init__(self, directory: Path | str, scalars: tuple[str, ...], num_samples: int, num_classes: int,
+                 first: int, end: int, is_main: bool, dtype: str = "float32", scored: dict[str, Any] | None = None):
+        if dtype not in DTYPES:
+            raise InputError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+        self._directory = Path(directory)
+        self._scalars = scalars
+        self._num_samples = num_samples
+        self._first, self._end = first, end
+        self._rows = end - first
+        self._dtype = dtype
+        self._meta = {"format": FORMAT, "scalars": list(scalars), "num_samples": num_samples, "num_classes": num_classes,
+                      "dtype": dtype, "checksums": True} | ({} if scored is None else {"scored": scored})
+        self._is_main = is_main  # nothing is written before the first epoch ends
+
+    def write_labels(self, label_M: np.ndarray, labels_sha256: str | None = None) -> None:
+        """Labels of the owned samples, int64 [M]; once per run, before the first `append`. Rank 0 adds meta.json.
+
+        `labels_sha256` is that of `artifacts.fingerprint` over all N labels; readers compare what they find with it.
+        """
+        if self._is_main:
+            meta = self._meta if labels_sha256 is None else self._meta | {"labels_sha256": labels_sha256}
+            text = json.dumps(meta, indent=2)
+            write_atomically(self._directory / "meta.json", lambda file: file.write(text.encode()))
+        self._write(_LABELS, label_M.astype(np.int64))
+
+    def append(self, epoch: int, scalars_FM: np.ndarray) -> None:
+        """The scalars of one epoch for the owned samples, float32 [F, M]."""
+        assert scalars_FM.shape == (len(self._scalars), self._rows), scalars_FM.shape
+        if self._dtype == "float16":
+            scalars_FM = np.clip(scalars_FM, -_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+        block_FM = scalars_FM.astype(self._dtype, order="C")  # a scalar is one stretch of the file
+        self._write(epoch, block_FM)
+
+    def write_quarantine(self, epoch_of_index: dict[int, int]) -> None:
+        """All samples that are kept out of scores so far: global index -> first epoch in which its logits were not finite.
+
+        Rank 0 calls it, before the first block in which one of them is a placeholder. An empty list leaves no file.
+        """
+        assert self._is_main
+        assert all(0 <= index < self._num_samples and epoch >= 0 for index, epoch in epoch_of_index.items())
+        _write_quarantine(self._directory, epoch_of_index)
+
+    def _write(self, place: int | str, array: np.ndarray) -> None:
+        if not self._rows:  # an empty shard has no block
+            return
+        path = self._directory / _folder_name(place) / f"{self._first:010d}-{self._end:010d}.npy"
+        sidecar = {"epoch": place, "first": self._first, "end": self._end,
+                   "crc32": [_crc32(row_M) for row_M in np.atleast_2d(array)]}
+        write_atomically(path.with_suffix(".json"), lambda file: file.write(json.dumps(sidecar).encode()))
+        write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+class Trajectory:
+    """Read access by global index, to all epochs there are or to the first `num_epochs`.
+
+    Raises:
+        InputError: no trajectory, a damaged meta.json, missing epochs. Blocks are checked when they are read.
+    """
+
+    def __init__(self, directory: Path | str, num_epochs: int | None = None):
+        self.directory = Path(directory)
+        meta = self._read_meta()
+        self.scalars: tuple[str, ...] = tuple(meta["scalars"])
+        self.num_samples: int = meta["num_samples"]
+        self.num_classes: int = meta["num_classes"]
+        self.dtype: str = meta.get("dtype", "float32")
+        self._labels_sha256: str | None = meta.get("labels_sha256")  # None: written by an earlier version
+        self._has_checksums: bool = meta.get("checksums", False)  # as above
+        self.scored: dict[str, Any] | None = meta.get("scored")  # {"preset", "windows": [{T, K, beta}]}
+        epochs = [epoch for epoch, _ in _epochs(self.directory) if num_epochs is None or epoch < num_epochs]
+        if epochs != list(range(len(epochs) if num_epochs is None else num_epochs)):
+            expected = "0, 1, 2, ..." if num_epochs is None else f"0 to {num_epochs - 1}"
+            raise InputError(f"{self.directory} holds epochs {epochs}, expected {expected} without a gap; "
+                             "restore the missing folders or collect again")
+        self.num_epochs = len(epochs)
+
+    def read(self, scalar: str, num_epochs: int | None = None) -> np.ndarray:
+        """One scalar of the first `num_epochs` epochs (default all), float32 [T, N]."""
+        if scalar not in self.scalars:
+            raise InputError(f"{self.directory} has no scalar {scalar!r}; it has {', '.join(self.scalars)}")
+        num_epochs = self.num_epochs if num_epochs is None else num_epochs
+        if num_epochs > self.num_epochs:
+            raise InputError(f"{self.directory} holds {self.num_epochs} epochs, {num_epochs} are needed; "
+                             "lower T or collect longer")
+        row = self.scalars.index(scalar)
+        values_TN = np.empty((num_epochs, self.num_samples), dtype=np.float32)
+        for epoch in range(num_epochs):
+            for first, end, block_RM in self._read_blocks(epoch, (row,)):
+                values_TN[epoch, first:end] = block_RM[0]
+        return values_TN
+
+    def labels(self) -> np.ndarray:
+        """Label by global index, int64 [N]; InputError when they are not those that were recorded."""
+        label_N = np.empty(self.num_samples, dtype=np.int64)
+        for first, end, block_RM in self._read_blocks(_LABELS, (0,)):
+            label_N[first:end] = block_RM[0]
+        found = fingerprint(label_N, self.num_classes).labels_sha256
+        if self._labels_sha256 is not None and found != self._labels_sha256:
+            raise InputError(f"{self.directory} holds labels of another dataset; they hash to {found[:12]}, meta.json says "
+                             f"{self._labels_sha256[:12]}; restore labels/ and meta.json of one run or collect again")
+        return label_N
+
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the dataset, from the labels."""
+        return fingerprint(self.labels(), self.num_classes)
+
+    def verify(self) -> Fingerprint:
+        """Fingerprint of the dataset; InputError unless everything is there and undamaged. Reads all of it."""
+        for epoch in range(self.num_epochs):
+            self.verify_epoch(epoch)
+        _ = self.quarantined
+        return self.fingerprint()
+
+    def verify_epoch(self, epoch: int) -> None:
+        """InputError unless all blocks of this epoch are there and undamaged."""
+        for _ in self._read_blocks(epoch, range(len(self.scalars))):
+            pass
+
+    @property
+    def quarantined(self) -> dict[int, int]:
+        """Samples that scores leave out: global index -> first epoch in which its logits were not finite, by index.
+
+        InputError when quarantine.json is damaged.
+        """
+        path = self.directory / "quarantine.json"
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format"] != QUARANTINE_FORMAT:
+                raise ValueError(f"format {content['format']!r} instead of {QUARANTINE_FORMAT!r}")
+            found = {int(index): epoch for index, epoch in content["samples"].items()}
+            if any(type(epoch) is not int or epoch < 0 for epoch in found.values()):
+                raise ValueError("epochs must be integers from 0 on")
+            if outside := [index for index in found if not 0 <= index < self.num_samples]:
+                raise ValueError(f"sample {outside[0]} is not in [0, {self.num_samples})")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # not text, not JSON, not of this form
+            raise InputError(f"{path} is damaged ({error!r}); restore it or collect again") from error
+        return dict(sorted(found.items()))
+
+    def require(self, scalars: tuple[str, ...], num_samples: int, num_classes: int, dtype: str) -> None:
+        """InputError unless this is what meta.json says."""
+        differs = [f"{name} {have!r} instead of {need!r}" for name, have, need in (
+            ("scalars", self.scalars, scalars), ("num_samples", self.num_samples, num_samples),
+            ("num_classes", self.num_classes, num_classes), ("dtype", self.dtype, dtype)) if have != need]
+        if differs:
+            raise InputError(f"{self.directory} holds the trajectory of another run ({'; '.join(differs)}); resume with the "
+                             "dataset and config it was recorded with")
+
+    def _read_meta(self) -> dict[str, Any]:
+        path = self.directory / "meta.json"
+        if not path.is_file():
+            raise InputError(f"{self.directory} holds no trajectory (no meta.json); "
+                             "`tdds collect`, or ShardedScorer(trajectory=...), writes one")
+        try:
+            meta = json.loads(path.read_text())
+            found = meta["format"]
+            if found == FORMAT:
+                sizes = (meta["num_samples"], meta["num_classes"])
+                if not isinstance(meta.get("checksums", False), bool):
+                    raise TypeError("checksums must be true, false or absent")
+                if not isinstance(meta["scalars"], list) or not all(isinstance(size, int) and size > 0 for size in sizes):
+                    raise TypeError("scalars must be a list, num_samples and num_classes positive integers")
+        except (OSError, ValueError, TypeError, KeyError) as error:  # not readable, not text, not JSON, not these keys
+            raise InputError(f"{path} is damaged ({error!r}); restore it or collect again") from error
+        if found != FORMAT:
+            raise InputError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
+        if (dtype := meta.get("dtype", "float32")) not in DTYPES:
+            raise InputError(f"{path} has dtype {dtype!r}, this version reads {', '.join(DTYPES)}")
+        return meta
+
+    def _read_blocks(self, place: int | str, rows: Sequence[int]) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+        """First and end index of the blocks of an epoch, or of the labels (one row), and these rows of each, mapped and
+        verified: R arrays [end - first]."""
+        shape, dtype = ((), np.dtype(np.int64)) if place == _LABELS else ((len(self.scalars),), np.dtype(self.dtype))
+        for first, end, path in self._blocks(self.directory / _folder_name(place)):
+            block_FM = np.atleast_2d(self._load(path, (*shape, end - first), dtype))
+            if self._has_checksums:
+                crc32_F = self._read_sidecar(path, place, first, end, len(block_FM))
+                for row in rows:
+                    if (found := _crc32(block_FM[row])) != crc32_F[row]:
+                        name = "" if place == _LABELS else f" of {self.scalars[row]}"
+                        raise InputError(f"{path} is damaged (CRC-32{name} is {found:08x}, {path.stem}.json says "
+                                         f"{crc32_F[row]:08x}); restore it or collect again")
+            yield first, end, [block_FM[row] for row in rows]
+
+    def _read_sidecar(self, path: Path, place: int | str, first: int, end: int, num_rows: int) -> list[int]:
+        """The checksum of each row of a block; InputError when there are none, or they are of another block."""
+        sidecar = path.with_suffix(".json")
+        try:
+            content = json.loads(sidecar.read_bytes())
+            found = content["epoch"], content["first"], content["end"]
+            crc32_F = content["crc32"]
+            if [type(value) for value in crc32_F] != [int] * num_rows:
+                raise ValueError(f"{num_rows} checksums are needed")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{sidecar} is missing or damaged ({error!r}), so {path.name} cannot be trusted; restore both or "
+                             "collect again") from error
+        if found != (place, first, end):
+            wrong, right = (f"{epoch if epoch == _LABELS else f'epoch {epoch}'} [{start}, {stop})"
+                            for epoch, start, stop in (found, (place, first, end)))
+            raise InputError(f"{sidecar} is of {wrong}, where {right} should be; restore it and {path.name}, or collect again")
+        return crc32_F
+
+    def _blocks(self, folder: Path) -> list[tuple[int, int, Path]]:
+        """Blocks of a folder in order; InputError unless they tile [0, N)."""
+        found = sorted((int(match[1]), int(match[2]), path) for path in folder.glob("*.npy")
+                       if (match := _BLOCK.fullmatch(path.name)))
+        expected = 0
+        for first, end, path in found:
+            if first != expected or end <= first:
+                problem = "leave a gap" if first > expected else "overlap"
+                raise InputError(f"blocks in {folder} {problem} at index {min(first, expected)} (next block {path.name}); "
+                                 "remove what does not belong there or collect again")
+            expected = end
+        if expected != self.num_samples:
+            way_out = "restore the missing blocks" if expected < self.num_samples else "remove what does not belong there"
+            raise InputError(f"blocks in {folder} cover {expected} of {self.num_samples} samples; {way_out} or collect again")
+        return found
+
+    def _load(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+        try:
+            array = np.lib.format.open_memmap(path, mode="r")  # pages that are not used are not read
+        except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # the last two from a damaged header
+            raise InputError(f"{path} is damaged ({error}); restore it or collect again") from error
+        if array.shape != shape or array.dtype != dtype:
+            raise InputError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {shape}; "
+                             "restore it or collect again")
+        if self._has_checksums and (found := path.stat().st_size) != (expected := array.offset + array.nbytes):
+            raise InputError(f"{path} is damaged ({found} bytes instead of {expected}); restore it or collect again")
+        return array
+
+
+def _epochs(directory: Path) -> list[tuple[int, Path]]:
+    """Numbers and folders of the epochs there are, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(match[1]), path) for path in directory.iterdir() if (match := _EPOCH.fullmatch(path.name)))
+
+
+def _label_files(directory: Path) -> list[Path]:
+    """Blocks of labels and their sidecars."""
+    return [path for path in (directory / _LABELS).glob("*") if _BLOCK.fullmatch(path.name) or _SIDECAR.fullmatch(path.name)]
+
+
+def _holds_nothing(directory: Path) -> bool:
+    """Whether there is no part of a trajectory."""
+    files = (directory / "meta.json", directory / "quarantine.json")
+    return not any(path.exists() for path in files) and not _epochs(directory) and not _label_files(directory)
+
+
+def _folder_name(place: int | str) -> str:
+    return place if isinstance(place, str) else f"epoch_{place:04d}"
+
+
+def _crc32(row_M: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(row_M).data)
+
+
+def _write_quarantine(directory: Path, epoch_of_index: dict[int, int]) -> None:
+    path = directory / "quarantine.json"
+    if not epoch_of_index:
+        path.unlink(missing_ok=True)
+        return
+    samples = {str(int(index)): int(epoch) for index, epoch in sorted(epoch_of_index.items())}
+    text = json.dumps({"format": QUARANTINE_FORMAT, "samples": samples})
+    write_atomically(path, lambda file: file.write(text.encode()))

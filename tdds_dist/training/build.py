@@ -1,0 +1,184 @@
+"""What a training run is made of, built and checked from its config: files, views, network, optimizer, mixing.
+
+`open_files` and `preflight` find what would fail at the first step, before anything is written.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models as zoo
+from torchvision.transforms import v2
+
+from tdds_dist.config.run import Config
+from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_beton
+from tdds_dist.data.check import quick_check
+from tdds_dist.data.loader import View, check_view
+from tdds_dist.data.manifest import check_labels, read_manifest
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import Fingerprint
+from tdds_dist.training.schedule import training_sizes
+
+
+def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
+    """InputError for a network or a view that would fail at the first step of `rows` images per rank.
+
+    The network runs on shapes alone (torch's meta device), which costs no memory: once for every size that it may see.
+    """
+    views = build_views(config)
+    for file, view in zip((train_file, val_file), views, strict=True):
+        check_view(file, view)
+    name = config.model.name
+    model = build_on_meta(name, config.data.num_classes, cifar_stem=config.model.cifar_stem)
+    for size in training_sizes(config):
+        key = "data.image_size" if size == config.data.image_size else "data.progressive"
+        output = _try(model.train(), rows, size, f"model.name={name} cannot train on", key)
+        if not isinstance(output, torch.Tensor):
+            raise InputError(f"model.name={name} gives several outputs in training; use a network with one")
+    if views[1].size != config.data.image_size:
+        _try(model.eval(), rows, views[1].size, f"model.name={name} cannot evaluate", "data.eval_size")
+
+
+def _try(model: nn.Module, rows: int, size: int, what: str, key: str) -> Any:
+    """Output on images of this size; an InputError that says `what` fails, and the key to change."""
+    try:
+        return model(torch.empty(rows, 3, size, size, device="meta"))
+    except Exception as error:  # torchvision's networks say in many ways that an image is too small
+        raise InputError(f"{what} {rows} images of {size}x{size} per rank and step ({error}); use another {key}, network, or a "
+                         "larger train.global_batch_size") from error
+
+
+def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
+    """The training and evaluation files, checked against the config, and the fingerprint of the training labels.
+
+    With `decode_some` a sample of the images is checked as well (one rank is enough for that).
+
+    Raises:
+        InputError: file missing or damaged, label outside [0, C), another number of classes.
+    """
+    config.data.check_files()
+    files, manifests = [], []
+    for path in (Path(config.data.train), Path(config.data.val)):
+        files.append(inspect_beton(path))
+        manifests.append(read_manifest(path))
+    classes = [manifest.num_classes for manifest in manifests if manifest is not None]
+    if len(classes) == 2 and classes[0] != classes[1]:
+        raise InputError(f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val} {classes[1]}; "
+                         "give two splits of one dataset")
+    for info, manifest in zip(files, manifests, strict=True):
+        check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
+        if decode_some:
+            quick_check(info.path, info, manifest)
+    return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
+    train = config.train
+    everything = list(model.parameters())
+    if train.decay_norm_and_bias:
+        groups: list[dict[str, Any]] = [{"params": everything, "weight_decay": train.weight_decay}]
+    else:
+        groups = [{"params": [p for p in everything if p.ndim > 1], "weight_decay": train.weight_decay},
+                  {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0}]
+    fused = everything[0].is_cuda if train.fused_optimizer is None else train.fused_optimizer
+    kind = {"fused": True} if fused else {}  # torch chooses among the others itself
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, **kind)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, **kind)
+
+
+def build_mix(config: Config) -> Any:
+    """MixUp and/or CutMix on (image, label), or None."""
+    classes = config.data.num_classes
+    mixes: list[Any] = []
+    if config.train.mixup:
+        mixes.append(v2.MixUp(alpha=config.train.mixup, num_classes=classes))
+    if config.train.cutmix:
+        mixes.append(v2.CutMix(alpha=config.train.cutmix, num_classes=classes))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def build_views(config: Config) -> tuple[View, View]:
+    """How training (from data.progressive's last epoch on) and evaluation see an image."""
+    data = config.data
+    train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0))
+    return train_view, View(data.eval_size or data.image_size, "center", ratio=data.eval_crop_ratio)
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Let torch use only algorithms that give the same bits every time, or any."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # would only cost
+    torch.backends.cudnn.benchmark = not wanted  # tries algorithms and takes the fastest, which may differ from run to run
+
+_FIRST_CONVOLUTION = {"resnet": "conv1", "shufflenet": "conv1.0", "mobilenet": "features.0.0"}
+
+
+class InputStage(nn.Module):
+    """uint8 images to normalised floats on the device (a quarter of the bytes travel, and it fuses into the model).
+
+    `mean` and `std` are per channel on 0..255.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], channels_last: bool):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", 1.0 / torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalise uint8 [B, 3, H, W]; float32, in the configured memory format."""
+        return ((image.float() - self.mean) * self.scale).contiguous(memory_format=self._format)
+
+
+def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channels_last: bool = True) -> nn.Module:
+    """A torchvision classifier with fresh weights (from torch's global generator).
+
+    Raises:
+        InputError: unknown name, or a stem that the network does not have.
+    """
+    if name not in zoo.list_models(module=zoo):
+        raise InputError(f"model.name={name!r} is not a torchvision classifier; e.g. resnet18, resnet34, resnet50, swin_t, "
+                         "vgg16_bn, mobilenet_v2, shufflenet_v2_x0_5")
+    model = zoo.get_model(name, weights=None, num_classes=num_classes)
+    if cifar_stem:
+        _use_cifar_stem(model, name)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def build_on_meta(name: str, num_classes: int, *, cifar_stem: bool = False) -> nn.Module:
+    """The network on torch's meta device: shapes, and no memory for its weights. InputError as `build_model`."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes, cifar_stem=cifar_stem, channels_last=False)
+    except NotImplementedError:  # RegNets read numbers from tensors while they are built
+        return build_model(name, num_classes, cifar_stem=cifar_stem, channels_last=False).to("meta")
+
+
+def classifier_layer(model: nn.Module, num_classes: int) -> nn.Linear | None:
+    """The last linear layer, whose input are the penultimate features; None where the classifier is something else."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear and linear[-1].out_features == num_classes else None
+
+
+def _use_cifar_stem(model: Any, name: str) -> None:
+    """3x3 stride-1 first convolution and no max-pool, as ResNets on CIFAR have it."""
+    family = next((family for family in _FIRST_CONVOLUTION if name.startswith(family)), None)
+    if family is None:
+        raise InputError(f"model.cifar_stem=true is not known for {name!r}; it is for {', '.join(_FIRST_CONVOLUTION)}")
+    path = _FIRST_CONVOLUTION[family]
+    old = model.get_submodule(path)
+    new = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, stride=1, padding=1, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+    if hasattr(model, "maxpool"):
+        model.maxpool = nn.Identity()

@@ -1,0 +1,166 @@
+"""Stage `collect`: train on everything once, and leave the scores of every sample behind."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdds_dist.config.run import Config
+from tdds_dist.config.scores import differences_per_window, window_settings
+from tdds_dist.console import announce, say
+from tdds_dist.data.beton import BetonInfo, content_of
+from tdds_dist.distributed.collectives import together
+from tdds_dist.distributed.interruption import Interruption
+from tdds_dist.distributed.partition import EpochOrder
+from tdds_dist.distributed.world import World
+from tdds_dist.runs.artifacts import Fingerprint, Scores, save_scores
+from tdds_dist.runs.checkpoint import Checkpoint
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.entry import Start, entered
+from tdds_dist.scoring.scorer import ShardedScorer
+from tdds_dist.scoring.trajectory import whole_epochs
+from tdds_dist.training.build import open_files, preflight
+from tdds_dist.training.engine import fit
+from tdds_dist.training.final_pass import run_model, write_scores
+from tdds_dist.training.job import Job
+from tdds_dist.training.schedule import per_rank_batch
+
+
+class Scoring:
+    """Feeds a scorer from the training loop, and ends training early when asked to."""
+
+    def __init__(self, scorer: ShardedScorer, stop_after_last_window: bool):
+        self._scorer, self._stop = scorer, stop_after_last_window
+
+    def begin_epoch(self, order: EpochOrder, first_step: int) -> None:
+        self._scorer.expect(order, first_step)
+
+    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
+        self._scorer.record(index_B, logits_BC, label_B)
+
+    def check(self) -> None:
+        self._scorer.check()
+
+    def end_epoch(self) -> bool:
+        self._scorer.end_epoch()
+        return self._stop and self._scorer.is_complete
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._scorer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._scorer.load_state_dict(state)
+
+
+def _warnings(config: Config, num_samples: int) -> list[str]:
+    """What is allowed and hardly meant."""
+    preset = config.score.preset
+    found = [
+        f"K={window.K} leaves one loss difference per window in preset {preset}, so scores of T={window.T} will be 0; raise K"
+        for window in config.windows() if differences_per_window(window, preset) == 1]
+    if config.train.global_batch_size > num_samples:
+        found.append(f"train.global_batch_size={config.train.global_batch_size} is larger than the {num_samples} images and "
+                     "repeats some to fill up; lower it")
+    return found
+
+
+def collect(config: Config, world: World, *, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
+            interruption: Interruption | None = None) -> list[Path]:
+    """Run the stage, or go on with it; returns the score files: one per window of the config, and those of the final pass.
+
+    Every rank calls it. Bad input is found before the first training step and raised on every rank. `settings` are added to
+    the record of how the run was started. A run directory that holds a checkpoint is gone on with, a finished one left as it
+    is; `fresh` starts over (`force`: also where there is a run).
+
+    Raises:
+        Preempted: `interruption` asked for it; the state is saved.
+    """
+    run = RunDir(config.run.directory)
+    with together(world):
+        config.check_collect()
+        rows = per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
+        train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
+        preflight(config, train_file, val_file, rows)
+        setting: dict[str, Any] = {"stage": "collect"} | (settings or {})
+        if world.is_main:
+            setting["data"] = content_of((train_file, val_file))
+    refuse = partial(_lacks, run) if config.score.trajectory else lambda found: ""
+    with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
+        if start.result is not None:
+            return [run.scores / name for name in start.result["scores"]]
+        job = Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,
+                  checkpoints=start.checkpoints, resume=start.resume, interruption=interruption or Interruption(),
+                  pulse=start.pulse, guard=start.guard)
+        return _collect(job, fingerprint, start)
+
+
+def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
+    """Train and score in a run directory that is ours."""
+    config, world, run, train_file = job.config, job.world, job.run, job.train_file
+    scorer = ShardedScorer(
+        train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,
+        logp_dtype=getattr(torch, config.score.logp_dtype), storage=config.score.storage,
+        trajectory=run.trajectory if config.score.trajectory else None,
+        trajectory_dtype=getattr(torch, config.score.trajectory_dtype), on_nan=config.score.on_nan,
+        resume=start.resume is not None)
+    if world.is_main:
+        announce(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
+            f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
+            f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", run.log_file)
+        for warning in _warnings(config, train_file.num_samples):
+            say(f"warning: {warning}", run.log_file)
+    stops_early = config.collect.stop_after == "last_window"
+    result = fit(replace(job, observer=Scoring(scorer, stops_early),
+                         stops_after=max(window.T for window in config.windows()) if stops_early else None))
+
+    score_of_window = scorer.gather()
+    label_N = scorer.gather_labels().numpy()
+    quarantined = sorted(scorer.quarantined())
+    paths = [run.scores / f"{window.key(config.score.preset)}.npz" for window in score_of_window]
+    with together(world):
+        if world.is_main:
+            start.guard()
+            if quarantined:
+                say(f"warning: {len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest: global "
+                    f"indices {quarantined[:20]}{' ...' if len(quarantined) > 20 else ''}", run.log_file)
+            for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
+                settings = window_settings(window, config.score.preset) | {
+                    "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
+                settings |= {"quarantined": quarantined} if quarantined else {}
+                save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
+    del scorer  # its table is large, and the final pass needs the device
+    if config.score.final_pass:
+        start.pulse.beat("scoring")
+        paths += _final_scores(config, world, run, train_file, fingerprint, result, quarantined)
+    start.checkpoints.finish()
+    with together(world):
+        if world.is_main:
+            start.guard()
+            run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result}
+                             | ({"quarantined": quarantined} if quarantined else {}))
+            start.checkpoints.remove_all()
+    return paths
+
+
+def _final_scores(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
+                  result: dict[str, Any], quarantined: list[int]) -> list[Path]:
+    """Entropy and Moderate of the weights that training ended with."""
+    if world.is_main and result["epochs"] < result["epochs_planned"]:
+        say(f"entropy and moderate are those of the model after {result['epochs']} of "
+            f"{result['epochs_planned']} epochs", run.log_file)
+    settings = {"source": "final_pass", "view": "evaluation", "epochs": result["epochs"], "seed": config.run.seed,
+                "world_size": world.world_size}
+    values = run_model(config, world, train_file, run)
+    return write_scores(run, world, values, train_file, found, settings, quarantined)
+
+
+def _lacks(run: RunDir, found: Checkpoint) -> str:
+    """What a checkpoint needs of the trajectory and does not find."""
+    num_epochs, reason = whole_epochs(run.trajectory)
+    if num_epochs >= found.record["epoch"]:
+        return ""
+    return (f"the trajectory is whole for {num_epochs} epochs only, not for its {found.record['epoch']} ({reason}); restore "
+            "it, or go on without one by score.trajectory=false")

@@ -1,0 +1,489 @@
+"""The training loop: DDP at every world size, AMP, evaluation, metrics. It shows every batch of outputs to an `Observer`
+and knows nothing of scores.
+
+Losses are sums over real rows divided by the number of real rows of the whole step (known in advance on every rank), so
+that the gradient is that of the mean over the global batch, padding and world size notwithstanding (batch norm aside: its
+statistics are those of one rank's rows, padding included). Device totals are read at log cadence only.
+"""
+
+# B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdds_dist.data.loader import BATCHES_AHEAD, default_workers
+from tdds_dist.distributed import collectives
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.interruption import Preempted
+from tdds_dist.distributed.partition import EpochOrder
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import write_atomically
+from tdds_dist.runs.checkpoint import Checkpoint
+from tdds_dist.training import metrics
+from tdds_dist.training import state as snapshot
+from tdds_dist.training.build import InputStage, build_mix, build_model, build_optimizer, set_deterministic
+from tdds_dist.training.feed import Feed, Pass
+from tdds_dist.training.job import Job, Nobody
+from tdds_dist.training.schedule import learning_rate, per_rank_batch, training_size, training_sizes
+
+
+def fit(job: Job) -> dict[str, Any]:
+    """Train, from the start or from `job.resume`; returns the result record (final and best top-1 and top-5 in percent,
+    images, seconds).
+
+    Raises:
+        Preempted: asked to leave; the state is saved, on every rank at the same step.
+    """
+    trainer = Trainer(job)
+    try:
+        with job.interruption.watched():
+            result = trainer.run()
+    except (Preempted, InputError) as error:
+        if getattr(error, "shared", True):  # all ranks are here; after anything else nobody waits for anybody
+            trainer.close()
+        raise
+    finally:
+        trainer.feed.close()
+        trainer.screen.close()
+    trainer.close()
+    return result
+
+
+class Trainer:
+    """Model, optimizer and loaders of a job, and its state between two steps."""
+
+    def __init__(self, job: Job):
+        config, world = job.config, job.world
+        self.job = job
+        self.rows = per_rank_batch(job.global_batch_size, world.world_size, config.train.accumulation)
+        self.micro_batch = self.rows * world.world_size
+        self.steps_per_epoch = math.ceil(job.num_samples / job.global_batch_size)
+        self.step = 0  # optimizer steps done
+        self.epoch = 0
+        self.micro = 0  # forward passes done in this epoch
+        self.totals_3 = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, images of this epoch
+        self._all_rows = torch.tensor(self.rows, device=world.device)
+        self.rows_S: list[int] = []  # real ones of each forward pass of this epoch, over all ranks
+        self.history: dict[str, Any] = {"record": {}, "best": {}, "epoch_seconds": [], "wall_seconds": [], "resumes": 0,
+                                        "train_seconds": 0.0, "partial": [0.0, 0.0]}
+        self.last_save = self.started = time.perf_counter()
+        self.steps_since_save = 0
+        if world.device.type == "cpu":
+            torch.set_num_threads(default_workers(world.local_world_size))
+        set_deterministic(config.train.deterministic)
+        torch.manual_seed(config.run.seed)
+        self.input_stage = InputStage(config.data.mean, config.data.std, config.model.channels_last).to(world.device)
+        model = build_model(config.model.name, config.data.num_classes, cifar_stem=config.model.cifar_stem,
+                            channels_last=config.model.channels_last).to(world.device)
+        sizes = training_sizes(config)
+        self.model = collectives.data_parallel(model, world, len(sizes) if config.model.compile else 0)
+        # From here on every rank draws its own numbers (dropout, mixing).
+        torch.manual_seed(self._rank_seed())
+        self.optimizer = build_optimizer(model, config)
+        self.mix = build_mix(config)
+        on_gpu = world.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=on_gpu and config.train.amp == "fp16")
+        self.amp_dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp] if on_gpu else None
+        self.feed = Feed(job, self.rows)
+        self.train_loader, self.val_loader = self.feed.train_loader, self.feed.val_loader
+        self.follows: Pass | None = None  # what is read after the pass that is under way
+        self.tensorboard = metrics.TensorBoard(job.run.tensorboard)
+        self.group = collectives.control_group(config.run.timeout_seconds)
+        self.agreement = collectives.Consensus(3, self.group)
+        self._settle()
+        if job.resume is not None:
+            self._resume(job.resume)
+        self.quarantines = config.score.on_nan == "quarantine" and self._observed()
+        self.good_buffers = [buffer.clone() for buffer in model.buffers()] if self.quarantines else []
+        self.screen = metrics.Screen(job.epochs, job.num_samples, job.stops_after or job.epochs, world.is_main,
+                                     done=self.epoch * job.num_samples + self.micro * self.micro_batch)
+
+    def _settle(self) -> None:
+        """One pass without effect; it compiles, where asked to, for the images of the first step."""
+        config, job = self.job.config, self.job
+        size = training_size(config, job.resume.record["epoch"] if job.resume else 0, job.epochs)
+        rows = max(2, self.rows) if config.model.compile else 2
+        image = torch.zeros(rows, 3, size, size, dtype=torch.uint8, device=job.world.device)
+        try:
+            snapshot.settle_buckets(self.model, self.input_stage(image), self._autocast())
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise InputError(f"model.compile=true: torch.compile fails on model.name={config.model.name} "
+                             f"({' '.join(str(error).split())[:300]}); install what it lacks, or set model.compile=false"
+                             ) from error
+
+    def _rank_seed(self, *more: int) -> int:
+        entropy = [self.job.config.run.seed, self.job.world.rank, *more]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    # ---- the run
+
+    def run(self) -> dict[str, Any]:
+        """All epochs that are left, and the result."""
+        job, history = self.job, self.history
+        log = job.run.log_file if job.world.is_main else None
+        stop = bool(history.get("stopped"))
+        while self.epoch < job.epochs and not stop:
+            epoch_started = time.perf_counter()
+            next_epoch: Pass | None = ("train", self.epoch + 1) if self.epoch + 1 < job.epochs else None
+            is_evaluated = next_epoch is None or (self.epoch + 1) % job.config.train.eval_every == 0
+            self.follows = ("val", self.epoch) if is_evaluated else next_epoch
+            record = self.train_epoch()
+            self._check_guard()
+            scoring = time.perf_counter()
+            stop = job.observer.end_epoch()
+            record["scoring_share"] = (record.pop("record_seconds") + time.perf_counter() - scoring) / record["epoch_seconds"]
+            is_last = stop or next_epoch is None
+            if is_last or is_evaluated:
+                self.follows = None if is_last else next_epoch
+                self.screen.evaluating()
+                record |= self.evaluate(self.epoch)
+                self.screen.evaluated(record["val_top1"])
+                if not history["best"] or record["val_top1"] > history["best"]["val_top1"]:
+                    history["best"] = dict(record)
+                    self.save_model("best")
+            history["record"] = record
+            history["epoch_seconds"].append(record["epoch_seconds"])
+            history["wall_seconds"].append(time.perf_counter() - epoch_started)
+            history["stopped"] = stop
+            remaining_seconds = self._epoch_seconds() * ((job.stops_after or job.epochs) - self.epoch - 1)
+            with collectives.together(job.world):
+                if job.world.is_main:
+                    job.run.append_metrics(record)
+                    self.tensorboard.write(record)
+                    line = metrics.epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds)
+                    self.screen.progress.tell(line, log, always=is_last)
+            self.epoch, self.micro = self.epoch + 1, 0
+            if job.pulse is not None:
+                job.pulse.beat("training", **self._progress(), images_per_second=record["images_per_second"],
+                               eta_seconds=0.0 if is_last else remaining_seconds)
+            if is_last:
+                self.save_model("final")
+            self._end_of_epoch(is_last)
+        return self._result()
+
+    def _check_guard(self) -> None:
+        with collectives.together(self.job.world):
+            if self.job.world.is_main:
+                self.job.guard()
+
+    def _result(self) -> dict[str, Any]:
+        job, record, best = self.job, self.history["record"], self.history["best"]
+        return {
+            "num_images": job.num_samples, "epochs": self.epoch, "epochs_planned": job.epochs, "seed": job.config.run.seed,
+            "global_batch_size": job.global_batch_size, "steps": record["step"],
+            "final_top1": record["val_top1"], "final_top5": record["val_top5"], "final_loss": record["val_loss"],
+            "best_top1": best["val_top1"], "best_epoch": best["epoch"],
+            "train_seconds": self._train_seconds(), "resumes": self.history["resumes"],
+            "median_images_per_second": job.num_samples / float(np.median(self.history["epoch_seconds"])),
+        }
+
+    def _train_seconds(self) -> float:
+        return self.history["train_seconds"] + time.perf_counter() - self.started
+
+    # ---- training
+
+    def train_epoch(self) -> dict[str, Any]:
+        """The rest of this epoch's pass over the samples; the record of its metrics (over all ranks)."""
+        job, train, epoch = self.job, self.job.config.train, self.epoch
+        order, batches = self.feed.take(("train", epoch), self.micro)
+        step_weight, self.rows_S = step_weights(job, order), order.num_real_S().tolist()
+        self.model.train()
+        job.observer.begin_epoch(order, self.micro)
+        seconds_before, record_seconds = self.history["partial"]
+        if self.micro == 0:
+            self.totals_3.zero_()
+        lr = 0.0
+        started = time.perf_counter()
+        self.screen.begin_epoch(epoch)
+        for batch in batches:
+            distributed.set_position(f"epoch {epoch + 1}, step {self.step + 1}")
+            self._look_ahead(order.num_steps - self.micro)
+            is_last = self.micro + 1 == order.num_steps
+            is_update = (self.micro + 1) % train.accumulation == 0 or is_last
+            with nullcontext() if is_update else self.model.no_sync():
+                record_seconds += self._forward_backward(batch, step_weight[self.micro])
+            self.screen.progress.advance(self.rows_S[self.micro])
+            self.micro += 1
+            if is_update:
+                lr = self._update()
+                if self.step % train.log_every == 0:
+                    self._read_totals(epoch, started - seconds_before)
+                self.history["partial"] = [seconds_before + time.perf_counter() - started, record_seconds]
+                if job.pulse is not None and job.pulse.is_due:
+                    self._beat(self.micro / order.num_steps)
+                if not is_last:
+                    self._between_steps()
+        if job.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        epoch_seconds = seconds_before + time.perf_counter() - started
+        self.history["partial"] = [0.0, 0.0]
+        loss, top1 = self._read_totals(epoch, time.perf_counter() - epoch_seconds)
+        collectives.average_buffers(self.model)
+        return {
+            "epoch": epoch, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1,
+            "epoch_seconds": epoch_seconds, "images_per_second": job.num_samples / epoch_seconds,
+            "record_seconds": record_seconds, "memory_bytes": metrics.memory_bytes(job.world.device),
+        }
+
+    def _look_ahead(self, num_left: int) -> None:
+        """Start what follows when this pass has no more to decode than is on its way, with `num_left` steps to go."""
+        if self.follows is not None and num_left <= BATCHES_AHEAD:
+            self.feed.start(self.follows)
+            self.follows = None
+
+    def _forward_backward(self, batch: Any, weight: float) -> float:
+        """Forward, record, backward; returns the host seconds that recording took (on CUDA: to launch it)."""
+        job, train = self.job, self.job.config.train
+        image, target = self.input_stage(batch.image), batch.label
+        started = time.perf_counter()
+        clean_logits_BC = self._clean_view(image) if job.config.score.view == "clean" and self._observed() else None
+        clean_seconds = time.perf_counter() - started
+        if self.mix is not None:
+            image, target = self.mix(image, batch.label)
+        with self._autocast():
+            logits_BC = self.model(image)
+        started = time.perf_counter()
+        job.observer.record(batch.index, logits_BC.detach() if clean_logits_BC is None else clean_logits_BC, batch.label)
+        record_seconds = clean_seconds + time.perf_counter() - started
+        # Only the last step of an epoch has padding; the others are spared the arithmetic.
+        real_B = None if self.rows_S[self.micro] == self.micro_batch else batch.index >= 0
+        if self.quarantines:
+            finite_B = torch.isfinite(logits_BC).all(dim=1)
+            real_B, logits_BC = (batch.index >= 0) & finite_B, torch.where(finite_B[:, None], logits_BC, 0.0)
+        loss_B = F.cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing)
+        if real_B is not None:
+            loss_B = loss_B * real_B
+        loss = weighted = loss_B.sum()
+        if job.importance == "sample":
+            weighted = (loss_B * self._importance_N()[batch.index.clamp_min(0)]).sum()
+        self.scaler.scale(weighted * weight).backward()
+        with torch.no_grad():
+            correct_B = logits_BC.argmax(dim=1) == batch.label
+            num_real = self._all_rows
+            if real_B is not None:
+                correct_B, num_real = correct_B & real_B, real_B.sum()
+            self.totals_3 += torch.stack([loss, correct_B.sum(), num_real])
+        return record_seconds
+
+    def _observed(self) -> bool:
+        return not isinstance(self.job.observer, Nobody)
+
+    @torch.no_grad()
+    def _clean_view(self, image: Tensor) -> Tensor:
+        """Outputs on the un-mixed image in evaluation mode: touches neither batch statistics nor random numbers."""
+        module = self.model.module
+        module.eval()
+        with self._autocast():
+            logits_BC = module(image)
+        module.train()
+        return logits_BC
+
+    def _importance_N(self) -> Tensor:
+        if not hasattr(self, "_importance_cache"):
+            self._importance_cache = torch.from_numpy(self.job.importance_N).to(self.job.world.device)
+        return self._importance_cache
+
+    def _update(self) -> float:
+        """One optimizer step; returns its learning rate."""
+        train = self.job.config.train
+        lr = learning_rate(self.step, self.job.epochs * self.steps_per_epoch, train.lr, final=train.final_lr,
+                           warmup_steps=round(train.warmup_epochs * self.steps_per_epoch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.quarantines:
+            self._drop_nonfinite()
+        if train.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return lr
+
+    def _drop_nonfinite(self) -> None:
+        """Leave out a step whose gradient is not finite (momentum and decay go on), and batch-norm statistics that are not.
+
+        Nothing is read from the device. Gradients are those of all ranks, so all drop the same steps. With loss scaling it is
+        the scaler that skips such steps.
+        """
+        if not self.scaler.is_enabled():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            is_finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+            for gradient in gradients:
+                gradient.copy_(torch.where(is_finite, gradient, 0.0))
+        for buffer, good in zip(self.model.module.buffers(), self.good_buffers, strict=True):
+            buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, good))
+            good.copy_(buffer)
+
+    def _read_totals(self, epoch: int, started: float) -> tuple[float, float]:
+        """Mean loss and top-1 (percent) of the epoch that began at `started`, over all ranks, and on the screen; waits for the
+        device. Raises when the loss is not finite."""
+        loss, correct, images = collectives.sum_over_ranks(self.totals_3.clone()).tolist()
+        if not math.isfinite(loss):
+            self.job.observer.check()
+            raise InputError(f"epoch {epoch + 1}, up to step {self.step}: the training loss is not finite; lower train.lr="
+                             f"{self.job.config.train.lr} or add train.warmup_epochs", shared=True)
+        self.screen.figures(loss / images, 100.0 * correct / images, images / (time.perf_counter() - started))
+        return loss / images, 100.0 * correct / images
+
+    # ---- how far we are
+
+    def _progress(self) -> dict[str, int]:
+        epochs = self.job.stops_after or self.job.epochs
+        return {"epoch": self.epoch, "epochs": epochs, "step": self.step, "steps": epochs * self.steps_per_epoch}
+
+    def _epoch_seconds(self) -> float:
+        """What an epoch takes, evaluation and scoring included: the median of those so far (0 before the first)."""
+        return float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
+
+    def _beat(self, share: float) -> None:
+        """Tell how far we are when this share of the epoch is done."""
+        job, seconds = self.job, self.history["partial"][0]
+        assert job.pulse is not None
+        epochs_left = (job.stops_after or job.epochs) - self.epoch - share
+        job.pulse.beat("training", **self._progress(), images_per_second=share * job.num_samples / seconds,
+                       eta_seconds=epochs_left * (self._epoch_seconds() or seconds / share))
+
+    # ---- leaving and going on
+
+    def _between_steps(self) -> None:
+        """Save when it is time, or leave when any rank was asked to; all ranks alike, one step after the fact."""
+        checkpoints = self.job.checkpoints
+        is_writing = checkpoints is not None and checkpoints.is_writing
+        asked, due, writing = self.agreement.exchange([bool(self.job.interruption.requested), self._is_time(), is_writing])
+        self.steps_since_save += 1
+        if asked:
+            self._leave()
+        elif due and self.steps_since_save > 1:  # the answer is one step old, and may be from before the last save
+            self._save_checkpoint()
+        elif checkpoints is not None and not writing and self.steps_since_save > 1:
+            checkpoints.finish()  # a save that failed is said now, on all ranks
+
+    def _end_of_epoch(self, is_last: bool) -> None:
+        every = self.job.config.checkpoint.every_epochs
+        self.steps_since_save = 0  # what `exchange` says next is not of this epoch
+        asked, _, _ = self.agreement.settle([bool(self.job.interruption.requested), False, False])
+        is_due = self._is_time() or self._is_short_of_time()
+        _, due, _ = self.agreement.settle([False, is_due, False])  # that of before the last save does not count
+        if asked:
+            self._leave()
+        elif is_last or due or (every and self.epoch % every == 0):
+            self._save_checkpoint(wait=is_last)
+
+    def _is_time(self) -> bool:
+        """Whether a checkpoint is due by time. By the main rank's clock, which never goes back."""
+        seconds = self.job.config.checkpoint.every_seconds
+        return bool(self.job.world.is_main and seconds and time.perf_counter() - self.last_save >= seconds)
+
+    def _is_short_of_time(self) -> bool:
+        """Whether the next epoch does not fit before the time limit: then what is there is saved before it gets tight."""
+        return bool(self.job.world.is_main and time.time() + self._epoch_seconds() >= self.job.interruption.leave_at)
+
+    def _leave(self) -> NoReturn:
+        """Save where we are and go, on every rank."""
+        name = next(filter(None, collectives.gather_objects(self.job.interruption.requested, self.job.world)), "a signal")
+        failed_before = 0
+        if self.job.checkpoints is not None:
+            self.job.checkpoints.finish()
+            failed_before = self.job.checkpoints.num_failed
+        self._save_checkpoint(wait=True)
+        where = f"epoch {min(self.epoch + 1, self.job.epochs)}, step {self.step}"
+        if self.job.checkpoints is None:
+            raise Preempted(f"{name} at {where}; there are no checkpoints, so the run starts over next time", agreed=True)
+        saved = "saved" if self.job.checkpoints.num_failed == failed_before else "NOT saved (see the warning)"
+        raise Preempted(f"{name}: {saved} at {where}; run the same command again to go on", agreed=True)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of a checkpoint, made on this number of ranks or another."""
+        record, config = checkpoint.record, self.job.config
+        assert self.job.checkpoints is not None
+        self.epoch, self.step = record["epoch"], record["step"]
+        self.micro = record["steps_of_epoch"] * config.train.accumulation
+        self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
+        snapshot.restore(self.job.checkpoints, checkpoint, self.model, self.optimizer, self.job.observer, self.totals_3,
+                         self.job.world, self._rank_seed(self.step))
+        if record["scaler"]:  # empty without loss scaling
+            self.scaler.load_state_dict(record["scaler"])
+
+    def _save_checkpoint(self, wait: bool = False) -> None:
+        if self.job.checkpoints is None:
+            return
+        self._require_finite()
+        self.steps_since_save = 0
+        train_seconds = self._train_seconds()
+        record = {
+            "epoch": self.epoch, "step": self.step, "steps_of_epoch": -(-self.micro // self.job.config.train.accumulation),
+            "world_size": self.job.world.world_size, "scaler": self.scaler.state_dict(),
+            "history": self.history | {"train_seconds": train_seconds}}
+        best = self.job.run.models / "best.pt"
+        files = {"best.pt": best} if self.job.world.is_main and best.is_file() else {}
+        tensors = snapshot.tensors_of(self.model, self.optimizer, self.job.observer, self.totals_3, self.job.world)
+        self.job.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
+        self.last_save = time.perf_counter()
+
+    def _require_finite(self) -> None:
+        """InputError on every rank rather than a checkpoint from which every resume fails."""
+        module = self.model.module
+        values = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+        is_finite = torch.isfinite(torch.stack(torch._foreach_norm(values))).all()
+        if not collectives.min_over_ranks(is_finite.int()).item():
+            self.job.observer.check()
+            raise InputError(f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite, and are not saved; the "
+                             f"checkpoint before is good. Lower train.lr={self.job.config.train.lr} in a new run, or add "
+                             "train.warmup_epochs", shared=True)
+
+    # ---- evaluation and records
+
+    @torch.no_grad()
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image counted once."""
+        order, batches = self.feed.take(("val", epoch))
+        module = self.model.module.eval()
+        accuracy = metrics.Accuracy(self.job.world.device)
+        for step, batch in enumerate(batches):
+            self._look_ahead(order.num_steps - step)
+            with self._autocast():
+                logits_BC = module(self.input_stage(batch.image)).float()
+            accuracy.add(logits_BC, batch.label, batch.index >= 0)
+        return accuracy.read()
+
+    def save_model(self, name: str) -> None:
+        """Weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
+        with collectives.together(self.job.world):
+            if self.job.world.is_main:
+                state = self.model.module.state_dict()
+                write_atomically(self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file))
+
+    def close(self) -> None:
+        """Finish reading and writing, and free the process group. A collective."""
+        self.feed.close()
+        self.tensorboard.close()
+        self.agreement.settle([0, 0, 0])  # nothing stays under way
+        collectives.release_group(self.group)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.amp_dtype is None else torch.autocast("cuda", dtype=self.amp_dtype)
+
+
+def step_weights(job: Job, order: EpochOrder) -> list[float]:
+    """Factor on the sum of losses of each forward pass: W / rows of its optimizer step, times the batch importance.
+
+    DDP averages gradients over ranks, hence the W.
+    """
+    step_of_S = np.arange(order.num_steps) // job.config.train.accumulation
+    rows_S = np.bincount(step_of_S, weights=order.num_real_S())[step_of_S]
+    factor_S = job.world.world_size / rows_S
+    if job.importance == "batch":
+        assert job.importance_N is not None
+        importance_SG = np.where(order.index_SG >= 0, job.importance_N[order.index_SG], 0.0)
+        total_S = np.bincount(step_of_S, weights=importance_SG.sum(axis=1))[step_of_S]
+        factor_S = factor_S * total_S / rows_S
+    return factor_S.tolist()

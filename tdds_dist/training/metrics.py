@@ -1,0 +1,107 @@
+"""What an epoch is told by: accuracy on the evaluation file, memory, one line for people, scalars for TensorBoard."""
+
+# B rows of this rank and forward pass, C classes, k best guesses
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdds_dist.console import Progress
+from tdds_dist.distributed import collectives
+from tdds_dist.text import duration
+
+
+class Accuracy:
+    """Loss and top-1 and top-5 accuracy; summed on the device, which nobody waits for until `read`."""
+
+    def __init__(self, device: torch.device):
+        self._totals_4 = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, among the best five, images
+
+    def add(self, logits_BC: Tensor, label_B: Tensor, real_B: Tensor) -> None:
+        """Count the rows that `real_B` marks."""
+        top_Bk = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == label_B[:, None]
+        loss_B = F.cross_entropy(logits_BC, label_B, reduction="none")
+        self._totals_4 += torch.stack([(loss_B * real_B).sum(), (top_Bk[:, 0] & real_B).sum(),
+                                       (top_Bk.any(dim=1) & real_B).sum(), real_B.sum()])
+
+    def read(self) -> dict[str, float]:
+        """Mean loss, and percent, over all ranks. A collective that waits for the device."""
+        loss, top1, top5, images = collectives.sum_over_ranks(self._totals_4).tolist()
+        return {"val_loss": loss / images, "val_top1": 100.0 * top1 / images, "val_top5": 100.0 * top5 / images}
+
+
+class Screen:
+    """The one bar of a training, over all its epochs, with what was last read of it. Reads nothing from the device itself.
+
+    epochs: of the schedule; epochs_run: after which it will end; done: images that an earlier start has seen.
+    """
+
+    def __init__(self, epochs: int, num_samples: int, epochs_run: int, visible: bool, done: int):
+        self._epochs, self._figures = epochs, ""
+        self._epoch = f"epoch {min(done // num_samples + 1, epochs)}/{epochs}"
+        self.progress = Progress("training", epochs_run * num_samples, "", visible, done, self._epoch)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Epoch `epoch`, counted from 0, starts or goes on."""
+        self._epoch = f"epoch {epoch + 1}/{self._epochs}"
+        self.progress.note(self._epoch + self._figures)
+
+    def figures(self, loss: float, top1: float, images_per_second: float) -> None:
+        """What the epoch came to so far; top-1 in percent."""
+        self._figures = f", {images_per_second:,.0f} images/s, loss {loss:.3f}, top-1 {top1:.2f} %"
+        self.progress.note(self._epoch + self._figures)
+
+    def evaluating(self) -> None:
+        """No image counts until the next epoch."""
+        self.progress.note(f"{self._epoch}{self._figures}, evaluation", now=True)
+
+    def evaluated(self, top1: float) -> None:
+        """What came of it, percent."""
+        self._figures += f", val top-1 {top1:.2f} %"
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.progress.close()
+
+
+class TensorBoard:
+    """The numbers of epochs as TensorBoard scalars; nothing is imported or made before the first."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._writer: Any = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Those of the epoch `record["epoch"]`; later ones of an earlier start go."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._directory), purge_step=record["epoch"])
+        for key, value in record.items():
+            if key != "epoch" and value is not None:
+                self._writer.add_scalar(key, value, record["epoch"])
+
+    def close(self) -> None:
+        """Finish writing."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak device memory on CUDA, resident memory of this process on the CPU; bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -> str:
+    """An epoch's record for the screen and the log."""
+    evaluation = f"val top-1 {record['val_top1']:5.2f} %  " if "val_top1" in record else ""
+    eta = f"  {duration(remaining_seconds)} left" if remaining_seconds else ""
+    return (f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1 "
+            f"{record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f} images/s{eta}")

@@ -1,0 +1,128 @@
+"""Stage `retrain`: train on a coreset, weighted by importance, for as long as the strategy says."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.config.run import Config
+from tdds_dist.console import announce, say
+from tdds_dist.data.beton import content_of
+from tdds_dist.distributed.collectives import together
+from tdds_dist.distributed.interruption import Interruption
+from tdds_dist.distributed.world import World
+from tdds_dist.errors import InputError
+from tdds_dist.runs.artifacts import Coreset, load_coreset, require_same_dataset
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.entry import entered
+from tdds_dist.training.build import open_files, preflight
+from tdds_dist.training.engine import fit
+from tdds_dist.training.job import Job
+from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
+
+
+def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, importance: str | None = None,
+            name: str | None = None, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
+            interruption: Interruption | None = None) -> RunDir:
+    """Run the stage, or go on with it; returns its run directory, `<run.dir>/retrain/<name>`.
+
+    Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy, importance and
+    seed by default. `settings` are added to the record of how the run was started and of what came out. A run directory that
+    holds a checkpoint is gone on with, a finished one left as it is; `fresh` starts over (`force`: also where there is a run).
+
+    Raises:
+        Preempted: `interruption` asked for it; the state is saved.
+    """
+    importance = importance or config.retrain.importance
+    with together(world):
+        coreset = load_coreset(Path(coreset_file))
+        train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
+        require_same_dataset(coreset.fingerprint, fingerprint, str(coreset_file))
+        _check_importance(coreset, importance, coreset_file)
+        run, resolved, setting = resolve(config, coreset, coreset_file, strategy, importance, name, world.world_size)
+        epochs, global_batch_size = resolved.train.epochs, resolved.train.global_batch_size
+        preflight(config, train_file, val_file, global_batch_size // world.world_size // config.train.accumulation)
+        setting |= settings or {}
+        data = {}
+        if world.is_main:
+            data = {"data": content_of((train_file, val_file))}
+    with entered(run, resolved, setting | data, world, fresh=fresh, force=force) as start:
+        if start.result is not None:
+            return run
+        importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
+        importance_N[coreset.index_M] = coreset.importance_M
+        if world.is_main:
+            _announce(config, run, coreset, strategy, importance, epochs, global_batch_size, world)
+        job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
+                  importance_N=importance_N, importance=importance, checkpoints=start.checkpoints, resume=start.resume,
+                  interruption=interruption or Interruption(), pulse=start.pulse, guard=start.guard)
+        result = fit(job)
+        start.checkpoints.finish()
+        with together(world):
+            if world.is_main:
+                start.guard()
+                run.write_result(setting | result)
+                start.checkpoints.remove_all()
+    return run
+
+
+def resolve(config: Config, coreset: Coreset, coreset_file: Path, strategy: str, importance: str, name: str | None = None,
+            world_size: int = 1) -> tuple[RunDir, Config, dict[str, Any]]:
+    """Where a retraining goes, its config with the epochs of the strategy and the batch of the pruning rate, and what else
+    decides its result. InputError when the ranks cannot share the batch, or the name is none."""
+    rate = coreset.pruning_rate
+    factor = batch_size_factor(rate, config.retrain.batch_size_rule)
+    rows = per_rank_batch(config.train.global_batch_size, world_size, config.train.accumulation, factor)
+    epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
+    name = _checked(name or _name(config, Path(coreset_file), strategy, importance))
+    run = RunDir(RunDir(config.run.directory).retrain / name)
+    setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
+               "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings,
+               "coreset_sha256": _sha256(coreset), "method": coreset.method, "model": config.model.name}
+    changes = {"epochs": epochs, "global_batch_size": rows * world_size * config.train.accumulation}
+    resolved = config.model_copy(update={"train": config.train.model_copy(update=changes),
+                                         "run": config.run.model_copy(update={"dir": str(run.path)})})
+    return run, resolved, setting
+
+
+def _announce(config: Config, run: RunDir, coreset: Coreset, strategy: str, importance: str, epochs: int,
+              global_batch_size: int, world: World) -> None:
+    """What is about to be trained, and what about it may surprise."""
+    base = f"retrain.epochs={config.retrain.epochs}" if config.retrain.epochs else f"train.epochs={config.train.epochs}"
+    announce(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
+        f"(Strategy-{strategy} of {base}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
+        run.log_file)
+    mean = float(coreset.importance_M.mean())
+    if importance != "none" and mean > 2.0:
+        say(f"warning: importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain with --importance "
+            "none, or select by a score of preset official", run.log_file)
+    if global_batch_size > len(coreset.index_M):
+        say(f"warning: a batch of {global_batch_size} is larger than the {len(coreset.index_M)} images and repeats some to "
+            "fill up; lower train.global_batch_size", run.log_file)
+
+
+def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
+    if importance == "none":
+        return
+    values = coreset.importance_M
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() <= 0:
+        raise InputError(f"{path}: importance must be finite, not negative, and somewhere positive; "
+                         "retrain with --importance none or select again")
+
+
+def _checked(name: str) -> str:
+    """A name for a folder, and nothing that leads out of it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):
+        raise InputError(f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or digit")
+    return name
+
+
+def _sha256(coreset: Coreset) -> str:
+    """What decides a retraining in a coreset."""
+    return hashlib.sha256(coreset.index_M.tobytes() + coreset.importance_M.tobytes()).hexdigest()
+
+
+def _name(config: Config, coreset_file: Path, strategy: str, importance: str) -> str:
+    return f"{coreset_file.stem}_{strategy}_{importance}_seed{config.run.seed}"

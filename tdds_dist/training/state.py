@@ -1,0 +1,117 @@
+"""The state of training as named tensors, for a checkpoint, and back: network, optimizer, observer, and what differs by rank.
+
+Names: `model/...` and `optimizer/<parameter>/...` are the same on all ranks, `observer/...` may be sharded, `rank00001/...` is
+of one rank alone. What is not a tensor goes into the checkpoint's record (`engine`).
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tdds_dist.distributed.world import World
+from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints
+
+Replicas = nn.parallel.DistributedDataParallel
+
+
+class Stateful(Protocol):
+    """What has a state of its own; both calls are collectives."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that share its memory."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+
+
+def tensors_of(model: Replicas, optimizer: torch.optim.Optimizer, observer: Stateful, totals: Tensor,
+               world: World) -> dict[str, Tensor]:
+    """Everything between two steps. `totals` are sums of this rank. A collective."""
+    tensors = {}
+    for name, parameter in model.module.named_parameters():
+        tensors[f"model/{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"optimizer/{name}/{key}"] = value
+    tensors |= {f"observer/{name}": value for name, value in observer.state_dict().items()}
+    return tensors | _of_rank(world.rank, model, totals, world)
+
+
+def _of_rank(rank: int, model: Replicas, totals: Tensor, world: World) -> dict[str, Tensor]:
+    """What differs between ranks within an epoch: batch-norm statistics, random numbers, sums of metrics."""
+    own = {f"buffer/{name}": buffer for name, buffer in model.module.named_buffers()}
+    own |= {"random": torch.get_rng_state(), "totals": totals}
+    if world.device.type == "cuda":
+        own["random_cuda"] = torch.cuda.get_rng_state()
+    return {f"rank{rank:05d}/{name}": value for name, value in own.items()}
+
+
+def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, optimizer: torch.optim.Optimizer,
+            observer: Stateful, totals: Tensor, world: World, new_seed: int) -> None:
+    """Put the state of a checkpoint in place, made on this number of ranks or another. A collective.
+
+    On another number of ranks everybody gets the mean of the batch-norm statistics (as at the end of an epoch), the main rank
+    all sums, and every rank random numbers from its `new_seed`.
+
+    Raises:
+        InputError: the checkpoint is of another network, optimizer or observer; on every rank.
+    """
+    kept = checkpoints.describe(checkpoint)
+    parameters = dict(model.module.named_parameters())
+    tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, like in kept.items():
+        kind, _, rest = name.partition("/")
+        parameter_name, _, key = rest.rpartition("/")
+        if kind == "optimizer" and parameter_name in parameters:
+            parameter = parameters[parameter_name]
+            # Step counters stay on the CPU, but for fused kernels.
+            device = parameter.device if like.ndim or optimizer.defaults["fused"] else torch.device("cpu")
+            shaped = parameter.detach() if like.shape == parameter.shape else like
+            tensors[name] = optimizer.state[parameter][key] = torch.empty_like(shaped, dtype=like.dtype, device=device)
+    observed = observer.state_dict()
+    tensors |= {f"observer/{name}": value for name, value in observed.items()}
+    num_ranks = checkpoint.record["world_size"]
+    same_ranks = num_ranks == world.world_size
+    of_ranks = [{name: value.clone() for name, value in _of_rank(rank, model, totals, world).items() if name in kept}
+                for rank in ([world.rank] if same_ranks else range(num_ranks))]
+    for part in of_ranks:
+        tensors |= part
+    checkpoints.load(checkpoint, tensors)
+    observer.load_state_dict(observed)
+    parts = [{name.partition("/")[2]: value for name, value in part.items()} for part in of_ranks]
+    for name, buffer in model.module.named_buffers():
+        buffer.copy_(_mean([part[f"buffer/{name}"] for part in parts]))
+    if same_ranks:
+        totals.copy_(parts[0]["totals"])
+        torch.set_rng_state(parts[0]["random"])
+        if world.device.type == "cuda" and "random_cuda" in parts[0]:
+            torch.cuda.set_rng_state(parts[0]["random_cuda"])
+    else:
+        totals.copy_(torch.stack([part["totals"] for part in parts]).sum(dim=0) * world.is_main)
+        torch.manual_seed(new_seed)
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return sum(values[1:], start=values[0]) / len(values) if values[0].is_floating_point() else values[0]
+
+
+def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextManager[Any]) -> None:
+    """One forward and backward pass without effect on `sample` (at least two images), forward under `autocast`.
+
+    DDP sorts its buckets anew after the first backward pass, which changes the order of sums from three ranks on; so that a
+    resumed run sums as an uninterrupted one does, no run trains with unsorted buckets.
+    """
+    random, random_cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if sample.is_cuda else None
+    kept = [buffer.clone() for buffer in model.module.buffers()]
+    model.train()
+    with autocast:
+        logits_BC = model(sample)
+    (logits_BC.float().sum() * 0.0).backward()
+    model.zero_grad(set_to_none=True)
+    for buffer, value in zip(model.module.buffers(), kept, strict=True):
+        buffer.copy_(value)
+    torch.set_rng_state(random)
+    if random_cuda is not None:
+        torch.cuda.set_rng_state(random_cuda)

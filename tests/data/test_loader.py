@@ -1,0 +1,357 @@
+"""The FFCV loader: exact coverage, pixels that depend on nothing but (seed, epoch, index), and faults that surface."""
+
+import math
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ffcv.loader.epoch_iterator import EpochIterator
+
+from tdds_dist.data import decode
+from tdds_dist.data.beton import inspect_beton, read_images
+from tdds_dist.data.loader import BATCHES_AHEAD, BetonLoader, View
+from tdds_dist.distributed.partition import epoch_order
+from tdds_dist.errors import InputError
+from tests.ranks import run_ranks
+
+
+def read_epoch(path, view, *, global_batch=12, world_size=1, epoch=0, seed=0, workers=1, shuffle=True, subset=None):
+    """Images and labels by global index, and how often each was seen, over all ranks in turn."""
+    info = inspect_beton(path)
+    num = info.num_samples if subset is None else len(subset)
+    order = epoch_order(num, global_batch, seed=seed, epoch=epoch, shuffle=shuffle, subset=subset)
+    images = np.zeros((info.num_samples, view.size, view.size, 3), dtype=np.uint8)
+    labels, seen = np.full(info.num_samples, -1), np.zeros(info.num_samples, dtype=int)
+    for rank in range(world_size):
+        loader = BetonLoader(path, global_batch // world_size, view, num_workers=workers, seed=seed)
+        for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=epoch):
+            real = (batch.index >= 0).numpy()
+            index = batch.index.numpy()[real]
+            images[index] = batch.image.permute(0, 2, 3, 1).numpy()[real]
+            labels[index] = batch.label.numpy()[real]
+            np.add.at(seen, index, 1)
+    return images, labels, seen
+
+
+@pytest.mark.parametrize(("world_size", "per_rank", "epoch"), [
+    (1, 1, 0), (1, 32, 1), (2, 5, 1), (3, 1, 1), (3, 32, 0), (3, 100, 0)])
+def test_every_index_exactly_once(betons, world_size, per_rank, epoch):
+    _, labels, seen = read_epoch(
+        betons["raw"], View(32), global_batch=per_rank * world_size, world_size=world_size, epoch=epoch)
+    assert (seen == 1).all()
+    assert np.array_equal(labels, inspect_beton(betons["raw"]).label_N)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4))])
+def test_every_index_exactly_once_on_real_ranks(betons, world_size):
+    """N below, at and around multiples of the number of ranks, and a batch larger than the data."""
+    for cases in run_ranks(world_size, _indices_of_rank, world_size, betons["raw"]):
+        assert len(cases) >= 8
+        for num, per_rank, num_batches, index in cases:
+            assert num_batches == math.ceil(num / (per_rank * world_size))
+            assert sorted(index) == list(range(num)), (num, per_rank)
+
+
+def _indices_of_rank(rank, world_size, path):
+    """On this rank, for each case: (N, rows per rank, batches seen, indices gathered from all ranks)."""
+    from tdds_dist.distributed import collectives, world
+
+    cases = []
+    for num in sorted({1, max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 97}):
+        for per_rank in (1, 10):
+            order = epoch_order(num, per_rank * world_size, epoch=4, subset=np.arange(num))
+            loader = BetonLoader(path, per_rank, View(32))
+            batches = [batch.index for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=4)]
+            gathered = collectives.all_gather_same(torch.cat(batches), world.current_world("cpu")).view(-1)
+            cases.append((num, per_rank, len(batches), gathered[gathered >= 0].tolist()))
+    return cases
+
+
+def test_a_subset_is_visited_once_and_nothing_else(betons):
+    subset = np.array([3, 4, 50, 96, 11])
+    _, _, seen = read_epoch(betons["raw"], View(32), global_batch=4, world_size=2, subset=np.sort(subset))
+    assert np.flatnonzero(seen).tolist() == sorted(subset)
+    assert seen.max() == 1
+
+
+def test_without_augmentation_pixels_are_those_of_the_file(betons):
+    images, _, _ = read_epoch(betons["raw"], View(32))
+    assert np.array_equal(images, np.stack(read_images(betons["raw"], range(97))))
+
+
+VIEWS = {"pad": View(32, "pad", flip=True, padding=4), "resized": View(24, "resized", flip=True)}
+
+
+@pytest.mark.parametrize("crop", VIEWS)
+def test_augmentation_depends_on_seed_epoch_and_index_only(betons, crop):
+    path = betons["raw" if crop == "pad" else "big"]
+    images, _, _ = read_epoch(path, VIEWS[crop])
+    for other in ({"workers": 2}, {"world_size": 3}, {"global_batch": 50, "world_size": 2, "workers": 2}):
+        assert np.array_equal(images, read_epoch(path, VIEWS[crop], **other)[0]), other
+    for other in ({"epoch": 1}, {"seed": 1}):
+        differ = (images != read_epoch(path, VIEWS[crop], **other)[0]).any(axis=(1, 2, 3))
+        assert differ.mean() > 0.8, other
+
+
+def test_pad_crop_is_a_shift_with_black_border_and_a_fair_flip(betons):
+    originals = np.stack(read_images(betons["raw"], range(97)))
+    padded = np.pad(originals, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    views = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))  # [N, 9, 9, 3, 32, 32]
+    found = []
+    for epoch in range(3):
+        images, _, _ = read_epoch(betons["raw"], VIEWS["pad"], epoch=epoch, global_batch=97)
+        for image, view in zip(images.transpose(0, 3, 1, 2), views, strict=True):
+            places = [(*place, flip) for flip in (1, -1)
+                      for place in np.argwhere((view == image[..., ::flip]).all(axis=(2, 3, 4)))]
+            assert len(places) == 1
+            found += places
+    assert {y for y, _, _ in found} == {x for _, x, _ in found} == set(range(9))  # 291 draws, both ends included
+    assert 0.35 < np.mean([flip == 1 for *_, flip in found]) < 0.65
+
+
+def test_random_resized_crop_follows_torchvision(betons):
+    areas, ratios = [], []
+    for index in range(4000):
+        key = np.uint64(decode.sample_key(0, 0, index))
+        top, left, h, w = decode.random_resized_crop(key, 300, 400, 0.08, 1.0)
+        assert 0 <= top <= 300 - h
+        assert 0 <= left <= 400 - w
+        areas.append(h * w / (300 * 400))
+        ratios.append(w / h)
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    blank = torch.zeros(3, 300, 400)
+    boxes = [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    for ours, theirs in [(areas, [h * w / 120_000 for _, _, h, w in boxes]), (ratios, [w / h for _, _, h, w in boxes])]:
+        for quantile in (0.1, 0.5, 0.9):
+            assert np.quantile(ours, quantile) == pytest.approx(np.quantile(theirs, quantile), abs=0.03)
+
+
+def test_batches_are_channels_last_and_the_last_one_is_full(betons):
+    order = epoch_order(97, 20)
+    batches = list(BetonLoader(betons["raw"], 20, View(32)).batches(order, rank=0, world_size=1, epoch=0))
+    assert len(batches) == 5
+    for batch in batches:
+        assert batch.image.shape == (20, 3, 32, 32)
+        assert batch.image.is_contiguous(memory_format=torch.channels_last)
+        assert batch.index.dtype == batch.label.dtype == torch.int64
+    assert (batches[-1].index == -1).sum() == 3
+
+
+def test_an_epoch_can_start_in_the_middle(betons):
+    order = epoch_order(97, 10, epoch=3)
+    loader = BetonLoader(betons["raw"], 10, VIEWS["pad"])
+    whole, rest = list(_copies(loader, order)), list(_copies(loader, order.from_step(6)))
+    assert len(rest) == 4
+    for found, expected in zip(rest, whole[6:], strict=True):
+        assert torch.equal(found.index, expected.index)
+        assert torch.equal(found.image, expected.image)
+
+
+def _copies(loader, order):
+    for batch in loader.batches(order, rank=0, world_size=1, epoch=3):
+        yield replace(batch, image=batch.image.clone(), index=batch.index.clone())
+
+
+@pytest.mark.parametrize("view", [View(24, "resized", flip=True), View(24, "center", ratio=0.9)])
+def test_a_size_of_its_own_is_that_of_a_loader_made_for_it(betons, view):
+    """Buffers follow, back as well, and also while another pass of the same loader is under way."""
+    order = epoch_order(61, 10, epoch=1)
+    loader = BetonLoader(betons["big"], 10, view)
+    under_way = loader.batches(order, rank=0, world_size=1, epoch=1)
+    first = next(under_way).image.clone()
+    for size in (40, 9, None):
+        same = BetonLoader(betons["big"], 10, replace(view, size=size or 24))
+        whole = [batch.image.clone() for batch in same.batches(order, rank=0, world_size=1, epoch=1)]
+        found = [batch.image.clone() for batch in loader.batches(order, rank=0, world_size=1, epoch=1, size=size)]
+        assert found[0].shape == (10, 3, size or 24, size or 24)
+        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+    rest = [first] + [batch.image.clone() for batch in under_way]
+    assert all(torch.equal(a, b) for a, b in zip(whole, rest, strict=True))
+
+
+def test_two_epochs_of_one_loader_at_once(betons):
+    """The next epoch is started before this one is over: each keeps its own augmentation."""
+    loader = BetonLoader(betons["raw"], 10, VIEWS["pad"])
+    orders = [epoch_order(97, 10, epoch=epoch) for epoch in (0, 1)]
+    alone = [[b.image.clone() for b in loader.batches(order, rank=0, world_size=1, epoch=epoch)]
+             for epoch, order in enumerate(orders)]
+    both = [loader.batches(order, rank=0, world_size=1, epoch=epoch) for epoch, order in enumerate(orders)]
+    for expected in zip(*alone, strict=True):
+        for image, batches in zip(expected, both, strict=True):
+            assert torch.equal(image, next(batches).image)
+    assert [next(batches, None) for batches in both] == [None, None]
+
+
+def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch):
+    """As many batches as fit, and no more until one is taken."""
+    started, load_batch = [], decode.load_batch
+    monkeypatch.setattr(decode, "load_batch", lambda *arguments: (started.append(1), load_batch(*arguments)))
+    batches = BetonLoader(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    _wait_for(lambda: len(started) == BATCHES_AHEAD + 1)
+    time.sleep(0.3)
+    assert len(started) == BATCHES_AHEAD + 1
+    next(batches)
+    _wait_for(lambda: len(started) == BATCHES_AHEAD + 2)
+    batches.close()
+
+
+def test_what_is_closed_has_no_more_batches(betons):
+    batches = BetonLoader(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    first = next(batches).index.clone()
+    assert (first >= 0).all()
+    before = [thread for thread in threading.enumerate() if isinstance(thread, EpochIterator)]
+    batches.close()
+    assert len(before) == 1
+    assert not before[0].is_alive()
+    assert len(list(batches)) <= BATCHES_AHEAD
+    batches.close()
+
+
+def _wait_for(is_so):
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- faults
+
+
+def test_a_corrupt_image_is_named_by_its_index(betons, tmp_path):
+    info = inspect_beton(betons["big"])
+    damaged = tmp_path / "damaged.beton"
+    content = bytearray(betons["big"].read_bytes())
+    start, size = int(info.data_ptr_N[17]), int(info.size_N[17])
+    content[start : start + size] = bytes(size)
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match=r"global indices \[17\] cannot be decoded"):
+        read_epoch(damaged, VIEWS["resized"])
+
+
+def test_an_exception_in_the_loading_thread_reaches_the_consumer_at_once(betons, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("boom")
+
+    monkeypatch.setattr(decode, "load_batch", fail)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="boom"):
+        read_epoch(betons["raw"], View(32))
+    assert time.monotonic() - started < 5
+
+
+def test_a_stall_is_an_error(betons, monkeypatch):
+    monkeypatch.setattr("tdds_dist.data.loader.STALL_SECONDS", 1.0)
+    monkeypatch.setattr(decode, "load_batch", lambda *arguments: time.sleep(1.5))
+    with pytest.raises(RuntimeError, match="no batch for 1 s"):
+        read_epoch(betons["raw"], View(32))
+
+
+def test_leaving_early_ends_the_thread(betons):
+    before = threading.active_count()
+    loader = BetonLoader(betons["raw"], 2, View(32))
+    for _ in range(3):
+        for batch in loader.batches(epoch_order(97, 2), rank=0, world_size=1, epoch=0):
+            assert batch.image.shape[0] == 2
+            break
+    _wait_for(lambda: threading.active_count() == before)
+
+
+def test_the_thread_count_of_torch_is_left_alone(betons):
+    torch.set_num_threads(2)
+    read_epoch(betons["raw"], View(32), workers=1)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_pad_crop_of_other_sizes_is_refused(betons):
+    with pytest.raises(InputError, match=r"needs images of exactly 32x32.*crop=resized"):
+        BetonLoader(betons["big"], 4, View(32, "pad"))
+
+
+def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
+    from ffcv.fields import FloatField, IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    class Foreign:
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, i):
+            return 0.5, i % 3, np.full((16, 16, 3), 10 * i, dtype=np.uint8)
+
+    path = tmp_path / "foreign.beton"
+    fields = {"weight": FloatField(), "target": IntField(), "picture": RGBImageField(write_mode="raw")}
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(Foreign())
+    images, labels, seen = read_epoch(path, View(16), global_batch=4)
+    assert seen.tolist() == [1] * 7
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert images[:, 3, 3, 1].tolist() == [0, 10, 20, 30, 40, 50, 60]
+
+
+# ---- on a GPU
+
+
+def cuda_tests(function):
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(function))
+
+
+@cuda_tests
+def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
+    """The device lags seconds behind the host, which may not wait for it while it takes all batches of an epoch: copies run
+    beside the computation, and what a step reads is not written over, on the host or on the device."""
+    expected = torch.from_numpy(np.stack(read_images(betons["raw"], range(97))))
+    order = epoch_order(97, 4)
+    loader = BetonLoader(betons["raw"], 4, View(32), device="cuda")
+    sums, large = [], torch.randn(4000, 4000, device="cuda")
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in loader.batches(order, rank=0, world_size=1, epoch=0):
+            for _ in range(20):
+                large = large @ large * 1e-4
+            # Freed at once on the host, and used by what is queued.
+            sums.append((batch.index.clone(), batch.label.clone(), batch.image.double().sum(dim=(1, 2, 3))))
+            del batch
+        done.record()
+        assert not done.query(), "the host waited for the device"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    seen = torch.cat([index for index, _, _ in sums]).cpu()
+    assert sorted(seen[seen >= 0].tolist()) == list(range(97))
+    label_N = torch.from_numpy(inspect_beton(betons["raw"]).label_N)
+    for index, label, total in sums:
+        real = (index >= 0).cpu()
+        assert torch.equal(label.cpu()[real], label_N[index.cpu()[real]].long())
+        assert torch.equal(total.cpu()[real], expected[index.cpu()[real]].double().sum(dim=(1, 2, 3)))
+
+
+@cuda_tests
+def test_on_cuda_batches_are_on_the_device_as_the_network_wants_them(betons):
+    order = epoch_order(97, 10, epoch=3)
+    on_cpu = list(_copies(BetonLoader(betons["raw"], 10, VIEWS["pad"]), order))
+    on_gpu = list(_copies(BetonLoader(betons["raw"], 10, VIEWS["pad"], device="cuda"), order))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert b.image.is_cuda
+        assert b.image.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a.image, b.image.cpu())
+        assert torch.equal(a.label, b.label.cpu())
+        assert torch.equal(a.index, b.index.cpu())
+
+
+@cuda_tests
+def test_on_cuda_buffers_are_pinned(betons):
+    batches = BetonLoader(betons["raw"], 10, View(32), device="cuda").batches(
+        epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    next(batches)
+    thread = next(thread for thread in threading.enumerate() if isinstance(thread, EpochIterator))
+    for buffers in thread.memory_allocations["operation"].values():
+        for buffer in buffers if isinstance(buffers, tuple) else [buffers]:
+            assert torch.from_numpy(buffer).is_pinned()
+    batches.close()

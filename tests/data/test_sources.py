@@ -1,0 +1,315 @@
+"""Sources: order, labels, splits, subsets, noise on purpose, and what bad input gets."""
+
+import hashlib
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tdds_dist.data.corruptions import KINDS
+from tdds_dist.data.sources import Source, open_source, stratified_pick, with_corruption, with_label_noise
+from tdds_dist.errors import InputError
+
+
+def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (9, 7), color: object = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path)  # type: ignore[arg-type]
+
+
+FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES,SIZE"
+ARCHIVE = r"download https://\S+python.tar.gz and unpack it with `tar"
+
+
+@pytest.mark.parametrize(("files", "spec", "options", "match"), [
+    *(((), spec, {}, FORMS) for spec in ("", "imagenet", "imagefolder:", "cifar10", "digits:x", "synthetic", "synthetic:")),
+    *(((), f"synthetic:{rest}", {}, "such as synthetic:10000,10,64")
+      for rest in ("10", "10,2", "10,2,x", "0,1,32", "2,3,32", "10,2,4")),
+    ((), "digits", {"split": "test"}, r"split='test'.*train, val"),
+    *(((), "digits", {"split": "val", "subset": subset}, rf"subset={subset} .*360") for subset in (0, -1, 361)),
+    ((), "cifar10:DIR", {}, ARCHIVE), ((), "cifar100:DIR", {}, ARCHIVE),
+    ((), "imagefolder:DIR/missing", {}, "is not a directory"), ((), "imagefolder:DIR", {}, "no class folders"),
+    (("cat/1.png", "dog/"), "imagefolder:DIR", {}, "dog holds no image"),
+    (("train/cat/1.png",), "imagefolder:DIR", {"split": "val"}, "has train/ but no val/"),
+    *((("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"), "imagefolder:DIR", {"split": split}, r"same classes.*dog")
+      for split in ("train", "val")),
+])
+def test_what_is_no_source_is_refused(tmp_path, files, spec, options, match):
+    for name in files:
+        if name.endswith("/"):
+            (tmp_path / name).mkdir()
+        else:
+            save(tmp_path / name)
+    with pytest.raises(InputError, match=match):
+        open_source(spec.replace("DIR", str(tmp_path)), **options)
+
+
+# --- digits ---
+
+
+def test_the_digits_splits_are_disjoint_stratified_and_complete():
+    train, val = open_source("digits", "train"), open_source("digits", "val")
+    assert (len(train), len(val)) == (1437, 360)
+    assert sorted(train.path + val.path) == [f"digits/{i:04d}" for i in range(1797)]
+    assert train.class_names == val.class_names == list("0123456789")
+    share = np.bincount(val.label_N) / (np.bincount(val.label_N) + np.bincount(train.label_N))
+    assert np.abs(share - 0.2).max() < 0.01
+    assert train.label_N.dtype == np.int64
+
+
+def test_digits_are_32_pixel_rgb_and_show_the_digit():
+    from sklearn.datasets import load_digits
+
+    source = open_source("digits", "val")
+    image, row = source.read(3), int(source.path[3][-4:])
+    assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
+    assert (image == image[:, :, :1]).all()
+    small = image[:, :, 0].reshape(8, 4, 8, 4).mean(axis=(1, 3)) * 16 / 255
+    assert np.abs(small - load_digits().images[row]).mean() < 1.5
+
+
+def test_digits_without_scikit_learn_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match=r"pip install tdds-dist\[digits\]"):
+        open_source("digits")
+
+
+# --- folders ---
+
+
+def test_an_imagefolder_has_the_order_of_torchvision(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for name in ("b/2.png", "b/10.JPEG", "a/z/1.jpg", "a/y.bmp", "c/0.webp"):
+        save(tmp_path / name)
+    (tmp_path / "a/notes.txt").write_text("not an image")
+    source, reference = open_source(f"imagefolder:{tmp_path}"), ImageFolder(str(tmp_path))
+    assert source.class_names == reference.classes
+    assert [str(tmp_path / path) for path in source.path] == [path for path, _ in reference.samples]
+    assert source.label_N.tolist() == reference.targets
+    assert source.read(0).shape == (7, 9, 3)
+
+
+def test_a_split_folder_is_used_and_stays_in_the_path(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "train/dog/2.png", "val/cat/1.png", "val/dog/1.png"):
+        save(tmp_path / name)
+    assert open_source(f"imagefolder:{tmp_path}").path == ["train/cat/1.png", "train/dog/1.png", "train/dog/2.png"]
+    assert open_source(f"imagefolder:{tmp_path}", "val").path == ["val/cat/1.png", "val/dog/1.png"]
+
+
+@pytest.mark.parametrize(("mode", "name", "color", "rgb"), [
+    ("L", "x.png", 100, (100, 100, 100)), ("P", "x.png", 0, (0, 0, 0)), ("1", "x.png", 1, (255, 255, 255)),
+    ("RGBA", "x.png", (10, 20, 30, 0), (10, 20, 30)), ("LA", "x.png", (50, 9), (50, 50, 50)),
+    ("CMYK", "x.jpg", (0, 255, 255, 0), (255, 0, 0)), ("I;16", "x.png", 0x8001, (128, 128, 128)),
+])
+def test_every_pixel_format_becomes_rgb(tmp_path, mode, name, color, rgb):
+    save(tmp_path / "a" / name, mode, color=color)
+    image = open_source(f"imagefolder:{tmp_path}").read(0)
+    assert (image.shape, image.dtype) == ((7, 9, 3), np.uint8)
+    assert np.abs(image.astype(int) - rgb).max() <= 3
+
+
+# --- CIFAR ---
+
+
+def test_cifar_keeps_the_order_of_the_archive(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    content = {
+        "data_batch_1": {"data": pixels[:4].reshape(4, -1), "labels": [1, 0, 2, 1]},
+        "test_batch": {"data": pixels[4:].reshape(2, -1), "labels": [0, 2]},
+        "batches.meta": {"label_names": ["plane", "car", "bird"]},
+    }
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    md5 = {}
+    for name, record in content.items():
+        data = pickle.dumps(record)
+        (folder / name).write_bytes(data)
+        md5[name] = hashlib.md5(data).hexdigest()
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", md5["data_batch_1"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
+    train, val = open_source(f"cifar10:{tmp_path}"), open_source(f"cifar10:{tmp_path}", "val")
+    assert train.path == [f"cifar10/train/{i:05d}" for i in range(4)]
+    assert (train.label_N.tolist(), val.label_N.tolist()) == ([1, 0, 2, 1], [0, 2])
+    assert train.class_names == ["plane", "car", "bird"]
+    np.testing.assert_array_equal(val.read(1), pixels[5].transpose(1, 2, 0))
+    (folder / "test_batch").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="missing or damaged"):
+        open_source(f"cifar10:{tmp_path}")
+
+
+# --- synthetic ---
+
+
+def test_synthetic_images_depend_on_split_and_index_only():
+    small, large = open_source("synthetic:20,4,24"), open_source("synthetic:40,4,24")
+    val = open_source("synthetic:20,4,24", "val")
+    np.testing.assert_array_equal(small.read(7), large.read(7))
+    assert small.read(7).shape == (24, 24, 3)
+    assert (small.read(7) != val.read(7)).any()
+    assert (small.read(7) != small.read(11)).any()
+    assert np.bincount(small.label_N).tolist() == [5, 5, 5, 5]
+
+
+def test_synthetic_images_compress_like_photographs():
+    import io
+
+    file = io.BytesIO()
+    Image.fromarray(open_source("synthetic:1,1,256").read(0)).save(file, "jpeg", quality=90)
+    assert 0.2 < len(file.getvalue()) / 256**2 < 0.7  # bytes per pixel; photographs: 0.3 to 0.6
+
+
+# --- subsets ---
+
+
+def test_a_subset_is_stratified_repeatable_and_in_source_order():
+    whole, part = open_source("synthetic:100,4,8"), open_source("synthetic:100,4,8", subset=10)
+    row = [whole.path.index(path) for path in part.path]
+    assert row == sorted(row)
+    assert part.path == open_source("synthetic:100,4,8", subset=10).path
+    assert sorted(np.bincount(part.label_N).tolist()) == [2, 2, 3, 3]
+    assert part.settings == {"subset": 10}
+    for i in range(10):
+        np.testing.assert_array_equal(part.read(i), whole.read(row[i]))
+    assert open_source("synthetic:100,4,8", subset=100).path == whole.path
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 50, 1010, 1109, 1110])
+def test_stratified_pick_gives_every_class_its_share(count):
+    label_N = np.repeat([0, 1, 3], [1000, 100, 10])
+    index = stratified_pick(label_N, count, 0)
+    num_C = np.bincount(label_N[index], minlength=4)
+    assert len(np.unique(index)) == count
+    assert (np.diff(index) > 0).all()
+    assert np.abs(num_C - count * np.bincount(label_N) / 1110).max() < 2
+    assert count < 3 or (num_C[[0, 1, 3]] > 0).all()
+
+
+# --- noise on purpose ---
+
+
+@pytest.mark.parametrize(("rate", "changed"), [(0.2, 200), (0.0004, 0), (0.0006, 1), (0.123, 123), (0.9996, 1000)])
+def test_label_noise_changes_exactly_its_share_of_the_labels(rate, changed):
+    clean = open_source("synthetic:1000,4,8")
+    noisy = with_label_noise(clean, rate, 5)
+    assert (noisy.label_N != clean.label_N).sum() == changed
+    assert (noisy.label_N.min(), noisy.label_N.max(), noisy.label_N.dtype) == (0, 3, np.int64)
+    np.testing.assert_array_equal(noisy.true_label_N, clean.label_N)
+    assert clean.label_N.tolist() == [i % 4 for i in range(1000)]
+    assert noisy.settings == {"label_noise": rate, "noise_seed": 5}
+    assert (noisy.path, noisy.corruption) == (clean.path, None)
+    np.testing.assert_array_equal(noisy.read(7), clean.read(7))
+
+
+def test_label_noise_is_symmetric():
+    clean = open_source("synthetic:12000,4,8")
+    noisy = with_label_noise(clean, 0.5, 0)
+    num_CC = np.zeros((4, 4), int)
+    np.add.at(num_CC, (clean.label_N, noisy.label_N), 1)
+    assert np.abs(np.diag(num_CC) - 1500).max() < 120  # three standard deviations: 82
+    assert np.abs(num_CC[~np.eye(4, dtype=bool)] - 500).max() < 80  # 64
+
+
+@pytest.mark.parametrize(("rate", "counts"), [
+    (0.2, [40, 40, 40, 40, 40]), (0.2031, [41, 41, 41, 40, 40]), (0.002, [1, 1, 0, 0, 0]), (0.9999, [200] * 5),
+    (0.0004, [0] * 5),
+])
+def test_corruption_takes_exactly_its_share_in_equal_parts(rate, counts):
+    clean = open_source("synthetic:1000,4,8")
+    source = with_corruption(clean, rate, 5)
+    assert [source.corruption.count(kind) for kind in KINDS] == counts
+    assert source.corruption.count("") == 1000 - sum(counts)
+    assert source.settings == {"corrupt": rate, "noise_seed": 5}
+    assert source.true_label_N is None
+    np.testing.assert_array_equal(source.label_N, clean.label_N)
+
+
+def both(source: Source, rate: float, seed: int) -> Source:
+    return with_corruption(with_label_noise(source, rate, seed), rate, seed)
+
+
+def test_noise_depends_on_seed_and_index_only():
+    clean = open_source("synthetic:300,4,16")
+    one, again, other = (both(clean, 0.4, seed) for seed in (1, 1, 2))
+    assert (one.label_N.tolist(), one.corruption) == (again.label_N.tolist(), again.corruption)
+    shared = [i for i in range(300)
+              if one.corruption[i] == other.corruption[i] and one.corruption[i] in ("gaussian_noise", "fog")]
+    assert shared  # the other kinds have few outcomes at 16 pixels
+    images = {i: one.read(i) for i in range(300)}
+    for i in reversed(range(300)):  # in another order
+        np.testing.assert_array_equal(again.read(i), images[i])
+    assert (one.label_N != other.label_N).any()
+    assert one.corruption != other.corruption
+    for i in shared:
+        assert (one.read(i) != other.read(i)).any()
+
+
+def test_two_images_of_one_kind_are_corrupted_differently():
+    same = np.full((16, 16, 3), 100, np.uint8)
+    source = with_corruption(replace(open_source("synthetic:20,2,16"), reader=lambda i: same), 0.5, 0)
+    for kind in ("gaussian_noise", "occlusion", "fog"):  # a plain image shows no blur
+        first, second = (i for i in range(20) if source.corruption[i] == kind)
+        assert (source.read(first) != source.read(second)).any()
+
+
+def test_less_noise_is_part_of_more():
+    clean = open_source("synthetic:300,5,8")
+    less, more = both(clean, 0.1, 3), both(clean, 0.3, 3)
+    changed = less.label_N != clean.label_N
+    np.testing.assert_array_equal(less.label_N[changed], more.label_N[changed])
+    assert {(i, kind) for i, kind in enumerate(less.corruption) if kind} < set(enumerate(more.corruption))
+
+
+def test_labels_and_images_are_drawn_apart():
+    clean = open_source("synthetic:2000,4,8")
+    one, other = both(clean, 0.5, 9), with_label_noise(with_corruption(clean, 0.5, 9), 0.5, 9)
+    assert (one.corruption, one.settings) == (other.corruption, other.settings)
+    np.testing.assert_array_equal(one.label_N, other.label_N)
+    np.testing.assert_array_equal(one.true_label_N, other.true_label_N)
+    hit = (one.label_N != clean.label_N) & (np.array(one.corruption) != "")
+    assert abs(hit.sum() - 500) < 60  # three standard deviations: 34
+
+
+def test_noise_comes_after_the_subset():
+    part = open_source("synthetic:200,4,16", subset=50)
+    noisy = both(part, 0.2, 4)
+    assert (noisy.label_N != part.label_N).sum() == 10
+    assert [noisy.corruption.count(kind) for kind in KINDS] == [2] * 5
+    assert noisy.path == part.path
+    assert noisy.settings == {"subset": 50, "label_noise": 0.2, "corrupt": 0.2, "noise_seed": 4}
+    for i in range(50):
+        assert (noisy.read(i) != part.read(i)).any() == bool(noisy.corruption[i])
+
+
+def test_no_noise_leaves_the_source_alone():
+    source = open_source("synthetic:10,1,8")
+    assert both(source, 0, 1) is source
+
+
+@pytest.mark.parametrize("add", [with_label_noise, with_corruption])
+@pytest.mark.parametrize(("rate", "seed", "message"), [
+    (1, 0, r"=1 must be a share in \[0, 1\); use"), (-0.1, 0, "=-0.1 must be a share"), (float("nan"), 0, "=nan must be"),
+    (20, 0, "=20 must be"), (0.1, -1, "seed=-1 of .* between 0 and 4294967295; choose"), (0.1, 2**32, "seed=4294967296 of"),
+])
+def test_impossible_noise_is_refused(add, rate, seed, message):
+    with pytest.raises(InputError, match=message):
+        add(open_source("synthetic:10,2,8"), rate, seed)
+
+
+def test_noise_that_the_manifest_could_not_describe_is_refused():
+    source = open_source("synthetic:10,2,8")
+    with pytest.raises(InputError, match=r"label_noise=0.2 needs another class .* has 1; use a source"):
+        with_label_noise(open_source("synthetic:10,1,8"), 0.2, 0)
+    with pytest.raises(InputError, match=r"label_noise=0.3 comes on top of label_noise=0.2.*start from the clean"):
+        with_label_noise(with_label_noise(source, 0.2, 0), 0.3, 0)
+    with pytest.raises(InputError, match=r"corrupt=0.3 comes on top of corrupt=0.2"):
+        with_corruption(with_corruption(source, 0.2, 0), 0.3, 0)
+    with pytest.raises(InputError, match=r"seed=2 of corrupt must be the noise_seed=1 .*use that seed"):
+        with_corruption(with_label_noise(source, 0.2, 1), 0.2, 2)

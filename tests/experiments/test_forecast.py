@@ -1,0 +1,741 @@
+"""`tdds plan`: every number against the real thing, and every way out of a refusal taken."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import tracemalloc
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tdds_dist import ShardedScorer
+from tdds_dist.cli.main import main
+from tdds_dist.config.run import load_config
+from tdds_dist.config.scores import Window
+from tdds_dist.data.beton import inspect_beton
+from tdds_dist.data.loader import BetonLoader, View
+from tdds_dist.data.sources import open_source
+from tdds_dist.data.writer import write_beton
+from tdds_dist.distributed import collectives
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.partition import epoch_order, routing_counts, rows_per_shard
+from tdds_dist.distributed.world import World
+from tdds_dist.errors import InputError
+from tdds_dist.experiments import memory as footprint
+from tdds_dist.experiments import needs as budget
+from tdds_dist.experiments.forecast import _deals_out, parse_bytes, plan
+from tdds_dist.experiments.needs import Case, Images, list_trainings, size
+from tdds_dist.runs.checkpoint import Checkpoints
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.scoring.sample_stats import SCALARS
+from tdds_dist.scoring.scorer import WAITING_NUMBERS
+from tdds_dist.training.build import InputStage, build_model, build_optimizer
+from tdds_dist.training.collect import collect
+from tdds_dist.training.final_pass import _ByClass
+from tdds_dist.training.schedule import per_rank_batch
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+IMAGENET = 1_281_167
+CPU, GPU = ["run.device=cpu"], ["run.device=cuda"]
+
+
+@pytest.fixture
+def tiny(config_file):
+    """The config of `conftest`, with overrides."""
+    return lambda *overrides: load_config(config_file, overrides)
+
+
+def imagenet(*overrides, network="resnet34"):
+    return load_config(ROOT / f"configs/imagenet_{network}.yaml", overrides)
+
+
+def case_of(config, num_samples, num_ranks=1, **more):
+    return Case(config, Images(num_samples, "given", 100), num_ranks, **more)
+
+
+def value(lines, label):
+    (found,) = [line.value for line in lines if line.label == label]
+    return found
+
+
+def storage_bytes(tensors):
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def tables_of(scorer):
+    """All tensors of a scorer, also those in what it consists of."""
+    owners = [scorer, scorer._shard, scorer._shard.previous]
+    return [item for owner in owners for item in vars(owner).values() if isinstance(item, torch.Tensor)]
+
+
+# ---- the scorer
+
+
+ONE_WINDOW = "score.windows=[{T: 3, K: 2}]"
+TWO_WINDOWS = "score.windows=[{T: 3, K: 3}, {T: 2, K: 2}]"
+SAME_WINDOW_TWICE = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}, {T: 3, K: 2, pruning_rates: [0.8]}]"
+
+
+@pytest.mark.parametrize("overrides", [
+    [ONE_WINDOW], [TWO_WINDOWS], [SAME_WINDOW_TWICE], [ONE_WINDOW, "score.preset=paper"],
+    [TWO_WINDOWS, "score.logp_dtype=float16"], [ONE_WINDOW, "score.storage=topk:3"],
+    [ONE_WINDOW, "score.storage=topk:9", "data.num_classes=40000", "score.logp_dtype=float16"],
+    [ONE_WINDOW, "data.num_classes=257", "score.on_nan=quarantine"],
+])
+@pytest.mark.parametrize(("num_samples", "world_size"), [(97, 1), (97, 3), (10, 3), (5, 4), (1, 1)])
+def test_scorer_bytes_are_those_of_a_real_scorer(tiny, monkeypatch, overrides, num_samples, world_size):
+    config = tiny(*overrides)
+    for rank in range(world_size):
+        world = World(rank, rank, world_size, world_size, torch.device("cpu"))
+        monkeypatch.setattr(distributed, "current_world", lambda device=None, world=world: world)
+        scorer = ShardedScorer(num_samples, config.data.num_classes, config.windows(), config.score.preset, "cpu",
+                               logp_dtype=getattr(torch, config.score.logp_dtype), on_nan=config.score.on_nan,
+                               storage=config.score.storage)
+        real = storage_bytes(tables_of(scorer))
+        predicted = footprint.scorer_bytes(config, num_samples, world_size, rank)
+        assert sum(predicted.values()) == real == scorer.state_bytes() + 3 * 8
+        assert predicted["previous log-probabilities"] == storage_bytes(scorer._shard.previous.tables().values())
+        assert predicted["ring of loss differences"] == scorer._delta_KM.untyped_storage().nbytes()
+        assert predicted["averages over windows"] == scorer._average_AM.untyped_storage().nbytes()
+        assert predicted["scalars of this epoch"] == scorer._shard.scalars_MF.untyped_storage().nbytes()
+
+
+def pending_bytes(rank, world_size, rows, num_classes, dtype):
+    """Buffers of one routed step."""
+    scorer = ShardedScorer(200, num_classes, [Window(3, 2)], device="cpu")
+    index_B = torch.arange(rank, 200, world_size)[:rows]
+    scorer.record(index_B, torch.zeros(rows, num_classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64))
+    exchange = scorer._pending[0]
+    return exchange._sent_BX.nbytes, exchange._received_RX.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routing_buffers_are_those_of_a_real_step(dtype):
+    found = run_ranks(2, pending_bytes, 2, 12, 33, dtype)
+    payload = footprint.payload_bytes(12, 33, dtype.itemsize)
+    assert [sent for sent, _ in found] == [payload, payload]
+    assert sum(received for _, received in found) == 2 * payload
+    assert footprint.recording_bytes(12, 33, dtype.itemsize) > 2 * payload
+
+
+@pytest.mark.parametrize("kind", ["dense", "topk"])
+@pytest.mark.parametrize(("rows", "num_classes"), [(64, 1000), (256, 100), (1024, 10), (24, 10), (8, 9000)])
+def test_recording_takes_no_more_than_planned(rows, num_classes, kind):
+    storage = kind if kind == "dense" else f"topk:{max(1, num_classes // 10)}"
+    num_samples = rows * max(4, 2 * WAITING_NUMBERS // (rows * num_classes))
+    scorer = ShardedScorer(num_samples, num_classes, [Window(3, 2)], device="cpu", storage=storage)
+
+    def batch(first):
+        index_B = torch.arange(first, first + rows)
+        return index_B, torch.randn(rows, num_classes), torch.zeros(rows, dtype=torch.int64)
+
+    batches = [batch(first) for first in range(0, num_samples, rows)]
+    for arguments in batches:
+        scorer.record(*arguments)
+    scorer.end_epoch()
+    with footprint._Alive([*tables_of(scorer), *(tensor for arguments in batches for tensor in arguments)]) as alive:
+        for arguments in batches:
+            scorer.record(*arguments)
+        scorer._apply_pending()
+    planned = footprint.recording_bytes(rows, num_classes, 4, storage)
+    assert 0.7 * planned < alive.peak_bytes <= planned
+
+
+# ---- the network
+
+
+def network_and_batch(name, rows, image_size, device="cpu", num_classes=10):
+    with torch.device(device):
+        model = build_model(name, num_classes, channels_last=False)
+        image = torch.zeros(rows, 3, image_size, image_size)
+        return model, image, torch.zeros(rows, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("name", "rows", "image_size"), [
+    ("resnet18", 3, 64), ("shufflenet_v2_x0_5", 8, 32), ("swin_t", 2, 64)])
+def test_activations_on_shapes_are_those_of_a_real_step(name, rows, image_size):
+    saved, peak, output = footprint.step_bytes(*network_and_batch(name, rows, image_size))
+    on_meta = footprint.step_bytes(*network_and_batch(name, rows, image_size, "meta"))
+    assert on_meta[:2] == (saved, peak)
+    assert on_meta[2].shape == output.shape
+    assert peak > saved > rows * 3 * image_size**2 * 4
+
+
+class Small(nn.Sequential):
+    """8 -> 16 -> ReLU -> 4."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_mixed_precision_keeps_16_bits_for_backward():
+    rows = 5
+    image = torch.empty(rows, 8, device="meta")
+    kept = {"input": rows * 8, "relu": rows * 16, "weights": 16 * 4}  # the first layer's weight is not needed for backward
+    plain = footprint._saved_on_cuda(Small().to("meta"), image, amp=False)
+    mixed = footprint._saved_on_cuda(Small().to("meta"), image, amp=True)
+    assert plain == (4 * kept["relu"], 4)  # the input is no activation, and weights lie in the parameters
+    assert mixed == (2 * sum(kept.values()), 2)
+    assert not torch.is_autocast_enabled("cuda")
+
+
+def test_on_cuda_dropout_keeps_a_byte_per_value(tiny):
+    config = tiny("model.name=alexnet", "data.image_size=64", "train.global_batch_size=4")
+    on_cpu = footprint.network_of(config, 4)
+    on_gpu = footprint.network_of(tiny("model.name=alexnet", "data.image_size=64", *GPU), 4)
+    assert on_cpu.activations - on_gpu.activations == 4 * (4096 + 9216) * 3
+    assert on_cpu.parameters == on_gpu.parameters
+
+
+@pytest.mark.parametrize(("overrides", "per_parameter"), [
+    ([], 1), (["train.momentum=0.0", "train.nesterov=false"], 0), (["train.optimizer=adamw"], 2)])
+def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(tiny, overrides, per_parameter):
+    config = tiny(*overrides)
+    model, image, label = network_and_batch(config.model.name, 4, 32)
+    optimizer = build_optimizer(model, config)
+    nn.functional.cross_entropy(model(image), label).backward()
+    gradients = storage_bytes(parameter.grad for parameter in model.parameters())
+    optimizer.step()
+    state = [item for entry in optimizer.state.values() for item in entry.values() if item is not None and item.ndim]
+    network = footprint.network_of(config, 4)
+    assert network.parameters == gradients == storage_bytes(model.parameters())
+    assert network.buffers == storage_bytes(model.buffers())
+    assert footprint.optimizer_bytes(config.train, network.parameters) == storage_bytes(state) == per_parameter * gradients
+    lines = budget.memory_lines(case_of(config, 100))
+    assert value(lines, "gradients") == value(lines, "parameters") == gradients
+    assert value(lines, "optimizer state") == storage_bytes(state)
+    whole_batch = torch.zeros(24, 3, 32, 32, dtype=torch.uint8)
+    normalised = InputStage((0.0,) * 3, (1.0,) * 3, channels_last=True)(whole_batch)
+    assert value(lines, "images of a batch") == normalised.nbytes + 2 * whole_batch.nbytes
+
+
+def test_a_network_that_reads_numbers_while_it_is_built_gets_a_plan(tiny):
+    found = plan(tiny("model.name=regnet_y_400mf", *GPU, "train.amp=bf16"), disk_bytes=1e12)
+    real = build_model("regnet_y_400mf", 10, channels_last=False)
+    numbers = found.as_json()["memory_per_rank"]
+    assert numbers["parameters_bytes"] == storage_bytes(real.parameters())
+    assert numbers["activations_kept_for_backward_bytes"] > 1e6
+
+
+# ---- sums
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_memory_is_the_sum_of_its_lines(tiny, device):
+    lines = budget.memory_lines(case_of(tiny(f"run.device={device}"), 50_000, 2))
+    *parts, total = [line.value for line in lines]
+    assert total == sum(parts)
+    assert len(parts) == 14 + 2 * (device == "cuda")
+    if device == "cuda":
+        assert value(lines, "CUDA, NCCL, workspaces") == 1_000_000_000
+        assert value(lines, "margin") == math.ceil(0.05 * (total - value(lines, "margin") - 1_000_000_000))
+    else:
+        assert "margin" not in [line.label for line in lines]
+        good = budget.memory_lines(case_of(tiny("score.on_nan=quarantine"), 50_000, 2))  # keeps good buffers
+        assert value(good, "network's buffers") == 2 * value(lines, "network's buffers") > 0
+
+
+def test_what_is_needed_outside_of_steps_counts_where_it_is_more(tiny):
+    config = tiny("model.name=vgg11", "train.global_batch_size=2", "score.final_pass=false")
+    lines = budget.memory_lines(case_of(config, 100))
+    step = sum(value(lines, label) for label in ("images of a batch", "activations kept for backward",
+                                                 "work of forward and backward", "routing buffers and recording"))
+    assert value(lines, "more than that outside of steps") == max(0, value(lines, "parameters") - step)
+    many = budget.memory_lines(case_of(tiny("train.global_batch_size=2"), 3_000_000))
+    assert value(many, "more than that outside of steps") > 36 * 3_000_000
+    # The final pass: 12 bytes per image of all ranks, where the others' state was.
+    spread = budget.memory_lines(case_of(tiny("train.global_batch_size=256"), 30_000_000, 128))
+    network = footprint.network_of(tiny(), 2)
+    without = sum(footprint.scorer_bytes(tiny(), 30_000_000, 128).values()) + 2 * network.parameters + network.buffers
+    assert value(spread, "more than that outside of steps") == 12 * 30_000_000 - without
+
+
+def test_imagenet_numbers():
+    lines = budget.memory_lines(case_of(imagenet(), IMAGENET, 8))
+    assert round(lines[0].value / 1e6) == 641
+    assert round(value(budget.memory_lines(case_of(imagenet("score.logp_dtype=float16"), IMAGENET, 8)),
+                       "previous log-probabilities") / 1e6) == 320
+    assert rows_per_shard(IMAGENET, 8) == 160_146
+
+
+# ---- a real run
+
+
+def collect_keeping_checkpoints(rank, config_file, overrides):
+    """A collection whose checkpoints stay; returns the largest copy in host memory."""
+    Checkpoints.remove_all = lambda self: None
+    staged, copies = Checkpoints._staged, []
+
+    def look(self, tensors):
+        buffers = staged(self, tensors)
+        copies.append(storage_bytes(collectives.own_rows(tensor) for tensor in buffers.values()))
+        return buffers
+
+    Checkpoints._staged = look
+    collect(load_config(config_file, overrides), distributed.current_world("cpu"))
+    return max(copies, default=0)
+
+
+@pytest.fixture(scope="module")
+def raw_config(betons, tmp_path_factory):
+    """A config on raw images; run directory `run` beside it."""
+    folder = tmp_path_factory.mktemp("planned")
+    path = folder / "config.yaml"
+    path.write_text(f"""
+run: {{name: tiny, dir: {folder / "run"}, device: cpu}}
+data: {{train: {betons["raw"]}, val: {betons["raw"]}, num_classes: 5, image_size: 32, crop: pad, padding: 2,
+       mean: [78.0, 78.0, 78.0], std: [90.0, 90.0, 90.0]}}
+model: {{name: shufflenet_v2_x0_5}}
+train: {{epochs: 3, global_batch_size: 24, lr: 0.05}}
+score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{T: 2, K: 2, pruning_rates: [0.8]}}]}}
+""")
+    return path
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def collected(request, raw_config, tmp_path_factory):
+    """A finished collection: its run directory, the number of ranks, and the most bytes that one copied to host memory."""
+    run, num_ranks = tmp_path_factory.mktemp("collected") / "run", request.param
+    arguments = str(raw_config), [f"run.dir={run}"]
+    if num_ranks > 1:
+        return run, num_ranks, max(run_ranks(num_ranks, collect_keeping_checkpoints, *arguments))
+    with pytest.MonkeyPatch.context() as patch, distributed.session("cpu", 60.0):
+        for name in ("remove_all", "_staged"):
+            patch.setattr(Checkpoints, name, getattr(Checkpoints, name))  # put back afterwards
+        staged = collect_keeping_checkpoints(0, *arguments)
+    return run, num_ranks, staged
+
+
+@pytest.mark.distributed
+def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
+    folder, num_ranks, staged = collected
+    config = load_config(raw_config)
+    case = Case(config, budget.read_images(config, None), num_ranks, pruning_rates=(0.5, 0.8))
+    assert case.images.num_samples == 97
+    lines = budget.disk_lines(case)
+    blocks = list((folder / "trajectory").rglob("*.npy"))
+    assert len(blocks) == num_ranks * (3 + 1)
+    assert sum(block.stat().st_size for block in blocks) - 128 * len(blocks) == value(lines, "trajectory")
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    assert len(checkpoints) == 2  # checkpoint.keep
+    for checkpoint in checkpoints:
+        real = sum(file.stat().st_size for file in checkpoint.iterdir())
+        assert real == pytest.approx(value(lines, "checkpoints while collecting") / 3, rel=0.03)
+    models = sum((folder / "models" / name).stat().st_size for name in ("final.pt", "best.pt"))
+    assert models == pytest.approx(value(lines, "models"), rel=0.03)
+    scores = list((folder / "scores").iterdir())
+    assert sum(file.stat().st_size for file in scores) - value(lines, "scores") < 2500 * len(scores)
+    assert 12 * 97 * len(scores) == value(lines, "scores")
+    copied = footprint.staged_bytes(config, case.network, 97, num_ranks) - 40_000_000
+    assert staged == pytest.approx(copied, abs=10_000)  # random numbers, sums of metrics
+
+
+def test_the_total_on_disk_is_what_lies_there_at_once(raw_config):
+    config = load_config(raw_config)
+    case = Case(config, budget.read_images(config, None), 2, ("tdds",), (0.5, 0.8), ("E", "P"), (0, 1))
+    lines = budget.disk_lines(case)
+    get = partial(value, lines)
+    assert get("models of retrainings") == 8 * get("models")
+    assert get("coresets") == 4 * 12 * (97 - 48) + 4 * 12 * (97 - 78)
+    collecting = get("checkpoints while collecting")
+    retraining = get("coresets") + get("models of retrainings") + get("checkpoints while retraining")
+    assert lines[-1].value == get("trajectory") + get("scores") + get("models") + max(collecting, retraining)
+    few = budget.disk_lines(replace(case, pruning_rates=()))
+    assert value(few, "checkpoints while retraining") == 0
+    assert few[-1].value < lines[-1].value
+    at_once = load_config(raw_config, ["checkpoint.asynchronous=false"])  # takes the largest table to host memory, not all
+    assert footprint.staged_bytes(at_once, footprint.network_of(at_once, 12), 97, 2) == 49 * 5 * 4
+
+
+def test_every_rank_has_statistics_of_its_own_in_a_checkpoint(tiny):
+    network = footprint.network_of(tiny(), 12)
+    one, eight = (footprint.checkpoint_bytes(tiny(), network, 1000, num_ranks) for num_ranks in (1, 8))
+    own_tensors = network.num_buffers + 2 + 8  # random numbers and sums, and its rows of eight tables
+    assert eight - one == 7 * (network.buffers + 5056 + own_tensors * footprint._TENSOR_FILE_BYTES)
+
+
+def test_trajectory_and_checkpoint_follow_the_config(tiny):
+    def planned(*overrides, num_samples=100_000):
+        lines = budget.disk_lines(case_of(tiny(*overrides), num_samples))
+        return value(lines, "trajectory"), value(lines, "checkpoints while collecting")
+
+    plain, checkpoints = planned()
+    assert plain == 100_000 * (3 * len(SCALARS) * 4 + 8)
+    assert planned("score.trajectory_dtype=float16")[0] == 100_000 * (3 * len(SCALARS) * 2 + 8)
+    assert planned("score.trajectory=false")[0] == 0
+    assert planned("train.epochs=9")[0] == 100_000 * (9 * len(SCALARS) * 4 + 8)
+    assert planned("train.epochs=9", "collect.stop_after=last_window")[0] == plain
+    assert planned("checkpoint.keep=4")[1] == checkpoints / 3 * 5
+    assert checkpoints - planned("score.logp_dtype=float16")[1] == 3 * 100_000 * 10 * 2
+    # 10 float32 become 3 + 2 and 3 + 1 classes of 2 bytes, in one more table
+    saved = 3 * (100_000 * (10 * 4 - 5 * 4 - 4 * 2) - footprint._TENSOR_FILE_BYTES)
+    assert checkpoints - planned("score.storage=topk:3")[1] == saved
+
+
+# ---- host memory
+
+
+def test_index_of_the_images_is_what_loader_and_order_take(tmp_path):
+    num_samples, path = 4_000, tmp_path / "many.beton"
+    source = open_source(f"synthetic:{num_samples},10,8", "train", None)
+    write_beton(source, path, write_mode="raw", num_workers=1, progress=False)
+    view = View(8)
+    BetonLoader(path, 16, view)  # what is imported on the way does not count
+    tracemalloc.start()
+    kept = (inspect_beton(path), BetonLoader(path, 16, view))  # noqa: F841
+    order = epoch_order(num_samples, 256, seed=1)
+    counts = [part.tolist() for part in routing_counts(order, 0, 8, num_samples)]  # noqa: F841
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.85 < peak_bytes / num_samples / budget.INDEX_BYTES_PER_IMAGE <= 1.1
+
+
+def test_host_memory(tiny, betons):
+    config = tiny()
+    case = replace(case_of(config, 1000, 2), images=budget.read_images(config, None))
+    lines = budget.host_lines(case)
+    get = partial(value, lines)
+    loader = BetonLoader(betons["train"], 12, View(32, "pad"))
+    with_buffers = next(iter(loader.batches(epoch_order(24, 24, shuffle=False), rank=0, world_size=2, epoch=0)))
+    assert get("decoded batches") == 2 * 12 * (5 * (32 * 32 * 3 + 9) + 32 * 32 * 3)
+    assert with_buffers.image.shape == (12, 3, 32, 32)
+    label_N = inspect_beton(betons["train"]).label_N
+    most = max(len(_ByClass(label_N, World(rank, rank, 2, 2, torch.device("cpu"))).index_M) for rank in range(2))
+    assert get("features of the final pass") == most * 1024 * 4
+    assert get("memory of training") == budget.memory_lines(case)[-1].value
+    assert get("total") == (get("process") + get("index of the images") + get("decoded batches") + get("memory of training")
+                            + max(get("checkpoint under way"), get("features of the final pass")))
+    on_gpu = budget.host_lines(case.with_config("run", device="cuda"))
+    assert "memory of training" not in [line.label for line in on_gpu]
+    without = budget.host_lines(case.with_config("score", final_pass=False))
+    assert value(without, "features of the final pass") == 0
+
+
+# ---- network, time
+
+
+def test_bytes_over_the_network():
+    alone, eight = (budget.network_lines(case_of(imagenet(), IMAGENET, num)) for num in (1, 8))
+    assert [line.value for line in alone] == [0, 0]
+    assert eight[0].value == 32 * (1000 * 2 + 16) * 7 // 8  # logits in bfloat16
+    assert eight[1].value == round(2 * 7 / 8 * footprint.network_of(imagenet(), 32).parameters)
+    plain = budget.network_lines(case_of(imagenet("train.amp=none"), IMAGENET, 8))
+    assert plain[0].value == 32 * (1000 * 4 + 16) * 7 // 8
+
+
+def test_expected_routing_is_that_of_real_orders():
+    num_samples, batch, num_ranks = 5000, 40, 4
+    sends_SW, _ = routing_counts(epoch_order(num_samples, batch, seed=0), 1, num_ranks, num_samples)
+    others = sends_SW.sum() - sends_SW[:, 1].sum()
+    assert others / len(sends_SW) == pytest.approx(batch / num_ranks * (num_ranks - 1) / num_ranks, rel=0.05)
+
+
+def test_trainings_follow_strategies_rates_and_seeds():
+    case = case_of(imagenet(), IMAGENET, 8, pruning_rates=(0.5, 0.9), strategies=("E", "P"), seeds=(0, 1))
+    collection, *rest = list_trainings(case)
+    assert (collection.num_images, collection.epochs, collection.global_batch_size) == (IMAGENET, 30, 256)
+    assert len(rest) == 8
+    by_name = {training.name: training for training in rest}
+    assert (by_name["retrain p=0.5 E seed 1"].num_images, by_name["retrain p=0.5 E seed 1"].epochs) == (640_583, 60)
+    assert by_name["retrain p=0.9 P seed 0"].epochs == 600
+    assert by_name["retrain p=0.9 P seed 0"].global_batch_size == 64
+    assert by_name["retrain p=0.9 P seed 0"].images_seen == 600 * 128_117
+    assert list_trainings(case_of(imagenet("collect.stop_after=schedule"), 100))[0].epochs == 90
+
+
+def test_retrainings_are_those_of_the_pipeline(tiny):
+    def names(*overrides, **more):
+        return [training.name for training in plan(tiny(*overrides), **more).trainings]
+
+    assert names() == ["collect", "retrain p=0.5 E", "retrain p=0.8 E"]  # p = 0 is served, and collected
+    assert names(strategies=["P"]) == ["collect", "retrain p=0.5 P", "retrain p=0.8 P"]
+    assert names("pipeline.strategies=[P]") == names(strategies=["P"])
+    assert names("pipeline.scores=[tdds, random]", "pipeline.pruning_rates=[0.7]", "pipeline.seeds=[3, 5]") == ["collect", *(
+        f"retrain {score} p=0.7 E seed {seed}" for score in ("tdds", "random") for seed in (3, 5))]
+
+
+def test_hours_from_a_given_speed():
+    found = plan(imagenet(), num_ranks=8, num_samples=IMAGENET, images_per_second=10_000, disk_bytes=1e12).as_json()
+    collection, *rest = found["trainings"]
+    assert collection["hours"] == pytest.approx(IMAGENET * 30 / 10_000 / 3600)
+    assert collection["rank_hours"] == pytest.approx(8 * collection["hours"])
+    assert [training["name"] for training in rest] == [f"retrain p={rate} E" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)]
+    assert found["run"]["steps_per_epoch"] == 5005
+    assert found["run"]["rows_per_rank_and_forward_pass"] == 32
+
+
+@pytest.mark.distributed
+def test_hours_from_an_earlier_run(raw_config, collected):
+    folder, num_ranks, _ = collected
+    config = load_config(raw_config, [f"run.dir={folder}"])
+    median = float(np.median([record["images_per_second"] for record in RunDir(folder).read_metrics()]))
+    own = plan(config, num_ranks=num_ranks)
+    given = plan(load_config(raw_config), num_ranks=2 * num_ranks, measured_in=folder)
+    assert own.as_json()["time"]["images_per_second"] == pytest.approx(median)
+    assert given.as_json()["time"]["images_per_second"] == pytest.approx(2 * median)
+    assert f"times {2 * num_ranks} / {num_ranks} ranks" in given.as_text()
+    assert "times" not in own.as_text().split("images per second")[1].split("\n")[0]
+    other = load_config(raw_config, [f"run.dir={folder}", "model.name=resnet18"])
+    with pytest.raises(InputError, match=r"was measured with model.name=shufflenet_v2_x0_5; give a run of this config"):
+        plan(other, measured_in=folder)
+    text = plan(other).as_text()
+    assert re.search(r"images per second +unknown +.*/run was measured with model.name=shufflenet_v2_x0_5", text)
+
+
+def test_without_a_speed_it_says_how_to_give_one(tiny):
+    found = plan(tiny())
+    assert re.search(r"images per second +unknown +give --images-per-second X, or --from RUN", found.as_text())
+    assert found.as_json()["trainings"][0]["hours"] is None
+
+
+# ---- what it is about
+
+
+BAD_INPUT = [
+    (["model.name=alexnet", "data.image_size=16"], {}, r"alexnet cannot train on 24 images of 16x16 per rank and step"),
+    (["model.name=inception_v3", "data.image_size=299", "train.global_batch_size=2"], {"num_samples": 10}, "several outputs"),
+    ([], {"images_per_second": 1.0, "measured_in": Path("x")}, "exclude each other"),
+    *(([], {"images_per_second": speed}, "must be positive") for speed in (0.0, -1.0, math.inf, math.nan)),
+    (["data.num_classes=11"], {}, "data.num_classes=11, but .* has 10 classes"),
+    (["data.train=missing.beton"], {}, "data.train=missing.beton does not exist.*give --num-samples N"),
+    *(([], {"num_samples": num}, "--num-samples") for num in (0, -1)),
+    ([], {"num_ranks": 0}, "--gpus=0 must be at least 1"),
+    (["train.epochs=2"], {}, "T=3 is longer than train.epochs=2"),
+    ([], {"num_ranks": 5}, "train.global_batch_size=24 is not divisible by world_size=5; use 20 or 25"),
+    ([], {"num_ranks": 8}, r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"),  # that of p = 0.8 is 12
+    ([], {"num_ranks": 12}, r"cannot train on 1 images of 32x32 per rank and step \(Expected more than 1 value"),
+    (CPU, {"gpu_memory_bytes": 8e9}, r"--gpu-memory=\d+ means nothing with run.device=cpu"),
+    (CPU, {"disk_bytes": 1e4}, r"of disk, more than 10 kB \(--disk\)"),
+    ([], {"measured_in": Path("nowhere")}, "nowhere does not exist"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "arguments", "message"), BAD_INPUT)
+def test_what_has_no_plan_is_one_line(tiny, overrides, arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        plan(tiny(*overrides), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("overrides", "num_ranks"), [
+    (["retrain.batch_size_rule={}"], 8), (["pipeline.pruning_rates=[0.5]"], 8), (["pipeline.pruning_rates=[0.5]"], 12)])
+def test_what_the_retrainings_of_this_pipeline_need_is_all_that_is_asked(tiny, overrides, num_ranks):
+    assert plan(tiny(*overrides), num_ranks=num_ranks).num_ranks == num_ranks
+
+
+def test_the_beton_says_the_number_of_images(tiny):
+    assert plan(tiny()).as_json()["run"]["images"] == 120
+    assert plan(tiny(), num_samples=77).as_json()["run"]["images"] == 77
+    assert plan(tiny("data.train=missing.beton"), num_samples=7).as_json()["run"]["images"] == 7
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "rates"), [
+    (24, 1, (0.5, 0.8)), (48, 2, (0.9,)), (10, 1, ()), (7, 1, (0.8,))])
+def test_the_short_test_of_batches_agrees_with_the_long_one(tiny, batch, accumulation, rates):
+    config = tiny(f"train.global_batch_size={batch}", f"train.accumulation={accumulation}")
+    for num_ranks in range(1, batch + 2):
+        case = case_of(config, 100, num_ranks, pruning_rates=rates)
+        try:
+            list_trainings(case)
+            fits = True
+        except InputError:
+            fits = False
+        assert _deals_out(case) == fits, num_ranks
+        if fits:
+            assert case.rows == per_rank_batch(batch, num_ranks, accumulation)
+
+
+# ---- refusals
+
+
+def ways_in(message):
+    """(options as typed, numbers) of each way out that an error names."""
+    part = message.split("; use ", 1)[1]
+    return [(text.strip().split(" and "), numbers) for text, numbers in re.findall(r"(?:^|or )([^()]+?) \(([^()]+)\)", part)]
+
+
+def check_refusal(tiny, *overrides, **arguments):
+    """None when it fits; else the options named, after each was tried as it is typed."""
+    try:
+        plan(tiny(*overrides), **arguments)
+        return None
+    except InputError as error:
+        message = str(error)
+    assert "\n" not in message
+    if "no option makes it fit" in message:
+        assert re.search(r"the largest part is [a-zA-Z ,-]+ \([\d.]+ [kMGT]?B\)", message)
+        return []
+    ways = ways_in(message)
+    assert ways, message
+    for way, numbers in ways:
+        gpus = [int(option.removeprefix("--gpus ")) for option in way if option.startswith("--gpus ")]
+        config = tiny(*overrides, *(option for option in way if "=" in option))
+        found = plan(config, **arguments | ({"num_ranks": gpus[0]} if gpus else {})).as_json()
+        planned = {"GPU": found["memory_per_rank"]["total_bytes"], "disk": found["disk"]["total_when_fullest_bytes"]}
+        for number in numbers.split(", "):
+            assert number.startswith(size(planned[number.split()[-1]]) + " "), (number, planned)
+    return [re.split("[= ]", option)[0] for way, _ in ways for option in way]
+
+
+@pytest.mark.slow
+def test_every_way_out_of_too_little_memory_fits(tiny):
+    """Also the mildest: fewer GPUs or forward passes would not do."""
+    named, outcomes = set(), {"fits": 0, "ways": 0, "none": 0}
+    for num_samples, num_ranks, memory, amp in itertools.product(
+            (10_000, 400_000, 3_000_000), (1, 2, 4), (1.02e9, 1.24e9, 1.3e9, 1.6e9, 4e9), ("none", "bf16")):
+        found = check_refusal(
+            tiny, *GPU, "model.name=resnet18", "data.image_size=96", "train.global_batch_size=48", f"train.amp={amp}",
+            "data.num_classes=400", num_ranks=num_ranks, num_samples=num_samples, gpu_memory_bytes=memory, disk_bytes=1e13)
+        outcomes["fits" if found is None else "ways" if found else "none"] += 1
+        named.update(found or [])
+    assert named == {"score.logp_dtype", "--gpus", "train.accumulation", "train.amp"}
+    assert min(outcomes.values()) >= 5, outcomes
+
+
+def test_the_smallest_number_of_gpus_is_named(tiny):
+    config = tiny(*GPU, "model.name=resnet18", "train.global_batch_size=48", "data.num_classes=1000",
+                  "retrain.batch_size_rule={}")
+    arguments = {"num_samples": 3_000_000, "disk_bytes": 1e13}
+    needs = {num: budget.memory_lines(case_of(config, 3_000_000, num))[-1].value for num in (1, 2, 3, 4, 6, 8, 12, 16, 24)}
+    assert sorted(needs.values(), reverse=True) == list(needs.values())
+    for num, less in ((1, 2), (8, 12)):
+        with pytest.raises(InputError) as caught:
+            plan(config, gpu_memory_bytes=needs[num] - 1, **arguments)
+        assert f"--gpus {less} (" in str(caught.value)
+        plan(config, num_ranks=num, gpu_memory_bytes=needs[num], **arguments)  # exactly enough is enough
+
+
+@pytest.mark.slow
+def test_a_batch_too_small_for_a_retraining_is_no_way_out(tiny):
+    """On 12 GPUs the batch of p = 0.8 leaves one row each, of which batch norm knows no variance."""
+    config = tiny(*GPU, "data.num_classes=1000")
+    needs = {num: budget.memory_lines(case_of(config, 9_000_000, num))[-1].value for num in (8, 12)}
+    arguments = {"num_ranks": 6, "num_samples": 9_000_000, "disk_bytes": 1e13, "gpu_memory_bytes": sum(needs.values()) / 2}
+    with pytest.raises(InputError) as caught:
+        plan(config, **arguments)
+    assert "--gpus" not in str(caught.value)
+    with pytest.raises(InputError, match="--gpus 12"):
+        plan(tiny(*GPU, "data.num_classes=1000", "pipeline.pruning_rates=[0.5]"), **arguments)
+
+
+def test_every_way_out_of_too_little_disk_fits(tiny):
+    named, outcomes = set(), {"fits": 0, "ways": 0, "none": 0}
+    for num_samples, disk, keep, dtype in itertools.product(
+            (1000, 1_000_000), (4e7, 4e8, 6e8, 7.5e8, 9e8, 1.2e9), (2, 5), ("float32", "float16")):
+        found = check_refusal(tiny, *GPU, f"checkpoint.keep={keep}", f"score.trajectory_dtype={dtype}", "train.epochs=12",
+                              num_samples=num_samples, disk_bytes=disk)
+        outcomes["fits" if found is None else "ways" if found else "none"] += 1
+        named.update(found or [])
+    assert named == {"score.trajectory_dtype", "score.trajectory", "checkpoint.keep", "score.logp_dtype"}
+    assert min(outcomes.values()) >= 2, outcomes
+
+
+def test_too_little_of_both_is_mended_together(tiny):
+    overrides = [*GPU, "model.name=resnet18", "data.num_classes=1000", "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]"]
+    arguments = {"num_samples": 1_000_000, "gpu_memory_bytes": 4e9, "disk_bytes": 12.2e9}
+    with pytest.raises(InputError, match=r"needs [\d.]+ GB per GPU, more than 4 GB \(--gpu-memory\) and [\d.]+ GB of disk, m"):
+        plan(tiny(*overrides), **arguments)
+    assert check_refusal(tiny, *overrides, **arguments) == ["score.logp_dtype"]
+
+
+def test_on_the_cpu_there_is_no_gpu_to_fill(tiny):
+    found = plan(tiny(*CPU), num_ranks=2)
+    text = found.as_text()
+    assert "on 2 ranks" in text
+    assert "memory per rank" in text
+    assert "rank-hours" in text
+    assert "GPU" not in text
+    assert "CUDA" not in text
+
+
+def test_a_visible_gpu_and_the_free_disk_are_the_limits(tiny, monkeypatch):
+    class Properties:
+        total_memory, name = 1_000_000, "Small GPU"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    with pytest.raises(InputError, match=r"more than 1 MB \(Small GPU here"):
+        plan(tiny(*GPU, "model.name=resnet18"))
+    assert plan(tiny(*GPU), gpu_memory_bytes=8e9).as_json()["memory_per_rank"]["there_is_bytes"] == 8e9
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
+    with pytest.raises(InputError, match=r"of disk, more than 1 kB \(free in"):
+        plan(tiny(*CPU))
+
+
+# ---- text, JSON, command line
+
+
+@pytest.mark.parametrize("options", [{"num_ranks": 2}, {"images_per_second": 321.5, "strategies": ("E", "P")}])
+def test_text_and_json_have_the_same_numbers(tiny, options):
+    found = plan(tiny(*GPU), **options)
+    numbers, text = json.loads(json.dumps(found.as_json())), found.as_text()
+    shown = re.findall(r"^  (\S.*?) {2,}([\d.,]+ ?[kMGT]?B?|unknown)(?:   |$)", text, flags=re.M)
+    in_json = {key: number for section in numbers.values() if isinstance(section, dict) for key, number in section.items()}
+    factors = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    num_compared = 0
+    for label, number in shown:
+        if label in ("total", "all", *(training["name"] for training in numbers["trainings"])):
+            continue  # stands twice, or below
+        words = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+        expected = in_json.get(f"{words}_bytes", in_json.get(words, "missing"))
+        if expected is None:
+            assert number == "unknown"
+        elif label != "there is":
+            digits, unit = re.fullmatch(r"([\d.,]+) ?(\w*)", number).groups()
+            assert float(digits.replace(",", "")) * factors[unit] == pytest.approx(expected, rel=6e-4, abs=0.5), label
+        num_compared += 1
+    assert num_compared > 30
+    for training in numbers["trainings"]:
+        row = next(line for line in text.splitlines() if line.startswith(f"  {training['name']} "))
+        words = row.removeprefix(f"  {training['name']} ").split()
+        assert [int(word.replace(",", "")) for word in words[:4]] == [
+            training["num_images"], training["epochs"], training["global_batch_size"], training["images_seen"]]
+        hours = [training["hours"], training["rank_hours"]]
+        assert words[4:] == ["unknown" if number is None else f"{number:,.2f}" for number in hours]
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("80GB", 80e9), ("79.6GiB", 79.6 * 2**30), ("80000MB", 80e9), ("80000000000", 80e9), ("1 TiB", 2**40), ("5kB", 5e3),
+    ("7B", 7), ("2KiB", 2048), ("3MiB", 3 * 2**20), (None, None),
+    *((bad, InputError) for bad in ("", "GB", "80gb", "80 Gigs", "-5GB", "0", "0GB", "1e9", "80GB!", "8,0GB", "80Gb", "nan"))])
+def test_sizes_are_read_strictly(text, number):
+    if number is InputError:
+        with pytest.raises(InputError, match=r"--disk=.* is not a size; write it like 80GB"):
+            parse_bytes(text, "--disk")
+    else:
+        assert parse_bytes(text, "--disk") == number
+
+
+def test_sizes_for_people():
+    assert [size(number) for number in (0, 999, 1000, 640_588_000, 80e9, 2.5e12)] == [
+        "0 B", "999 B", "1 kB", "640.6 MB", "80 GB", "2.5 TB"]
+
+
+def test_the_command(config_file, capsys):
+    assert main(["plan", str(config_file), "run.device=cuda", "--gpus", "2", "--gpu-memory", "8GB", "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["run"]["ranks"] == 2
+    assert numbers["memory_per_rank"]["there_is_bytes"] == 8e9
+    assert main(["plan", str(config_file), "--strategies", "E", "P", "--images-per-second", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "retrain p=0.8 P" in printed
+    assert "retrain p=0 " not in printed  # the collection trains on everything
+    for words, part in ((["run.device=cuda", "--gpu-memory", "lots"], "--gpu-memory='lots' is not a size"),
+                        (["run.device=cuda", "--gpu-memory", ""], "--gpu-memory='' is not a size"),
+                        (["--disk", "10kB"], "of disk, more than 10 kB (--disk)"), (["--gpus", "7"], "world_size=7"),
+                        (["--from", "nowhere"], "nowhere does not exist")):
+        assert main(["plan", str(config_file), *words]) == 2
+        error = capsys.readouterr().err
+        assert part in error
+        assert error.count("\n") == 1
+    assert not (config_file.parent / "run").exists()
