@@ -14,7 +14,7 @@ setup:  ## system packages, .venv, the package (needs root only for missing syst
 demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/demo/report.html
 	@scripts/demo.sh
 
-test: setup  ## the tests, under 10 minutes on 2 cores
+test: setup  ## the tests, under 5 minutes on 2 cores
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm and not browser"
 
 test-slow: setup  ## the tests that take minutes each

@@ -1,7 +1,8 @@
 """Scoring without training: from a folder of outputs, against the way published code does it, and from a trajectory.
 
-1. `tdds score` (`score.score`) from `{t}_Output.npy` and `{t}_Index.npy` of T epochs, against `windowed`: NumPy that holds all
-   epochs and computes every window anew. Each run is a process of its own, in turn with the others; time and peak of the
+1. `tdds score` (`scoring.offline.score`) from `{t}_Output.npy` and `{t}_Index.npy` of T epochs, against `windowed`: NumPy
+   that holds all epochs and computes every window anew. Each run is a process of its own, in turn with the others; time and
+   peak of the
    resident memory are without imports: both start when the program is loaded and has scored a tiny folder. Ours includes
    the writing of the score file. NumPy's element-wise operations use one core, whatever there is; ours uses --threads, and
    is measured with one as well. Outputs are made up (random logits that move a little from epoch to epoch): their values

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tdds_dist import ShardedScorer, Window
-from tdds_dist.distributed.partition import epoch_order
+from tdds_dist import ShardedScorer, Window, epoch_order
 
 if "RANK" in os.environ:
     dist.init_process_group("gloo")

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tdds_dist import Checkpoints, ShardedScorer, Window
-from tdds_dist.distributed.partition import epoch_order
+from tdds_dist import Checkpoints, ShardedScorer, Window, epoch_order
 
 EPOCHS = 12
 run = Path(sys.argv[1])

@@ -1,6 +1,6 @@
 """Benchmarks refuse what measures nothing, and `benchmarks.compare` judges only what can be compared; no time is judged.
 
-In the default tier one benchmark runs; the others (test_bench_*.py) are slow.
+In the default tier one benchmark runs; those of the other files are slow.
 """
 
 import json

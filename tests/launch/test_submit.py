@@ -3,7 +3,7 @@
 No SLURM is needed: stand-ins for its commands keep what they are given. `tests/golden/sbatch_<cluster>.txt` holds the sbatch
 files of a pipeline for each cluster file that is shipped. After a change that is meant,
 
-    TDDS_WRITE_GOLDEN=1 .venv/bin/pytest tests/test_launch.py -k golden
+    TDDS_WRITE_GOLDEN=1 .venv/bin/pytest tests/launch/test_submit.py -k golden
 
 writes them anew; read the diff, then commit it.
 """

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same scores as on the CPU, and no wait for the device in a step (its kernel: test_fused.py)."""
+"""What only a GPU can show: the same scores as on the CPU, and no wait for the device in a step (its kernel: scoring/test_shard_triton)."""
 
 import numpy as np
 import pytest
