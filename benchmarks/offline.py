@@ -2,12 +2,12 @@
 
 1. `tdds score` (`scoring.offline.score`) from `{t}_Output.npy` and `{t}_Index.npy` of T epochs, against `windowed`: NumPy
    that holds all epochs and computes every window anew. Each run is a process of its own, in turn with the others; time and
-   peak of the
-   resident memory are without imports: both start when the program is loaded and has scored a tiny folder. Ours includes
-   the writing of the score file. NumPy's element-wise operations use one core, whatever there is; ours uses --threads, and
-   is measured with one as well. Outputs are made up (random logits that move a little from epoch to epoch): their values
-   cost the same as real ones. They lie in the page cache, except for the runs called cold: for these the system was told to
-   drop them, and the page says how much storage delivered after that (a host below a virtual machine may still have them).
+   peak of the resident memory are without imports: both start when the program is loaded and has scored a tiny folder. Ours
+   includes the writing of the score file. NumPy's element-wise operations use one core, whatever there is; ours uses
+   --threads, and is measured with one as well. Outputs are made up (random logits that move a little from epoch to epoch):
+   their values cost the same as real ones. They lie in the page cache, except for the runs called cold: for these the system
+   was told to drop them, and the page says how much storage delivered after that (a host below a virtual machine may still
+   have them).
 2. `tdds score --all` from a trajectory of the size of ImageNet-1K, by score key and all at once, from the page cache.
 
     python -m benchmarks.offline             # 0.6 GB and then 1.4 GB in the temporary folder, under 3 GB of memory

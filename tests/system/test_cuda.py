@@ -1,4 +1,7 @@
-"""What only a GPU can show: the same scores as on the CPU, and no wait for the device in a step (its kernel: scoring/test_shard_triton)."""
+"""What only a GPU can show: the same scores as on the CPU, and no wait for the device in a step.
+
+The kernel's own tests are in tests/scoring/test_shard_triton.py.
+"""
 
 import numpy as np
 import pytest
