@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from tdds_dist.config.run import Config
 from tdds_dist.console import Progress
@@ -165,6 +164,8 @@ def read_images(path: Path, index: Iterable[int], info: BetonInfo | None = None)
 
     `info` saves inspecting the file again. Raises InputError for an index outside the file and a damaged image.
     """
+    from PIL import Image  # the report asks for images only when it draws them
+
     info = inspect_beton(path) if info is None else info
     images = []
     with Path(path).open("rb") as file:

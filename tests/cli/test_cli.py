@@ -59,7 +59,7 @@ def finished(finished_run, tmp_path_factory):
     for source, target in ((finished_run.config, folder / "config.yaml"),
                            (finished_run.run / "config.yaml", folder / "run/config.yaml")):
         target.write_text(source.read_text().replace(str(finished_run.run), str(folder / "run")))
-    return folder / "run", folder / "config.yaml", finished_run.done
+    return folder / "run", folder / "config.yaml", finished_run.said
 
 
 # ---- the flow
@@ -79,9 +79,9 @@ def test_collect_leaves_scores_records_and_the_next_command(finished):
     assert run.read_result()["epochs_planned"] == 5
     assert run.read_env()["world_size"] == 2
     assert "epoch   4/5" in run.log_file.read_text()
-    assert (said.stdout.count("next: tdds select"), said.stderr.count("epoch   4/5")) == (1, 1), "only rank 0 speaks"
-    assert "\x1b" not in said.stdout + said.stderr
-    assert "\r" not in said.stderr
+    assert (said["stdout"].count("next: tdds select"), said["stderr"].count("epoch   4/5")) == (1, 1), "only rank 0 speaks"
+    assert "\x1b" not in said["stdout"] + said["stderr"]
+    assert "\r" not in said["stderr"]
 
 
 @pytest.mark.distributed

@@ -577,8 +577,8 @@ POINTS = {  # what is called there, whether it dies before or after, and the ste
     "after the sync of the folder": (checkpoint, "sync_folder", "after", _die, {30}),
     "retired": (checkpoint, "_retire", "after", _die, {30}),
     "in the removal": (shutil, "rmtree", "before", _half_removed, {30}),
-    "told": (distributed, "gather_objects", "before", _at_the_verdict, {20, 30}),  # another rank than the first
-    "at the end": (distributed, "gather_objects", "after", _at_the_verdict, {30}),
+    "told": (collectives, "gather_objects", "before", _at_the_verdict, {20, 30}),  # another rank than the first
+    "at the end": (collectives, "gather_objects", "after", _at_the_verdict, {30}),
 }
 OF_ALL, OF_THE_FIRST, OF_OTHERS = list(POINTS)[:4], list(POINTS)[:14], list(POINTS)[14:]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tdds_dist.__main__ import COMMANDS
 from tdds_dist.cli.main import outcome
 from tdds_dist.experiments import execute
 from tdds_dist.runs.artifacts import load_scores
@@ -30,7 +31,7 @@ def unpacked(tmp_path, monkeypatch):
 
 
 def run(*words: object) -> None:
-    assert outcome([str(word) for word in words]) == (0, "")
+    assert outcome([str(word) for word in words], extra_commands=COMMANDS) == (0, "")
 
 
 def content(folder: Path) -> dict[Path, bytes]:
