@@ -1,8 +1,9 @@
-"""What a person sees while a stage runs: one bar on a terminal, plain lines elsewhere, messages above them; and the same
+"""The messages of a stage while it runs: one bar on a terminal, plain lines elsewhere, messages above them; and the same
 messages in the run's log.
 
 All of it goes to standard error. Colours are for terminals only; NO_COLOR and TERM=dumb switch them off.
-TDDS_PROGRESS_SECONDS (default: 10) is how long there is no line of progress at most, and how seldom epochs are told.
+TDDS_PROGRESS_SECONDS (default: 10) is the longest time without a line of progress, and the shortest between two epochs that are
+shown.
 """
 
 import math
@@ -26,7 +27,7 @@ _HEADS = {"warning: ": "yellow", "error: ": "red"}
 
 
 class _Manner:
-    """How this process speaks."""
+    """The manner in which this process writes messages."""
 
     quiet = False
     warnings: list[str] = []  # noqa: RUF012 - one per process, replaced by `speaking`
@@ -47,19 +48,19 @@ def speaking(quiet: bool = False) -> Iterator[list[str]]:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether somebody looks at it who can be shown more than lines."""
+    """Say whether the stream is a terminal that can show more than lines."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, colour: str, stream: TextIO) -> str:
-    """The text as this stream shows it: coloured (bold, red, green, yellow) or as it is."""
+    """Return the text as this stream shows it: coloured (bold, red, green, yellow) or as it is."""
     if os.environ.get("NO_COLOR") or not is_terminal(stream):
         return text
     return f"\033[{_CODES[colour]}m{text}\033[0m"
 
 
 def say(message: str, log: Path | None = None, *, urgent: bool = False) -> None:
-    """One line to the screen (standard error, above a bar if there is one) and to the log file.
+    """Write one line to the screen (standard error, above a bar if there is one) and to the log file.
 
     One that starts with `warning: ` is counted, and said also when this process is quiet, as `urgent` ones are.
     """
@@ -74,7 +75,7 @@ def say(message: str, log: Path | None = None, *, urgent: bool = False) -> None:
 
 
 def announce(message: str, log: Path | None = None) -> None:
-    """The line that a stage begins with, `stage name: what it is about to do`."""
+    """Write the line that a stage begins with, `stage name: what it is about to do`."""
     if not _manner.quiet:
         head, colon, rest = message.partition(":")
         tqdm.write(paint(head, "bold", sys.stderr) + colon + rest, file=sys.stderr)
@@ -83,7 +84,7 @@ def announce(message: str, log: Path | None = None) -> None:
 
 
 def note(message: str, log: Path) -> None:
-    """One line to the log file alone. A log that cannot be written (disk full) stops nothing."""
+    """Write one line to the log file alone. A log that cannot be written (disk full) stops nothing."""
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
@@ -126,13 +127,13 @@ class Progress:
             say(self.line())
 
     def note(self, text: str, *, now: bool = False) -> None:
-        """Short state behind the bar; shown `now`, or with the next step."""
+        """Set the short state behind the bar; shown `now`, or with the next step."""
         self._note = text
         self._bar.note = text
         self._bar.set_postfix_str(text, refresh=now)
 
     def line(self) -> str:
-        """All of it in words."""
+        """Return all of it in words."""
         parts = [self._note] if self._note else []
         since, done = self._first_step or (self._started, self._done)
         seconds, new = time.monotonic() - since, self._done - done
@@ -147,7 +148,7 @@ class Progress:
         return f"{self._title}: {', '.join(parts)}"
 
     def tell(self, line: str, log: Path | None, *, always: bool = False) -> None:
-        """A result on the way (an epoch): to the log; to the screen the first one, those that are `always` told, and of
+        """Write a result on the way (an epoch) to the log; to the screen the first one, those that are `always` told, and of
         others no more than one in LINE_SECONDS."""
         now = time.monotonic()
         is_due = always or self._last_told is None or now - self._last_told >= self._patience
@@ -172,7 +173,7 @@ class Progress:
 
 
 class _Bar(tqdm):
-    """With what `Progress.note` said where the format wants it, without the comma that a postfix has."""
+    """A bar that shows the text of `Progress.note` where the format wants it, without the comma that tqdm puts before it."""
 
     def __init__(self, note: str, **options: Any):
         self.note = note
@@ -189,7 +190,7 @@ class _Bar(tqdm):
 
 
 def _line_seconds() -> float:
-    """As TDDS_PROGRESS_SECONDS says; what is no number of seconds stands for the default, and ends no run."""
+    """Read TDDS_PROGRESS_SECONDS; take the default where it is no number of seconds."""
     text = os.environ.get("TDDS_PROGRESS_SECONDS", "")
     seconds = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else math.nan
     return seconds if math.isfinite(seconds) else LINE_SECONDS

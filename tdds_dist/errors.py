@@ -8,8 +8,8 @@ and keeps its traceback. A message says three things: the value, the rule, the w
 class InputError(ValueError):
     """A value from outside (config, file, command line, logits) that breaks a rule.
 
-    Where ranks work together, every rank must raise it at the same point, before the next collective: a raise on one
-    rank is a hang on the others (see `distributed.together`). `shared` says that all ranks raise it, so that only rank 0
+    Where ranks work together, every rank must raise it at the same point, before the next collective: a raise on one rank is a
+    hang on the others (see `together` in `distributed.collectives`). `shared` says that all ranks raise it, so that only rank 0
     need print it.
     """
 

@@ -13,32 +13,32 @@ MISSING = "–"
 
 
 def count(value: float | None) -> str:
-    """1281167 -> 1,281,167."""
+    """Write 1281167 as 1,281,167."""
     return MISSING if value is None else f"{value:,.0f}"
 
 
 def percent(rate: float | None) -> str:
-    """A fraction as percent: 0.7 -> 70 %."""
+    """Write a fraction as percent: 0.7 as 70 %."""
     return MISSING if rate is None else f"{100 * rate:.4g} %"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
-    """A fixed number of decimals."""
+    """Write a fixed number of decimals."""
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float | None) -> str:
-    """Two decimals with their sign."""
+    """Write two decimals with their sign."""
     return MISSING if value is None else f"{value:+.2f}".replace("-", "−")
 
 
 def plus_minus(mean: float | None, std: float | None) -> str:
-    """A mean, with its standard deviation where there is one."""
+    """Write a mean, with its standard deviation where there is one."""
     return decimal(mean) if std is None else f"{decimal(mean)} ± {decimal(std)}"
 
 
 def mean_std(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean, and the sample standard deviation where there are two values or more."""
+    """Return the mean, and the sample standard deviation where there are two values or more."""
     known = np.array(list(values), dtype=np.float64)
     return float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else None
 
@@ -53,7 +53,7 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 
 def size_text(num_bytes: float) -> str:
-    """In the unit that keeps the number short."""
+    """Write a number of bytes in the unit that keeps it short."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if num_bytes < 1024 or unit == "GiB":
             break
@@ -62,13 +62,13 @@ def size_text(num_bytes: float) -> str:
 
 
 def command(*words: object, ranks: int = 1) -> str:
-    """A command of ours, ready to be typed; on several ranks by torchrun, on one node."""
+    """Return a command of ours, ready to be typed; on several ranks by torchrun, on one node."""
     start = ("torchrun", "--nproc-per-node", str(ranks), "-m", "tdds_dist") if ranks > 1 else ("tdds",)
     return shlex.join([*start, *map(str, words)])
 
 
 def same_command(arguments: Sequence[str] | None) -> str:
-    """What was typed to get here: the command, or, where a launcher has started this process, that it was this one."""
+    """Return what was typed to get here: the command, or, where a launcher has started this process, that it was this one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "the same torchrun command"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -77,7 +77,7 @@ def same_command(arguments: Sequence[str] | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In words: 0.4 s, 32 s, 4 min 10 s, 2 h 5 min."""
+    """Write a duration: 0.4 s, 32 s, 4 min 10 s, 2 h 5 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,5 +1,4 @@
-"""What a stage of the command line does with its options, and what it closes with: each takes the parsed options and returns
-its `Outcome`, on the main rank.
+"""The commands: each function takes the parsed options, runs a stage, and returns its `Outcome`, on the main rank.
 
 Stages are imported when they run: `tdds --help` and a wrong path should not wait for torch.
 """
@@ -32,7 +31,7 @@ _RANKS_OF_A_NODE = 8  # of more, a command that comes next is for a cluster
 
 @contextmanager
 def _shared() -> Iterator[None]:
-    """What is refused here is refused on every rank: all read the same files and options."""
+    """Mark an InputError raised inside as shared by all ranks, which read the same files and options."""
     try:
         yield
     except InputError as error:
@@ -48,7 +47,7 @@ def _load_config(options: argparse.Namespace) -> "Config":
 
 
 def _is_alone() -> bool:
-    """Whether this process is the only rank, and may leave without a word to others."""
+    """Say whether this process is the only rank."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
@@ -87,7 +86,7 @@ def write(options: argparse.Namespace) -> Outcome:
 
 
 def _after_write(options: argparse.Namespace, num_classes: int) -> tuple[str, list[str]]:
-    """The other split, or the collection when both are there; and what to know about it."""
+    """Return the command for the other split, or for the collection when both are there; and notes about it."""
     other = "val" if options.split == "train" else "train"
     name = options.out.name
     file = options.out.with_name(name.replace(options.split, other) if options.split in name else
@@ -166,7 +165,7 @@ def collect(options: argparse.Namespace) -> Outcome | None:
 
 
 def _training_numbers(run: "RunDir") -> dict[str, Any]:
-    """What a finished collection or retraining came to."""
+    """Return the numbers of a finished collection or retraining."""
     result, records = run.read_result() or {}, run.read_metrics()
     shares = [record["scoring_share"] for record in records if record.get("scoring_share") is not None]
     return {
@@ -178,7 +177,8 @@ def _training_numbers(run: "RunDir") -> dict[str, Any]:
 
 
 def select_command(config: "Config", directory: Path) -> str:
-    """Coresets of a run at every rate that a window serves; by the first window where none does."""
+    """Return the command that makes coresets of a run at every rate that a window serves; by the first window where none does.
+    """
     if served := _served_rates(config):
         return command("select", directory, "--pruning-rate", *served)
     key = config.windows()[0].key(config.score.preset)
@@ -281,7 +281,7 @@ def score(options: argparse.Namespace) -> Outcome | None:
 
 
 def _after_score(options: argparse.Namespace, paths: list[Path]) -> str:
-    """Coresets by what was scored: of a run at the rates of its config, of one that is not finished not yet."""
+    """Return the command for coresets by the new scores, at the rates of the run's config; "" while the run is not finished."""
     from tdds_dist.config.run import parse_config
     from tdds_dist.runs.directory import RunDir
 
@@ -350,7 +350,7 @@ def select(options: argparse.Namespace) -> Outcome:
 
 
 def _retrain_command(source: Path, coreset: Path) -> str:
-    """By the config of the run, on as many ranks as it was collected on."""
+    """Return the command that retrains with the config of the run, on as many ranks as it was collected on."""
     from tdds_dist.runs.directory import RunDir
 
     directory = source if source.is_dir() else source.parent.parent

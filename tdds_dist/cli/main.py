@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None, extra_commands: Commands = ()) 
 
 def outcome(arguments: Sequence[str] | None = None, interruption: Interruption | None = None,
             extra_commands: Commands = ()) -> tuple[int, str]:
-    """Run one subcommand; returns the exit code, and the line that this rank has to say about it (empty when done, or when
-    another rank says it). `interruption` lets the caller see which signals came."""
+    """Run one subcommand; return the exit code, and the line that this rank prints about it (empty when done, or when
+    another rank prints it). `interruption` lets the caller see which signals came."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_main = os.environ.get("RANK", "0") == "0"
     as_json = "--json" in words and is_main
@@ -84,7 +84,7 @@ def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -
 
 
 def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
-    """Run it and print what it closes with; the exit code."""
+    """Run a stage and print its outcome; return the exit code."""
     quiet, as_json = (getattr(options, name, False) for name in ("quiet", "json"))
     if getattr(options, "prints_itself", False):
         with redirect_stdout(sys.__stdout__ if isinstance(sys.stdout, _Output) else sys.stdout):
@@ -102,7 +102,7 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
 
 @contextmanager
 def _nothing_printed(silent: bool) -> Iterator[None]:
-    """Inside, nothing comes to standard output when `silent`."""
+    """Keep everything off standard output inside, when `silent`."""
     if not silent:
         yield
         return
@@ -111,7 +111,7 @@ def _nothing_printed(silent: bool) -> Iterator[None]:
 
 
 def _after_interruption(stage: str, words: Sequence[str]) -> str:
-    """What is left, and how to go on."""
+    """Return what is left, and how to go on."""
     if stage in ("plan", "status", "logs"):
         return ""
     if stage == "submit":
@@ -124,7 +124,7 @@ def _after_interruption(stage: str, words: Sequence[str]) -> str:
 
 
 def _again(text: str, words: Sequence[str]) -> str:
-    """Words about "the same command", with that command behind them unless only its launcher knows it."""
+    """Add the command to a text about "the same command", unless only its launcher knows it."""
     again = same_command(words)
     return f"{text}: {again}" if again.startswith("tdds ") else text
 
@@ -150,8 +150,8 @@ class _Output(io.TextIOWrapper):
 
 
 def run(extra_commands: Commands = ()) -> None:
-    """Entry point of the program. Leaves without interpreter teardown, whose order against the threads of gloo and
-    FFCV would decide the exit code otherwise."""
+    """Run the program and leave the process without tearing the interpreter down: its order against the threads of gloo and
+    FFCV would decide the exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of C++ about a peer that is gone; we say it in a line
     if isinstance(out := sys.stdout, io.TextIOWrapper):
         sys.stdout = _Output(out.buffer, out.encoding, out.errors, line_buffering=out.line_buffering,

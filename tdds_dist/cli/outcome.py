@@ -1,4 +1,4 @@
-"""What a stage says when it is done: files, numbers, warnings, and the command that comes next; for people, or as JSON.
+"""The last lines of a stage: files, numbers, warnings, and the command that comes next; for people, or as JSON.
 
 Lines that others look for: `wrote PATH`, `next: COMMAND`.
 """
@@ -59,7 +59,7 @@ class Outcome:
     exit_code: int = 0
 
     def as_text(self, stream: TextIO, num_warnings: int = 0) -> str:
-        """The lines that people read; empty when there is nothing to say."""
+        """Return the lines that people read; empty when there is nothing to say."""
         lines = [self.text] if self.text else []
         if not self.says_all:
             lines += [f"{paint('wrote', 'green', stream)} {path} ({size_text(_size(path))})" for path in self.wrote]
@@ -76,7 +76,7 @@ class Outcome:
         return "\n".join(lines)
 
     def as_data(self, stage: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
-        """What `--json` prints."""
+        """Return what `--json` prints."""
         if self.data is not None:
             return dict(self.data) | ({"warnings": list(warnings)} if warnings and "warnings" not in self.data else {})
         wrote, there = ([{"path": str(path), "bytes": _size(path)} for path in paths] for paths in (self.wrote, self.there))
@@ -87,6 +87,6 @@ class Outcome:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; 0 where it has gone already."""
+    """Return the bytes of a file, or of all files in a folder; 0 where it has gone already."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -35,7 +35,7 @@ terminal (default: 10); NO_COLOR=1, no colours. Exit codes: 0 done, 2 bad input,
 
 
 class UsageError(SystemExit):
-    """Words that no stage takes; said already, with the usage."""
+    """Words that no stage takes; already printed, with the usage."""
 
     def __init__(self, message: str):
         super().__init__(2)
@@ -43,7 +43,7 @@ class UsageError(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """Leaves by UsageError. Takes no abbreviations: what is short for one option today is so for two tomorrow."""
+    """A parser that leaves by UsageError. It takes no abbreviations, which another option may make ambiguous later."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Looked up only when it is asked for."""
+    """The option `--version`, which looks the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         try:
@@ -74,7 +74,7 @@ class _Version(argparse.Action):
 
 
 def parse(arguments: Sequence[str] | None = None, extra_commands: Commands = ()) -> argparse.Namespace:
-    """Parsed options; `key=value` may stand before or after them (argparse alone only takes them in one place)."""
+    """Parse the options; `key=value` may stand before or after them (argparse alone only takes them in one place)."""
     parser = build_parser(extra_commands)
     options, rest = parser.parse_known_args(arguments)
     takes_overrides = hasattr(options, "overrides")

@@ -33,7 +33,7 @@ class Experiment(Section):
 
     @property
     def directory(self) -> Path:
-        """Where everything goes."""
+        """Return the directory of the experiment."""
         return Path(self.dir or f"runs/{self.name}")
 
     @field_validator("methods", mode="before")

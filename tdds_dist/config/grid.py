@@ -28,12 +28,12 @@ class Method(Section):
 
     @property
     def score_key(self) -> str:
-        """The score this method ranks by."""
+        """Return the score this method ranks by."""
         return self.score or self.name
 
     @property
     def selector_options(self) -> dict[str, Any]:
-        """Options of the sampler that were given."""
+        """Return the options of the sampler that were given."""
         given = {key: getattr(self, key) for key in ("num_strata", "hard_cutoff_rate", "c_d")}
         return {key: value for key, value in given.items() if value is not None}
 

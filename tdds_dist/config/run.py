@@ -24,7 +24,7 @@ class Run(Section):
 
     @property
     def directory(self) -> Path:
-        """The run directory."""
+        """Return the run directory."""
         return Path(self.dir or f"runs/{self.name}")
 
 
@@ -60,7 +60,7 @@ class Data(Section):
     num_workers: int = Field(0, ge=0, description="Decoding threads per rank; 0 shares the CPUs among the ranks of a node.")
 
     def check_files(self) -> None:
-        """InputError when one of the two files is missing; they are not opened."""
+        """Raise InputError when one of the two files is missing; they are not opened."""
         for key in ("train", "val"):
             if Path(path := getattr(self, key)).is_dir():
                 raise InputError(f"data.{key}={path} is a folder; `tdds write imagefolder:{path} data/NAME.beton --split "
@@ -204,15 +204,15 @@ class Config(Section):
     pipeline: Pipeline = Pipeline()
 
     def windows(self) -> list[Window]:
-        """The settings to score."""
+        """Return the settings to score."""
         return [self.window_of(setting) for setting in self.score.windows]
 
     def window_of(self, setting: ScoreWindow) -> Window:
-        """A setting with its beta filled in."""
+        """Return a setting with its beta filled in."""
         return Window(setting.T, setting.K, self.score.beta if setting.beta is None else setting.beta)
 
     def window_for(self, pruning_rate: float) -> Window:
-        """The setting that serves a pruning rate; InputError when none says so."""
+        """Return the setting that serves a pruning rate; raise InputError when none says so."""
         for setting in self.score.windows:
             if any(math.isclose(rate, pruning_rate) for rate in setting.pruning_rates):
                 return self.window_of(setting)
@@ -269,7 +269,7 @@ class Config(Section):
                              f"(the last epoch is {self.train.epochs - 1}), so that training ends at data.image_size; lower it")
 
     def check_collect(self) -> None:
-        """Rules that matter to collection only."""
+        """Check the rules that matter to collection only."""
         for setting in self.score.windows:
             if self.train.epochs < setting.T:
                 raise InputError(f"score.windows: T={setting.T} is longer than train.epochs={self.train.epochs}; "
@@ -296,7 +296,7 @@ def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
 
 
 def parse_baselines(base: Baselines, overrides: Sequence[str]) -> Baselines:
-    """`base` with `key=value` overrides (values are YAML; `score.baselines.` before the key may be left out)."""
+    """Return `base` with `key=value` overrides (values are YAML; `score.baselines.` before the key may be left out)."""
     tree = base.model_dump()
     for override in overrides:
         apply_override(tree, override.removeprefix("score.baselines."))
@@ -304,5 +304,5 @@ def parse_baselines(base: Baselines, overrides: Sequence[str]) -> Baselines:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """The resolved config as plain data for YAML."""
+    """Return the resolved config as plain data for YAML."""
     return plain_data(config)

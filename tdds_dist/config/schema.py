@@ -1,6 +1,7 @@
 """Machinery of configs: strict YAML, frozen sections, `key=value` overrides, and one-line errors: value, rule, way out.
 
-Knows no key; `config` holds those. A config is one YAML file (`yaml.safe_load`, so no tag can execute anything).
+Knows no key; `run`, `experiment` and `grid` hold those. A config is one YAML file (`yaml.safe_load`, so no tag can execute
+anything).
 """
 
 import difflib
@@ -27,7 +28,7 @@ Root = TypeVar("Root", bound=Section)
 
 
 def read_tree(path: Path, overrides: Sequence[str], sections: Sequence[str]) -> dict[str, Any]:
-    """The YAML file at `path` with `key.key=value` overrides applied (values are YAML), as plain data."""
+    """Read the YAML file at `path` with `key.key=value` overrides applied (values are YAML), as plain data."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; configs/ holds examples")
     try:
@@ -51,7 +52,7 @@ def parse_tree(root: type[Root], tree: Mapping[str, Any], where: str) -> Root:
 
 
 def plain_data(section: Section) -> dict[str, Any]:
-    """A section as plain data for YAML."""
+    """Return a section as plain data for YAML."""
     return _lists(section.model_dump())
 
 
@@ -91,7 +92,7 @@ def _read_yaml(text: str) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """YAML lists as tuples (frozen fields)."""
+    """Turn YAML lists into tuples (frozen fields)."""
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -120,7 +121,7 @@ def _one_line(root: type[Section], error: ValidationError) -> str:
 
 
 def nearest(name: str, section: Sequence[str]) -> str:
-    """The valid key most like `name`; initials count, so that learning_rate finds lr."""
+    """Return the valid key most like `name`; initials count, so that learning_rate finds lr."""
     initials = "".join(word[:1] for word in name.lower().split("_"))
     if len(initials) > 1 and initials in section:
         return initials
@@ -128,7 +129,7 @@ def nearest(name: str, section: Sequence[str]) -> str:
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """The sections that a field's type mentions."""
+    """Return the sections that a field's type mentions."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for part in typing.get_args(annotation):
@@ -136,7 +137,7 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _model_at(root: type[Section], location: Sequence[str | int]) -> type[Section]:
-    """The section at a location of the schema; positions in lists and names of alternatives lead nowhere new."""
+    """Return the section at a location of the schema; positions in lists and names of alternatives lead nowhere new."""
     model = root
     for part in location:
         if part in model.model_fields:

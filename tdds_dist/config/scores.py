@@ -9,7 +9,7 @@ _TOPK = "topk:"
 
 
 def parse_storage(storage: str, num_classes: int) -> int | None:
-    """K of storage "topk:K", None for "dense".
+    """Return K of storage "topk:K", None for "dense".
 
     Raises:
         InputError: neither of the two, or not 1 <= K < C.
@@ -51,17 +51,18 @@ class Window:
     beta: float = 0.9
 
     def key(self, preset: str, delta: str = "kl") -> str:
-        """Name of this setting in files, e.g. `tdds_official_T30_K10_beta0.9`, with the ablation behind it if it is one."""
+        """Return the name of this setting in files, e.g. `tdds_official_T30_K10_beta0.9`, with the ablation behind it if it is
+        one."""
         return f"tdds_{preset}_T{self.T}_K{self.K}_beta{self.beta:g}" + ("" if delta == "kl" else f"_{delta}")
 
 
 def differences_per_window(window: Window, preset: str) -> int:
-    """Loss differences in one window."""
+    """Return the number of loss differences in one window."""
     return window.K - 1 if preset == "official" else window.K
 
 
 def check_window(window: Window, preset: str, num_epochs: int | None = None) -> None:
-    """InputError unless the window can be computed, in a run of `num_epochs` epochs where that is given."""
+    """Raise InputError unless the window can be computed, in a run of `num_epochs` epochs where that is given."""
     if preset not in PRESETS:
         raise InputError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
     if not 0.0 <= window.beta <= 1.0:
@@ -75,7 +76,7 @@ def check_window(window: Window, preset: str, num_epochs: int | None = None) -> 
 
 
 def delta_scalar(delta: str, preset: str) -> tuple[str, bool]:
-    """The scalar of the trajectory that `delta` stands for, and whether its absolute value is taken."""
+    """Return the scalar of the trajectory that `delta` stands for, and whether its absolute value is taken."""
     if delta == "kl":
         return DELTA_OF_PRESET[preset], False  # official: absolute per class already
     if delta not in ABLATIONS:
@@ -84,7 +85,7 @@ def delta_scalar(delta: str, preset: str) -> tuple[str, bool]:
 
 
 def window_settings(window: Window, preset: str, delta: str = "kl") -> dict[str, object]:
-    """The setting as it stands in score files."""
+    """Return the setting as it stands in score files."""
     setting = {"score": "tdds", "preset": preset, "T": window.T, "K": window.K, "beta": window.beta}
     return setting if delta == "kl" else setting | {"delta": delta}
 
@@ -93,13 +94,13 @@ SCORE_KEYS = ("tdds", "random", "entropy", "forgetting", "el2n", "aum", "moderat
 
 
 def base_key(score_key: str) -> str:
-    """The score behind a key with a suffix: `tdds_T90_K10` -> `tdds`; other keys unchanged."""
+    """Return the score behind a key with a suffix: `tdds_T90_K10` -> `tdds`; other keys unchanged."""
     found = (key for key in SCORE_KEYS if score_key == key or score_key.startswith((f"{key}_", f"{key}-")))
     return next(found, score_key)
 
 
 def is_plain(score_key: str) -> bool:
-    """Whether a key stands for the score as the literature has it, not for a variant (another delta, sampler, option)."""
+    """Say whether a key stands for the score as the literature has it, not for a variant (another delta, sampler, option)."""
     base = base_key(score_key)
     parts = [part for part in score_key.removeprefix(base).split("_") if part]
     if base == "tdds":
@@ -109,11 +110,11 @@ def is_plain(score_key: str) -> bool:
 
 
 def score_order(score_key: str) -> tuple[int, str]:
-    """Sort key that puts scores in the order of SCORE_KEYS, keys that are not known last, variants of one together."""
+    """Return a sort key that puts scores in the order of SCORE_KEYS, keys that are not known last, variants of one together."""
     key = base_key(score_key)
     return (SCORE_KEYS.index(key) if key in SCORE_KEYS else len(SCORE_KEYS), key)
 
 
 def _bare(name: str) -> str:
-    """ResNet-18 and resnet18, Swin-T and swin_t alike."""
+    """Reduce a name to letters and digits, so that ResNet-18 and resnet18, Swin-T and swin_t are equal."""
     return "".join(filter(str.isalnum, name)).lower()

@@ -23,26 +23,26 @@ from tdds_dist.runs.artifacts import Scores
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """What stays in memory of one score file."""
+    """The part of a score file that stays in memory."""
 
     rank_N: np.ndarray  # of `centred_ranks`
     kept_PB: np.ndarray  # uint8, the coreset of each pruning rate as N bits
 
     def kept(self, position: int) -> np.ndarray:
-        """Which samples are in the coreset of one pruning rate, bool [N]."""
+        """Mark the samples in the coreset of one pruning rate, bool [N]."""
         return np.unpackbits(self.kept_PB[position], count=len(self.rank_N)).astype(bool)
 
     def index(self, position: int) -> np.ndarray:
-        """The coreset of one pruning rate, sorted int64 [M]."""
+        """Return the coreset of one pruning rate, sorted int64 [M]."""
         return np.flatnonzero(self.kept(position))
 
     def overlap(self, other: "Ranked") -> list[float]:
-        """Share that both keep of another score's coreset of the same size, by pruning rate."""
+        """Return the share of another score's coreset of the same size that both keep, by pruning rate."""
         sizes = np.bitwise_count(self.kept_PB).sum(axis=1, dtype=np.int64)
         return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
 
     def agreement(self, other: "Ranked") -> list[float]:
-        """Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P]."""
+        """Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P]."""
         return [rank_correlation(self.rank_N, other.rank_N), *self.overlap(other)]
 
 
@@ -68,13 +68,13 @@ def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
 
 
 def in_order(ranked: Mapping[str, Ranked], config: dict[str, Any]) -> dict[str, Ranked]:
-    """The scores of a run by name: its main window first, the others in the order of `score_order`."""
+    """Return the scores of a run by name: its main window first, the others in the order of `score_order`."""
     main = main_window(config, [*ranked])
     return dict(sorted(ranked.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
 
 
 def main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
-    """The first TDDS window of the config that has been scored; else the first TDDS score, else the first score."""
+    """Return the first TDDS window of the config that has been scored; else the first TDDS score, else the first score."""
     try:
         parsed = parse_config(config)
         configured = [window.key(parsed.score.preset) for window in parsed.windows()]
@@ -84,12 +84,12 @@ def main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float]]:
-    """`agreement` of each pair of scores of one run, in the order of `ranked`."""
+    """Return `agreement` of each pair of scores of one run, in the order of `ranked`."""
     return {(a, b): ranked[a].agreement(ranked[b]) for a, b in itertools.combinations(ranked, 2)}
 
 
 def between_runs(runs: Sequence[Mapping[str, Ranked]]) -> dict[str, dict[tuple[int, int], list[float]]]:
-    """By score that two runs or more have: `agreement` of each pair of runs, which are named by their positions."""
+    """Return `agreement` of each pair of runs, named by their positions, for every score that two runs or more have."""
     found = {}
     for key in dict.fromkeys(key for ranked in runs for key in ranked):
         having = [position for position, ranked in enumerate(runs) if key in ranked]
@@ -99,13 +99,13 @@ def between_runs(runs: Sequence[Mapping[str, Ranked]]) -> dict[str, dict[tuple[i
 
 
 def over_pairs(reduce: Callable[..., Any], values: Sequence[Sequence[float]]) -> list[float]:
-    """Mean, smallest or largest of each column; nan (a constant score) where no pair has a number."""
+    """Return the mean, smallest or largest of each column; nan (a constant score) where no pair has a number."""
     columns = ([value for value in column if value == value] for column in zip(*values, strict=True))
     return [float(reduce(column)) if column else float("nan") for column in columns]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """A name to show for each key: without the settings that all variants of its score share.
+    """Return a name to show for each key: without the settings that all variants of its score share.
 
     `tdds_official_T90_K10_beta0.9` and `tdds_official_T70_K10_beta0.9` -> `tdds_T90` and `tdds_T70`.
     """
@@ -122,7 +122,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
+    """Return Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
 
     Raises InputError for lengths that differ.
     """
@@ -134,13 +134,14 @@ def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
 
 
 def overlap(index_a: np.ndarray, index_b: np.ndarray) -> float:
-    """Share of the (larger) coreset that both have in common; each int64 [M], no index twice. Nan for no samples."""
+    """Return the share of the (larger) coreset that both have in common; each int64 [M], no index twice. Nan for no samples."""
     larger = max(len(index_a), len(index_b))
     return len(np.intersect1d(index_a, index_b, assume_unique=True)) / larger if larger else float("nan")
 
 
 def keep_rates(index_M: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.ndarray:
-    """Share of each class that is kept, float64 [C]; nan for a class without samples. Unknown labels (-1) do not count.
+    """Return the share of each class that is kept, float64 [C]; nan for a class without samples. Unknown labels (-1) do not
+    count.
 
     Raises InputError for a label that is not below `num_classes`.
     """
@@ -155,13 +156,15 @@ def keep_rates(index_M: np.ndarray, label_N: np.ndarray, num_classes: int) -> np
 
 
 def noise_kept(index_M: np.ndarray, noisy_N: np.ndarray) -> tuple[float, float]:
-    """Share of the noisy samples (bool [N]) that is kept, and share of the coreset that is noisy; nan for a share of none."""
+    """Return the share of the noisy samples (bool [N]) that is kept, and the share of the coreset that is noisy; nan for a
+    share of none."""
     kept, noisy = int(np.count_nonzero(noisy_N[index_M])), int(np.count_nonzero(noisy_N))
     return (kept / noisy if noisy else float("nan")), (kept / len(index_M) if len(index_M) else float("nan"))
 
 
 def centred_ranks(score_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
-    """Twice the average rank minus twice the mean rank, int32 [N]: whole numbers, in sum 0. `order_N` sorts the scores."""
+    """Return twice the average rank minus twice the mean rank, int32 [N]: whole numbers, in sum 0. `order_N` sorts the scores.
+    """
     sorted_N = score_N[order_N]
     first = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))  # where each group of ties starts
     end = np.append(first[1:], len(score_N))
@@ -171,7 +174,7 @@ def centred_ranks(score_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
 
 
 def rank_correlation(rank_a_N: np.ndarray, rank_b_N: np.ndarray) -> float:
-    """Pearson's correlation of two results of `centred_ranks`."""
+    """Return Pearson's correlation of two results of `centred_ranks`."""
     a_N, b_N = rank_a_N.astype(np.float64), rank_b_N.astype(np.float64)
     squares = float(a_N @ a_N) * float(b_N @ b_N)
     return float(a_N @ b_N) / squares**0.5 if squares else float("nan")

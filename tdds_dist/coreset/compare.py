@@ -102,13 +102,13 @@ class _Run:
 
     @property
     def main(self) -> str:
-        """The score that the others are compared with in the text."""
+        """Return the score that the others are compared with in the text."""
         return next(iter(self.ranked))
 
 
 @dataclass(frozen=True, eq=False)
 class _Noise:
-    """Which samples of a training file are noisy; None where its manifest does not say."""
+    """The noisy samples of a training file; None where its manifest does not say."""
 
     fingerprint: Fingerprint
     noisy_N: np.ndarray | None  # bool
@@ -116,7 +116,7 @@ class _Noise:
 
 
 class _Findings:
-    """What was found: `rows` of the CSV, `parts` of the text, `problems` at its end, `short` names of the scores."""
+    """The results: `rows` of the CSV, `parts` of the text, `problems` at its end, `short` names of the scores."""
 
     def __init__(self, rates: list[float]):
         self.rates = rates
@@ -167,7 +167,7 @@ def _read_noise(beton: Path) -> _Noise | None:
 
 
 def _add_agreement(run: _Run, found: _Findings) -> None:
-    """Rank correlation and overlap of all pairs of scores of one run."""
+    """Add rank correlation and overlap of all pairs of scores of one run."""
     keys, rates = [*run.ranked], found.rates
     if len(keys) == 1:
         found.parts.append(_part(f"{run.letter}: one score only ({keys[0]}), nothing to correlate it with"))
@@ -195,7 +195,7 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
 
 
 def _add_between(runs: list[_Run], found: _Findings) -> None:
-    """The same score in several runs: rank correlation and overlap of each pair of runs, and their means."""
+    """Add rank correlation and overlap of the same score in each pair of runs, and their means."""
     names: list[str] = []
     lines: list[list[float]] = []  # Spearman, then the overlap at each rate
     most = 0
@@ -230,7 +230,7 @@ def _add_between(runs: list[_Run], found: _Findings) -> None:
 
 
 def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
-    """Share of every class that each score keeps."""
+    """Add the share of every class that each score keeps."""
     num_classes = run.fingerprint.num_classes
     if not (label_N >= 0).any():
         found.problems.append(f"{run.run.scores}: no labels are known, so nothing is said on classes; score again with "
@@ -254,7 +254,7 @@ def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
 
 
 def _add_noise(run: _Run, known: dict[Path, _Noise | None], found: _Findings) -> None:
-    """Share of wrong labels and of corrupted images that each score keeps, where the manifest knows them."""
+    """Add the share of wrong labels and of corrupted images that each score keeps, where the manifest knows them."""
     beton = (run.config.get("data") or {}).get("train")
     if not beton:
         return
@@ -279,7 +279,7 @@ def _add_noise(run: _Run, known: dict[Path, _Noise | None], found: _Findings) ->
 
 
 def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], found: _Findings) -> None:
-    """One kind of noise; `kinds` maps a part of it, "" for all, to its samples (bool [N])."""
+    """Add one kind of noise; `kinds` maps a part of it, "" for all, to its samples (bool [N])."""
     num_samples, num_noisy = run.fingerprint.num_samples, int(np.count_nonzero(kinds[""]))
     if num_noisy == 0:
         return
@@ -325,7 +325,7 @@ def _group(title: str, cells: list[list[str]], subtitles: list[str] | None = Non
 
 
 def _table(label: str, names: list[str], groups: list[_Group]) -> str:
-    """An aligned table; groups of columns that do not fit into WIDTH follow below with the names repeated."""
+    """Lay out an aligned table; groups of columns that do not fit into WIDTH follow below with the names repeated."""
     width = max(len(label), *map(len, names))
     blocks: list[list[_Group]] = [[]]
     used = width
@@ -351,7 +351,7 @@ def _part(title: str, *body: str) -> str:
 
 
 def _page(runs: list[_Run], found: _Findings, path: Path) -> str:
-    """The whole text: what was compared, the tables, where the CSV is, what was left out."""
+    """Return the whole text: what was compared, the tables, where the CSV is, what was left out."""
     dataset = runs[0].fingerprint
     head = [f"{count(dataset.num_samples)} samples, {count(dataset.num_classes)} classes"]
     width = max(len(run.name) for run in runs)
@@ -368,13 +368,13 @@ def _page(runs: list[_Run], found: _Findings, path: Path) -> str:
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """Folder names, or the whole paths where two are called the same."""
+    """Return the folder names, or the whole paths where two have the same name."""
     names = [run.resolve().name for run in runs]
     return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
 
 
 def _letters() -> itertools.chain[str]:
-    """A, B, ... Z, then R27, R28, ..."""
+    """Name runs A, B, ... Z, then R27, R28, ..."""
     return itertools.chain(map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27)))
 
 
@@ -387,7 +387,7 @@ def _percent(share: float) -> str:
 
 
 def _whole_percent(share: float) -> str:
-    """Without decimals; neither something nor nearly all is rounded away."""
+    """Write a share in whole percent; a small share does not become 0, nor a large one 100."""
     return "<1" if 0 < share < 0.005 else ">99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
 
 

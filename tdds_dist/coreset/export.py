@@ -94,7 +94,7 @@ def export(source: Path, kind: str, out: Path | None = None, *, pruning_rates: S
 
 
 def subset_rate(num_samples: int, num_kept: int) -> float:
-    """The `--subset_rate` with which the authors' train_subset.py keeps exactly `num_kept` samples.
+    """Return the `--subset_rate` with which the authors' train_subset.py keeps exactly `num_kept` samples.
 
     They drop the first int(rate * N) entries, and a rate such as 0.29 loses one: int(0.29 * 100) is 28. Hence half a
     sample more than the pruned share.
@@ -106,7 +106,7 @@ def subset_rate(num_samples: int, num_kept: int) -> float:
 
 @dataclass(frozen=True)
 class _Source:
-    """What an export was given: scores by name of their column, or a coreset; and the run it belongs to."""
+    """The source of an export: scores by name of their column, or a coreset; and the run it belongs to."""
 
     path: Path
     scores: dict[str, Scores]
@@ -167,7 +167,7 @@ def _one_scores(given: _Source, kind: str) -> tuple[str, Scores]:
 
 
 def _one_coreset(given: _Source, kind: str, rates: Sequence[float], notes: list[str]) -> tuple[Coreset, str]:
-    """The coreset to write and the stem of its file; cut from the scores where the source is no coreset."""
+    """Return the coreset to write and the stem of its file; cut from the scores where the source is no coreset."""
     if given.coreset is not None:
         return given.coreset, given.path.stem
     name, scores = _one_scores(given, kind)
@@ -184,7 +184,7 @@ def _one_coreset(given: _Source, kind: str, rates: Sequence[float], notes: list[
 
 def _score_table(given: _Source, rates: Sequence[float], beton: Path | None,
                  notes: list[str]) -> tuple[Columns, dict[str, Any]]:
-    """One row per sample: who it is, then each score with its rank and keep flags."""
+    """Make a table of one row per sample: index, path and labels, then each score with its rank and keep flags."""
     any_score = next(iter(given.scores.values()))
     columns = _sample_columns(given, beton, any_score.fingerprint, any_score.label_N, notes)
     for name, scores in given.scores.items():
@@ -204,7 +204,7 @@ def _score_table(given: _Source, rates: Sequence[float], beton: Path | None,
 
 def _coreset_table(given: _Source, coreset: Coreset, beton: Path | None,
                    notes: list[str]) -> tuple[Columns, dict[str, Any]]:
-    """One row per sample of the dataset, kept or not; importance is empty where it is not kept."""
+    """Make a table of one row per sample of the dataset, kept or not; importance is empty where it is not kept."""
     num_samples = coreset.fingerprint.num_samples
     columns = _sample_columns(given, beton, coreset.fingerprint, np.full(num_samples, UNKNOWN_LABEL), notes)
     importance_N = np.full(num_samples, np.nan, dtype=np.float32)
@@ -217,7 +217,8 @@ def _coreset_table(given: _Source, coreset: Coreset, beton: Path | None,
 
 def _sample_columns(given: _Source, beton: Path | None, found: Fingerprint, label_N: np.ndarray,
                     notes: list[str]) -> Columns:
-    """index, and path, label, true_label and corruption as far as they are known; a note for what is left out."""
+    """Return the columns index, path, label, true_label and corruption as far as they are known, and a note on those left out.
+    """
     columns: Columns = {"index": np.arange(found.num_samples)}
     dataset, why = _dataset_of(given, beton, found)
     manifest = None if dataset is None else dataset.manifest
@@ -245,13 +246,13 @@ def _flags(index_M: np.ndarray, num_samples: int) -> np.ndarray:
 
 
 def _first_to_keep(score_N: np.ndarray) -> np.ndarray:
-    """All samples in the order of `selection.top` with seed 0, int64 [N]: its first M are what it keeps, for every M."""
+    """Return all samples in the order of `samplers.top` with seed 0, int64 [N]: its first M are what it keeps, for every M."""
     tie_N = np.random.default_rng([0, 0]).permutation(len(score_N))
     return np.lexsort((tie_N, -score_N)).astype(np.int64)
 
 
 def _write_csv(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
-    """The table alone: CSV has no place for `meta`."""
+    """Write the table alone: CSV has no place for `meta`."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -262,7 +263,7 @@ def _write_csv(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def _cells(values: np.ndarray | list[str]) -> list[Any]:
-    """What stands in a column of CSV: for float32 the shortest text that gives the same float32 again."""
+    """Write the values of a column as CSV: float32 as the shortest text that gives the same float32 again."""
     if isinstance(values, list):
         return values
     if values.dtype != np.float32:
@@ -324,7 +325,7 @@ def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tu
 
 
 def _official_suffix(name: str, scores: Scores) -> str:
-    """`win{K}_ep{T}` where the authors' code computes the same; their name says neither preset, ablation nor beta."""
+    """Return `win{K}_ep{T}` where the authors' code computes the same; their name says neither preset, ablation nor beta."""
     window = scores.settings
     theirs = (window.get("score") == "tdds" and window.get("preset") == "official" and "delta" not in window
               and window.get("beta", 0.9) == 0.9)
@@ -332,7 +333,7 @@ def _official_suffix(name: str, scores: Scores) -> str:
 
 
 def _official_coreset(path: Path, coreset: Coreset) -> tuple[np.ndarray, np.ndarray]:
-    """The removed samples with score 0, then the kept ones by importance: int64 [N] and float32 [N], ascending."""
+    """Return the removed samples with score 0, then the kept ones by importance: int64 [N] and float32 [N], ascending."""
     if (coreset.importance_M < 0).any():
         raise InputError(f"{path}: importance {coreset.importance_M.min():g} is below the 0 of removed samples, which must "
                          "come first in the authors' order; export the scores instead")
@@ -349,7 +350,7 @@ def train_file(run: RunDir) -> Path:
 
 
 def _dataset_of(given: _Source, beton: Path | None, found: Fingerprint) -> tuple[Dataset | None, str]:
-    """The dataset of an export, and why it, or its manifest, is missing."""
+    """Return the dataset of an export, and why it, or its manifest, is missing."""
     if beton is None:
         if given.run is None:
             return None, f"{given.path} does not lie in a run; give --beton FILE"

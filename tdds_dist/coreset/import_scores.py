@@ -100,7 +100,7 @@ def _check_key(key: str) -> None:
 
 
 def _known_dataset(beton: Path | None, run: RunDir | None) -> Dataset | None:
-    """The dataset that imported scores must fit; None when nothing says which."""
+    """Return the dataset that imported scores must fit; None when nothing says which."""
     dataset = None if beton is None else read_dataset(beton)
     if run is None:
         return dataset
@@ -119,7 +119,7 @@ def _known_dataset(beton: Path | None, run: RunDir | None) -> Dataset | None:
 
 
 def _read_official(source: Path, data_mask: Path | None, dataset: Dataset | None) -> np.ndarray:
-    """Score by global index, float32 [N], of the authors' pair: order (an argsort) and ascending scores."""
+    """Read the score by global index, float32 [N], from the authors' pair: order (an argsort) and ascending scores."""
     if data_mask is None:
         if not source.name.startswith("score_"):
             raise InputError(f"{source} is not named score_*.npy, so its data_mask_*.npy cannot be found; give --data-mask")
@@ -166,7 +166,7 @@ def _check_size(source: Path, what: str, num: int, dataset: Dataset | None) -> N
 
 def _read_csv(source: Path, key: str | None, is_column: bool,
               dataset: Dataset | None) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
-    """Score float32 [N], label int64 [N] or None, and the extras of the score, by global index."""
+    """Read score float32 [N], label int64 [N] or None, and the extras of the score, by global index."""
     column, line_R, cells = _read_rows(source, key, is_column)
     _check_size(source, "rows", len(line_R), dataset)
     index_R = _indices(source, line_R, cells, dataset)
@@ -197,7 +197,8 @@ def _read_csv(source: Path, key: str | None, is_column: bool,
 
 
 def _read_rows(source: Path, key: str | None, is_column: bool) -> tuple[str, list[int], dict[str, list[str]]]:
-    """Name of the score's column; line number of each row [R]; text [R] of each column that is needed, not of all."""
+    """Return the name of the score's column, the line number of each row [R], and the text [R] of each column that is needed.
+    """
     line_R: list[int] = []
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
@@ -236,7 +237,7 @@ def _check_header(source: Path, header: list[str], column: str, key: str | None)
 
 
 def _indices(source: Path, line_R: list[int], cells: dict[str, list[str]], dataset: Dataset | None) -> np.ndarray:
-    """Global index of each row, int64 [R]; every index 0..R-1 exactly once."""
+    """Return the global index of each row, int64 [R]; every index 0..R-1 must be there exactly once."""
     path = None if dataset is None or dataset.manifest is None else dataset.manifest.path
     if "index" in cells:
         index_R = _integers(source, line_R, "index", cells["index"])
@@ -271,12 +272,12 @@ def _indices(source: Path, line_R: list[int], cells: dict[str, list[str]], datas
 
 
 def _integers(source: Path, line_R: list[int], column: str, text_R: list[str]) -> np.ndarray:
-    """int64 [R]."""
+    """Convert to int64 [R]."""
     return _numbers(source, line_R, column, text_R, lambda text: np.int64(int(text)), "a whole number").astype(np.int64)
 
 
 def _floats(source: Path, line_R: list[int], column: str, text_R: list[str]) -> np.ndarray:
-    """float32 [R], finite."""
+    """Convert to float32 [R], all finite."""
     with np.errstate(over="ignore"):
         value_R = _numbers(source, line_R, column, text_R, float, "a number").astype(np.float32)
     if (bad := np.flatnonzero(~np.isfinite(value_R))).size:

@@ -20,7 +20,7 @@ EDGE = 1e-6  # the Beta density is looked up this far inside (0, 1), and its bet
 
 
 def num_kept(num_samples: int, pruning_rate: float) -> int:
-    """M = N - round(p N), the number of samples kept at pruning rate p in [0, 1)."""
+    """Return M = N - round(p N), the number of samples kept at pruning rate p in [0, 1)."""
     if not 0.0 <= pruning_rate < 1.0:
         raise InputError(f"pruning_rate={pruning_rate} must lie in [0, 1): it is the fraction that is removed")
     kept = num_samples - round(pruning_rate * num_samples)
@@ -30,12 +30,12 @@ def num_kept(num_samples: int, pruning_rate: float) -> int:
 
 
 def top(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
-    """The `num` samples of highest score; sorted int64 [num]."""
+    """Take the `num` samples of highest score; sorted int64 [num]."""
     return np.sort(_descending(score_N, seed)[:num]).astype(np.int64)
 
 
 def _descending(score_N: np.ndarray, seed: int) -> np.ndarray:
-    """Indices from the highest score to the lowest, equal scores in a seeded order; [N]."""
+    """Return the indices from the highest score to the lowest, equal scores in a seeded order; [N]."""
     tie_N = np.random.default_rng([seed, 0]).permutation(len(score_N))
     by_tie_N = np.empty_like(tie_N)
     by_tie_N[tie_N] = np.arange(len(tie_N))
@@ -43,7 +43,7 @@ def _descending(score_N: np.ndarray, seed: int) -> np.ndarray:
 
 
 def centre(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
-    """The `num` samples in the middle of the ranking; sorted int64 [num].
+    """Take the `num` samples in the middle of the ranking; sorted int64 [num].
 
     Moderate coreset (ICLR 2023): as many are dropped at the low end as at the high end, one more there if odd.
     """
@@ -52,7 +52,7 @@ def centre(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
 
 
 def per_class(pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray, num: int) -> np.ndarray:
-    """Any selector applied to each class by itself, in proportion to class sizes; sorted int64 [num].
+    """Apply any selector to each class by itself, in proportion to class sizes; sorted int64 [num].
 
     `pick(member_m, quota)` gets the global indices of one class, ascending, and returns which `quota` of them to keep, as
     positions in `member_m`. Class quotas are rounded by largest remainder so that they add up to exactly `num`; a class
@@ -79,13 +79,13 @@ def per_class(pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray
 
 
 def default_hard_cutoff(pruning_rate: float) -> float:
-    """Fraction of hardest samples that CCS drops first: 0.3 from pruning rate 0.9 on, 0.2 from 0.8 on, 0 below."""
+    """Return the fraction of hardest samples that CCS drops first: 0.3 from pruning rate 0.9 on, 0.2 from 0.8 on, 0 below."""
     reached = [rate for rate in HARD_CUTOFF_OF_RATE if rate <= pruning_rate + 1e-9]
     return HARD_CUTOFF_OF_RATE[max(reached)] if reached else 0.0
 
 
 def stratum_budgets(count_S: np.ndarray, num: int) -> np.ndarray:
-    """How many to draw from each stratum of `count_S` samples, int64 [S]; they add up to `num` if that many are there.
+    """Share `num` draws out over strata of `count_S` samples, int64 [S]; fewer in all if there are not so many samples.
 
     From the smallest stratum up, each gets an equal share of what is still to be given, or all it has; ties by position.
     """
@@ -98,7 +98,7 @@ def stratum_budgets(count_S: np.ndarray, num: int) -> np.ndarray:
 
 
 def ccs(score_N: np.ndarray, num: int, *, num_strata: int = 50, hard_cutoff_rate: float = 0.0, seed: int = 0) -> np.ndarray:
-    """CCS (Zheng et al., ICLR 2023, arXiv 2210.15809): a draw spread evenly over the range of scores; sorted int64 [num].
+    """Draw evenly over the range of scores, as CCS does (Zheng et al., ICLR 2023, arXiv 2210.15809); sorted int64 [num].
 
     The round(hard_cutoff_rate N) samples of highest score (higher = harder here) are dropped. The range of the others is
     cut into `num_strata` strata of equal width, each gets its budget (`stratum_budgets`), drawn uniformly inside it.
@@ -126,7 +126,7 @@ def ccs(score_N: np.ndarray, num: int, *, num_strata: int = 50, hard_cutoff_rate
 
 
 def _strata(score_N: np.ndarray, num_strata: int) -> np.ndarray:
-    """Stratum of each score, of `num_strata` of equal width between the lowest and the highest; int64 [N].
+    """Return the stratum of each score, of `num_strata` of equal width between the lowest and the highest; int64 [N].
 
     A stratum holds its lower end; the last holds the highest score too. Equal scores are all in stratum 0.
     """
@@ -141,7 +141,7 @@ def _strata(score_N: np.ndarray, num_strata: int) -> np.ndarray:
 
 
 def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: float, c_d: float) -> tuple[float, float]:
-    """(alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive sampling).
+    """Return (alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive sampling).
 
     beta = 15 (1 - anchor) (1 - r^c_d), alpha = 16 - beta, with r the pruning rate and anchor the mean of `p_mean_N` over the
     10 samples of highest score: the more is pruned, the closer to 1 (easy samples) lies the peak. As in the code for CIFAR;
@@ -161,10 +161,10 @@ def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: flo
 
 def beta_sample(score_N: np.ndarray, p_mean_N: np.ndarray, num: int, pruning_rate: float, *, c_d: float = 4.0,
                 seed: int = 0) -> np.ndarray:
-    """DUAL's draw without replacement, weighted by Beta density of `p_mean_N` times score; sorted int64 [num].
+    """Draw without replacement as DUAL does, weighted by the Beta density of `p_mean_N` times score; sorted int64 [num].
 
-    `p_mean_N` float32 [N] in [0, 1] (`baselines.mean_probability`); Beta as in `beta_parameters`. The highest of
-    log weight + Gumbel noise are as good as drawn one after the other; samples of weight 0 come last, in a seeded order.
+    `p_mean_N` float32 [N] in [0, 1] (`baselines.mean_probability`); Beta as in `beta_parameters`. Taking the highest of
+    log weight + Gumbel noise is the same as drawing one after the other; samples of weight 0 come last, in a seeded order.
 
     Raises:
         InputError: negative scores, or what `beta_parameters` raises.
@@ -180,20 +180,20 @@ def beta_sample(score_N: np.ndarray, p_mean_N: np.ndarray, num: int, pruning_rat
 
 
 def log_beta_density(p_N: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """log of the density of Beta(alpha, beta) at `p_N`, which is moved off 0 and 1; float64 [N]."""
+    """Return the log of the density of Beta(alpha, beta) at `p_N`, which is moved off 0 and 1; float64 [N]."""
     p_N = p_N.astype(np.float64).clip(EDGE, 1.0 - EDGE)
     log_normaliser = math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
     return (alpha - 1.0) * np.log(p_N) + (beta - 1.0) * np.log1p(-p_N) - log_normaliser
 
 
 def empty_classes(index_M: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-    """Classes of the dataset of which the coreset keeps nothing."""
+    """Return the classes of the dataset of which the coreset keeps nothing."""
     present = np.unique(label_N)
     return np.setdiff1d(present[present >= 0], np.unique(label_N[index_M]))
 
 
 def min_max(score_N: np.ndarray) -> np.ndarray:
-    """Scores scaled to [0, 1] over all N, the importance of the authors' code; all 1 when every score is equal."""
+    """Scale scores to [0, 1] over all N, the importance of the authors' code; all 1 when every score is equal."""
     low, high = float(score_N.min()), float(score_N.max())
     if high == low:
         return np.ones_like(score_N, dtype=np.float32)

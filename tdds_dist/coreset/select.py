@@ -1,6 +1,6 @@
 """Stage `select`: from a score to a coreset file.
 
-Owns which sampler a score is meant for, the importance that goes with it, and names; the samplers are `samplers`'s.
+Owns which sampler a score is meant for, the importance that goes with it, and names; the samplers are in `samplers`.
 """
 
 # N dataset, M kept samples, n samples that are not quarantined, m those of one class
@@ -28,13 +28,13 @@ DEFAULT_C_D = 4.0  # exponent of DUAL's authors on CIFAR-100
 
 
 def default_sampler(scores: Scores) -> str:
-    """The sampler a score is meant for: the centre of the ranking for Moderate, else the top."""
+    """Return the sampler a score is meant for: the centre of the ranking for Moderate, else the top."""
     return "centre" if scores.settings.get("score", scores.key) == "moderate" else "top"
 
 
 def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False, seed: int = 0,
            num_strata: int = DEFAULT_STRATA, hard_cutoff_rate: float | None = None, c_d: float = DEFAULT_C_D) -> np.ndarray:
-    """The kept global indices, sorted int64 [M], M = N - round(p N).
+    """Return the kept global indices, sorted int64 [M], M = N - round(p N).
 
     `sampler`: `top`, `centre` (Moderate), `ccs` (strata; `num_strata`, `hard_cutoff_rate`, by default that of the pruning
     rate), `beta` (DUAL's weighted draw; `c_d`); default the one the score is meant for. `class_balanced` applies it to
@@ -84,7 +84,7 @@ def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, c
 
 def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False,
                  seed: int = 0, **options: Any) -> tuple[Coreset, list[str]]:
-    """The coreset of `choose` with its importances, and warnings about it.
+    """Return the coreset of `choose` with its importances, and warnings about it.
 
     Importance: the score scaled to [0, 1] over all N, less the quarantined, for TDDS in preset `official`, the score itself
     in `paper` (section 4.3), 1 for every other score, which its paper does not weigh by.
@@ -203,7 +203,7 @@ def changes(path: Path, coreset: Coreset) -> str:
 
 
 def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
-    """The scores called `score` of a run directory, or those of a score file; InputError when there are none."""
+    """Load the scores called `score` of a run directory, or those of a score file; raise InputError when there are none."""
     if source.is_file():
         scores = load_scores(source)
         if score not in ("tdds", scores.key):
@@ -228,21 +228,21 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
 
 
 def random_scores(like: Scores, seed: int) -> Scores:
-    """A seeded draw as scores, for the dataset of `like`, with its quarantined samples."""
+    """Return a seeded draw as scores, for the dataset of `like`, with its quarantined samples."""
     score_N = baselines.random(len(like.score_N), seed)
     quarantined = {name: value for name, value in like.settings.items() if name == "quarantined"}
     return Scores("random", score_N, like.label_N, like.fingerprint, {"score": "random"} | quarantined)
 
 
 def importance_kind(scores: Scores) -> str:
-    """What importance in a coreset of these scores is: `min_max`, `score` or `uniform`."""
+    """Name the kind of importance in a coreset of these scores: `min_max`, `score` or `uniform`."""
     if scores.settings.get("score") != "tdds":
         return "uniform"
     return "score" if scores.settings.get("preset") == "paper" else "min_max"
 
 
 def _importance(scores: Scores, rest_n: np.ndarray) -> np.ndarray:
-    """Importance of the samples `rest_n`, float32 [n]."""
+    """Return the importance of the samples `rest_n`, float32 [n]."""
     kind, score_n = importance_kind(scores), scores.score_N[rest_n]
     if kind == "uniform":
         return np.ones_like(score_n)
@@ -250,12 +250,12 @@ def _importance(scores: Scores, rest_n: np.ndarray) -> np.ndarray:
 
 
 def _not_quarantined(scores: Scores) -> np.ndarray:
-    """Global indices of the samples that may be kept, int64 [n]."""
+    """Return the global indices of the samples that may be kept, int64 [n]."""
     return quarantine.not_quarantined(len(scores.score_N), scores.settings.get("quarantined", ()))
 
 
 def _quarantine_warnings(scores: Scores, rest_n: np.ndarray) -> list[str]:
-    """How many samples are left out, and the classes that lose all of theirs."""
+    """Say how many samples are left out, and which classes lose all of theirs."""
     num = len(scores.score_N) - len(rest_n)
     if not num:
         return []

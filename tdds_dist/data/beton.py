@@ -1,4 +1,4 @@
-"""`.beton` files: check one, read single images back; and the manifest beside it. `writer` makes them.
+"""`.beton` files: check one, read single images back. `writer` makes them, `manifest` reads the file beside them.
 
 Uses NumPy on the file format, not FFCV: importing FFCV costs seconds, and its reader takes truncated and corrupted
 files without a word. The content of the images is not checked here but in `check`, which reads them by `stored_bytes`.
@@ -46,7 +46,7 @@ IMAGES_PER_READ = 1024  # that one thread takes at a time
 
 @dataclass(frozen=True, eq=False)
 class BetonInfo:
-    """What the checked metadata of a `.beton` says; arrays are by global index."""
+    """The checked metadata of a `.beton`; arrays are by global index."""
 
     path: Path
     num_samples: int
@@ -96,12 +96,12 @@ def inspect_beton(path: Path) -> BetonInfo:
 
 
 def dataset_fingerprint(info: BetonInfo, num_classes: int) -> Fingerprint:
-    """The fingerprint that ties scores and coresets to this file's samples."""
+    """Return the fingerprint that ties scores and coresets to this file's samples."""
     return fingerprint(info.label_N, num_classes)
 
 
 def content_sha256(info: BetonInfo) -> str:
-    """Whether a file is the one it was: hash of all labels, sizes and modes and of the bytes of up to 256 images.
+    """Hash all labels, sizes and modes, and the bytes of up to 256 images, to tell whether a file is still the same.
 
     Where in the file an image lies is left out: it differs between two writes of the same images by several workers.
     Cheap, but no proof that all images are the same; that is `tdds check`.
@@ -118,12 +118,12 @@ def content_sha256(info: BetonInfo) -> str:
 
 
 def evenly_spaced(num_samples: int, num: int) -> np.ndarray:
-    """At most `num` global indices from the first to the last, sorted int64."""
+    """Return at most `num` global indices from the first to the last, sorted int64."""
     return np.unique(np.linspace(0, num_samples - 1, max(1, min(num, num_samples))).astype(np.int64))
 
 
 def stored_bytes(info: BetonInfo, index: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-    """(global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is fast.
+    """Yield (global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is fast.
 
     Reads rather than maps, because a file that shrinks under a map ends the process. Raises InputError for a file that
     cannot be read, or is no longer as long as it was.
@@ -143,7 +143,7 @@ def stored_bytes(info: BetonInfo, index: Iterable[int]) -> Iterator[tuple[int, b
 
 
 def crc32_of_images(info: BetonInfo, num_threads: int = 1, progress: bool = False) -> np.ndarray:
-    """CRC-32 of the stored bytes of every image, uint32 [N], read in the order of the file."""
+    """Compute the CRC-32 of the stored bytes of every image, uint32 [N], read in the order of the file."""
     crc32_N = np.empty(info.num_samples, np.uint32)
     order_N = np.argsort(info.data_ptr_N, kind="stable")
 
@@ -160,7 +160,7 @@ def crc32_of_images(info: BetonInfo, num_threads: int = 1, progress: bool = Fals
 
 
 def read_images(path: Path, index: Iterable[int], info: BetonInfo | None = None) -> list[np.ndarray]:
-    """Images at the global indices `index`, each uint8 [H, W, 3] RGB, decoded straight from the file.
+    """Decode the images at the global indices `index` straight from the file, each uint8 [H, W, 3] RGB.
 
     `info` saves inspecting the file again. Raises InputError for an index outside the file and a damaged image.
     """
@@ -193,7 +193,7 @@ def _damaged(path: Path, what: str) -> InputError:
 
 
 def _read_header(path: Path) -> tuple[np.void, int]:
-    """Header and size in bytes of a file of the right version."""
+    """Return header and size in bytes of a file of the right version."""
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file; `tdds write` makes .beton files")
     try:
@@ -209,7 +209,7 @@ def _read_header(path: Path) -> tuple[np.void, int]:
 
 
 def _read_fields(path: Path, num_fields: int) -> tuple[list[str], list[int]]:
-    """Name and type id of every field, in the order of the metadata's columns."""
+    """Return name and type id of every field, in the order of the metadata's columns."""
     descriptors = np.fromfile(path, DESCRIPTOR, num_fields, offset=HEADER.itemsize)
     names = [bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace") for name in descriptors["name"]]
     types = [int(type_id) for type_id in descriptors["type_id"]]
@@ -221,7 +221,7 @@ def _read_fields(path: Path, num_fields: int) -> tuple[list[str], list[int]]:
 
 
 def _pick_field(path: Path, names: list[str], types: list[int], type_id: int) -> int:
-    """Position of the one field of this type; of several int fields, the one named label."""
+    """Return the position of the one field of this type; of several int fields, the one named label."""
     found = [i for i, other in enumerate(types) if other == type_id]
     if type_id == INT_TYPE and len(found) > 1:
         found = [i for i in found if names[i] == "label"]
@@ -232,7 +232,7 @@ def _pick_field(path: Path, names: list[str], types: list[int], type_id: int) ->
 
 
 def _allocated_bytes(path: Path, data_ptr_N: np.ndarray, table_A: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Size of each image, uint64 [N], looked up in the allocation table; all regions must lie in [start, end)."""
+    """Look up the size of each image in the allocation table, uint64 [N]; all regions must lie in [start, end)."""
     table_A = table_A[table_A["size"] > 0]
     table_A = table_A[np.argsort(table_A["ptr"], kind="stable")]
     ptr_A, size_A = np.ascontiguousarray(table_A["ptr"]), np.ascontiguousarray(table_A["size"])
@@ -257,7 +257,7 @@ def _check_images(path: Path, image_N: np.ndarray, size_N: np.ndarray) -> None:
 
 
 def content_of(files: tuple[BetonInfo, BetonInfo]) -> dict[str, str]:
-    """Return what the images of a run are, for `setting["data"]`."""
+    """Return the content of the images of a run as hashes, for `setting["data"]`."""
     return {key: content_sha256(file) for key, file in zip(("train", "val"), files, strict=True)}
 
 

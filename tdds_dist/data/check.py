@@ -1,4 +1,4 @@
-"""Whether a `.beton` is sound, before it costs a training run: structure, manifest, and every image, by global index.
+"""Checks of a `.beton` before it costs a training run: structure, manifest, and every image, by global index.
 
 Two tests per image. The CRC-32 of its stored bytes against the manifest finds every change since it was written. The
 decoder of training, with the size that the JPEG itself states, finds what cannot be read at all, also without a
@@ -31,7 +31,7 @@ MAX_LINES, MAX_NAMED = 50, 8  # bad images that are listed; those that stand in 
 
 @dataclass(frozen=True, eq=False)
 class CheckResult:
-    """What a check found. `faults`: reasons by global index, of `crc` (the bytes are not those that were written), `size`
+    """The result of a check. `faults`: reasons by global index, of `crc` (the bytes are not those that were written), `size`
     (the JPEG has another size than the metadata says) and `decode` (the decoder refuses it)."""
 
     info: BetonInfo
@@ -45,7 +45,7 @@ class CheckResult:
         return self.manifest is not None and self.manifest.crc32_N is not None
 
     def summary(self) -> str:
-        """One line: how much was checked, and how fast."""
+        """Say in one line how much was checked, and how fast."""
         count = Counter(reason for reasons in self.faults.values() for reason in reasons)
         if self.has_crc:
             crc = f"{self.num_checked - count['crc']} with the CRC-32 of the manifest"
@@ -56,14 +56,14 @@ class CheckResult:
                 f"{self.num_checked - count['decode'] - count['size']} decoded, {crc}")
 
     def fault_lines(self) -> list[str]:
-        """Global index, reasons and path of each bad image, separated by tabs; after 50 a count."""
+        """List global index, reasons and path of each bad image, separated by tabs; after 50 a count."""
         bad = sorted(self.faults)
         paths = None if self.manifest is None else self.manifest.path
         lines = [f"{i}\t{','.join(self.faults[i])}\t{'-' if paths is None else paths[i]}" for i in bad[:MAX_LINES]]
         return lines + ([f"... and {len(bad) - MAX_LINES} more"] if len(bad) > MAX_LINES else [])
 
     def require_sound(self) -> None:
-        """InputError when an image is bad."""
+        """Raise InputError when an image is bad."""
         if not self.faults:
             return
         path, bad = self.info.path, sorted(self.faults)
@@ -96,7 +96,8 @@ def check(path: Path, *, quick: bool = False, num_workers: int | None = None, pr
 
 
 def quick_check(path: Path, info: BetonInfo | None = None, manifest: Manifest | None = None, num: int = QUICK_IMAGES) -> None:
-    """Check structure, manifest, labels, and `num` evenly spaced images with the first and the last. InputError if bad.
+    """Check structure, manifest, labels, and `num` evenly spaced images with the first and the last; raise InputError if one is
+    bad.
 
     `info` and `manifest`, where the caller has them, save reading them again.
     """
@@ -150,7 +151,7 @@ class _Chunk:
 
 
 def _read_chunks(info: BetonInfo, crc32_N: np.ndarray | None, index: np.ndarray) -> Iterator[_Chunk]:
-    """The images at `index`, in the order of the file."""
+    """Yield the images at `index`, in the order of the file."""
     index = index[np.argsort(info.data_ptr_N[index], kind="stable")]
     bytes_M = info.size_N[index].astype(np.int64) + 3 * info.width_N[index].astype(np.int64) * info.height_N[index]
     budget_M = np.cumsum(bytes_M) // CHUNK_BYTES + np.arange(len(index)) // CHUNK_IMAGES
@@ -170,7 +171,7 @@ def _read_chunks(info: BetonInfo, crc32_N: np.ndarray | None, index: np.ndarray)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width that a JPEG states; None when it has no readable header."""
+    """Return height and width that a JPEG states; None when it has no readable header."""
     at = 2
     while data.startswith(b"\xff\xd8") and at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]

@@ -19,7 +19,7 @@ MAX_TAPS = 128  # copies that a motion blur adds up; more would cost seconds on 
 
 
 def corrupt(image_HW3: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """A copy of a uint8 [H, W, 3] image with the corruption `kind`, of the same shape and type.
+    """Return a copy of a uint8 [H, W, 3] image with the corruption `kind`, of the same shape and type.
 
     All that is random is drawn from `rng`. The copy differs wherever neighbouring pixels of the image do by more than
     a few levels; `gaussian_noise` and `occlusion` change every image.
@@ -40,7 +40,7 @@ def _gaussian_noise(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def _occlusion(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A rectangle of one colour over 30 to 60 % of either side."""
+    """Cover a rectangle of 30 to 60 % of either side with one colour."""
     height, width = image_HW3.shape[:2]
     tall, wide = (round(side * rng.uniform(0.3, 0.6)) for side in (height, width))
     top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
@@ -52,7 +52,7 @@ def _occlusion(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _resolution(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Down to large pixels, five to eight of the image's own on a side, and up again."""
+    """Scale down to pixels that are five to eight of the image's own on a side, and up again."""
     height, width = image_HW3.shape[:2]
     share = rng.uniform(1 / 8, 1 / 5)
     small = Image.fromarray(image_HW3).resize((max(2, round(width * share)), max(2, round(height * share))),
@@ -62,7 +62,7 @@ def _resolution(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _fog(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A light grey over everything, in clouds that hide 40 to 80 % of what is behind them."""
+    """Lay a light grey over the image, in clouds that hide 40 to 80 % of what is behind them."""
     height, width = image_HW3.shape[:2]
     cloud = Image.fromarray(rng.random((4, 4), dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     density_HW1 = 0.4 + 0.4 * np.clip(np.asarray(cloud), 0, 1)[:, :, None]
@@ -70,7 +70,7 @@ def _fog(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _motion_blur(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The mean along a straight line in any direction, of 15 to 25 % of the shorter side."""
+    """Average along a straight line in any direction, of 15 to 25 % of the shorter side."""
     length = max(2.0, rng.uniform(0.15, 0.25) * min(image_HW3.shape[:2]))  # three pixels at least
     angle = rng.uniform(0, np.pi)
     for turn in range(4):
@@ -81,7 +81,7 @@ def _motion_blur(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _smear(image_HW3: np.ndarray, length: float, angle: float) -> np.ndarray:
-    """The mean of copies moved along a line of `length` pixels at `angle` radians; the border pixels go on outside."""
+    """Average copies moved along a line of `length` pixels at `angle` radians; the border pixels go on outside."""
     height, width = image_HW3.shape[:2]
     reach = int(np.ceil(length / 2))
     num_taps = min(2 * reach + 1, MAX_TAPS)

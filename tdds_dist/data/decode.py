@@ -27,7 +27,7 @@ _resize = types.ExternalFunction("resize", types.void(*[types.int64] * 11))
 
 @numba.njit(cache=True)
 def _mix(x):  # type: ignore[no-untyped-def]
-    """Finaliser of SplitMix64: a bijection on 64 bits that passes for random."""
+    """Mix 64 bits by the finaliser of SplitMix64, a bijection whose results look random."""
     x = np.uint64(x)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -36,7 +36,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def sample_key(seed, epoch, index):  # type: ignore[no-untyped-def]
-    """Key of one image in one epoch; uint64."""
+    """Return the key of one image in one epoch; uint64."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     key = _mix(np.uint64(seed) + golden)
     key = _mix(key ^ (np.uint64(epoch) + golden))
@@ -45,14 +45,14 @@ def sample_key(seed, epoch, index):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def uniform(key, counter):  # type: ignore[no-untyped-def]
-    """The `counter`-th number of a key, uniform in [0, 1)."""
+    """Return the `counter`-th number of a key, uniform in [0, 1)."""
     bits = _mix(key + np.uint64(counter + 1) * np.uint64(0x9E3779B97F4A7C15))
     return np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 @numba.njit(cache=True)
 def random_resized_crop(key, height, width, scale_low, scale_high):  # type: ignore[no-untyped-def]
-    """Box (top, left, height, width) of torchvision's RandomResizedCrop, aspect ratio in [3/4, 4/3]."""
+    """Draw the box (top, left, height, width) of torchvision's RandomResizedCrop, aspect ratio in [3/4, 4/3]."""
     log_low, log_high = np.log(3.0 / 4.0), np.log(4.0 / 3.0)
     for attempt in range(10):
         area = height * width * (scale_low + (scale_high - scale_low) * uniform(key, 4 * attempt))

@@ -1,13 +1,13 @@
 """Batches of (image, label, global index) from any `.beton` with an image and a label field, through FFCV.
 
-FFCV is a rough stone; this room is where its edges are dealt with. Order: the stock orders pad with unmarked duplicates
-or drop tails, so the order comes from `partition`, also from the middle of an epoch. Errors: an exception in FFCV's
-thread leaves the consumer waiting for ever, so ours carries it over and watches for stalls. Corrupt images: the return
-code of the decoder is checked and the index named. Buffers: a batch is valid only until the next one, so what is yielded
-is either copied to the device or valid until the next iteration, as said below. Memory: the stock memory manager
-builds Python sets per sample (646 MB at ImageNet size) that this access pattern never reads. Threads: FFCV sets torch's
-thread count for the whole process in every epoch; ours does not (importing FFCV sets it to 1; `engine` chooses it then).
-GPU: FFCV copies when a batch is asked for; ours copies ahead of that, from pinned buffers, on a stream of its own.
+This module works around what FFCV's own loader does otherwise. Order: the stock orders pad with unmarked duplicates or drop
+tails, so the order comes from `partition`, also from the middle of an epoch. Errors: an exception in FFCV's thread leaves the
+consumer waiting for ever, so ours carries it over and watches for stalls. Corrupt images: the return code of the decoder is
+checked and the index named. Buffers: a batch is valid only until the next one, so what is yielded is either copied to the
+device or valid until the next iteration, as said below. Memory: the stock memory manager builds Python sets per sample (646 MB
+at ImageNet size) that this access pattern never reads. Threads: FFCV sets torch's thread count for the whole process in every
+epoch; ours does not (importing FFCV sets it to 1; `training.engine` chooses it then). GPU: FFCV copies when a batch is asked
+for; ours copies ahead of that, from pinned buffers, on a stream of its own.
 """
 
 # B rows per rank and step, S steps, N samples of the file
@@ -51,7 +51,7 @@ STALL_SECONDS = 300.0  # no batch for that long is an error; the first batch may
 
 @dataclass(frozen=True)
 class View:
-    """How an image becomes a square of `size` pixels.
+    """The way an image becomes a square of `size` pixels.
 
     `center` cuts `ratio` of the shorter side; `pad` shifts by up to `padding` pixels with a black border (CIFAR);
     `resized` is RandomResizedCrop with areas in `scale` (ImageNet). Aspect ratios as in torchvision.
@@ -76,7 +76,7 @@ class Batch:
 
 
 def check_view(info: BetonInfo, view: View) -> None:
-    """InputError when the file cannot be read in this view, or not at all on this machine."""
+    """Raise InputError when the file cannot be read in this view, or not at all on this machine."""
     sides = np.concatenate([info.width_N, info.height_N])
     if view.crop == "pad" and not (sides == view.size).all():
         raise InputError(f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {info.path} has sides "
@@ -95,7 +95,7 @@ def _has_tbb() -> bool:
 
 
 def find_undecodable(data: np.ndarray, image_B: np.ndarray, size_B: np.ndarray, num_workers: int = 1) -> np.ndarray:
-    """Which images the decoder of training refuses, bool [B].
+    """Mark the images that the decoder of training refuses, bool [B].
 
     data: uint8, read-only, the stored bytes of the images one after the other. image_B: their records (`beton.IMAGE`), with
     `data_ptr` the place in `data`. size_B: uint64, bytes of each.
@@ -161,7 +161,7 @@ class BetonLoader(ffcv.Loader):
             Compiler.set_enabled(True)
 
     def batches(self, order: EpochOrder, *, rank: int, world_size: int, epoch: int, size: int | None = None) -> "Batches":
-        """The batches of `rank` in `order`, one per step; decoding starts now, ahead of the first `next`.
+        """Start decoding the batches of `rank` in `order`, one per step; return their iterator.
 
         size: side of the images where it is not the view's (never with crop=pad).
 
@@ -177,7 +177,7 @@ class BetonLoader(ffcv.Loader):
 
 
 class Batches(Iterator[Batch]):
-    """An epoch under way. Its thread ends with the last batch, by `close`, or when nobody holds this any more."""
+    """An epoch under way. Its thread ends with the last batch, by `close`, or when the iterator is garbage-collected."""
 
     def __init__(self, thread: "_EpochThread"):
         self._thread = thread
@@ -205,7 +205,7 @@ class _Blocks(OSCacheManager):
 
 
 class _LoadImage(Operation):
-    """Decoder of the image field: (image, failed) by `imaging.load_batch`."""
+    """Decoder of the image field: (image, failed) by `decode.load_batch`."""
 
     def __init__(self, view: View, seed: int, blocks: _Blocks):
         super().__init__()
@@ -213,7 +213,7 @@ class _LoadImage(Operation):
         self.size = view.size  # of the buffers that are allocated next
 
     def largest_bytes(self) -> int:
-        """Of a decoded image."""
+        """Return the bytes of the largest decoded image."""
         return int((self.metadata["width"].astype(np.int64) * self.metadata["height"]).max()) * 3
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
@@ -251,7 +251,7 @@ class _LoadLabel(Operation):
 
 
 class _EpochThread(EpochIterator):
-    """FFCV's loading thread, with its errors carried to the consumer and an orderly end.
+    """FFCV's loading thread, which also passes its errors on to the consumer, and can be ended.
 
     It fills a ring of buffers, two more than its queue holds: one is with the consumer, one is being filled. On CUDA they are
     pinned; this thread starts the copy of each on a stream of its own and waits for it before it fills the buffer again. The
@@ -312,7 +312,7 @@ class _EpochThread(EpochIterator):
         return Batch(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label_B), index_B)
 
     def _offer(self, item: "tuple[Batch, torch.cuda.Event | None] | None") -> bool:
-        """Put into the queue; False when the consumer has left."""
+        """Put an item into the queue; return False when the consumer has left."""
         while not self.terminate_event.is_set():
             try:
                 self.output_queue.put(item, timeout=0.2)
@@ -361,7 +361,7 @@ class _EpochThread(EpochIterator):
 
 
 def default_workers(local_world_size: int) -> int:
-    """Decoding threads per rank: the CPUs this process may use, shared among the ranks of the node.
+    """Return the decoding threads per rank: the CPUs this process may use, shared among the ranks of the node.
 
     A launcher that has shared them already says how many a rank has in TDDS_CPUS_PER_RANK.
     """

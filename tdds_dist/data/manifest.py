@@ -23,7 +23,7 @@ _CONTROL_BYTES = bytes(range(32))
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """What a `.beton` was made from: class names and the origin of every global index."""
+    """The origin of a `.beton`: class names, and path, label and known noise of every global index."""
 
     source: str
     split: str
@@ -42,27 +42,27 @@ class Manifest:
 
     @property
     def noisy_N(self) -> np.ndarray | None:
-        """bool [N], the samples whose label is not the true one; None without label noise."""
+        """Mark the samples whose label is not the true one, bool [N]; None without label noise."""
         return None if self.true_label_N is None else self.true_label_N != self.label_N
 
     @cached_property
     def corrupted_N(self) -> np.ndarray | None:
-        """bool [N], the images that were corrupted; None without corruption."""
+        """Mark the images that were corrupted, bool [N]; None without corruption."""
         return None if self.corruption is None else np.array([kind != "" for kind in self.corruption])
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Of the labels in the file."""
+        """Compute the fingerprint of the labels in the file."""
         return Fingerprint(self.num_samples, self.num_classes, self.labels_sha256)
 
 
 def manifest_path(beton: Path) -> Path:
-    """Where the manifest of a `.beton` lies: X.beton -> X.manifest.json."""
+    """Return the path of the manifest of a `.beton`: X.beton -> X.manifest.json."""
     return Path(beton).with_suffix(".manifest.json")
 
 
 def read_manifest(beton: Path) -> Manifest | None:
-    """The manifest beside a `.beton`; None when there is none.
+    """Read the manifest beside a `.beton`; None when there is none.
 
     Raises InputError when it is damaged, holds unsafe paths, or contradicts the size or sample count of the file.
     """
@@ -93,7 +93,7 @@ def read_manifest(beton: Path) -> Manifest | None:
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    """ValueError unless the fields agree with each other."""
+    """Raise ValueError unless the fields agree with each other."""
     names, label_N = manifest.class_names, manifest.label_N
     if not (isinstance(manifest.path, list) and isinstance(manifest.num_samples, int) and manifest.num_samples > 0
             and label_N.shape == (len(manifest.path),) == (manifest.num_samples,)):
@@ -118,7 +118,7 @@ def _check_manifest(manifest: Manifest) -> None:
 
 
 def _crc32_column(column: Any) -> np.ndarray:
-    """uint32, or ValueError for what is no number of 32 bits."""
+    """Return the column as uint32; raise ValueError for anything but numbers of 32 bits."""
     crc32_N = np.array(column)
     if crc32_N.dtype.kind != "i" or crc32_N.min() < 0 or crc32_N.max() >= 2**32:
         raise ValueError("crc32 holds other things than integers in [0, 2^32)")
@@ -126,7 +126,7 @@ def _crc32_column(column: Any) -> np.ndarray:
 
 
 def check_paths(paths: Sequence[str]) -> None:
-    """ValueError for a path that leads out of its folder or cannot stand on a line of its own."""
+    """Raise ValueError for a path that leads out of its folder or cannot stand on a line of its own."""
     lines = "\n" + "\n".join(paths) + "\n"  # looked at as a whole first: a million paths one by one take two seconds
     coded = lines.encode("utf-8", "surrogatepass")
     is_plain = len(coded.translate(None, _CONTROL_BYTES)) == len(coded) - len(paths) - 1
@@ -189,7 +189,7 @@ def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What is known of the samples, and from which file."""
+    """The samples as far as they are known, and the file that tells."""
 
     where: Path
     label_N: np.ndarray  # int64, UNKNOWN_LABEL where not recorded
@@ -198,7 +198,7 @@ class Dataset:
 
 
 def read_dataset(beton: Path, num_classes: int = 0) -> Dataset:
-    """Samples of a .beton. `num_classes`: 0 where nothing but the file can tell."""
+    """Read the samples of a .beton. `num_classes`: 0 where nothing but the file can tell."""
     info, manifest = inspect_beton(beton), read_manifest(beton)
     num_classes = manifest.num_classes if manifest is not None else num_classes or int(info.label_N.max()) + 1
     check_labels(info, num_classes, manifest)

@@ -1,7 +1,7 @@
-"""Where images come from: folders, CIFAR archives, scikit-learn's digits, synthetic images; and noise on purpose.
+"""Sources of images: folders, CIFAR archives, scikit-learn's digits, synthetic images; and noise on purpose.
 
 Owns the order of a dataset's samples (the global index of a sample is its position here, for ever), their labels,
-class names and paths, and reading one image by index. Writing them to a file is `beton`'s. A reader runs in forked
+class names and paths, and reading one image by index. `writer` writes them to a file. A reader runs in forked
 worker processes, so it keeps no open files and draws its random numbers from a seed and the index alone.
 """
 
@@ -44,7 +44,7 @@ class Source:
         return len(self.label_N)
 
     def read(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 [H, W, 3], RGB. Raises whatever the file's decoder raises when it is damaged."""
+        """Return image `index` as uint8 [H, W, 3], RGB. Raises whatever the file's decoder raises when it is damaged."""
         return self.reader(index)
 
 
@@ -68,7 +68,7 @@ def open_source(spec: str, split: str = "train", subset: int | None = None) -> S
 
 
 def stratified_pick(label_N: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Sorted int64 [count] indices with the class shares of `label_N`, at least one per class where count allows.
+    """Draw sorted int64 [count] indices with the class shares of `label_N`, at least one per class where count allows.
 
     Class counts are rounded by largest remainder. With the same seed a class's picks for a smaller share are among
     its picks for a larger one.
@@ -101,7 +101,7 @@ def _take_subset(source: Source, subset: int) -> Source:
 
 
 def with_label_noise(source: Source, rate: float, seed: int) -> Source:
-    """`source` with round(rate * N) labels changed to another class, uniformly (symmetric noise).
+    """Return `source` with round(rate * N) labels changed to another class, uniformly (symmetric noise).
 
     With the same seed the changes at a lower rate are among those at a higher one. A rate of 0 gives `source` itself.
     Raises InputError for a rate outside [0, 1), a seed outside [0, 2**32), a single class, and noise upon noise.
@@ -123,7 +123,7 @@ def with_label_noise(source: Source, rate: float, seed: int) -> Source:
 
 
 def with_corruption(source: Source, rate: float, seed: int) -> Source:
-    """`source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to rounding.
+    """Return `source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to rounding.
 
     With the same seed the corruptions at a lower rate are among those at a higher one; they have nothing to do with the
     changed labels. A rate of 0 gives `source` itself.
@@ -164,7 +164,7 @@ def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
 
 
 def _imagefolder(spec: str, folder: Path, split: str) -> Source:
-    """DIR/<split>/<class>/<image>, or DIR/<class>/<image> when DIR has neither a train nor a val folder.
+    """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> when DIR has neither a train nor a val folder.
 
     Classes and files are in the order of torchvision.datasets.ImageFolder: by name, subfolders included.
     """
@@ -220,7 +220,7 @@ def _some(names: list[str]) -> str:
 
 
 def _cifar(spec: str, kind: str, folder: str, split: str) -> Source:
-    """The archive's own training or test (`val`) images, in the archive's order."""
+    """Read the archive's own training or test (`val`) images, in the archive's order."""
     from torchvision import datasets
 
     dataset_class = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
@@ -239,7 +239,7 @@ def _cifar(spec: str, kind: str, folder: str, split: str) -> Source:
 
 
 def _digits(spec: str, split: str) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 greys made 32 x 32 RGB: 1,437 train and 360 val, disjoint.
+    """Take scikit-learn's 1,797 handwritten digits, 8 x 8 greys made 32 x 32 RGB: 1,437 train and 360 val, disjoint.
 
     A path's number is the sample's row in scikit-learn's array, so that it is unique over both splits.
     """
@@ -264,7 +264,7 @@ def _digits(spec: str, split: str) -> Source:
 
 
 def _synthetic(spec: str, rest: str, split: str) -> Source:
-    """N square images with the spectrum of photographs: coarse colours of the class, finer random fields, noise.
+    """Make N square images with the spectrum of photographs: coarse colours of the class, finer random fields, noise.
 
     An image depends on (split, index) and its class only; labels go round, index i has class i mod CLASSES.
     """
@@ -292,6 +292,6 @@ def _synthetic(spec: str, rest: str, split: str) -> Source:
 
 
 def _field(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
-    """A smooth random field in [-128, 127], float32 [size, size, 3], that varies over `cells` cells per side."""
+    """Return a smooth random field in [-128, 127], float32 [size, size, 3], that varies over `cells` cells per side."""
     coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) - 128

@@ -133,7 +133,7 @@ def _write_file(source: Source, file: Path, settings: dict[str, Any], num_worker
 
 
 def _page_bytes(source: Source, max_resolution: int | None) -> int:
-    """FFCV's page size, a power of two: an image must fit into a page, and every worker ends with one partly empty."""
+    """Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends with one partly empty."""
     largest = 0
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
@@ -203,7 +203,7 @@ def _worker_died(worker: Any) -> Exception:
 
 
 def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender: Any) -> None:
-    """A worker: claim samples in order, encode them, report (number done, bad samples), then the allocations."""
+    """Work as one process: claim samples in order, encode them, report (number done, bad samples), then the allocations."""
     import cv2
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -235,7 +235,7 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
 
 
 def _encode_sample(writer: Any, allocator: Any, source: Source, metadata_N: np.ndarray, index: int) -> str | None:
-    """Encode one sample into the current page; the reason when that cannot be done. OSError is of the output."""
+    """Encode one sample into the current page; return the reason when that fails. An OSError comes from the output file."""
     from ffcv.writer import handle_sample
 
     try:

@@ -1,4 +1,4 @@
-"""What ranks exchange: agreement, sums, rows by owner, gathered shards."""
+"""Exchange of data between ranks: agreement, sums, rows by owner, gathered shards."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -40,7 +40,7 @@ def together(world: World) -> Iterator[None]:
 
 
 def gather_objects(value: Any, world: World, group: Group | None = None) -> list[Any]:
-    """The small `value` of every rank, by rank, on every rank; blocks. Only for values of our own ranks: it pickles."""
+    """Return the small `value` of every rank, by rank, on every rank; blocks. Only for values of our own ranks: it pickles."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * world.world_size
@@ -49,7 +49,7 @@ def gather_objects(value: Any, world: World, group: Group | None = None) -> list
 
 
 def control_group(timeout_seconds: float = TIMEOUT_SECONDS) -> Group | None:
-    """A group of all ranks on the CPU, for talk that must not get between training's collectives; None without ranks.
+    """Make a group of all ranks on the CPU, for messages beside the collectives of training; None without a process group.
 
     A collective. `release_group` ends it.
     """
@@ -65,8 +65,8 @@ def release_group(group: Group | None) -> None:
 
 
 class Consensus:
-    """The largest of every flag over all ranks, one call late: a step starts the exchange, the next one reads it, so that
-    nobody waits for a message that was sent just now. All ranks see the same answers at the same call."""
+    """Agree on the largest of every flag over all ranks, one call late: a step starts the exchange and the next one reads it,
+    so that no rank waits for a message that was sent just now. All ranks get the same answers at the same call."""
 
     def __init__(self, num_flags: int, group: Group | None):
         self._num_flags, self._group = num_flags, group
@@ -81,7 +81,7 @@ class Consensus:
         return agreed
 
     def settle(self, flags: list[int]) -> list[int]:
-        """As `exchange`, but waits, and counts what was under way as well."""
+        """Do as `exchange`, but wait, and count what was under way as well."""
         before = self.exchange(flags)
         return [max(pair) for pair in zip(before, self._read(), strict=True)]
 
@@ -96,7 +96,7 @@ class Consensus:
 
 
 def as_shard(local: Tensor, num_samples: int, world: World, dim: int = 0) -> Tensor:
-    """This rank's block of a table whose axis `dim` is the sample axis, as a DTensor over all ranks (shares memory).
+    """Present this rank's block of a table, whose axis `dim` is the sample axis, as a DTensor over all ranks (shares memory).
 
     Without a process group it is the whole table, and comes back as it is.
     """
@@ -114,12 +114,12 @@ def as_shard(local: Tensor, num_samples: int, world: World, dim: int = 0) -> Ten
 
 
 def own_rows(table: Tensor) -> Tensor:
-    """The local block of what `as_shard` made."""
+    """Return the local block of what `as_shard` made."""
     return table.to_local() if hasattr(table, "to_local") else table
 
 
 def copy_to_host(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """A copy on the CPU, sharded as `tensor` is; into `buffer`, an earlier copy of the same tensor, where it fits.
+    """Copy to the CPU, sharded as `tensor` is; into `buffer`, an earlier copy of the same tensor, where it fits.
 
     On CUDA the copy is under way when this returns.
     """
@@ -149,7 +149,7 @@ class Exchange:
         self._sent_BX = sent_BX  # must outlive the transfer
 
     def wait(self) -> Tensor:
-        """Received rows [R, X], ordered by sending rank. On CUDA this orders streams and does not block the host."""
+        """Return the received rows [R, X], ordered by sending rank. On CUDA this orders streams and does not block the host."""
         if self._work is not None:
             self._work.wait()
         return self._received_RX
@@ -168,7 +168,7 @@ def exchange_rows(rows_BX: Tensor, sends: list[int], receives: list[int]) -> Exc
 
 
 def exchange_counts(sends_W: Tensor) -> list[int]:
-    """How many rows each rank will send to this one, given how many this one sends to each (int64 [W]); blocks."""
+    """Return the number of rows that each rank will send to this one, given those that it sends to each (int64 [W]); blocks."""
     if not dist.is_initialized():
         return sends_W.tolist()
     receives_W = torch.empty_like(sends_W)
@@ -177,7 +177,7 @@ def exchange_counts(sends_W: Tensor) -> list[int]:
 
 
 def all_gather_shards(shard_MX: Tensor, num_samples: int, world: World) -> Tensor:
-    """Rows of all shards in global order, [N, ...], on every rank; `shard_MX` holds this rank's rows only."""
+    """Gather the rows of all shards in global order, [N, ...], on every rank; `shard_MX` holds this rank's rows only."""
     if not dist.is_initialized():
         return shard_MX
     rows = rows_per_shard(num_samples, world.world_size)
@@ -189,7 +189,7 @@ def all_gather_shards(shard_MX: Tensor, num_samples: int, world: World) -> Tenso
 
 
 def all_gather_same(value_X: Tensor, world: World) -> Tensor:
-    """The equally shaped `value_X` of every rank, [W, ...]."""
+    """Gather the equally shaped `value_X` of every rank, [W, ...]."""
     gathered_WX = value_X.new_empty((world.world_size, *value_X.shape))
     if not dist.is_initialized():
         gathered_WX[0] = value_X
@@ -199,14 +199,14 @@ def all_gather_same(value_X: Tensor, world: World) -> Tensor:
 
 
 def sum_over_ranks(value_X: Tensor) -> Tensor:
-    """Sum of `value_X` over ranks, in place, on every rank."""
+    """Sum `value_X` over ranks, in place, on every rank."""
     if dist.is_initialized():
         dist.all_reduce(value_X)
     return value_X
 
 
 def min_over_ranks(value_X: Tensor) -> Tensor:
-    """Minimum of `value_X` over ranks, in place, on every rank."""
+    """Take the minimum of `value_X` over ranks, in place, on every rank."""
     if dist.is_initialized():
         dist.all_reduce(value_X, op=dist.ReduceOp.MIN)
     return value_X
@@ -229,7 +229,7 @@ def barrier() -> None:
 
 
 def data_parallel(model: nn.Module, world: World, num_compiled: int = 0) -> nn.parallel.DistributedDataParallel:
-    """The model wrapped for gradient averaging; buffers stay local during an epoch (see `average_buffers`).
+    """Wrap the model for gradient averaging; buffers stay local during an epoch (see `average_buffers`).
 
     num_compiled: shapes of input for each of which calls of the wrapper are compiled (torch.compile, in place: names of
     parameters stay, the model inside stays as it is); 0 compiles nothing. The graph is cut where DDP's buckets end, so that
@@ -248,5 +248,5 @@ def data_parallel(model: nn.Module, world: World, num_compiled: int = 0) -> nn.p
 
 
 def own_shard(num_samples: int, world: World) -> tuple[int, int]:
-    """Half-open range of global indices that this rank owns."""
+    """Return the half-open range of global indices that this rank owns."""
     return shard_bounds(num_samples, world.world_size, world.rank)

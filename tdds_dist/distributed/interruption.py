@@ -1,4 +1,4 @@
-"""What asks a run to leave: SIGTERM, SIGUSR2 (submitit's time-out and preemption), SIGINT, and the end of its time.
+"""Requests to leave: SIGTERM, SIGUSR2 (submitit's time-out and preemption), SIGINT, and the end of the job's time.
 
 A handler does nothing but note the request: saving inside one corrupts or hangs now and then. Whoever trains looks at
 `requested` at step boundaries, agrees with the other ranks, saves, and raises `Preempted`. Where nobody looks (start-up, the
@@ -57,12 +57,12 @@ class Interruption:
 
     @property
     def requested(self) -> str:
-        """Why to leave: the first signal, or the time limit; empty while there is no reason."""
+        """Return the reason to leave: the first signal, or the time limit; empty while there is none."""
         return self._first or (TIME_LIMIT if time.time() >= self.leave_at else "")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, somebody looks at `requested` soon and often."""
+        """Say that inside, the program looks at `requested` soon and often."""
         self._is_watched = True
         try:
             yield
@@ -83,7 +83,7 @@ class Interruption:
 
 
 def _seconds_since_1970(text: str) -> float:
-    """Infinity when not said, or not a number: a broken launcher must not end runs."""
+    """Read the time; infinity when it is not given, or not a number: a broken launcher must not end runs."""
     try:
         return float(text)
     except ValueError:

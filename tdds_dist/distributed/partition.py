@@ -31,15 +31,15 @@ class EpochOrder:
         return len(self.sample_SG)
 
     def of_rank(self, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The (sample_SB, index_SB) of one rank, int64 [S, G / W] each."""
+        """Return (sample_SB, index_SB) of one rank, int64 [S, G / W] each."""
         return self.sample_SG[:, rank::world_size], self.index_SG[:, rank::world_size]
 
     def num_real_S(self) -> np.ndarray:
-        """Rows per step that are not padding, over all ranks; int64 [S]."""
+        """Return the rows per step that are not padding, over all ranks; int64 [S]."""
         return (self.index_SG != PADDING).sum(axis=1)
 
     def from_step(self, step: int) -> "EpochOrder":
-        """The rest of the epoch, for a resume at `step`."""
+        """Return the rest of the epoch, for a resume at `step`."""
         return EpochOrder(self.sample_SG[step:], self.index_SG[step:])
 
 
@@ -47,7 +47,7 @@ def epoch_order(
     num_samples: int, global_batch_size: int, *, seed: int = 0, epoch: int = 0, shuffle: bool = True,
     subset: np.ndarray | None = None,
 ) -> EpochOrder:
-    """Visit order of one epoch over [0, num_samples), or over the global indices `subset` (int64 [num_samples])."""
+    """Return the visit order of one epoch over [0, num_samples), or over the global indices `subset` (int64 [num_samples])."""
     if num_samples < 1 or global_batch_size < 1:
         raise ValueError(f"num_samples={num_samples} and global_batch_size={global_batch_size} must be at least 1")
     assert subset is None or len(subset) == num_samples, (num_samples, len(subset))
@@ -63,18 +63,19 @@ def epoch_order(
 
 
 def rows_per_shard(num_samples: int, world_size: int) -> int:
-    """M = ceil(N / W), the block length of every shard but the last ones, which may be short or empty."""
+    """Return M = ceil(N / W), the block length of every shard but the last ones, which may be short or empty."""
     return -(-num_samples // world_size)
 
 
 def shard_bounds(num_samples: int, world_size: int, rank: int) -> tuple[int, int]:
-    """The half-open range of global indices that `rank` owns."""
+    """Return the half-open range of global indices that `rank` owns."""
     rows = rows_per_shard(num_samples, world_size)
     return min(rank * rows, num_samples), min((rank + 1) * rows, num_samples)
 
 
 def class_owners(label_N: np.ndarray, world_size: int) -> np.ndarray:
-    """The rank that keeps each class as a whole, int64 [C]: large classes first, each to the rank with the fewest samples."""
+    """Return the rank that keeps each class as a whole, int64 [C]: large classes first, each to the rank with the fewest
+    samples."""
     size_C = np.bincount(label_N)
     owner_C = np.zeros(len(size_C), dtype=np.int64)
     load_W = np.zeros(world_size, dtype=np.int64)
@@ -86,7 +87,7 @@ def class_owners(label_N: np.ndarray, world_size: int) -> np.ndarray:
 
 def routing_counts(order: EpochOrder, rank: int, world_size: int, num_samples: int,
                    owner_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that `rank` sends to, and receives from, each rank at every step: two int64 [S, W].
+    """Return the rows that `rank` sends to, and receives from, each rank at every step: two int64 [S, W].
 
     A real row goes to the owner of its index (that of its shard, or `owner_N` int64 [N]); a padding row stays where it is.
     """

@@ -1,4 +1,4 @@
-"""The process group and the few collectives of the package. Nothing else calls torch.distributed.
+"""The process group: joining it, leaving it, and naming the ranks that are gone. `collectives` uses it.
 
 The launcher is known here only, through the env:// variables that torchrun and SLURM scripts set (RANK, LOCAL_RANK,
 WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Without them a process group of one is made, so that world size 1 runs
@@ -33,7 +33,7 @@ _position = "before the first step"  # where this process is, for messages about
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among its peers."""
+    """The place of this process among all ranks."""
 
     rank: int
     local_rank: int
@@ -43,12 +43,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that writes files that are not shards, and prints."""
+        """Say whether this is rank 0, which prints, and writes all files that are not shards."""
         return self.rank == 0
 
 
 def current_world(device: torch.device | str | None = None) -> World:
-    """The world of the already initialised default group; a world of one when there is none."""
+    """Return the world of the already initialised default group; a world of one when there is none."""
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if not dist.is_initialized():
         return World(0, 0, 1, 1, device)
@@ -62,8 +62,8 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
     """Join the process group that the environment describes, and leave it in order.
 
     A clean exit is: all ranks meet at a barrier, then destroy the group (gloo aborts processes that leave a
-    collective behind). After an exception nobody waits, not even for the group's shutdown: the program says what is
-    wrong and leaves (`cli.run`), and the launcher ends the other ranks.
+    collective behind). After an exception no rank waits, not even for the group's shutdown: the program says what is
+    wrong and leaves (`run` in `cli.main`), and the launcher ends the other ranks.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,7 +101,7 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    """Make the default group; InputError when ranks cannot meet."""
+    """Make the default group; raise InputError when the ranks cannot meet."""
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
@@ -126,13 +126,13 @@ def _join(backend: str, timeout: timedelta) -> None:
 
 
 def set_position(text: str) -> None:
-    """Where this process is in its work, for messages about ranks that are gone."""
+    """Note how far this process is in its work, for messages about ranks that are gone."""
     global _position
     _position = text
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone or silent."""
+    """Say whether a collective failed because another rank is gone or silent."""
     text = str(error).lower()
     signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe",
              "gloo", "nccl", "socket")

@@ -27,7 +27,7 @@ UNKNOWN_LABEL = -1  # label of a sample whose class was not recorded (the author
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What makes two datasets the same for scores: size, number of classes and the label of every index."""
+    """The identity of a dataset for scores: its size, its number of classes and the label of every index."""
 
     num_samples: int
     num_classes: int
@@ -59,7 +59,7 @@ class Coreset:
 
     @property
     def method(self) -> str:
-        """Score and way of choosing as one name, e.g. `el2n`, `ccs_aum`, `tdds_official_T30_K10_beta0.9_balanced`."""
+        """Return score and way of choosing as one name, e.g. `el2n`, `ccs_aum`, `tdds_official_T30_K10_beta0.9_balanced`."""
         sampler = self.settings.get("sampler", "top")
         plain = "centre" if self.settings.get("score", self.score_key) == "moderate" else "top"
         name = self.score_key if sampler == plain else f"{sampler}_{self.score_key}"
@@ -73,7 +73,7 @@ class Coreset:
 
 
 def fingerprint(label_N: np.ndarray, num_classes: int) -> Fingerprint:
-    """Fingerprint of a dataset from its labels by global index (int64 [N])."""
+    """Compute the fingerprint of a dataset from its labels by global index (int64 [N])."""
     label_N = np.ascontiguousarray(label_N, dtype="<i8")
     unknown = bool((label_N == UNKNOWN_LABEL).any())
     digest = "" if unknown else hashlib.sha256(label_N.tobytes()).hexdigest()

@@ -48,7 +48,7 @@ _BYTES_PER_READ = 1 << 24
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found whole. `record` is what the run said about itself; `step` its optimizer steps."""
+    """A complete and undamaged checkpoint. `record` is what the run said about itself; `step` its optimizer steps."""
 
     path: Path
     step: int
@@ -152,7 +152,7 @@ class Checkpoints:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's part of a background save is under way."""
+        """Say whether this rank's part of a background save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ class Checkpoints:
         self._say(f"warning: {message}; the run goes on, the checkpoints before it stay")
 
     def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy in host memory that is kept from save to save.
+        """Copy the tensors into host memory that is kept from save to save.
 
         torch's own stager copies a DTensor three times and into fresh memory: 4.2 s of standstill for 0.8 GB where this took
         0.3 (benchmarks/checkpoint.py).
@@ -226,7 +226,7 @@ class Checkpoints:
         return self._world.is_main
 
     def _publish(self, step: int, folder: Path, record: dict[str, Any], files: dict[str, Any]) -> None:
-        """Make a written folder a checkpoint: from one rename to the next there is nothing in between."""
+        """Turn a written folder into a checkpoint, by one rename: other programs see either all of it or nothing."""
         content = json.loads(json.dumps(
             {"format": FORMAT, "step": step, "record": record, "about": self._about, "files": files}))  # as it is read
         text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
@@ -242,14 +242,14 @@ class Checkpoints:
             shutil.rmtree(_retire(path), ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Remove what died while it was written or deleted."""
+        """Remove the left-overs of saves and deletions that were killed."""
         for path in self.directory.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path)
 
     # ---- finding and loading
 
     def latest(self, refuse: Callable[[Checkpoint], str] = lambda checkpoint: "") -> Checkpoint | None:
-        """The newest checkpoint that is whole and that `refuse` (asked on the main rank) has nothing against.
+        """Return the newest checkpoint that is whole and that `refuse` (asked on the main rank) does not refuse.
 
         Newer ones that are not are said and set aside. None when there is no checkpoint at all. A collective.
 
@@ -286,7 +286,7 @@ class Checkpoints:
         return None
 
     def _set_aside(self, newer: dict[Path, str], problems: list[str]) -> None:
-        """Take their names from checkpoints that are not used: what is trained from here on is another branch."""
+        """Rename checkpoints that are not used: training goes on from an older one, and theirs is not its continuation."""
         for problem in problems:
             self._say(f"warning: checkpoint {problem}; the one before it is used")
         for path, why in newer.items():
@@ -296,7 +296,7 @@ class Checkpoints:
             path.rename(aside)
 
     def _examine(self, path: Path) -> tuple[Checkpoint | None, str]:
-        """Read the record and check this rank's share of the files; what is wrong, or ""."""
+        """Read the record and check this rank's share of the files; return the fault, or ""."""
         try:
             content = json.loads((path / _RECORD).read_bytes())
             told = content.pop("sha256")
@@ -322,7 +322,7 @@ class Checkpoints:
         return Checkpoint(path, content["step"], content["record"], content["about"]), ""
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """The tensors of a checkpoint without their values (device `meta`), by name; sharded ones as a whole."""
+        """Return the tensors of a checkpoint without their values (device `meta`), by name; sharded ones as a whole."""
         try:
             metadata = _Reader(checkpoint.path).read_metadata()
             return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -356,7 +356,7 @@ class Checkpoints:
 
 
 def published(directory: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, in the order of their steps."""
+    """List the folders with the name of a checkpoint, in the order of their steps."""
     try:
         found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))]
     except OSError:  # none yet
@@ -365,7 +365,7 @@ def published(directory: Path) -> list[Path]:
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, with an unpickler for `.metadata` that knows only what belongs there."""
+    """torch's reader, with an unpickler for `.metadata` that takes only the few types that belong there."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -377,7 +377,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _TensorsOnly(DefaultLoadPlanner):
-    """torch's planner unpickles what is not a tensor; ours are all tensors."""
+    """torch's planner, without unpickling: everything in our checkpoints is a tensor."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise InputError(f"{read_item.dest_index.fqn!r} in the checkpoint is not a tensor; it was not written by tdds")
@@ -404,12 +404,12 @@ def _name(step: int) -> str:
 
 
 def _retire(path: Path) -> Path:
-    """Take its name from a folder that is to be deleted, so that it is gone at once and never half there."""
+    """Rename a folder that is to be deleted, so that no program sees it half deleted."""
     return path.rename(path.with_name(f"{_UNFINISHED}removal_of_{path.name}"))
 
 
 def _link(source: Path, target: Path) -> None:
-    """The file under another name: later writes replace it, and leave this one alone."""
+    """Give a file a second name; later writes replace the first one and leave this one alone."""
     try:
         os.link(source, target)
     except OSError:
@@ -417,7 +417,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(_BYTES_PER_READ):
@@ -440,4 +440,4 @@ def _one_line(error: BaseException) -> str:
 
 
 def _say_nothing(message: str) -> None:
-    """What ranks other than the main one say."""
+    """Ignore a message, on ranks other than the main one."""

@@ -72,7 +72,7 @@ class RunDir:
             write_atomically(self.metrics_file, lambda file: file.write("".join(lines).encode()))
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved config as it was run."""
+        """Return the resolved config as it was run."""
         if not self.config_file.is_file():
             way_out = "`tdds collect` makes one"
             if not self.path.exists():
@@ -85,7 +85,7 @@ class RunDir:
         return yaml.safe_load(self.config_file.read_text())
 
     def read_env(self) -> dict[str, Any]:
-        """How the run was started; empty when not recorded."""
+        """Return the record of how the run was started; empty when there is none."""
         return json.loads(self.env_file.read_text()) if self.env_file.is_file() else {}
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class RunDir:
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One record per epoch, in order; empty when there is none yet. A last line that was cut off is left out."""
+        """Return one record per epoch, in order; empty when there is none yet. A last line that was cut off is left out."""
         if not self.metrics_file.is_file():
             return []
         records = []
@@ -115,11 +115,11 @@ class RunDir:
         self._write_json(self.result_file, record)
 
     def read_result(self) -> dict[str, Any] | None:
-        """The outcome, or None while the run has not finished."""
+        """Return the outcome, or None while the run has not finished."""
         return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
 
     def retrain_runs(self) -> list["RunDir"]:
-        """Finished and unfinished retraining runs inside this one, by name."""
+        """List the finished and unfinished retraining runs inside this one, by name."""
         return [RunDir(path.parent) for path in sorted(self.retrain.glob("*/config.yaml"))]
 
     def _write_json(self, path: Path, record: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def write_keeping(path: Path, write: Callable[[IO[bytes]], object]) -> list[str]
 
 
 def environment(world_size: int, device: str) -> dict[str, Any]:
-    """Provenance of a run: versions, commit, hardware, command."""
+    """Return the provenance of a run: versions, commit, hardware, command."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name.replace("__main__.py", "tdds"), *sys.argv[1:]],
@@ -202,8 +202,8 @@ def _cpu_name() -> str:
 
 
 def any_scores(source: Path) -> Scores:
-    """Any score file, for the labels and fingerprint of the dataset, and the quarantined samples: imported ones, which know
-    none, only where there are no others."""
+    """Load any score file, for the labels and fingerprint of the dataset, and the quarantined samples: imported ones, which
+    know none, only where there are no others."""
     if source.is_file():
         return load_scores(source)
     found = sorted(RunDir(source).scores.glob("*.npz"))

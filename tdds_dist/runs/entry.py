@@ -1,4 +1,4 @@
-"""How a stage enters its run directory: alone, and new, resumed, or finished already.
+"""The entry of a stage into its run directory: alone, and new, resumed, or finished already.
 
 Owns that decision: the lock, which checkpoint is used, what a crash left half done. `identity` says which settings may change,
 `engine` restores the state itself.
@@ -33,7 +33,8 @@ _PATIENCE = 0.8  # of the time-out of a collective
 
 @dataclass(frozen=True)
 class Start:
-    """What a stage found: `result` when the run is finished, `resume` when it goes on, neither when it is new."""
+    """The state in which a stage found its run: `result` when it is finished, `resume` when it goes on, neither when it is new.
+    """
 
     checkpoints: Checkpoints
     guard: Callable[[], None]  # raises InputError when the directory is not ours any more; for the main rank, before it writes
@@ -47,7 +48,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             force: bool = False, refuse: Callable[[Checkpoint], str] = lambda found: "") -> Iterator[Start]:
     """Hold a run directory for one stage. `config` is the resolved one, `setting` what else decides the result.
 
-    `refuse` says why a checkpoint cannot be gone on from, beyond what is looked at here; empty when it can. `fresh` starts
+    `refuse` says why training cannot go on from a checkpoint, beyond what is checked here; empty when it can. `fresh` starts
     over; with `force` also where there is a run, which is moved aside. All ranks enter and leave; rank 0 does
     the work.
 
@@ -68,7 +69,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         say(message, run.log_file)
 
     def mark_published() -> None:
-        """A run that has had a checkpoint does not start over for want of one (`_look`)."""
+        """Record that the run has had a checkpoint: it then never starts over because none is left (`_look`)."""
         if not (env := run.read_env()).get("has_checkpoints"):
             run.write_env(env | {"has_checkpoints": True})
 
@@ -130,7 +131,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
 
 
 def _acquire(lock: RunLock, longest_seconds: float) -> str | None:
-    """Take the lock. A job that is started again may come before its predecessor has gone: its launcher says in
+    """Take the lock. A job that is started again may come before the one that it replaces has ended: its launcher says in
     TDDS_LOCK_WAIT_SECONDS how long that may take (at most `longest_seconds`: the other ranks wait in a collective)."""
     text = os.environ.get("TDDS_LOCK_WAIT_SECONDS", "")
     deadline = time.monotonic() + (min(float(text), longest_seconds) if text.isdecimal() else 0.0)
@@ -146,7 +147,7 @@ def _acquire(lock: RunLock, longest_seconds: float) -> str | None:
 
 def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, force: bool,
           tell: Callable[[str], object]) -> tuple[dict[str, Any] | None, bool]:
-    """(result of a finished run, whether there is an unfinished one)."""
+    """Return (the result of a finished run, whether there is an unfinished one)."""
     if fresh:
         if _has_run(run) or _has_parts(run):
             finished = run.result_file.is_file()

@@ -1,4 +1,4 @@
-"""What each key of a config decides, in one table, and the three questions that it answers.
+"""The table of what each key of a config decides, and the three questions that it answers.
 
 1. May a run that is there go on?                  `differences` is empty (`entry` asks, and looks at its checkpoints too)
 2. Is a result that is there what is asked for?    `differences` is empty (`experiment` and `tdds submit` ask)

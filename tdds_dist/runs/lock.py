@@ -49,7 +49,7 @@ _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, er
 
 @dataclass(frozen=True)
 class _Holder:
-    """Content of a lock file. "" and 0 stand for what the system did not tell."""
+    """The content of a lock file. "" and 0 stand for values that the system did not give."""
 
     host: str
     pid: int
@@ -98,11 +98,12 @@ class RunLock:
 
     @property
     def lost(self) -> bool:
-        """Whether another job has taken the lock over, or someone removed it, since `acquire` (this host was frozen)."""
+        """Say whether another job has taken the lock over, or someone removed it, since `acquire` (while this host was frozen).
+        """
         return self._lost
 
     def acquire(self, say: Callable[[str], object] | None = None) -> str | None:
-        """Take the lock; a message when a dead job's was taken over. `say` is told when that needs watching first.
+        """Take the lock; return a message when it was that of a dead job. `say` is told when that needs watching first.
 
         Raises:
             InputError: a live job holds it.
@@ -180,7 +181,8 @@ class RunLock:
         )
 
     def _is_alive(self, link: _Link, me: _Holder, say: Callable[[str], object] | None) -> bool | None:
-        """Whether the holder of a link lives; None when the file became another meanwhile, so that one must look again."""
+        """Say whether the holder of a link lives; None when the file has been replaced meanwhile, so that it must be read
+        again."""
         holder = link.holder
         if holder is not None and _same_machine(holder, me):
             return _is_running(holder)
@@ -225,10 +227,11 @@ class RunLock:
 
 
 def holder_of(directory: Path, silent_seconds: float) -> tuple[str, bool, bool]:
-    """Who holds a directory (empty: nobody), whether that job lives, and whether this is certain. Takes nothing.
+    """Return the holder of a directory (empty: none), whether that job lives, and whether this is certain. Does not take the
+    lock.
 
-    Of a job on another machine only the heartbeat is seen. A lock changes hands by no clock; to show something, one will do: a
-    job counts as dead after `silent_seconds` without a beat.
+    Of a job on another machine only the heartbeat is seen. To take a lock over, no clock is trusted; to show its state, one is
+    enough: a job counts as dead after `silent_seconds` without a beat.
     """
     try:
         chain = _chain(Path(directory) / "run.lock")
@@ -264,7 +267,7 @@ def _parse(path: Path, file: IO[bytes]) -> _Link:
 
 
 def _holder(content: bytes) -> _Holder | None:
-    """The holder that a file names, or None when it is damaged."""
+    """Return the holder that a file names, or None when it is damaged."""
     try:
         record: dict[str, Any] = json.loads(content)
         found = {name: record[name] for name in _Holder.__dataclass_fields__}
@@ -286,7 +289,8 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read(path: Path, tries: int = 3) -> _Link | None:
-    """A link, or None when there is no such file. Opened, not only asked for its time: NFS caches that until an open."""
+    """Read a link; None when there is no such file. It is opened, not only asked for its time, which NFS caches until an open.
+    """
     try:
         with _open(path) as file:
             return _parse(path, file)
@@ -303,7 +307,7 @@ def _successor(link: _Link) -> Path:
 
 
 def _chain(path: Path) -> list[_Link]:
-    """`run.lock` and its successors; the last one holds the lock. Empty when it is free."""
+    """List `run.lock` and its successors; the last one holds the lock. Empty when it is free."""
     chain: list[_Link] = []
     link = _read(path)
     while link is not None:
@@ -313,7 +317,7 @@ def _chain(path: Path) -> list[_Link]:
 
 
 def _place(path: Path, holder: _Holder) -> bool:
-    """Create a file that nobody sees half written; False when there is one already."""
+    """Create a file that no program sees half written; return False when there is one already."""
     aside = path.with_name(f".run.lock.{holder.token}")
     write_atomically(aside, lambda file: file.write(_content(holder)))
     try:
@@ -330,7 +334,7 @@ def _place(path: Path, holder: _Holder) -> bool:
 
 
 def _write_new(path: Path, content: bytes) -> bool:
-    """`_place` without hard links. Half written, the file counts as damaged, which is watched for long enough."""
+    """Do as `_place` without hard links. A half-written file counts as damaged, and is watched before it is taken over."""
     try:
         file = path.open("xb")
     except FileExistsError:
@@ -354,7 +358,7 @@ def _remove(path: Path, token: str) -> None:
 
 
 def _touch(descriptor: int, before_ns: int) -> None:
-    """Change a file's time: to now, or if a clock that is coarse or was set back shows the same again, by two seconds."""
+    """Change a file's time to now; by two seconds where a coarse or reset clock shows the same time again."""
     os.utime(descriptor)
     if os.fstat(descriptor).st_mtime_ns == before_ns:
         os.utime(descriptor, ns=(before_ns + 2_000_000_000, before_ns + 2_000_000_000))
@@ -378,13 +382,13 @@ def _pid_namespace() -> str:
 
 
 def _same_machine(one: _Holder, other: _Holder) -> bool:
-    """Whether both number their processes alike. A host name alone says little: containers share them."""
+    """Say whether the process ids of both have one meaning. Host names do not tell: containers may share them."""
     keys = [(holder.host, holder.boot_id, holder.pid_namespace) for holder in (one, other)]
     return keys[0] == keys[1] and one.boot_id != ""
 
 
 def _process(pid: int) -> tuple[str, int] | None:
-    """State and start time of a process; None when /proc does not show it."""
+    """Return state and start time of a process; None when /proc does not show it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # a name may hold spaces and brackets
         return fields[0].decode(), int(fields[19])  # the third and the 22nd, as proc(5) counts

@@ -1,4 +1,4 @@
-"""Where a run is, read from its directory: for people and launchers that look from outside, on any machine that sees the files.
+"""The state of a run, read from its directory by people and launchers on any machine that sees the files.
 
 Owns that reading and its wording; writes nothing, takes no lock. Any file may be missing, old or cut off: what can be known
 without it is told. Imports no torch, since an answer is expected at once.
@@ -26,7 +26,7 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class LastCheckpoint:
-    """What a stopped run goes on from, unless it is damaged: that is found out when it is used."""
+    """The checkpoint that a stopped run goes on from, unless it is damaged, which shows when it is used."""
 
     step: int
     epoch: int | None
@@ -35,7 +35,7 @@ class LastCheckpoint:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run directory. None and "" stand for what no file says."""
+    """The state of one run directory. None and "" stand for what no file says."""
 
     directory: str
     stage: str  # collect | retrain
@@ -61,17 +61,17 @@ class RunStatus:
 
     @property
     def name(self) -> str:
-        """Its folder."""
+        """Return the name of its folder."""
         return Path(self.directory).name
 
     @property
     def is_active(self) -> bool:
-        """Whether somebody works on it."""
+        """Say whether a job works on it."""
         return self.state in ACTIVE
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """The run directory itself, or the collections of an experiment directory.
+    """Return the run directory itself, or the collections of an experiment directory.
 
     Raises:
         InputError: it is neither.
@@ -103,7 +103,7 @@ def _has_jobs(directory: Path) -> bool:
 
 
 def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
-    """What the files of a run directory say now; raises nothing for what is wrong with them."""
+    """Read what the files of a run directory say now; damaged ones raise nothing."""
     run, now = RunDir(directory), time.time()
     pulse, env, result = (_json(file) for file in (run.status_file, run.env_file, run.result_file))
     retrainings = tuple(read_status(path.parent, with_retrainings=False)
@@ -135,7 +135,7 @@ def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
 
 
 def _state(run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bool) -> tuple[str, str, list[str]]:
-    """State, why it stopped, warnings."""
+    """Return the state, why it stopped, and warnings."""
     told, holder, is_alive, is_certain = _text(pulse, "state"), *holder_of(run.path, STALE_SECONDS)
     if told in ACTIVE:
         if is_alive or (age is not None and age <= STALE_SECONDS and not (holder and is_certain)):
@@ -154,7 +154,7 @@ def _state(run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bo
 
 
 def _last_checkpoint(folder: Path, now: float) -> LastCheckpoint | None:
-    """By the names of the folders, as `checkpoint.published` does: that module brings torch."""
+    """Find the last checkpoint by the names of the folders, as `checkpoint.published` does, whose module loads torch."""
     try:
         steps = {int(path.name[5:]): path for path in folder.iterdir()
                  if path.name.startswith("step_") and path.name[5:].isdecimal()}
@@ -179,7 +179,7 @@ def _planned_epochs(run: RunDir) -> int | None:
 
 
 def _last_reason(log: Path) -> str:
-    """The last line about why the run stopped, unless it went on after it."""
+    """Return the last line about why the run stopped, unless it went on after it."""
     for line in reversed(_tail(log)):
         text = line[20:] if line[:4].isdigit() else line  # without its time
         if text.startswith("stopped: "):
@@ -206,7 +206,7 @@ def _num_lines(path: Path) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty when it is missing, cut off or something else."""
+    """Return the object in a file; empty when it is missing, cut off or something else."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -252,7 +252,7 @@ BEAT_SECONDS = 5.0
 
 
 class Pulse:
-    """Of one stage in one run directory; silent on other ranks than the main one."""
+    """Keeps status.json of one stage up to date; does nothing on ranks other than the main one."""
 
     def __init__(self, path: Path, stage: str, world_size: int, is_main: bool):
         self._path, self._is_main = path, is_main
@@ -264,12 +264,12 @@ class Pulse:
 
     @property
     def is_due(self) -> bool:
-        """Whether somebody who looks would see something old."""
+        """Say whether status.json is old enough to be written again."""
         return self._is_main and time.monotonic() - self._last >= BEAT_SECONDS
 
     def beat(self, state: str, **fields: Any) -> None:
-        """Write now. `state`: starting, training, scoring, finished, failed, or stopped: asked to leave, and able to go on.
-        `epoch` counts finished epochs."""
+        """Write status.json now. `state`: starting, training, scoring, finished, failed, or stopped: asked to leave, and able
+        to go on. `epoch` counts finished epochs."""
         if not self._is_main:
             return
         self._last = time.monotonic()

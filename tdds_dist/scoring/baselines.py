@@ -18,7 +18,7 @@ _COLUMNS = 2**14  # samples looked at together in every window, so that they sta
 
 
 def random(num_samples: int, seed: int) -> np.ndarray:
-    """A seeded permutation of 0..N-1 as scores, float32 [N]: every top-M of it is a uniform draw, nested over M."""
+    """Return a seeded permutation of 0..N-1 as scores, float32 [N]: every top-M of it is a uniform draw, nested over M."""
     return np.random.default_rng([seed, num_samples]).permutation(num_samples).astype(np.float32)
 
 
@@ -96,7 +96,7 @@ def dual(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
 
 
 def mean_probability(p_label_TN: np.ndarray) -> np.ndarray:
-    """Mean over epochs of the label's probability, in [0, 1], float32 [N]: what DUAL's Beta sampling looks at."""
+    """Average the label's probability over epochs, in [0, 1], float32 [N]: what DUAL's Beta sampling looks at."""
     return _mean_over_epochs(p_label_TN).astype(np.float32)
 
 
@@ -105,7 +105,7 @@ def moderate(feature_MD: np.ndarray, label_M: np.ndarray) -> np.ndarray:
 
     `feature_MD` [M, D], `label_M` int64 [M]: rows in any order, of complete classes, as the median is taken over the rows
     given. Returns the distance of each row, float32 [M]; the samples to keep are those in the centre of its ranking
-    (`selection.centre`).
+    (`centre` in `coreset.samplers`).
 
     Raises:
         InputError: rows without a label.
@@ -125,7 +125,7 @@ def moderate(feature_MD: np.ndarray, label_M: np.ndarray) -> np.ndarray:
 
 
 def _mean_over_epochs(value_TN: np.ndarray) -> np.ndarray:
-    """Mean over all rows, float64 [N]."""
+    """Average over all rows, float64 [N]."""
     if len(value_TN) == 0:
         raise InputError("a mean over epochs needs at least 1 epoch, and there are 0; train longer")
     total_N = value_TN[0].astype(np.float64)
@@ -136,7 +136,7 @@ def _mean_over_epochs(value_TN: np.ndarray) -> np.ndarray:
 
 def _mean_over_windows(value_TN: np.ndarray, window: int,
                        of_window: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Mean over windows of a function of their (mean, unbiased std), float32 [N]."""
+    """Average over windows a function of their (mean, unbiased std), float32 [N]."""
     total_N = np.zeros(value_TN.shape[1])
     for first in range(0, len(total_N), _COLUMNS):
         part = slice(first, first + _COLUMNS)
@@ -146,7 +146,7 @@ def _mean_over_windows(value_TN: np.ndarray, window: int,
 
 
 def _windows(value_TN: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(mean, unbiased std) of each run of `window` epochs, float64 [N] each.
+    """Yield (mean, unbiased std) of each run of `window` epochs, float64 [N] each.
 
     Deviations are taken from the window's own mean: running sums of squares would cancel where a probability hardly moves.
     """

@@ -40,12 +40,12 @@ _NUM_NAMED = 8  # samples that an error lists
 
 
 def is_dynamics(folder: Path) -> bool:
-    """Whether the folder holds any `{epoch}_Output.npy`."""
+    """Say whether the folder holds any `{epoch}_Output.npy`."""
     return any(_OUTPUT.fullmatch(path.name) for path in folder.iterdir())
 
 
 class Dynamics:
-    """Read access by global index, as `trajectory.Trajectory` gives it.
+    """A dynamics folder, read by global index as `trajectory.Trajectory` is.
 
     `label_N` int64 [N] are the labels, which the folder does not hold; without them only scalars that need none can be
     read.
@@ -65,7 +65,7 @@ class Dynamics:
         self._cache: dict[str, np.ndarray] = {}
 
     def labels(self) -> np.ndarray:
-        """Label by global index, int64 [N]; UNKNOWN_LABEL where none were given."""
+        """Return the label by global index, int64 [N]; UNKNOWN_LABEL where none were given."""
         return np.full(self.num_samples, UNKNOWN_LABEL, dtype=np.int64) if self._label_N is None else self._label_N
 
     def prepare(self, scalars: tuple[str, ...], num_epochs: int) -> None:
@@ -100,7 +100,7 @@ class Dynamics:
         self._cache = dict(zip(scalars, values_FTN, strict=True))
 
     def read(self, scalar: str, num_epochs: int | None = None) -> np.ndarray:
-        """One scalar of the first `num_epochs` epochs (default all), float32 [T, N]."""
+        """Return one scalar of the first `num_epochs` epochs (default all), float32 [T, N]."""
         num_epochs = self.num_epochs if num_epochs is None else num_epochs
         if scalar not in self._cache or len(self._cache[scalar]) < num_epochs:
             self.prepare((scalar,), num_epochs)
@@ -108,7 +108,8 @@ class Dynamics:
 
     def _compute(self, scalars: tuple[str, ...], outputs: "_Outputs", index_N: np.ndarray, firsts: Iterator[int],
                  num_rows: int, before: tuple[Tensor, np.ndarray] | None, kept_NC: Tensor, values_FN: np.ndarray) -> bool:
-        """One worker's part of an epoch: fills `values_FN` and `kept_NC` at the rows it takes; False at NaN or infinity."""
+        """Do one worker's part of an epoch: fill `values_FN` and `kept_NC` at the rows it takes; return False at NaN or
+        infinity."""
         logits_RC, previous_RC = torch.empty(2, num_rows, self.num_classes)  # used again: fresh memory costs
         for first in firsts:
             index_n = index_N[first : first + num_rows]
@@ -132,7 +133,7 @@ class Dynamics:
         return True
 
     def _read_epoch(self, epoch: int) -> tuple["_Outputs", np.ndarray]:
-        """Logits of an epoch in visit order, [N, C] of any floating-point type, and their indices, int64 [N]."""
+        """Return the logits of an epoch in visit order, [N, C] of any floating-point type, and their indices, int64 [N]."""
         outputs = self._outputs(epoch)
         num_samples = outputs.shape[0]
         index_N = self._load(epoch, "Index", None).astype(np.int64).reshape(-1)
@@ -175,7 +176,7 @@ class _Outputs:
         self._path = path
 
     def read(self, first: int, into_nC: np.ndarray) -> None:
-        """Rows from `first` on, as float32; what is too large for that becomes infinite."""
+        """Return the rows from `first` on as float32; values that are too large for it become infinite."""
         if self._file is None:  # another precision or order of the axes
             with np.errstate(over="ignore"):
                 np.copyto(into_nC, self._mapped_NC[first : first + len(into_nC)], casting="same_kind")
@@ -191,10 +192,10 @@ class _Outputs:
 
 
 def _official_alone(logits_nC: Tensor, previous_nC: Tensor | None, kept_nC: Tensor) -> Tensor:
-    """`delta_official` of some rows, float32 [1, n], which is all that TDDS needs; overwrites its arguments.
+    """Compute `delta_official` of some rows, float32 [1, n], which is all that TDDS needs; overwrite the arguments.
 
-    `kept_nC` gets p + epsilon, which is what the next epoch divides by: time is passes over memory, so the way from logits
-    to probabilities is shorter here than in `scalars`, and last bits differ from it.
+    `kept_nC` gets p + epsilon, which is what the next epoch divides by: the time goes into passes over memory, so the way from
+    logits to probabilities is shorter here than in `sample_stats`, and the last bits differ.
     """
     p_nC = logits_nC.sub_(logits_nC.amax(dim=1, keepdim=True)).exp_()
     p_nC.mul_(p_nC.sum(dim=1, keepdim=True).reciprocal_())
@@ -205,7 +206,7 @@ def _official_alone(logits_nC: Tensor, previous_nC: Tensor | None, kept_nC: Tens
 
 
 def _scalars(names: tuple[str, ...], logits_nC: Tensor, logp_nC: Tensor, previous_nC: Tensor | None, label_n: Tensor) -> Tensor:
-    """These scalars of some rows, float32 [F, n]."""
+    """Compute these scalars of some rows, float32 [F, n]."""
     if names != ("delta_paper",):
         return sample_scalars(logits_nC, logp_nC, previous_nC, label_n)[[SCALARS.index(name) for name in names]]
     if previous_nC is None:
@@ -214,7 +215,7 @@ def _scalars(names: tuple[str, ...], logits_nC: Tensor, logp_nC: Tensor, previou
 
 
 def _nonfinite_rows(outputs: _Outputs, index_N: np.ndarray, num_rows: int) -> list[int]:
-    """The first few samples, in visit order, whose logits are NaN or infinite as float32."""
+    """Return the first few samples, in visit order, whose logits are NaN or infinite as float32."""
     bad: list[int] = []
     for first in range(0, len(index_N), num_rows):
         index_n = index_N[first : first + num_rows]
@@ -228,7 +229,7 @@ def _nonfinite_rows(outputs: _Outputs, index_N: np.ndarray, num_rows: int) -> li
 
 @contextmanager
 def _workers() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """As many threads as torch uses, in each of which torch uses one."""
+    """Start as many threads as torch uses, and let torch use one in each of them."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of this thread, and of those that start from now on
     try:

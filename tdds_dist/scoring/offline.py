@@ -37,7 +37,7 @@ Computed = tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]  # scores [N
 
 @dataclass(frozen=True)
 class Baseline:
-    """How a score comes out of one recorded scalar."""
+    """A score that is computed from one recorded scalar."""
 
     scalar: Callable[[Baselines], str]
     compute: Callable[[np.ndarray, Baselines], Computed]  # from the scalar, [T, N]
@@ -72,15 +72,15 @@ _IN_NAMES = {"never_learned": "never{}", "el2n_epochs": "T{}", "num_epochs": "T{
 
 
 def file_key(key: str, options: Baselines) -> str:
-    """Name of a score's file: the key, and every option that it reads and that is not the default."""
+    """Return the name of a score's file: the key, and every option that it reads and that is not the default."""
     default = Baselines()
     changed = [name for name in BASELINES[key].options if getattr(options, name) != getattr(default, name)]
     return "_".join([key, *(_IN_NAMES[name].format(getattr(options, name)) for name in changed)])
 
 
 def check_options(key: str, options: Baselines, given: Sequence[str], num_epochs: int) -> int:
-    """The number of epochs that a score looks at; InputError when an option is longer than the `num_epochs` there are, or
-    one of the `given` (`key=value`) is not read by it."""
+    """Return the number of epochs that a score uses; raise InputError when an option is longer than the `num_epochs` there are,
+    or when the score does not read one of the `given` (`key=value`)."""
     reads = BASELINES[key].options if key in BASELINES else ()
     for option in given:
         name = option.partition("=")[0].removeprefix("score.baselines.")
@@ -100,12 +100,12 @@ def check_options(key: str, options: Baselines, given: Sequence[str], num_epochs
 
 def score(source: Path, *, preset: str | None = None, T: int | None = None, K: int | None = None, beta: float | None = None,
           delta: str = "kl", beton: Path | None = None, out: Path | None = None) -> list[Path]:
-    """TDDS from what was recorded; returns the score files.
+    """Compute TDDS from what was recorded; return the score files.
 
-    `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset default to the
-    what was scored live, where all windows agree; else T defaults to all epochs, K to 10, beta to 0.9, preset to `official`.
-    Without T and K, every window that was scored live. `delta` chooses an ablation of section 5.4 (see
-    `tdds.ABLATIONS`). `beton` supplies labels where the source has none.
+    `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset default to those that were
+    scored live, where all windows agree; else T defaults to all epochs, K to 10, beta to 0.9, preset to `official`. Without T
+    and K, every window that was scored live. `delta` chooses an ablation of section 5.4 (`ABLATIONS` in `config.scores`).
+    `beton` supplies labels where the source has none.
 
     Raises:
         InputError: nothing recorded there, epochs missing, settings that do not fit.
@@ -121,7 +121,7 @@ def score(source: Path, *, preset: str | None = None, T: int | None = None, K: i
 
 def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] = (), beton: Path | None = None,
               out: Path | None = None) -> tuple[list[Path], list[str]]:
-    """Every score that needs no final model, or those called `keys`; returns the files and what could not be computed.
+    """Compute every score that needs no final model, or those called `keys`; return the files and what could not be computed.
 
     `options` are `key=value` for the config section score.baselines. `out` is a directory, by default scores/ of the run,
     or the source itself. Files of scores under other than default options carry them in their names.
@@ -166,7 +166,7 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
 
 
 def _fitting(settings: Baselines, options: Sequence[str], num_epochs: int) -> list[str]:
-    """The options, with those that are longer than what was recorded lowered to what fits; none where nothing does."""
+    """Lower the options that are longer than what was recorded to what fits; return None where nothing does."""
     lowered = {name: num_epochs for name in ("el2n_epochs", "num_epochs") if getattr(settings, name) > num_epochs}
     looked_at = lowered.get("num_epochs", settings.num_epochs) or num_epochs
     if looked_at < settings.uncertainty_window:
@@ -177,7 +177,7 @@ def _fitting(settings: Baselines, options: Sequence[str], num_epochs: int) -> li
 
 @dataclass(frozen=True)
 class _Origin:
-    """What is scored, and where results go."""
+    """The recording that is scored, and the place where results go."""
 
     recorded: Recorded
     config: Config | None
@@ -187,7 +187,7 @@ class _Origin:
     settings: dict[str, Any]  # provenance for score files, and `quarantined`
 
     def windows(self, preset: str | None, T: int | None, K: int | None, beta: float | None) -> tuple[list[Window], str]:
-        """The windows to score and their preset, checked against what was recorded."""
+        """Return the windows to score and their preset, checked against what was recorded."""
         live, live_preset = self._scored_live()
         preset = preset or live_preset
         windows: list[Window] = []
@@ -204,7 +204,7 @@ class _Origin:
         return list(dict.fromkeys(windows)), preset
 
     def _scored_live(self) -> tuple[list[Window], str]:
-        """Windows and preset of the run's config, or those that a foreign loop's scorer had."""
+        """Return windows and preset of the run's config, or of the scorer that another training loop had."""
         if self.config is not None:
             return self.config.windows(), self.config.score.preset
         scored = self.recorded.scored if isinstance(self.recorded, Trajectory) else None
@@ -213,7 +213,7 @@ class _Origin:
         return [Window(window["T"], window["K"], window["beta"]) for window in scored["windows"]], scored["preset"]
 
     def quarantine(self, score_N: np.ndarray) -> np.ndarray:
-        """The scores, those of quarantined samples set to the lowest of the others."""
+        """Return the scores, those of quarantined samples set to the lowest of the others."""
         return set_lowest(score_N, self.settings.get("quarantined", ()))
 
     def save(self, folder_or_file: Path, key: str, score_N: np.ndarray, settings: dict[str, Any],

@@ -9,7 +9,7 @@ from tdds_dist.errors import InputError
 
 
 def set_lowest(score_N: np.ndarray, quarantined: Sequence[int]) -> np.ndarray:
-    """A copy in which `quarantined` samples (global indices) have the lowest score of all others.
+    """Return a copy in which `quarantined` samples (global indices) have the lowest score of all others.
 
     Whatever they had before, finite or not; a ranking then prunes them first.
 
@@ -24,7 +24,7 @@ def set_lowest(score_N: np.ndarray, quarantined: Sequence[int]) -> np.ndarray:
 
 
 def not_quarantined(num_samples: int, quarantined: Sequence[int]) -> np.ndarray:
-    """The other samples' global indices, int64 [n], sorted; InputError as `set_lowest`."""
+    """Return the other samples' global indices, int64 [n], sorted; raise InputError as `set_lowest` does."""
     if outside := [index for index in quarantined if not 0 <= index < num_samples]:
         raise InputError(f"quarantined sample {outside[0]} is not in [0, {num_samples}); the list is of another dataset, "
                          "score again")

@@ -1,4 +1,4 @@
-"""What is kept of one sample's outputs in one epoch: nine numbers per sample, each computed from logits row by row.
+"""The nine scalars that are kept of a sample's outputs in one epoch, each computed from logits row by row.
 
 These scalars are all that any score of the package needs; the trajectory stores them. Every reduction here runs along
 the class axis of one row, so a row's result does not depend on which other rows share the batch (that makes scores
@@ -28,31 +28,33 @@ DELTAS = SCALARS[:3]  # need the previous epoch; NaN in the first
 
 
 def log_probabilities(logits_BC: Tensor) -> Tensor:
-    """float32 log-softmax [B, C], floored at LOGP_FLOOR."""
+    """Compute the float32 log-softmax [B, C], floored at LOGP_FLOOR."""
     logits_BC = logits_BC.float()  # step by step: of few classes, torch.log_softmax takes several times as long
     logp_BC = logits_BC - logits_BC.amax(dim=1, keepdim=True)
     return logp_BC.sub_(logp_BC.exp().sum(dim=1, keepdim=True).log_()).clamp_min_(LOGP_FLOOR)
 
 
 def loss_difference_official(previous_logp_BC: Tensor, logp_BC: Tensor) -> Tensor:
-    """Loss difference as the authors' code computes it: absolute value per class, epsilon in both logs; float32 [B]."""
+    """Compute the loss difference as the authors' code does: absolute value per class, epsilon in both logs; float32 [B]."""
     p_BC = logp_BC.exp()
     return _official(previous_logp_BC.exp(), p_BC, torch.empty_like(p_BC))
 
 
 def _official(previous_p_BC: Tensor, p_BC: Tensor, work_BC: Tensor) -> Tensor:
-    """Overwrites `previous_p_BC` and `work_BC`. The difference of the logs is the log of the ratio, and that is one log."""
+    """Compute the official loss difference, overwriting `previous_p_BC` and `work_BC`; one log of the ratio replaces two logs.
+    """
     torch.add(p_BC, OFFICIAL_EPSILON, out=work_BC).div_(previous_p_BC.add_(OFFICIAL_EPSILON))
     return work_BC.log_().mul_(p_BC).abs_().sum(dim=1)
 
 
 def loss_difference_paper(previous_logp_BC: Tensor, logp_BC: Tensor) -> Tensor:
-    """Loss difference of Eq. 10, the KL divergence of this epoch's probabilities from the previous ones; float32 [B]."""
+    """Compute the loss difference of Eq. 10, the KL divergence of this epoch's probabilities from the previous ones; float32
+    [B]."""
     return (logp_BC - previous_logp_BC).mul_(logp_BC.exp()).sum(dim=1)
 
 
 def sample_scalars(logits_BC: Tensor, logp_BC: Tensor, previous_logp_BC: Tensor | None, label_B: Tensor) -> Tensor:
-    """All SCALARS of a batch, float32 [F, B]; as `scalars_overwriting`, but leaves its arguments alone.
+    """Compute all SCALARS of a batch, float32 [F, B], as `scalars_overwriting` does, and leave the arguments alone.
 
     `logits_BC` may have any floating dtype and is computed in float32.
     """
@@ -62,7 +64,7 @@ def sample_scalars(logits_BC: Tensor, logp_BC: Tensor, previous_logp_BC: Tensor 
 
 
 def scalars_overwriting(logits_BC: Tensor, logp_BC: Tensor, previous_logp_BC: Tensor | None, label_B: Tensor) -> Tensor:
-    """All SCALARS of a batch, float32 [B, F]. Memory is what this costs, so `logits_BC` and `previous_logp_BC` are work space.
+    """Compute all SCALARS of a batch, float32 [B, F]; to save memory, `logits_BC` and `previous_logp_BC` are overwritten.
 
     `logp_BC` are the log-probabilities of `logits_BC`, `previous_logp_BC` those of the previous epoch (any source precision;
     None in the first epoch, where the DELTAS are NaN); all float32. `label_B` int64 must lie in [0, C).

@@ -36,7 +36,8 @@ _LARGEST_QUARANTINE = 0.01  # share of the samples; beyond it training has diver
 
 
 def _has_kernel(shard: Shard, device: torch.device) -> bool:
-    """Whether `fused` works here, which is tried: Triton also needs a C compiler, for the code that starts a kernel."""
+    """Try whether the kernel of `shard_triton` works here: Triton also needs a C compiler, for the code that starts a kernel.
+    """
     if device.type != "cuda" or torch.version.cuda is None or not isinstance(shard.previous, DenseRows):
         return False
     if (problem := _kernel_problem(shard, device)) is not None:
@@ -46,7 +47,7 @@ def _has_kernel(shard: Shard, device: torch.device) -> bool:
 
 
 def _kernel_problem(shard: Shard, device: torch.device) -> str | None:
-    """What keeps the kernel from running on a padding row, which leaves no trace in the shard; None when nothing does."""
+    """Run the kernel on a padding row, which changes nothing in the shard; return the error, or None."""
     padding_1 = torch.full((1,), PADDING, dtype=torch.int64, device=device)
     logits_1C = torch.zeros(1, shard.num_classes, device=device)
     try:
@@ -65,7 +66,7 @@ class ShardedScorer:
         num_samples: N, size of the dataset; global indices are 0 .. N - 1.
         num_classes: C, width of the logits.
         windows: the settings (T, K, beta) to score.
-        preset: `official` (the authors' code) or `paper` (the equations); see `tdds`.
+        preset: `official` (the authors' code) or `paper` (the equations); see `scoring.tdds`.
         device: where logits live and state is kept; default CUDA when available.
         logp_dtype: precision of the stored log-probabilities, float32 or float16.
         storage: `dense` keeps those of all classes; `topk:K` the K largest, the label's, and the mean of the others.
@@ -134,7 +135,7 @@ class ShardedScorer:
                 scored={"preset": preset, "windows": [asdict(window) for window in self.windows]})
 
     def _allocate(self) -> None:
-        """State of this shard that a step does not touch."""
+        """Allocate the state of this shard that a step does not touch."""
         device, rows = self.world.device, self._shard.num_rows
         num_slots = max(differences_per_window(window, self.preset) for window in self.windows)
         self._quarantined_M = torch.full((rows,), _NOT_QUARANTINED, dtype=torch.int32, device=device)  # first bad epoch
@@ -144,7 +145,7 @@ class ShardedScorer:
     # ---- one step
 
     def expect(self, order: EpochOrder, first_step: int = 0) -> None:
-        """Announce the visit order of the epoch that starts now, as `partition` deals it out.
+        """Announce the visit order of the epoch that starts now, as `distributed.partition` computes it.
 
         Then `record` must be called with exactly those rows, step by step, and neither exchanges counts nor sorts. A resume
         in the middle of an epoch gives the order of the whole epoch, and the first step that is not recorded yet.
@@ -193,7 +194,7 @@ class ShardedScorer:
         self.step += 1
 
     def _routing(self, index_B: Tensor) -> tuple[Tensor | None, list[int], list[int]]:
-        """The rows in the order of their owners (None: as they are), how many go to each rank, how many come from each.
+        """Return the rows in the order of their owners (None: as they are), how many go to each rank, how many come from each.
 
         Padding rows and indices out of range stay here.
         """
@@ -340,11 +341,11 @@ class ShardedScorer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every window has seen its T epochs."""
+        """Say whether every window has seen its T epochs."""
         return all(self.epoch >= window.T for window in self.windows)
 
     def gather(self) -> dict[Window, Tensor]:
-        """Scores by global index, float32 [N] on the CPU, for every window, on every rank. A collective.
+        """Return the scores by global index, float32 [N] on the CPU, for every window, on every rank. A collective.
 
         Raises:
             InputError: a window has not seen its T epochs yet.
@@ -359,7 +360,8 @@ class ShardedScorer:
         return scores
 
     def quarantined(self) -> dict[int, int]:
-        """Samples in quarantine: global index -> first epoch with NaN or infinite logits; on every rank. A collective."""
+        """Return the samples in quarantine: global index -> first epoch with NaN or infinite logits; on every rank. A
+        collective."""
         if not self._quarantines:
             return {}
         epoch_N = collectives.all_gather_shards(self._quarantined_M, self.num_samples, self.world).cpu()
@@ -367,18 +369,18 @@ class ShardedScorer:
         return dict(zip(index.tolist(), epoch_N[index].tolist(), strict=True))
 
     def gather_labels(self) -> Tensor:
-        """Recorded class by global index, int64 [N] on the CPU, on every rank. A collective."""
+        """Return the recorded class by global index, int64 [N] on the CPU, on every rank. A collective."""
         rows = self._end - self._first
         return collectives.all_gather_shards(self._shard.label_M[:rows], self.num_samples, self.world).cpu()
 
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that `load_state_dict` needs, also in the middle of an epoch. A collective.
+        """Return everything that `load_state_dict` needs, also in the middle of an epoch. A collective.
 
         Tables are DTensors cut along the sample axis that share the scorer's memory (plain tensors without a process
         group): torch.distributed.checkpoint saves them, and loads into those of any number of ranks, as does
-        `checkpoint.Checkpoints`.
+        `runs.checkpoint.Checkpoints`.
 
         Raises:
             InputError: as `check`: bad values are not kept.
@@ -448,12 +450,12 @@ class ShardedScorer:
                                   dtype=self._trajectory_dtype)
 
     def state_bytes(self) -> int:
-        """Bytes of per-sample state on this rank's device."""
+        """Return the bytes of per-sample state on this rank's device."""
         tables = (*self._shard.tables().values(), self._quarantined_M, self._delta_KM, self._average_AM)
         return sum(table.numel() * table.element_size() for table in tables)
 
     def _name_rows(self, is_bad_M: Tensor) -> str:
-        """The first global indices at which `is_bad_M` holds, over all ranks, as text. A collective."""
+        """Return the first global indices at which `is_bad_M` holds, over all ranks, as text. A collective."""
         found_K = torch.full((_NUM_NAMED,), PADDING, dtype=torch.int64, device=self.world.device)
         bad = is_bad_M.nonzero()[:_NUM_NAMED, 0] + self._first
         found_K[: len(bad)] = bad

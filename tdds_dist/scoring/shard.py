@@ -35,7 +35,7 @@ class DenseRows:
         self.logp_MC = torch.zeros(num_rows, num_classes, dtype=dtype, device=device)
 
     def load(self, row_R: Tensor) -> Tensor:
-        """float32 [R, C], the caller's own, of the rows int64 [R]."""
+        """Return a copy of the rows int64 [R]; float32 [R, C]."""
         return self.logp_MC.index_select(0, row_R).float()
 
     def store(self, row_R: Tensor, logp_RC: Tensor, label_R: Tensor) -> None:
@@ -43,12 +43,12 @@ class DenseRows:
         self.logp_MC.index_copy_(0, row_R, logp_RC.to(self.logp_MC.dtype))
 
     def tables(self) -> dict[str, Tensor]:
-        """What is kept, by name; the first axis is that of the rows."""
+        """Return the tables by name; their first axis is that of the rows."""
         return {"logp": self.logp_MC}
 
 
 def class_dtype(num_classes: int) -> torch.dtype:
-    """The smallest integer that holds every class and is known to checkpoints."""
+    """Return the smallest integer that holds every class and is known to checkpoints."""
     return torch.int16 if num_classes <= 2**15 else torch.int32
 
 
@@ -66,7 +66,7 @@ class TopKRows:
         self.class_MJ = torch.zeros(num_rows, num_kept + 1, dtype=class_dtype(num_classes), device=device)
 
     def load(self, row_R: Tensor) -> Tensor:
-        """float32 [R, C], the caller's own, of the rows int64 [R]."""
+        """Return a copy of the rows int64 [R]; float32 [R, C]."""
         logp_RJ = self.logp_MJ.index_select(0, row_R).float()
         class_RJ = self.class_MJ.index_select(0, row_R).long()
         logp_RC = logp_RJ[:, -1:].repeat(1, self._num_classes)
@@ -89,7 +89,7 @@ class TopKRows:
         self.class_MJ.index_copy_(0, row_R, class_RJ.to(self.class_MJ.dtype))
 
     def tables(self) -> dict[str, Tensor]:
-        """What is kept, by name; the first axis is that of the rows."""
+        """Return the tables by name; their first axis is that of the rows."""
         return {"topk_logp": self.logp_MJ, "topk_class": self.class_MJ}
 
 
@@ -97,7 +97,7 @@ class TopKRows:
 
 
 class Shard:
-    """What a step writes for the samples first .. end - 1. Row `num_rows`, after theirs, takes what padding rows write.
+    """The tables that a step writes for the samples first .. end - 1. Padding rows write into one more row, number `num_rows`.
 
     `storage` as `parse_storage` takes it; `logp_dtype` float32 or float16.
     """
@@ -120,12 +120,12 @@ class Shard:
         self.nonfinite_step = torch.full((), NEVER, dtype=torch.int64, device=device)  # the first with such a row
 
     def tables(self) -> dict[str, Tensor]:
-        """Every table by name, with its last row; the first axis is that of the samples."""
+        """Return every table by name, with its last row; the first axis is that of the samples."""
         return self.previous.tables() | {"scalars": self.scalars_MF, "label": self.label_M, "visits": self.visits_M,
                                          "nonfinite": self.nonfinite_M}
 
     def begin_epoch(self) -> None:
-        """Forget what counts one epoch only."""
+        """Clear the counts of the epoch before."""
         self.visits_M.zero_()
         self.nonfinite_M.zero_()
         self.nonfinite_step.fill_(NEVER)
@@ -143,19 +143,19 @@ class Arrived(NamedTuple):
 
 
 def pack(index_B: Tensor, label_B: Tensor, logits_BC: Tensor) -> Tensor:
-    """Index, label (int64 [B]) and logits of each row side by side, as integers of the size of a logit; [B, X]."""
+    """Put index, label (int64 [B]) and logits of each row side by side, as integers of the size of a logit; [B, X]."""
     bits = BITS[logits_BC.element_size()]
     header = [value_B.unsqueeze(1).view(bits) for value_B in (index_B.contiguous(), label_B.contiguous())]
     return torch.cat([*header, logits_BC.view(bits)], dim=1)
 
 
 def header_width(dtype: torch.dtype) -> int:
-    """Numbers of a packed row that come before its logits."""
+    """Return how many numbers of a packed row come before its logits."""
     return 16 // dtype.itemsize
 
 
 def unpack(payload_RX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(index_R, label_R, logits_RC) of packed rows; the logits share their memory."""
+    """Return (index_R, label_R, logits_RC) of packed rows; the logits share their memory."""
     width = header_width(dtype)
     # Flatten before the view: a single row counts as contiguous whatever its stride.
     index_R, label_R = payload_RX[:, :width].reshape(-1).view(torch.int64).view(-1, 2).unbind(1)
@@ -163,10 +163,11 @@ def unpack(payload_RX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
 
 
 def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarantines: bool) -> None:
-    """Write the rows that arrived, in one go, as many of the same dtype as there are.
+    """Write all rows that arrived into the shard, at once; they have one dtype.
 
-    Per row: log-probabilities, SCALARS against the previous epoch's row (`has_previous`), label, visit; whether its logits
-    were finite (`quarantines`: such a row counts as zeros). Each row for itself: the company it came in changes no bit.
+    Per row: log-probabilities, SCALARS against the previous epoch's row (`has_previous`), label, visit; whether its logits were
+    finite (`quarantines`: such a row counts as zeros). Each row is computed by itself, with the same bits whichever rows arrive
+    with it.
     """
     arrived = [part for part in arrived if len(part.payload_RX)]
     if not arrived:
@@ -183,7 +184,8 @@ def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarant
 
 
 def num_blocks(num_rows: int, num_classes: int) -> int:
-    """Parts in which `update` works, of about the same size; none of two or more rows has a single one."""
+    """Return the number of parts in which `update` works, of about the same size and of two rows or more where there are so
+    many."""
     return math.ceil(num_rows / max(3, _BLOCK_NUMBERS // num_classes))
 
 

@@ -1,9 +1,9 @@
-"""`rows.update` as one kernel for CUDA: one program per row that arrived, which reads logits and the previous row once and
-writes the new row once.
+"""`update` of `shard` as one kernel for CUDA: one program per row that arrived, which reads logits and the previous row once
+and writes the new row once.
 
-A program sees its own row only, in an order that depends on C alone, so the company of a row changes no bit. Up to `ONE_BLOCK`
-classes everything between the reads and the write stays in registers; of more classes the first block does, and the logits
-of the others are read three times.
+A program sees its own row only, in an order that depends on C alone, so a row gets the same bits whichever rows arrive with it.
+Up to `ONE_BLOCK` classes everything between the reads and the write stays in registers; of more classes the first block does,
+and the logits of the others are read three times.
 """
 
 # C classes, R rows received, X numbers of a packed row
@@ -31,7 +31,7 @@ _NUM_SCALARS: tl.constexpr = tl.constexpr(len(SCALARS))
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)  # by NumPy, which has no libdevice
 
 def blocks(num_classes: int) -> tuple[int, int]:
-    """(classes at once, warps) of a program."""
+    """Return (classes at once, warps) of a program."""
     if num_classes > ONE_BLOCK:
         return 2048, 8  # sums are kept beside the block
     block = triton.next_power_of_2(num_classes)
@@ -39,7 +39,7 @@ def blocks(num_classes: int) -> tuple[int, int]:
 
 
 def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarantines: bool) -> None:
-    """As `rows.update`, for `DenseRows` and logits of `_DTYPES`; one launch per step that arrived."""
+    """Do as `shard.update`, for `DenseRows` and logits of `_DTYPES`; one launch per step that arrived."""
     assert isinstance(shard.previous, DenseRows)
     num_classes = shard.num_classes
     block, num_warps = blocks(num_classes)
@@ -72,7 +72,8 @@ def _log(x):
 
 @triton.jit
 def _int64(pointer, PIECES: tl.constexpr):
-    """An int64 that lies there in pieces of the size of a logit, the low ones first; rows need not be aligned to 8 bytes."""
+    """Read an int64 that is stored in pieces of the size of a logit, the low ones first; rows need not be aligned to 8 bytes.
+    """
     bits: tl.constexpr = 64 // PIECES
     value = tl.load(pointer).to(tl.int64) & ((1 << bits) - 1)
     for piece in tl.static_range(1, PIECES):
@@ -87,7 +88,7 @@ def _load(logits_ptr, c, C: tl.constexpr):
 
 @triton.jit
 def _block(x, c, previous_ptr, largest, log_total, share, label, other, C: tl.constexpr, HAS_PREVIOUS: tl.constexpr):
-    """Writes a block of the row; returns the summands of its scalars. Beyond the last class probabilities are 0."""
+    """Write a block of the row; return the summands of its scalars. Beyond the last class probabilities are 0."""
     logp = x - largest - log_total
     logp = tl.where(logp < _FLOOR, _FLOOR, logp)
     p = _exp(x - largest) * share

@@ -21,7 +21,7 @@ _COLUMNS = 2**14  # samples scored at once, so that a window's arrays stay in th
 
 
 def window_variability(delta_DM: "Sequence[Tensor]", preset: str) -> "Tensor":
-    """Variability of the loss differences in one window, Eq. 11; float32 [M].
+    """Compute the variability of the loss differences in one window, Eq. 11; float32 [M].
 
     `paper`: sum of squared deviations from the mean. `official`: its square root. `delta_DM` is in time order.
     """
@@ -46,7 +46,7 @@ def average_windows(average_M: "Tensor", variability_M: "Tensor", beta: float, n
 
 
 def score_trajectory(delta_TM: np.ndarray, window: Window, preset: str) -> np.ndarray:
-    """Score of each sample from its recorded loss differences; float32 [M].
+    """Compute the score of each sample from its recorded loss differences; float32 [M].
 
     `delta_TM` float32 [>= T, M]: row t is the difference between epochs t - 1 and t; row 0 is not read. The same
     operations in the same order as the live accumulators of `scorer`, hence bitwise equal to them.

@@ -39,13 +39,13 @@ _EPOCH = re.compile(r"epoch_(\d{4,})")
 
 
 def require_no_trajectory(directory: Path) -> None:
-    """InputError when there is one already, or part of one: epochs of two runs must not mix."""
+    """Raise InputError when there is one already, or part of one: epochs of two runs must not mix."""
     if any(directory.glob("epoch_*")) or not _holds_nothing(directory):
         raise InputError(f"{directory} already holds a trajectory; choose another directory or remove it")
 
 
 def whole_epochs(directory: Path | str) -> tuple[int, str]:
-    """How many epochs, from 0 on without a gap, are there and undamaged, and why the next one is not.
+    """Count the epochs, from 0 on without a gap, that are there and undamaged, and say why the next one is not.
 
     Reads everything. The reason is "" when no further epoch was begun, or when there is no trajectory at all. Without
     undamaged labels and meta.json (and quarantine.json, where there is one) no epoch counts.
@@ -128,7 +128,7 @@ class TrajectoryWriter:
         self._is_main = is_main  # nothing is written before the first epoch ends
 
     def write_labels(self, label_M: np.ndarray, labels_sha256: str | None = None) -> None:
-        """Labels of the owned samples, int64 [M]; once per run, before the first `append`. Rank 0 adds meta.json.
+        """Write the labels of the owned samples, int64 [M]; once per run, before the first `append`. Rank 0 adds meta.json.
 
         `labels_sha256` is that of `artifacts.fingerprint` over all N labels; readers compare what they find with it.
         """
@@ -139,7 +139,7 @@ class TrajectoryWriter:
         self._write(_LABELS, label_M.astype(np.int64))
 
     def append(self, epoch: int, scalars_FM: np.ndarray) -> None:
-        """The scalars of one epoch for the owned samples, float32 [F, M]."""
+        """Write the scalars of one epoch for the owned samples, float32 [F, M]."""
         assert scalars_FM.shape == (len(self._scalars), self._rows), scalars_FM.shape
         if self._dtype == "float16":
             scalars_FM = np.clip(scalars_FM, -_LARGEST_FLOAT16, _LARGEST_FLOAT16)
@@ -147,7 +147,8 @@ class TrajectoryWriter:
         self._write(epoch, block_FM)
 
     def write_quarantine(self, epoch_of_index: dict[int, int]) -> None:
-        """All samples that are kept out of scores so far: global index -> first epoch in which its logits were not finite.
+        """Write all samples that are kept out of scores so far: global index -> first epoch in which its logits were not
+        finite.
 
         Rank 0 calls it, before the first block in which one of them is a placeholder. An empty list leaves no file.
         """
@@ -190,7 +191,7 @@ class Trajectory:
         self.num_epochs = len(epochs)
 
     def read(self, scalar: str, num_epochs: int | None = None) -> np.ndarray:
-        """One scalar of the first `num_epochs` epochs (default all), float32 [T, N]."""
+        """Return one scalar of the first `num_epochs` epochs (default all), float32 [T, N]."""
         if scalar not in self.scalars:
             raise InputError(f"{self.directory} has no scalar {scalar!r}; it has {', '.join(self.scalars)}")
         num_epochs = self.num_epochs if num_epochs is None else num_epochs
@@ -205,7 +206,7 @@ class Trajectory:
         return values_TN
 
     def labels(self) -> np.ndarray:
-        """Label by global index, int64 [N]; InputError when they are not those that were recorded."""
+        """Return the label by global index, int64 [N]; raise InputError when they are not those that were recorded."""
         label_N = np.empty(self.num_samples, dtype=np.int64)
         for first, end, block_RM in self._read_blocks(_LABELS, (0,)):
             label_N[first:end] = block_RM[0]
@@ -216,24 +217,24 @@ class Trajectory:
         return label_N
 
     def fingerprint(self) -> Fingerprint:
-        """Fingerprint of the dataset, from the labels."""
+        """Compute the fingerprint of the dataset from the labels."""
         return fingerprint(self.labels(), self.num_classes)
 
     def verify(self) -> Fingerprint:
-        """Fingerprint of the dataset; InputError unless everything is there and undamaged. Reads all of it."""
+        """Return the fingerprint of the dataset; raise InputError unless everything is there and undamaged. Reads all of it."""
         for epoch in range(self.num_epochs):
             self.verify_epoch(epoch)
         _ = self.quarantined
         return self.fingerprint()
 
     def verify_epoch(self, epoch: int) -> None:
-        """InputError unless all blocks of this epoch are there and undamaged."""
+        """Raise InputError unless all blocks of this epoch are there and undamaged."""
         for _ in self._read_blocks(epoch, range(len(self.scalars))):
             pass
 
     @property
     def quarantined(self) -> dict[int, int]:
-        """Samples that scores leave out: global index -> first epoch in which its logits were not finite, by index.
+        """Return the samples that scores leave out: global index -> first epoch in which its logits were not finite, by index.
 
         InputError when quarantine.json is damaged.
         """
@@ -254,7 +255,7 @@ class Trajectory:
         return dict(sorted(found.items()))
 
     def require(self, scalars: tuple[str, ...], num_samples: int, num_classes: int, dtype: str) -> None:
-        """InputError unless this is what meta.json says."""
+        """Raise InputError unless this is what meta.json says."""
         differs = [f"{name} {have!r} instead of {need!r}" for name, have, need in (
             ("scalars", self.scalars, scalars), ("num_samples", self.num_samples, num_samples),
             ("num_classes", self.num_classes, num_classes), ("dtype", self.dtype, dtype)) if have != need]
@@ -285,7 +286,7 @@ class Trajectory:
         return meta
 
     def _read_blocks(self, place: int | str, rows: Sequence[int]) -> Iterator[tuple[int, int, list[np.ndarray]]]:
-        """First and end index of the blocks of an epoch, or of the labels (one row), and these rows of each, mapped and
+        """Yield first and end index of each block of an epoch, or of the labels (one row), and these rows of it, mapped and
         verified: R arrays [end - first]."""
         shape, dtype = ((), np.dtype(np.int64)) if place == _LABELS else ((len(self.scalars),), np.dtype(self.dtype))
         for first, end, path in self._blocks(self.directory / _folder_name(place)):
@@ -300,7 +301,7 @@ class Trajectory:
             yield first, end, [block_FM[row] for row in rows]
 
     def _read_sidecar(self, path: Path, place: int | str, first: int, end: int, num_rows: int) -> list[int]:
-        """The checksum of each row of a block; InputError when there are none, or they are of another block."""
+        """Return the checksum of each row of a block; raise InputError when there are none, or they are of another block."""
         sidecar = path.with_suffix(".json")
         try:
             content = json.loads(sidecar.read_bytes())
@@ -318,7 +319,7 @@ class Trajectory:
         return crc32_F
 
     def _blocks(self, folder: Path) -> list[tuple[int, int, Path]]:
-        """Blocks of a folder in order; InputError unless they tile [0, N)."""
+        """List the blocks of a folder in order; raise InputError unless they tile [0, N)."""
         found = sorted((int(match[1]), int(match[2]), path) for path in folder.glob("*.npy")
                        if (match := _BLOCK.fullmatch(path.name)))
         expected = 0
@@ -347,19 +348,19 @@ class Trajectory:
 
 
 def _epochs(directory: Path) -> list[tuple[int, Path]]:
-    """Numbers and folders of the epochs there are, in order."""
+    """List numbers and folders of the epochs there are, in order."""
     if not directory.is_dir():
         return []
     return sorted((int(match[1]), path) for path in directory.iterdir() if (match := _EPOCH.fullmatch(path.name)))
 
 
 def _label_files(directory: Path) -> list[Path]:
-    """Blocks of labels and their sidecars."""
+    """List the blocks of labels and their sidecars."""
     return [path for path in (directory / _LABELS).glob("*") if _BLOCK.fullmatch(path.name) or _SIDECAR.fullmatch(path.name)]
 
 
 def _holds_nothing(directory: Path) -> bool:
-    """Whether there is no part of a trajectory."""
+    """Say whether there is no part of a trajectory."""
     files = (directory / "meta.json", directory / "quarantine.json")
     return not any(path.exists() for path in files) and not _epochs(directory) and not _label_files(directory)
 

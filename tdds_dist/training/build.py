@@ -1,4 +1,4 @@
-"""What a training run is made of, built and checked from its config: files, views, network, optimizer, mixing.
+"""The parts of a training run, built and checked from its config: files, views, network, optimizer, mixing.
 
 `open_files` and `preflight` find what would fail at the first step, before anything is written.
 """
@@ -23,7 +23,7 @@ from tdds_dist.training.schedule import training_sizes
 
 
 def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
-    """InputError for a network or a view that would fail at the first step of `rows` images per rank.
+    """Raise InputError for a network or a view that would fail at the first step of `rows` images per rank.
 
     The network runs on shapes alone (torch's meta device), which costs no memory: once for every size that it may see.
     """
@@ -42,7 +42,7 @@ def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: 
 
 
 def _try(model: nn.Module, rows: int, size: int, what: str, key: str) -> Any:
-    """Output on images of this size; an InputError that says `what` fails, and the key to change."""
+    """Return the output on images of this size; raise an InputError that says `what` fails, and the key to change."""
     try:
         return model(torch.empty(rows, 3, size, size, device="meta"))
     except Exception as error:  # torchvision's networks say in many ways that an image is too small
@@ -51,7 +51,8 @@ def _try(model: nn.Module, rows: int, size: int, what: str, key: str) -> Any:
 
 
 def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
-    """The training and evaluation files, checked against the config, and the fingerprint of the training labels.
+    """Open the training and evaluation files, check them against the config, and return them with the fingerprint of the
+    labels.
 
     With `decode_some` a sample of the images is checked as well (one rank is enough for that).
 
@@ -75,7 +76,7 @@ def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, Be
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
+    """Build SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
     train = config.train
     everything = list(model.parameters())
     if train.decay_norm_and_bias:
@@ -91,7 +92,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def build_mix(config: Config) -> Any:
-    """MixUp and/or CutMix on (image, label), or None."""
+    """Build MixUp and/or CutMix on (image, label), or None."""
     classes = config.data.num_classes
     mixes: list[Any] = []
     if config.train.mixup:
@@ -102,7 +103,7 @@ def build_mix(config: Config) -> Any:
 
 
 def build_views(config: Config) -> tuple[View, View]:
-    """How training (from data.progressive's last epoch on) and evaluation see an image."""
+    """Build the views of an image in training (from data.progressive's last epoch on) and in evaluation."""
     data = config.data
     train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0))
     return train_view, View(data.eval_size or data.image_size, "center", ratio=data.eval_crop_ratio)
@@ -140,7 +141,7 @@ class InputStage(nn.Module):
 
 
 def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channels_last: bool = True) -> nn.Module:
-    """A torchvision classifier with fresh weights (from torch's global generator).
+    """Build a torchvision classifier with fresh weights (from torch's global generator).
 
     Raises:
         InputError: unknown name, or a stem that the network does not have.
@@ -155,7 +156,7 @@ def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channe
 
 
 def build_on_meta(name: str, num_classes: int, *, cifar_stem: bool = False) -> nn.Module:
-    """The network on torch's meta device: shapes, and no memory for its weights. InputError as `build_model`."""
+    """Build the network on torch's meta device: shapes, and no memory for its weights. InputError as `build_model`."""
     try:
         with torch.device("meta"):
             return build_model(name, num_classes, cifar_stem=cifar_stem, channels_last=False)
@@ -164,13 +165,13 @@ def build_on_meta(name: str, num_classes: int, *, cifar_stem: bool = False) -> n
 
 
 def classifier_layer(model: nn.Module, num_classes: int) -> nn.Linear | None:
-    """The last linear layer, whose input are the penultimate features; None where the classifier is something else."""
+    """Return the last linear layer, whose input are the penultimate features; None where the classifier is something else."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear and linear[-1].out_features == num_classes else None
 
 
 def _use_cifar_stem(model: Any, name: str) -> None:
-    """3x3 stride-1 first convolution and no max-pool, as ResNets on CIFAR have it."""
+    """Replace the first convolution by one of 3x3 and stride 1, and drop the max-pool, as ResNets on CIFAR have it."""
     family = next((family for family in _FIRST_CONVOLUTION if name.startswith(family)), None)
     if family is None:
         raise InputError(f"model.cifar_stem=true is not known for {name!r}; it is for {', '.join(_FIRST_CONVOLUTION)}")

@@ -56,7 +56,7 @@ class Scoring:
 
 
 def _warnings(config: Config, num_samples: int) -> list[str]:
-    """What is allowed and hardly meant."""
+    """Return warnings about settings that are allowed and rarely meant."""
     preset = config.score.preset
     found = [
         f"K={window.K} leaves one loss difference per window in preset {preset}, so scores of T={window.T} will be 0; raise K"
@@ -147,7 +147,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
 
 def _final_scores(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
                   result: dict[str, Any], quarantined: list[int]) -> list[Path]:
-    """Entropy and Moderate of the weights that training ended with."""
+    """Compute entropy and Moderate of the weights that training ended with."""
     if world.is_main and result["epochs"] < result["epochs_planned"]:
         say(f"entropy and moderate are those of the model after {result['epochs']} of "
             f"{result['epochs_planned']} epochs", run.log_file)
@@ -158,7 +158,7 @@ def _final_scores(config: Config, world: World, run: RunDir, train_file: BetonIn
 
 
 def _lacks(run: RunDir, found: Checkpoint) -> str:
-    """What a checkpoint needs of the trajectory and does not find."""
+    """Say what a checkpoint needs of the trajectory and does not find."""
     num_epochs, reason = whole_epochs(run.trajectory)
     if num_epochs >= found.record["epoch"]:
         return ""

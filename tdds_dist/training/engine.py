@@ -106,7 +106,7 @@ class Trainer:
                                      done=self.epoch * job.num_samples + self.micro * self.micro_batch)
 
     def _settle(self) -> None:
-        """One pass without effect; it compiles, where asked to, for the images of the first step."""
+        """Make one pass without effect; compile, where asked to, for the images of the first step."""
         config, job = self.job.config, self.job
         size = training_size(config, job.resume.record["epoch"] if job.resume else 0, job.epochs)
         rows = max(2, self.rows) if config.model.compile else 2
@@ -125,7 +125,7 @@ class Trainer:
     # ---- the run
 
     def run(self) -> dict[str, Any]:
-        """All epochs that are left, and the result."""
+        """Train all epochs that are left; return the result."""
         job, history = self.job, self.history
         log = job.run.log_file if job.world.is_main else None
         stop = bool(history.get("stopped"))
@@ -190,7 +190,7 @@ class Trainer:
     # ---- training
 
     def train_epoch(self) -> dict[str, Any]:
-        """The rest of this epoch's pass over the samples; the record of its metrics (over all ranks)."""
+        """Train on the rest of this epoch's samples; return the record of its metrics (over all ranks)."""
         job, train, epoch = self.job, self.job.config.train, self.epoch
         order, batches = self.feed.take(("train", epoch), self.micro)
         step_weight, self.rows_S = step_weights(job, order), order.num_real_S().tolist()
@@ -277,7 +277,7 @@ class Trainer:
 
     @torch.no_grad()
     def _clean_view(self, image: Tensor) -> Tensor:
-        """Outputs on the un-mixed image in evaluation mode: touches neither batch statistics nor random numbers."""
+        """Return the outputs on the un-mixed image in evaluation mode; leave batch statistics and random numbers alone."""
         module = self.model.module
         module.eval()
         with self._autocast():
@@ -291,7 +291,7 @@ class Trainer:
         return self._importance_cache
 
     def _update(self) -> float:
-        """One optimizer step; returns its learning rate."""
+        """Make one optimizer step; return its learning rate."""
         train = self.job.config.train
         lr = learning_rate(self.step, self.job.epochs * self.steps_per_epoch, train.lr, final=train.final_lr,
                            warmup_steps=round(train.warmup_epochs * self.steps_per_epoch))
@@ -324,8 +324,8 @@ class Trainer:
             good.copy_(buffer)
 
     def _read_totals(self, epoch: int, started: float) -> tuple[float, float]:
-        """Mean loss and top-1 (percent) of the epoch that began at `started`, over all ranks, and on the screen; waits for the
-        device. Raises when the loss is not finite."""
+        """Return mean loss and top-1 (percent) of the epoch that began at `started`, over all ranks, and show them; wait for
+        the device. Raises when the loss is not finite."""
         loss, correct, images = collectives.sum_over_ranks(self.totals_3.clone()).tolist()
         if not math.isfinite(loss):
             self.job.observer.check()
@@ -341,7 +341,7 @@ class Trainer:
         return {"epoch": self.epoch, "epochs": epochs, "step": self.step, "steps": epochs * self.steps_per_epoch}
 
     def _epoch_seconds(self) -> float:
-        """What an epoch takes, evaluation and scoring included: the median of those so far (0 before the first)."""
+        """Return the seconds of an epoch, evaluation and scoring included: the median so far (0 before the first)."""
         return float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
 
     def _beat(self, share: float) -> None:
@@ -379,16 +379,16 @@ class Trainer:
             self._save_checkpoint(wait=is_last)
 
     def _is_time(self) -> bool:
-        """Whether a checkpoint is due by time. By the main rank's clock, which never goes back."""
+        """Say whether a checkpoint is due by time, by the main rank's clock, which never goes back."""
         seconds = self.job.config.checkpoint.every_seconds
         return bool(self.job.world.is_main and seconds and time.perf_counter() - self.last_save >= seconds)
 
     def _is_short_of_time(self) -> bool:
-        """Whether the next epoch does not fit before the time limit: then what is there is saved before it gets tight."""
+        """Say whether the next epoch does not fit before the time limit, so that the state is saved early."""
         return bool(self.job.world.is_main and time.time() + self._epoch_seconds() >= self.job.interruption.leave_at)
 
     def _leave(self) -> NoReturn:
-        """Save where we are and go, on every rank."""
+        """Save the state and raise Preempted, on every rank."""
         name = next(filter(None, collectives.gather_objects(self.job.interruption.requested, self.job.world)), "a signal")
         failed_before = 0
         if self.job.checkpoints is not None:
@@ -430,7 +430,7 @@ class Trainer:
         self.last_save = time.perf_counter()
 
     def _require_finite(self) -> None:
-        """InputError on every rank rather than a checkpoint from which every resume fails."""
+        """Raise InputError on every rank, rather than save weights from which every resume would fail."""
         module = self.model.module
         values = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
         is_finite = torch.isfinite(torch.stack(torch._foreach_norm(values))).all()
@@ -444,7 +444,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image counted once."""
+        """Compute loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image counted once."""
         order, batches = self.feed.take(("val", epoch))
         module = self.model.module.eval()
         accuracy = metrics.Accuracy(self.job.world.device)
@@ -456,7 +456,7 @@ class Trainer:
         return accuracy.read()
 
     def save_model(self, name: str) -> None:
-        """Weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
+        """Save the weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
         with collectives.together(self.job.world):
             if self.job.world.is_main:
                 state = self.model.module.state_dict()

@@ -1,4 +1,4 @@
-"""What the training loop reads: batches of training and evaluation, decoded ahead of need also across their borders.
+"""Batches of training and evaluation for the loop, decoded ahead of need also across the borders of epochs.
 
 An epoch that is started keeps its first few batches ready until it is asked for, so that neither evaluation nor the next epoch
 begins with a wait for images. What is read does not depend on that: orders and sizes are functions of config and epoch.
@@ -30,8 +30,8 @@ class Feed:
         self._started[which] = order, self._batches(which, order)
 
     def take(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Batches]:
-        """The order of a whole pass, and its batches (from `first_step` on, of one that was not started). Ends the pass that
-        was taken before."""
+        """Return the order of a whole pass, and its batches (from `first_step` on, of one that was not started). End the pass
+        that was taken before."""
         if self._taken is not None:
             self._taken.close()
         found = self._started.pop(which, None)

@@ -58,7 +58,7 @@ def final_pass(directory: Path, world: World) -> list[Path]:
 
 def write_scores(run: RunDir, world: World, values: dict[str, np.ndarray], train_file: BetonInfo, found: Fingerprint,
                  settings: dict[str, Any], quarantined: Sequence[int] = ()) -> list[Path]:
-    """Save what `run_model` gave, on the main rank; the paths on every rank.
+    """Save what `run_model` gave, on the main rank; return the paths on every rank.
 
     `quarantined` samples may have values that are not finite; they get the lowest of the others.
     """
@@ -95,7 +95,7 @@ def _start_of(error: Exception) -> str:
 
 @torch.no_grad()
 def run_model(config: Config, world: World, train_file: BetonInfo, run: RunDir) -> dict[str, np.ndarray]:
-    """Scores by the weights that `run` ended with: key -> float32 [N], on every rank. A collective.
+    """Compute scores by the weights that `run` ended with: key -> float32 [N], on every rank. A collective.
 
     `moderate` is missing where the network has no linear classifier. InputError, on every rank, when the weights are
     missing or do not fit.
@@ -179,6 +179,6 @@ class _ByClass:
         self._feature_MD[np.searchsorted(self.index_M, index_R[real_R])] = feature_RD[real_R]
 
     def distances(self) -> np.ndarray:
-        """Moderate's distance of every kept row, float32 [M]."""
+        """Compute Moderate's distance of every kept row, float32 [M]."""
         assert self._feature_MD is not None
         return baselines.moderate(self._feature_MD, self._label_M)

@@ -1,4 +1,4 @@
-"""What the training loop is asked to do, and who may watch it: words between `engine` and the stages."""
+"""The task of the training loop (`Job`), and the interface of what watches it (`Observer`); between `engine` and the stages."""
 
 # B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples,
 # S forward passes of an epoch, W ranks
@@ -88,5 +88,5 @@ class Job:
 
     @property
     def num_samples(self) -> int:
-        """Images trained on."""
+        """Return the number of images trained on."""
         return self.train_file.num_samples if self.subset_M is None else len(self.subset_M)

@@ -1,4 +1,4 @@
-"""What an epoch is told by: accuracy on the evaluation file, memory, one line for people, scalars for TensorBoard."""
+"""Metrics of an epoch: accuracy on the evaluation file, memory, one line for people, scalars for TensorBoard."""
 
 # B rows of this rank and forward pass, C classes, k best guesses
 
@@ -16,7 +16,7 @@ from tdds_dist.text import duration
 
 
 class Accuracy:
-    """Loss and top-1 and top-5 accuracy; summed on the device, which nobody waits for until `read`."""
+    """Loss and top-1 and top-5 accuracy; summed on the device without a wait until `read`."""
 
     def __init__(self, device: torch.device):
         self._totals_4 = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, among the best five, images
@@ -29,7 +29,7 @@ class Accuracy:
                                        (top_Bk.any(dim=1) & real_B).sum(), real_B.sum()])
 
     def read(self) -> dict[str, float]:
-        """Mean loss, and percent, over all ranks. A collective that waits for the device."""
+        """Return mean loss, and percent, over all ranks. A collective that waits for the device."""
         loss, top1, top5, images = collectives.sum_over_ranks(self._totals_4).tolist()
         return {"val_loss": loss / images, "val_top1": 100.0 * top1 / images, "val_top5": 100.0 * top5 / images}
 
@@ -46,21 +46,21 @@ class Screen:
         self.progress = Progress("training", epochs_run * num_samples, "", visible, done, self._epoch)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Epoch `epoch`, counted from 0, starts or goes on."""
+        """Show that epoch `epoch`, counted from 0, starts or goes on."""
         self._epoch = f"epoch {epoch + 1}/{self._epochs}"
         self.progress.note(self._epoch + self._figures)
 
     def figures(self, loss: float, top1: float, images_per_second: float) -> None:
-        """What the epoch came to so far; top-1 in percent."""
+        """Show the numbers of the epoch so far; top-1 in percent."""
         self._figures = f", {images_per_second:,.0f} images/s, loss {loss:.3f}, top-1 {top1:.2f} %"
         self.progress.note(self._epoch + self._figures)
 
     def evaluating(self) -> None:
-        """No image counts until the next epoch."""
+        """Show that evaluation runs; no image counts until the next epoch."""
         self.progress.note(f"{self._epoch}{self._figures}, evaluation", now=True)
 
     def evaluated(self, top1: float) -> None:
-        """What came of it, percent."""
+        """Show the result of the evaluation, percent."""
         self._figures += f", val top-1 {top1:.2f} %"
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Those of the epoch `record["epoch"]`; later ones of an earlier start go."""
+        """Write the numbers of epoch `record["epoch"]`; remove later ones of an earlier start."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -92,7 +92,7 @@ class TensorBoard:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak device memory on CUDA, resident memory of this process on the CPU; bytes."""
+    """Return the peak device memory on CUDA, resident memory of this process on the CPU; bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     with open("/proc/self/statm") as file:
@@ -100,7 +100,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -> str:
-    """An epoch's record for the screen and the log."""
+    """Write an epoch's record as a line for the screen and the log."""
     evaluation = f"val top-1 {record['val_top1']:5.2f} %  " if "val_top1" in record else ""
     eta = f"  {duration(remaining_seconds)} left" if remaining_seconds else ""
     return (f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1 "

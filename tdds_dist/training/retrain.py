@@ -70,8 +70,8 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
 
 def resolve(config: Config, coreset: Coreset, coreset_file: Path, strategy: str, importance: str, name: str | None = None,
             world_size: int = 1) -> tuple[RunDir, Config, dict[str, Any]]:
-    """Where a retraining goes, its config with the epochs of the strategy and the batch of the pruning rate, and what else
-    decides its result. InputError when the ranks cannot share the batch, or the name is none."""
+    """Return the directory of a retraining, its config with the epochs of the strategy and the batch of the pruning rate, and
+    what else decides its result. Raise InputError when the ranks cannot share the batch, or the name is not a folder's."""
     rate = coreset.pruning_rate
     factor = batch_size_factor(rate, config.retrain.batch_size_rule)
     rows = per_rank_batch(config.train.global_batch_size, world_size, config.train.accumulation, factor)
@@ -89,7 +89,7 @@ def resolve(config: Config, coreset: Coreset, coreset_file: Path, strategy: str,
 
 def _announce(config: Config, run: RunDir, coreset: Coreset, strategy: str, importance: str, epochs: int,
               global_batch_size: int, world: World) -> None:
-    """What is about to be trained, and what about it may surprise."""
+    """Announce the training, and warn of what may surprise about it."""
     base = f"retrain.epochs={config.retrain.epochs}" if config.retrain.epochs else f"train.epochs={config.train.epochs}"
     announce(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
         f"(Strategy-{strategy} of {base}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
@@ -113,14 +113,14 @@ def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
 
 
 def _checked(name: str) -> str:
-    """A name for a folder, and nothing that leads out of it."""
+    """Return the name; raise InputError unless it names a folder and leads nowhere else."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):
         raise InputError(f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or digit")
     return name
 
 
 def _sha256(coreset: Coreset) -> str:
-    """What decides a retraining in a coreset."""
+    """Hash the parts of a coreset that decide a retraining."""
     return hashlib.sha256(coreset.index_M.tobytes() + coreset.importance_M.tobytes()).hexdigest()
 
 

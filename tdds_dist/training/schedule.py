@@ -1,4 +1,4 @@
-"""How long, how fast, how much at once: learning rate by step, epochs of Strategy-E and -P, batch size by pruning rate."""
+"""Schedules: learning rate by step, epochs of Strategy-E and -P, batch size by pruning rate, image size by epoch."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ STRATEGIES = ("E", "P")
 
 
 def learning_rate(step: int, total_steps: int, peak: float, *, warmup_steps: int = 0, final: float = 0.0) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine from `peak` to `final`.
+    """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine from `peak` to `final`.
 
     Without warm-up this is torch's CosineAnnealingLR stepped once per batch, as the authors train.
     """
@@ -21,14 +21,15 @@ def learning_rate(step: int, total_steps: int, peak: float, *, warmup_steps: int
 
 
 def retrain_epochs(epochs: int, pruning_rate: float, strategy: str) -> int:
-    """Epochs on a coreset: Strategy-E keeps those of the full data, Strategy-P as many images seen (epochs / (1 - p))."""
+    """Return the epochs on a coreset: Strategy-E keeps those of the full data, Strategy-P as many images seen (epochs / (1 -
+    p))."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
     return epochs if strategy == "E" else round(epochs / (1.0 - pruning_rate))
 
 
 def batch_size_factor(pruning_rate: float, rule: Mapping[float, float]) -> float:
-    """Factor on the batch size: that of the largest rate in `rule` not above `pruning_rate`, 1 below all of them.
+    """Return the factor on the batch size: that of the largest rate in `rule` not above `pruning_rate`, 1 below all of them.
 
     The paper halves the batch at p = 0.8 and quarters it at p = 0.9.
     """
@@ -37,7 +38,7 @@ def batch_size_factor(pruning_rate: float, rule: Mapping[float, float]) -> float
 
 
 def per_rank_batch(global_batch_size: int, world_size: int, accumulation: int = 1, factor: float = 1.0) -> int:
-    """Rows per rank and forward pass of a global batch of `global_batch_size * factor`.
+    """Return the rows per rank and forward pass of a global batch of `global_batch_size * factor`.
 
     Raises InputError when it cannot be dealt out evenly, naming the nearest values of train.global_batch_size that can.
     """
@@ -62,7 +63,7 @@ def per_rank_batch(global_batch_size: int, world_size: int, accumulation: int = 
 
 
 def training_size(config: Config, epoch: int, epochs: int) -> int:
-    """Side of the training images in `epoch` (from 0) of `epochs`, pixels: libffcv/ffcv-imagenet's `get_resolution`.
+    """Return the side of the training images in `epoch` (from 0) of `epochs`, pixels: libffcv/ffcv-imagenet's `get_resolution`.
 
     Where `epochs` is not train.epochs (a coreset's), its first epoch stands for the first, its last for the last, and those
     in between lie evenly.
@@ -80,7 +81,7 @@ def training_size(config: Config, epoch: int, epochs: int) -> int:
 
 
 def training_sizes(config: Config) -> list[int]:
-    """All that `training_size` may give, for any number of epochs; ascending."""
+    """Return all that `training_size` may give, for any number of epochs; ascending."""
     final, sizes = config.data.image_size, config.data.progressive
     if sizes is None:
         return [final]

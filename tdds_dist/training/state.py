@@ -17,7 +17,7 @@ Replicas = nn.parallel.DistributedDataParallel
 
 
 class Stateful(Protocol):
-    """What has a state of its own; both calls are collectives."""
+    """Something with a state of its own; both calls are collectives."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that share its memory."""
@@ -40,7 +40,7 @@ def tensors_of(model: Replicas, optimizer: torch.optim.Optimizer, observer: Stat
 
 
 def _of_rank(rank: int, model: Replicas, totals: Tensor, world: World) -> dict[str, Tensor]:
-    """What differs between ranks within an epoch: batch-norm statistics, random numbers, sums of metrics."""
+    """Return the state that differs between ranks within an epoch: batch-norm statistics, random numbers, sums of metrics."""
     own = {f"buffer/{name}": buffer for name, buffer in model.module.named_buffers()}
     own |= {"random": torch.get_rng_state(), "totals": totals}
     if world.device.type == "cuda":
@@ -98,7 +98,7 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 
 def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextManager[Any]) -> None:
-    """One forward and backward pass without effect on `sample` (at least two images), forward under `autocast`.
+    """Make one forward and backward pass without effect on `sample` (at least two images), forward under `autocast`.
 
     DDP sorts its buckets anew after the first backward pass, which changes the order of sums from three ranks on; so that a
     resumed run sums as an uninterrupted one does, no run trains with unsorted buckets.
