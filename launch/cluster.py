@@ -77,18 +77,18 @@ class Cluster(Section):
 
     @property
     def num_ranks(self) -> int:
-        """World size of the job."""
+        """Return the world size of the job."""
         return self.nodes * self.ranks_per_node
 
     @property
     def python(self) -> str:
-        """The command that runs python on the nodes, as shell text."""
+        """Return the command that runs python on the nodes, as shell text."""
         venv = os.path.expanduser(os.path.expandvars(self.venv)) if self.venv else ""
         python = f"{venv}/bin/python" if venv else "python3" if self.container else sys.executable
         return f"{self.container} {shlex.quote(python)}" if self.container else shlex.quote(python)
 
     def for_stage(self, stage: str) -> "Cluster":
-        """What the jobs of a stage get."""
+        """Return what the jobs of a stage get."""
         values = {key: getattr(self, key) for key in Cluster.model_fields if key != "stages"}
         if stage in _ON_ONE_RANK:
             values |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0}
@@ -122,7 +122,7 @@ class Cluster(Section):
 
 
 def load_cluster(path: Path) -> Cluster:
-    """Read a cluster file; InputError naming file, key and rule for the first thing wrong."""
+    """Read a cluster file; raise InputError naming file, key and rule for the first thing wrong."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; configs/clusters/ holds examples")
     try:

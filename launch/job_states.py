@@ -1,4 +1,4 @@
-"""What became of jobs: asked of `squeue` and `sacct`, and for executor=local of the process table and the files of the ranks.
+"""The states of jobs, from `squeue` and `sacct`, and for executor=local from the process table and the files of the ranks.
 
 Nothing here raises because a scheduler is missing, refuses or hangs: the state is then "unknown", with the reason.
 """
@@ -24,7 +24,7 @@ ACTIVE = ("pending", "requeued", "running", "suspended")
 
 @dataclass(frozen=True)
 class JobState:
-    """What became of a job."""
+    """The state of a job."""
 
     state: str  # pending requeued running suspended finished failed cancelled timeout node_fail out_of_memory preempted unknown
     reason: str = ""  # as the scheduler has it, e.g. Dependency; where the state is unknown, why
@@ -35,17 +35,17 @@ class JobState:
 
     @property
     def is_active(self) -> bool:
-        """Whether the job still waits or runs."""
+        """Say whether the job still waits or runs."""
         return self.state in ACTIVE
 
     @property
     def is_bad(self) -> bool:
-        """Whether the job is over without success."""
+        """Say whether the job is over without success."""
         return self.state not in (*ACTIVE, "finished", "unknown")
 
 
 def job_states(jobs: Iterable[JobRecord], timeout_seconds: float = 10.0) -> dict[str, JobState]:
-    """The state of every job, by id. Asks SLURM at most once, within the time-out; raises nothing."""
+    """Return the state of every job, by id. Ask SLURM at most once, within the time-out; raise nothing."""
     jobs = list(jobs)
     on_slurm = [job for job in jobs if job.executor == "slurm"]
     states = _slurm_states(on_slurm, timeout_seconds) if on_slurm else {}
@@ -70,7 +70,7 @@ _CLOCK_SKEW = 300.0  # seconds that the clocks of a login node and of the contro
 
 
 def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, JobState]:
-    """squeue knows what waits and runs, sacct what is over; each does for the other as far as it can."""
+    """Ask squeue for what waits and runs, and sacct for what is over; each replaces the other as far as it can."""
     which = "--jobs=" + ",".join(sorted({job.id for job in jobs}))
     (queue, queue_error), (account, account_error) = _ask([[*_SQUEUE, which], [*_SACCT, which]], timeout_seconds)
     if "Invalid job id" in queue_error:  # what squeue says of jobs that ended a while ago
@@ -92,7 +92,7 @@ def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, Jo
 
 
 def _ask(commands: list[list[str]], timeout_seconds: float) -> list[tuple[str, str]]:
-    """Run the commands at the same time; per command what it printed, and in a line why it did not answer."""
+    """Run the commands at the same time; return what each printed, and in a line why it did not answer."""
     deadline = time.monotonic() + timeout_seconds
     # Times are compared below; the format is the user's to choose otherwise.
     environment = os.environ | {"SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
@@ -121,7 +121,7 @@ def _ask(commands: list[list[str]], timeout_seconds: float) -> list[tuple[str, s
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Kill a command and what it started. Not waited for: on a file system that hangs it dies when that comes back."""
+    """Kill a command and what it started, without waiting: on a file system that hangs it ends only when that comes back."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except OSError:
@@ -149,8 +149,8 @@ def _parse_squeue(text: str) -> dict[str, JobState]:
 
 
 def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobState]:
-    """The last record of each job; the others are its starts before a requeue, or those of another job that had its number
-    before SLURM counted from 1 again: older than the submission."""
+    """Return the last record of each job; the others are its starts before a requeue, or of an older job that had its number
+    before SLURM counted from 1 again."""
     records: dict[str, list[tuple[float, JobState]]] = {}
     for line in text.splitlines():
         columns = [column.strip() for column in line.split("|")]
@@ -174,7 +174,8 @@ def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobStat
 
 
 def _array_ids(text: str) -> list[str]:
-    """The ids behind one that may stand for several: 12, 12_3, 12_[0-3,7%2], 12_[0-8:4]; cut off ("12_[0-3,5-...") too."""
+    """Return the ids behind one that may stand for several: 12, 12_3, 12_[0-3,7%2], 12_[0-8:4]; cut off ("12_[0-3,5-...") too.
+    """
     match = re.fullmatch(r"(\d+)_\[([^\]%]*)(%\d+)?(\]?)", text)
     if match is None:
         return [text]
@@ -192,7 +193,7 @@ def _nodes(text: str) -> str:
 
 
 def _exit_code(text: str) -> int | None:
-    """From "code:signal" (sacct), or the status of wait(2) (squeue)."""
+    """Read an exit code from "code:signal" (sacct), or from the status of wait(2) (squeue)."""
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         code, signal_number = int(match[1]), int(match[2])
     elif text.isdigit():
@@ -203,7 +204,7 @@ def _exit_code(text: str) -> int | None:
 
 
 def _elapsed(text: str) -> str:
-    """squeue writes 0:08 and 1:02:03 where sacct writes 00:00:08 and 01:02:03."""
+    """Write a duration alike: squeue gives 0:08 and 1:02:03 where sacct gives 00:00:08 and 01:02:03."""
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdigit() for part in parts):
@@ -223,7 +224,7 @@ def _seconds(text: str) -> float | None:
 
 
 def _local_state(job: JobRecord) -> JobState:
-    """From its process, its results and how its ranks ended."""
+    """Find the state of a local job from its process, its results and how its ranks ended."""
     elapsed = _duration(time.time() - job.time)
     if job.host and job.host != socket.gethostname():
         return _by_results(job) or JobState("unknown", f"its process is on {job.host}; ask there")
@@ -235,7 +236,7 @@ def _local_state(job: JobRecord) -> JobState:
 
 
 def _by_results(job: JobRecord) -> JobState | None:
-    """From the files that its ranks left: all successes, or any failure; None when they do not say."""
+    """Find the state from the files that its ranks left: all successes, or any failure; None when they do not say."""
     files = dict(files_of_ranks(job.log_dir, job.id, r"result\.pkl"))
     outcomes = [outcome_of(file) for file in files.values()]
     ends = read_ends(job.log_dir, job.id)
@@ -256,14 +257,14 @@ def _restarts(job: JobRecord) -> int:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Results are read to show a word; nothing in them is run."""
+    """An unpickler that runs nothing: results are read for one word only."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
 
 
 def outcome_of(file: Path) -> str:
-    """ "success" or "error", as submitit writes it; "" when the file says neither."""
+    """ Return "success" or "error", as submitit writes it; "" when the file says neither."""
     try:
         with file.open("rb") as content:
             outcome = _PlainUnpickler(content).load()[0]
@@ -273,7 +274,7 @@ def outcome_of(file: Path) -> str:
 
 
 def _is_alive(pid: int, submitted: float) -> bool:
-    """Whether the process that had this number at that time still runs; a later one with its number is another."""
+    """Say whether the process that had this number at that time still runs; a later one with its number is another."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
@@ -284,7 +285,7 @@ def _is_alive(pid: int, submitted: float) -> bool:
 
 
 def _duration(seconds: float) -> str:
-    """As SLURM writes it: [days-]hours:minutes:seconds."""
+    """Write a duration as SLURM does: [days-]hours:minutes:seconds."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -304,8 +305,8 @@ _ENDED = {"timeout": "met its time limit", "node_fail": "lost a node", "out_of_m
 
 
 def explain(job: JobRecord, jobs: Iterable[JobRecord], states: Mapping[str, JobState]) -> tuple[str, JobRecord | None]:
-    """The state of a job in words, and the job whose end explains it: itself when it failed, the first of those that it waited
-    for when it never started because of that, else None. `jobs` are all there are, `states` what is known of them."""
+    """Return the state of a job in words, and the job whose end explains it: itself when it failed, the first of those that it
+    waited for when it never started because of that, else None. `jobs` are all there are, `states` what is known of them."""
     state, by_id = states[job.id], {other.id: other for other in jobs}
     root = _failed_parent(job, by_id, states)
     if state.state in ("pending", "requeued"):
@@ -332,7 +333,7 @@ def explain(job: JobRecord, jobs: Iterable[JobRecord], states: Mapping[str, JobS
 
 
 def _bad_end(job: JobRecord, state: JobState, *, with_code: bool = True) -> str:
-    """What its ranks say of themselves counts more than the exit code, which srun takes from any of them."""
+    """Say how a job failed: by what its ranks wrote rather than by the exit code, which srun takes from any of them."""
     code = f" (exit code {state.exit_code})" if state.exit_code and with_code else ""
     if state.state != "failed":
         return _ENDED[state.state]
@@ -358,12 +359,12 @@ def _named(job: JobRecord) -> str:
 
 
 def _parents(parent: str, by_id: Mapping[str, JobRecord]) -> list[JobRecord]:
-    """The jobs behind one id that another waits for; the number of an array stands for all in it."""
+    """Return the jobs behind one id that another waits for; the number of an array stands for all in it."""
     return [other for other in by_id.values() if other.id == parent or other.id.startswith(f"{parent}_")]
 
 
 def _failed_parent(job: JobRecord, by_id: Mapping[str, JobRecord], states: Mapping[str, JobState]) -> JobRecord | None:
-    """The job that made this one impossible: one that failed, before one that was cancelled itself."""
+    """Return the job that made this one impossible: one that failed, before one that was cancelled itself."""
     parents = [other for parent in job.after for other in _parents(parent, by_id) if other.id != job.id]
     bad = [other for other in parents if other.id in states and states[other.id].is_bad]
     bad.sort(key=lambda other: states[other.id].state == "cancelled")

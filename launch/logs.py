@@ -1,4 +1,4 @@
-"""Which log of a run a person wants to see, and its last lines.
+"""The log of a run that a person wants to see, and its last lines.
 
 submitit writes `<id>_<rank>_log.out` and `.err` into the log folder (of arrays `<id>_<task>_<rank>_log.err`); a run that was
 not submitted has `log.txt`.
@@ -20,7 +20,7 @@ _BLOCK_BYTES = 1 << 16
 
 
 def choose_log(directory: Path, job_id: str | None, rank: int | None, stream: str) -> tuple[Path, str]:
-    """The log file, and what to say about the choice. `stream` is out or err.
+    """Return the log file, and what to say about the choice. `stream` is out or err.
 
     Raises:
         InputError: no such run, job, rank or log; names those there are.
@@ -48,7 +48,7 @@ def choose_log(directory: Path, job_id: str | None, rank: int | None, stream: st
 
 
 def _choose_job(directory: Path, jobs: list[JobRecord], job_id: str | None, stream: str) -> tuple[JobRecord, JobState]:
-    """The one asked for; else one that runs, else the one that wrote last."""
+    """Return the one asked for; else one that runs, else the one that wrote last."""
     look = f"`tdds status {directory}`"
     if job_id is not None:
         found = [job for job in jobs if job.id == job_id]
@@ -76,7 +76,7 @@ def _last_written(job: JobRecord, stream: str) -> float:
 
 
 def _own_log(directory: Path, runs: list[Path], job_id: str | None, rank: int | None) -> Path:
-    """log.txt, where there are no jobs."""
+    """Return log.txt, where there are no jobs."""
     if job_id is not None:
         raise InputError(f"--job {job_id}: {directory} has no jobs (it was not submitted); leave it out to see log.txt")
     if runs != [directory]:
@@ -90,7 +90,7 @@ def _own_log(directory: Path, runs: list[Path], job_id: str | None, rank: int | 
 
 
 def _ranges(numbers: list[int]) -> str:
-    """0-3, 5."""
+    """Write numbers as ranges: 0-3, 5."""
     texts: list[str] = []
     first = previous = None
     for number in [*sorted(numbers), None]:

@@ -1,4 +1,4 @@
-"""Jobs that were submitted for a run: the list of them, and how their ranks ended; what became of them, `job_states` finds out.
+"""The list of jobs that were submitted for a run, and how their ranks ended; `job_states` finds out the states of the jobs.
 
 Owns two kinds of files in the log folder. Each holds one JSON object per line, written in one piece, so that several writers do
 not mix; a line that is damaged is as if it were not there.
@@ -41,7 +41,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class EndRecord:
-    """How one rank left."""
+    """The end of one rank."""
 
     kind: str  # refused | failed | lost; resume: saved, not queued again; requeued; requeue: to be queued again
     rank: int = 0
@@ -60,7 +60,7 @@ _Record = TypeVar("_Record", JobRecord, EndRecord)
 
 
 def log_dir_of(run: Path) -> Path:
-    """The log folder of a run or experiment directory."""
+    """Return the log folder of a run or experiment directory."""
     try:
         told = (run / POINTER_FILE).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -71,7 +71,7 @@ def log_dir_of(run: Path) -> Path:
 
 
 def jobs_of(directory: Path) -> tuple[Path | None, list[JobRecord], list[JobRecord]]:
-    """Log folder, the jobs of a run or experiment, and all that are listed with them.
+    """Return the log folder, the jobs of a run or experiment, and all that are listed with them.
 
     A retraining, or one seed of an experiment, may have been submitted with the directory around it.
     """
@@ -95,32 +95,32 @@ def append_job(log_dir: Path, record: JobRecord | Mapping[str, Any]) -> None:
 
 
 def read_jobs(log_dir: Path) -> list[JobRecord]:
-    """Every job in the order of submission; lines that are damaged are left out."""
+    """Read every job in the order of submission; lines that are damaged are left out."""
     found = [_record(JobRecord, content) for content in read_lines(log_dir / JOBS_FILE)]
     return [replace(job, after=tuple(map(str, job.after)), log_dir=log_dir) for job in found if job and _ID.fullmatch(job.id)]
 
 
 def latest_submission(jobs: list[JobRecord]) -> list[JobRecord]:
-    """The jobs of the command that came last."""
+    """Return the jobs of the command that came last."""
     return [job for job in jobs if job.submission == jobs[-1].submission] if jobs else []
 
 
 def append_end(log_dir: Path, job_id: str, record: EndRecord | Mapping[str, Any]) -> None:
-    """Say how a rank of a job left. OSError when that cannot be written."""
+    """Record how a rank of a job ended. OSError when that cannot be written."""
     end = record if isinstance(record, EndRecord) else EndRecord(**record)
     append_line(log_dir / f"{job_id}_{end.rank}_end.jsonl", asdict(end))
 
 
 def read_ends(log_dir: Path, job_id: str) -> list[EndRecord]:
-    """How the ranks of a job left, earliest first; lines that are damaged are left out."""
+    """Read how the ranks of a job ended, earliest first; lines that are damaged are left out."""
     files = files_of_ranks(log_dir, job_id, r"end\.jsonl")
     ends = (_record(EndRecord, content) for _, file in files for content in read_lines(file))
     return sorted((end for end in ends if end), key=lambda end: end.time)
 
 
 def first_cause(ends: Iterable[EndRecord]) -> EndRecord | None:
-    """What explains a failure: of the last restart, a rank that failed before one that refused its input before one that lost
-    another, and of those the earliest. None when nobody failed."""
+    """Return what explains a failure: of the last restart, a rank that failed before one that refused its input before one that
+    lost another, and of those the earliest. None when nobody failed."""
     ends = list(ends)
     last = max((end.restart for end in ends), default=0)
     found = [end for end in ends if end.restart == last and end.kind in CAUSES]
@@ -128,7 +128,7 @@ def first_cause(ends: Iterable[EndRecord]) -> EndRecord | None:
 
 
 def log_files(log_dir: Path, job_id: str, stream: str) -> dict[int, Path]:
-    """The logs of a job by rank; `stream` is out or err."""
+    """Return the logs of a job by rank; `stream` is out or err."""
     return dict(files_of_ranks(log_dir, job_id, rf"log\.{stream}"))
 
 
@@ -159,7 +159,7 @@ def _ends_whole(path: Path) -> bool:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, without what is damaged."""
+    """Return the JSON objects of a file, without what is damaged."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
@@ -176,7 +176,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(kind: type[_Record], content: dict[str, Any]) -> _Record | None:
-    """A record from JSON; unknown keys are left out, a value of another type makes it damaged."""
+    """Make a record from JSON; unknown keys are left out, a value of another type makes it damaged."""
     known: dict[str, Any] = {}
     for key in fields(kind):
         if key.name in content and key.name != "log_dir":

@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: the port of rank 0, and the network interface that leads to it."""
+"""The meeting point of the ranks of a job: the port of rank 0, and the network interface that leads to it."""
 
 import fcntl
 import socket
@@ -12,13 +12,13 @@ _RESOLVE_SECONDS = 60.0
 
 
 def rendezvous_port(job_id: int, restart: int) -> int:
-    """A port that all ranks compute alike: jobs of neighbouring ids have others, and so has the same job after a restart, where
-    something of its predecessor may still listen."""
+    """Compute a port, the same on all ranks; jobs of neighbouring ids get others, and so does the same job after a restart,
+    when the port of its last start may still be in use."""
     return _FIRST_PORT + (job_id + _NEXT_RESTART * restart) % _NUM_PORTS
 
 
 def is_free(port: int) -> bool:
-    """Whether this host can listen on a port."""
+    """Say whether this host can listen on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -29,7 +29,7 @@ def is_free(port: int) -> bool:
 
 
 def interface_to(host: str) -> str | None:
-    """The interface by which this host reaches another (lo for itself); None when that cannot be told.
+    """Return the interface by which this host reaches another (lo for itself); None when that cannot be told.
 
     A name that is not known yet (a node that has just been started) is asked for again for a minute.
     """

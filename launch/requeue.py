@@ -26,7 +26,7 @@ _VISIBLE_SECONDS = 30.0  # a file of another node may take that long to be seen
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code of the job."""
+    """Decide, and return the exit code of the job."""
     log_dir, (code, num_ranks, requeue_failures) = Path(arguments[0]), map(int, arguments[1:])
     job_id, restart = _job_id(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if _all_done(log_dir, job_id, num_ranks, patience=_VISIBLE_SECONDS if code == 0 else 0.0):
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _all_done(log_dir: Path, job_id: str, num_ranks: int, patience: float) -> bool:
-    """Whether every rank has left its result, which it writes when its commands are done."""
+    """Say whether every rank has left its result, which it writes when its commands are done."""
     end = time.monotonic() + patience
     while (outcomes := {_outcome(log_dir, job_id, rank) for rank in range(num_ranks)}) != {"success"}:
         if "error" in outcomes or time.monotonic() >= end:
@@ -88,7 +88,7 @@ def _again(log_dir: Path, job_id: str, restart: int, requeue_failures: int, what
 
 
 def _progress(log_dir: Path, job_id: str) -> str:
-    """The newest checkpoint of the run that the job works on, by name; empty when there is none."""
+    """Return the newest checkpoint of the run that the job works on, by name; empty when there is none."""
     directory = next((job.directory for job in read_jobs(log_dir) if job.id == job_id), "")
     found = sorted(path.name for path in Path(directory, "checkpoints").glob("step_*") if path.name[5:].isdecimal())
     return found[-1] if directory and found else ""

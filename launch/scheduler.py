@@ -1,5 +1,4 @@
-"""What submitit is told: the parameters of a job, its sbatch file, and how it is handed over. The only user of submitit's
-executors.
+"""Jobs by submitit: the parameters of a job, its sbatch file, and its submission. The only user of submitit's executors.
 
 A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and then `launch.requeue`, which
 queues the job again when a rank was lost, or says what ended it.
@@ -56,7 +55,7 @@ def submit(tasks: Sequence[StageTask], cluster: Cluster, name: str, log_dir: Pat
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Take jobs out of the queue, as far as that goes."""
+    """Take jobs out of the queue; raise nothing where that fails."""
     if job_ids:
         with suppress(OSError, subprocess.SubprocessError):
             subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job_ids)], timeout=30,
@@ -64,7 +63,7 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def sbatch_text(cluster: Cluster, name: str, log_dir: Path, num_tasks: int, after: Sequence[str] = ()) -> str:
-    """The sbatch file of such a job, as submitit writes it; also where there is no SLURM."""
+    """Return the sbatch file of such a job, as submitit writes it; also where there is no SLURM."""
     from submitit import SlurmExecutor
 
     class Anywhere(SlurmExecutor):
@@ -80,7 +79,7 @@ def sbatch_text(cluster: Cluster, name: str, log_dir: Path, num_tasks: int, afte
 
 
 def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]) -> dict[str, Any]:
-    """Arguments of SlurmExecutor.update_parameters."""
+    """Return the arguments of SlurmExecutor.update_parameters."""
     memory = None
     if cluster.memory_gb is not None:
         whole = cluster.memory_gb == int(cluster.memory_gb)
@@ -132,7 +131,7 @@ def _local(cluster: Cluster, log_dir: Path) -> Any:
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Without the variables of the job that this process may be part of, which sbatch would take for options."""
+    """Hide the variables of the job that this process may be part of, which sbatch would take for options."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return
@@ -145,7 +144,7 @@ def _outside_of_jobs() -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """What sbatch said: its lines `sbatch: error: ...`, without the command and the traceback around them."""
+    """Return what sbatch said: its lines `sbatch: error: ...`, without the command and the traceback around them."""
     mark = "sbatch: error: "
     lines = dict.fromkeys(line.partition(mark)[2].strip() for line in str(error).splitlines() if mark in line)
     return "; ".join(lines) or " ".join(str(error).split())

@@ -28,7 +28,7 @@ _MOST_JOBS = 30  # in the table; above, those that are done or wait are counted 
 
 
 def add_status(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The subcommand `status`."""
+    """Add the subcommand `status`."""
     stage = stages.add_parser(
         "status", help="where a run, its retrainings and its jobs are",
         description="Where a run or an experiment is: state, progress, last checkpoint, why it stopped; its retrainings; the "
@@ -41,7 +41,7 @@ def add_status(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The subcommand `logs`."""
+    """Add the subcommand `logs`."""
     stage = stages.add_parser(
         "logs", help="the log of a job of a run",
         description="The end of the log of the newest job: of one that runs, else of the one that wrote last. Of a job that "
@@ -84,13 +84,13 @@ class Status:
 
     @property
     def is_active(self) -> bool:
-        """Whether anything waits or runs."""
+        """Say whether anything waits or runs."""
         runs = [*self.runs, *self.retrainings]
         return any(run.is_active for run in runs) or any(row.state.is_active for row in self.rows)
 
     @property
     def retrainings(self) -> list[RunStatus]:
-        """Of all runs."""
+        """Return the retrainings of all runs."""
         return [retraining for run in self.runs for retraining in run.retrainings]
 
 
@@ -121,7 +121,7 @@ def gather(directory: Path) -> Status:
 
 
 def _cause(job: JobRecord) -> EndRecord | None:
-    """Why a job failed, by its ranks; where they had no time to say, by what was written when they had ended."""
+    """Say why a job failed, by its ranks; where they had no time to write it, by what was written when they had ended."""
     if (found := first_cause(read_ends(job.log_dir, job.id))) is not None:
         return found
     after = [line for line in read_lines(job.log_dir / f"{job.id}_failures.jsonl") if isinstance(line.get("what"), str)]
@@ -154,7 +154,7 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def as_data(status: Status) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Return what `--json` prints."""
     rows = []
     for row in status.rows:
         job = {key: value for key, value in asdict(row.job).items() if key != "log_dir"}
@@ -168,7 +168,7 @@ def as_data(status: Status) -> dict[str, Any]:
 
 
 def as_lines(status: Status) -> list[str]:
-    """What a person reads."""
+    """Return the lines that a person reads."""
     lines = [line for run in status.runs for line in run_lines(run)]
     lines += retraining_lines(status.retrainings, status.num_waiting)
     if status.rows:
@@ -209,7 +209,7 @@ _NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "Account
 
 
 def next_step(status: Status) -> str:
-    """One line: what a person would do now."""
+    """Say in one line what a person would do now."""
     bad = [row for row in status.rows if row.state.is_bad]
     runs = [*status.runs, *status.retrainings]
     logs = f"tdds logs {status.directory}"
@@ -247,14 +247,14 @@ def next_step(status: Status) -> str:
 
 
 def _started_by(run: RunStatus) -> str:
-    """The command that started a run; empty where it does not say so itself."""
+    """Return the command that started a run; empty where it does not say so itself."""
     if len(run.command) < 2 or run.command[0] != "tdds":
         return ""
     return command(*run.command[1:], ranks=run.world_size or 1)
 
 
 def _report_or_page(directory: Path, runs: list[RunStatus]) -> str:
-    """The page, where one was written after the last of `runs` had finished."""
+    """Return the page, where one was written after the last of `runs` had finished."""
     page = directory / "report.html"
     try:
         if page.stat().st_mtime >= max((Path(run.directory) / "result.json").stat().st_mtime for run in runs):
@@ -265,7 +265,7 @@ def _report_or_page(directory: Path, runs: list[RunStatus]) -> str:
 
 
 def _select(directory: Path) -> str:
-    """As the collection itself closes; in words of its own where its config cannot be read."""
+    """Return the command that the collection itself ends with; a plain one where its config cannot be read."""
     from tdds_dist.cli.commands import select_command
     from tdds_dist.config.run import parse_config
 
@@ -296,7 +296,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def run_lines(status: RunStatus) -> list[str]:
-    """The run itself, in a few lines; the first has no indent."""
+    """Describe the run itself in a few lines; the first has no indent."""
     lines = [f"{status.directory}: {', '.join(filter(None, (status.stage, _WORDS.get(status.state, status.state))))}"]
     if progress := progress_text(status):
         lines.append(f"  {progress}")
@@ -315,7 +315,7 @@ def run_lines(status: RunStatus) -> list[str]:
 
 
 def progress_text(status: RunStatus) -> str:
-    """How far it is, in one line."""
+    """Say in one line how far a run is."""
     if status.state == "finished":
         top1 = (f"final top-1 {status.final_top1:.2f} %" if status.final_top1 is not None else "",
                 f"best {status.best_top1:.2f} %" if status.best_top1 is not None else "")
@@ -330,7 +330,7 @@ def progress_text(status: RunStatus) -> str:
 
 
 def retraining_lines(retrainings: Iterable[RunStatus], num_waiting: int = 0) -> list[str]:
-    """A count of those that finished, and a line for each of the others."""
+    """Count the retrainings that finished, and give a line to each of the others."""
     found = list(retrainings)
     if not found and not num_waiting:
         return []

@@ -42,7 +42,7 @@ _SILENT_SECONDS = 120.0  # without a word from SLURM on the jobs that are left, 
 
 
 def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The subcommand of `tdds`."""
+    """Add the subcommand `submit`."""
     stage = stages.add_parser(
         "submit", help="a stage or the whole pipeline as SLURM jobs",
         description="Submit jobs to a cluster, or to this machine (see configs/clusters/). pipeline: the collection, then the "
@@ -86,7 +86,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Submit what the command line says, and print it; returns the exit code, and what `tdds submit --json` prints.
+    """Submit what the command line says, and print it; return the exit code, and what `tdds submit --json` prints.
 
     Raises:
         InputError: it cannot run as asked, or the scheduler refuses it; nothing stays queued.
@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 def _outcome(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: list[str],
              records: Sequence[job_list.JobRecord] = (), exit_code: int = 0) -> Outcome:
-    """The object for `--json`; people have read the same already."""
+    """Return the object for `--json`; the same has been printed for people already."""
     parts = [{"name": stage.name, "jobs": len(stage.waiting), "done": len(stage.steps) - len(stage.waiting)}
              for stage in stages]
     return Outcome(exit_code=exit_code, data={
@@ -146,7 +146,7 @@ def _outcome(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: l
 
 
 def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen: Path) -> "list[Stage]":
-    """The stages; InputError for what would otherwise fail only after jobs have waited in the queue."""
+    """Return the stages; raise InputError for what would otherwise fail only after jobs have waited in the queue."""
     from tdds_dist.experiments.grid import check_what_is_done, collect_stage, pipeline_stages
 
     given = [key for key in ("coreset", "strategy", "importance", "name") if getattr(options, key) is not None]
@@ -182,7 +182,7 @@ def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path,
 
 
 def _needs(config: "Config", cluster: Cluster) -> str:
-    """What the collection takes, as `tdds plan` says it; InputError when that cannot fit."""
+    """Return what the collection takes, as `tdds plan` says it; raise InputError when that cannot fit."""
     from tdds_dist.experiments.forecast import parse_bytes
     from tdds_dist.experiments.forecast import plan as plan_resources
 
@@ -199,14 +199,14 @@ def _needs(config: "Config", cluster: Cluster) -> str:
 
 
 def _warnings(config: "Config") -> list[str]:
-    """What may be right on the nodes and is not here."""
+    """Warn of files that are missing here and may be there on the nodes."""
     files = {key: getattr(config.data, key) for key in ("train", "val")}
     missing = [f"data.{key}={file}" for key, file in files.items() if not Path(file).is_file()]
     return [f"{' and '.join(missing)} not found on this machine; the nodes must have it"] if missing else []
 
 
 def _frozen(config: "Config", part: str, log_dir: Path) -> tuple[Path, str]:
-    """File and text of the resolved config, under a name that its content decides."""
+    """Return file and text of the resolved config, under a name that its content decides."""
     from tdds_dist.config.run import to_dict
 
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
@@ -242,7 +242,7 @@ def _alone(run: Path) -> Iterator[None]:
 
 
 def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
-    """InputError when jobs of an earlier submission are to do the same."""
+    """Raise InputError when jobs of an earlier submission are to do the same."""
     wanted = {(stage.name, os.path.abspath(step.directory)) for stage in stages for step in stage.waiting}
     before = [job for log_dir in log_dirs for job in job_list.read_jobs(log_dir)
               if (job.stage, os.path.abspath(job.directory)) in wanted]
@@ -260,7 +260,7 @@ def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
 
 
 def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
-    """The plan as a table."""
+    """Return the plan as a table."""
     lines = [f"{'stage':9} {'jobs':>5} {'done':>5}  each"]
     for stage in stages:
         part = cluster.for_stage(stage.name)
@@ -297,7 +297,7 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
 
 
 def _submit_all(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir: Path) -> list[job_list.JobRecord]:
-    """Queue every stage that waits; the jobs, in order. What is queued already goes when one is refused."""
+    """Queue every stage that waits; return the jobs, in order. When one is refused, those before are cancelled."""
     records: list[job_list.JobRecord] = []
     after: list[str] = []
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -338,7 +338,7 @@ def _record(step: "Step", stage: str, job_id: str, submission: str, cluster: Clu
 
 
 def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir: Path, options: argparse.Namespace) -> int:
-    """The stages one after the other; a single stage without `--wait` goes on in the background."""
+    """Run the stages one after the other; a single stage without `--wait` goes on in the background."""
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     waits = options.wait or options.part == "pipeline"
     for stage in stages:
@@ -367,7 +367,7 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir
 
 
 def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
-    """0 when every rank of a local job left its result, else the exit code, with the reason printed."""
+    """Return 0 when every rank of a local job left its result, else the exit code, with the reason printed."""
     ends = job_list.read_ends(log_dir, record.id)
     if all(outcome_of(job.task(rank).paths.result_pickle) == "success" for rank in range(job.num_tasks)):
         print(f"{record.stage}: {record.title} is done", flush=True)
@@ -381,7 +381,7 @@ def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
 
 
 def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
-    """Wait until all jobs are over; the exit code, with the reason of the first failure printed."""
+    """Wait until all jobs are over; return the exit code, with the reason of the first failure printed."""
     said: dict[str, str] = {}
     silent_since: float | None = None
     while True:
@@ -410,7 +410,7 @@ def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
 
 
 def _ids(records: Sequence[job_list.JobRecord]) -> str:
-    """Ids as people write them: those of an array once."""
+    """Write ids as people do: those of an array once."""
     return ", ".join(dict.fromkeys(record.id.split("_")[0] for record in records))
 
 
@@ -419,7 +419,7 @@ if __name__ == "__main__":
 
 
 def check_batch(config: "Config", cluster: Cluster, stages: "Sequence[Stage]") -> None:
-    """InputError when the ranks of a stage cannot share its batch evenly."""
+    """Raise InputError when the ranks of a stage cannot share its batch evenly."""
     for stage in stages:
         if stage.name not in ("collect", "retrain"):
             continue

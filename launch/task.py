@@ -1,4 +1,4 @@
-"""What a job runs on each of its ranks: the commands of one step, through the command line that a person uses.
+"""The work of a job on each of its ranks: the commands of one step, through the command line that a person uses.
 
 It is pickled at submission and unpickled on the nodes, also after a requeue: it holds what to do and nothing of how far that
 is. State is on disk, found by the command itself.
@@ -46,7 +46,7 @@ class StageTask:
         self.interface = interface
 
     def __call__(self) -> None:
-        """Describe this rank in the env:// variables, then run the commands. Returns only when all are done."""
+        """Describe this rank in the env:// variables, then run the commands. Return only when all are done."""
         self._describe_rank()
         if self.rank != 0:
             # submitit ignores it until training listens; a rank that does not queue the job again need not outlive the others.
@@ -78,7 +78,8 @@ class StageTask:
         atexit.register(_exit, 0)
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Asked by submitit, in a signal handler, when the job is to be queued again: the same task. No collective in here."""
+        """Return the same task when the job is to be queued again. submitit calls it in a signal handler: no collective in
+        here."""
         from submitit.core.utils import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -132,7 +133,7 @@ class StageTask:
     # ---- leaving
 
     def _hand_over(self, interruption: "Interruption", message: str) -> NoReturn:
-        """All ranks are here, or leave on their own: the state is on disk."""
+        """Hand over to submitit. All ranks are here, or leave on their own; the state is on disk."""
         from submitit.core.utils import UncompletedJobError
 
         from tdds_dist.distributed.interruption import EXIT_RESUME, NOT_SAVED, TIME_LIMIT

@@ -1,7 +1,7 @@
 """Stage `experiment`: a table of retrainings from one collection per seed.
 
 Owns running what `grid` plans: several at a time in processes of their own, or one after the other on all ranks of a job;
-and the coresets in between. What a run does is `collect`'s and `retrain`'s; what comes out is `tables`'.
+and the coresets in between. Runs are those of `collect` and `retrain`; `tables` writes the results.
 """
 
 import fcntl
@@ -64,7 +64,7 @@ def experiment(plan: Experiment, *, jobs: int = 1, force: bool = False, world: W
 def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell],
                 execute: Callable[[list[Task]], dict[Path, str]], world: World, jobs: int,
                 force: bool) -> tuple[Path, list[str]]:
-    """Ranks agree on what to do without telling each other: they see the same files and the same failures."""
+    """Run an experiment. All ranks decide alike without messages: they see the same files and the same failures."""
     started = time.perf_counter()
     with together(world):
         if world.is_main:
@@ -130,7 +130,7 @@ def _is_readable(coreset_file: Path) -> bool:
 @contextmanager
 def _tables_if_interrupted(plan: Experiment, collections: dict[int, Task], cells: list[Cell], valid: list[Cell],
                            started: float, world: World) -> Iterator[None]:
-    """What is done so far, when the runs end before their time; where ranks work together, the launcher ends them."""
+    """Write tables of what is done when the runs end early; where ranks work together, the launcher ends them."""
     try:
         yield
     except BaseException:
@@ -154,7 +154,7 @@ def _finish(plan: Experiment, collections: dict[int, Task], cells: list[Cell], v
 
 
 def _manifest(plan: Experiment) -> Manifest | None:
-    """The manifest of the training images, where there is one."""
+    """Return the manifest of the training images, where there is one."""
     try:
         return read_manifest(Path(load_config(plan.config, plan.overrides).data.train))
     except InputError:  # the file is gone, or another
@@ -162,7 +162,7 @@ def _manifest(plan: Experiment) -> Manifest | None:
 
 
 def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | None) -> CellResult:
-    """What the table says of a cell, with the noise in its coreset where the manifest, of the same labels, knows."""
+    """Return what the table says of a cell, with the noise in its coreset where the manifest, of the same labels, knows it."""
     coreset = load_coreset(cell.coreset_file) if cell.coreset_file.is_file() else None
     bad: list[np.ndarray | None] = [None, None]
     if manifest and coreset and manifest.fingerprint == coreset.fingerprint:
@@ -174,7 +174,7 @@ def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | Non
 
 @contextmanager
 def _locked(plan: Experiment, seed: int) -> Iterator[None]:
-    """Keep other processes from this seed's runs, which they would take for left-overs; ends with this process."""
+    """Keep other processes from this seed's runs, which they would take for left-overs, until this process ends."""
     with (plan.directory / f".seed{seed}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,7 +223,7 @@ def _make_coresets(cells: list[Cell], configs: dict[int, Config], force: bool) -
 
 
 def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scores:
-    """The scores a method ranks by, computed from the trajectory where no file holds them yet."""
+    """Return the scores a method ranks by, computed from the trajectory where no file holds them yet."""
     key = method.score_key
     if key == "random":
         return random_scores(any_scores(run.path), config.run.seed)
@@ -247,7 +247,7 @@ def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scor
 
 
 def _run_task(task: Task, world: World, interruption: Interruption | None = None) -> None:
-    """One collection or retraining, from its last checkpoint where it was stopped."""
+    """Run one collection or retraining, from its last checkpoint where it was stopped."""
     from tdds_dist.training.collect import collect
     from tdds_dist.training.retrain import retrain
 
@@ -260,7 +260,8 @@ def _run_task(task: Task, world: World, interruption: Interruption | None = None
 
 
 def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[list[Task]], dict[Path, str]]:
-    """What runs tasks one after the other on all ranks; returns those that failed, by directory, and why."""
+    """Return a function that runs tasks one after the other on all ranks and returns those that failed, by directory, and why.
+    """
     def execute(tasks: list[Task]) -> dict[Path, str]:
         failed = {}
         for number, task in enumerate(tasks, start=1):
@@ -280,7 +281,7 @@ def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[
 
 
 def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
-    """What runs tasks in `jobs` processes; returns those that failed, by directory, and why."""
+    """Return a function that runs tasks in `jobs` processes and returns those that failed, by directory, and why."""
     if jobs < 1:
         raise InputError(f"--jobs={jobs} must be at least 1")
 

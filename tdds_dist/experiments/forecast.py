@@ -1,7 +1,6 @@
 """Stage `plan`: what a collection and its retrainings will take, before anything runs, and which option makes it fit.
 
-`needs` says what is needed; this stage compares it with what there is. Nothing is written. A way out that an error names
-was planned with in full, and fits.
+`needs` says what is needed; this stage compares it with what there is. Nothing is written.
 """
 
 import itertools
@@ -43,7 +42,7 @@ _MOST_NAMED = 4  # ways out that an error names
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes that there are."""
+    """A limit in bytes."""
 
     num_bytes: float
     source: str  # where that is known from
@@ -61,14 +60,14 @@ class Plan:
     assumed: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The numbers of the text, by name."""
+        """Return the numbers of the text, by name."""
         numbers = {name: {line.key: line.value for line in lines} for name, (_, lines) in self.sections.items()}
         trainings = [asdict(training) | {"images_seen": training.images_seen, "rank_hours": self._rank_hours(training.hours)}
                      for training in self.trainings]
         return {"plan": self.title, **numbers, "trainings": trainings, "assumptions": self.assumed}
 
     def as_text(self) -> str:
-        """Tables for people."""
+        """Return tables for people."""
         rows = [self.title]
         for heading, lines in self.sections.values():
             rows += ["", heading, *(f"  {line.label:<40}{line.text:>12}   {line.note}".rstrip() for line in lines)]
@@ -96,7 +95,7 @@ def _hours(hours: float | None) -> str:
 def plan(config: Config, *, num_ranks: int = 1, num_samples: int | None = None, gpu_memory_bytes: float | None = None,
          disk_bytes: float | None = None, images_per_second: float | None = None, measured_in: Path | None = None,
          strategies: Sequence[str] | None = None) -> Plan:
-    """What `config` takes on `num_ranks` ranks.
+    """Forecast what `config` takes on `num_ranks` ranks.
 
     Args:
         num_samples: N; by default the training .beton says it.
@@ -141,7 +140,8 @@ def plan(config: Config, *, num_ranks: int = 1, num_samples: int | None = None, 
 
 
 def parse_bytes(text: str | None, option: str) -> float | None:
-    """Bytes of a size such as 80GB, 79.6GiB or 80000MB, or of a plain number; None of None. InputError for anything else."""
+    """Return the bytes of a size such as 80GB, 79.6GiB or 80000MB, or of a plain number; None of None. Raise InputError for
+    anything else."""
     if text is None:
         return None
     match = _SIZE.fullmatch(text.strip())
@@ -159,7 +159,7 @@ def parse_bytes(text: str | None, option: str) -> float | None:
 
 
 def find_limits(case: Case, gpu_memory_bytes: float | None, disk_bytes: float | None) -> dict[str, Limit]:
-    """Memory per GPU and disk, as given, else as found on this machine; memory is missing where there is no GPU."""
+    """Return memory per GPU and disk, as given, else as found on this machine; memory is missing where there is no GPU."""
     if case.is_cpu and gpu_memory_bytes is not None:
         raise InputError(f"--gpu-memory={gpu_memory_bytes:.0f} means nothing with run.device=cpu; leave it out, or set "
                          "run.device=cuda")
@@ -181,7 +181,7 @@ def find_limits(case: Case, gpu_memory_bytes: float | None, disk_bytes: float | 
 
 def find_speed(config: Config, num_ranks: int, images_per_second: float | None,
                measured_in: Path | None) -> tuple[float | None, str]:
-    """Images per second over all ranks, and where that is known from; None where it is not."""
+    """Return images per second over all ranks, and the source of that number; None where it is not known."""
     if images_per_second is not None:
         if measured_in is not None:
             raise InputError("--images-per-second and --from exclude each other; leave one out")
@@ -225,7 +225,7 @@ def _exceeded(case: Case, limits: dict[str, Limit]) -> list[str]:
 
 
 def _refusal(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> str:
-    """One line: what is needed, what there is, and what makes it fit."""
+    """Say in one line what is needed, what there is, and what makes it fit."""
     where = {"memory": f"per {case.unit}", "disk": "of disk"}
     needed = " and ".join(f"{size(_needs(case, key))} {where[key]}, more than {size(limits[key].num_bytes)} "
                           f"({limits[key].source})" for key in exceeded)
@@ -243,7 +243,7 @@ def _refusal(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> str:
 
 
 def _ways_out(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> list[Case]:
-    """The mildest use of each option that makes everything fit; where none does, of two together, and so on."""
+    """Return the mildest use of each option that makes everything fit; where none does, of two together, and so on."""
     options = [option for key in exceeded for option in OPTIONS[key]]
     for num_together in range(1, _MOST_TOGETHER + 1):
         found: dict[tuple[str, ...], Case] = {}
@@ -259,7 +259,7 @@ def _ways_out(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> list
 
 
 def _fits(case: Case, limits: dict[str, Limit], otherwise: bool = False) -> bool:
-    """Whether all limits are kept; `otherwise` is the answer for a batch so small that the network cannot train on it."""
+    """Say whether all limits are kept; `otherwise` is the answer for a batch so small that the network cannot train on it."""
     try:
         if _exceeded(case, limits):
             return False
@@ -273,7 +273,7 @@ Option = Callable[[Case], Iterator[Case]]
 
 
 def _variants(case: Case, options: Sequence[Option]) -> Iterator[Case]:
-    """All uses of several options together, mild ones first."""
+    """Yield all uses of several options together, mild ones first."""
     if not options:
         yield case
         return
@@ -326,7 +326,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 
 
 def _deals_out(case: Case) -> bool:
-    """Whether ranks and forward passes divide the batches of all trainings. `per_rank_batch` also looks for better ones."""
+    """Say whether ranks and forward passes divide the batches of all trainings. `per_rank_batch` also looks for better ones."""
     train, parts = case.config.train, case.num_ranks * case.config.train.accumulation
     rule = case.config.retrain.batch_size_rule
     batches = [train.global_batch_size * batch_size_factor(rate, rule) for rate in case.pruning_rates]
@@ -334,7 +334,7 @@ def _deals_out(case: Case) -> bool:
 
 
 def _changes(before: Case, after: Case) -> list[str]:
-    """The options by which two cases differ, as they are typed."""
+    """Return the options by which two cases differ, as they are typed."""
 
     def options_of(case: Case) -> list[str]:
         score, train = case.config.score, case.config.train

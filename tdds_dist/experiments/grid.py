@@ -1,6 +1,6 @@
 """The plan of an experiment: which runs there are, what decides their results, and which of them are done.
 
-Reads configs and what finished runs say of themselves; runs nothing (`experiment` does).
+Reads configs and what finished runs say of themselves; runs nothing (`execute` does).
 """
 
 import json
@@ -35,23 +35,23 @@ class Cell:
 
     @property
     def coreset_file(self) -> Path:
-        """Where its coreset lies; shared by strategies and architectures."""
+        """Return the path of its coreset, which strategies and architectures share."""
         return self.collection.coresets / f"{self.method.name}_p{self.pruning_rate:g}.npz"
 
     @property
     def name(self) -> str:
-        """Folder under retrain/ of the collection."""
+        """Return its folder under retrain/ of the collection."""
         network = f"_{self.architecture.name}" if self.architecture else ""
         return f"{self.method.name}_p{self.pruning_rate:g}_{self.strategy}_{self.importance}{network}_seed{self.seed}"
 
     @property
     def run(self) -> RunDir:
-        """The retraining's run directory."""
+        """Return the retraining's run directory."""
         return RunDir(self.collection.retrain / self.name)
 
     @property
     def network(self) -> str:
-        """Name of the network, empty for that of the collection."""
+        """Return the name of the network, empty for that of the collection."""
         return self.architecture.name if self.architecture else ""
 
 
@@ -71,7 +71,7 @@ class Task:
 
 
 def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
-    """The collections by seed, and every retraining. Reads configs, but neither images nor results.
+    """Return the collections by seed, and every retraining. Reads configs, but neither images nor results.
 
     Raises:
         InputError: what can be known to fail in any of them.
@@ -81,7 +81,7 @@ def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
 
 
 def _cells(plan: Experiment, collections: dict[int, Task]) -> list[Cell]:
-    """Every retraining, by seed, network, strategy, rate, method."""
+    """List every retraining, by seed, network, strategy, rate, method."""
     found = []
     for seed in plan.seeds:
         config, run = parse_config(collections[seed].config), RunDir(collections[seed].directory)
@@ -100,7 +100,7 @@ def _cells(plan: Experiment, collections: dict[int, Task]) -> list[Cell]:
 
 
 def check_method(config: Config, method: Method, rate: float) -> None:
-    """InputError for a score that the collection will not give."""
+    """Raise InputError for a score that the collection will not give."""
     key = method.score_key
     stops = config.collect.stop_after == "last_window"
     num_epochs = max(window.T for window in config.windows()) if stops else config.train.epochs
@@ -145,7 +145,7 @@ def _collection_task(plan: Experiment, seed: int) -> Task:
 
 
 def retrain_task(plan: Experiment, cell: Cell) -> Task:
-    """The run of a cell whose coreset is made."""
+    """Return the run of a cell whose coreset is made."""
     what = (f"{cell.method.name} p={cell.pruning_rate:g} {cell.strategy}{' ' + cell.network if cell.network else ''}, "
             f"seed {cell.seed}")
     cost = 1.0 if cell.strategy == "P" else 1.0 - cell.pruning_rate
@@ -155,7 +155,7 @@ def retrain_task(plan: Experiment, cell: Cell) -> Task:
 
 
 def is_done(task: Task) -> bool:
-    """Whether it has a result, whatever it was asked for then (`in_the_way`)."""
+    """Say whether it has a result, whatever it was asked for then (`in_the_way`)."""
     return RunDir(task.directory).result_file.is_file()
 
 
@@ -180,7 +180,7 @@ def in_the_way(task: Task, images: dict[Any, Any]) -> tuple[str, str] | None:
 
 
 def window_of(config: Config, method: Method, rate: float) -> Window:
-    """The TDDS setting of a method at a pruning rate."""
+    """Return the TDDS setting of a method at a pruning rate."""
     window = Window(method.T, method.K, config.score.beta) if method.T and method.K else config.window_for(rate)
     return window if method.beta is None else replace(window, beta=method.beta)
 
@@ -212,19 +212,19 @@ class Stage:
 
     @property
     def waiting(self) -> tuple[Step, ...]:
-        """Steps that are not done."""
+        """List the steps that are not done."""
         return tuple(step for step in self.steps if not step.is_done)
 
 
 def collect_stage(config: Config, frozen: Path) -> Stage:
-    """The collection of a config; `frozen` is the file that the jobs read it from."""
+    """Return the collection of a config; `frozen` is the file that the jobs read it from."""
     config.check_collect()
     run = config.run.directory
     return Stage("collect", (Step("collect", (("collect", str(frozen)),), str(run), _has_result(run)),))
 
 
 def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
-    """Collection, selection, an array of retrainings, report: `config.pipeline` says of what."""
+    """List the stages: collection, selection, an array of retrainings, report; `config.pipeline` says of what."""
     collect = collect_stage(config, frozen)
     methods = _methods(config)
     rates = config.pipeline.pruning_rates or tuple(sorted(
@@ -253,7 +253,7 @@ def _methods(config: Config) -> list[Method]:
 
 
 def _check_methods(config: Config, methods: Sequence[Method], rates: Sequence[float]) -> None:
-    """InputError for a coreset that could not be made after the collection."""
+    """Raise InputError for a coreset that could not be made after the collection."""
 
     served = {f"{rate:g}" for window in config.score.windows for rate in window.pruning_rates}
     for method in methods:
@@ -269,7 +269,7 @@ def _check_methods(config: Config, methods: Sequence[Method], rates: Sequence[fl
 
 
 def _options(config: Config, method: Method) -> dict[str, Any]:
-    """What a score of the trajectory is computed with."""
+    """Return the options that a score of the trajectory is computed with."""
     from tdds_dist.scoring.offline import BASELINES
 
     names = BASELINES[method.score_key].options if method.score_key in BASELINES else ()
@@ -277,7 +277,7 @@ def _options(config: Config, method: Method) -> dict[str, Any]:
 
 
 def _has_coreset(config: Config, method: Method, rate: float) -> bool:
-    """Whether its coreset is there, of this collection and with these options."""
+    """Say whether its coreset is there, of this collection and with these options."""
     file = _coreset(config, method, rate)
     if not file.is_file() or _is_older(file, config.run.directory / "result.json"):
         return False
@@ -302,7 +302,7 @@ def _coreset(config: Config, method: Method, rate: float) -> Path:
 
 def _select_stage(config: Config, methods: Sequence[Method], rates: Sequence[float], is_collected: bool,
                   has_coresets: bool) -> Stage:
-    """One job for all coresets: each takes a second, and every score is computed once.
+    """Make one job for all coresets: each takes a second, and every score is computed once.
 
     A coreset that is there and of another collection or other options is moved aside (`--force`).
     """
@@ -350,7 +350,7 @@ def _retrain_stage(config: Config, frozen: Path, methods: Sequence[Method], rate
 
 
 def check_what_is_done(config: Config, stages: Sequence[Stage]) -> None:
-    """InputError when a finished run was asked for something else than now, so that it cannot be skipped."""
+    """Raise InputError when a finished run was asked for something else than now, so that it cannot be skipped."""
     done = [(stage.name, step) for stage in stages for step in stage.steps if step.is_done]
     if not any(name in ("collect", "retrain") for name, _ in done):
         return
@@ -390,7 +390,7 @@ def _has_result(run: Path) -> bool:
 
 
 def _is_older(file: Path, other: Path) -> bool:
-    """Whether both are there and the first was written before the second."""
+    """Say whether both are there and the first was written before the second."""
     try:
         return file.stat().st_mtime < other.stat().st_mtime
     except OSError:

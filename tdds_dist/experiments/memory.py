@@ -1,9 +1,9 @@
-"""How many bytes a run takes, on the device, in host memory and on disk, from its config alone: nothing is trained for it.
+"""The bytes that a run takes, on the device, in host memory and on disk, from its config alone: nothing is trained for it.
 
 The scorer's tables and the files are arithmetic on N, C and the ranks. The network is run on shapes: once on torch's meta
-device, forward and backward, following which storages are alive; and for CUDA once forward on fake CUDA tensors, because
-what autocast and dropout keep for backward depends on the device. No device and no memory is needed for either, so the batch
-is the real one and nothing is extrapolated. `tests/test_plan.py` compares each number with the real thing.
+device, forward and backward, following which storages are alive; and for CUDA once forward on fake CUDA tensors, because what
+autocast and dropout keep for backward depends on the device. No device and no memory is needed for either, so the batch is the
+real one and nothing is extrapolated. `tests/experiments/test_forecast.py` compares each number with what a run really takes.
 """
 
 # B rows per rank and forward pass, C classes, F scalars, M rows of this rank's shard, N dataset, W world size
@@ -45,7 +45,7 @@ _MODEL_FILE_BYTES = 320  # the same per tensor of a plain state dict; measured
 
 
 def scorer_bytes(config: Config, num_samples: int, world_size: int, rank: int = 0) -> dict[str, int]:
-    """Bytes of the tables that `ShardedScorer` allocates on a rank; rank 0 has the longest shard."""
+    """Return the bytes of the tables that `ShardedScorer` allocates on a rank; rank 0 has the longest shard."""
     first, end = shard_bounds(num_samples, world_size, rank)
     rows, spare = end - first, 1  # the spare row takes what padding rows write
     per_row = _row_bytes(config)
@@ -59,7 +59,7 @@ def scorer_bytes(config: Config, num_samples: int, world_size: int, rank: int = 
 
 
 def _row_bytes(config: Config) -> dict[str, int]:
-    """Bytes per sample of each of the scorer's tables."""
+    """Return the bytes per sample of each of the scorer's tables."""
     windows = dict.fromkeys(config.windows())
     num_classes, logp_bytes = config.data.num_classes, _BYTES_OF[config.score.logp_dtype]
     num_kept = parse_storage(config.score.storage, num_classes)
@@ -75,12 +75,12 @@ def _row_bytes(config: Config) -> dict[str, int]:
 
 
 def payload_bytes(rows: int, num_classes: int, logit_bytes: int) -> int:
-    """Bytes of `rows` rows on their way to their owners: index, label, logits."""
+    """Return the bytes of `rows` rows on their way to their owners: index, label, logits."""
     return rows * (_HEADER_BYTES + num_classes * logit_bytes)
 
 
 def recording_bytes(rows: int, num_classes: int, logit_bytes: int, storage: str = DENSE) -> int:
-    """Bytes of the routing buffers (what is sent, and about as much received) and of the work on received rows.
+    """Return the bytes of the routing buffers (what is sent, and about as much received) and of the work on received rows.
 
     Small steps wait for each other: their rows are held, and put together to be recorded block by block.
     """
@@ -110,7 +110,7 @@ class Network:
 
 
 def network_of(config: Config, rows: int) -> Network:
-    """The config's network, on the device that `run.device` stands for (`auto`: CUDA)."""
+    """Measure the config's network, on the device that `run.device` stands for (`auto`: CUDA)."""
     on_gpu = config.run.device != "cpu"
     return _measure(config.model.name, config.data.num_classes, config.model.cifar_stem, config.data.image_size, rows, on_gpu,
                     on_gpu and config.train.amp != "none")
@@ -141,12 +141,12 @@ def _measure(name: str, num_classes: int, cifar_stem: bool, size: int, rows: int
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors that share no memory."""
+    """Return the bytes of tensors that share no memory."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def step_bytes(model: nn.Module, image: Tensor, label: Tensor) -> tuple[int, int, Tensor]:
-    """(saved for backward, most that is alive at once, output) of forward and backward on any device; bytes.
+    """Return (saved for backward, most that is alive at once, output) of forward and backward on any device; bytes.
 
     Parameters, their gradients (DDP's buckets hold them all the time), buffers and the images are not counted.
     """
@@ -161,7 +161,7 @@ def step_bytes(model: nn.Module, image: Tensor, label: Tensor) -> tuple[int, int
 
 
 def saved_bytes(model: nn.Module, image: Tensor) -> tuple[int, Tensor]:
-    """(bytes of the distinct storages that a forward pass saves for backward, its output)."""
+    """Return (bytes of the distinct storages that a forward pass saves for backward, its output)."""
     known = {_key(tensor) for tensor in (*model.parameters(), *model.buffers(), image)}
     found: dict[int, int] = {}
 
@@ -178,7 +178,8 @@ def saved_bytes(model: nn.Module, image: Tensor) -> tuple[int, Tensor]:
 
 
 def _saved_on_cuda(model: nn.Module, image: Tensor, amp: bool) -> tuple[int, int]:
-    """(bytes saved for backward on CUDA, bytes of a logit), also without one. Attention counts unfused: an upper bound.
+    """Return (bytes saved for backward on CUDA, bytes of a logit), also without a CUDA device. Attention counts unfused: an
+    upper bound.
 
     `torch.autocast` refuses to work without a device, hence the switches that it sets.
     """
@@ -229,7 +230,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def optimizer_bytes(train: Train, parameter_bytes: int) -> int:
-    """Bytes of the optimizer's state on the device."""
+    """Return the bytes of the optimizer's state on the device."""
     if train.optimizer == "adamw":
         return 2 * parameter_bytes
     return parameter_bytes if train.momentum else 0
@@ -239,18 +240,18 @@ def optimizer_bytes(train: Train, parameter_bytes: int) -> int:
 
 
 def trajectory_bytes(config: Config, num_samples: int) -> int:
-    """Bytes of one epoch of the trajectory, without the few hundred of file headers and checksums."""
+    """Return the bytes of one epoch of the trajectory, without the few hundred of file headers and checksums."""
     return num_samples * len(SCALARS) * _BYTES_OF[config.score.trajectory_dtype] if config.score.trajectory else 0
 
 
 def model_file_bytes(network: Network) -> int:
-    """Bytes of models/final.pt, and of models/best.pt."""
+    """Return the bytes of models/final.pt, and of models/best.pt."""
     num_tensors = network.num_parameters + network.num_buffers
     return network.parameters + network.buffers + num_tensors * _MODEL_FILE_BYTES
 
 
 def checkpoint_bytes(config: Config, network: Network, num_samples: int, world_size: int) -> int:
-    """Bytes of a checkpoint on disk; `num_samples` is 0 in retraining, which has no scorer."""
+    """Return the bytes of a checkpoint on disk; `num_samples` is 0 in retraining, which has no scorer."""
     own = network.buffers + _RANDOM_STATE_BYTES
     num_replicated = network.num_parameters * (2 + 2 * (config.train.optimizer == "adamw"))
     num_tables = len(_row_bytes(config)) + 2 if num_samples else 0  # marks are three of them
@@ -260,7 +261,7 @@ def checkpoint_bytes(config: Config, network: Network, num_samples: int, world_s
 
 
 def staged_bytes(config: Config, network: Network, num_samples: int, world_size: int) -> int:
-    """Host bytes that a rank takes while a checkpoint is written.
+    """Return the host bytes that a rank takes while a checkpoint is written.
 
     In the background all of the rank's state is copied and stays; torch's writer then takes 40 MB, whatever the size
     (measured on the CPU). Otherwise the writer copies one tensor at a time, the largest being the log-probabilities.
@@ -272,5 +273,5 @@ def staged_bytes(config: Config, network: Network, num_samples: int, world_size:
 
 
 def _replicated_bytes(config: Config, network: Network) -> int:
-    """Bytes of what all ranks hold alike between two steps."""
+    """Return the bytes of what all ranks hold alike between two steps."""
     return network.parameters + optimizer_bytes(config.train, network.parameters)

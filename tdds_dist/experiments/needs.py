@@ -1,4 +1,4 @@
-"""What a planned run takes, line by line: on the device, in host memory, on disk, over the network. Numbers, no decisions.
+"""The needs of a planned run, line by line: on the device, in host memory, on disk, over the network. Numbers, no decisions.
 
 `memory` counts bytes; here they are added up for a config on so many ranks, with what follows the collection. What was
 not measured is a named constant, and said by `assumptions`.
@@ -49,7 +49,7 @@ _ASSUMED_OF_GPUS = (
 
 @dataclass(frozen=True)
 class Images:
-    """What is known of the training images."""
+    """The training images, as far as they are known."""
 
     num_samples: int
     source: str  # where that is known from
@@ -57,7 +57,7 @@ class Images:
     label_N: np.ndarray | None = None
 
     def largest_share(self, num_ranks: int) -> int:
-        """Images whose classes one rank keeps in the final pass, at most."""
+        """Return the most images whose classes one rank keeps in the final pass."""
         if self.label_N is None:
             return rows_per_shard(self.num_samples, num_ranks)
         owner_C = class_owners(self.label_N, num_ranks)
@@ -76,7 +76,7 @@ class Training:
 
     @property
     def images_seen(self) -> int:
-        """Images in all epochs."""
+        """Return the number of images seen in all epochs."""
         return self.num_images * self.epochs
 
 
@@ -91,13 +91,13 @@ class Line:
 
     @property
     def key(self) -> str:
-        """Its name in JSON."""
+        """Return its name in JSON."""
         words = re.sub(r"[^a-z0-9]+", "_", self.label.lower()).strip("_")
         return f"{words}_{self.unit}" if self.unit else words
 
     @property
     def text(self) -> str:
-        """Its number for people."""
+        """Return its number for people."""
         if self.value is None:
             return "unknown"
         return size(self.value) if self.unit == "bytes" else f"{self.value:,.0f}"
@@ -117,33 +117,33 @@ class Case:
 
     @cached_property
     def rows(self) -> int:
-        """B."""
+        """Return B, the rows per rank and forward pass."""
         train = self.config.train
         return per_rank_batch(train.global_batch_size, self.num_ranks, train.accumulation)
 
     @cached_property
     def network(self) -> Network:
-        """The network at B rows."""
+        """Return the network at B rows."""
         return memory.network_of(self.config, self.rows)
 
     @property
     def is_cpu(self) -> bool:
-        """Whether ranks train on the CPU; run.device=auto is planned for GPUs, wherever the plan is made."""
+        """Say whether ranks train on the CPU; run.device=auto is planned for GPUs, wherever the plan is made."""
         return self.config.run.device == "cpu"
 
     @property
     def unit(self) -> str:
-        """What a rank is called."""
+        """Return the word for a rank: GPU, or rank on the CPU."""
         return "rank" if self.is_cpu else "GPU"
 
     def with_config(self, section: str, **values: Any) -> "Case":
-        """The same with other values in a section of the config."""
+        """Return the same case with other values in a section of the config."""
         changed = getattr(self.config, section).model_copy(update=values)
         return replace(self, config=self.config.model_copy(update={section: changed}))
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Write bytes for people, in powers of 1000."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.4g} {unit}"
@@ -151,7 +151,7 @@ def size(num_bytes: float) -> str:
 
 
 def total(lines: Sequence[Line]) -> float:
-    """Sum of lines."""
+    """Sum lines."""
     return sum(line.value or 0 for line in lines)
 
 
@@ -159,7 +159,7 @@ def total(lines: Sequence[Line]) -> float:
 
 
 def read_images(config: Config, num_samples: int | None) -> Images:
-    """The training images: their number as given, else what the .beton says. InputError when neither is there."""
+    """Return the training images: their number as given, else what the .beton says; raise InputError when neither is there."""
     if num_samples is not None:
         if num_samples < 1:
             raise InputError(f"--num-samples={num_samples} must be at least 1: it is the number of training images")
@@ -175,7 +175,7 @@ def read_images(config: Config, num_samples: int | None) -> Images:
 
 
 def list_trainings(case: Case) -> list[Training]:
-    """The collection, then one retraining per score, pruning rate, strategy and seed.
+    """List the collection, then one retraining per score, pruning rate, strategy and seed.
 
     Raises:
         InputError: a batch that cannot be dealt out evenly.
@@ -197,14 +197,14 @@ def list_trainings(case: Case) -> list[Training]:
 
 
 def check_batches(case: Case) -> None:
-    """InputError when a training leaves a rank fewer rows than the network can train on (batch norm needs some)."""
+    """Raise InputError when a training leaves a rank fewer rows than the network can train on (batch norm needs some)."""
     batches = [training.global_batch_size for training in list_trainings(case)]
     for batch in (batches[0], min(batches)):
         memory.network_of(case.config, batch // (case.num_ranks * case.config.train.accumulation))
 
 
 def assumptions(case: Case) -> list[str]:
-    """What the numbers rest on, as sentences."""
+    """Return the assumptions behind the numbers, as sentences."""
     return [*(() if case.is_cpu else _ASSUMED_OF_GPUS), *_ASSUMED]
 
 
@@ -212,7 +212,7 @@ def assumptions(case: Case) -> list[str]:
 
 
 def run_lines(case: Case) -> list[Line]:
-    """Sizes of the collection."""
+    """List the sizes of the collection."""
     collection, train = list_trainings(case)[0], case.config.train
     is_cut = collection.epochs < train.epochs
     schedule = f"of a schedule of {train.epochs}; collect.stop_after=last_window" if is_cut else ""
@@ -228,7 +228,7 @@ def run_lines(case: Case) -> list[Line]:
 
 
 def memory_lines(case: Case) -> list[Line]:
-    """On the device of rank 0, which has the longest shard, at the worst moment."""
+    """List the memory on the device of rank 0, which has the longest shard, at the worst moment."""
     config, network, rows, num_images = case.config, case.network, case.rows, case.images.num_samples
     scorer = memory.scorer_bytes(config, num_images, case.num_ranks)
     shard = rows_per_shard(num_images, case.num_ranks)
@@ -264,7 +264,7 @@ def memory_lines(case: Case) -> list[Line]:
 
 
 def host_lines(case: Case) -> list[Line]:
-    """Of one rank's process; on the CPU the memory of training is there as well."""
+    """List the host memory of one rank's process; on the CPU the memory of training is there as well."""
     config, network, num_images = case.config, case.network, case.images.num_samples
     staged = memory.staged_bytes(config, network, num_images, case.num_ranks)
     kept = case.images.largest_share(case.num_ranks) if config.score.final_pass else 0
@@ -287,7 +287,7 @@ def host_lines(case: Case) -> list[Line]:
 
 
 def disk_lines(case: Case) -> list[Line]:
-    """In the run directory, when it is fullest; the checkpoints of a training go when it has finished."""
+    """List the disk use of the run directory, when it is fullest; the checkpoints of a training go when it has finished."""
     config, network, num_images = case.config, case.network, case.images.num_samples
     trainings, keep = list_trainings(case), config.checkpoint.keep
     epoch_bytes = memory.trajectory_bytes(config, num_images)
@@ -313,7 +313,7 @@ def disk_lines(case: Case) -> list[Line]:
 
 
 def network_lines(case: Case) -> list[Line]:
-    """What each rank sends."""
+    """List what each rank sends."""
     share = (case.num_ranks - 1) / case.num_ranks
     rows = memory.payload_bytes(case.rows, case.config.data.num_classes, case.network.logit_bytes)
     return [

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 def run_in_processes(items: Sequence[Item], work: Callable[[Item], Result],
                      jobs: int) -> Iterator[tuple[Item, Result | Exception]]:
-    """Every item with what `work` gave, or raised, for it; as they end, `jobs` at a time. Items and `work` must pickle.
+    """Yield every item with what `work` gave, or raised, for it; as they end, `jobs` at a time. Items and `work` must pickle.
 
     A process has the same share of the machine however few items there are, so that results do not depend on how many
     others were left to do. Leaving the iteration early kills what runs.
@@ -55,7 +55,7 @@ def run_in_processes(items: Sequence[Item], work: Callable[[Item], Result],
 
 
 def _start(counter: Any, jobs: int) -> None:
-    """Give this process its share of CPUs and GPUs; it ends with its parent."""
+    """Give this process its share of CPUs and GPUs, and let it end with its parent."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:

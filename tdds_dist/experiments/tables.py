@@ -68,7 +68,7 @@ def write_tables(plan: Experiment, outcomes: Sequence[CellResult], collections: 
 
 
 def _published(config: Config) -> PublishedTable | None:
-    """The paper's table for these images and this network; none for images that were changed."""
+    """Return the paper's table for these images and this network; none for images that were changed."""
     try:
         manifest = read_manifest(Path(config.data.train))
     except InputError:
@@ -86,7 +86,7 @@ def _lookup(outcome: CellResult, published: PublishedTable | None) -> float | No
 
 
 def _cell(outcomes: Sequence[CellResult]) -> str:
-    """97.22 ± 0.31 over seeds; says so when some are missing."""
+    """Write a cell, 97.22 ± 0.31 over seeds; say so when some are missing."""
     done = [outcome.result["final_top1"] for outcome in outcomes if outcome.result is not None]
     if not done:
         return MISSING
@@ -96,7 +96,7 @@ def _cell(outcomes: Sequence[CellResult]) -> str:
 
 
 def _table(plan: Experiment, outcomes: Sequence[CellResult], published: PublishedTable | None) -> str:
-    """Methods in rows, pruning rates in columns; below a method what the paper prints, where it does."""
+    """Write methods in rows and pruning rates in columns; below a method what the paper prints, where it does."""
     lines = [["final top-1 (%), images removed", *(f"{100 * rate:g} %" for rate in plan.pruning_rates)]]
     for method in plan.methods:
         mine = [[outcome for outcome in outcomes if (outcome.method, outcome.pruning_rate) == (method, rate)]
@@ -112,7 +112,7 @@ def _table(plan: Experiment, outcomes: Sequence[CellResult], published: Publishe
 
 
 def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> str:
-    """Methods in rows, rates in columns: the share kept in percent over seeds; empty where nothing is known."""
+    """Write the share kept in percent over seeds, methods in rows and rates in columns; empty where nothing is known."""
     first = [outcome for outcome in outcomes  # strategies and networks share their coresets
              if (outcome.network, outcome.strategy) == (outcomes[0].network, outcomes[0].strategy)]
     if all(getattr(outcome, key) is None for outcome in first):
@@ -160,7 +160,7 @@ def _heading(plan: Experiment, config: Config, outcomes: Sequence[CellResult], c
 
 
 def _duration(seconds: float) -> str:
-    """35 s, 21 min, 5.2 h."""
+    """Write a duration: 35 s, 21 min, 5.2 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -172,7 +172,7 @@ def _times(plan: Experiment) -> list[dict[str, Any]]:
 
 
 def _csv(outcomes: Sequence[CellResult], published: PublishedTable | None) -> str:
-    """One line per retraining, also those that are not done."""
+    """Write one line per retraining, also those that are not done."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)

@@ -17,7 +17,7 @@ MARKERS = {"batch": "s", "sample": "^"}  # by importance, else a dot
 
 
 def matrix(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Settings in rows, pruning rates in columns, from the rows of `summary_rows`.
+    """Arrange the rows of `summary_rows` as settings in rows and pruning rates in columns.
 
     `rates`: the columns; `full`: the rows of the full data; `unknown`: those of which the rate is not known; `lines`: a dict
     per setting with `score`, `name`, `detail` (strategy, importance) and `cells`, one per rate: None, or the row with
@@ -52,7 +52,7 @@ def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _several_epochs(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-    """Settings and rates that were retrained for different numbers of epochs, which are different lines then."""
+    """Return the settings and rates that were retrained for different numbers of epochs, which get lines of their own."""
     found: dict[tuple[Any, ...], set[Any]] = {}
     for row in rows:
         if row["status"] == "finished":
@@ -61,19 +61,19 @@ def _several_epochs(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
 
 
 def _told_epochs(row: dict[str, Any], several: set[tuple[Any, ...]]) -> int | None:
-    """The epochs of a row where they tell it from another."""
+    """Return the epochs of a row where they distinguish it from another."""
     return row["epochs"] if (*_setting(row), row["pruning_rate"]) in several else None
 
 
 def _detail(row: dict[str, Any], epochs: int | None) -> str:
-    """E, batch, train.lr=0.02, 60 epochs, seed0 and seed1."""
+    """Describe a setting: E, batch, train.lr=0.02, 60 epochs, seed0 and seed1."""
     parts = [row["strategy"], row["strategy"] and (row["importance"] or "none"), row["variant"], epochs and f"{epochs} epochs",
              row["runs"]]
     return ", ".join(part for part in parts if part)
 
 
 def _cell(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What stands in one place of the matrix: the finished row, or how far the others got."""
+    """Return one place of the matrix: the finished row, or how far the others got."""
     if not rows:
         return None
     done = [row for row in rows if row["final_top1"] is not None]
@@ -82,7 +82,8 @@ def _cell(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _mark_best(cells: list[dict[str, Any] | None]) -> None:
-    """Mark the highest of each strategy and network, where there is a choice; what shows the same number is marked too."""
+    """Mark the highest of each strategy and network, where there is a choice; cells that show the same number are marked too.
+    """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
         if cell and not cell["is_open"]:
@@ -94,7 +95,7 @@ def _mark_best(cells: list[dict[str, Any] | None]) -> None:
 
 
 def accuracy_chart(rows: list[dict[str, Any]], slots: dict[str, int]) -> dict[str, Any] | None:
-    """Final top-1 against the pruning rate, one line per score, strategy and importance, and what else tells lines apart."""
+    """Draw final top-1 against the pruning rate, one line per score, strategy, importance and whatever else they differ in."""
     several = _several_epochs(rows)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -124,22 +125,22 @@ def accuracy_chart(rows: list[dict[str, Any]], slots: dict[str, int]) -> dict[st
 
 
 def free_marker(importance: str | None, taken: list[str]) -> str:
-    """The marker of an importance, where other lines of the same look have it already another one."""
+    """Return the marker of an importance, or another one where a line of the same colour and dash has it already."""
     wanted = MARKERS.get(importance or "", "o")
     return next((marker for marker in (wanted, "o", *MARKERS.values()) if marker not in taken), wanted)
 
 
 def setting(score: str, strategy: str | None, importance: str | None, *more: str | int | None) -> str:
-    """tdds (Strategy-E, importance batch, train.lr=0.02, 60 epochs)."""
+    """Describe a setting: tdds (Strategy-E, importance batch, train.lr=0.02, 60 epochs)."""
     weighted = f"importance {importance}" if importance not in (None, "none") else ""
     parts = [f"Strategy-{strategy or '?'}", weighted, *more]
     return f"{score} ({', '.join(str(part) for part in parts if part)})"
 
 
 def finding(rows: list[dict[str, Any]]) -> str | None:
-    """A sentence about what one pruning rate costs: 80 % where it was retrained at, else the largest.
+    """Say in a sentence what one pruning rate costs: 80 % where it was retrained at, else the largest.
 
-    The rate and the scores do not depend on the numbers, so nothing is picked.
+    The rate and the scores do not depend on the numbers, so the choice favours none.
     """
     done = [row for row in rows if row["pruning_rate"] and row["final_top1"] is not None]
     rates = {row["pruning_rate"] for row in done}
@@ -159,7 +160,7 @@ def finding(rows: list[dict[str, Any]]) -> str | None:
 
 
 def _most_asked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of many rows TDDS, first as the paper has it, and random, whose place nothing takes; where neither is, the first."""
+    """Choose of many rows TDDS, as the paper has it where there is one, and random; where neither is there, the first."""
     tdds, random = ([row for row in rows if base_key(row["score"]) == score] for score in ("tdds", "random"))
     main = min([*tdds, *random] or rows, key=lambda row: (not is_plain(row["score"]), row["variant"] != ""))
 
@@ -172,7 +173,7 @@ def _most_asked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _name_among(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """tdds (importance batch, 60 epochs) in seed0: strategy, importance and epochs where they differ among the rows."""
+    """Name a row among others: tdds (importance batch, 60 epochs) in seed0, with what differs among the rows."""
     strategy, importance = (len({other[key] for other in rows}) > 1 for key in ("strategy", "importance"))
     epochs = _told_epochs(row, _several_epochs(rows))
     is_told = row["importance"] not in (None, "none") or [other["score"] for other in rows].count(row["score"]) > 1
@@ -184,7 +185,7 @@ def _name_among(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def _cost(row: dict[str, Any], name: str) -> str:
-    """costs 2.50 points with tdds, down to 96.67 %."""
+    """Write a cost: "costs 2.50 points with tdds, down to 96.67 %"."""
     final, change = f"{row['final_top1']:.2f} %", row["difference"]
     if change is None:
         return f"{final} with {name}"

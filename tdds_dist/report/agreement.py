@@ -36,7 +36,7 @@ _MEANING = {
 
 
 def agreement_section(facts: Facts, main: str | None, slots: Mapping[str, int]) -> dict[str, Any] | None:
-    """Maps and matrices of one run; `ranked`, `rates` and `fingerprint` are for `between_section`. None without scores.
+    """Return maps and matrices of one run; `ranked`, `rates` and `fingerprint` are for `between_section`. None without scores.
 
     A score that is not finite, or of other labels than the others, is left out and named in `left_out`.
     """
@@ -64,7 +64,7 @@ def _usable(scores: Mapping[str, Scores]) -> tuple[dict[str, Scores], list[str]]
 
 
 def _rates(facts: Facts, num_samples: int) -> list[float]:
-    """Those of the run's coresets, else DEFAULT_RATES; without those that would keep nothing."""
+    """Return the pruning rates of the run's coresets, else DEFAULT_RATES; without those that would keep nothing."""
     asked = {coreset.pruning_rate for coreset in facts.coresets.values() if coreset.pruning_rate > 0} or {*DEFAULT_RATES}
     return [rate for rate in sorted(asked) if round(rate * num_samples) < num_samples]
 
@@ -73,7 +73,7 @@ def _rates(facts: Facts, num_samples: int) -> list[float]:
 
 
 def _matrices(ranked: Mapping[str, Ranked], rates: Sequence[float], num_samples: int) -> list[dict[str, Any]]:
-    """One matrix of rank correlations, and one of overlaps for each pruning rate.
+    """Return one matrix of rank correlations, and one of overlaps for each pruning rate.
 
     `cells` hold a number as text and its `tint` in [-1, 1]: 0 for what chance would give, 1 for equal scores.
     """
@@ -93,7 +93,7 @@ def _matrices(ranked: Mapping[str, Ranked], rates: Sequence[float], num_samples:
 
 
 def _cell(value: float, rate: float | None, chance: float) -> tuple[str, float]:
-    """A rank correlation with two decimals, or an overlap in whole percent."""
+    """Write a rank correlation with two decimals, or an overlap in whole percent."""
     if np.isnan(value):
         return "–", 0.0
     text = f"{round(value, 2) + 0.0:.2f}".replace("-", "−") if rate is None else f"{100 * value:.0f}"
@@ -102,8 +102,8 @@ def _cell(value: float, rate: float | None, chance: float) -> tuple[str, float]:
 
 
 def between_section(runs: Sequence[tuple[str, dict[str, Any] | None]]) -> list[dict[str, Any]] | None:
-    """Agreement of the same score between runs (name, `agreement_section`) of the same data, a table for each data set that
-    two runs or more share; None where there is none.
+    """Return the agreement of the same score between runs (name, `agreement_section`) of the same data, a table for each data
+    set that two runs or more share; None where there is none.
 
     Overlaps are at the pruning rates that all these runs have. A number is (mean, smallest, largest) over the pairs of runs.
     """
@@ -131,7 +131,7 @@ def _at(ranked: Ranked, have: Sequence[float], want: Sequence[float]) -> Ranked:
 
 
 def _spread(of_pair: Sequence[Sequence[float]]) -> list[tuple[float, float, float]]:
-    """Mean, smallest and largest over pairs, of the rank correlation and of the overlap at each rate."""
+    """Return mean, smallest and largest over pairs, of the rank correlation and of the overlap at each rate."""
     return list(zip(*(agreement.over_pairs(reduce, of_pair) for reduce in (np.mean, np.min, np.max)), strict=True))
 
 
@@ -140,7 +140,8 @@ def _spread(of_pair: Sequence[Sequence[float]]) -> list[tuple[float, float, floa
 
 def _maps(facts: Facts, main: str, ranked: Mapping[str, Ranked], rates: Sequence[float],
           slots: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Maps of the main score, and of the other TDDS windows, against forgetting and AUM, as far as there are such scores."""
+    """Draw maps of the main score, and of the other TDDS windows, against forgetting and AUM, as far as there are such scores.
+    """
     others = [name for name in ranked if base_key(name) in ("forgetting", "aum") and is_plain(name)]
     windows = [name for name in ranked if base_key(name) == "tdds" and is_plain(name)]
     mapped = [*dict.fromkeys([main, *(windows if main in windows else [])])][:MAX_MAPPED]
@@ -158,7 +159,7 @@ def _maps(facts: Facts, main: str, ranked: Mapping[str, Ranked], rates: Sequence
 
 def _map(scores: Mapping[str, Scores], x: tuple[str, str], y: tuple[str, str], ranked: Mapping[str, Ranked],
          rates: Sequence[float], slot: int, noisy_N: np.ndarray | None) -> dict[str, Any]:
-    """One map; `x` and `y` are file name and short name of a score."""
+    """Draw one map; `x` and `y` are file name and short name of a score."""
     x_N, y_N = (scores[name].score_N for name, _ in (x, y))
     x_bins, y_bins = bins_of(x_N, NUM_CELLS), bins_of(y_N, NUM_CELLS)
     cell_N = y_bins.place(y_N) * len(x_bins) + x_bins.place(x_N)
@@ -174,7 +175,7 @@ def _map(scores: Mapping[str, Scores], x: tuple[str, str], y: tuple[str, str], r
 
 
 def _cuts(score_N: np.ndarray, ranked: Ranked, rates: Sequence[float]) -> list[tuple[str, float]]:
-    """The lowest score that is kept at each pruning rate; rates that cut at the same one share a label."""
+    """Return the lowest score that is kept at each pruning rate; rates that cut at the same one share a label."""
     labels: dict[float, list[str]] = {}
     for position, rate in enumerate(rates):
         labels.setdefault(float(score_N[ranked.kept(position)].min()), []).append(percent(rate))
@@ -183,8 +184,8 @@ def _cuts(score_N: np.ndarray, ranked: Ranked, rates: Sequence[float]) -> list[t
 
 def _corners(x: tuple[str, str], y: tuple[str, str], ranked: Mapping[str, Ranked], rates: Sequence[float],
              noisy_N: np.ndarray | None) -> dict[str, Any] | None:
-    """How many images lie in each corner at the largest pruning rate, how many of them have a wrong label, and what the two
-    scores say of images that both keep or remove; None where a score has no meaning in plain words."""
+    """Count the images in each corner at the largest pruning rate, and those of them with a wrong label, and say what the two
+    scores mean there; None where a score has no meaning in plain words."""
     of_x, of_y = (_MEANING.get(base_key(name)) for name, _ in (x, y))
     if of_x is None or of_y is None or not rates:
         return None

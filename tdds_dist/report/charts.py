@@ -57,16 +57,16 @@ class Bins:
         return len(self.edge) - 1
 
     def place(self, score_N: np.ndarray) -> np.ndarray:
-        """The bin of each score, int64 [N]. A bin holds its lower edge; the last one its upper edge as well."""
+        """Return the bin of each score, int64 [N]. A bin holds its lower edge; the last one its upper edge as well."""
         return np.clip(np.searchsorted(self.edge, score_N, side="right") - 1, 0, len(self) - 1)
 
     def beyond(self, score_N: np.ndarray) -> tuple[int, int]:
-        """How many scores lie below the first edge, and above the last one."""
+        """Count the scores below the first edge, and above the last one."""
         return int(np.count_nonzero(score_N < self.edge[0])), int(np.count_nonzero(score_N > self.edge[-1]))
 
 
 def bins_of(score_N: np.ndarray, num_bins: int) -> Bins:
-    """About `num_bins` bins for finite scores [N], at least one of them.
+    """Choose about `num_bins` bins for finite scores [N], at least one of them.
 
     Scores from 0 up most of which are small (TDDS late in training) get a logarithmic axis over about LARGEST_RATIO. On any
     other axis, TAIL of the samples at either end goes into the end bin where it would take half of the axis. Counting scores
@@ -113,7 +113,7 @@ class Line:
 def line_chart(lines: Sequence[Line], y_title: str, x_title: str, alt: str, full: float | None = None,
                percent_x: bool = False, may_be_log: bool = False, y_range: tuple[float, float] | None = None,
                marks: Sequence[float] = (), from_zero: bool = False) -> str:
-    """Lines over a common x axis, with an optional horizontal line at the full data's value, vertical ones at `marks`.
+    """Draw lines over a common x axis, with an optional horizontal line at the full data's value, vertical ones at `marks`.
 
     may_be_log: make the y axis logarithmic when all values are positive and span more than a factor of 30.
     percent_x: x holds percent; only the values that occur are labelled.
@@ -162,7 +162,7 @@ def line_chart(lines: Sequence[Line], y_title: str, x_title: str, alt: str, full
 
 @dataclass(frozen=True, eq=False)
 class Strip:
-    """One coreset below a histogram: how much of each bin it keeps, and where it cuts."""
+    """One coreset below a histogram: the share of each bin that it keeps, and its cut."""
 
     label: str
     share_B: np.ndarray  # in [0, 1]; nan for a bin without images
@@ -170,7 +170,7 @@ class Strip:
 
 
 def histogram(count_B: np.ndarray, bins: Bins, strips: Sequence[Strip], slot: int, x_title: str, alt: str) -> str:
-    """Counts per bin on a logarithmic axis; below it a strip per coreset, the darker the more of the bin is kept."""
+    """Draw counts per bin on a logarithmic axis; below it a strip per coreset, the darker the more of the bin is kept."""
     edge = bins.edge
 
     def draw(axes: "Axes") -> None:
@@ -222,7 +222,8 @@ def _draw_strips(axes: "Axes", edge: np.ndarray, strips: Sequence[Strip], slot: 
 
 def density_map(count_YX: np.ndarray, x_bins: Bins, y_bins: Bins, x_cuts: Sequence[tuple[str, float]],
                 y_cuts: Sequence[tuple[str, float]], slot: int, x_title: str, y_title: str, alt: str) -> str:
-    """Images per cell of two scores, dark where there are many (log scale), with (label, score) cuts of each as lines."""
+    """Draw the images per cell of two scores, dark where there are many (log scale), with (label, score) cuts of each as lines.
+    """
     x_edge, y_edge = (np.log10(bins.edge) if bins.is_log else bins.edge for bins in (x_bins, y_bins))
     opacity_YX = np.where(count_YX, 0.14 + 0.86 * np.log1p(count_YX) / math.log1p(max(1, count_YX.max())), 0)
     picture = np.full((*count_YX.shape, 4), 255, np.uint8)
@@ -252,7 +253,7 @@ def density_map(count_YX: np.ndarray, x_bins: Bins, y_bins: Bins, x_cuts: Sequen
 
 
 def _draw_cuts(axes: "Axes", is_x: bool, cuts: Sequence[tuple[str, float]]) -> None:
-    """Lines across the map; their labels stand outside, moved apart where they would touch."""
+    """Draw lines across the map; their labels stand outside, moved apart where they would touch."""
     cuts = sorted(cuts, key=lambda cut: cut[1])
     for _, place in cuts:
         (axes.axvline if is_x else axes.axhline)(place, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
@@ -270,7 +271,7 @@ def _draw_cuts(axes: "Axes", is_x: bool, cuts: Sequence[tuple[str, float]]) -> N
 
 
 def _in_slot(svg: str, slot: int) -> str:
-    """A picture's opacity painted in a colour of the page: the picture becomes the mask of a coloured area."""
+    """Paint a picture's opacity in a colour of the page: the picture becomes the mask of a coloured area."""
     name = "m" + hashlib.sha256(svg.encode()).hexdigest()[:8]
     area = f'<rect width="100%" height="100%" fill="var(--s{slot})" mask="url(#{name})"/>'
     return re.sub(r"<image [^>]*/>", lambda match: f'<mask id="{name}">{match[0]}</mask>{area}', svg, count=1)
@@ -281,7 +282,7 @@ def _slot(slot: int) -> str:
 
 
 def _thin(values: Sequence[float], most: int = MAX_POINTS) -> list[float]:
-    """At most about `most` values, evenly picked, the last one among them."""
+    """Return at most about `most` values, evenly picked, the last one among them."""
     step = math.ceil(len(values) / most) or 1
     return list(values[::-1][::step])[::-1]
 

@@ -1,6 +1,6 @@
 """Sections of the report about training runs: learning curves, throughput and memory over time.
 
-Owns what those sections show; files were read by `results`. Gives plain values and SVG to the templates in `templates/`.
+Owns what those sections show; files were read by `read`. Gives plain values and SVG to the templates in `templates/`.
 Epochs are counted from 1 here, as everywhere a person reads them; files count from 0.
 """
 
@@ -42,7 +42,7 @@ class _Run:
 
 
 def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any] | None:
-    """Validation top-1 and training loss by epoch, a pair of charts per pruning rate; seeds of one setting as their mean.
+    """Draw validation top-1 and training loss by epoch, a pair of charts per pruning rate; seeds of one setting as their mean.
 
     `charts`: SVG, pair after pair; `legend`: a line per series; `has_seeds`: whether means are drawn.
     """
@@ -72,7 +72,7 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
 
 
 def _told_apart(runs: list[_Run]) -> list[_Run]:
-    """The runs with what tells them apart in the names of their series, their epochs too where these differ at a rate."""
+    """Add to the name of each series what distinguishes it from the others, its epochs too where these differ at a rate."""
     found: dict[tuple[Any, ...], set[int | None]] = {}
     for run in runs:
         found.setdefault((run.series, run.more, run.where, run.rate), set()).add(run.epochs)
@@ -89,7 +89,7 @@ def _told_apart(runs: list[_Run]) -> list[_Run]:
 
 def _runs(facts: Facts, slots: dict[str, int], names: dict[str, str], variant: Mapping[tuple[Path, str], str], label: str,
           say_run: bool) -> Iterable[_Run]:
-    """The collection and every retraining of a run directory."""
+    """List the collection and every retraining of a run directory."""
     where = f" in {label}" if label else ""
     name = f", {run_name(facts)}" if say_run else ""
     yield _Run(f"{FULL_DATA}, collection", "", where, f"collection{name}", None, None, FULL_SLOT, False, 1.5, "none",
@@ -109,7 +109,7 @@ def _runs(facts: Facts, slots: dict[str, int], names: dict[str, str], variant: M
 
 
 def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line]:
-    """A line per series; of several trainings the mean, and each by itself as a thin line."""
+    """Make a line per series; of several trainings the mean, and each by itself as a thin line."""
     by_series: dict[str, list[tuple[_Run, dict[int, float]]]] = {}
     for run in runs:
         value = {record["epoch"] + 1: record[key] for record in run.metrics if record.get(key) is not None}
@@ -135,13 +135,13 @@ def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line
 
 
 def _mean(values: list[dict[int, float]]) -> dict[int, float]:
-    """The mean by epoch, over the epochs that all have."""
+    """Average by epoch, over the epochs that all have."""
     shared = set(values[0]).intersection(*values[1:]) if values else set()
     return {epoch: float(np.mean([value[epoch] for value in values])) for epoch in sorted(shared)}
 
 
 def _run_label(sub: Retrained, names: dict[str, str], more: str = "") -> str:
-    """tdds 50 %, E, batch, train.lr=0.02, seed 0. The name of the directory where nothing else is known."""
+    """Name a run: tdds 50 %, E, batch, train.lr=0.02, seed 0; by its directory where nothing else is known."""
     rate, importance, seed = (sub.setting.get(key) for key in ("pruning_rate", "importance", "seed"))
     pruned = f" {percent(rate)}" if rate else ""
     label = f"{names[sub.score]}{pruned}, {sub.strategy}, {importance}{', ' if more else ''}{more}, seed {seed}"
@@ -149,7 +149,7 @@ def _run_label(sub: Retrained, names: dict[str, str], more: str = "") -> str:
 
 
 def speed(facts: Facts) -> list[dict[str, Any]]:
-    """Medians over epochs, without the first one where there are others: it pays for compilation and cold caches."""
+    """Return medians over epochs, without the first one where there are others, which includes compilation and cold caches."""
     runs: list[tuple[str, dict[str, Any] | None, list[dict[str, Any]], dict[str, Any]]] = [
         ("collect", facts.result, facts.metrics, facts.env)]
     variant = variants([facts])
@@ -174,7 +174,7 @@ def speed(facts: Facts) -> list[dict[str, Any]]:
 
 
 def speed_charts(facts: Facts) -> dict[str, Any] | None:
-    """Images per second, memory and scoring share by epoch: the collection, and the mean of the retrainings at each rate.
+    """Draw images per second, memory and scoring share by epoch: the collection, and the mean of the retrainings at each rate.
 
     `charts`: SVG; `legend`: lines; `resumes`: epochs in which the collection went on after a stop, marked in the charts.
     """
@@ -205,7 +205,7 @@ def speed_charts(facts: Facts) -> dict[str, Any] | None:
 
 
 def _mean_by_epoch(members: list[list[dict[str, Any]]], key: str) -> dict[int, float]:
-    """The mean at each epoch over those that have a value there."""
+    """Average at each epoch over those that have a value there."""
     values: dict[int, list[float]] = {}
     for metrics in members:
         for record in metrics:
@@ -215,7 +215,7 @@ def _mean_by_epoch(members: list[list[dict[str, Any]]], key: str) -> dict[int, f
 
 
 def _rate_label(rate: float | None, num_runs: int) -> str:
-    """collection; 50 % removed (mean of 10)."""
+    """Name the runs of a pruning rate: "collection", or "50 % removed (mean of 10)"."""
     if rate is None:
         return "collection"
     text = f"{percent(rate)} removed" if rate else f"{FULL_DATA}, retrained"

@@ -48,11 +48,11 @@ class Sheet:
 
     @property
     def by_need(self) -> list[int]:
-        """The same images, the one that says most first."""
+        """Return the same images, the one nearest to the end or to the cut first."""
         return self.index[::-1] if self.kind == "below" else self.index
 
     def text(self, num: int, keeps_centre: bool) -> dict[str, str]:
-        """Heading and note over the `num` images of this sheet that are in the page."""
+        """Return heading and note over the `num` images of this sheet that are in the page."""
         images = "1 image" if num == 1 else f"{num} images"
         if self.kind in ("highest", "lowest"):
             end = {"highest": "kept longest", "lowest": "removed first"}[self.kind]
@@ -65,7 +65,7 @@ class Sheet:
 
 def sheets(facts: Facts, main: str | None, origins: Origins, num_thumbnails: int,
            budget_bytes: int = BUDGET_BYTES) -> dict[str, Any]:
-    """What the section shows: `num_thumbnails` images of every kind per score and cut, and a sample of all images.
+    """Return what the section shows: `num_thumbnails` images of every kind per score and cut, and a sample of all images.
 
     `sheets` are those of the main score, with their pictures; `store` is everything for the script, without the thumbnails
     that stand in `sheets`. `note` says why there are none, where there are none.
@@ -95,7 +95,7 @@ def sheets(facts: Facts, main: str | None, origins: Origins, num_thumbnails: int
 
 
 def score_sheets(facts: Facts, name: str, origins: Origins, num: int) -> list[Sheet]:
-    """Sheets of one score: its ends, and both sides of every plain cut, the largest pruning rate first.
+    """Return the sheets of one score: its ends, and both sides of every plain cut, the largest pruning rate first.
 
     Cuts are at the pruning rates of all coresets: where none was made by this score, its own sampler says what it would keep.
     """
@@ -123,13 +123,13 @@ def score_sheets(facts: Facts, name: str, origins: Origins, num: int) -> list[Sh
 
 
 def by_need(found: Iterable[Sheet]) -> list[int]:
-    """The images of all sheets: the first of every sheet, then the second of every sheet, and so on; each once."""
+    """Return the images of all sheets: the first of every sheet, then the second of every sheet, and so on; each once."""
     rounds = itertools.zip_longest(*(sheet.by_need for sheet in found))
     return list(dict.fromkeys(number for numbers in rounds for number in numbers if number is not None))
 
 
 def spread(score_N: np.ndarray, label_N: np.ndarray) -> list[int]:
-    """Global indices of a sample over classes and, within each, over the ranks of its scores.
+    """Return the global indices of a sample over classes and, within each, over the ranks of its scores.
 
     The order is by need: one image of every class, then a second of every class elsewhere in its ranking, and so on. Classes
     are shuffled, always in the same way, so that what is cut off at the end falls on no particular ones.
@@ -150,7 +150,7 @@ def spread(score_N: np.ndarray, label_N: np.ndarray) -> list[int]:
 
 
 def _open(facts: Facts, main: str) -> "BetonInfo":
-    """The training file. InputError when it is gone or holds other images."""
+    """Open the training file; raise InputError when it is gone or holds other images."""
     beton = Path(str(facts.config.get("data", {}).get("train", "")))
     if not beton.is_file():
         raise InputError(f"{beton} is no longer there.")
@@ -163,7 +163,7 @@ def _open(facts: Facts, main: str) -> "BetonInfo":
 
 
 def _shown_scores(facts: Facts, main: str) -> list[str]:
-    """Score files whose order means something and that are of the main score's images; that one first."""
+    """List the score files that rank images (not `random`) and are of the main score's images; the main score first."""
     same = facts.scores[main].fingerprint
     others = [name for name, scores in facts.scores.items()
               if name != main and base_key(name) != "random" and scores.fingerprint == same]
@@ -177,7 +177,7 @@ def _keeps_centre(facts: Facts, name: str) -> bool:
 
 
 def _thumbnails(info: "BetonInfo", wanted: list[int], sample: list[int], budget_bytes: int) -> tuple[dict[int, str], int]:
-    """Data URIs of the sheets' images and of the sample's, within the budget; and how many could not be decoded."""
+    """Return data URIs of the sheets' images and of the sample's, within the budget, and how many could not be decoded."""
 
     uris, bad = thumbnails(info, wanted, int(SHEETS_SHARE * budget_bytes), SIDES[:-1])
     done = {*uris, *bad}
@@ -187,7 +187,7 @@ def _thumbnails(info: "BetonInfo", wanted: list[int], sample: list[int], budget_
 
 
 def _pictures(facts: Facts, info: "BetonInfo", index: list[int], names: list[str]) -> dict[int, dict[str, Any]]:
-    """What is known of each image, by global index; `scores` are texts in the order of `names`."""
+    """Return what is known of each image, by global index; `scores` are texts in the order of `names`."""
 
     paths = getattr(facts.manifest, "path", None)
     noisy_N, corrupted_N = known_noise(facts)
@@ -213,8 +213,8 @@ def _pictures(facts: Facts, info: "BetonInfo", index: list[int], names: list[str
 
 def _static_sheets(found: list[Sheet], pictures: dict[int, dict[str, Any]], uris: dict[int, str],
                    keeps_centre: bool) -> tuple[list[dict[str, Any]], set[int]]:
-    """The sheets that need no script: both ends of the main score and its largest cut; and the images in them. Only where an
-    image comes first it has its `src`."""
+    """Return the sheets that need no script: both ends of the main score and its largest cut; and the images in them. Only
+    where an image comes first it has its `src`."""
     largest = max((sheet.rate for sheet in found if sheet.rate is not None), default=None)
     static, in_html = [], set[int]()
     for sheet in found:
@@ -227,7 +227,7 @@ def _static_sheets(found: list[Sheet], pictures: dict[int, dict[str, Any]], uris
 
 
 def _stored_score(facts: Facts, name: str, found: list[Sheet], uris: dict[int, str]) -> dict[str, Any]:
-    """A score for the script: its sheets, those with a cut under their pruning rate."""
+    """Return a score for the script: its sheets, those with a cut under their pruning rate."""
     keeps_centre, stored = _keeps_centre(facts, name), []
     for sheet in found:
         shown = [number for number in sheet.index if number in uris]
@@ -247,13 +247,13 @@ IMAGES_PER_BATCH = 64
 
 
 def is_pixelated(info: BetonInfo, index: int) -> bool:
-    """Whether an image is so small that it is embedded as it is."""
+    """Say whether an image is so small that it is embedded as it is."""
     return max(int(info.width_N[index]), int(info.height_N[index])) <= PIXELATED_UP_TO
 
 
 def thumbnails(info: BetonInfo, index: Iterable[int], budget_bytes: int,
                sides: Sequence[int] = SIDES) -> tuple[dict[int, str], list[int]]:
-    """Data URIs by global index, as many as fit into `budget_bytes` from the front of `index`; and the indices of images
+    """Return data URIs by global index, as many as fit into `budget_bytes` from the front of `index`; and the indices of images
     that cannot be decoded.
 
     The longest side of all of them is the first of `sides` (descending, pixels) at which they are likely to fit, else the last.
@@ -279,7 +279,8 @@ def thumbnails(info: BetonInfo, index: Iterable[int], budget_bytes: int,
 
 
 def data_uri(image: np.ndarray, side: int) -> str:
-    """A picture (uint8 [H, W, 3]) for an <img>: tiny ones as they are, larger ones as a JPEG of at most `side` pixels."""
+    """Encode a picture (uint8 [H, W, 3]) for an <img>: tiny ones as they are, larger ones as a JPEG of at most `side` pixels.
+    """
     from PIL import Image
 
     picture, file = Image.fromarray(image), io.BytesIO()
@@ -301,7 +302,7 @@ def _side(info: BetonInfo, index: Sequence[int], budget_bytes: int, sides: Seque
 
 
 def _read(info: BetonInfo, index: int, side: int) -> str | None:
-    """The data URI of one image; None where it cannot be decoded."""
+    """Return the data URI of one image; None where it cannot be decoded."""
     try:
         image, = read_images(info.path, [index], info)
     except InputError:

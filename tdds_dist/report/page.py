@@ -102,7 +102,7 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
 
 
 def duration(seconds: float | None) -> str:
-    """12.3 s, 4 min 10 s, 5 h 12 min."""
+    """Write a duration: 12.3 s, 4 min 10 s, 5 h 12 min."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
@@ -118,7 +118,8 @@ def _title(runs: Sequence[RunDir], sections: Sequence[dict[str, Any]]) -> str:
 
 
 def _pool(pool: list[Facts], found: list[Facts], sections: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the template shows about several runs of the same data together; `images_of` is the section to see them in."""
+    """Return what the template shows about several runs of the same data together; `images_of` is the section to see them in.
+    """
     rows, slots = summary_rows(pool), _colour_slots([*short_names(pool).values()])
     numbers = [number for number, facts in enumerate(found) if any(facts is other for other in pool)]
     with_images = [number for number in numbers if sections[number]["sheets"]["sheets"]]
@@ -132,7 +133,8 @@ def _pool(pool: list[Facts], found: list[Facts], sections: Sequence[dict[str, An
 
 
 def _section(facts: Facts, num_thumbnails: int, budget_bytes: int, is_pooled: bool, progress: Progress) -> dict[str, Any]:
-    """Everything the template shows about one run. Of one that is pooled, charts of accuracy and learning are with the pool."""
+    """Return everything the template shows about one run. Of one that is pooled, charts of accuracy and learning are with the
+    pool."""
     rows = summary_rows([facts])
     slots = _colour_slots([*facts.names.values()])
     origins = {name: origin(facts, coreset) for name, coreset in facts.coresets.items()}
@@ -166,14 +168,14 @@ def _section(facts: Facts, num_thumbnails: int, budget_bytes: int, is_pooled: bo
 
 
 def _coreset(facts: Facts, name: str, origins: Origins) -> tuple[str, Coreset, str | None, float | None, list[float | None]]:
-    """A row of the coresets' table: with the score it was cut from and where, unless that is a random rank."""
+    """Return a row of the coresets' table, with the score it was cut from and where, unless that is a random rank."""
     coreset = facts.coresets[name]
     source, cut = (None, None) if base_key(coreset.score_key) == "random" else origins[name]
     return name, coreset, source, cut, noise_kept(facts, coreset)
 
 
 def _provenance(facts: Facts) -> dict[str, Any]:
-    """How the run came about; `differences` are sentences about retrainings of another commit or other versions."""
+    """Return how the run came about; `differences` are sentences about retrainings of another commit or other versions."""
     env, versions = facts.env, facts.env.get("versions", {})
     content = {f"Content of the {split} images, SHA-256": text[:16] for split, text in env.get("data", {}).items()}
     known = {"Run directory": str(facts.run.path), "Commit": env.get("commit"), "Processor": env.get("cpu"),
@@ -197,18 +199,18 @@ def _provenance(facts: Facts) -> dict[str, Any]:
 
 
 def _config_text(value: Any) -> str:
-    """A value as YAML writes it on one line."""
+    """Write a value as YAML does on one line."""
     return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _dataset_name(source: str, beton: str) -> str:
-    """The source's name without the folders above it, or the file's."""
+    """Return the source's name without the folders above it, or the file's."""
     kind, _, folder = source.partition(":")
     return printable(f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name)
 
 
 def _colour_slots(keys: Sequence[str]) -> dict[str, int]:
-    """A colour per score: the well-known ones keep theirs, variants (`tdds_balanced`) take what is left."""
+    """Give each score a colour: the well-known ones keep theirs, variants (`tdds_balanced`) take what is left."""
     slots = {FULL_DATA: FULL_SLOT} | {key: _SLOTS[key] for key in keys if key in _SLOTS}
     for key in keys:
         if key not in slots:

@@ -23,7 +23,7 @@ class PublishedTable:
 
     def lookup(self, strategy: str | None, score_key: str, pruning_rate: float | None,
                importance: str | None = None) -> float | None:
-        """The published number of one setting, or None when the paper prints none.
+        """Return the published number of one setting, or None when the paper prints none.
 
         TDDS was retrained with importance `batch`, the other scores without (where importance is 1, it does nothing). A key
         that names T and K must name those of the paper.
@@ -41,7 +41,7 @@ class PublishedTable:
 
 
 def find_table(names: Iterable[str], num_classes: int, model: str, num_images: int | None = None) -> PublishedTable | None:
-    """The table of the network on the dataset called one of `names` (paths, source names); None when the paper has none.
+    """Return the table of the network on the dataset called one of `names` (paths, source names); None when the paper has none.
 
     The numbers of classes and, where known, of training images must agree, so that neither `imagenette` nor `imagenet100`
     nor a part of it passes for ImageNet-1K.

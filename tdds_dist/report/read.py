@@ -1,7 +1,7 @@
-"""What a run directory says, each file read once, for tables and the report.
+"""The content of a run directory, each file read once, for tables and the report.
 
 Owns the reading, not the formats of what it reads. A damaged or foreign file becomes a sentence in `Facts.problems` instead of
-an exception: a report is most wanted half-way.
+an exception: reports are also made of unfinished runs.
 """
 
 import json
@@ -38,8 +38,8 @@ class Retrained:
 
     @property
     def score(self) -> str:
-        """Score and way of choosing by it; FULL_DATA where nothing was pruned; with the network where that is another than
-        the collection's."""
+        """Return the score and the way of choosing by it; FULL_DATA where nothing was pruned; with the network where that is
+        another than the collection's."""
         if self.setting.get("pruning_rate") == 0:
             name = FULL_DATA
         elif "row" in self.setting or "method" in self.setting:
@@ -51,7 +51,7 @@ class Retrained:
 
     @property
     def strategy(self) -> str | None:
-        """`E` or `P`, however it was spelled."""
+        """Return `E` or `P`, however it was spelled."""
         text = self.setting.get("strategy")
         return text[-1].upper() if text else None
 
@@ -79,7 +79,7 @@ class Facts:
 
 
 def read_facts(run: RunDir) -> Facts:
-    """Read one run directory. InputError when it is none."""
+    """Read one run directory; raise InputError when it is none."""
     config, problems = run.read_config(), list[str]()
     scores: dict[str, Scores] = {}
     coresets: dict[str, Coreset] = {}
@@ -125,7 +125,7 @@ def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
 
 
 def short_names(pool: Sequence[Facts]) -> dict[str, str]:
-    """`Facts.names` of several runs that are shown together."""
+    """Return `Facts.names` of several runs that are shown together."""
     if len(pool) == 1:
         return pool[0].names
     return _short_names([*dict.fromkeys(key for facts in pool for key in facts.scores)],
@@ -133,8 +133,8 @@ def short_names(pool: Sequence[Facts]) -> dict[str, str]:
 
 
 def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
-    """A name to show for each score key: the score alone, unless two of its settings compete at one pruning rate, or the key
-    is of a variant."""
+    """Return a name to show for each score key: the score alone, unless two of its settings compete at one pruning rate, or the
+    key is of a variant."""
     def family(key: str) -> str:
         return base_key(key) + ("_balanced" if key.endswith("_balanced") else "")
 
@@ -161,7 +161,7 @@ def _read_retrained(run: RunDir, model: str, problems: list[str]) -> Retrained:
 
 
 def _own_dataset(scores: Mapping[str, Scores], num_images: int | None, manifest: Any) -> Fingerprint | None:
-    """The data set that most of the scores are of; of equally many the one of the run, then of its manifest. None without
+    """Return the data set that most of the scores are of; of equally many that of the run, then of its manifest; None without
     scores."""
     found = [*dict.fromkeys(each.fingerprint for each in scores.values())]
     found = [each for each in found if each.labels_sha256] or found
@@ -175,7 +175,7 @@ def _own_dataset(scores: Mapping[str, Scores], num_images: int | None, manifest:
 
 
 def _other_dataset(have: Fingerprint, own: Fingerprint, what: str | Path) -> str | None:
-    """What `require_same_dataset` says, or None."""
+    """Return what `require_same_dataset` says, or None."""
     try:
         require_same_dataset(have, own, str(what))
     except InputError as error:
@@ -184,7 +184,7 @@ def _other_dataset(have: Fingerprint, own: Fingerprint, what: str | Path) -> str
 
 
 def _read_record(read: Callable[[], Any], path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """A JSON object; None, with a problem, where the file holds something else."""
+    """Read a JSON object; None, with a problem, where the file holds something else."""
     try:
         record = read()
         if record is None or isinstance(record, dict):
@@ -203,7 +203,7 @@ def _read_env(run: RunDir, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """One record per epoch. A line that a kill cut short is left out; of a repeated epoch the last record counts."""
+    """Read one record per epoch. A line that a kill cut short is left out; of a repeated epoch the last record counts."""
     by_epoch: dict[int, dict[str, Any]] = {}
     for line in run.metrics_file.read_bytes().splitlines() if run.metrics_file.is_file() else []:
         try:

@@ -1,6 +1,6 @@
 """The accuracy table of one or several runs: by setting, seeds averaged, unfinished runs included.
 
-Owns which runs belong together, averaging, and numbers as text; reading is `read`', the page is `report`'s.
+Owns which runs belong together, averaging, and numbers as text; `read` does the reading, `page` makes the page.
 """
 
 import json
@@ -24,7 +24,7 @@ _OF_A_RETRAINING = ("model.", "data.", "train.")  # what two retrainings that ag
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunDir]:
-    """The run directories at `paths`, each once; an experiment stands for the collections in it, by seed.
+    """Return the run directories at `paths`, each once; an experiment stands for the collections in it, by seed.
 
     Raises InputError where there is no run.
     """
@@ -42,7 +42,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunDir]:
 
 
 def experiment_name(runs: Sequence[RunDir]) -> str | None:
-    """The experiment whose collections `runs` are, or None."""
+    """Return the name of the experiment whose collections `runs` are, or None."""
     parents = {run.path.resolve().parent for run in runs}
     if len(parents) > 1 or not all(run.path.name.removeprefix("seed").isdigit() for run in runs):
         return None
@@ -50,7 +50,7 @@ def experiment_name(runs: Sequence[RunDir]) -> str | None:
 
 
 def pools(found: Sequence[Facts]) -> list[list[Facts]]:
-    """Runs that trained and evaluated on the same images, together; in the order of their first."""
+    """Group runs that trained and evaluated on the same images, in the order of their first."""
     groups: dict[str, list[Facts]] = {}
     for facts in found:
         data = facts.config.get("data", {})
@@ -60,12 +60,12 @@ def pools(found: Sequence[Facts]) -> list[list[Facts]]:
 
 
 def run_name(facts: Facts) -> str:
-    """What to call a run."""
+    """Name a run."""
     return str(facts.config.get("run", {}).get("name") or facts.run.path.name)
 
 
 def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
-    """Runs that differ in nothing but their seed, together, each with a label: their names, or "" where all are alike."""
+    """Group runs that differ in nothing but their seed, each group with a label: their names, or "" where all are alike."""
     groups: dict[tuple[tuple[str, str], ...], list[Facts]] = {}
     for facts in pool:
         groups.setdefault(tuple(sorted(setting_of(facts.config).items())), []).append(facts)
@@ -77,7 +77,7 @@ def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
 
 
 def summary_table(run: RunDir) -> list[dict[str, Any]]:
-    """Accuracy by setting, seeds averaged: the collection run, then one row per setting, then what has not finished.
+    """Return accuracy by setting, seeds averaged: the collection run, then one row per setting, then what has not finished.
 
     Keys of a row: `score` (key) and `score_name` (what to show for it), `strategy` ("E", "P" or None), `importance`,
     `variant` (settings that tell it from a row that is alike in these, else ""), `pruning_rate`, `num_images`,
@@ -95,12 +95,12 @@ def summary_table(run: RunDir) -> list[dict[str, Any]]:
 
 
 def summary_tables(runs: Sequence[RunDir]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A table for each run, or one for the runs of the same data together; with the directories it is about."""
+    """Return a table for each run, or one for the runs of the same data together; with the directories it is about."""
     return [("\n".join(str(facts.run.path) for facts in pool), summary_rows(pool)) for pool in pools([*map(read_facts, runs)])]
 
 
 def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
-    """The rows of `summary_table` from facts already read, of several runs of the same data together.
+    """Return the rows of `summary_table` from facts already read, of several runs of the same data together.
 
     Runs that differ in nothing but their seed are averaged. Other runs have rows and a reference of their own.
     """
@@ -109,7 +109,7 @@ def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
 
 
 def variants(group: Sequence[Facts]) -> dict[tuple[Path, str], str]:
-    """What tells retrainings apart beyond score, strategy, importance, pruning rate and epochs, "" for most.
+    """Return what distinguishes retrainings beyond score, strategy, importance, pruning rate and epochs, "" for most.
 
     Settings in which they differ, where they are not the collection's: `train.lr=0.02`. Of those that agree in everything,
     the seed and the collection included, the first stands for them and the others say `repeated as NAME`. Keys are the
@@ -157,7 +157,7 @@ def _name_differences(members: list[tuple[Facts, Retrained]], found: dict[tuple[
 
 
 def _decisive(config: dict[str, Any]) -> dict[str, str]:
-    """What of a config decides a retraining's result, but for the seed and what its row names: section.key -> value."""
+    """Return what of a config decides a retraining's result, but for the seed and what its row names: section.key -> value."""
     return {key: value for key, value in setting_of(config).items()
             if key.startswith(_OF_A_RETRAINING) and key != "train.epochs"}
 
@@ -195,7 +195,7 @@ def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[
 
 
 def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
-    """One row for the collections that came to the end of their schedule, one for each of the others."""
+    """Return one row for the collections that came to the end of their schedule, one for each of the others."""
     by_status: dict[Any, list[dict[str, Any]]] = {}
     for facts in group:
         result = facts.result or {}
@@ -215,7 +215,7 @@ def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
 
 
 def format_summary(rows: list[dict[str, Any]]) -> str:
-    """The rows of `summary_table` as an aligned plain-text table. Top-1 in percent; "best" is over epochs."""
+    """Write the rows of `summary_table` as an aligned plain-text table. Top-1 in percent; "best" is over epochs."""
     columns: list[tuple[str, str, Any]] = [
         ("stage", "<", lambda row: row["name"] if row["name"] == "collect" else "retrain"),
         ("score", "<", lambda row: row["score_name"]),
@@ -255,7 +255,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
 
 def _row(names: dict[str, str], published: PublishedTable | None, name: str, key: tuple[Any, ...],
          results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the table from the results of all seeds of one setting."""
+    """Return one row of the table from the results of all seeds of one setting."""
     score, strategy, importance, rate, epochs, variant = key
     final, final_std = _mean_std(result.get("final_top1") for result in results)
     best, best_std = _mean_std(result.get("best_top1") for result in results)

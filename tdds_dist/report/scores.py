@@ -1,6 +1,6 @@
 """Sections of the report about scores and coresets: histograms and cuts, shares of the classes and of known noise.
 
-Owns what those sections show; files were read by `results`. Gives plain values and SVG to the templates in `templates/`.
+Owns what those sections show; files were read by `read`. Gives plain values and SVG to the templates in `templates/`.
 """
 
 # N dataset, n samples with a finite score, M kept samples, C classes, B bins
@@ -28,20 +28,20 @@ Origins = dict[str, tuple[str | None, float | None]]  # coreset -> (score file i
 
 
 def origin(facts: Facts, coreset: Coreset) -> tuple[str | None, float | None]:
-    """The score file a coreset was cut from, and where. Of several files with its key the one that explains it."""
+    """Return the score file a coreset was cut from, and where. Of several files with its key the one that explains it."""
     fits = [(name, _cut(scores.score_N, coreset.index_M)) for name, scores in facts.scores.items()
             if coreset.score_key in (name, scores.key) and scores.fingerprint == coreset.fingerprint]
     return min(fits, key=lambda fit: fit[1] is None, default=(None, None))
 
 
 def _cut(score_N: np.ndarray, index_M: np.ndarray) -> float | None:
-    """The lowest kept score, if the coreset is exactly the top of this score; None for any other selection."""
+    """Return the lowest kept score, if the coreset is exactly the top of this score; None for any other selection."""
     low, high = kept_range(score_N, index_M) or (0.0, 0.0)
     return low if high == float("inf") else None
 
 
 def main_score(facts: Facts, origins: Origins) -> str | None:
-    """The score whose images are shown: TDDS before others, of several the one cut at the largest pruning rate."""
+    """Return the score whose images are shown: TDDS before others, of several the one cut at the largest pruning rate."""
     largest: dict[str | None, float] = {}
     for coreset, (name, _) in origins.items():
         largest[name] = max(largest.get(name, 0), facts.coresets[coreset].pruning_rate)
@@ -50,7 +50,7 @@ def main_score(facts: Facts, origins: Origins) -> str | None:
 
 
 def score_facts(facts: Facts, name: str, origins: Origins, slot: int) -> dict[str, Any]:
-    """Histogram and key numbers of one score file."""
+    """Return histogram and key numbers of one score file."""
     from tdds_dist.coreset.select import default_sampler  # brings torch
 
     scores = facts.scores[name]
@@ -84,7 +84,7 @@ def score_facts(facts: Facts, name: str, origins: Origins, slot: int) -> dict[st
 
 
 def _strip(coreset: Coreset, score_N: np.ndarray, finite_N: np.ndarray, bin_N: np.ndarray, count_B: np.ndarray) -> charts.Strip:
-    """What the coreset keeps of each bin, and where it cuts."""
+    """Return the share of each bin that the coreset keeps, and its cut."""
     index_M = coreset.index_M[finite_N[coreset.index_M]]
     kept_B = np.bincount(bin_N[index_M], minlength=len(count_B))
     share_B = np.divide(kept_B, count_B, out=np.full(len(count_B), np.nan), where=count_B > 0)
@@ -97,8 +97,8 @@ def _strip(coreset: Coreset, score_N: np.ndarray, finite_N: np.ndarray, bin_N: n
 
 
 def kept_range(score_N: np.ndarray, index_M: np.ndarray) -> tuple[float, float] | None:
-    """The lowest kept score, and the highest where higher ones are removed (else inf), if the coreset is all that lies between
-    them, images equal to an end aside; None for any other selection."""
+    """Return the lowest kept score, and the highest where higher ones are removed (else inf), if the coreset is all that lies
+    between them, images equal to an end aside; None for any other selection."""
     kept_N = np.zeros(len(score_N), dtype=bool)
     kept_N[index_M] = True
     low, high = float(score_N[kept_N].min()), float(score_N[kept_N].max())
@@ -109,8 +109,8 @@ def kept_range(score_N: np.ndarray, index_M: np.ndarray) -> tuple[float, float] 
 
 
 def known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Which images have a wrong label, and which are corrupted, bool [N]; None where the manifest does not say, or is of
-    other labels than those that were scored or chosen."""
+    """Mark the images with a wrong label, and those that are corrupted, bool [N]; None where the manifest does not say, or is
+    of other labels than those that were scored or chosen."""
     manifest = facts.manifest
     if manifest is None:
         return None, None
@@ -121,7 +121,7 @@ def known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
 
 
 def noise(facts: Facts) -> dict[str, Any] | None:
-    """How many images are known to have a wrong label, how many to be corrupted, and a line that says it; None where no
+    """Count the images that are known to have a wrong label and to be corrupted, and say it in a line; None where no
     image is known to have either."""
     labels, images = (0 if bad_N is None else int(bad_N.sum()) for bad_N in known_noise(facts))
     if not labels and not images:
@@ -132,13 +132,13 @@ def noise(facts: Facts) -> dict[str, Any] | None:
 
 
 def noise_kept(facts: Facts, coreset: Coreset) -> list[float | None]:
-    """Shares of the wrong labels and of the corrupted images that the coreset keeps; None where none are known."""
+    """Return the shares of the wrong labels and of the corrupted images that the coreset keeps; None where none are known."""
     return [None if bad_N is None or not bad_N.any() else share_kept(coreset.index_M, bad_N)[0]
             for bad_N in known_noise(facts)]
 
 
 def noise_table(facts: Facts, slots: dict[str, int]) -> dict[str, Any] | None:
-    """How much of the known noise every coreset keeps, by kind, beside what a random one is expected to keep; None where
+    """Return how much of the known noise every coreset keeps, by kind, beside what a random one is expected to keep; None where
     there is no coreset, or no image is known to be noisy."""
     heads = coreset_labels(facts)
     coresets = {name: coreset for name, coreset in facts.coresets.items() if coreset.pruning_rate > 0}
@@ -155,8 +155,8 @@ def noise_table(facts: Facts, slots: dict[str, int]) -> dict[str, Any] | None:
 
 
 def _kinds_of_noise(facts: Facts) -> dict[str, np.ndarray]:
-    """Noisy samples, bool [N], by what is wrong with them; the kinds of corruption after all of it. Kinds without any are
-    left out."""
+    """Mark noisy samples, bool [N], by what is wrong with them; each kind of corruption after all corrupted ones. Kinds without
+    any are left out."""
     noisy_N, corrupted_N = known_noise(facts)
     kinds = dict(zip(NOISE, (noisy_N, corrupted_N), strict=True))
     if corrupted_N is not None:
@@ -168,7 +168,8 @@ def _kinds_of_noise(facts: Facts) -> dict[str, np.ndarray]:
 
 def _noise_chart(facts: Facts, kind: str, kept: dict[str, dict[str, tuple[float, float]]],
                  slots: dict[str, int]) -> dict[str, Any]:
-    """Share kept of one kind of noise against the pruning rate, a line per way of choosing; several draws are averaged."""
+    """Draw the share kept of one kind of noise against the pruning rate, a line per way of choosing; several draws are
+    averaged."""
     groups: dict[tuple[str, int, bool], dict[float, list[float]]] = {}  # (method, colour, another sampler than the score's)
     for name, of_kind in kept.items():
         coreset = facts.coresets[name]
@@ -191,7 +192,7 @@ def _noise_chart(facts: Facts, kind: str, kept: dict[str, dict[str, tuple[float,
 
 
 def class_table(facts: Facts, main: str | None, origins: Origins) -> dict[str, Any] | None:
-    """Share of each class that each coreset keeps, in percent, None for a class without images: `panels` of a title,
+    """Return the share of each class that each coreset keeps, in percent, None for a class without images: `panels` of a title,
     coresets (name and heading) and rows, and per coreset the classes at either end."""
     labels = next((scores.label_N for scores in facts.scores.values() if scores.fingerprint.labels_sha256), None)
     if labels is None or not facts.coresets:
@@ -219,7 +220,7 @@ def class_table(facts: Facts, main: str | None, origins: Origins) -> dict[str, A
 
 
 def _extremes(head: str, coreset: Coreset, share_C: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """The classes that lose most and least of theirs by one coreset; ties in the order of the labels."""
+    """Return the classes that lose most and least of theirs by one coreset; ties in the order of the labels."""
     order = np.argsort(share_C, kind="stable")
     order = order[~np.isnan(share_C[order])]
     lost = [names[label] for label in order if share_C[label] == 0]
@@ -233,7 +234,7 @@ def _extremes(head: str, coreset: Coreset, share_C: np.ndarray, names: list[str]
 
 
 def coreset_labels(facts: Facts) -> dict[str, str]:
-    """A short heading for each coreset, its file name where two would share one."""
+    """Return a short heading for each coreset, its file name where two would share one."""
     labels = {}
     for name, coreset in facts.coresets.items():
         balanced = " balanced" if coreset.settings.get("class_balanced") else ""
@@ -249,5 +250,5 @@ def class_name(facts: Facts, label: int) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's or folder's name as text: it may hold bytes that are no UTF-8."""
+    """Return a file's or folder's name as text: it may hold bytes that are no UTF-8."""
     return name.encode("utf-8", "replace").decode()
