@@ -94,7 +94,7 @@ def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, Jo
 def _ask(commands: list[list[str]], timeout_seconds: float) -> list[tuple[str, str]]:
     """Run the commands at the same time; return what each printed, and in a line why it did not answer."""
     deadline = time.monotonic() + timeout_seconds
-    # Times are compared below; the format is the user's to choose otherwise.
+    # Times are compared below; without this, the user's own settings choose their format.
     environment = os.environ | {"SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
     started: list[subprocess.Popen[str] | OSError] = []
     for command in commands:
@@ -264,7 +264,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def outcome_of(file: Path) -> str:
-    """ Return "success" or "error", as submitit writes it; "" when the file says neither."""
+    """ Return Return "success" or "error", as submitit writes it; "" when the file says neither."""
     try:
         with file.open("rb") as content:
             outcome = _PlainUnpickler(content).load()[0]

@@ -76,7 +76,7 @@ def _last_written(job: JobRecord, stream: str) -> float:
 
 
 def _own_log(directory: Path, runs: list[Path], job_id: str | None, rank: int | None) -> Path:
-    """Return log.txt, where there are no jobs."""
+    """Return Return log.txt, where there are no jobs."""
     if job_id is not None:
         raise InputError(f"--job {job_id}: {directory} has no jobs (it was not submitted); leave it out to see log.txt")
     if runs != [directory]:
@@ -90,7 +90,7 @@ def _own_log(directory: Path, runs: list[Path], job_id: str | None, rank: int | 
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Write numbers as ranges: 0-3, 5."""
+    """Write numbers as ranges: Write numbers as ranges: 0-3, 5."""
     texts: list[str] = []
     first = previous = None
     for number in [*sorted(numbers), None]:
@@ -128,7 +128,7 @@ def follow(path: Path, position: int, out: IO[str], is_over: Callable[[], bool] 
     """Write what is appended from `position` on, until `is_over`. A file that became shorter is begun again."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may come in two parts
     while True:
-        over = is_over()  # asked first, so that the last words are not lost
+        over = is_over()  # asked first, so that the last lines are not lost
         try:
             with path.open("rb") as file:
                 if file.seek(0, 2) < position:

@@ -71,7 +71,7 @@ class StageTask:
             if code == EXIT_RESUME:
                 self._hand_over(interruption, message)
             if code:
-                # A predecessor that holds the run, because its node was cut off and not dead, ends some day.
+                # An earlier start that still holds the run, on a node that is cut off and not dead, will end at some time.
                 kind = "lost" if IN_USE in message else {_BAD_INPUT: "refused", _LOST: "lost"}.get(code, "failed")
                 self._leave(code, kind, message)
         # After the result is written: no interpreter teardown, for the reason that stands in `tdds_dist.cli.main.run`.
@@ -109,7 +109,7 @@ class StageTask:
             hosts = job.hostnames
             self._choose_interface(hosts[-1] if job.node == 0 and len(hosts) > 1 else os.environ["MASTER_ADDR"])
         if self.rank == 0:
-            # submitit stumbles over what a kill left behind, and a rank that was done when others were lost is done again.
+            # submitit fails on files that a kill left behind, and a rank that was done when others were lost is run again.
             for pattern in (f"{self.job_id}_*.save_tmp", f"{self.job_id}_*_result.pkl"):
                 for left in Path(self.log_dir).glob(pattern):
                     left.unlink(missing_ok=True)

@@ -152,7 +152,7 @@ class _Output(io.TextIOWrapper):
 def run(extra_commands: Commands = ()) -> None:
     """Run the program and leave the process without tearing the interpreter down: its order against the threads of gloo and
     FFCV would decide the exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces of C++ about a peer that is gone; we say it in a line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ traces about a rank that is gone: one line says it
     if isinstance(out := sys.stdout, io.TextIOWrapper):
         sys.stdout = _Output(out.buffer, out.encoding, out.errors, line_buffering=out.line_buffering,
                              write_through=out.write_through)

@@ -13,7 +13,7 @@ from tdds_dist.console import paint
 from tdds_dist.text import duration, size_text
 
 _WIDTH = 110
-_JOINED = "\xa0"  # the space within a number and its words, where no line ends
+_JOINED = "\xa0"  # a space that breaks no line, between a number and its words
 
 
 # Every number that a stage may close with: its name in the JSON, and how it reads.

@@ -111,7 +111,7 @@ def build_parser(extra_commands: Commands = ()) -> argparse.ArgumentParser:
 def _add_manner(parser: argparse.ArgumentParser, default: object) -> None:
     group = parser.add_argument_group("what is said")
     group.add_argument("--quiet", action="store_true", default=default, help="warnings and errors only")
-    if (own := parser._option_string_actions.get("--json")) is not None:  # it says what its object is
+    if (own := parser._option_string_actions.get("--json")) is not None:  # its own help says what the object is
         own.default = default
         return
     group.add_argument("--json", action="store_true", default=default,

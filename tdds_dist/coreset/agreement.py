@@ -42,7 +42,8 @@ class Ranked:
         return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
 
     def agreement(self, other: "Ranked") -> list[float]:
-        """Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P]."""
+        """Return Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P].
+        """
         return [rank_correlation(self.rank_N, other.rank_N), *self.overlap(other)]
 
 
@@ -78,13 +79,13 @@ def main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
     try:
         parsed = parse_config(config)
         configured = [window.key(parsed.score.preset) for window in parsed.windows()]
-    except InputError:  # the config of another version: its scores are as good as ever
+    except InputError:  # the config of another version; its scores can still be compared
         configured = []
     return min(keys, key=lambda key: (configured.index(key) if key in configured else len(configured), score_order(key), key))
 
 
 def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float]]:
-    """Return `agreement` of each pair of scores of one run, in the order of `ranked`."""
+    """Return Return `agreement` of each pair of scores of one run, in the order of `ranked`."""
     return {(a, b): ranked[a].agreement(ranked[b]) for a, b in itertools.combinations(ranked, 2)}
 
 
@@ -122,7 +123,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Return Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
+    """Return Return Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
 
     Raises InputError for lengths that differ.
     """

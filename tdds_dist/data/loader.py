@@ -76,7 +76,7 @@ class Batch:
 
 
 def check_view(info: BetonInfo, view: View) -> None:
-    """Raise InputError when the file cannot be read in this view, or not at all on this machine."""
+    """Raise Raise InputError when the file cannot be read in this view, or not at all on this machine."""
     sides = np.concatenate([info.width_N, info.height_N])
     if view.crop == "pad" and not (sides == view.size).all():
         raise InputError(f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {info.path} has sides "
@@ -154,7 +154,7 @@ class BetonLoader(ffcv.Loader):
             "label": PipelineSpec(info.label_field, decoder=_LoadLabel()),
         }
         self.graph = Graph(self.pipeline_specs, self.reader.handlers, self.field_name_to_f_ix, self.reader.metadata, None)
-        Compiler.set_enabled(False)  # our operations are compiled already (imaging), FFCV need not
+        Compiler.set_enabled(False)  # our operations are compiled already (`decode`), FFCV need not
         try:
             self.generate_code()
         finally:

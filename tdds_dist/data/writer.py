@@ -133,7 +133,8 @@ def _write_file(source: Source, file: Path, settings: dict[str, Any], num_worker
 
 
 def _page_bytes(source: Source, max_resolution: int | None) -> int:
-    """Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends with one partly empty."""
+    """Return Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends with one partly
+    empty."""
     largest = 0
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
@@ -208,7 +209,7 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent takes its workers along (Linux)
-    cv2.setNumThreads(1)  # its thread pool does not survive the fork
+    cv2.setNumThreads(1)  # threads of its pool do not exist after the fork
     metadata_N = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
     image_field = writer.fields["image"]
     write_mode = image_field.write_mode

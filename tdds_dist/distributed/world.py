@@ -25,7 +25,7 @@ from tdds_dist.errors import InputError, LostRankError
 TIMEOUT_SECONDS = 600.0  # of a collective; the first step may wait for compilation on other ranks
 _ROLL_CALL_SECONDS = 10.0  # ranks that time out together do so within that
 _HOST_STAYS_SECONDS = 1.0  # that rank 0 leaves later
-_CONTROL_SHARE = 0.9  # of the time-out: control groups speak up before NCCL's watchdog ends the process without a word
+_CONTROL_SHARE = 0.9  # of the time-out: control groups raise before NCCL's watchdog ends the process without a message
 
 Group = dist.ProcessGroup
 _position = "before the first step"  # where this process is, for messages about lost ranks
@@ -159,7 +159,7 @@ def _roll_call(world: World, error: RuntimeError, timeout_seconds: float) -> str
     if not missing:
         return f"rank {world.rank}, {_position}: ranks lost each other ({first_line}); run the same command again to go on"
     who = f"rank {min(missing)}"
-    if len(missing) > 1:  # one that is gone can keep others from noticing in time
+    if len(missing) > 1:  # a rank that is gone can delay others in noticing it
         who = f"at least one of the ranks {', '.join(str(rank) for rank in sorted(missing))}"
     waited = f" within {timeout_seconds:g} s (run.timeout_seconds)" if kind == "did not answer" else ""
     return (f"rank {world.rank}, {_position}: {who} {kind}{waited} ({first_line}); see what that rank said last, and run "

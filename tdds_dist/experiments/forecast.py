@@ -35,7 +35,7 @@ from tdds_dist.runs.directory import RunDir
 from tdds_dist.training.schedule import batch_size_factor
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(|B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
-_LEAST_WITHOUT_UNIT = 1e6  # bytes; less is gigabytes in somebody's mind
+_LEAST_WITHOUT_UNIT = 1e6  # bytes; a smaller number was probably meant in gigabytes
 _MOST_TOGETHER = 4  # options that an error combines
 _MOST_NAMED = 4  # ways out that an error names
 

@@ -34,7 +34,7 @@ def run_in_processes(items: Sequence[Item], work: Callable[[Item], Result],
         InputError: a process was killed; what had ended before stays.
     """
     context = multiprocessing.get_context("spawn")
-    # A program that leaves without teardown (`cli.run`) would hear from Python's tracker about semaphores it has yet to free.
+    # Python's resource tracker warns of semaphores that a program leaves behind without teardown (`run` in `cli.main`).
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     with ProcessPoolExecutor(min(jobs, len(items)), context, _start, (context.Value("i", 0), jobs)) as pool:
         try:

@@ -101,7 +101,7 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     slot: int
-    error: Sequence[float] | None = None  # half length of the error bar at each point, 0 for none
+    error: Sequence[float] | None = None  # half the length of the error bar at each point, 0 for none
     dashed: bool = False
     marker: str = ""  # "o", "s", "^" or none
     opacity: float = 1.0
@@ -267,7 +267,7 @@ def _draw_cuts(axes: "Axes", is_x: bool, cuts: Sequence[tuple[str, float]]) -> N
         at, offset = ((place, 1), (0, 3)) if is_x else ((1, place), (3, 0))
         text = axes.annotate(label, at, offset, xycoords="axes fraction", textcoords="offset points", fontsize=8,
                              ha="center" if is_x else "left", va="bottom" if is_x else "center")
-        text.set_in_layout(not is_x)  # above the map the title's padding is their room
+        text.set_in_layout(not is_x)  # above the map they stand in the title's padding
 
 
 def _in_slot(svg: str, slot: int) -> str:

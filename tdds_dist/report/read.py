@@ -51,7 +51,7 @@ class Retrained:
 
     @property
     def strategy(self) -> str | None:
-        """Return `E` or `P`, however it was spelled."""
+        """Return Return `E` or `P`, however it was spelled."""
         text = self.setting.get("strategy")
         return text[-1].upper() if text else None
 
@@ -72,7 +72,7 @@ class Facts:
     retrained: list[Retrained]
     scores: dict[str, Scores]
     coresets: dict[str, Coreset]
-    manifest: Any  # beton.Manifest, or None when there is none
+    manifest: Any  # data.manifest.Manifest, or None when there is none
     published: PublishedTable | None
     names: dict[str, str]
     problems: list[str]
@@ -125,7 +125,7 @@ def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
 
 
 def short_names(pool: Sequence[Facts]) -> dict[str, str]:
-    """Return `Facts.names` of several runs that are shown together."""
+    """Return Return `Facts.names` of several runs that are shown together."""
     if len(pool) == 1:
         return pool[0].names
     return _short_names([*dict.fromkeys(key for facts in pool for key in facts.scores)],

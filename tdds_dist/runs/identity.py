@@ -13,8 +13,8 @@ from typing import Any
 from tdds_dist.config.run import Config, parse_config, to_dict
 from tdds_dist.runs.directory import RunDir
 
-PLACE = "place"  # names, places, speed, what is kept or logged: no result is another for it
-MAY_CHANGE = "may change"  # between two starts of a run; runs that differ in it are not averaged all the same
+PLACE = "place"  # names, places, speed, what is kept or logged: changes no result
+MAY_CHANGE = "may change"  # between two starts of a run; but runs that differ in it are not averaged
 SEED = "seed"  # decides the result, and is what seeds of one setting differ in
 DECIDES = "decides"  # every key that the table does not name
 
@@ -23,7 +23,7 @@ KINDS: dict[str, str | dict[str, str]] = {
     "data": {"train": PLACE, "val": PLACE, "num_workers": PLACE},  # the files by name; their content is compared
     "train": {"accumulation": MAY_CHANGE, "log_every": PLACE, "eval_every": MAY_CHANGE},
     "score": {"baselines": PLACE, "final_pass": MAY_CHANGE, "on_nan": MAY_CHANGE},
-    "retrain": PLACE,  # what of it a retraining uses stands in its train.* and its record
+    "retrain": PLACE,  # the parts that a retraining uses are in its train.* and its record
     "checkpoint": PLACE,
     "pipeline": PLACE,
 }
@@ -68,7 +68,7 @@ def differences(run: RunDir, config: Config, setting: dict[str, Any]) -> list[st
             if (section, key) == ("score", "windows"):  # which rates a window serves may change
                 was, now = ([{**window, "pruning_rates": ()} for window in windows] for windows in (was, now))
             if (section, key) == ("score", "trajectory") and was and not now:
-                continue  # may be given up, not taken up half-way
+                continue  # a run may go on without a trajectory, but not begin one half-way
             if was != now:
                 changed.append(f"{section}.{key} was {was!r}, now {now!r}")
     return changed + _other_images(env.get("data"), before["data"], setting.get("data"), to_dict(config)["data"])

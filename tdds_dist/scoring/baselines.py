@@ -23,7 +23,8 @@ def random(num_samples: int, seed: int) -> np.ndarray:
 
 
 def forgetting(correct_TN: np.ndarray, never_learned: str = "inf") -> np.ndarray:
-    """Forgetting events (Toneva et al., ICLR 2019, arXiv 1812.05159): epochs that get wrong what the one before got right.
+    """Count forgetting events (Toneva et al., ICLR 2019, arXiv 1812.05159): epochs that get wrong what the one before got
+    right.
 
     `correct_TN` float32 [T, N], 1 or 0; returns float32 [N]. Samples that no epoch gets right have no event to count:
     `inf` ranks them above all others, as data-diet does, with the finite score T (a count never exceeds T / 2); `0` leaves
@@ -48,7 +49,7 @@ def forgetting(correct_TN: np.ndarray, never_learned: str = "inf") -> np.ndarray
 
 
 def el2n(el2n_TN: np.ndarray, num_epochs: int = 10) -> np.ndarray:
-    """EL2N (Paul et al., NeurIPS 2021, arXiv 2107.07075): mean of || p - onehot(y) ||_2 over the first epochs.
+    """Compute EL2N (Paul et al., NeurIPS 2021, arXiv 2107.07075): mean of || p - onehot(y) ||_2 over the first epochs.
 
     `el2n_TN` float32 [>= num_epochs, N], the norm by epoch; returns float32 [N].
 
@@ -62,7 +63,7 @@ def el2n(el2n_TN: np.ndarray, num_epochs: int = 10) -> np.ndarray:
 
 
 def aum(margin_TN: np.ndarray, keep: str = "hardest") -> np.ndarray:
-    """Area under the margin (Pleiss et al., NeurIPS 2020, arXiv 2001.10528): mean over epochs of the margin.
+    """Compute the area under the margin (Pleiss et al., NeurIPS 2020, arXiv 2001.10528): mean over epochs of the margin.
 
     `margin_TN` float32 [T, N], the label's value minus the largest other; returns float32 [N]. A low margin is hard:
     `hardest` negates the mean, so that the lowest margins are kept, and `easiest` does not.
@@ -77,7 +78,8 @@ def aum(margin_TN: np.ndarray, keep: str = "hardest") -> np.ndarray:
 
 
 def dyn_unc(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
-    """Dyn-Unc (He et al., CVPR 2024, arXiv 2306.05175): mean over windows of the unbiased std of the label's probability.
+    """Compute Dyn-Unc (He et al., CVPR 2024, arXiv 2306.05175): mean over windows of the unbiased std of the label's
+    probability.
 
     `p_label_TN` float32 [T, N]; `window` is J, in epochs, and T - J + 1 windows are averaged; returns float32 [N].
 
@@ -88,7 +90,7 @@ def dyn_unc(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
 
 
 def dual(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
-    """DUAL (Cho et al., ICML 2025, arXiv 2502.06905): mean over windows of std (1 - mean) of the label's probability.
+    """Compute DUAL (Cho et al., ICML 2025, arXiv 2502.06905): mean over windows of std (1 - mean) of the label's probability.
 
     Uncertainty times difficulty; the std is unbiased. Shapes, `window` and errors as in `dyn_unc`.
     """
@@ -101,7 +103,8 @@ def mean_probability(p_label_TN: np.ndarray) -> np.ndarray:
 
 
 def moderate(feature_MD: np.ndarray, label_M: np.ndarray) -> np.ndarray:
-    """Moderate coreset (Xia et al., ICLR 2023): Euclidean distance to the median of the class, dimension by dimension.
+    """Compute the Moderate score (Xia et al., ICLR 2023): Euclidean distance to the median of the class, dimension by
+    dimension.
 
     `feature_MD` [M, D], `label_M` int64 [M]: rows in any order, of complete classes, as the median is taken over the rows
     given. Returns the distance of each row, float32 [M]; the samples to keep are those in the centre of its ranking
@@ -146,7 +149,7 @@ def _mean_over_windows(value_TN: np.ndarray, window: int,
 
 
 def _windows(value_TN: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (mean, unbiased std) of each run of `window` epochs, float64 [N] each.
+    """Yield Yield (mean, unbiased std) of each run of `window` epochs, float64 [N] each.
 
     Deviations are taken from the window's own mean: running sums of squares would cancel where a probability hardly moves.
     """

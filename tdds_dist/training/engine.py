@@ -46,7 +46,7 @@ def fit(job: Job) -> dict[str, Any]:
         with job.interruption.watched():
             result = trainer.run()
     except (Preempted, InputError) as error:
-        if getattr(error, "shared", True):  # all ranks are here; after anything else nobody waits for anybody
+        if getattr(error, "shared", True):  # all ranks are here; after any other error no rank waits for another
             trainer.close()
         raise
     finally:
@@ -252,7 +252,7 @@ class Trainer:
         started = time.perf_counter()
         job.observer.record(batch.index, logits_BC.detach() if clean_logits_BC is None else clean_logits_BC, batch.label)
         record_seconds = clean_seconds + time.perf_counter() - started
-        # Only the last step of an epoch has padding; the others are spared the arithmetic.
+        # Only the last step of an epoch has padding; the others need no mask.
         real_B = None if self.rows_S[self.micro] == self.micro_batch else batch.index >= 0
         if self.quarantines:
             finite_B = torch.isfinite(logits_BC).all(dim=1)
@@ -466,7 +466,7 @@ class Trainer:
         """Finish reading and writing, and free the process group. A collective."""
         self.feed.close()
         self.tensorboard.close()
-        self.agreement.settle([0, 0, 0])  # nothing stays under way
+        self.agreement.settle([0, 0, 0])  # end the exchange that is under way
         collectives.release_group(self.group)
 
     def _autocast(self) -> AbstractContextManager[Any]:
