@@ -3,20 +3,17 @@
 A cluster file says nothing about training and a config nothing about the scheduler, so any run goes to any cluster.
 """
 
-import difflib
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from tdds_dist.config.schema import Section
+from tdds_dist.config.schema import Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
 
-STAGES = ("collect", "select", "retrain", "report")
 _ON_ONE_RANK = ("select", "report")
 _GIVEN_AS_TEXT = r"^\S*$"
 _OURS = ("array", "dependency", "error", "job-name", "kill-on-invalid-dep", "no-requeue", "open-mode", "output", "requeue",
@@ -93,7 +90,7 @@ class Cluster(Section):
         if stage in _ON_ONE_RANK:
             values |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0}
         changes: dict[str, Any] = next((of_stage for name, of_stage in self.stages.items() if name == stage), {})
-        return Cluster.model_validate(values | {key: _frozen(value) for key, value in changes.items()})
+        return parse_tree(Cluster, values | changes, f"stages.{stage}")
 
     @model_validator(mode="after")
     def _check(self) -> "Cluster":
@@ -114,41 +111,11 @@ class Cluster(Section):
         for stage, changes in self.stages.items():
             if fixed := [key for key in changes if key in _OF_THE_WHOLE]:
                 raise InputError(f"stages.{stage}: {fixed[0]} is the same for all stages; set it outside of stages")
-            try:
-                self.for_stage(stage)
-            except ValidationError as error:
-                raise InputError(f"stages.{stage}: {_one_line(error)}") from error
+            self.for_stage(stage)
         return self
 
 
 def load_cluster(path: Path) -> Cluster:
     """Read a cluster file; raise InputError naming file, key and rule for the first thing wrong."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; configs/clusters/ holds examples")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} must hold keys of a cluster: {', '.join(Cluster.model_fields)}")
-    try:
-        return Cluster.model_validate({key: _frozen(value) for key, value in tree.items()})
-    except ValidationError as error:
-        raise InputError(f"{path}: {_one_line(error)}") from error
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] == "value_error":  # ours, complete
-        return str(first["ctx"]["error"])
-    key, fields = str(first["loc"][0]), Cluster.model_fields
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest valid key is {near[0]!r} (valid: {', '.join(fields)})"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing; {fields[key].description}"
-    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; {fields[key].description}"
+    must_hold = f"keys of a cluster: {', '.join(Cluster.model_fields)}"
+    return parse_tree(Cluster, read_tree(path, (), must_hold, "configs/clusters/"), str(path))

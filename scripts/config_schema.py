@@ -30,7 +30,7 @@ class _Generate(GenerateJsonSchema):
 
 def schema_of(kind: str) -> dict[str, Any]:
     """The JSON schema of a kind of file: run, experiment or cluster."""
-    tree = ROOTS[kind].model_json_schema(schema_generator=GenerateJsonSchema if kind == "cluster" else _Generate)
+    tree = ROOTS[kind].model_json_schema(schema_generator=_Generate)
     tree = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _without_titles(tree)
     # What validators of the models take beside the type of the field.
     if kind == "run":

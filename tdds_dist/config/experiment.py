@@ -85,7 +85,8 @@ def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experime
     to its `overrides`. InputError for anything wrong."""
     path = Path(path)
     of_config = [override for override in overrides if override.partition(".")[0] in Config.model_fields]
-    tree = read_tree(path, [override for override in overrides if override not in of_config], list(Experiment.model_fields))
+    own = [override for override in overrides if override not in of_config]
+    tree = read_tree(path, own, f"the keys {', '.join(Experiment.model_fields)}")
     if "train" in tree and "methods" not in tree:
         raise InputError(f"{path} is the config of a run, not an experiment; `tdds collect {path}` runs it")
     if of_config and isinstance(known := tree.get("overrides", []), list):

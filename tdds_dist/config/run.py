@@ -281,7 +281,7 @@ class Config(Section):
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `section.key=value` overrides (values are YAML); InputError for anything wrong."""
-    tree = read_tree(Path(path), overrides, list(Config.model_fields))
+    tree = read_tree(Path(path), overrides, f"the sections {', '.join(Config.model_fields)}")
     if "executor" in tree and "train" not in tree:
         raise InputError(f"{path} is a cluster file, not the config of a run; `tdds submit CONFIG.yaml --cluster {path}` takes "
                          "it")

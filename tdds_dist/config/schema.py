@@ -27,17 +27,17 @@ class Section(BaseModel):
 Root = TypeVar("Root", bound=Section)
 
 
-def read_tree(path: Path, overrides: Sequence[str], sections: Sequence[str]) -> dict[str, Any]:
-    """Read the YAML file at `path` with `key.key=value` overrides applied (values are YAML), as plain data."""
+def read_tree(path: Path, overrides: Sequence[str], must_hold: str, examples: str = "configs/") -> dict[str, Any]:
+    """Read the YAML file at `path` as plain data, with `key.key=value` overrides applied (values are YAML)."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist; configs/ holds examples")
+        raise InputError(f"{path} does not exist; {examples} holds examples")
     try:
         tree = _read_yaml(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that does not exist
         quotes = "; an item that holds `: ` needs quotes" if "mapping values" in str(error) else ""
         raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}{quotes}") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path} must hold the sections {', '.join(sections)}")
+        raise InputError(f"{path} must hold {must_hold}")
     for override in overrides:
         apply_override(tree, override)
     return tree
@@ -108,16 +108,16 @@ def _lists(value: Any) -> Any:
 
 def _one_line(root: type[Section], error: ValidationError) -> str:
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains what is missing
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")  # what pydantic adds where the key is the fault
     if first["type"] == "extra_forbidden":
         valid, name = list(_model_at(root, first["loc"][:-1]).model_fields), str(first["loc"][-1])
         near = ".".join([*map(str, first["loc"][:-1]), nearest(name, valid)])
         return f"unknown key {key!r}; the nearest valid key is {near!r} (valid: {', '.join(valid)})"
     if first["type"] == "missing":
-        return f"key {key!r} is missing; {_describe(root, first['loc'])}"
+        return f"key {key!r} is missing; {_describe(root, first['loc'], key)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; {_describe(root, first['loc'])}"
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; {_describe(root, first['loc'], key)}"
 
 
 def nearest(name: str, section: Sequence[str]) -> str:
@@ -145,13 +145,14 @@ def _model_at(root: type[Section], location: Sequence[str | int]) -> type[Sectio
     return model
 
 
-def _describe(root: type[Section], location: Sequence[str | int]) -> str:
+def _describe(root: type[Section], location: Sequence[str | int], key: str) -> str:
+    """Say what the innermost field at a location is for, under its name where that is not `key`, which was said just before."""
     names = [part for part in location if isinstance(part, str)]
     for length in range(len(names), 0, -1):
         field = _model_at(root, names[: length - 1]).model_fields.get(names[length - 1])
         if field is None:
             continue
         if field.description:
-            return f"{names[length - 1]}: {field.description}"
+            return field.description if names[length - 1] == key else f"{names[length - 1]}: {field.description}"
         return f"it has the keys {', '.join(next(_sections_in(field.annotation), root).model_fields)}"
     return "see `configs/` for examples"

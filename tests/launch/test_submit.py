@@ -26,7 +26,7 @@ import yaml
 from submitit.core.utils import DelayedSubmission
 
 import launch.submit
-from launch.cluster import STAGES, Cluster, load_cluster
+from launch.cluster import Cluster, load_cluster
 from launch.records import append_end, log_dir_of, log_files, read_ends, read_jobs
 from launch.task import StageTask
 from tdds_dist import __main__ as program
@@ -39,6 +39,7 @@ from tdds_dist.training.retrain import resolve
 from tests import jobs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+STAGES = ("collect", "select", "retrain", "report")
 CLUSTERS = REPOSITORY / "configs" / "clusters"
 GOLDEN = REPOSITORY / "tests" / "golden"
 SHIPPED = sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
@@ -115,7 +116,7 @@ BAD_CLUSTERS = [  # a whole file, or keys beside executor=slurm and time_minutes
     ("ranks_per_node: 0", "ranks_per_node=0: input should be greater than"),
     ("partition: a b", "partition='a b': "),
     ("setup: export A=1", "setup='export A=1': input should be a valid tuple"),
-    ("setup: [1]", "setup=1: input should be a valid string"),
+    ("setup: [1]", "setup.0=1: input should be a valid string"),
     ("{executor: local, time_minutes: 5, nodes: 2}", "nodes=2 needs executor=slurm; executor=local is this machine, set"),
     ("ranks_per_node: 4, gpus_per_node: 2",
      "gpus_per_node=2 is fewer than ranks_per_node=4; every rank needs its own, set ranks_per_node=2"),
@@ -129,9 +130,9 @@ BAD_CLUSTERS = [  # a whole file, or keys beside executor=slurm and time_minutes
     *((f"extra: {{{key}: x}}", f"extra: {key} is set by tdds; leave it out")
       for key in ("output", "--error", "job-name", "array", "dependency", "signal", "requeue", "no-requeue", "open-mode")),
     ("extra: [exclusive]", "extra=('exclusive',): input should be a valid dictionary"),
-    ("extra: {gres: [gpu]}", "extra=['gpu']: input should be a valid"),
-    ("stages: {train: {nodes: 1}}", "stages='train': input should be 'collect', 'select'"),
-    ("stages: {select: 3}", "stages=3: input should be a valid dictionary"),
+    ("extra: {gres: [gpu]}", "extra.gres.str=('gpu',): input should be a valid"),
+    ("stages: {train: {nodes: 1}}", "stages.train='train': input should be 'collect', 'select'"),
+    ("stages: {select: 3}", "stages.select=3: input should be a valid dictionary"),
     ("stages: {retrain: {node: 1}}", "stages.retrain: unknown key 'node'; the nearest"),
     ("stages: {retrain: {nodes: 0}}", "stages.retrain: nodes=0: input should be greater"),
     ("stages: {report: {time_minutes: 1}}", "stages.report: grace_seconds=90 leaves less"),
