@@ -9,18 +9,17 @@ how many samples share a shard.
 # M samples (any number of columns), m some of them, D differences per window, T trajectory length in epochs, K window size
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tdds_dist.config.scores import SIMPLE_AVERAGE, Window, check_window, differences_per_window
 
-if TYPE_CHECKING:
-    from torch import Tensor  # settings are checked without torch, which takes seconds to load
 _COLUMNS = 2**14  # samples scored at once, so that a window's arrays stay in the cache
 
 
-def window_variability(delta_DM: "Sequence[Tensor]", preset: str) -> "Tensor":
+def window_variability(delta_DM: Sequence[Tensor], preset: str) -> Tensor:
     """Compute the variability of the loss differences in one window, Eq. 11; float32 [M].
 
     `paper`: sum of squared deviations from the mean. `official`: its square root. `delta_DM` is in time order.
@@ -36,7 +35,7 @@ def window_variability(delta_DM: "Sequence[Tensor]", preset: str) -> "Tensor":
     return squares_M.sqrt() if preset == "official" else squares_M
 
 
-def average_windows(average_M: "Tensor", variability_M: "Tensor", beta: float, num_windows: int) -> None:
+def average_windows(average_M: Tensor, variability_M: Tensor, beta: float, num_windows: int) -> None:
     """Fold the `num_windows`-th window (counted from 1) into the running average, in place, Eq. 12.
 
     R <- beta R_t + (1 - beta) R, started at 0; with beta = 0 the plain mean over windows.
@@ -51,8 +50,6 @@ def score_trajectory(delta_TM: np.ndarray, window: Window, preset: str) -> np.nd
     `delta_TM` float32 [>= T, M]: row t is the difference between epochs t - 1 and t; row 0 is not read. The same
     operations in the same order as the live accumulators of `scorer`, hence bitwise equal to them.
     """
-    import torch
-
     check_window(window, preset, len(delta_TM))
     num_differences = differences_per_window(window, preset)
     score_M = np.zeros(delta_TM.shape[1], dtype=np.float32)
