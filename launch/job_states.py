@@ -264,7 +264,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def outcome_of(file: Path) -> str:
-    """ Return Return "success" or "error", as submitit writes it; "" when the file says neither."""
+    """ Return "success" or "error", as submitit writes it; "" when the file says neither."""
     try:
         with file.open("rb") as content:
             outcome = _PlainUnpickler(content).load()[0]

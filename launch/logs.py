@@ -76,7 +76,7 @@ def _last_written(job: JobRecord, stream: str) -> float:
 
 
 def _own_log(directory: Path, runs: list[Path], job_id: str | None, rank: int | None) -> Path:
-    """Return Return log.txt, where there are no jobs."""
+    """Return log.txt, where there are no jobs."""
     if job_id is not None:
         raise InputError(f"--job {job_id}: {directory} has no jobs (it was not submitted); leave it out to see log.txt")
     if runs != [directory]:
@@ -90,7 +90,7 @@ def _own_log(directory: Path, runs: list[Path], job_id: str | None, rank: int | 
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Write numbers as ranges: Write numbers as ranges: 0-3, 5."""
+    """Write numbers as ranges: 0-3, 5."""
     texts: list[str] = []
     first = previous = None
     for number in [*sorted(numbers), None]:

@@ -242,7 +242,7 @@ def _alone(run: Path) -> Iterator[None]:
 
 
 def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
-    """Raise Raise InputError when jobs of an earlier submission are to do the same."""
+    """Raise InputError when jobs of an earlier submission are to do the same."""
     wanted = {(stage.name, os.path.abspath(step.directory)) for stage in stages for step in stage.waiting}
     before = [job for log_dir in log_dirs for job in job_list.read_jobs(log_dir)
               if (job.stage, os.path.abspath(job.directory)) in wanted]
@@ -367,7 +367,7 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir
 
 
 def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
-    """Return Return 0 when every rank of a local job left its result, else the exit code, with the reason printed."""
+    """Return 0 when every rank of a local job left its result, else the exit code, with the reason printed."""
     ends = job_list.read_ends(log_dir, record.id)
     if all(outcome_of(job.task(rank).paths.result_pickle) == "success" for rank in range(job.num_tasks)):
         print(f"{record.stage}: {record.title} is done", flush=True)
@@ -419,7 +419,7 @@ if __name__ == "__main__":
 
 
 def check_batch(config: "Config", cluster: Cluster, stages: "Sequence[Stage]") -> None:
-    """Raise Raise InputError when the ranks of a stage cannot share its batch evenly."""
+    """Raise InputError when the ranks of a stage cannot share its batch evenly."""
     for stage in stages:
         if stage.name not in ("collect", "retrain"):
             continue

@@ -60,7 +60,7 @@ class Data(Section):
     num_workers: int = Field(0, ge=0, description="Decoding threads per rank; 0 shares the CPUs among the ranks of a node.")
 
     def check_files(self) -> None:
-        """Raise Raise InputError when one of the two files is missing; they are not opened."""
+        """Raise InputError when one of the two files is missing; they are not opened."""
         for key in ("train", "val"):
             if Path(path := getattr(self, key)).is_dir():
                 raise InputError(f"data.{key}={path} is a folder; `tdds write imagefolder:{path} data/NAME.beton --split "
@@ -296,7 +296,7 @@ def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
 
 
 def parse_baselines(base: Baselines, overrides: Sequence[str]) -> Baselines:
-    """Return Return `base` with `key=value` overrides (values are YAML; `score.baselines.` before the key may be left out)."""
+    """Return `base` with `key=value` overrides (values are YAML; `score.baselines.` before the key may be left out)."""
     tree = base.model_dump()
     for override in overrides:
         apply_override(tree, override.removeprefix("score.baselines."))

@@ -9,7 +9,7 @@ _TOPK = "topk:"
 
 
 def parse_storage(storage: str, num_classes: int) -> int | None:
-    """Return Return K of storage "topk:K", None for "dense".
+    """Return K of storage "topk:K", None for "dense".
 
     Raises:
         InputError: neither of the two, or not 1 <= K < C.
@@ -62,7 +62,7 @@ def differences_per_window(window: Window, preset: str) -> int:
 
 
 def check_window(window: Window, preset: str, num_epochs: int | None = None) -> None:
-    """Raise Raise InputError unless the window can be computed, in a run of `num_epochs` epochs where that is given."""
+    """Raise InputError unless the window can be computed, in a run of `num_epochs` epochs where that is given."""
     if preset not in PRESETS:
         raise InputError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
     if not 0.0 <= window.beta <= 1.0:

@@ -42,7 +42,7 @@ class Ranked:
         return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
 
     def agreement(self, other: "Ranked") -> list[float]:
-        """Return Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P].
+        """Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P].
         """
         return [rank_correlation(self.rank_N, other.rank_N), *self.overlap(other)]
 
@@ -85,7 +85,7 @@ def main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float]]:
-    """Return Return `agreement` of each pair of scores of one run, in the order of `ranked`."""
+    """Return `agreement` of each pair of scores of one run, in the order of `ranked`."""
     return {(a, b): ranked[a].agreement(ranked[b]) for a, b in itertools.combinations(ranked, 2)}
 
 
@@ -123,7 +123,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Return Return Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
+    """Return Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
 
     Raises InputError for lengths that differ.
     """

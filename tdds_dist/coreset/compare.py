@@ -374,7 +374,7 @@ def _names(runs: list[Path]) -> list[str]:
 
 
 def _letters() -> itertools.chain[str]:
-    """Name runs Name runs A, B, ... Z, then R27, R28, ..."""
+    """Name runs A, B, ... Z, then R27, R28, ..."""
     return itertools.chain(map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27)))
 
 

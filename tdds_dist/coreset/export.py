@@ -325,8 +325,7 @@ def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tu
 
 
 def _official_suffix(name: str, scores: Scores) -> str:
-    """Return Return `win{K}_ep{T}` where the authors' code computes the same; their name says neither preset, ablation nor
-    beta."""
+    """Return `win{K}_ep{T}` where the authors' code computes the same; their name says neither preset, ablation nor beta."""
     window = scores.settings
     theirs = (window.get("score") == "tdds" and window.get("preset") == "official" and "delta" not in window
               and window.get("beta", 0.9) == 0.9)

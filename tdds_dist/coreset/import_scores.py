@@ -272,7 +272,7 @@ def _indices(source: Path, line_R: list[int], cells: dict[str, list[str]], datas
 
 
 def _integers(source: Path, line_R: list[int], column: str, text_R: list[str]) -> np.ndarray:
-    """Convert to Convert to int64 [R]."""
+    """Convert to int64 [R]."""
     return _numbers(source, line_R, column, text_R, lambda text: np.int64(int(text)), "a whole number").astype(np.int64)
 
 

@@ -20,7 +20,7 @@ EDGE = 1e-6  # the Beta density is looked up this far inside (0, 1), and its bet
 
 
 def num_kept(num_samples: int, pruning_rate: float) -> int:
-    """Return Return M = N - round(p N), the number of samples kept at pruning rate p in [0, 1)."""
+    """Return M = N - round(p N), the number of samples kept at pruning rate p in [0, 1)."""
     if not 0.0 <= pruning_rate < 1.0:
         raise InputError(f"pruning_rate={pruning_rate} must lie in [0, 1): it is the fraction that is removed")
     kept = num_samples - round(pruning_rate * num_samples)
@@ -141,7 +141,7 @@ def _strata(score_N: np.ndarray, num_strata: int) -> np.ndarray:
 
 
 def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: float, c_d: float) -> tuple[float, float]:
-    """Return Return (alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive
+    """Return (alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive
     sampling).
 
     beta = 15 (1 - anchor) (1 - r^c_d), alpha = 16 - beta, with r the pruning rate and anchor the mean of `p_mean_N` over the
@@ -181,7 +181,7 @@ def beta_sample(score_N: np.ndarray, p_mean_N: np.ndarray, num: int, pruning_rat
 
 
 def log_beta_density(p_N: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """Return the Return the log of the density of Beta(alpha, beta) at `p_N`, which is moved off 0 and 1; float64 [N]."""
+    """Return the log of the density of Beta(alpha, beta) at `p_N`, which is moved off 0 and 1; float64 [N]."""
     p_N = p_N.astype(np.float64).clip(EDGE, 1.0 - EDGE)
     log_normaliser = math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
     return (alpha - 1.0) * np.log(p_N) + (beta - 1.0) * np.log1p(-p_N) - log_normaliser

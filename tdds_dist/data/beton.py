@@ -123,7 +123,7 @@ def evenly_spaced(num_samples: int, num: int) -> np.ndarray:
 
 
 def stored_bytes(info: BetonInfo, index: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-    """Yield Yield (global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is
+    """Yield (global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is
     fast.
 
     Reads rather than maps, because a file that shrinks under a map ends the process. Raises InputError for a file that
@@ -144,7 +144,7 @@ def stored_bytes(info: BetonInfo, index: Iterable[int]) -> Iterator[tuple[int, b
 
 
 def crc32_of_images(info: BetonInfo, num_threads: int = 1, progress: bool = False) -> np.ndarray:
-    """Compute the Compute the CRC-32 of the stored bytes of every image, uint32 [N], read in the order of the file."""
+    """Compute the CRC-32 of the stored bytes of every image, uint32 [N], read in the order of the file."""
     crc32_N = np.empty(info.num_samples, np.uint32)
     order_N = np.argsort(info.data_ptr_N, kind="stable")
 

@@ -63,7 +63,7 @@ class CheckResult:
         return lines + ([f"... and {len(bad) - MAX_LINES} more"] if len(bad) > MAX_LINES else [])
 
     def require_sound(self) -> None:
-        """Raise Raise InputError when an image is bad."""
+        """Raise InputError when an image is bad."""
         if not self.faults:
             return
         path, bad = self.info.path, sorted(self.faults)

@@ -76,7 +76,7 @@ class Batch:
 
 
 def check_view(info: BetonInfo, view: View) -> None:
-    """Raise Raise InputError when the file cannot be read in this view, or not at all on this machine."""
+    """Raise InputError when the file cannot be read in this view, or not at all on this machine."""
     sides = np.concatenate([info.width_N, info.height_N])
     if view.crop == "pad" and not (sides == view.size).all():
         raise InputError(f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {info.path} has sides "

@@ -93,7 +93,7 @@ def read_manifest(beton: Path) -> Manifest | None:
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    """Raise Raise ValueError unless the fields agree with each other."""
+    """Raise ValueError unless the fields agree with each other."""
     names, label_N = manifest.class_names, manifest.label_N
     if not (isinstance(manifest.path, list) and isinstance(manifest.num_samples, int) and manifest.num_samples > 0
             and label_N.shape == (len(manifest.path),) == (manifest.num_samples,)):
@@ -126,7 +126,7 @@ def _crc32_column(column: Any) -> np.ndarray:
 
 
 def check_paths(paths: Sequence[str]) -> None:
-    """Raise Raise ValueError for a path that leads out of its folder or cannot stand on a line of its own."""
+    """Raise ValueError for a path that leads out of its folder or cannot stand on a line of its own."""
     lines = "\n" + "\n".join(paths) + "\n"  # looked at as a whole first: a million paths one by one take two seconds
     coded = lines.encode("utf-8", "surrogatepass")
     is_plain = len(coded.translate(None, _CONTROL_BYTES)) == len(coded) - len(paths) - 1

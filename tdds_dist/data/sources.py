@@ -101,7 +101,7 @@ def _take_subset(source: Source, subset: int) -> Source:
 
 
 def with_label_noise(source: Source, rate: float, seed: int) -> Source:
-    """Return Return `source` with round(rate * N) labels changed to another class, uniformly (symmetric noise).
+    """Return `source` with round(rate * N) labels changed to another class, uniformly (symmetric noise).
 
     With the same seed the changes at a lower rate are among those at a higher one. A rate of 0 gives `source` itself.
     Raises InputError for a rate outside [0, 1), a seed outside [0, 2**32), a single class, and noise upon noise.
@@ -123,7 +123,7 @@ def with_label_noise(source: Source, rate: float, seed: int) -> Source:
 
 
 def with_corruption(source: Source, rate: float, seed: int) -> Source:
-    """Return Return `source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to
+    """Return `source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to
     rounding.
 
     With the same seed the corruptions at a lower rate are among those at a higher one; they have nothing to do with the
@@ -165,7 +165,7 @@ def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
 
 
 def _imagefolder(spec: str, folder: Path, split: str) -> Source:
-    """Read Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> when DIR has neither a train nor a val folder.
+    """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> when DIR has neither a train nor a val folder.
 
     Classes and files are in the order of torchvision.datasets.ImageFolder: by name, subfolders included.
     """
@@ -240,7 +240,7 @@ def _cifar(spec: str, kind: str, folder: str, split: str) -> Source:
 
 
 def _digits(spec: str, split: str) -> Source:
-    """Take Take scikit-learn's 1,797 handwritten digits, 8 x 8 greys made 32 x 32 RGB: 1,437 train and 360 val, disjoint.
+    """Take scikit-learn's 1,797 handwritten digits, 8 x 8 greys made 32 x 32 RGB: 1,437 train and 360 val, disjoint.
 
     A path's number is the sample's row in scikit-learn's array, so that it is unique over both splits.
     """
@@ -265,7 +265,7 @@ def _digits(spec: str, split: str) -> Source:
 
 
 def _synthetic(spec: str, rest: str, split: str) -> Source:
-    """Make Make N square images with the spectrum of photographs: coarse colours of the class, finer random fields, noise.
+    """Make N square images with the spectrum of photographs: coarse colours of the class, finer random fields, noise.
 
     An image depends on (split, index) and its class only; labels go round, index i has class i mod CLASSES.
     """

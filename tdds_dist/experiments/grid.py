@@ -100,7 +100,7 @@ def _cells(plan: Experiment, collections: dict[int, Task]) -> list[Cell]:
 
 
 def check_method(config: Config, method: Method, rate: float) -> None:
-    """Raise Raise InputError for a score that the collection will not give."""
+    """Raise InputError for a score that the collection will not give."""
     key = method.score_key
     stops = config.collect.stop_after == "last_window"
     num_epochs = max(window.T for window in config.windows()) if stops else config.train.epochs
@@ -253,7 +253,7 @@ def _methods(config: Config) -> list[Method]:
 
 
 def _check_methods(config: Config, methods: Sequence[Method], rates: Sequence[float]) -> None:
-    """Raise Raise InputError for a coreset that could not be made after the collection."""
+    """Raise InputError for a coreset that could not be made after the collection."""
 
     served = {f"{rate:g}" for window in config.score.windows for rate in window.pruning_rates}
     for method in methods:
@@ -350,7 +350,7 @@ def _retrain_stage(config: Config, frozen: Path, methods: Sequence[Method], rate
 
 
 def check_what_is_done(config: Config, stages: Sequence[Stage]) -> None:
-    """Raise Raise InputError when a finished run was asked for something else than now, so that it cannot be skipped."""
+    """Raise InputError when a finished run was asked for something else than now, so that it cannot be skipped."""
     done = [(stage.name, step) for stage in stages for step in stage.steps if step.is_done]
     if not any(name in ("collect", "retrain") for name, _ in done):
         return

@@ -146,7 +146,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def step_bytes(model: nn.Module, image: Tensor, label: Tensor) -> tuple[int, int, Tensor]:
-    """Return Return (saved for backward, most that is alive at once, output) of forward and backward on any device; bytes.
+    """Return (saved for backward, most that is alive at once, output) of forward and backward on any device; bytes.
 
     Parameters, their gradients (DDP's buckets hold them all the time), buffers and the images are not counted.
     """
@@ -161,7 +161,7 @@ def step_bytes(model: nn.Module, image: Tensor, label: Tensor) -> tuple[int, int
 
 
 def saved_bytes(model: nn.Module, image: Tensor) -> tuple[int, Tensor]:
-    """Return Return (bytes of the distinct storages that a forward pass saves for backward, its output)."""
+    """Return (bytes of the distinct storages that a forward pass saves for backward, its output)."""
     known = {_key(tensor) for tensor in (*model.parameters(), *model.buffers(), image)}
     found: dict[int, int] = {}
 

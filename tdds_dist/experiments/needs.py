@@ -197,7 +197,7 @@ def list_trainings(case: Case) -> list[Training]:
 
 
 def check_batches(case: Case) -> None:
-    """Raise Raise InputError when a training leaves a rank fewer rows than the network can train on (batch norm needs some)."""
+    """Raise InputError when a training leaves a rank fewer rows than the network can train on (batch norm needs some)."""
     batches = [training.global_batch_size for training in list_trainings(case)]
     for batch in (batches[0], min(batches)):
         memory.network_of(case.config, batch // (case.num_ranks * case.config.train.accumulation))

@@ -160,7 +160,7 @@ def _heading(plan: Experiment, config: Config, outcomes: Sequence[CellResult], c
 
 
 def _duration(seconds: float) -> str:
-    """Write a duration: Write a duration: 35 s, 21 min, 5.2 h."""
+    """Write a duration: 35 s, 21 min, 5.2 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -66,7 +66,7 @@ def _told_epochs(row: dict[str, Any], several: set[tuple[Any, ...]]) -> int | No
 
 
 def _detail(row: dict[str, Any], epochs: int | None) -> str:
-    """Describe a setting: Describe a setting: E, batch, train.lr=0.02, 60 epochs, seed0 and seed1."""
+    """Describe a setting: E, batch, train.lr=0.02, 60 epochs, seed0 and seed1."""
     parts = [row["strategy"], row["strategy"] and (row["importance"] or "none"), row["variant"], epochs and f"{epochs} epochs",
              row["runs"]]
     return ", ".join(part for part in parts if part)
@@ -131,7 +131,7 @@ def free_marker(importance: str | None, taken: list[str]) -> str:
 
 
 def setting(score: str, strategy: str | None, importance: str | None, *more: str | int | None) -> str:
-    """Describe a setting: Describe a setting: tdds (Strategy-E, importance batch, train.lr=0.02, 60 epochs)."""
+    """Describe a setting: tdds (Strategy-E, importance batch, train.lr=0.02, 60 epochs)."""
     weighted = f"importance {importance}" if importance not in (None, "none") else ""
     parts = [f"Strategy-{strategy or '?'}", weighted, *more]
     return f"{score} ({', '.join(str(part) for part in parts if part)})"

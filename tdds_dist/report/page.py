@@ -102,7 +102,7 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
 
 
 def duration(seconds: float | None) -> str:
-    """Write a duration: Write a duration: 12.3 s, 4 min 10 s, 5 h 12 min."""
+    """Write a duration: 12.3 s, 4 min 10 s, 5 h 12 min."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)

@@ -51,7 +51,7 @@ class Retrained:
 
     @property
     def strategy(self) -> str | None:
-        """Return Return `E` or `P`, however it was spelled."""
+        """Return `E` or `P`, however it was spelled."""
         text = self.setting.get("strategy")
         return text[-1].upper() if text else None
 
@@ -125,7 +125,7 @@ def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
 
 
 def short_names(pool: Sequence[Facts]) -> dict[str, str]:
-    """Return Return `Facts.names` of several runs that are shown together."""
+    """Return `Facts.names` of several runs that are shown together."""
     if len(pool) == 1:
         return pool[0].names
     return _short_names([*dict.fromkeys(key for facts in pool for key in facts.scores)],

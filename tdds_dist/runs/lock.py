@@ -307,7 +307,7 @@ def _successor(link: _Link) -> Path:
 
 
 def _chain(path: Path) -> list[_Link]:
-    """List List `run.lock` and its successors; the last one holds the lock. Empty when it is free."""
+    """List `run.lock` and its successors; the last one holds the lock. Empty when it is free."""
     chain: list[_Link] = []
     link = _read(path)
     while link is not None:

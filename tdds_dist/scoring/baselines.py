@@ -149,7 +149,7 @@ def _mean_over_windows(value_TN: np.ndarray, window: int,
 
 
 def _windows(value_TN: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield Yield (mean, unbiased std) of each run of `window` epochs, float64 [N] each.
+    """Yield (mean, unbiased std) of each run of `window` epochs, float64 [N] each.
 
     Deviations are taken from the window's own mean: running sums of squares would cancel where a probability hardly moves.
     """

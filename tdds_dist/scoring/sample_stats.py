@@ -28,7 +28,7 @@ DELTAS = SCALARS[:3]  # need the previous epoch; NaN in the first
 
 
 def log_probabilities(logits_BC: Tensor) -> Tensor:
-    """Compute the Compute the float32 log-softmax [B, C], floored at LOGP_FLOOR."""
+    """Compute the float32 log-softmax [B, C], floored at LOGP_FLOOR."""
     logits_BC = logits_BC.float()  # step by step: of few classes, torch.log_softmax takes several times as long
     logp_BC = logits_BC - logits_BC.amax(dim=1, keepdim=True)
     return logp_BC.sub_(logp_BC.exp().sum(dim=1, keepdim=True).log_()).clamp_min_(LOGP_FLOOR)

@@ -155,7 +155,7 @@ def header_width(dtype: torch.dtype) -> int:
 
 
 def unpack(payload_RX: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Return (index_R, label_R, logits_RC) of packed rows; the logits share their memory."""
+    """Return (index_R, label_R, logits_RC) of packed rows; the logits share their memory."""
     width = header_width(dtype)
     # Flatten before the view: a single row counts as contiguous whatever its stride.
     index_R, label_R = payload_RX[:, :width].reshape(-1).view(torch.int64).view(-1, 2).unbind(1)

@@ -31,7 +31,7 @@ _NUM_SCALARS: tl.constexpr = tl.constexpr(len(SCALARS))
 _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)  # by NumPy, which has no libdevice
 
 def blocks(num_classes: int) -> tuple[int, int]:
-    """Return Return (classes at once, warps) of a program."""
+    """Return (classes at once, warps) of a program."""
     if num_classes > ONE_BLOCK:
         return 2048, 8  # sums are kept beside the block
     block = triton.next_power_of_2(num_classes)

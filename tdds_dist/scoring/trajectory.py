@@ -39,7 +39,7 @@ _EPOCH = re.compile(r"epoch_(\d{4,})")
 
 
 def require_no_trajectory(directory: Path) -> None:
-    """Raise Raise InputError when there is one already, or part of one: epochs of two runs must not mix."""
+    """Raise InputError when there is one already, or part of one: epochs of two runs must not mix."""
     if any(directory.glob("epoch_*")) or not _holds_nothing(directory):
         raise InputError(f"{directory} already holds a trajectory; choose another directory or remove it")
 
@@ -228,7 +228,7 @@ class Trajectory:
         return self.fingerprint()
 
     def verify_epoch(self, epoch: int) -> None:
-        """Raise Raise InputError unless all blocks of this epoch are there and undamaged."""
+        """Raise InputError unless all blocks of this epoch are there and undamaged."""
         for _ in self._read_blocks(epoch, range(len(self.scalars))):
             pass
 
@@ -255,7 +255,7 @@ class Trajectory:
         return dict(sorted(found.items()))
 
     def require(self, scalars: tuple[str, ...], num_samples: int, num_classes: int, dtype: str) -> None:
-        """Raise Raise InputError unless this is what meta.json says."""
+        """Raise InputError unless this is what meta.json says."""
         differs = [f"{name} {have!r} instead of {need!r}" for name, have, need in (
             ("scalars", self.scalars, scalars), ("num_samples", self.num_samples, num_samples),
             ("num_classes", self.num_classes, num_classes), ("dtype", self.dtype, dtype)) if have != need]

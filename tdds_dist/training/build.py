@@ -23,7 +23,7 @@ from tdds_dist.training.schedule import training_sizes
 
 
 def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
-    """Raise Raise InputError for a network or a view that would fail at the first step of `rows` images per rank.
+    """Raise InputError for a network or a view that would fail at the first step of `rows` images per rank.
 
     The network runs on shapes alone (torch's meta device), which costs no memory: once for every size that it may see.
     """
@@ -76,7 +76,7 @@ def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, Be
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Build Build SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
+    """Build SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
     train = config.train
     everything = list(model.parameters())
     if train.decay_norm_and_bias:
@@ -92,7 +92,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def build_mix(config: Config) -> Any:
-    """Build Build MixUp and/or CutMix on (image, label), or None."""
+    """Build MixUp and/or CutMix on (image, label), or None."""
     classes = config.data.num_classes
     mixes: list[Any] = []
     if config.train.mixup:

@@ -179,6 +179,6 @@ class _ByClass:
         self._feature_MD[np.searchsorted(self.index_M, index_R[real_R])] = feature_RD[real_R]
 
     def distances(self) -> np.ndarray:
-        """Compute Compute Moderate's distance of every kept row, float32 [M]."""
+        """Compute Moderate's distance of every kept row, float32 [M]."""
         assert self._feature_MD is not None
         return baselines.moderate(self._feature_MD, self._label_M)
