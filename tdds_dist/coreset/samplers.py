@@ -141,8 +141,7 @@ def _strata(score_N: np.ndarray, num_strata: int) -> np.ndarray:
 
 
 def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: float, c_d: float) -> tuple[float, float]:
-    """Return (alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive
-    sampling).
+    """Return (alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive sampling).
 
     beta = 15 (1 - anchor) (1 - r^c_d), alpha = 16 - beta, with r the pruning rate and anchor the mean of `p_mean_N` over the
     10 samples of highest score: the more is pruned, the closer to 1 (easy samples) lies the peak. As in the code for CIFAR;

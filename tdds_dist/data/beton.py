@@ -123,8 +123,7 @@ def evenly_spaced(num_samples: int, num: int) -> np.ndarray:
 
 
 def stored_bytes(info: BetonInfo, index: Iterable[int]) -> Iterator[tuple[int, bytes]]:
-    """Yield (global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is
-    fast.
+    """Yield (global index, the bytes of that image in the file), in the order of `index`; the order of `data_ptr_N` is fast.
 
     Reads rather than maps, because a file that shrinks under a map ends the process. Raises InputError for a file that
     cannot be read, or is no longer as long as it was.

@@ -123,8 +123,7 @@ def with_label_noise(source: Source, rate: float, seed: int) -> Source:
 
 
 def with_corruption(source: Source, rate: float, seed: int) -> Source:
-    """Return `source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to
-    rounding.
+    """Return `source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to rounding.
 
     With the same seed the corruptions at a lower rate are among those at a higher one; they have nothing to do with the
     changed labels. A rate of 0 gives `source` itself.

@@ -133,8 +133,7 @@ def _write_file(source: Source, file: Path, settings: dict[str, Any], num_worker
 
 
 def _page_bytes(source: Source, max_resolution: int | None) -> int:
-    """Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends with one partly
-    empty."""
+    """Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends with one partly empty."""
     largest = 0
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
