@@ -24,7 +24,7 @@ _OF_THE_WHOLE = ("executor", "log_dir", "stages")  # the same for every stage
 
 
 class Cluster(Section):
-    """What one job gets. Counts are per job, per node or per rank, as the names say."""
+    """The resources of one job. Counts are per job, per node or per rank, as the names say."""
 
     executor: Literal["slurm", "local"] = Field(description="slurm: sbatch and srun. local: processes on this machine.")
     nodes: int = Field(1, ge=1, description="Nodes of the job; executor=local has one.")

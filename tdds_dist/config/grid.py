@@ -46,7 +46,7 @@ BUILT_IN_METHODS = {
 
 
 class Pipeline(Section):
-    """What `tdds submit --stage pipeline` runs after the collection: scores x pruning rates x strategies x seeds."""
+    """The runs of `tdds submit --stage pipeline` after the collection: scores x pruning rates x strategies x seeds."""
 
     scores: tuple[str, ...] = Field(
         ("tdds",), min_length=1, description="What coresets are chosen by: tdds, random, entropy, forgetting, el2n, aum, "

@@ -14,7 +14,7 @@ from tdds_dist.errors import InputError
 
 
 class Run(Section):
-    """What the run is called and where it happens."""
+    """The name of the run, and the place where it happens."""
 
     name: str = Field(description="Name of the run, as in reports and queues.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = Field("", description="Run directory; empty means runs/<name>.")
@@ -138,7 +138,7 @@ class Baselines(Section):
 
 
 class Score(Section):
-    """What is scored during collection."""
+    """The scores that a collection gives."""
 
     preset: Literal["official", "paper"] = Field("official", description="official: the authors' code; paper: the equations.")
     beta: float = Field(0.9, ge=0, le=1, description="EMA decay over windows; 0 averages them.")
@@ -169,7 +169,7 @@ class Collect(Section):
 
 
 class Retrain(Section):
-    """How coresets are trained on."""
+    """Training on coresets."""
 
     epochs: int = Field(0, ge=0, description="Epochs of Strategy-E (Strategy-P divides them by 1 - p); 0 means train.epochs.")
     importance: Literal["none", "batch", "sample"] = Field(
@@ -180,7 +180,7 @@ class Retrain(Section):
 
 
 class Checkpoint(Section):
-    """What is kept so that a run that is stopped goes on."""
+    """The state that a stopped run goes on from."""
 
     every_epochs: int = Field(1, ge=0, description="Epochs between checkpoints; 0 saves only by time and when asked to leave.")
     every_seconds: float = Field(900.0, ge=0, description="Seconds between checkpoints, also within an epoch; 0 ignores time.")
