@@ -39,7 +39,7 @@ from benchmarks.ranks import run_on_ranks
 from benchmarks.recording import Stored
 from tdds_dist.config.run import load_config
 from tdds_dist.config.scores import DELTA_OF_PRESET, Window
-from tdds_dist.coreset.agreement import overlap, spearman
+from tdds_dist.coreset.agreement import centred_ranks, rank_correlation
 from tdds_dist.coreset.samplers import num_kept, top
 from tdds_dist.data.sources import open_source
 from tdds_dist.data.writer import write_beton
@@ -210,13 +210,14 @@ def compare_storage(found: dict[str, Scalars], num_classes: int) -> list[dict[st
             relative_TN = error_TN / np.maximum(np.abs(right_TN), FLOOR)
             window = Window(num_epochs, min(K, num_epochs - 1))
             right_N, score_N = (score_trajectory(delta_TN, window, preset) for delta_TN in (reference[scalar], scalars[scalar]))
-            kept = {rate: overlap(*(top(values_N, num_kept(num_samples, rate)) for values_N in (right_N, score_N)))
-                    for rate in RATES}
+            ranks = [centred_ranks(values_N, np.argsort(values_N)) for values_N in (right_N, score_N)]
+            sizes = {str(rate): num_kept(num_samples, rate) for rate in RATES}
+            kept = {rate: len(np.intersect1d(top(right_N, num), top(score_N, num))) / num for rate, num in sizes.items()}
             row = {"stored": name, "preset": preset, "bytes_per_sample": Stored(name).row_bytes(num_classes),
                    "max_relative": float(relative_TN.max()), "median_relative": float(np.median(relative_TN)),
                    "p99_relative": float(np.quantile(relative_TN, 0.99)), "max_absolute": float(error_TN.max()),
-                   "median_absolute": float(np.median(error_TN)), "spearman": spearman(right_N, score_N),
-                   "overlap": {str(rate): share for rate, share in kept.items()}}
+                   "median_absolute": float(np.median(error_TN)), "spearman": rank_correlation(*ranks),
+                   "overlap": kept}
             if name == "float16" and preset == "paper":
                 row["of_bound"] = float((error_TN / ((reference["entropy"][1:] + right_TN) * 2.0**-11 + 1e-6)).max())
             rows.append(row)

@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from launch.job_states import JobState, explain, job_states
 from launch.logs import choose_log, follow, print_tail
 from launch.records import EndRecord, JobRecord, first_cause, jobs_of, latest_submission, read_ends, read_lines
 from tdds_dist.errors import InputError
-from tdds_dist.runs.status import _WORDS, RunStatus, duration, find_runs, read_status
-from tdds_dist.text import command
+from tdds_dist.runs.status import RunStatus, find_runs, read_status
+from tdds_dist.text import command, duration, table
 
 _WATCH_SECONDS = 30.0  # schedulers do not like to be asked more often
 _MOST_JOBS = 30  # in the table; above, those that are done or wait are counted only
@@ -173,11 +173,75 @@ def as_lines(status: Status) -> list[str]:
     lines += retraining_lines(status.retrainings, status.num_waiting)
     if status.rows:
         submitted = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(row.job.time for row in status.rows)))
-        lines += [f"jobs of {submitted} (logs in {status.log_dir}):", *_table(status)]
+        lines += [f"jobs of {submitted} (logs in {status.log_dir}):", *_job_lines(status)]
     return [*lines, f"next: {next_step(status)}"]
 
 
-def _table(status: Status) -> list[str]:
+_WORDS = {"new": "not started", "lost": "ended without a word"}  # of states that are no words for people
+
+
+def run_lines(status: RunStatus) -> list[str]:
+    """Describe the run itself in a few lines; the first has no indent."""
+    lines = [f"{status.directory}: {', '.join(filter(None, (status.stage, _WORDS.get(status.state, status.state))))}"]
+    if progress := progress_text(status):
+        lines.append(f"  {progress}")
+    resumed = f"resumed {_count(status.num_resumes, 'time')}" if status.num_resumes else ""
+    facts = (_count(status.world_size, "rank"), f"on {status.host}" if status.host else "",
+             f"job {status.job}" if status.job else "", resumed,
+             f"last update {duration(status.updated_seconds_ago)} ago" if status.updated_seconds_ago is not None else "")
+    if any(facts):
+        lines.append("  " + ", ".join(filter(None, facts)))
+    if last := status.checkpoint:
+        epoch = f"epoch {last.epoch}, " if last.epoch is not None else ""
+        lines.append(f"  last checkpoint: {epoch}step {last.step:,}, {duration(last.age_seconds)} ago")
+    if status.why:
+        lines.append(f"  why: {status.why}")
+    return lines + [f"  warning: {warning}" for warning in status.warnings]
+
+
+def progress_text(status: RunStatus) -> str:
+    """Say in one line how far a run is."""
+    if status.state == "finished":
+        top1 = (f"final top-1 {status.final_top1:.2f} %" if status.final_top1 is not None else "",
+                f"best {status.best_top1:.2f} %" if status.best_top1 is not None else "")
+        return ", ".join(filter(None, (f"{status.epochs} epochs" if status.epochs else "", *top1)))
+    of_epochs = f" of {status.epochs}" if status.epochs else ""
+    of_steps = f" of {status.steps:,} ({100 * (status.step or 0) // status.steps} %)" if status.steps else ""
+    parts = (f"epoch {status.epoch}{of_epochs} done" if status.epoch or status.epochs else "",
+             f"step {status.step:,}{of_steps}" if status.step is not None and (status.step or status.steps) else "",
+             f"{status.images_per_second:,.0f} images/s" if status.images_per_second else "",
+             f"about {duration(status.eta_seconds)} left" if status.eta_seconds else "")
+    return ", ".join(filter(None, parts))
+
+
+def retraining_lines(found: Sequence[RunStatus], num_waiting: int = 0) -> list[str]:
+    """Count the retrainings that finished, and give a line to each of the others."""
+    if not found and not num_waiting:
+        return []
+    finished = [status for status in found if status.state == "finished"]
+    top1 = sorted((status.final_top1, status.best_top1) for status in finished
+                  if status.final_top1 is not None and status.best_top1 is not None)
+    text = f"{len(finished)} of {len(found) + num_waiting} finished"
+    if top1:
+        text += f" (final top-1 {top1[0][0]:.2f} to {top1[-1][0]:.2f} %, best epoch {max(best for _, best in top1):.2f} %)"
+    counts = [(sum(status.is_active for status in found), "running"),
+              (sum(status.state in ("failed", "stopped", "lost") for status in found), "stopped"),
+              (num_waiting + sum(status.state == "new" for status in found), "not started")]
+    lines = ["retrainings: " + ", ".join([text, *(f"{count} {word}" for count, word in counts if count)])]
+    width = max((len(status.name) for status in found if status.state != "finished"), default=0)
+    for status in found:
+        if status.state != "finished":
+            said = "; ".join(filter(None, (progress_text(status), status.why, *status.warnings)))
+            lines.append(f"  {status.name:<{width}}  {_WORDS.get(status.state, status.state)}: {said}".rstrip(" :"))
+    return lines
+
+
+def _count(number: int | None, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}" if number else ""
+
+
+def _job_lines(status: Status) -> list[str]:
+    """Put the jobs into a table, with the cause below a job that failed."""
     shown, hidden = status.rows, dict[str, int]()
     if len(shown) > _MOST_JOBS:
         shown = [row for row in status.rows if row.state.state not in ("finished", "pending") or row.blamed]
@@ -188,8 +252,7 @@ def _table(status: Status) -> list[str]:
     cells = [head, *((row.job.id, row.job.name, row.job.title if row.job.title != row.job.name else "", row.text,
                       str(row.state.restarts or ""), row.state.elapsed, row.state.nodes) for row in shown)]
     used = [column for column in range(len(head)) if any(line[column] for line in cells[1:])]
-    width = {column: max(len(line[column]) for line in cells) for column in used}
-    texts = ["  " + "  ".join(f"{line[column]:<{width[column]}}" for column in used).rstrip() for line in cells]
+    texts = [f"  {line}" for line in table([[line[column] for column in used] for line in cells])]
     lines, told = texts[:1] if shown else [], set()
     for row, text in zip(shown, texts[1:], strict=True):
         lines.append(text)
@@ -275,6 +338,9 @@ def _select(directory: Path) -> str:
         return f"`tdds select {directory} --pruning-rate P` makes a coreset"
 
 
+# ---- logs
+
+
 def _logs(options: argparse.Namespace) -> None:
     if options.lines < 0:
         raise InputError(f"--lines {options.lines} must be at least 0 (0 shows all)")
@@ -293,64 +359,3 @@ def _logs(options: argparse.Namespace) -> None:
             follow(path, end, sys.stdout)
         except KeyboardInterrupt:  # the way to end it, no failure
             print(flush=True)
-
-
-def run_lines(status: RunStatus) -> list[str]:
-    """Describe the run itself in a few lines; the first has no indent."""
-    lines = [f"{status.directory}: {', '.join(filter(None, (status.stage, _WORDS.get(status.state, status.state))))}"]
-    if progress := progress_text(status):
-        lines.append(f"  {progress}")
-    resumed = f"resumed {_count(status.num_resumes, 'time')}" if status.num_resumes else ""
-    facts = (_count(status.world_size, "rank"), f"on {status.host}" if status.host else "",
-             f"job {status.job}" if status.job else "", resumed,
-             f"last update {duration(status.updated_seconds_ago)} ago" if status.updated_seconds_ago is not None else "")
-    if any(facts):
-        lines.append("  " + ", ".join(filter(None, facts)))
-    if last := status.checkpoint:
-        epoch = f"epoch {last.epoch}, " if last.epoch is not None else ""
-        lines.append(f"  last checkpoint: {epoch}step {last.step:,}, {duration(last.age_seconds)} ago")
-    if status.why:
-        lines.append(f"  why: {status.why}")
-    return lines + [f"  warning: {warning}" for warning in status.warnings]
-
-
-def progress_text(status: RunStatus) -> str:
-    """Say in one line how far a run is."""
-    if status.state == "finished":
-        top1 = (f"final top-1 {status.final_top1:.2f} %" if status.final_top1 is not None else "",
-                f"best {status.best_top1:.2f} %" if status.best_top1 is not None else "")
-        return ", ".join(filter(None, (f"{status.epochs} epochs" if status.epochs else "", *top1)))
-    of_epochs = f" of {status.epochs}" if status.epochs else ""
-    of_steps = f" of {status.steps:,} ({100 * (status.step or 0) // status.steps} %)" if status.steps else ""
-    parts = (f"epoch {status.epoch}{of_epochs} done" if status.epoch or status.epochs else "",
-             f"step {status.step:,}{of_steps}" if status.step is not None and (status.step or status.steps) else "",
-             f"{status.images_per_second:,.0f} images/s" if status.images_per_second else "",
-             f"about {duration(status.eta_seconds)} left" if status.eta_seconds else "")
-    return ", ".join(filter(None, parts))
-
-
-def retraining_lines(retrainings: Iterable[RunStatus], num_waiting: int = 0) -> list[str]:
-    """Count the retrainings that finished, and give a line to each of the others."""
-    found = list(retrainings)
-    if not found and not num_waiting:
-        return []
-    finished = [status for status in found if status.state == "finished"]
-    top1 = sorted((status.final_top1, status.best_top1) for status in finished
-                  if status.final_top1 is not None and status.best_top1 is not None)
-    text = f"{len(finished)} of {len(found) + num_waiting} finished"
-    if top1:
-        text += f" (final top-1 {top1[0][0]:.2f} to {top1[-1][0]:.2f} %, best epoch {max(best for _, best in top1):.2f} %)"
-    counts = [(sum(status.is_active for status in found), "running"),
-              (sum(status.state in ("failed", "stopped", "lost") for status in found), "stopped"),
-              (num_waiting + sum(status.state == "new" for status in found), "not started")]
-    lines = ["retrainings: " + ", ".join([text, *(f"{count} {word}" for count, word in counts if count)])]
-    width = max((len(status.name) for status in found if status.state != "finished"), default=0)
-    for status in found:
-        if status.state != "finished":
-            said = "; ".join(filter(None, (progress_text(status), status.why, *status.warnings)))
-            lines.append(f"  {status.name:<{width}}  {_WORDS.get(status.state, status.state)}: {said}".rstrip(" :"))
-    return lines
-
-
-def _count(number: int | None, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}" if number else ""

@@ -1,15 +1,17 @@
-"""Numbers, sizes, durations and small tables as text for people."""
+"""Numbers, sizes, durations, commands and tables as text for people: one form of each, for terminal, page and files."""
+
 import os
+import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
-MISSING = "–"
+MISSING = "–"  # a number that is not known
 
 
-# ------------------------------------------------------------------------------- numbers as text, for page and terminal
+# ---- numbers
 
 
 def count(value: float | None) -> str:
@@ -23,8 +25,8 @@ def percent(rate: float | None) -> str:
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
-    """Write a fixed number of decimals."""
-    return MISSING if value is None else f"{value:.{digits}f}"
+    """Write a fixed number of decimals; a nan is missing, and what rounds to zero has no sign."""
+    return MISSING if value is None or value != value else f"{value:z.{digits}f}"
 
 
 def signed(value: float | None) -> str:
@@ -32,33 +34,62 @@ def signed(value: float | None) -> str:
     return MISSING if value is None else f"{value:+.2f}".replace("-", "−")
 
 
-def plus_minus(mean: float | None, std: float | None) -> str:
+def plus_minus(mean: float | None, std: float | None, digits: int = 2) -> str:
     """Write a mean, with its standard deviation where there is one."""
-    return decimal(mean) if std is None else f"{decimal(mean)} ± {decimal(std)}"
+    return decimal(mean, digits) if std is None else f"{decimal(mean, digits)} ± {decimal(std, digits)}"
 
 
-def mean_std(values: Iterable[float]) -> tuple[float, float | None]:
-    """Return the mean, and the sample standard deviation where there are two values or more."""
-    known = np.array(list(values), dtype=np.float64)
-    return float(known.mean()), float(known.std(ddof=1)) if len(known) > 1 else None
-
-
-def markdown_table(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["| " + " | ".join(cell.ljust(width) if number == 0 else cell.rjust(width)
-                              for number, (cell, width) in enumerate(zip(line, widths, strict=True))) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (width + 2) if number == 0 else "-" * (width + 1) + ":"
-                          for number, width in enumerate(widths)) + "|"
-    return "\n".join([rows[0], rule, *rows[1:]])
+def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Return the mean of the values that are known, and their sample standard deviation where there are two or more; else None.
+    """
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    return float(known.mean()) if len(known) else None, float(known.std(ddof=1)) if len(known) > 1 else None
 
 
 def size_text(num_bytes: float) -> str:
-    """Write a number of bytes in the unit that keeps it short."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+    """Write bytes in powers of 1000: 999 B, 640.6 MB, 80 GB."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.4g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """Write a duration: 0.4 s, 32 s, 4 min 10 s, 2 h 5 min."""
+    if seconds is None:
+        return MISSING
+    if seconds < 9.95:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+# ---- tables
+
+
+def table(rows: Sequence[Sequence[str]], right: Collection[int] = (), *, gap: str = "  ", num_heads: int = 0) -> list[str]:
+    """Align the cells of rows; the columns `right` stand at their right side. A rule follows `num_heads` rows, if any."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if num_heads:
+        rows = [*rows[:num_heads], ["-" * width for width in widths], *rows[num_heads:]]
+    return [gap.join(cell.rjust(width) if column in right else cell.ljust(width)
+                     for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown with one head; all columns but the first stand at their right side."""
+    head, *lines = (f"| {line} |" for line in table(rows, range(1, len(rows[0])), gap=" | "))
+    first, *others = re.sub(r"[^|]", "-", head).strip("|").split("|")
+    rule = "|".join(["", first, *(f"{dashes[:-1]}:" for dashes in others), ""])
+    return "\n".join([head, rule, *lines])
+
+
+# ---- commands
 
 
 def command(*words: object, ranks: int = 1) -> str:
@@ -74,16 +105,3 @@ def same_command(arguments: Sequence[str] | None) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "the same command on every rank"
     return command(*(sys.argv[1:] if arguments is None else arguments))
-
-
-def duration(seconds: float) -> str:
-    """Write a duration: 0.4 s, 32 s, 4 min 10 s, 2 h 5 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min"

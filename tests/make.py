@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from tdds_dist.coreset.select import check_place, plan_coreset, put
 from tdds_dist.data.beton import HEADER, VERSION
 from tdds_dist.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from tdds_dist.data.sources import open_source, with_corruption, with_label_noise
@@ -31,6 +32,16 @@ NUM_IMAGES, NUM_CLASSES = 60, 4
 TDDS, SHORT = "tdds_official_T3_K2_beta0.9", "tdds_official_T2_K2_beta0.9"
 EVIL_CLASS, EVIL_PATH = '</script><script>alert("class")</script>', 'a/"><img src=x onerror=alert(1)>.png'
 ENVIRONMENT = cache(environment)
+
+
+# ---- coresets
+
+
+def select(source: Path, pruning_rate: float, *, force: bool = False, **options: Any) -> tuple[Path, list[str]]:
+    """Choose a coreset and save it, as `tdds select` does; returns the file and warnings."""
+    path, coreset, warnings = plan_coreset(source, pruning_rate, **options)
+    check_place(path, coreset, force)
+    return path, [*warnings, *put(path, coreset)]
 
 
 # ---- runs
@@ -75,7 +86,8 @@ def finish(run: RunDir, num_images: int = NUM_IMAGES, final: float = 90.0, **mor
 def retraining(run: RunDir, score_key: str, rate: float, seed: int, final: float | None, strategy: str = "E",
                importance: str = "none", name: str | None = None, class_balanced: bool = False) -> RunDir:
     """Write a retraining; `final=None` leaves it unfinished after one epoch, its log cut in the middle of a line."""
-    asked = {"strategy": strategy, "importance": importance, "score_key": score_key, "pruning_rate": rate}
+    method = score_key + ("_balanced" if class_balanced else "")
+    asked = {"strategy": strategy, "importance": importance, "score_key": score_key, "method": method, "pruning_rate": rate}
     sub = start(run.retrain / (name or f"{score_key}_p{rate:g}_{strategy}_{importance}_seed{seed}"), "train.beton",
                 stage={"stage": "retrain", **asked})
     log(sub, 1 if final is None else 3)
@@ -84,7 +96,7 @@ def retraining(run: RunDir, score_key: str, rate: float, seed: int, final: float
             file.write('{"epoch": 1, "train_lo')
     else:
         finish(sub, round((1 - rate) * NUM_IMAGES), final, stage="retrain", **asked, best_top1=final + 0.5, seed=seed,
-               coreset_settings={"class_balanced": class_balanced}, train_seconds=12.0)
+               train_seconds=12.0)
     return sub
 
 

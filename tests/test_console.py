@@ -174,8 +174,8 @@ def test_colours_are_for_terminals(monkeypatch, term, no_color, stream, painted)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [
-    (0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (250, "4 min 10 s"),
-    (3599.6, "1 h 0 min"), (7500, "2 h 5 min"), (7199, "2 h 0 min")])
+    (0.04, "0 s"), (4.04, "4 s"), (None, "–"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"),
+    (250, "4 min 10 s"), (3599.6, "1 h 0 min"), (7500, "2 h 5 min"), (7199, "2 h 0 min")])
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
 
@@ -184,8 +184,8 @@ def test_durations_in_words(seconds, words):
 
 
 def test_sizes_in_words():
-    assert [size_text(num) for num in (0, 1023, 1024, 5 * 2**20, 7.25 * 2**30, 5000 * 2**30)] == [
-        "0 bytes", "1023 bytes", "1.0 KiB", "5.0 MiB", "7.2 GiB", "5000.0 GiB"]
+    assert [size_text(number) for number in (0, 999, 1000, 640_588_000, 80e9, 2.5e12)] == [
+        "0 B", "999 B", "1 kB", "640.6 MB", "80 GB", "2.5 TB"]
 
 
 @pytest.fixture
@@ -201,8 +201,8 @@ def closing(tmp_path):
 
 def test_a_closing_block_lists_files_numbers_warnings_and_the_next_command(closing, tmp_path):
     assert closing.as_text(io.StringIO(), num_warnings=2).splitlines() == [
-        f"wrote {tmp_path}/a.npz (2.0 KiB)", f"wrote {tmp_path}/run (3.0 MiB)",
-        "  1,281,167 images, 90 epochs, 4 min 10 s, final top-1 73.46 %, peak memory 3.0 GiB, 2 warnings, see above",
+        f"wrote {tmp_path}/a.npz (2.048 kB)", f"wrote {tmp_path}/run (3.146 MB)",
+        "  1,281,167 images, 90 epochs, 4 min 10 s, final top-1 73.46 %, peak memory 3.221 GB, 2 warnings, see above",
         "noise: none", "next: tdds report run"]
     data = json.loads(json.dumps(closing.as_data("collect", ["one"])))
     assert data["wrote"][1] == {"path": f"{tmp_path}/run", "bytes": 3 * 2**20}

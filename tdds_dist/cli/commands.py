@@ -319,7 +319,7 @@ def _final_pass(options: argparse.Namespace) -> Outcome | None:
 
 
 def select(options: argparse.Namespace) -> Outcome:
-    from tdds_dist.coreset.select import changes, check_place, prepare, put
+    from tdds_dist.coreset.select import changes, check_place, plan_coreset, put
 
     sampler = "ccs" if options.score == "ccs" else options.sampler
     given = {key: value for key in ("num_strata", "hard_cutoff_rate", "c_d") if (value := getattr(options, key)) is not None}
@@ -331,8 +331,8 @@ def select(options: argparse.Namespace) -> Outcome:
     if options.out is not None and len(rates) > 1:
         raise InputError(f"--out={options.out} names one file, and there are {len(rates)} pruning rates; leave it out, or give "
                          "one rate")
-    made = [prepare(options.source, rate, score=options.score, sampler=options.sampler, class_balanced=options.class_balanced,
-                    seed=options.seed, out=options.out, **given) for rate in rates]  # all of them, before one is written
+    given |= {"sampler": options.sampler, "class_balanced": options.class_balanced, "seed": options.seed, "out": options.out}
+    made = [plan_coreset(options.source, rate, score=options.score, **given) for rate in rates]  # all, before one is written
     for path, coreset, _ in made:
         check_place(path, coreset, options.force)
     there = [path for path, coreset, _ in made if path.exists() and not changes(path, coreset)]

@@ -2,7 +2,7 @@
 
 Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, and short names; not how they are
 shown. Of a score only its ranks and one bit per sample and pruning rate stay in memory. Which samples a score keeps is
-`select`'s, which is imported when it is needed: it brings torch.
+decided by `select`.
 """
 
 # N dataset, M kept samples, P pruning rates, B bytes of N bits
@@ -17,6 +17,7 @@ import numpy as np
 from tdds_dist.config.run import parse_config
 from tdds_dist.config.scores import base_key, score_order
 from tdds_dist.coreset.samplers import num_kept
+from tdds_dist.coreset.select import choose, default_sampler
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores
 
@@ -53,17 +54,15 @@ def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
     Raises:
         InputError: a rate that is out of range or keeps nothing.
     """
-    from tdds_dist.coreset import select
-
     score_N, num_samples = scores.score_N, len(scores.score_N)
     order_N = np.argsort(score_N)
-    takes_top = select.default_sampler(scores) == "top" and not scores.settings.get("quarantined")
+    takes_top = default_sampler(scores) == "top" and not scores.settings.get("quarantined")
     kept = []
     for rate in rates:
         cut = num_samples - num_kept(num_samples, rate)
         clear = cut == 0 or score_N[order_N[cut - 1]] != score_N[order_N[cut]]
         kept_N = np.zeros(num_samples, dtype=bool)
-        kept_N[order_N[cut:] if takes_top and clear else select.choose(scores, rate)] = True
+        kept_N[order_N[cut:] if takes_top and clear else choose(scores, rate)] = True
         kept.append(np.packbits(kept_N))
     return Ranked(centred_ranks(score_N, order_N), np.stack(kept))
 
@@ -120,24 +119,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         names = [base + "".join(f"_{part}" for part in parts if part not in common) for parts in settings]
         short |= dict(zip(group, names if len(set(names)) == len(group) else group, strict=True))
     return short
-
-
-def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Return Spearman's rank correlation, ties at their average rank; nan where a side is constant or holds a nan.
-
-    Raises InputError for lengths that differ.
-    """
-    if a_N.shape != b_N.shape or a_N.ndim != 1:
-        raise InputError(f"scores of shapes {a_N.shape} and {b_N.shape} cannot be correlated; both must be [N]")
-    if np.isnan(a_N).any() or np.isnan(b_N).any():
-        return float("nan")
-    return rank_correlation(centred_ranks(a_N, np.argsort(a_N)), centred_ranks(b_N, np.argsort(b_N)))
-
-
-def overlap(index_a: np.ndarray, index_b: np.ndarray) -> float:
-    """Return the share of the (larger) coreset that both have in common; each int64 [M], no index twice. Nan for no samples."""
-    larger = max(len(index_a), len(index_b))
-    return len(np.intersect1d(index_a, index_b, assume_unique=True)) / larger if larger else float("nan")
 
 
 def keep_rates(index_M: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.ndarray:

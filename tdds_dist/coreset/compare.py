@@ -29,11 +29,11 @@ from tdds_dist.coreset.agreement import (
     within_run,
 )
 from tdds_dist.coreset.samplers import num_kept
-from tdds_dist.data.manifest import manifest_path, read_manifest
+from tdds_dist.data.manifest import Manifest, manifest_path, read_manifest
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint, load_scores, require_same_dataset, write_atomically
 from tdds_dist.runs.directory import RunDir
-from tdds_dist.text import count, percent
+from tdds_dist.text import count, decimal, percent, table
 
 COLUMNS = ("table", "run_a", "score_a", "run_b", "score_b", "pruning_rate", "class", "value")
 AT_RANDOM = "at random"  # what a uniform draw of the same size is expected to give
@@ -74,7 +74,7 @@ def compare(runs: Sequence[Path], *, pruning_rates: Sequence[float] = (0.3, 0.5,
         require_same_dataset(other.fingerprint, read[0].fingerprint, f"run {other.run.path}")
     found.short = short_names([key for run in read for key in run.ranked])
     label_N = next((run.label_N for run in read if run.fingerprint.labels_sha256), read[0].label_N)
-    known: dict[Path, _Noise | None] = {}
+    known: dict[Path, Manifest | None] = {}
     for run in read:
         _add_agreement(run, found)
         _add_classes(run, label_N, found)
@@ -104,15 +104,6 @@ class _Run:
     def main(self) -> str:
         """Return the score that the others are compared with in the text."""
         return next(iter(self.ranked))
-
-
-@dataclass(frozen=True, eq=False)
-class _Noise:
-    """The noisy samples of a training file; None where its manifest does not say."""
-
-    fingerprint: Fingerprint
-    noisy_N: np.ndarray | None  # bool
-    corruption_N: np.ndarray | None  # str, "" = clean
 
 
 class _Findings:
@@ -155,14 +146,6 @@ def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
     return _Run(run, name, letter, config, in_order(ranked, config), dataset, label_N)
 
 
-def _read_noise(beton: Path) -> _Noise | None:
-    manifest = read_manifest(beton)
-    if manifest is None or (manifest.noisy_N is None and manifest.corruption is None):
-        return None
-    corruption_N = None if manifest.corruption is None else np.array(manifest.corruption, dtype=np.str_)
-    return _Noise(manifest.fingerprint, manifest.noisy_N, corruption_N)
-
-
 # ------------------------------------------------------------------------------------------------------------ findings
 
 
@@ -184,12 +167,12 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
     numbered = [f"{position:>{len(str(len(keys)))}} {found.short[key]}" for position, key in enumerate(keys, 1)]
     found.parts.append(_part(
         f"{run.letter}: Spearman rank correlation of the scores",
-        _table("score", numbered, [_group(str(position), [[_decimal(correlation[row, column])] for row in keys])
+        _blocks("score", numbered, [_group(str(position), [[decimal(correlation[row, column])] for row in keys])
                                    for position, column in enumerate(keys, 1)])))
     num_samples = run.fingerprint.num_samples
     found.parts.append(_part(
         f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning rate",
-        _table("score", [*(found.short[key] for key in common), AT_RANDOM], [
+        _blocks("score", [*(found.short[key] for key in common), AT_RANDOM], [
             _group(percent(rate), [[_percent(shares[p])] for shares in common.values()]
                    + [[_percent(num_kept(num_samples, rate) / num_samples)]]) for p, rate in enumerate(rates)])))
 
@@ -223,8 +206,8 @@ def _add_between(runs: list[_Run], found: _Findings) -> None:
             found.parts.append(_part("Between runs: no score is present in two of them"))
         return
     mean_of = "" if most < 2 else ", mean over pairs" + ("" if most > MAX_PAIRS else " and each pair") + " of runs"
-    found.parts.append(_part(f"Between runs: agreement of the same score{mean_of}", _table("score", names, [
-        _group("Spearman", [[_decimal(line[0], 3)] for line in lines]),
+    found.parts.append(_part(f"Between runs: agreement of the same score{mean_of}", _blocks("score", names, [
+        _group("Spearman", [[decimal(line[0], 3)] for line in lines]),
         _group("percent of the coreset in common", [[*map(_percent, line[1:])] for line in lines],
                [percent(rate) for rate in found.rates])])))
 
@@ -248,12 +231,12 @@ def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
                                       str(int(np.count_nonzero(share == 0)))])
     found.parts.append(_part(
         f"{run.letter}: percent of a class that is kept (smallest, median, largest), and how many classes keep none",
-        _table("score", [found.short[key] for key in run.ranked], [
+        _blocks("score", [found.short[key] for key in run.ranked], [
             _group(percent(rate), cells, ["min", "med", "max", "none"])
             for rate, cells in zip(found.rates, by_rate, strict=True)])))
 
 
-def _add_noise(run: _Run, known: dict[Path, _Noise | None], found: _Findings) -> None:
+def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) -> None:
     """Add the share of wrong labels and of corrupted images that each score keeps, where the manifest knows them."""
     beton = (run.config.get("data") or {}).get("train")
     if not beton:
@@ -264,18 +247,17 @@ def _add_noise(run: _Run, known: dict[Path, _Noise | None], found: _Findings) ->
             raise InputError(f"run {run.run.path}: {path} is no longer there, so whether labels are noisy is not known")
         if path not in known:
             known[path] = None  # so that it is read, and a fault said, once
-            known[path] = _read_noise(path)
-        if (noise := known[path]) is None:
+            known[path] = read_manifest(path)
+        if (manifest := known[path]) is None or (manifest.noisy_N is None and manifest.corruption is None):
             return
-        require_same_dataset(noise.fingerprint, run.fingerprint, str(manifest_path(path)))
+        require_same_dataset(manifest.fingerprint, run.fingerprint, str(manifest_path(path)))
     except InputError as error:
         found.problems.append(str(error))
         return
-    if noise.noisy_N is not None:
-        _add_kept("noisy", "samples with a wrong label", run, {"": noise.noisy_N}, found)
-    if noise.corruption_N is not None:
-        kinds = {kind: noise.corruption_N == kind for kind in np.unique(noise.corruption_N).tolist() if kind}
-        _add_kept("corrupted", "corrupted images", run, {"": noise.corruption_N != ""} | kinds, found)
+    if manifest.noisy_N is not None:
+        _add_kept("noisy", "samples with a wrong label", run, {"": manifest.noisy_N}, found)
+    if manifest.corrupted_N is not None:
+        _add_kept("corrupted", "corrupted images", run, {"": manifest.corrupted_N} | manifest.corruption_kinds, found)
 
 
 def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], found: _Findings) -> None:
@@ -299,7 +281,7 @@ def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], fou
     found.parts.append(_part(
         f"{run.letter}: {what} ({count(num_noisy)} of {count(num_samples)}); kept: percent of them; share: percent of the "
         "coreset",
-        _table("score", [*(found.short[key] for key in run.ranked), AT_RANDOM], [
+        _blocks("score", [*(found.short[key] for key in run.ranked), AT_RANDOM], [
             _group(percent(rate), cells, ["kept", "share"]) for rate, cells in zip(found.rates, by_rate, strict=True)])))
 
 
@@ -316,16 +298,14 @@ class _Group:
 
 
 def _group(title: str, cells: list[list[str]], subtitles: list[str] | None = None) -> _Group:
-    lines = [*([subtitles] if subtitles else []), *cells]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = table([*([subtitles] if subtitles else []), *cells], range(len(cells[0])), gap=" ")
     width = max(len(title), *map(len, text))
     text = [line.rjust(width) for line in text]
     return _Group(title.center(width) if subtitles else title.rjust(width), text.pop(0) if subtitles else "", text)
 
 
-def _table(label: str, names: list[str], groups: list[_Group]) -> str:
-    """Lay out an aligned table; groups of columns that do not fit into WIDTH follow below with the names repeated."""
+def _blocks(label: str, names: list[str], groups: list[_Group]) -> str:
+    """Put groups of columns side by side; those that do not fit into WIDTH follow below with the names repeated."""
     width = max(len(label), *map(len, names))
     blocks: list[list[_Group]] = [[]]
     used = width
@@ -337,12 +317,11 @@ def _table(label: str, names: list[str], groups: list[_Group]) -> str:
         used += 2 + len(group.title)
     text = []
     for block in blocks:
-        lines = [[label, *(group.subtitle or group.title for group in block)],
-                 ["-" * width, *("-" * len(group.title) for group in block)]]
+        heads = [[label, *(group.subtitle or group.title for group in block)]]
         if any(group.subtitle for group in block):
-            lines.insert(0, ["", *(group.title if group.subtitle else " " * len(group.title) for group in block)])
-        lines += [[name, *cells] for name, *cells in zip(names, *(group.rows for group in block), strict=True)]
-        text.append("\n".join("  ".join([name.ljust(width), *cells]).rstrip() for name, *cells in lines))
+            heads.insert(0, ["", *(group.title if group.subtitle else "" for group in block)])
+        lines = zip(names, *(group.rows for group in block), strict=True)
+        text.append("\n".join(table([*heads, *lines], num_heads=len(heads))))
     return "\n\n".join(text)
 
 
@@ -378,12 +357,8 @@ def _letters() -> itertools.chain[str]:
     return itertools.chain(map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27)))
 
 
-def _decimal(value: float, digits: int = 2) -> str:
-    return "-" if np.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.00
-
-
 def _percent(share: float) -> str:
-    return "-" if np.isnan(share) else f"{100 * share:.1f}"
+    return decimal(100 * share, 1)
 
 
 def _whole_percent(share: float) -> str:

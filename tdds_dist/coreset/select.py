@@ -118,16 +118,9 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
     return coreset, warnings
 
 
-def select(source: Path, pruning_rate: float, *, force: bool = False, **options: Any) -> tuple[Path, list[str]]:
-    """Run the stage with the options of `prepare`; returns the coreset file and warnings. `force` as in `check_place`."""
-    path, coreset, warnings = prepare(source, pruning_rate, **options)
-    check_place(path, coreset, force)
-    return path, [*warnings, *put(path, coreset)]
-
-
-def prepare(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
-            class_balanced: bool = False, seed: int = 0, out: Path | None = None,
-            **options: Any) -> tuple[Path, Coreset, list[str]]:
+def plan_coreset(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
+                 class_balanced: bool = False, seed: int = 0, out: Path | None = None,
+                 **options: Any) -> tuple[Path, Coreset, list[str]]:
     """The stage without its last step: the file to write, the coreset, and warnings.
 
     `source` is a run directory or a score file. In a run, `score` is `tdds` (the window that its config assigns to the

@@ -51,6 +51,12 @@ class Manifest:
         return None if self.corruption is None else np.array([kind != "" for kind in self.corruption])
 
     @property
+    def corruption_kinds(self) -> dict[str, np.ndarray]:
+        """Return which images are corrupted in which way, bool [N], by the kinds that occur; empty without corruption."""
+        kind_N = np.array(self.corruption or (), dtype=np.str_)
+        return {kind: kind_N == kind for kind in np.unique(kind_N).tolist() if kind}
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """Compute the fingerprint of the labels in the file."""
         return Fingerprint(self.num_samples, self.num_classes, self.labels_sha256)

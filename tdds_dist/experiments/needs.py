@@ -26,6 +26,7 @@ from tdds_dist.distributed.partition import class_owners, rows_per_shard
 from tdds_dist.errors import InputError
 from tdds_dist.experiments import memory
 from tdds_dist.experiments.memory import Network
+from tdds_dist.text import size_text as size
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
 
 CONTEXT_BYTES = 1_000_000_000  # assumed, per process: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS
@@ -140,14 +141,6 @@ class Case:
         """Return the same case with other values in a section of the config."""
         changed = getattr(self.config, section).model_copy(update=values)
         return replace(self, config=self.config.model_copy(update={section: changed}))
-
-
-def size(num_bytes: float) -> str:
-    """Write bytes for people, in powers of 1000."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.4g} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def total(lines: Sequence[Line]) -> float:

@@ -19,10 +19,8 @@ from tdds_dist.errors import InputError
 from tdds_dist.report.published import PublishedTable, find_table
 from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.directory import RunDir
-from tdds_dist.text import markdown_table as _markdown
-from tdds_dist.text import mean_std
+from tdds_dist.text import MISSING, decimal, duration, markdown_table, mean_std, percent, plus_minus
 
-MISSING = "–"
 CSV_COLUMNS = ("method", "score", "sampler", "importance", "network", "strategy", "pruning_rate", "seed", "num_images",
                "epochs", "final_top1", "best_top1", "train_seconds", "published_top1", "wrong_labels_kept", "corrupted_kept")
 NOISE = {"wrong_labels_kept": "Wrong labels in the coreset", "corrupted_kept": "Corrupted images in the coreset"}
@@ -88,16 +86,13 @@ def _lookup(outcome: CellResult, published: PublishedTable | None) -> float | No
 def _cell(outcomes: Sequence[CellResult]) -> str:
     """Write a cell, 97.22 ± 0.31 over seeds; say so when some are missing."""
     done = [outcome.result["final_top1"] for outcome in outcomes if outcome.result is not None]
-    if not done:
-        return MISSING
-    mean, std = mean_std(done)
-    text = f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
-    return text if len(done) == len(outcomes) else f"{text} ({len(done)} of {len(outcomes)})"
+    text = plus_minus(*mean_std(done))
+    return text if len(done) in (0, len(outcomes)) else f"{text} ({len(done)} of {len(outcomes)})"
 
 
 def _table(plan: Experiment, outcomes: Sequence[CellResult], published: PublishedTable | None) -> str:
     """Write methods in rows and pruning rates in columns; below a method what the paper prints, where it does."""
-    lines = [["final top-1 (%), images removed", *(f"{100 * rate:g} %" for rate in plan.pruning_rates)]]
+    lines = [["final top-1 (%), images removed", *map(percent, plan.pruning_rates)]]
     for method in plan.methods:
         mine = [[outcome for outcome in outcomes if (outcome.method, outcome.pruning_rate) == (method, rate)]
                 for rate in plan.pruning_rates]
@@ -107,8 +102,8 @@ def _table(plan: Experiment, outcomes: Sequence[CellResult], published: Publishe
         printed = [_lookup(found[0], published) for found in mine]
         if any(value is not None for value in printed):
             lines.append([f"*{method.name}, published*",
-                          *(MISSING if value is None else f"*{value:.2f}*" for value in printed)])
-    return _markdown(lines)
+                          *(MISSING if value is None else f"*{decimal(value)}*" for value in printed)])
+    return markdown_table(lines)
 
 
 def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> str:
@@ -117,16 +112,12 @@ def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> 
              if (outcome.network, outcome.strategy) == (outcomes[0].network, outcomes[0].strategy)]
     if all(getattr(outcome, key) is None for outcome in first):
         return ""
-    lines = [["percent of them kept, images removed", *(f"{100 * rate:g} %" for rate in plan.pruning_rates)]]
+    lines = [["percent of them kept, images removed", *map(percent, plan.pruning_rates)]]
     for method in plan.methods:
-        cells = []
-        for rate in plan.pruning_rates:
-            known = [100 * share for outcome in first if (outcome.method, outcome.pruning_rate) == (method, rate)
-                     and (share := getattr(outcome, key)) is not None]
-            mean, std = mean_std(known) if known else (None, None)
-            cells.append(MISSING if mean is None else f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else ""))
-        lines.append([method.name, *cells])
-    return f"## {NOISE[key]}\n\n{_markdown(lines)}"
+        kept = [[100 * share for outcome in first if (outcome.method, outcome.pruning_rate) == (method, rate)
+                 and (share := getattr(outcome, key)) is not None] for rate in plan.pruning_rates]
+        lines.append([method.name, *(plus_minus(*mean_std(shares), digits=1) for shares in kept)])
+    return f"## {NOISE[key]}\n\n{markdown_table(lines)}"
 
 
 def _full_data(full: dict[int, dict[str, Any] | None], published: PublishedTable | None) -> str:
@@ -135,10 +126,8 @@ def _full_data(full: dict[int, dict[str, Any] | None], published: PublishedTable
     if not whole:
         stopped = "Collections stopped before the end of their schedule, so they give no accuracy on the full data"
         return f"{stopped}{paper}." if any(full.values()) else ""
-    mean, std = mean_std(result["final_top1"] for result in whole)
-    spread = f" ± {std:.2f}" if std is not None else ""
     seeds = f"{len(whole)} seed{'s' if len(whole) > 1 else ''}"
-    return f"Full data: {mean:.2f}{spread} ({seeds}{paper})."
+    return f"Full data: {plus_minus(*mean_std(result['final_top1'] for result in whole))} ({seeds}{paper})."
 
 
 def _heading(plan: Experiment, config: Config, outcomes: Sequence[CellResult], collections: dict[int, RunDir]) -> str:
@@ -155,15 +144,8 @@ def _heading(plan: Experiment, config: Config, outcomes: Sequence[CellResult], c
         "deviation over seeds: each seed is a collection of its own, and the retraining from it.", "",
         f"{env.get('cpu', '?')} ({env.get('num_cpus', '?')} CPUs), {env.get('device', '?')}, "
         f"{env.get('world_size', '?')} rank(s) per run, torch {versions.get('torch', '?')}, commit {env.get('commit', '?')}; "
-        f"{_duration(training)} of training in {_duration(seconds)}."]
+        f"{duration(training)} of training in {duration(seconds)}."]
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    """Write a duration: 35 s, 21 min, 5.2 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _times(plan: Experiment) -> list[dict[str, Any]]:

@@ -16,24 +16,27 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tdds_dist.config.scores import base_key
-from tdds_dist.data.beton import BetonInfo, evenly_spaced, read_images
+from tdds_dist.coreset.select import choose, default_sampler
+from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, evenly_spaced, inspect_beton, read_images
 from tdds_dist.errors import InputError
 from tdds_dist.report.read import Facts
 from tdds_dist.report.scores import Origins, class_name, known_noise, printable
 from tdds_dist.runs.artifacts import require_same_dataset
 from tdds_dist.text import percent
 
-if TYPE_CHECKING:
-    from tdds_dist.data.beton import BetonInfo
-
 BUDGET_BYTES = 12_000_000  # of the thumbnails of a page, as they stand in it
 SHEETS_SHARE = 0.5  # of the budget, at most; the sample has the rest
 SAMPLE_PER_CLASS, SAMPLE_LEAST, SAMPLE_MOST = 4, 400, 4000  # images of the sample: per class, in all
+SIDES = (224, 112, 80)  # longest side in pixels: for dense screens, as large as they are shown, readable
+PIXELATED_UP_TO = 64  # images up to this size are embedded as they are and shown with their pixels
+JPEG_QUALITY = 80
+PROBES = 8  # images that tell how many bytes a thumbnail takes
+IMAGES_PER_BATCH = 64
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly however many are taken
 
 
@@ -107,8 +110,6 @@ def score_sheets(facts: Facts, name: str, origins: Origins, num: int) -> list[Sh
             for coreset, (source, cut) in origins.items() if source == name and cut is not None}
     asked = {coreset.pruning_rate for coreset in facts.coresets.values()} - {0, *cuts}
     if asked and np.isfinite(score_N).all() and not _keeps_centre(facts, name):
-        from tdds_dist.coreset.select import choose  # brings torch
-
         kept_by_rate = {rate: choose(scores, rate) for rate in asked if round(rate * len(score_N)) < len(score_N)}
         cuts |= {rate: (float(score_N[index_M].min()), index_M) for rate, index_M in kept_by_rate.items()}
     half = (num + 1) // 2
@@ -146,16 +147,14 @@ def spread(score_N: np.ndarray, label_N: np.ndarray) -> list[int]:
     return list(found)[:SAMPLE_MOST]
 
 
-# ----------------------------------------------------------------------------------------------------------- details
+# ---- what is said of the images
 
 
-def _open(facts: Facts, main: str) -> "BetonInfo":
+def _open(facts: Facts, main: str) -> BetonInfo:
     """Open the training file; raise InputError when it is gone or holds other images."""
     beton = Path(str(facts.config.get("data", {}).get("train", "")))
     if not beton.is_file():
         raise InputError(f"{beton} is no longer there.")
-    from tdds_dist.data.beton import dataset_fingerprint, inspect_beton
-
     scores, info = facts.scores[main], inspect_beton(beton)
     found = dataset_fingerprint(info, scores.fingerprint.num_classes)
     require_same_dataset(scores.fingerprint, found, f"score {main!r}")
@@ -171,25 +170,12 @@ def _shown_scores(facts: Facts, main: str) -> list[str]:
 
 
 def _keeps_centre(facts: Facts, name: str) -> bool:
-    from tdds_dist.coreset.select import default_sampler  # brings torch
-
     return default_sampler(facts.scores[name]) == "centre"
 
 
-def _thumbnails(info: "BetonInfo", wanted: list[int], sample: list[int], budget_bytes: int) -> tuple[dict[int, str], int]:
-    """Return data URIs of the sheets' images and of the sample's, within the budget, and how many could not be decoded."""
-
-    uris, bad = thumbnails(info, wanted, int(SHEETS_SHARE * budget_bytes), SIDES[:-1])
-    done = {*uris, *bad}
-    rest = budget_bytes - sum(map(len, uris.values()))
-    more, more_bad = thumbnails(info, (number for number in sample if number not in done), rest)
-    return uris | more, len(bad) + len(more_bad)
-
-
-def _pictures(facts: Facts, info: "BetonInfo", index: list[int], names: list[str]) -> dict[int, dict[str, Any]]:
+def _pictures(facts: Facts, info: BetonInfo, index: list[int], names: list[str]) -> dict[int, dict[str, Any]]:
     """Return what is known of each image, by global index; `scores` are texts in the order of `names`."""
-
-    paths = getattr(facts.manifest, "path", None)
+    paths = facts.manifest and facts.manifest.path
     noisy_N, corrupted_N = known_noise(facts)
     scores = [facts.scores[name].score_N for name in names]
 
@@ -235,15 +221,17 @@ def _stored_score(facts: Facts, name: str, found: list[Sheet], uris: dict[int, s
         stored.append({**sheet.text(len(shown), keeps_centre), "rate": rate, "index": shown})
     return {"name": name, "sheets": [sheet for sheet in stored if sheet["index"]]}
 
-SIDES = (224, 112, 80)  # longest side in pixels: for dense screens, as large as they are shown, readable
 
-PIXELATED_UP_TO = 64  # images up to this size are embedded as they are and shown with their pixels
+# ---- thumbnails
 
-JPEG_QUALITY = 80
 
-PROBES = 8  # images that tell how many bytes a thumbnail takes
-
-IMAGES_PER_BATCH = 64
+def _thumbnails(info: BetonInfo, wanted: list[int], sample: list[int], budget_bytes: int) -> tuple[dict[int, str], int]:
+    """Return data URIs of the sheets' images and of the sample's, within the budget, and how many could not be decoded."""
+    uris, bad = thumbnails(info, wanted, int(SHEETS_SHARE * budget_bytes), SIDES[:-1])
+    done = {*uris, *bad}
+    rest = budget_bytes - sum(map(len, uris.values()))
+    more, more_bad = thumbnails(info, (number for number in sample if number not in done), rest)
+    return uris | more, len(bad) + len(more_bad)
 
 
 def is_pixelated(info: BetonInfo, index: int) -> bool:

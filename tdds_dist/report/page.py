@@ -27,15 +27,7 @@ from tdds_dist.report.agreement import agreement_section, between_section
 from tdds_dist.report.curves import FULL_SLOT, curve_charts, speed, speed_charts
 from tdds_dist.report.images import BUDGET_BYTES, sheets
 from tdds_dist.report.read import FULL_DATA, Facts, read_facts, short_names
-from tdds_dist.report.results import (
-    by_setting,
-    experiment_name,
-    format_summary,
-    pools,
-    run_name,
-    summary_rows,
-    summary_table,
-)
+from tdds_dist.report.results import by_setting, experiment_name, pools, run_name, summary_rows
 from tdds_dist.report.scores import (
     Origins,
     class_table,
@@ -49,14 +41,10 @@ from tdds_dist.report.scores import (
 )
 from tdds_dist.runs.artifacts import Coreset, write_atomically
 from tdds_dist.runs.directory import RunDir
-from tdds_dist.text import count, decimal, percent, plus_minus, signed
-
-__all__ = ["build_report", "format_summary", "summary_table"]
+from tdds_dist.text import count, decimal, duration, percent, plus_minus, signed
 
 _SLOTS = {"random": 0, "tdds": 1, "entropy": 2, "forgetting": 3, "el2n": 4, "aum": 5, "moderate": 6, "dyn_unc": 7,
           "dual": 8, "ccs": 9}
-
-
 _PARTS = ("scores", "known noise", "agreement of scores", "images", "classes", "accuracy and speed")  # of a run, with progress
 
 
@@ -99,16 +87,6 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
 
     write_atomically(Path(out), write)
     return Path(out)
-
-
-def duration(seconds: float | None) -> str:
-    """Write a duration: 12.3 s, 4 min 10 s, 5 h 12 min."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
 def _title(runs: Sequence[RunDir], sections: Sequence[dict[str, Any]]) -> str:

@@ -18,16 +18,12 @@ from tdds_dist.runs.artifacts import Coreset, Fingerprint, Scores, load_coreset,
 from tdds_dist.runs.directory import RunDir
 
 FULL_DATA = "full data"
-_SETTING_KEYS = ("strategy", "importance", "score_key", "pruning_rate", "coreset_settings", "method", "row", "model", "network")
+_SETTING_KEYS = ("strategy", "importance", "pruning_rate", "method", "row", "model", "network")
 
 
 @dataclass(frozen=True)
 class Retrained:
-    """One retraining run; `setting` holds what it was asked for, `result` is None until it finishes.
-
-    Strategy, importance, score and pruning rate of an unfinished run are known from its name alone, unless it was
-    given another.
-    """
+    """One retraining run; `setting` holds what it was asked for, `result` is None until it finishes."""
 
     name: str
     setting: dict[str, Any]
@@ -40,20 +36,14 @@ class Retrained:
     def score(self) -> str:
         """Return the score and the way of choosing by it; FULL_DATA where nothing was pruned; with the network where that is
         another than the collection's."""
-        if self.setting.get("pruning_rate") == 0:
-            name = FULL_DATA
-        elif "row" in self.setting or "method" in self.setting:
-            name = self.setting.get("row") or self.setting["method"]
-        else:
-            balanced = (self.setting.get("coreset_settings") or {}).get("class_balanced")
-            name = self.setting.get("score_key", "?") + ("_balanced" if balanced else "")
+        name = self.setting.get("row") or self.setting.get("method", "?")
+        name = FULL_DATA if self.setting.get("pruning_rate") == 0 else name
         return f"{name} on {self.setting['network']}" if self.setting.get("network") else name
 
     @property
     def strategy(self) -> str | None:
-        """Return `E` or `P`, however it was spelled."""
-        text = self.setting.get("strategy")
-        return text[-1].upper() if text else None
+        """Return `E` or `P`."""
+        return self.setting.get("strategy")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ Owns which runs belong together, averaging, and numbers as text; `read` does the
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tdds_dist.config.scores import score_order
 from tdds_dist.errors import InputError
@@ -17,7 +15,7 @@ from tdds_dist.report.published import PublishedTable
 from tdds_dist.report.read import FULL_DATA, Facts, Retrained, read_facts, short_names
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.identity import setting_of
-from tdds_dist.text import MISSING, count, decimal, percent, plus_minus, signed
+from tdds_dist.text import MISSING, count, decimal, mean_std, percent, plus_minus, signed, table
 
 _VALUE_KEYS = ("run", "name", "seed", "final_top1", "best_top1", "train_seconds")
 _OF_A_RETRAINING = ("model.", "data.", "train.")  # what two retrainings that agree in what a row names may differ in
@@ -76,8 +74,16 @@ def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
             for group in groups.values()]
 
 
-def summary_table(run: RunDir) -> list[dict[str, Any]]:
+def summary_tables(runs: Sequence[RunDir]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return a table for each run, or one for the runs of the same data together; with the directories it is about."""
+    return [("\n".join(str(facts.run.path) for facts in pool), summary_rows(pool)) for pool in pools([*map(read_facts, runs)])]
+
+
+def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     """Return accuracy by setting, seeds averaged: the collection run, then one row per setting, then what has not finished.
+
+    `pool` are runs of the same data. Those that differ in nothing but their seed are averaged; others have rows and a
+    reference of their own.
 
     Keys of a row: `score` (key) and `score_name` (what to show for it), `strategy` ("E", "P" or None), `importance`,
     `variant` (settings that tell it from a row that is alike in these, else ""), `pruning_rate`, `num_images`,
@@ -90,19 +96,6 @@ def summary_table(run: RunDir) -> list[dict[str, Any]]:
 
     The reference is the retraining on the full data, and where there is none the collection run, unless that was
     stopped before the end of its schedule.
-    """
-    return summary_rows([read_facts(run)])
-
-
-def summary_tables(runs: Sequence[RunDir]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return a table for each run, or one for the runs of the same data together; with the directories it is about."""
-    return [("\n".join(str(facts.run.path) for facts in pool), summary_rows(pool)) for pool in pools([*map(read_facts, runs)])]
-
-
-def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
-    """Return the rows of `summary_table` from facts already read, of several runs of the same data together.
-
-    Runs that differ in nothing but their seed are averaged. Other runs have rows and a reference of their own.
     """
     names = short_names(pool)
     return [row | {"runs": label} for label, group in by_setting(pool) for row in _rows_of_one_setting(group, names)]
@@ -215,7 +208,7 @@ def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
 
 
 def format_summary(rows: list[dict[str, Any]]) -> str:
-    """Write the rows of `summary_table` as an aligned plain-text table. Top-1 in percent; "best" is over epochs."""
+    """Write the rows of `summary_rows` as an aligned plain-text table. Top-1 in percent; "best" is over epochs."""
     columns: list[tuple[str, str, Any]] = [
         ("stage", "<", lambda row: row["name"] if row["name"] == "collect" else "retrain"),
         ("score", "<", lambda row: row["score_name"]),
@@ -239,15 +232,10 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         columns.insert(4, ("settings", "<", lambda row: row["variant"] or None))
     if any(row["runs"] for row in rows):
         columns.insert(1, ("runs", "<", lambda row: row["runs"]))
-    plain = str.maketrans({"–": "-", "−": "-"})
-    cells = [[name for name, _, _ in columns]]
-    for row in rows:
-        shown = [show(row) for _, _, show in columns]
-        cells.append([str(MISSING if cell is None else cell).translate(plain) for cell in shown])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    form = "  ".join(f"{{:{side}{width}}}" for (_, side, _), width in zip(columns, widths, strict=True))
-    return "\n".join(form.format(*line).rstrip() for line in cells)
+    cells = [[MISSING if (cell := show(row)) is None else str(cell) for _, _, show in columns] for row in rows]
+    right = [number for number, (_, side, _) in enumerate(columns) if side == ">"]
+    text = "\n".join(table([[name for name, _, _ in columns], *cells], right, num_heads=1))
+    return text.translate(str.maketrans("–−", "--"))
 
 
 # ----------------------------------------------------------------------------------------------------------- details
@@ -257,8 +245,8 @@ def _row(names: dict[str, str], published: PublishedTable | None, name: str, key
          results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one row of the table from the results of all seeds of one setting."""
     score, strategy, importance, rate, epochs, variant = key
-    final, final_std = _mean_std(result.get("final_top1") for result in results)
-    best, best_std = _mean_std(result.get("best_top1") for result in results)
+    final, final_std = mean_std(result.get("final_top1") for result in results)
+    best, best_std = mean_std(result.get("best_top1") for result in results)
     return {
         "name": name, "score": score, "score_name": names.get(score, score),
         "strategy": strategy, "importance": importance, "variant": variant, "pruning_rate": rate,
@@ -279,10 +267,3 @@ def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _progress(metrics: list[dict[str, Any]], epochs: int | None) -> str:
     return f"unfinished, {len(metrics)} of {'?' if epochs is None else epochs} epochs"
-
-
-def _mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None, None
-    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None

@@ -12,6 +12,7 @@ import numpy as np
 from tdds_dist.config.scores import base_key, is_plain
 from tdds_dist.coreset.agreement import keep_rates
 from tdds_dist.coreset.agreement import noise_kept as share_kept
+from tdds_dist.coreset.select import default_sampler
 from tdds_dist.report import charts
 from tdds_dist.report.charts import bins_of
 from tdds_dist.report.read import Facts
@@ -51,8 +52,6 @@ def main_score(facts: Facts, origins: Origins) -> str | None:
 
 def score_facts(facts: Facts, name: str, origins: Origins, slot: int) -> dict[str, Any]:
     """Return histogram and key numbers of one score file."""
-    from tdds_dist.coreset.select import default_sampler  # brings torch
-
     scores = facts.scores[name]
     finite_N = np.isfinite(scores.score_N)
     score_n = scores.score_N[finite_N]
@@ -159,10 +158,8 @@ def _kinds_of_noise(facts: Facts) -> dict[str, np.ndarray]:
     any are left out."""
     noisy_N, corrupted_N = known_noise(facts)
     kinds = dict(zip(NOISE, (noisy_N, corrupted_N), strict=True))
-    if corrupted_N is not None:
-        kind_N = np.array(facts.manifest.corruption, dtype=np.str_)
-        names = [str(kind) for kind in np.unique(kind_N) if kind]
-        kinds |= {name.replace("_", " "): kind_N == name for name in names} if len(names) > 1 else {}
+    if corrupted_N is not None and len(by_kind := facts.manifest.corruption_kinds) > 1:
+        kinds |= {name.replace("_", " "): bad_N for name, bad_N in by_kind.items()}
     return {kind: bad_N for kind, bad_N in kinds.items() if bad_N is not None and bad_N.any()}
 
 

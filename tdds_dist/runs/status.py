@@ -1,7 +1,7 @@
-"""The state of a run, read from its directory by people and launchers on any machine that sees the files.
+"""The state of a run: status.json, which its job writes, and what its directory says to people and launchers that look.
 
-Owns that reading and its wording; writes nothing, takes no lock. Any file may be missing, old or cut off: what can be known
-without it is told. Imports no torch, since an answer is expected at once.
+They may be on any machine that sees the files; they write nothing and take no lock. Any file may be missing, old or cut off:
+what can be known without it is told. Imports no torch, since an answer is expected at once.
 """
 
 import contextlib
@@ -18,10 +18,50 @@ import yaml
 from tdds_dist.errors import InputError
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.lock import holder_of
+from tdds_dist.text import duration
 
+BEAT_SECONDS = 5.0  # between updates of status.json
 STALE_SECONDS = 120.0  # without an update a job is looked for that still holds the run
 ACTIVE = ("starting", "training", "scoring")
 _TAIL_BYTES = 1 << 16
+
+
+# ---- writing, by the job itself
+
+
+class Pulse:
+    """Keeps status.json of one stage up to date; does nothing on ranks other than the main one."""
+
+    def __init__(self, path: Path, stage: str, world_size: int, is_main: bool):
+        self._path, self._is_main = path, is_main
+        self._record: dict[str, Any] = {
+            "stage": stage, "state": "starting", "epoch": 0, "epochs": 0, "step": 0, "steps": 0, "images_per_second": None,
+            "eta_seconds": None, "updated": 0.0, "host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size,
+            "job": os.environ.get("TDDS_JOB", ""), "message": ""}
+        self._last = -BEAT_SECONDS
+
+    @property
+    def is_due(self) -> bool:
+        """Say whether status.json is old enough to be written again."""
+        return self._is_main and time.monotonic() - self._last >= BEAT_SECONDS
+
+    def beat(self, state: str, **fields: Any) -> None:
+        """Write status.json now. `state`: starting, training, scoring, finished, failed, or stopped: asked to leave, and able
+        to go on. `epoch` counts finished epochs."""
+        if not self._is_main:
+            return
+        self._last = time.monotonic()
+        self._record |= {"state": state, "updated": time.time(), **fields}
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):  # a full disk ends nothing here
+            try:
+                temporary.write_text(json.dumps(self._record) + "\n")
+                temporary.replace(self._path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+# ---- reading, from outside
 
 
 @dataclass(frozen=True)
@@ -99,9 +139,6 @@ def _has_jobs(directory: Path) -> bool:
     return (directory / "jobs.path").is_file() or (directory / "jobs" / "jobs.jsonl").is_file()
 
 
-# ---- reading
-
-
 def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
     """Read what the files of a run directory say now; damaged ones raise nothing."""
     run, now = RunDir(directory), time.time()
@@ -143,8 +180,8 @@ def _state(run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bo
             return told, "", [f"no update for {duration(age or 0)}, but {holder} still holds the run"] if is_old else []
         gone = f"{holder} is dead" if holder else "no job holds it"
         return "lost", "", [f"{run.path} says {told}, but its last update came {duration(age or 0)} ago and {gone}"]
-    if is_alive:  # between two starts, or of a version that does not tell more
-        return "training" if told == "" and run.metrics_file.is_file() else "starting", "", []
+    if is_alive:  # between two starts
+        return "starting", "", []
     if told in ("stopped", "failed", "finished"):
         return told, _text(pulse, "message") or _last_reason(run.log_file), []
     if not started:
@@ -233,51 +270,3 @@ def _number(record: dict[str, Any], key: str) -> float | None:
     value = record.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN either
     return float(value) if is_number and value is not None else None
-
-
-# ---- wording
-
-
-_WORDS = {"new": "not started", "lost": "ended without a word"}  # of states that are no words for people
-
-
-def duration(seconds: float) -> str:
-    """For people: 40 s, 12 min, 3.5 h, 2.1 days."""
-    for limit, unit, name in ((100, 1, "s"), (100 * 60, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
-
-BEAT_SECONDS = 5.0
-
-
-class Pulse:
-    """Keeps status.json of one stage up to date; does nothing on ranks other than the main one."""
-
-    def __init__(self, path: Path, stage: str, world_size: int, is_main: bool):
-        self._path, self._is_main = path, is_main
-        self._record: dict[str, Any] = {
-            "stage": stage, "state": "starting", "epoch": 0, "epochs": 0, "step": 0, "steps": 0, "images_per_second": None,
-            "eta_seconds": None, "updated": 0.0, "host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size,
-            "job": os.environ.get("TDDS_JOB", ""), "message": ""}
-        self._last = -BEAT_SECONDS
-
-    @property
-    def is_due(self) -> bool:
-        """Say whether status.json is old enough to be written again."""
-        return self._is_main and time.monotonic() - self._last >= BEAT_SECONDS
-
-    def beat(self, state: str, **fields: Any) -> None:
-        """Write status.json now. `state`: starting, training, scoring, finished, failed, or stopped: asked to leave, and able
-        to go on. `epoch` counts finished epochs."""
-        if not self._is_main:
-            return
-        self._last = time.monotonic()
-        self._record |= {"state": state, "updated": time.time(), **fields}
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):  # a full disk ends nothing here
-            try:
-                temporary.write_text(json.dumps(self._record) + "\n")
-                temporary.replace(self._path)
-            finally:
-                temporary.unlink(missing_ok=True)

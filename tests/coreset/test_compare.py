@@ -206,7 +206,7 @@ def test_constant_scores_have_no_correlation(tmp_path):
     run = add(start(tmp_path / "one"), T3, "el2n")
     save(run.scores, scores_of("aum", 0, np.zeros(NUM_SAMPLES)))
     text = compare([run.path])
-    assert table(text, "A: Spearman")["3 aum"] == ["-", "-", "1.00"]
+    assert table(text, "A: Spearman")["3 aum"] == ["–", "–", "1.00"]
     assert all(map(math.isnan, values(csv_rows(run.path / "compare.csv"), table="spearman", score_b="aum")))
 
 

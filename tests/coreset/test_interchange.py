@@ -15,7 +15,7 @@ from tdds_dist.coreset import export as export_module
 from tdds_dist.coreset import samplers
 from tdds_dist.coreset.export import export, subset_rate
 from tdds_dist.coreset.import_scores import import_scores
-from tdds_dist.coreset.select import choose, make_coreset, select
+from tdds_dist.coreset.select import choose, make_coreset
 from tdds_dist.data.beton import inspect_beton
 from tdds_dist.data.manifest import read_manifest, write_manifest
 from tdds_dist.errors import InputError
@@ -32,7 +32,7 @@ from tdds_dist.runs.artifacts import (
 from tests.make import SHORT as SECOND
 from tests.make import TDDS as FIRST
 from tests.make import csv_rows as read_csv
-from tests.make import refused, scores
+from tests.make import refused, scores, select
 
 N = 120
 RATES = (0.0, 0.3, 0.5, 0.8)

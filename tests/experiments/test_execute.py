@@ -31,6 +31,7 @@ from tdds_dist.experiments.execute import experiment
 from tdds_dist.experiments.grid import check_plan
 from tdds_dist.runs.artifacts import fingerprint, load_coreset, load_scores, save_coreset, save_scores
 from tdds_dist.runs.directory import RunDir
+from tests.make import select
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
@@ -317,7 +318,6 @@ def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(
 
 
 def test_stages_by_hand_give_the_same(finished, tmp_path):
-    from tdds_dist.coreset.select import select
     from tdds_dist.training.collect import collect
     from tdds_dist.training.retrain import retrain
 

@@ -94,7 +94,7 @@ def test_the_table(tmp_path):
     assert text.startswith("# hand\n")
     assert "resnet18, 20 epochs, batch 100, data/cifar10_train.beton; seeds 0, 1, 2; 6 of 12 retrainings done." in text
     assert "cpu, 2 rank(s) per run" in text
-    assert "72 min of training in 0 s" in text  # 6 x 360 s + 3 x 720 s
+    assert "1 h 12 min of training in 0 s" in text  # 6 x 360 s + 3 x 720 s
     assert "## Strategy-E\n" in text
     widths = {len(line) for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
@@ -110,7 +110,7 @@ def test_hours_of_all_invocations_and_what_is_not_done_yet(tmp_path):
     assert [row["final_top1"] for row in rows_of(plan)] == [""] * 12
     (plan.directory / "times.jsonl").write_text("".join(json.dumps({"seconds": seconds}) + "\n" for seconds in (3600, 1800)))
     text = write_tables(plan, outcomes_of(plan, {}), collections_of(plan, [94.0, None, None]))
-    assert "12 min of training in 90 min" in text
+    assert "12 min 0 s of training in 1 h 30 min" in text
     assert "Full data: 94.00 (1 seed; published: 95.23)." in text
 
 

@@ -16,7 +16,7 @@ from tdds_dist.report.accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report.curves import curve_charts, speed_charts
 from tdds_dist.report.page import build_report
 from tdds_dist.report.read import read_facts
-from tdds_dist.report.results import find_runs, format_summary, pools, summary_rows, summary_table, summary_tables
+from tdds_dist.report.results import find_runs, format_summary, pools, summary_rows, summary_tables
 from tdds_dist.runs.directory import RunDir
 from tests import make
 from tests.make import TDDS, Page, finish, log, refused, retraining, start
@@ -261,7 +261,7 @@ def test_other_settings_and_repeated_seeds_are_no_seeds(tmp_path):
         sub.write_env(sub.read_env() | {"started": f"2026-01-0{2 if name == 'again' else 1}"})
     change(RunDir(run.retrain / "other"), lr=0.02)
     change(retraining(run, TDDS, 0.8, 0, 50.0, name="less"), global_batch_size=10)  # follows from the pruning rate
-    rows = summary_table(run)[1:]
+    rows = summary_rows([read_facts(run)])[1:]
     assert [(row["pruning_rate"], row["variant"], row["seeds"], row["final_top1"]) for row in rows] == [
         (0.5, "", [0, 1], 81.0), (0.5, "repeated as again", [0], 70.0), (0.5, "train.lr=0.02", [0], 60.0), (0.8, "", [0], 50.0)]
     assert [line["detail"] for line in matrix(rows)["lines"]] == [
@@ -284,7 +284,7 @@ def test_other_epochs_are_other_lines_in_the_charts(tmp_path):
     log(run)
     retraining(run, TDDS, 0.5, 0, 80.0, name="short")
     change(retraining(run, TDDS, 0.5, 0, 60.0, name="long"), epochs=6)
-    chart, curves = accuracy_chart(summary_table(run), {"tdds": 1}), curve_charts([read_facts(run)], {"tdds": 1})
+    chart, curves = accuracy_chart(summary_rows([read_facts(run)]), {"tdds": 1}), curve_charts([read_facts(run)], {"tdds": 1})
     assert [(line.label, line.x) for line in chart["legend"]] == [
         ("tdds (Strategy-E, 3 epochs)", [50.0]), ("tdds (Strategy-E, 6 epochs)", [50.0])]
     assert [line.label for line in curves["legend"]] == [
@@ -298,7 +298,7 @@ def test_a_retraining_of_unknown_rate_is_not_the_full_data(tmp_path):
     for name in ("mine", "yours"):
         sub = retraining(run, TDDS, 0.5, 0, None, name=name)
         sub.write_env({})
-    found = matrix(summary_table(run))
+    found = matrix(summary_rows([read_facts(run)]))
     assert [(row["name"], row["variant"]) for row in found["unknown"]] == [("mine", ""), ("yours", "")]
     assert [row["name"] for row in found["full"]] == ["collect"]
     page = make.page_of([run], tmp_path / "report.html")

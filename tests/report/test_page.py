@@ -21,9 +21,10 @@ from tdds_dist.data.sources import open_source
 from tdds_dist.data.writer import write_beton
 from tdds_dist.report import charts
 from tdds_dist.report.charts import Bins
-from tdds_dist.report.page import build_report, format_summary, summary_table
+from tdds_dist.report.page import build_report
 from tdds_dist.report.published import find_table
 from tdds_dist.report.read import read_facts
+from tdds_dist.report.results import format_summary, summary_rows
 from tdds_dist.runs.artifacts import save_coreset
 from tdds_dist.runs.directory import RunDir
 from tests import make
@@ -120,7 +121,7 @@ def test_unfinished_runs_are_shown(page, demo):
     assert "tdds E, batch | 80 % | unfinished, 1 of 3 epochs" in [" | ".join(row[:3]) for row in page.rows]
     assert page.row("el2n E, none", 1)[1:3] == ["80 %", "unfinished, 1 of 3 epochs"]
     assert "tdds 80 %, E, batch, seed 0 (unfinished)" in page.text
-    row = next(row for row in summary_table(demo) if row["name"] == f"{TDDS}_p0.8_E_batch_seed0")
+    row = next(row for row in summary_rows([read_facts(demo)]) if row["name"] == f"{TDDS}_p0.8_E_batch_seed0")
     assert row["final_top1"] is None
 
 
@@ -341,7 +342,7 @@ def test_errors_name_the_way_out(tmp_path):
 
 
 def test_summary_table_text(demo):
-    rows = summary_table(demo)
+    rows = summary_rows([read_facts(demo)])
     assert [row["score_name"] for row in rows] == ["full data", "full data", "tdds", "random", "tdds", "el2n"]
     assert [row["score"] for row in rows] == ["full data", "full data", TDDS, "random", TDDS, "el2n"]
     assert [row["is_reference"] for row in rows] == [False, True, False, False, False, False]
@@ -358,14 +359,14 @@ def test_summary_table_text(demo):
 def test_collection_run_is_the_reference_without_a_full_retraining(tmp_path):
     run = start(tmp_path / "run", "train.beton")
     finish(run, final=95.0)
-    retraining(run, TDDS, 0.5, 0, 94.0, strategy="strategy_p")
-    rows = summary_table(run)
+    retraining(run, TDDS, 0.5, 0, 94.0, strategy="P")
+    rows = summary_rows([read_facts(run)])
     assert rows[0]["is_reference"]
     assert rows[0]["difference"] is None
     assert (rows[1]["difference"], rows[1]["strategy"]) == (-1.0, "P")
     assert "status" not in format_summary(rows).splitlines()[0]
     run.write_result(run.read_result() | {"epochs_planned": 200})  # collection ended with the last window
-    rows = summary_table(run)
+    rows = summary_rows([read_facts(run)])
     assert rows[0]["status"] == "stopped after 3 of 200 epochs"
     assert not any(row["is_reference"] for row in rows)
     assert page_of(tmp_path, run).row("full data", 1)[2:5] == [
@@ -376,12 +377,12 @@ def test_settings_that_compete_keep_their_full_names(tmp_path):
     run = start(tmp_path / "run", "train.beton")
     retraining(run, TDDS, 0.5, 0, 80.0)
     retraining(run, make.SHORT, 0.7, 0, 70.0)  # the paper's way: another window for another pruning rate
-    assert [row["score_name"] for row in summary_table(run)[1:]] == ["tdds", "tdds"]
+    assert [row["score_name"] for row in summary_rows([read_facts(run)])[1:]] == ["tdds", "tdds"]
     retraining(run, TDDS, 0.5, 0, 82.0, name="balanced", class_balanced=True)  # no second seed of the first
-    assert [row["score_name"] for row in summary_table(run)[1:]] == ["tdds", "tdds_balanced", "tdds"]
-    assert [row["final_top1"] for row in summary_table(run)[1:]] == [80.0, 82.0, 70.0]
+    assert [row["score_name"] for row in summary_rows([read_facts(run)])[1:]] == ["tdds", "tdds_balanced", "tdds"]
+    assert [row["final_top1"] for row in summary_rows([read_facts(run)])[1:]] == [80.0, 82.0, 70.0]
     retraining(run, TDDS.replace("official", "paper"), 0.5, 0, 81.0)
-    names = [row["score_name"] for row in summary_table(run)[1:]]
+    names = [row["score_name"] for row in summary_rows([read_facts(run)])[1:]]
     assert names == [TDDS, "tdds_balanced", TDDS.replace("official", "paper"), make.SHORT]
     assert page_of(tmp_path, run).row(TDDS)
 
@@ -408,7 +409,7 @@ def test_published_numbers_stand_beside_ours(tmp_path):
     retraining(run, "tdds", 0.9, 0, 23.45, strategy="P", importance="batch")
     retraining(run, "tdds", 0.9, 0, 11.0)  # the paper weighs
     retraining(run, "tdds_official_T30_K10_beta0.9_ce", 0.9, 0, 10.0, importance="batch")  # an ablation is not the method
-    rows = summary_table(run)
+    rows = summary_rows([read_facts(run)])
     by_score = {(row["score"], row["strategy"], row["importance"]): row["published"] for row in rows}
     assert by_score == {("full data", None, None): 95.23, ("tdds", "E", "batch"): 85.46, ("tdds", "P", "batch"): None,
                         ("tdds", "E", "none"): None, ("tdds_official_T30_K10_beta0.9_ce", "E", "batch"): None}
@@ -419,7 +420,7 @@ def test_published_numbers_stand_beside_ours(tmp_path):
     assert "published, not ours" in page.text
     part = start(tmp_path / "part", "data/cifar10.beton", 10)
     finish(part)
-    assert [row["published"] for row in summary_table(part)] == [None], "on a part of the images"
+    assert [row["published"] for row in summary_rows([read_facts(part)])] == [None], "on a part of the images"
     assert base_key("tdds_T90_K10") == "tdds"
     assert base_key("tddsx") == "tddsx"
 

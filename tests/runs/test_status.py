@@ -21,7 +21,7 @@ from launch.status import add_logs, add_status, as_data, as_lines, gather
 from tdds_dist.errors import InputError
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.lock import RunLock
-from tdds_dist.runs.status import Pulse, duration, find_runs, read_status
+from tdds_dist.runs.status import Pulse, find_runs, read_status
 
 PROGRESS = {"epoch": 3, "epochs": 10, "step": 1234, "steps": 4000, "images_per_second": 812.3, "eta_seconds": 700.0}
 RESULT = {"stage": "collect", "epochs": 10, "final_top1": 93.06, "best_top1": 94.5}
@@ -124,12 +124,12 @@ def test_a_run_that_trains(run):
     put_checkpoint(run, 1200, {"epoch": 3, "step": 1200}, seconds_ago=130)
     run.write_env(run.read_env() | {"resumes": [{"world_size": 2}]})
     with RunLock(run.path):
-        lines = shown(run).splitlines()
+        lines = re.sub(r"[\d.]+ s ago", "S s ago", shown(run)).splitlines()
     assert lines == [
         f"{run.path}: collect, training",
-        "  epoch 3 of 10 done, step 1,234 of 4,000 (30 %), 812 images/s, about 12 min left",
-        "  2 ranks, on n1, job 12, resumed 1 time, last update 0 s ago",
-        "  last checkpoint: epoch 3, step 1,200, 2 min ago",
+        "  epoch 3 of 10 done, step 1,234 of 4,000 (30 %), 812 images/s, about 11 min 40 s left",
+        "  2 ranks, on n1, job 12, resumed 1 time, last update S s ago",
+        "  last checkpoint: epoch 3, step 1,200, 2 min S s ago",
         "next: nothing to do"]
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_was_killed_on_this_machine_is_known_at_once(run):
     status = read_status(run.path)
     assert status.state == "lost"
     assert status.images_per_second is None
-    assert re.search(r"says training, but its last update came \d s ago and pid ", status.warnings[0])
+    assert re.search(r"says training, but its last update came [\d.]+ s ago and pid ", status.warnings[0])
     assert status.warnings[0].endswith(" is dead")
     put_checkpoint(run, 1200, {"epoch": 3})
     assert shown(run).splitlines()[-1] == "next: start the same command again; it goes on from its last checkpoint"
@@ -157,7 +157,7 @@ def test_a_run_on_another_machine_lives_by_its_updates_or_its_lock(run, update, 
     status = read_status(run.path)
     assert (status.state, len(status.warnings)) == (state, num_warnings)
     if state == "training" and num_warnings:
-        assert status.warnings[0].startswith("no update for 5 min, but pid ")
+        assert status.warnings[0].startswith("no update for 5 min")
 
 
 def test_without_a_lock_the_age_of_the_update_decides(run):
@@ -165,7 +165,7 @@ def test_without_a_lock_the_age_of_the_update_decides(run):
     assert read_status(run.path).state == "training"
     beat(run, seconds_ago=300)
     assert "warning: " in shown(run)
-    assert "last update came 5 min ago and no job holds it" in shown(run)
+    assert re.search(r"last update came 5 min \d s ago and no job holds it", shown(run))
     assert f"{run.path}: collect, ended without a word" in shown(run)
 
 
@@ -179,7 +179,7 @@ def test_why_it_stopped_is_told(run, state):
         assert read_status(run.path).state == "starting"  # again
 
 
-def test_a_run_of_a_version_without_status_json(run):
+def test_a_run_without_status_json(run):
     run.append_metrics({"epoch": 0})
     run.append_metrics({"epoch": 1})
     status = read_status(run.path)
@@ -188,8 +188,6 @@ def test_a_run_of_a_version_without_status_json(run):
     assert read_status(run.path).why == ""
     run.log_file.write_text(run.log_file.read_text() + "2026-11-21 15:02:00 stopped: disk full\n")
     assert (read_status(run.path).state, read_status(run.path).why) == ("stopped", "disk full")
-    with RunLock(run.path):
-        assert read_status(run.path).state == "training"
 
 
 def test_a_finished_run_says_what_comes_next(run):
@@ -268,12 +266,6 @@ def test_a_run_that_was_only_submitted(tmp_path, slurm):
     slurm(squeue_line("12", "PENDING", "Priority", ""), "")
     assert f"{run.path}: not started" in shown(run)
     assert "waiting for its turn (Priority)" in shown(run)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h"),
-                                               (3 * 86400, "3.0 days")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
 
 
 # ---- retrainings and experiments

@@ -15,7 +15,7 @@ import yaml
 from tdds_dist.config.scores import Window
 from tdds_dist.coreset import samplers
 from tdds_dist.coreset.samplers import min_max, num_kept
-from tdds_dist.coreset.select import choose, make_coreset, select
+from tdds_dist.coreset.select import choose, make_coreset
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores, fingerprint, load_coreset, load_scores, save_scores
 from tdds_dist.scoring import baselines
@@ -27,6 +27,7 @@ from tdds_dist.scoring.offline import score, score_all
 from tdds_dist.scoring.sample_stats import SCALARS, log_probabilities, sample_scalars
 from tdds_dist.scoring.trajectory import TrajectoryWriter
 from tests import oracles
+from tests.make import select
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tdds_official_digits.npz"
 GOLDEN_SETTINGS = [(30, 10, 0.9), (20, 10, 0.9), (10, 5, 0.9), (30, 20, 0.85), (12, 10, 0.95)]
