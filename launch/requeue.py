@@ -2,10 +2,10 @@
 REQUEUE_FAILURES`, at the end of its sbatch file.
 
 Reads how the ranks left. srun's exit code alone does not tell: it is 0 after some aborted steps, and another one when a node's
-slurmstepd was killed and all ranks finished all the same. A rank that failed or refused its input ends the job, and its
-message (and traceback) is printed in one place, without those of all the others that lost it. Where ranks only lost each other
-or ended without a word (killed, out of memory, a node that is gone), the job is queued again, but not for ever: only so often
-in a row without a new checkpoint.
+slurmstepd was killed and all ranks finished all the same. A rank that failed or refused its input ends the job, and its message
+(and traceback) is printed in one place, without those of all the others that lost it. Where ranks only lost each other or ended
+without a message (killed, out of memory, a node that is gone), the job is queued again, but not for ever: only so often in a
+row without a new checkpoint.
 
 Exit codes: that of the job; 77 to have the job queued again (the sbatch file does it: python may run in a container).
 """

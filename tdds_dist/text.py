@@ -93,7 +93,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def command(*words: object, ranks: int = 1) -> str:
-    """Return a command of ours, ready to be typed; on several ranks by torchrun, on one node."""
+    """Return a `tdds` command, ready to be typed; on several ranks by torchrun, on one node."""
     start = ("torchrun", "--nproc-per-node", str(ranks), "-m", "tdds_dist") if ranks > 1 else ("tdds",)
     return shlex.join([*start, *map(str, words)])
 

@@ -130,7 +130,7 @@ def _again(text: str, words: Sequence[str]) -> str:
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output that nobody may read to its end (`tdds check FILE | head`): the stage goes on, and its outcome counts."""
+    """Standard output whose reader may leave early (`tdds check FILE | head`): the stage goes on, and its outcome counts."""
 
     def write(self, text: str) -> int:
         with self._unread():

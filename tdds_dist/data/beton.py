@@ -1,7 +1,7 @@
 """`.beton` files: check one, read single images back. `writer` makes them, `manifest` reads the file beside them.
 
 Uses NumPy on the file format, not FFCV: importing FFCV costs seconds, and its reader takes truncated and corrupted
-files without a word. The content of the images is not checked here but in `check`, which reads them by `stored_bytes`.
+files without an error. The content of the images is not checked here but in `check`, which reads them by `stored_bytes`.
 """
 
 # N samples, A entries of the allocation table

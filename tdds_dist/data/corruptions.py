@@ -1,7 +1,7 @@
 """Corruptions of training images, for the robustness experiments: which images get one is `sources`'.
 
-The five kinds of the paper. Rectangles, clouds and motions are shares of the image's sides, so that 32 and 500 pixels
-suffer alike. Noise and resolution are in the image's own pixels: scaling it down afterwards weakens them.
+The five kinds of the paper. Rectangles, clouds and motions are shares of the image's sides, so that images of 32 and of 500
+pixels are changed alike. Noise and resolution are in the image's own pixels: scaling it down afterwards weakens them.
 """
 
 # H, W height and width of an image in pixels

@@ -1,8 +1,8 @@
 """Requests to leave: SIGTERM, SIGUSR2 (submitit's time-out and preemption), SIGINT, and the end of the job's time.
 
-A handler does nothing but note the request: saving inside one corrupts or hangs now and then. Whoever trains looks at
-`requested` at step boundaries, agrees with the other ranks, saves, and raises `Preempted`. Where nobody looks (start-up, the
-passes after training) there is nothing to save either, and the signal ends the program at once.
+A handler only notes the request: saving inside one corrupts or hangs now and then. The training loop reads `requested` at step
+boundaries, agrees with the other ranks, saves, and raises `Preempted`. Outside of it (start-up, the passes after training)
+there is nothing to save, and the signal ends the program at once.
 
 A launcher that knows when the job will be ended says so in TDDS_LEAVE_AT (seconds since 1970): the run saves and leaves then by
 itself, whether or not a signal comes in time.

@@ -105,7 +105,7 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
 
 def _clear_the_way(tasks: list[Task], force: bool) -> None:
     """Raise InputError when a directory holds a run that is not, and cannot become, that of its task; with `force` move all
-    such runs aside, when nobody is at work in them."""
+    such runs aside, when no job works in them."""
     images: dict[Any, Any] = {}
     found = {task.directory: problem for task in tasks if (problem := in_the_way(task, images))}
     for directory, (what, way_out) in found.items():

@@ -1,4 +1,4 @@
-"""Top-1 accuracies that the paper prints (arXiv 2311.13613), to stand beside ours and never as ours.
+"""Top-1 accuracies that the paper prints (arXiv 2311.13613), shown beside our own numbers and marked as the paper's.
 
 Owns the numbers and the question which of them belong to a dataset; not how they are shown.
 """

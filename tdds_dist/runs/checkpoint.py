@@ -67,7 +67,7 @@ class Checkpoints:
         stop_on_error: a save that fails ends the run; else it is said, and the run goes on with those there are.
         guard: raises InputError when the directory is not ours any more; asked on the main rank before every save.
         about: JSON of the main rank that every checkpoint carries beside its record, e.g. config and dataset.
-        published: told on the main rank that a checkpoint is there, perhaps by another thread.
+        published: called on the main rank when a checkpoint is there, perhaps by another thread.
         say: takes what a person should know; on the main rank. `note` takes what belongs in the log only.
     """
 

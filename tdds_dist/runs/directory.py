@@ -66,7 +66,7 @@ class RunDir:
                           self.report_file, self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard)
 
     def rewind(self, num_epochs: int) -> None:
-        """Forget the metrics of later epochs, which are to come again."""
+        """Remove the metrics of later epochs, which will be recorded again."""
         if self.metrics_file.is_file():
             lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["epoch"] < num_epochs]
             write_atomically(self.metrics_file, lambda file: file.write("".join(lines).encode()))

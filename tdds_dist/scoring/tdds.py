@@ -48,7 +48,7 @@ def score_trajectory(delta_TM: np.ndarray, window: Window, preset: str) -> np.nd
     """Compute the score of each sample from its recorded loss differences; float32 [M].
 
     `delta_TM` float32 [>= T, M]: row t is the difference between epochs t - 1 and t; row 0 is not read. The same
-    operations in the same order as the live accumulators of `scorer`, hence bitwise equal to them.
+    operations in the same order as those of `scorer` during training, hence the same bits.
     """
     check_window(window, preset, len(delta_TM))
     num_differences = differences_per_window(window, preset)

@@ -72,8 +72,8 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
     """Run the stage, or go on with it; returns the score files: one per window of the config, and those of the final pass.
 
     Every rank calls it. Bad input is found before the first training step and raised on every rank. `settings` are added to
-    the record of how the run was started. A run directory that holds a checkpoint is gone on with, a finished one left as it
-    is; `fresh` starts over (`force`: also where there is a run).
+    the record of how the run was started. A run with a checkpoint goes on, a finished one is
+    left as it is; `fresh` starts over (`force`: also where there is a run).
 
     Raises:
         Preempted: `interruption` asked for it; the state is saved.
@@ -98,7 +98,7 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
 
 
 def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
-    """Train and score in a run directory that is ours."""
+    """Train and score, with the run directory locked."""
     config, world, run, train_file = job.config, job.world, job.run, job.train_file
     scorer = ShardedScorer(
         train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,

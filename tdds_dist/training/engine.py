@@ -2,7 +2,7 @@
 and knows nothing of scores.
 
 Losses are sums over real rows divided by the number of real rows of the whole step (known in advance on every rank), so
-that the gradient is that of the mean over the global batch, padding and world size notwithstanding (batch norm aside: its
+that the gradient is that of the mean over the global batch, whatever padding and world size are (but for batch norm: its
 statistics are those of one rank's rows, padding included). Device totals are read at log cadence only.
 """
 
@@ -345,7 +345,7 @@ class Trainer:
         return float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
 
     def _beat(self, share: float) -> None:
-        """Tell how far we are when this share of the epoch is done."""
+        """Update status.json when this share of the epoch is done."""
         job, seconds = self.job, self.history["partial"][0]
         assert job.pulse is not None
         epochs_left = (job.stops_after or job.epochs) - self.epoch - share
@@ -355,7 +355,8 @@ class Trainer:
     # ---- leaving and going on
 
     def _between_steps(self) -> None:
-        """Save when it is time, or leave when any rank was asked to; all ranks alike, one step after the fact."""
+        """Save when it is time, or leave when any rank was asked to; all ranks do so at the same step, one after the request.
+        """
         checkpoints = self.job.checkpoints
         is_writing = checkpoints is not None and checkpoints.is_writing
         asked, due, writing = self.agreement.exchange([bool(self.job.interruption.requested), self._is_time(), is_writing])

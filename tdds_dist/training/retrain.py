@@ -29,8 +29,8 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
     """Run the stage, or go on with it; returns its run directory, `<run.dir>/retrain/<name>`.
 
     Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy, importance and
-    seed by default. `settings` are added to the record of how the run was started and of what came out. A run directory that
-    holds a checkpoint is gone on with, a finished one left as it is; `fresh` starts over (`force`: also where there is a run).
+    seed by default. `settings` are added to the record of how the run was started and of what came out. A run
+    with a checkpoint goes on, a finished one is left as it is; `fresh` starts over (`force`: also where there is a run).
 
     Raises:
         Preempted: `interruption` asked for it; the state is saved.
