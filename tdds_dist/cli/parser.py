@@ -118,7 +118,7 @@ def _add_manner(parser: argparse.ArgumentParser, default: object) -> None:
                        help="one JSON object on standard output, also for errors, and nothing else there")
 
 
-# ---- subcommands and their options; what they do is in `stages`
+# ---- subcommands and their options; what they do is in `commands`
 
 
 def _add_write(parsers: Parsers) -> None:

@@ -67,7 +67,7 @@ def test_every_scalar_has_the_value_of_its_formula(problem):
     previous_BC, now_BC, label_B = problem
     found = computed(*problem)
     logp = [log_probabilities(torch.from_numpy(logits)) for logits in problem[:2]]
-    np.testing.assert_array_equal(loss_difference_paper(*logp).numpy(), found["delta_paper"], "alone, as `dynamics` calls it")
+    np.testing.assert_array_equal(loss_difference_paper(*logp).numpy(), found["delta_paper"], "alone")
     for row, label in enumerate(label_B.tolist()):
         previous, now = previous_BC[row].tolist(), now_BC[row].tolist()
         for name, value in expected(previous, now, label).items():

@@ -43,7 +43,7 @@ def cases(draw):
 
 
 def deltas(logits: np.ndarray, preset: str) -> np.ndarray:
-    """delta_TM of one preset by way of `scalars`; logits by global index."""
+    """delta_TM of one preset by way of `sample_stats`; logits by global index."""
     rows, previous = [], None
     label_N = torch.zeros(logits.shape[1], dtype=torch.int64)
     for logits_NC in torch.from_numpy(logits):
