@@ -1,4 +1,7 @@
 """Exchange of data between ranks: agreement, sums, rows by owner, gathered shards."""
+
+# B rows of a call, F flags, M rows per shard, N dataset, R rows received, W world size, X numbers of a row
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta

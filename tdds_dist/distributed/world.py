@@ -5,8 +5,6 @@ WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Without them a process 
 the same code. A foreign loop brings its own group, or none: then the collectives are identities.
 """
 
-# W world size, N dataset, M rows per shard, R rows received
-
 import gc
 import os
 import signal
