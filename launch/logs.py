@@ -105,7 +105,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def print_tail(path: Path, num_lines: int, out: IO[str]) -> int:
-    """Write the last lines of a file (0: all of them); returns the byte where it ended. Reads no more than it needs."""
+    """Write the last lines of a file (0: all of them); return the byte where it ended. Reads no more than it needs."""
     with path.open("rb") as file:
         end = start = file.seek(0, 2)
         blocks: list[bytes] = []

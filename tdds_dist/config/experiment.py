@@ -82,7 +82,7 @@ class Experiment(Section):
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment from YAML, with `key=value` overrides; those of the config's keys, such as train.lr=0.1, are added
-    to its `overrides`. InputError for anything wrong."""
+    to its `overrides`. Raise InputError for anything wrong."""
     path = Path(path)
     of_config = [override for override in overrides if override.partition(".")[0] in Config.model_fields]
     own = [override for override in overrides if override not in of_config]

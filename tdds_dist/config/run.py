@@ -280,7 +280,7 @@ class Config(Section):
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config and apply `section.key=value` overrides (values are YAML); InputError for anything wrong."""
+    """Read a YAML config and apply `section.key=value` overrides (values are YAML); raise InputError for anything wrong."""
     tree = read_tree(Path(path), overrides, f"the sections {', '.join(Config.model_fields)}")
     if "executor" in tree and "train" not in tree:
         raise InputError(f"{path} is a cluster file, not the config of a run; `tdds submit CONFIG.yaml --cluster {path}` takes "
@@ -291,7 +291,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
-    """Build a Config from plain data; InputError naming key, value and rule for the first thing wrong."""
+    """Build a Config from plain data; raise InputError naming key, value and rule for the first thing wrong."""
     return parse_tree(Config, tree, where)
 
 

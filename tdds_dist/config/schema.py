@@ -44,7 +44,7 @@ def read_tree(path: Path, overrides: Sequence[str], must_hold: str, examples: st
 
 
 def parse_tree(root: type[Root], tree: Mapping[str, Any], where: str) -> Root:
-    """Build `root` from plain data; InputError naming key, value and rule for the first thing wrong."""
+    """Build `root` from plain data; raise InputError naming key, value and rule for the first thing wrong."""
     try:
         return root.model_validate(_tuples(tree))
     except ValidationError as error:

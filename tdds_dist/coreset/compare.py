@@ -43,7 +43,7 @@ MAX_PAIRS = 6  # of runs that the text lists; of more it gives the extremes
 
 def compare(runs: Sequence[Path], *, pruning_rates: Sequence[float] = (0.3, 0.5, 0.7, 0.8, 0.9),
             out: Path | None = None) -> str:
-    """Run the stage; returns the text to print and writes every number as CSV (default: compare.csv in the first run).
+    """Run the stage; return the text to print and write every number as CSV (default: compare.csv in the first run).
 
     Each file in `scores/` is compared as it is at every pruning rate, with the sampler its score is meant for; the TDDS
     windows of a config are not tied to their rates here. Text: shares in percent, overlaps with the run's first TDDS

@@ -49,7 +49,7 @@ Columns = dict[str, np.ndarray | list[str]]  # [N] each; NaN is an empty cell
 
 def export(source: Path, kind: str, out: Path | None = None, *, pruning_rates: Sequence[float] = (),
            beton: Path | None = None) -> tuple[list[Path], list[str]]:
-    """Write scores or a coreset in a format of another tool; returns the files, and one line each of what to know.
+    """Write scores or a coreset in a format of another tool; return the files, and one line each of what to know.
 
     `source` is a run directory, a score file or a coreset; `kind` one of FORMATS. Files go to RUN/export, or beside the
     file; `out` is the file to write (a folder: the file in it), for `official` the folder. `pruning_rates` default to

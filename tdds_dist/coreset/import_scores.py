@@ -30,7 +30,7 @@ _OWN_WINDOW = re.compile(rf"tdds_(official|paper)_T(\d+)_K(\d+)_beta(\d(?:\.\d+)
 
 def import_scores(source: Path, *, key: str | None = None, column: str | None = None, data_mask: Path | None = None,
                   beton: Path | None = None, run: Path | None = None, out: Path | None = None) -> Path:
-    """Make a score file of a CSV file or of the authors' pair; returns its path.
+    """Make a score file of a CSV file or of the authors' pair; return its path.
 
     A CSV file has a column `index` or `path` (as in the manifest), a column of scores (`column`, else the one named `key`, else
     `score`), and may have `label`.

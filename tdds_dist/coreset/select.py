@@ -162,7 +162,7 @@ def check_place(path: Path, coreset: Coreset, force: bool = False) -> None:
 
 
 def put(path: Path, coreset: Coreset) -> list[str]:
-    """Save a coreset unless it is there already; what else has its name is moved aside. Returns what to say of that."""
+    """Save a coreset unless it is there already; what else has its name is moved aside. Return what to say of that."""
     if not path.exists():
         save_coreset(path, coreset)
         return []

@@ -152,7 +152,7 @@ def _page_bytes(source: Source, max_resolution: int | None) -> int:
 
 def _run_workers(writer: Any, allocator: Any, source: Source,
                  progress: Progress) -> tuple[list[Any], dict[int, str]]:
-    """Encode all samples; returns FFCV's allocations and the reason of each bad sample.
+    """Encode all samples; return FFCV's allocations and the reason of each bad sample.
 
     One pipe per worker, with its only write end in that worker: a worker that dies closes it, whatever lock it held.
     """

@@ -76,7 +76,7 @@ class Consensus:
         self._pending: tuple[Tensor, dist.Work | None] | None = None
 
     def exchange(self, flags: list[int]) -> list[int]:
-        """Give this rank's flags; returns the agreed ones of the call before (zeros at first)."""
+        """Give this rank's flags; return the agreed ones of the call before (zeros at first)."""
         agreed = self._read()
         flag_F = torch.tensor(flags, dtype=torch.int64)
         work = None if self._group is None else dist.all_reduce(flag_F, dist.ReduceOp.MAX, group=self._group, async_op=True)

@@ -39,7 +39,7 @@ from tdds_dist.text import duration
 
 def experiment(plan: Experiment, *, jobs: int = 1, force: bool = False, world: World | None = None,
                interruption: Interruption | None = None) -> tuple[Path, list[str]]:
-    """Run what is missing of an experiment and write its tables; returns the Markdown file and what failed.
+    """Run what is missing of an experiment and write its tables; return the Markdown file and what failed.
 
     `jobs` runs go at a time, each alone in a process with its share of the CPUs and GPUs. With a `world` of several ranks
     every rank calls it, and all of them work on one run after the other. What is done already is skipped; a run that was
@@ -190,7 +190,7 @@ def _locked(plan: Experiment, seed: int) -> Iterator[None]:
 
 
 def _make_coresets(cells: list[Cell], configs: dict[int, Config], force: bool) -> dict[Path, str]:
-    """Write the coreset files of the cells; returns those that cannot be made, and why.
+    """Write the coreset files of the cells; return those that cannot be made, and why.
 
     One that is right already stays, another one is moved aside; refused without `force` where it was trained on.
 
@@ -311,7 +311,7 @@ def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
 
 
 def _work(task: Task) -> str:
-    """Run a task in this worker, its lines in the log of the run alone; returns what to say about it."""
+    """Run a task in this worker, its lines in the log of the run alone; return what to say about it."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process; log.txt has the lines
     started = time.perf_counter()
     device = task.config["run"]["device"]

@@ -47,7 +47,7 @@ class CellResult:
 
 
 def write_tables(plan: Experiment, outcomes: Sequence[CellResult], collections: dict[int, RunDir]) -> str:
-    """Write table.md and cells.csv into the experiment's directory; returns the Markdown. `collections` is by seed."""
+    """Write table.md and cells.csv into the experiment's directory; return the Markdown. `collections` is by seed."""
     config = load_config(plan.config, plan.overrides)
     published = _published(config)
     full = {seed: run.read_result() for seed, run in collections.items()}

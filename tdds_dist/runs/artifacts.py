@@ -138,7 +138,7 @@ def save_scores(path: Path, scores: Scores) -> None:
 
 
 def load_scores(path: Path) -> Scores:
-    """Read a score file; InputError when it is missing, damaged or something else."""
+    """Read a score file; raise InputError when it is missing, damaged or something else."""
     meta, arrays = _load(path, "scores", ("score", "label"))
     found = Fingerprint(**meta["fingerprint"])
     if wrong := {name: array.shape for name, array in arrays.items() if array.shape != (found.num_samples,)}:
@@ -158,7 +158,7 @@ def save_coreset(path: Path, coreset: Coreset) -> None:
 
 
 def load_coreset(path: Path) -> Coreset:
-    """Read a coreset; InputError when it is missing, damaged or something else."""
+    """Read a coreset; raise InputError when it is missing, damaged or something else."""
     meta, arrays = _load(path, "coreset", ("index", "importance"))
     found = Fingerprint(**meta["fingerprint"])
     index_M = arrays["index"]

@@ -196,7 +196,7 @@ class Checkpoints:
         return self._buffers
 
     def _write(self, step: int, folder: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
-        """Write, hash and publish; returns what went wrong anywhere, the same on all ranks. In the background or not."""
+        """Write, hash and publish; return what went wrong anywhere, the same on all ranks. In the background or not."""
         error, hashes = None, {}
         try:
             with warnings.catch_warnings():

@@ -61,7 +61,7 @@ class RunDir:
         self._write_json(self.env_file, env)
 
     def set_aside(self) -> Path:
-        """Move what a run of this directory wrote into a folder in it; coresets and retrainings stay. Returns the folder."""
+        """Move what a run of this directory wrote into a folder in it; coresets and retrainings stay. Return the folder."""
         return move_aside(self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.status_file,
                           self.report_file, self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard)
 
@@ -148,7 +148,7 @@ def move_aside(*paths: Path) -> Path:
 
 
 def write_keeping(path: Path, write: Callable[[IO[bytes]], object]) -> list[str]:
-    """Write a file; another one that has the name is moved aside. Returns what to say of that."""
+    """Write a file; another one that has the name is moved aside. Return what to say of that."""
     new = path.with_name(f".new.{path.name}")
     try:
         write_atomically(new, write)

@@ -156,7 +156,7 @@ def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channe
 
 
 def build_on_meta(name: str, num_classes: int, *, cifar_stem: bool = False) -> nn.Module:
-    """Build the network on torch's meta device: shapes, and no memory for its weights. InputError as `build_model`."""
+    """Build the network on torch's meta device: shapes, and no memory for its weights. Raise InputError as `build_model`."""
     try:
         with torch.device("meta"):
             return build_model(name, num_classes, cifar_stem=cifar_stem, channels_last=False)

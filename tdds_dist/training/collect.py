@@ -69,7 +69,7 @@ def _warnings(config: Config, num_samples: int) -> list[str]:
 
 def collect(config: Config, world: World, *, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
             interruption: Interruption | None = None) -> list[Path]:
-    """Run the stage, or go on with it; returns the score files: one per window of the config, and those of the final pass.
+    """Run the stage, or go on with it; return the score files: one per window of the config, and those of the final pass.
 
     Every rank calls it. Bad input is found before the first training step and raised on every rank. `settings` are added to
     the record of how the run was started. A run with a checkpoint goes on, a finished one is

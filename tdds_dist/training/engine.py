@@ -35,7 +35,7 @@ from tdds_dist.training.schedule import learning_rate, per_rank_batch, training_
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train, from the start or from `job.resume`; returns the result record (final and best top-1 and top-5 in percent,
+    """Train, from the start or from `job.resume`; return the result record (final and best top-1 and top-5 in percent,
     images, seconds).
 
     Raises:

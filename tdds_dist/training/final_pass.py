@@ -34,7 +34,7 @@ from tdds_dist.training.build import InputStage, build_model, build_views, class
 
 
 def final_pass(directory: Path, world: World) -> list[Path]:
-    """Score a finished run by its final weights (`models/final.pt`); returns the score files. Every rank calls it.
+    """Score a finished run by its final weights (`models/final.pt`); return the score files. Every rank calls it.
 
     Writes `entropy` (of the output, highest kept) and `moderate` (distance of the penultimate features from the median of
     their class; the centre of the ranking is kept).

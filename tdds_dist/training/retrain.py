@@ -26,7 +26,7 @@ from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retra
 def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, importance: str | None = None,
             name: str | None = None, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
             interruption: Interruption | None = None) -> RunDir:
-    """Run the stage, or go on with it; returns its run directory, `<run.dir>/retrain/<name>`.
+    """Run the stage, or go on with it; return its run directory, `<run.dir>/retrain/<name>`.
 
     Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy, importance and
     seed by default. `settings` are added to the record of how the run was started and of what came out. A run
