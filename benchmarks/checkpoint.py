@@ -41,7 +41,7 @@ def measure(num_samples: int, num_classes: int, repetitions: int, folder: Path |
             local = collectives.own_rows(table)
             if local.is_floating_point():
                 local.normal_()
-        checkpoints = Checkpoints(Path(name) / "checkpoints", world, asynchronous=True, stop_on_error=True, say=_nothing)
+        checkpoints = Checkpoints(Path(name) / "checkpoints", world, asynchronous=True, stop_on_error=True)
         for repetition in range(repetitions):
             started = time.perf_counter()
             checkpoints.save(2 * repetition, scorer.state_dict(), {})
@@ -82,10 +82,6 @@ def _plain_write(path: Path, num_bytes: int) -> float:
     taken = time.perf_counter() - started
     path.unlink()
     return taken
-
-
-def _nothing(message: str) -> None:
-    """The benchmark speaks at its end."""
 
 
 def as_markdown(result: dict[str, Any]) -> str:

@@ -1,21 +1,24 @@
 """The messages of a stage while it runs: one bar on a terminal, plain lines elsewhere, messages above them; and the same
 messages in the run's log.
 
+Messages go through the logger `tdds`: info, warnings, errors, and debug for the run's log alone. `tdds` itself shows them by
+`speaking`; a program that uses the package is free to set the logger up as it likes.
+
 All of it goes to standard error. Colours are for terminals only; NO_COLOR and TERM=dumb switch them off.
 TDDS_PROGRESS_SECONDS (default: 10) is the longest time without a line of progress, and the shortest between two epochs that are
 shown.
 """
 
+import logging
 import math
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -23,28 +26,65 @@ from tdds_dist.text import duration
 
 LINE_SECONDS = 10.0  # between lines of progress, unless TDDS_PROGRESS_SECONDS says otherwise
 _CODES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
-_HEADS = {"warning: ": "yellow", "error: ": "red"}
+HEADING = {"is_heading": True}  # `extra` of the message that a stage begins with, `stage name: what it is about to do`
+log = logging.getLogger("tdds")
 
 
-class _Manner:
-    """The manner in which this process writes messages."""
+class _Console(logging.Handler):
+    """Writes messages to standard error, above a bar if there is one, and keeps the warnings."""
 
-    quiet = False
-    warnings: list[str] = []  # noqa: RUF012 - one per process, replaced by `speaking`
+    def __init__(self, quiet: bool):
+        super().__init__(logging.WARNING if quiet else logging.INFO)
+        self.is_quiet = quiet
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno == logging.WARNING:
+            self.warnings.append(text)
+            text = f"{paint('warning:', 'yellow', sys.stderr)} {text}"
+        elif hasattr(record, "is_heading"):
+            head, colon, rest = text.partition(":")
+            text = paint(head, "bold", sys.stderr) + colon + rest
+        tqdm.write(text, file=sys.stderr)
 
 
-_manner = _Manner()
+class LogFile(logging.Handler):
+    """Writes all messages to a file, with the time, and keeps them. A file that cannot be written (disk full) stops nothing."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = "warning: " * (record.levelno == logging.WARNING) + record.getMessage()
+        self.lines.append(line)
+        with suppress(OSError), self._path.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+@contextmanager
+def attached(handler: logging.Handler) -> Iterator[None]:
+    """Give the messages of this process to `handler`, beside those attached before, until left."""
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 @contextmanager
 def speaking(quiet: bool = False) -> Iterator[list[str]]:
-    """Until left, this process says only warnings and errors when `quiet`. Yields the warnings, as they come."""
-    before = _manner.quiet, _manner.warnings
-    _manner.quiet, _manner.warnings = quiet, []
-    try:
-        yield _manner.warnings
-    finally:
-        _manner.quiet, _manner.warnings = before
+    """Show the messages of this process until left; when `quiet`, warnings and errors only. Yield the warnings as they come."""
+    console = _Console(quiet)
+    with attached(console):
+        yield console.warnings
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -59,39 +99,7 @@ def paint(text: str, colour: str, stream: TextIO) -> str:
     return f"\033[{_CODES[colour]}m{text}\033[0m"
 
 
-def say(message: str, log: Path | None = None, *, urgent: bool = False) -> None:
-    """Write one line to the screen (standard error, above a bar if there is one) and to the log file.
-
-    One that starts with `warning: ` is counted, and said also when this process is quiet, as `urgent` ones are.
-    """
-    head = next((head for head in _HEADS if message.startswith(head)), "")
-    if head == "warning: ":
-        _manner.warnings.append(message.removeprefix(head))
-    if head or urgent or not _manner.quiet:
-        shown = paint(head.rstrip(), _HEADS[head], sys.stderr) + " " + message.removeprefix(head) if head else message
-        tqdm.write(shown, file=sys.stderr)
-    if log is not None:
-        note(message, log)
-
-
-def announce(message: str, log: Path | None = None) -> None:
-    """Write the line that a stage begins with, `stage name: what it is about to do`."""
-    if not _manner.quiet:
-        head, colon, rest = message.partition(":")
-        tqdm.write(paint(head, "bold", sys.stderr) + colon + rest, file=sys.stderr)
-    if log is not None:
-        note(message, log)
-
-
-def note(message: str, log: Path) -> None:
-    """Write one line to the log file alone. A log that cannot be written (disk full) stops nothing."""
-    with suppress(OSError):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-
-
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Progress of a stage: `total` units, `done` of which an earlier start did. Silent unless `visible` (rank 0).
 
     A bar on a terminal, elsewhere a line every LINE_SECONDS, of the same content: share, counts and speed unless `unit` is
@@ -108,12 +116,10 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._last_told: float | None = None
         self._between = 0.0  # seconds from one told line to the next, where that is less than a line's time
-        visible = visible and not _manner.quiet
+        visible = visible and not any(isinstance(one, _Console) and one.is_quiet for one in log.handlers)
         self._plain = visible and not is_terminal(sys.stderr)
-        counts = "{n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}{postfix}" if unit else "{note}"
-        self._bar = _Bar(note, total=total, initial=done, desc=title, unit=f" {unit}", leave=False, dynamic_ncols=True,
-                         smoothing=0, bar_format=f"{{desc}} {{percentage:3.0f}} %|{{bar}}| {counts}, {{remaining}} left",
-                         disable=not visible or self._plain, file=sys.stderr)
+        self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", leave=False, dynamic_ncols=True, smoothing=0,
+                         bar_format=self._format(), disable=not visible or self._plain, file=sys.stderr)
 
     def advance(self, num: int = 1) -> None:
         """Count `num` more units."""
@@ -121,16 +127,17 @@ class Progress:
         self._bar.update(num)
         if self._first_step is None:
             self._first_step = time.monotonic(), self._done
-            self._bar.measure_from_here()
+            self._bar.start_t, self._bar.initial = time.time(), self._bar.n  # speed and time left are those of what comes now
         if self._plain and time.monotonic() - self._last_line >= self._patience + self._between:
             self._last_line = time.monotonic()
-            say(self.line())
+            tqdm.write(self.line(), file=sys.stderr)
 
     def note(self, text: str, *, now: bool = False) -> None:
         """Set the short state behind the bar; shown `now`, or with the next step."""
         self._note = text
-        self._bar.note = text
-        self._bar.set_postfix_str(text, refresh=now)
+        self._bar.bar_format = self._format()
+        if now:
+            self._bar.refresh()
 
     def line(self) -> str:
         """Return all of it in words."""
@@ -147,7 +154,7 @@ class Progress:
             parts.append(f"{duration(seconds * max(0, self._total - self._done) / new)} left")
         return f"{self._title}: {', '.join(parts)}"
 
-    def tell(self, line: str, log: Path | None, *, always: bool = False) -> None:
+    def tell(self, line: str, *, always: bool = False) -> None:
         """Write a result on the way (an epoch) to the log; to the screen the first one, those that are `always` told, and of
         others no more than one in LINE_SECONDS."""
         now = time.monotonic()
@@ -157,36 +164,20 @@ class Progress:
             # Short epochs: the next of these lines comes soon enough, and no other is wanted in between.
             self._between = since if since < 2 * self._patience else 0.0
             self._last_told = self._last_line = now
-            say(line, log)
-        elif log is not None:
-            note(line, log)
+        log.log(logging.INFO if is_due else logging.DEBUG, line)
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-
-class _Bar(tqdm):
-    """A bar that shows the text of `Progress.note` where the format wants it, without the comma that tqdm puts before it."""
-
-    def __init__(self, note: str, **options: Any):
-        self.note = note
-        super().__init__(**options)
-
-    def measure_from_here(self) -> None:
-        """Let speed and time left be those of what comes now."""
-        if not self.disable:
-            self.start_t, self.initial = time.time(), self.n
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        return {**super().format_dict, "note": self.note}
+    def _format(self) -> str:
+        """Return what tqdm fills in."""
+        counts = ["{n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}"] if self._unit else []
+        note = [self._note.replace("{", "{{").replace("}", "}}")] if self._note else []
+        return f"{{desc}} {{percentage:3.0f}} %|{{bar}}| {', '.join(counts + note)}, {{remaining}} left"
 
 
 def _line_seconds() -> float:

@@ -2,13 +2,16 @@
 
 import io
 import json
+import logging
+import re
 import time
+from pathlib import Path
 
 import pytest
 
 from tdds_dist import console
 from tdds_dist.cli.outcome import Outcome
-from tdds_dist.console import Progress, announce, paint, say, speaking
+from tdds_dist.console import HEADING, LogFile, Progress, attached, log, paint, speaking
 from tdds_dist.text import command, duration, same_command, size_text
 
 
@@ -31,15 +34,15 @@ def lines_of(capsys):
     return captured.err.splitlines()
 
 
-def train(clock, epochs, epoch_seconds, log, steps=20):
+def train(clock, epochs, epoch_seconds, log_file, steps=20):
     """Epochs as the training loop shows them."""
-    with Progress("training", epochs * steps, "", visible=True) as progress:
+    with speaking(), attached(LogFile(log_file)), Progress("training", epochs * steps, "", visible=True) as progress:
         for epoch in range(1, epochs + 1):
             progress.note(f"epoch {epoch}/{epochs}")
             for _ in range(steps):
                 clock[0] += epoch_seconds / steps
                 progress.advance()
-            progress.tell(f"epoch {epoch} is over", log, always=epoch == epochs)
+            progress.tell(f"epoch {epoch} is over", always=epoch == epochs)
 
 
 # ---- lines where there is no terminal
@@ -99,10 +102,10 @@ def test_others_than_rank_0_and_quiet_ones_are_silent(clock, capsys, tmp_path):
     with Progress("x", 3, "images", visible=False) as hidden:
         clock[0] += 100.0
         hidden.advance()
-    with speaking(quiet=True), Progress("x", 3, "images", visible=True) as silenced:
+    with speaking(quiet=True), attached(LogFile(tmp_path / "log.txt")), Progress("x", 3, "images", visible=True) as silenced:
         clock[0] += 100.0
         silenced.advance()
-        silenced.tell("epoch", tmp_path / "log.txt", always=True)
+        silenced.tell("epoch", always=True)
     assert lines_of(capsys) == []
     assert "epoch" in (tmp_path / "log.txt").read_text()
 
@@ -124,9 +127,9 @@ def test_a_step_costs_next_to_nothing(monkeypatch):
 def test_the_bar_says_the_same(monkeypatch, clock):
     monkeypatch.setattr("sys.stderr", stream := Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    with Progress("training", 100, "", visible=True, note="epoch 1/4") as progress:
+    with speaking(), Progress("training", 100, "", visible=True, note="epoch 1/4") as progress:
         progress.note("epoch 2/4, 812 images/s, loss 0.412, top-1 97.20 %", now=True)
-        say("said above it")
+        log.info("said above it")
     text = stream.getvalue()
     assert "training   0 %|" in text
     assert "| epoch 2/4, 812 images/s, loss 0.412, top-1 97.20 %, " in text
@@ -149,17 +152,40 @@ def test_a_dumb_terminal_gets_lines(monkeypatch, clock):
 
 def test_warnings_are_counted_and_said_even_when_quiet(capsys, tmp_path):
     with speaking(quiet=True) as warnings:
-        announce("collect x: 5 images", tmp_path / "log.txt")
-        say("resumes at epoch 2", tmp_path / "log.txt")
-        say("warning: the disk is full", tmp_path / "log.txt")
-        say("run 3: FAILED", urgent=True)
+        with attached(LogFile(tmp_path / "log.txt")):
+            log.info("collect x: 5 images", extra=HEADING)
+            log.warning("the disk is full")
+            log.debug("finished, 100 %")
+        log.error("run 3: FAILED")
         assert warnings == ["the disk is full"]
-    with speaking() as others:
-        say("resumes")
+    with speaking() as others, attached(LogFile(tmp_path / "no such folder/log.txt")):
+        log.info("resumes")
+        log.debug("for the log alone, which cannot be written")
     assert others == []
     assert lines_of(capsys) == ["warning: the disk is full", "run 3: FAILED", "resumes"]
-    assert [line[20:] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
-        "collect x: 5 images", "resumes at epoch 2", "warning: the disk is full"]
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line[20:] for line in lines] == ["collect x: 5 images", "warning: the disk is full", "finished, 100 %"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line[:20]) for line in lines)
+
+
+def test_a_program_that_uses_the_package_gets_no_handlers(capsys, caplog):
+    with speaking(), attached(LogFile(Path("nowhere"))):
+        pass
+    assert log.handlers == []
+    assert not log.isEnabledFor(logging.INFO)
+    log.info("for a program that asks for it")
+    log.warning("goes to its own handlers")
+    assert caplog.messages == ["goes to its own handlers"]
+    assert lines_of(capsys) == []
+
+
+def test_the_heads_of_messages_are_coloured(monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with speaking():
+        log.info("collect x: 5 images", extra=HEADING)
+        log.warning("late")
+    assert stream.getvalue() == "\033[1mcollect x\033[0m: 5 images\n\033[33mwarning:\033[0m late\n"
 
 
 @pytest.mark.parametrize(("term", "no_color", "stream", "painted"), [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdds_dist.cli import commands
 from tdds_dist.cli.outcome import Outcome
-from tdds_dist.console import say
+from tdds_dist.console import log
 from tdds_dist.errors import InputError
 from tdds_dist.text import command
 
@@ -66,7 +66,7 @@ def write(options: argparse.Namespace) -> Outcome:
     source = with_corruption(with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed)
     noisy = source.true_label_N is not None or source.corruption is not None
     if noisy and options.split == "val":
-        say("warning: images for evaluation should stay clean; leave out --label-noise and --corrupt with --split val")
+        log.warning("images for evaluation should stay clean; leave out --label-noise and --corrupt with --split val")
     manifest = write_beton(
         source, options.out, max_resolution=options.max_resolution, write_mode=options.write_mode, quality=options.quality,
         num_workers=options.num_workers, overwrite=options.overwrite)
@@ -106,7 +106,7 @@ def check(options: argparse.Namespace) -> Outcome:
     result = check_file(options.beton, quick=options.quick, num_workers=options.num_workers)
     for line in result.fault_lines():
         if options.quiet or options.json:
-            say(line, urgent=True)
+            log.error(line)
         else:
             print(line)
     if result.faults and not options.quiet and not options.json:
@@ -133,8 +133,8 @@ def plan(options: argparse.Namespace) -> Outcome:
             config.train.global_batch_size > images):
         step = options.gpus * config.train.accumulation
         fits = f"; train.global_batch_size={int(images) // step * step} fits" if images >= step else "; lower it"
-        say(f"warning: train.global_batch_size={config.train.global_batch_size} is larger than the {int(images)} images and "
-            f"repeats some to fill up{fits}")
+        log.warning(f"train.global_batch_size={config.train.global_batch_size} is larger than the {int(images)} images and "
+                    f"repeats some to fill up{fits}")
     if options.gpus <= _RANKS_OF_A_NODE:
         then = command("collect", options.config, *options.overrides, ranks=options.gpus)
     else:
@@ -273,7 +273,7 @@ def score(options: argparse.Namespace) -> Outcome | None:
         paths, skipped = score_all(options.source, options.score, options=options.overrides, beton=options.beton,
                                    out=options.out)
         for reason in skipped:
-            say(f"warning: not computed: {reason}")
+            log.warning(f"not computed: {reason}")
     else:
         paths = score_tdds(options.source, preset=options.preset, T=options.T, K=options.K, beta=options.beta,
                            delta=options.delta, beton=options.beton, out=options.out)
@@ -339,7 +339,7 @@ def select(options: argparse.Namespace) -> Outcome:
     rows, notes = list[dict[str, Any]](), list[str]()
     for path, coreset, warnings in made:
         for warning in [*warnings, *put(path, coreset)]:
-            say(f"warning: {warning}" + (f" (pruning rate {coreset.pruning_rate:g})" if len(rates) > 1 else ""))
+            log.warning(warning + (f" (pruning rate {coreset.pruning_rate:g})" if len(rates) > 1 else ""))
         kept, images = len(coreset.index_M), coreset.fingerprint.num_samples
         rows.append({"path": str(path), "method": coreset.method, "pruning_rate": coreset.pruning_rate, "kept": kept,
                      "images": images})
@@ -382,7 +382,7 @@ def compare(options: argparse.Namespace) -> Outcome:
     if options.quiet or options.json:  # where the text does not show them
         for line in text.rpartition("\n\n")[2].splitlines():
             if line.startswith("note: "):
-                say(f"warning: {line.removeprefix('note: ')}")
+                log.warning(line.removeprefix("note: "))
     return Outcome([options.out or options.runs[0] / "compare.csv"], text=text, says_all=True)
 
 

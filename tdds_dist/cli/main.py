@@ -89,7 +89,7 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
     if getattr(options, "prints_itself", False):
         with redirect_stdout(sys.__stdout__ if isinstance(sys.stdout, _Output) else sys.stdout):
             return (options.run(options) or Outcome()).exit_code
-    with speaking(quiet) as warnings:
+    with speaking(quiet or not is_main) as warnings:
         with _nothing_printed(quiet or as_json):
             closing: Outcome = options.run(options) or Outcome()
         if is_main and as_json:

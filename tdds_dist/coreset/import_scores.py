@@ -16,7 +16,7 @@ import numpy as np
 
 from tdds_dist.config.run import parse_config
 from tdds_dist.config.scores import ABLATIONS, Window, window_settings
-from tdds_dist.console import say
+from tdds_dist.console import log
 from tdds_dist.coreset.export import train_file
 from tdds_dist.data.manifest import Dataset, manifest_path, read_dataset
 from tdds_dist.errors import InputError
@@ -86,7 +86,7 @@ def import_scores(source: Path, *, key: str | None = None, column: str | None = 
             raise InputError(f"{path} holds scores that were computed here; choose another --key (with --column for the column "
                              "of the file) or --out, or move it away")
         if before.settings != settings or not np.array_equal(before.score_N, score_N):
-            say(f"warning: {path} held other imported scores, which are moved aside to {move_aside(path)}")
+            log.warning(f"{path} held other imported scores, which are moved aside to {move_aside(path)}")
     save_scores(path, Scores(key, score_N, label_N, found, settings, extra))
     return path
 

@@ -6,6 +6,7 @@ and the coresets in between. Runs are those of `collect` and `retrain`; `tables`
 
 import fcntl
 import json
+import logging
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ import numpy as np
 from tdds_dist.config.experiment import Experiment
 from tdds_dist.config.grid import Method
 from tdds_dist.config.run import Config, load_config, parse_baselines, parse_config
-from tdds_dist.console import Progress, announce, say
+from tdds_dist.console import HEADING, Progress, log
 from tdds_dist.coreset.agreement import noise_kept
 from tdds_dist.coreset.select import changes, find_scores, make_coreset, put, random_scores
 from tdds_dist.data.manifest import Manifest, read_manifest
@@ -73,9 +74,8 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
                              if cell.run.path.exists() and _is_readable(cell.coreset_file)], force)
     with together(world):
         waiting = [task for task in collections.values() if not is_done(task)]
-        if world.is_main:
-            announce(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), "
-                     f"{len(cells)} retrainings, {jobs} at a time")
+        log.info(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), "
+                 f"{len(cells)} retrainings, {jobs} at a time", extra=HEADING)
     with _tables_if_interrupted(plan, collections, cells, [], started, world):  # what cells hold is not checked yet
         not_collected = execute(waiting)
     failed = list(not_collected.values())
@@ -93,8 +93,8 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
             _clear_the_way(tasks, force)
     with together(world):
         waiting = sorted((task for task in tasks if not is_done(task)), key=lambda task: -task.cost)
-        if world.is_main and tasks:
-            say(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
+        if tasks:
+            log.info(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
     with _tables_if_interrupted(plan, collections, cells, cells_left, started, world):
         failed += execute(waiting).values()
     with together(world):
@@ -113,10 +113,10 @@ def _clear_the_way(tasks: list[Task], force: bool) -> None:
             raise InputError(f"{what}; {way_out}, or give --force, which moves it aside")
         for run in (RunDir(directory), *RunDir(directory).retrain_runs()):
             lock = RunLock(run.path)
-            lock.acquire(say)
+            lock.acquire()
             lock.release()
     for directory, (what, _) in found.items():
-        say(f"warning: {what}; it is moved aside to {move_aside(directory)}")
+        log.warning(f"{what}; it is moved aside to {move_aside(directory)}")
 
 
 def _is_readable(coreset_file: Path) -> bool:
@@ -149,8 +149,8 @@ def _finish(plan: Experiment, collections: dict[int, Task], cells: list[Cell], v
     finished = {run.path for task in collections.values() for run in RunDir(task.directory).retrain_runs()
                 if run.result_file.is_file()}
     if others := finished - {cell.run.path for cell in cells}:
-        say(f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or networks, and are not in "
-            "the table")
+        log.info(f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or networks, and are not "
+                 "in the table")
 
 
 def _manifest(plan: Experiment) -> Manifest | None:
@@ -207,18 +207,18 @@ def _make_coresets(cells: list[Cell], configs: dict[int, Config], force: bool) -
             coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
                                              seed=cell.seed, **method.selector_options)
         except InputError as error:
-            say(f"{cell.coreset_file}: FAILED: {error}", urgent=True)
+            log.error(f"{cell.coreset_file}: FAILED: {error}")
             reasons[cell.coreset_file] = str(error)
             continue
         for warning in warnings:
-            say(f"warning: {method.name} at p={rate:g}, seed {cell.seed}: {warning}")
+            log.warning(f"{method.name} at p={rate:g}, seed {cell.seed}: {warning}")
         changed = changes(cell.coreset_file, coreset) if cell.coreset_file.exists() else ""
         for other in cells:
             if changed and not force and other.coreset_file == cell.coreset_file and other.run.config_file.is_file():
                 raise InputError(f"{other.run.path} was trained on {cell.coreset_file}, which {changed}; choose another name "
                                  "or dir, or give --force, which moves both aside")
         for notice in put(cell.coreset_file, coreset):
-            say(f"warning: {notice}")
+            log.warning(notice)
     return reasons
 
 
@@ -265,8 +265,7 @@ def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[
     def execute(tasks: list[Task]) -> dict[Path, str]:
         failed = {}
         for number, task in enumerate(tasks, start=1):
-            if world.is_main:
-                say(f"[{number}/{len(tasks)}] {task.title}")
+            log.info(f"[{number}/{len(tasks)}] {task.title}")
             try:
                 _run_task(task, world, interruption)
             except InputError as error:
@@ -274,7 +273,7 @@ def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[
                     raise
                 failed[task.directory] = f"{task.title}: {error}"
                 if world.is_main:
-                    say(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}", urgent=True)
+                    log.error(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}")
         return failed
 
     return execute
@@ -300,8 +299,10 @@ def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
                     failed[task.directory] = f"{task.title}: {outcome}"
                 elif isinstance(outcome, Exception):
                     defects.append(outcome)
-                text = f"FAILED: {outcome or type(outcome).__name__}" if isinstance(outcome, Exception) else outcome
-                say(f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left", urgent=isinstance(outcome, Exception))
+                is_failed = isinstance(outcome, Exception)
+                text = f"FAILED: {outcome or type(outcome).__name__}" if is_failed else outcome
+                log.log(logging.ERROR if is_failed else logging.INFO,
+                        f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left")
                 bar.advance()
         if defects:
             raise defects[0]  # with the worker's traceback

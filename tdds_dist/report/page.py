@@ -20,7 +20,7 @@ from typing import IO, Any
 import yaml
 
 from tdds_dist.config.scores import base_key
-from tdds_dist.console import Progress, say
+from tdds_dist.console import Progress, log
 from tdds_dist.errors import InputError
 from tdds_dist.report.accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report.agreement import agreement_section, between_section
@@ -80,7 +80,7 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
             version=version("tdds-dist"), style=style, script=script, written=time.strftime("%Y-%m-%d %H:%M"))
     for facts in found:
         for problem in facts.problems:
-            say(f"warning: {problem}")
+            log.warning(problem)
 
     def write(file: IO[bytes]) -> None:
         file.write(text.encode("utf-8", "replace"))  # the names of files may hold bytes that are no UTF-8

@@ -14,6 +14,7 @@ not a tensor is JSON. The order of checkpoints is that of their steps; clocks ha
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -44,6 +45,7 @@ _RECORD = "checkpoint.json"
 _STEP = re.compile(r"step_(\d{10,})")
 _UNFINISHED = ".unfinished_"  # prefix of a folder that is being written, or was when its job died
 _BYTES_PER_READ = 1 << 24
+log = logging.getLogger("tdds")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run; all ranks make one and call it alike.
+    """The checkpoints of one run; all ranks make one and call it alike. Warnings go to the logger `tdds`.
 
     Args:
         directory: where they lie; made when the first is saved.
@@ -68,22 +70,18 @@ class Checkpoints:
         guard: raises InputError when the directory is not ours any more; asked on the main rank before every save.
         about: JSON of the main rank that every checkpoint carries beside its record, e.g. config and dataset.
         published: called on the main rank when a checkpoint is there, perhaps by another thread.
-        say: takes what a person should know; on the main rank. `note` takes what belongs in the log only.
     """
 
     def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True,
                  stop_on_error: bool = False, timeout_seconds: float = distributed.TIMEOUT_SECONDS,
                  about: Mapping[str, Any] | None = None, guard: Callable[[], None] = lambda: None,
-                 published: Callable[[], object] = lambda: None, say: Callable[[str], object] = print,
-                 note: Callable[[str], object] | None = None):
+                 published: Callable[[], object] = lambda: None):
         if keep < 2:
             raise InputError(f"keep={keep} must be at least 2: the newest checkpoint may be damaged")
         self.directory = Path(directory)
         self.num_failed = 0
         world = world or distributed.current_world()
         self._world, self._keep, self._asynchronous, self._stop_on_error = world, keep, asynchronous, stop_on_error
-        self._say = say if world.is_main else _say_nothing
-        self._note = note or _say_nothing
         self._guard, self._on_published, self._about = guard, published, dict(about or {})
         self._group = collectives.control_group(timeout_seconds)
         self._thread: threading.Thread | None = None
@@ -182,7 +180,8 @@ class Checkpoints:
         if self._stop_on_error:
             raise InputError(f"{message}; make room and run the same command again, or let runs go on without it by "
                              "checkpoint.on_error=continue", shared=True)
-        self._say(f"warning: {message}; the run goes on, the checkpoints before it stay")
+        if self._world.is_main:
+            log.warning(f"{message}; the run goes on, the checkpoints before it stay")
 
     def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy the tensors into host memory that is kept from save to save.
@@ -236,7 +235,7 @@ class Checkpoints:
             shutil.rmtree(_retire(target))
         folder.rename(target)
         sync_folder(self.directory)
-        self._note(f"checkpoint at step {step} saved")
+        log.debug(f"checkpoint at step {step} saved")
         self._on_published()
         for path in published(self.directory)[: -self._keep]:
             shutil.rmtree(_retire(path), ignore_errors=True)
@@ -288,7 +287,7 @@ class Checkpoints:
     def _set_aside(self, newer: dict[Path, str], problems: list[str]) -> None:
         """Rename checkpoints that are not used: training goes on from an older one, and theirs is not its continuation."""
         for problem in problems:
-            self._say(f"warning: checkpoint {problem}; the one before it is used")
+            log.warning(f"checkpoint {problem}; the one before it is used")
         for path, why in newer.items():
             number = 0
             while (aside := path.with_name(f"{path.name}.{why}{number or ''}")).exists():
@@ -437,7 +436,3 @@ def _one_line(error: BaseException) -> str:
     if "unexpected pos" in text:  # of torch's writer, in the place of what the file system said
         return f"a file could not be written to its end, as when the disk is full; {text}"
     return text
-
-
-def _say_nothing(message: str) -> None:
-    """Ignore a message, on ranks other than the main one."""

@@ -8,13 +8,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from tdds_dist import console
 from tdds_dist.config.run import Config, to_dict
-from tdds_dist.console import say
+from tdds_dist.console import LogFile, attached, log
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Preempted
@@ -61,12 +60,8 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         fresh = force = False  # said to the first start: this one is to go on
     lock = RunLock(run.path)
     pulse = Pulse(run.status_file, setting["stage"], world.world_size, world.is_main)
-    notes: list[str] = []
+    log_file = LogFile(run.log_file)
     checkpoints = None
-
-    def tell(message: str) -> None:
-        notes.append(message)
-        say(message, run.log_file)
 
     def mark_published() -> None:
         """Record that the run has had a checkpoint: it then never starts over because none is left (`_look`)."""
@@ -78,22 +73,27 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             raise InputError(f"{run.path} was taken over by another job while this one did not run; it may not write there any "
                              "more")
 
+    held = ExitStack()
     try:
         with together(world):
             result, is_resumed = None, False
             if world.is_main:
-                if message := _acquire(lock, _PATIENCE * config.run.timeout_seconds):
-                    tell(message)
-                result, is_resumed = _look(run, config, setting, fresh, force, tell)
+                held.callback(lock.release)
+                message = _acquire(lock, _PATIENCE * config.run.timeout_seconds)
+                held.enter_context(attached(log_file))
+                if message:
+                    log.info(message)
+                result, is_resumed = _look(run, config, setting, fresh, force)
         result, is_resumed = collectives.gather_objects((result, is_resumed), world)[0]
         keeping = config.checkpoint
         checkpoints = Checkpoints(
             run.checkpoints, world, keep=keeping.keep, asynchronous=keeping.asynchronous,
             stop_on_error=keeping.on_error == "stop", timeout_seconds=config.run.timeout_seconds,
-            about={"config": to_dict(config), "data": setting.get("data")}, say=tell, guard=guard, published=mark_published,
-            note=lambda message: console.note(message, run.log_file))
+            about={"config": to_dict(config), "data": setting.get("data")}, guard=guard, published=mark_published)
         if result is not None:
             if world.is_main:
+                log.removeHandler(log_file)  # nothing happens to a finished run
+                log.info(f"{run.path} is finished already; --fresh --force moves it aside and runs it again")
                 checkpoints.remove_all()  # a job that was killed before it did so
             yield Start(checkpoints, guard, pulse, result=result)
             checkpoints.close()
@@ -106,16 +106,15 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
         resume = checkpoints.latest(why_refused) if is_resumed else None
         with together(world):
             if world.is_main:
-                _prepare(run, config, setting, world, resume, is_resumed, notes, tell)
+                _prepare(run, config, setting, world, resume, is_resumed, log_file.lines)
                 pulse.beat("starting")
         yield Start(checkpoints, guard, pulse, resume)
         checkpoints.close()
         pulse.beat("finished", eta_seconds=None)
-        if world.is_main:
-            console.note("finished", run.log_file)
+        log.debug("finished")
     except (InputError, Preempted) as error:
         if world.is_main and checkpoints is not None:
-            console.note(f"stopped: {error}", run.log_file)
+            log.debug(f"stopped: {error}")
             pulse.beat("stopped" if isinstance(error, Preempted) else "failed", message=str(error), eta_seconds=None)
         if isinstance(error, InputError) and checkpoints is not None and error.shared:  # all ranks are here: end what is saved
             with suppress(InputError):
@@ -126,8 +125,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             pulse.beat("failed", message=f"{type(error).__name__}: {error}", eta_seconds=None)
         raise
     finally:
-        if world.is_main:
-            lock.release()
+        held.close()
 
 
 def _acquire(lock: RunLock, longest_seconds: float) -> str | None:
@@ -137,16 +135,16 @@ def _acquire(lock: RunLock, longest_seconds: float) -> str | None:
     deadline = time.monotonic() + (min(float(text), longest_seconds) if text.isdecimal() else 0.0)
     while True:
         try:
-            return lock.acquire(say=say)
+            return lock.acquire()
         except InputError as error:
             if time.monotonic() >= deadline:
                 raise
-            say(f"waiting, because {error}")
+            log.info(f"waiting, because {error}")
         time.sleep(_LOOK_AGAIN_SECONDS)
 
 
-def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, force: bool,
-          tell: Callable[[str], object]) -> tuple[dict[str, Any] | None, bool]:
+def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool,
+          force: bool) -> tuple[dict[str, Any] | None, bool]:
     """Return (the result of a finished run, whether there is an unfinished one)."""
     if fresh:
         if _has_run(run) or _has_parts(run):
@@ -156,18 +154,17 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool, for
                 raise InputError(f"{run.path} already holds {what}; --fresh --force moves it aside and starts over"
                                  + ("" if finished else ", without --fresh it goes on"))
             aside = run.set_aside()
-            tell(f"starts over; the run that was there is moved aside to {aside}")
+            log.info(f"starts over; the run that was there is moved aside to {aside}")
         return None, False
     if problem := why_not(run, config, setting, "run.name or run.dir"):
         raise InputError(f"{problem[0]}; {problem[1]}, or start over with --fresh --force, which moves it aside")
     if not _has_run(run):
         return None, False
     if (result := run.read_result()) is not None:
-        say(f"{run.path} is finished already; --fresh --force moves it aside and runs it again", None)
         return result, False
     if published(run.checkpoints):
         return None, True
-    tell(f"{run.path} was stopped before its first checkpoint; it starts over")
+    log.info(f"{run.path} was stopped before its first checkpoint; it starts over")
     return None, False
 
 
@@ -205,7 +202,7 @@ def why_not(run: RunDir, config: Config, setting: dict[str, Any], elsewhere: str
 
 
 def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World, resume: Checkpoint | None, is_resumed: bool,
-             notes: list[str], tell: Callable[[str], object]) -> None:
+             notes: list[str]) -> None:
     for folder in (run.path, run.models, run.scores):
         for left in folder.glob(".[a-z]*.tmp"):  # half-written by a job that was killed; who asks for the lock writes as well
             if not left.name.startswith(".run.lock"):
@@ -213,7 +210,7 @@ def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World,
     if resume is None:
         if run.read_metrics():  # epochs of a start that did not come to its first checkpoint
             aside = move_aside(run.metrics_file, run.trajectory, run.models, run.tensorboard)
-            tell(f"the epochs that it had recorded are moved aside to {aside}")
+            log.info(f"the epochs that it had recorded are moved aside to {aside}")
         shutil.rmtree(run.trajectory, ignore_errors=True)
         run.rewind(0)
         run.start(to_dict(config), setting | ({"notes": notes[:]} if notes else {}), world.world_size, str(world.device))
@@ -224,7 +221,7 @@ def _prepare(run: RunDir, config: Config, setting: dict[str, Any], world: World,
         where = "after the last epoch"
     else:
         where = f"at epoch {epoch + 1}, step {step}"
-    tell(f"resumes {where}" + (f", on {world.world_size} instead of {was} ranks" if was != world.world_size else ""))
+    log.info(f"resumes {where}" + (f", on {world.world_size} instead of {was} ranks" if was != world.world_size else ""))
     before = run.read_env()
     if epoch == 0:  # nothing recorded counts; also where it is damaged
         shutil.rmtree(run.trajectory, ignore_errors=True)

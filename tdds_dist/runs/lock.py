@@ -29,12 +29,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from tdds_dist.console import log
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import write_atomically
 
@@ -102,8 +102,8 @@ class RunLock:
         """
         return self._lost
 
-    def acquire(self, say: Callable[[str], object] | None = None) -> str | None:
-        """Take the lock; return a message when it was that of a dead job. `say` is told when that needs watching first.
+    def acquire(self) -> str | None:
+        """Take the lock; return a message when it was that of a dead job.
 
         Raises:
             InputError: a live job holds it.
@@ -118,7 +118,7 @@ class RunLock:
                     break
                 if placed != self.path:
                     _remove(placed, me.token)  # too slow: the lock had changed hands
-                if chain and (alive := self._is_alive(chain[-1], me, say)) is not False:
+                if chain and (alive := self._is_alive(chain[-1], me)) is not False:
                     if alive:
                         raise InputError(self._refusal(chain[-1], me))
                     continue
@@ -180,15 +180,14 @@ class RunLock:
             heartbeat_seconds=self._heartbeat_seconds,
         )
 
-    def _is_alive(self, link: _Link, me: _Holder, say: Callable[[str], object] | None) -> bool | None:
+    def _is_alive(self, link: _Link, me: _Holder) -> bool | None:
         """Say whether the holder of a link lives; None when the file has been replaced meanwhile, so that it must be read
         again."""
         holder = link.holder
         if holder is not None and _same_machine(holder, me):
             return _is_running(holder)
-        if say is not None:
-            who = f"{link.path} is damaged" if holder is None else f"{self.path.parent} is locked by {holder}"
-            say(f"{who}; watching for {MISSED_BEATS * link.heartbeat_seconds:g} s whether that job still runs")
+        who = f"{link.path} is damaged" if holder is None else f"{self.path.parent} is locked by {holder}"
+        log.info(f"{who}; watching for {MISSED_BEATS * link.heartbeat_seconds:g} s whether that job still runs")
         # Counted in naps, not by a clock: if this host is frozen meanwhile, perhaps with the other, that is no missed beat.
         for _ in range(MISSED_BEATS * _LOOKS_PER_BEAT):
             time.sleep(link.heartbeat_seconds / _LOOKS_PER_BEAT)

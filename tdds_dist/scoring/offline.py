@@ -15,7 +15,7 @@ import numpy as np
 
 from tdds_dist.config.run import Baselines, Config, parse_baselines, parse_config
 from tdds_dist.config.scores import Window, check_window, delta_scalar, window_settings
-from tdds_dist.console import Progress, say
+from tdds_dist.console import Progress, log
 from tdds_dist.data.beton import dataset_fingerprint, inspect_beton
 from tdds_dist.data.manifest import check_labels, read_manifest
 from tdds_dist.errors import InputError
@@ -223,7 +223,7 @@ class _Origin:
             try:
                 is_imported = load_scores(path).settings.get("source") == "imported"
             except InputError:
-                say(f"warning: {path} is no readable score file; it is moved aside to {move_aside(path)}")
+                log.warning(f"{path} is no readable score file; it is moved aside to {move_aside(path)}")
                 is_imported = False
             if is_imported:
                 raise InputError(f"{path} holds imported scores; import them under another --key, or move that file away")
@@ -273,7 +273,7 @@ def _score_windows(origin: _Origin, windows: list[Window], preset: str, delta: s
     for window in windows:
         score_N = origin.quarantine(score_trajectory(delta_TN, window, preset))
         if score_N.min() == score_N.max():
-            say(f"warning: all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing, raise K")
+            log.warning(f"all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing, raise K")
         settings = window_settings(window, preset, delta)
         paths.append(origin.save(out or origin.folder, window.key(preset, delta), score_N, settings))
     return paths

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdds_dist.config.run import Config
 from tdds_dist.config.scores import differences_per_window, window_settings
-from tdds_dist.console import announce, say
+from tdds_dist.console import HEADING, log
 from tdds_dist.data.beton import BetonInfo, content_of
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Interruption
@@ -55,16 +55,15 @@ class Scoring:
         self._scorer.load_state_dict(state)
 
 
-def _warnings(config: Config, num_samples: int) -> list[str]:
-    """Return warnings about settings that are allowed and rarely meant."""
-    preset = config.score.preset
-    found = [
-        f"K={window.K} leaves one loss difference per window in preset {preset}, so scores of T={window.T} will be 0; raise K"
-        for window in config.windows() if differences_per_window(window, preset) == 1]
+def _warn(config: Config, num_samples: int) -> None:
+    """Warn of settings that are allowed and rarely meant."""
+    for window in config.windows():
+        if differences_per_window(window, config.score.preset) == 1:
+            log.warning(f"K={window.K} leaves one loss difference per window in preset {config.score.preset}, so scores of "
+                        f"T={window.T} will be 0; raise K")
     if config.train.global_batch_size > num_samples:
-        found.append(f"train.global_batch_size={config.train.global_batch_size} is larger than the {num_samples} images and "
-                     "repeats some to fill up; lower it")
-    return found
+        log.warning(f"train.global_batch_size={config.train.global_batch_size} is larger than the {num_samples} images and "
+                    "repeats some to fill up; lower it")
 
 
 def collect(config: Config, world: World, *, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
@@ -107,11 +106,10 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
         trajectory_dtype=getattr(torch, config.score.trajectory_dtype), on_nan=config.score.on_nan,
         resume=start.resume is not None)
     if world.is_main:
-        announce(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
-            f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
-            f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", run.log_file)
-        for warning in _warnings(config, train_file.num_samples):
-            say(f"warning: {warning}", run.log_file)
+        log.info(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
+                 f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
+                 f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", extra=HEADING)
+        _warn(config, train_file.num_samples)
     stops_early = config.collect.stop_after == "last_window"
     result = fit(replace(job, observer=Scoring(scorer, stops_early),
                          stops_after=max(window.T for window in config.windows()) if stops_early else None))
@@ -124,8 +122,8 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
         if world.is_main:
             start.guard()
             if quarantined:
-                say(f"warning: {len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest: global "
-                    f"indices {quarantined[:20]}{' ...' if len(quarantined) > 20 else ''}", run.log_file)
+                log.warning(f"{len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest: global "
+                            f"indices {quarantined[:20]}{' ...' if len(quarantined) > 20 else ''}")
             for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
                 settings = window_settings(window, config.score.preset) | {
                     "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
@@ -148,9 +146,8 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
 def _final_scores(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
                   result: dict[str, Any], quarantined: list[int]) -> list[Path]:
     """Compute entropy and Moderate of the weights that training ended with."""
-    if world.is_main and result["epochs"] < result["epochs_planned"]:
-        say(f"entropy and moderate are those of the model after {result['epochs']} of "
-            f"{result['epochs_planned']} epochs", run.log_file)
+    if result["epochs"] < result["epochs_planned"]:
+        log.info(f"entropy and moderate are those of the model after {result['epochs']} of {result['epochs_planned']} epochs")
     settings = {"source": "final_pass", "view": "evaluation", "epochs": result["epochs"], "seed": config.run.seed,
                 "world_size": world.world_size}
     values = run_model(config, world, train_file, run)

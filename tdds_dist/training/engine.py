@@ -127,7 +127,6 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train all epochs that are left; return the result."""
         job, history = self.job, self.history
-        log = job.run.log_file if job.world.is_main else None
         stop = bool(history.get("stopped"))
         while self.epoch < job.epochs and not stop:
             epoch_started = time.perf_counter()
@@ -158,7 +157,7 @@ class Trainer:
                     job.run.append_metrics(record)
                     self.tensorboard.write(record)
                     line = metrics.epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds)
-                    self.screen.progress.tell(line, log, always=is_last)
+                    self.screen.progress.tell(line, always=is_last)
             self.epoch, self.micro = self.epoch + 1, 0
             if job.pulse is not None:
                 job.pulse.beat("training", **self._progress(), images_per_second=record["images_per_second"],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tdds_dist.config.run import Config, parse_config
-from tdds_dist.console import Progress, say
+from tdds_dist.console import Progress, log
 from tdds_dist.data.beton import BetonInfo
 from tdds_dist.data.loader import BetonLoader, default_workers
 from tdds_dist.distributed import collectives
@@ -139,7 +139,7 @@ def run_model(config: Config, world: World, train_file: BetonInfo, run: RunDir) 
     values = {"entropy": collectives.sum_over_ranks(entropy_N).cpu().numpy()}
     if hook is None:
         if world.is_main:
-            say(f"warning: {model_config.name} does not end in a linear layer, so there is no score `moderate`")
+            log.warning(f"{model_config.name} does not end in a linear layer, so there is no score `moderate`")
         return values
     hook.remove()
     distance_N = torch.zeros(train_file.num_samples)

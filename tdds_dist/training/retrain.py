@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tdds_dist.config.run import Config
-from tdds_dist.console import announce, say
+from tdds_dist.console import HEADING, log
 from tdds_dist.data.beton import content_of
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Interruption
@@ -91,16 +91,16 @@ def _announce(config: Config, run: RunDir, coreset: Coreset, strategy: str, impo
               global_batch_size: int, world: World) -> None:
     """Announce the training, and warn of what may surprise about it."""
     base = f"retrain.epochs={config.retrain.epochs}" if config.retrain.epochs else f"train.epochs={config.train.epochs}"
-    announce(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
-        f"(Strategy-{strategy} of {base}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
-        run.log_file)
+    log.info(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
+             f"(Strategy-{strategy} of {base}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
+             extra=HEADING)
     mean = float(coreset.importance_M.mean())
     if importance != "none" and mean > 2.0:
-        say(f"warning: importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain with --importance "
-            "none, or select by a score of preset official", run.log_file)
+        log.warning(f"importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain with --importance "
+                    "none, or select by a score of preset official")
     if global_batch_size > len(coreset.index_M):
-        say(f"warning: a batch of {global_batch_size} is larger than the {len(coreset.index_M)} images and repeats some to "
-            "fill up; lower train.global_batch_size", run.log_file)
+        log.warning(f"a batch of {global_batch_size} is larger than the {len(coreset.index_M)} images and repeats some to "
+                    "fill up; lower train.global_batch_size")
 
 
 def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from tdds_dist.console import speaking
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.collectives import as_shard, own_rows
@@ -105,16 +106,12 @@ def bits_of(tensor):
     return own_rows(tensor).contiguous().numpy().tobytes()
 
 
-def quiet(directory, world=LONE, **options):
-    return Checkpoints(directory, world, **({"say": lambda text: None} | options))
-
-
 def save_steps(directory, steps, world=LONE, **options):
     """Checkpoints whose step is their seed; best.pt goes along."""
     best = Path(f"{directory}_best.pt")
     if world.is_main:
         best.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints = quiet(directory, world, asynchronous=False, **options)
+    checkpoints = Checkpoints(directory, world, asynchronous=False, **options)
     for step in steps:
         if world.is_main:
             best.unlink(missing_ok=True)
@@ -126,9 +123,9 @@ def save_steps(directory, steps, world=LONE, **options):
 
 def find(directory, world=LONE, num_ranks=1, **options):
     """(step of the newest whole checkpoint, names of tensors that differ from what was saved, what was said)."""
-    said = []
-    checkpoints = Checkpoints(directory, world, say=said.append, **options)
-    found = checkpoints.latest()
+    checkpoints = Checkpoints(directory, world, **options)
+    with speaking(quiet=True) as said:
+        found = checkpoints.latest()
     if found is None:
         checkpoints.close()
         return None, [], said
@@ -209,7 +206,7 @@ def _save_sizes(rank, folder):
     world = LONE if rank is None else distributed.current_world("cpu")
     for num_samples in SIZES:
         saved_by = 0 if rank is None else world.world_size
-        checkpoints = quiet(folder / f"{saved_by}_{num_samples}", world, asynchronous=num_samples == 3)
+        checkpoints = Checkpoints(folder / f"{saved_by}_{num_samples}", world, asynchronous=num_samples == 3)
         checkpoints.save(5, state(5, world, num_samples), {"n": num_samples} if world.is_main else {})
         checkpoints.close()
 
@@ -219,7 +216,7 @@ def _load_sizes(rank, folder, saved_by_each):
     wrong = []
     for saved_by in saved_by_each:
         for num_samples in SIZES:
-            checkpoints = quiet(folder / f"{saved_by}_{num_samples}", world)
+            checkpoints = Checkpoints(folder / f"{saved_by}_{num_samples}", world)
             found = checkpoints.latest()
             assert found.record == {"n": num_samples}
             ranks = range(max(1, saved_by))
@@ -269,7 +266,7 @@ def _refused_rank(rank, directory):
 
 
 def _refused(world, directory):
-    checkpoints = quiet(directory, world)
+    checkpoints = Checkpoints(directory, world)
     found = checkpoints.latest()
     tensors = share(whole(1), world)
     outcomes = {}
@@ -356,7 +353,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(two, file,
     step, wrong, said = find(directory)
     assert (step, wrong) == (10, [])
     assert len(said) == 1, said
-    assert said[0].startswith(f"warning: checkpoint {NEWEST}: ")
+    assert said[0].startswith(f"checkpoint {NEWEST}: ")
     assert said[0].endswith("; the one before it is used")
     assert words in said[0]
     assert folders(directory) == [*names(10), f"{NEWEST}.damaged"]
@@ -376,7 +373,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(two, file):
     directory = two()
     path = directory / NEWEST / file
     whole_file = path.read_bytes()
-    checkpoints = quiet(directory)
+    checkpoints = Checkpoints(directory)
     size = len(whole_file)
     for position in sorted({0, 1, size - 2, size - 1, *range(0, size, max(1, size // 97))}):
         flip(path, position)
@@ -424,22 +421,22 @@ def test_every_rank_looks_at_its_share_of_the_files_and_all_hear_of_it(two):
     assert tree(directory) == before
 
 
-def test_a_checkpoint_that_the_caller_refuses_is_passed_over(two):
+def test_a_checkpoint_that_the_caller_refuses_is_passed_over(two, caplog):
     directory = two()
-    said, asked = [], []
+    asked = []
 
     def refuse(found):
         asked.append((found.step, found.record))
         return "its trajectory is gone" if found.step == 20 else ""
 
-    found = Checkpoints(directory, LONE, say=said.append).latest(refuse)
+    found = Checkpoints(directory, LONE).latest(refuse)
     assert found == Checkpoint(directory / names(10)[0], 10, {"step": 10})
     assert asked == [(20, {"step": 20}), (10, {"step": 10})]
-    assert said == [f"warning: checkpoint {NEWEST}: its trajectory is gone; the one before it is used"]
+    assert caplog.messages == [f"checkpoint {NEWEST}: its trajectory is gone; the one before it is used"]
     directory = two(name="again")
     before = tree(directory)
     with pytest.raises(InputError, match=r"none of the 2 checkpoints .*step_0000000020: no; step_0000000010: no"):
-        quiet(directory).latest(lambda found: "no")
+        Checkpoints(directory).latest(lambda found: "no")
     assert tree(directory) == before
 
 
@@ -469,15 +466,15 @@ def test_unfinished_folders_are_not_seen_and_swept_at_the_next_save(two):
 
 
 def test_nothing_there_is_no_checkpoint(tmp_path):
-    assert quiet(tmp_path / "none").latest() is None
+    assert Checkpoints(tmp_path / "none").latest() is None
     (tmp_path / "some" / ".unfinished_step_0000000001").mkdir(parents=True)
     (tmp_path / "some" / "step_0000000001.damaged").mkdir()
-    assert quiet(tmp_path / "some").latest() is None
+    assert Checkpoints(tmp_path / "some").latest() is None
 
 
 def test_exactly_the_newest_are_kept(tmp_path):
     directory, steps = tmp_path / "c", (1, 2, 5, 7, 30)
-    checkpoints = quiet(directory, keep=3)
+    checkpoints = Checkpoints(directory, keep=3)
     for number, step in enumerate(steps, 1):
         checkpoints.save(step, state(step, LONE), {"step": step}, wait=True)
         assert folders(directory) == names(*steps[max(0, number - 3) : number])
@@ -491,7 +488,7 @@ def test_exactly_the_newest_are_kept(tmp_path):
 def test_a_step_that_is_saved_is_not_saved_again(two):
     directory = two()
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
-    checkpoints = quiet(directory)
+    checkpoints = Checkpoints(directory)
     assert checkpoints.latest().step == 20
     checkpoints.save(20, state(77, LONE), {"step": 20}, wait=True)
     checkpoints.save(20, state(77, LONE), {"step": 20})
@@ -502,7 +499,7 @@ def test_a_step_that_is_saved_is_not_saved_again(two):
 
 def test_a_save_replaces_a_folder_of_its_step_from_an_abandoned_branch(two):
     directory = two()
-    checkpoints = quiet(directory)
+    checkpoints = Checkpoints(directory)
     assert checkpoints.latest(lambda found: "" if found.step == 10 else "no").step == 10
     (directory / f"{NEWEST}.abandoned").rename(directory / NEWEST)
     (directory / NEWEST / "left.txt").write_text("of the abandoned branch")
@@ -511,15 +508,15 @@ def test_a_save_replaces_a_folder_of_its_step_from_an_abandoned_branch(two):
     assert folders(directory) == names(10, 20)
     assert not (directory / NEWEST / "left.txt").exists()
     tensors = blank(LONE)
-    found = quiet(directory).latest()
-    quiet(directory).load(found, tensors)
+    found = Checkpoints(directory).latest()
+    Checkpoints(directory).load(found, tensors)
     assert differing(tensors, 21, LONE) == []
 
 
 def test_files_that_go_along_do_not_change_with_the_original(tmp_path, monkeypatch):
     """The original is replaced, as everything here is; where a link cannot be made it is copied."""
     directory, best = tmp_path / "c", tmp_path / "best.pt"
-    checkpoints = quiet(directory, asynchronous=False)
+    checkpoints = Checkpoints(directory, asynchronous=False)
     best.write_bytes(b"first")
     checkpoints.save(1, state(1, LONE), {"step": 1}, files={"best.pt": best})
     assert (directory / names(1)[0] / "best.pt").stat().st_ino == best.stat().st_ino
@@ -600,7 +597,7 @@ def _around(owner, name, before=None, after=None):
 
 def _killed_rank(rank, directory, point, victim, asynchronous):
     world = distributed.current_world("cpu")
-    checkpoints = quiet(directory, world, asynchronous=asynchronous)
+    checkpoints = Checkpoints(directory, world, asynchronous=asynchronous)
     assert checkpoints.latest().step == 20
     if rank == victim:
         owner, name, when, die, _ = POINTS[point]
@@ -645,14 +642,15 @@ def _large(seed, world, num_samples=60_000):
 
 def _full_disk_rank(rank, folder, ranks, wait, stop):
     world = distributed.current_world("cpu")
-    directory, said = folder / f"{wait} {stop}", []
-    checkpoints = Checkpoints(directory, world, say=said.append, stop_on_error=stop, timeout_seconds=30)
+    directory = folder / f"{wait} {stop}"
+    checkpoints = Checkpoints(directory, world, stop_on_error=stop, timeout_seconds=30)
     checkpoints.save(10, _large(10, world), {}, wait=True)
     if rank in ranks:
         _limit_files(64 << 10)
-    outcomes = [catch(lambda: checkpoints.save(20, _large(20, world), {}, wait=wait))]
-    if not wait:
-        outcomes.append(catch(checkpoints.finish))
+    with speaking(quiet=True) as said:
+        outcomes = [catch(lambda: checkpoints.save(20, _large(20, world), {}, wait=wait))]
+        if not wait:
+            outcomes.append(catch(checkpoints.finish))
     _limit_files(None)
     collectives.barrier()
     assert folders(directory) == names(10), "nothing half written stays"
@@ -686,7 +684,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path, world_size, rank
             else:
                 assert all(outcome == ("", "") for outcome in outcomes)
                 assert len(said) == (rank == 0)
-                assert all("warning: checkpoint at step 20 failed (rank" in text and "the run goes on" in text for text in said)
+                assert all("checkpoint at step 20 failed (rank" in text and "the run goes on" in text for text in said)
 
 
 def _cannot_publish_ranks(rank, folder):
@@ -702,14 +700,14 @@ def _cannot_publish_rank(rank, directory, name, wait):
 
     owner, where = {"write_atomically": (checkpoint, 0), "rename": (Path, 0), "mkdir": (Path, 0), "_describe": (checkpoint, 1)}[
         name]
-    said = []
-    checkpoints = Checkpoints(directory, world, say=said.append)
+    checkpoints = Checkpoints(directory, world)
     checkpoints.save(10, state(10, world), {"step": 10}, wait=True)
     real = getattr(owner, name)
     if rank == where:
         setattr(owner, name, fail)
-    checkpoints.save(20, state(20, world), {"step": 20}, wait=wait)
-    checkpoints.finish()
+    with speaking(quiet=True) as said:
+        checkpoints.save(20, state(20, world), {"step": 20}, wait=wait)
+        checkpoints.finish()
     setattr(owner, name, real)
     collectives.barrier()
     left = folders(directory)
@@ -733,7 +731,7 @@ def test_what_fails_beside_the_tensors_fails_for_all(tmp_path):
 
 def _changed_rank(rank, directory):
     world = distributed.current_world("cpu")
-    checkpoints = quiet(directory, world)
+    checkpoints = Checkpoints(directory, world)
     _around(dcp.FileSystemWriter, "write_data", before=lambda *_: time.sleep(0.2))
     for step in (1, 2, 3):
         tensors = state(step, world)
@@ -750,7 +748,7 @@ def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
     for found, was_under_way in run_ranks(3, _changed_rank, tmp_path / "ranks"):
         assert found == (3, [], [])
         assert was_under_way
-    checkpoints = quiet(tmp_path / "alone")
+    checkpoints = Checkpoints(tmp_path / "alone")
     tensors = state(4, LONE)
     checkpoints.save(4, tensors, {"step": 4})
     for tensor in tensors.values():
@@ -768,7 +766,7 @@ def _guarded_rank(rank, directory):
         if len(asked) == 2:
             raise InputError("taken over by another job")
 
-    checkpoints = quiet(directory, world, guard=guard)
+    checkpoints = Checkpoints(directory, world, guard=guard)
     checkpoints.save(1, state(1, world), {"step": 1})
     outcome = catch(lambda: checkpoints.save(2, state(2, world), {"step": 2}))
     collectives.barrier()
@@ -787,7 +785,7 @@ def test_a_guard_stops_all_ranks_before_anything_is_touched(tmp_path):
 
 def _defect_rank(rank, directory):
     world = distributed.current_world("cpu")
-    checkpoints = quiet(directory, world)
+    checkpoints = Checkpoints(directory, world)
 
     def broken(*_, **__):
         raise ZeroDivisionError("a defect")
@@ -859,7 +857,7 @@ def hostile_pickles(mark):
 def refused(directory, *wanted):
     """What loading a sealed checkpoint says; it must be an InputError each time."""
     seal(directory / NEWEST)
-    checkpoints = quiet(directory)
+    checkpoints = Checkpoints(directory)
     found = checkpoints.latest()
     assert found.step == 20, "its hashes fit"
     outcomes = [catch(checkpoints.load, found, tensors) for tensors in wanted or [blank(LONE)]]
@@ -874,7 +872,7 @@ def test_a_hostile_metadata_is_refused_before_it_runs(two, tmp_path, kind):
     content = hostile_pickles(mark)[kind]
     (directory / NEWEST / META).write_bytes(content)
     assert "was not written by tdds" in refused(directory)
-    checkpoints = quiet(directory)
+    checkpoints = Checkpoints(directory)
     assert catch(checkpoints.describe, checkpoints.latest())[0] == "InputError"
     assert not mark.exists()
     if kind not in ("persistent", "torch_load", "getattr", "import", "bytes_entry"):

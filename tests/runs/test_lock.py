@@ -72,6 +72,14 @@ class Holder:
 
 
 @pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is told while a lock is watched."""
+    lines: list[str] = []
+    monkeypatch.setattr(lock_module.log, "info", lines.append)
+    return lines
+
+
+@pytest.fixture
 def hold() -> Iterator[Callable[..., Holder]]:
     """Start a holder and wait until it holds the lock."""
     holders = []
@@ -252,19 +260,18 @@ def test_pid_that_went_to_another_process(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["boot_id", "pid_namespace"])
-def test_machine_of_the_same_name_is_another_one(tmp_path, hold, key):
+def test_machine_of_the_same_name_is_another_one(tmp_path, hold, said, key):
     """Its processes cannot be seen here: it is watched, though no process of that number is here."""
     holder = hold(tmp_path, f"lock._{key} = lambda: 'other'", heartbeat_seconds=SLOW_BEAT)
     edit(tmp_path, pid=2**31 - 1)
-    said: list[str] = []
     with pytest.raises(InputError, match="in use by pid 2147483647 on "):
-        RunLock(tmp_path).acquire(said.append)
+        RunLock(tmp_path).acquire()
     assert len(said) == 1
     holder.end()
     edit(tmp_path, heartbeat_seconds=BEAT)
     said.clear()
     lock = RunLock(tmp_path)
-    assert "pid 2147483647" in lock.acquire(said.append)
+    assert "pid 2147483647" in lock.acquire()
     lock.release()
     assert len(said) == 1
 
@@ -272,16 +279,16 @@ def test_machine_of_the_same_name_is_another_one(tmp_path, hold, key):
 # ---- a holder elsewhere
 
 
-def test_beating_heart_elsewhere(tmp_path, hold):
+def test_beating_heart_elsewhere(tmp_path, hold, said):
     """Wrong clocks make no difference."""
     path = tmp_path / "run.lock"
     holder = hold(tmp_path, host="node7", heartbeat_seconds=SLOW_BEAT)
     moments = [time.time() + years * 365 * 86400 for years in (-30, 30)]
     for moment in moments:
         os.utime(path, (moment, moment))
-        said: list[str] = []
+        said.clear()
         with pytest.raises(InputError, match=f"in use by pid {holder.pid} on node7 since "):
-            RunLock(tmp_path).acquire(said.append)
+            RunLock(tmp_path).acquire()
         assert len(said) == 1
         assert said[0].startswith(f"{tmp_path} is locked by pid {holder.pid} on node7 since ")
         assert said[0].endswith("; watching for 0.9 s whether that job still runs")
@@ -317,10 +324,11 @@ def test_clock_that_stands_still(tmp_path, monkeypatch):
     assert len(seen) == 5
 
 
-def test_holder_that_leaves_while_it_is_watched(tmp_path, hold):
+def test_holder_that_leaves_while_it_is_watched(tmp_path, hold, monkeypatch):
     holder = hold(tmp_path, host="node7", heartbeat_seconds=SLOW_BEAT)
     lock = RunLock(tmp_path)
-    assert lock.acquire(lambda _: holder.ask("release")) is None
+    monkeypatch.setattr(lock_module.log, "info", lambda _: holder.ask("release"))
+    assert lock.acquire() is None
     lock.release()
 
 
@@ -383,16 +391,15 @@ def test_lock_that_is_removed_or_replaced(tmp_path, dead_lock):
 @pytest.mark.parametrize("damage", [
     "", "half", "\0\u07ff", "[]", {"token": None}, {"token": "../../" + "a" * 26}, {"pid": "1"}, {"pid": -1},
     {"heartbeat_seconds": 1e99}, {"heartbeat_seconds": float("nan")}], ids=str)
-def test_damaged_file_is_watched_and_taken_over(tmp_path, monkeypatch, dead_lock, damage):
+def test_damaged_file_is_watched_and_taken_over(tmp_path, monkeypatch, dead_lock, said, damage):
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", BEAT)
     path = tmp_path / "run.lock"
     if isinstance(damage, dict):
         record = json.loads(dead_lock) | damage
         damage = json.dumps({key: value for key, value in record.items() if value is not None})
     path.write_text(dead_lock.decode()[:50] if damage == "half" else damage)
-    said: list[str] = []
     lock = RunLock(tmp_path)
-    assert lock.acquire(said.append) == f"took over {path}, which was damaged and not in use"
+    assert lock.acquire() == f"took over {path}, which was damaged and not in use"
     assert said == [f"{path} is damaged; watching for 0.15 s whether that job still runs"]
     assert files(tmp_path) == ["run.lock"]
     lock.release()
@@ -403,8 +410,9 @@ def test_damaged_file_that_changes_is_in_use(tmp_path, monkeypatch):
     path = tmp_path / "run.lock"
     path.write_text("")
     lock = RunLock(tmp_path)
+    monkeypatch.setattr(lock_module.log, "info", lambda _: os.utime(path, (1, 1)))
     with pytest.raises(InputError, match="is not a lock that tdds can read"):
-        lock.acquire(lambda _: os.utime(path, (1, 1)))
+        lock.acquire()
     assert files(tmp_path) == ["run.lock"]
 
 
@@ -413,8 +421,9 @@ def test_lock_that_was_half_written_is_looked_at_again(tmp_path, monkeypatch):
     with RunLock(tmp_path):
         whole = (tmp_path / "run.lock").read_text()
         (tmp_path / "run.lock").write_text(whole[:20])
+        monkeypatch.setattr(lock_module.log, "info", lambda _: (tmp_path / "run.lock").write_text(whole))
         with pytest.raises(InputError, match=f"in use by pid {os.getpid()} on "):
-            RunLock(tmp_path).acquire(lambda _: (tmp_path / "run.lock").write_text(whole))
+            RunLock(tmp_path).acquire()
 
 
 def test_text_from_a_lock_stays_on_one_line(tmp_path, hold):

@@ -217,7 +217,7 @@ def test_the_time_to_leave(monkeypatch):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(entry, "say", lambda message, log=None: lines.append(message))
+    monkeypatch.setattr(entry.log, "info", lines.append)
     monkeypatch.setattr(entry, "_LOOK_AGAIN_SECONDS", 0.05)
     return lines
 

@@ -200,7 +200,7 @@ def _die_before_metadata(*_, **__):
 def _segment(rank, case, folder, plan, outcome_file):
     """One life of the run: resumes where the checkpoints say, saves and ends as planned."""
     world = distributed.current_world("cpu")
-    checkpoints = Checkpoints(folder / "checkpoints", world, say=lambda text: None)
+    checkpoints = Checkpoints(folder / "checkpoints", world)
     found = checkpoints.latest()
     if found is None and world.is_main:  # what was recorded before the first save is lost
         shutil.rmtree(folder / "trajectory", ignore_errors=True)

@@ -80,7 +80,7 @@ def train(rank, config_file, folder, overrides, leave_at=0, error=None, score=Fa
     run = RunDir(folder)
     run.path.mkdir(exist_ok=True)
     train_file, val_file, _ = open_files(config)
-    checkpoints = Checkpoints(run.checkpoints, world, asynchronous=False, say=lambda text: None)
+    checkpoints = Checkpoints(run.checkpoints, world, asynchronous=False)
     job = Job(config, world, run, train_file, val_file, epochs or config.train.epochs, config.train.global_batch_size,
               checkpoints=checkpoints)
     if score:
