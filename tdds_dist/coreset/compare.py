@@ -120,6 +120,12 @@ class _Findings:
             rate: float | str = "", group: int | str = "") -> None:
         self.rows.append((table, run_a, score_a, run_b, score_b, rate, group, f"{value:.9g}"))
 
+    def agreement(self, values: Sequence[float], run_a: str, score_a: str, run_b: str, score_b: str, of: str = "") -> None:
+        """Add a rank correlation and the overlap at each rate."""
+        self.row(f"spearman{of}", values[0], run_a, score_a, run_b, score_b)
+        for rate, share in zip(self.rates, values[1:], strict=True):
+            self.row(f"overlap{of}", share, run_a, score_a, run_b, score_b, rate)
+
 
 def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
     run = RunDir(path)
@@ -151,19 +157,17 @@ def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
 
 def _add_agreement(run: _Run, found: _Findings) -> None:
     """Add rank correlation and overlap of all pairs of scores of one run."""
-    keys, rates = [*run.ranked], found.rates
+    keys = [*run.ranked]
     if len(keys) == 1:
         found.parts.append(_part(f"{run.letter}: one score only ({keys[0]}), nothing to correlate it with"))
         return
     correlation = {(key, key): 1.0 for key in keys}
     common: dict[str, list[float]] = {}
-    for (a, b), (value, *shares) in within_run(run.ranked).items():
-        correlation[a, b] = correlation[b, a] = value
-        found.row("spearman", value, run.name, a, run.name, b)
-        for rate, share in zip(rates, shares, strict=True):
-            found.row("overlap", share, run.name, a, run.name, b, rate)
+    for (a, b), values in within_run(run.ranked).items():
+        correlation[a, b] = correlation[b, a] = values[0]
+        found.agreement(values, run.name, a, run.name, b)
         if a == run.main:
-            common[b] = shares
+            common[b] = values[1:]
     numbered = [f"{position:>{len(str(len(keys)))}} {found.short[key]}" for position, key in enumerate(keys, 1)]
     found.parts.append(_part(
         f"{run.letter}: Spearman rank correlation of the scores",
@@ -174,7 +178,7 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
         f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning rate",
         _blocks("score", [*(found.short[key] for key in common), AT_RANDOM], [
             _group(percent(rate), [[_percent(shares[p])] for shares in common.values()]
-                   + [[_percent(num_kept(num_samples, rate) / num_samples)]]) for p, rate in enumerate(rates)])))
+                   + [[_percent(num_kept(num_samples, rate) / num_samples)]]) for p, rate in enumerate(found.rates)])))
 
 
 def _add_between(runs: list[_Run], found: _Findings) -> None:
@@ -183,15 +187,11 @@ def _add_between(runs: list[_Run], found: _Findings) -> None:
     lines: list[list[float]] = []  # Spearman, then the overlap at each rate
     most = 0
     for key, pairs in between_runs([run.ranked for run in runs]).items():
-        for (a, b), (value, *shares) in pairs.items():
-            found.row("spearman", value, runs[a].name, key, runs[b].name, key)
-            for rate, share in zip(found.rates, shares, strict=True):
-                found.row("overlap", share, runs[a].name, key, runs[b].name, key, rate)
+        for (a, b), values in pairs.items():
+            found.agreement(values, runs[a].name, key, runs[b].name, key)
         of_pair = [*pairs.values()]
         mean = over_pairs(np.mean, of_pair)
-        found.row("spearman_mean", mean[0], score_a=key, score_b=key)
-        for rate, share in zip(found.rates, mean[1:], strict=True):
-            found.row("overlap_mean", share, score_a=key, score_b=key, rate=rate)
+        found.agreement(mean, "", key, "", key, of="_mean")
         most = max(most, len(pairs))
         names.append(found.short[key])
         lines.append(mean)
@@ -333,15 +333,14 @@ def _page(runs: list[_Run], found: _Findings, path: Path) -> str:
     """Return the whole text: what was compared, the tables, where the CSV is, what was left out."""
     dataset = runs[0].fingerprint
     head = [f"{count(dataset.num_samples)} samples, {count(dataset.num_classes)} classes"]
-    width = max(len(run.name) for run in runs)
+    lines = []
     for run in runs:
         facts = [("", (run.config.get("model") or {}).get("name")), ("seed ", (run.config.get("run") or {}).get("seed")),
                  ("world size ", run.run.read_env().get("world_size"))]
         said = [f"{word}{value}" for word, value in facts if value is not None]
-        head.append(f"{run.letter}  {run.name:{width}}  {', '.join([*said, f'{len(run.ranked)} scores'])}")
-    renamed = {short: key for key, short in found.short.items() if short != key}
-    width = max(map(len, renamed), default=0)
-    names = [f"{short:{width}} = {key}" for short, key in renamed.items()]
+        lines.append([run.letter, run.name, ", ".join([*said, f"{len(run.ranked)} scores"])])
+    head += table(lines)
+    names = table([[short, f"= {key}"] for key, short in found.short.items() if short != key], gap=" ")
     end = [f"wrote {path} ({count(len(found.rows))} rows)", *(f"note: {problem}" for problem in dict.fromkeys(found.problems))]
     return "\n\n".join(["\n".join(head), *(["\n".join(names)] if names else []), *found.parts, "\n".join(end)])
 

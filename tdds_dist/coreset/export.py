@@ -189,7 +189,7 @@ def _score_table(given: _Source, rates: Sequence[float], beton: Path | None,
     columns = _sample_columns(given, beton, any_score.fingerprint, any_score.label_N, notes)
     for name, scores in given.scores.items():
         rank_N = np.empty(len(scores.score_N), dtype=np.int64)
-        rank_N[_first_to_keep(scores.score_N)] = np.arange(1, len(rank_N) + 1)
+        rank_N[samplers.descending(scores.score_N)] = np.arange(1, len(rank_N) + 1)
         own: Columns = {name: scores.score_N, f"rank_{name}": rank_N}
         own |= {f"extra_{name}_{extra}": values_N for extra, values_N in scores.extra.items()}
         own |= {f"keep_{name}_p{rate:g}": _flags(choose(scores, rate), len(rank_N)) for rate in rates}
@@ -243,12 +243,6 @@ def _flags(index_M: np.ndarray, num_samples: int) -> np.ndarray:
     keep_N = np.zeros(num_samples, dtype=bool)
     keep_N[index_M] = True
     return keep_N
-
-
-def _first_to_keep(score_N: np.ndarray) -> np.ndarray:
-    """Return all samples in the order of `samplers.top` with seed 0, int64 [N]: its first M are what it keeps, for every M."""
-    tie_N = np.random.default_rng([0, 0]).permutation(len(score_N))
-    return np.lexsort((tie_N, -score_N)).astype(np.int64)
 
 
 def _write_csv(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
@@ -307,7 +301,7 @@ def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tu
         if default_sampler(scores) != "top":
             raise InputError(f"{given.path}: score {scores.key!r} does not keep what ranks highest, as the authors' loader "
                              "does; give a coreset made by `tdds select`")
-        suffix, mask_N = _official_suffix(name, scores), _first_to_keep(scores.score_N)[::-1]
+        suffix, mask_N = _official_suffix(name, scores), samplers.descending(scores.score_N)[::-1]
         score_N = scores.score_N[mask_N]
         kept = [(rate, samplers.num_kept(len(score_N), rate)) for rate in rates or _configured_rates(given.run)]
     if score_N[0] == score_N[-1]:

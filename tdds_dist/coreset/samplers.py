@@ -31,10 +31,10 @@ def num_kept(num_samples: int, pruning_rate: float) -> int:
 
 def top(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
     """Take the `num` samples of highest score; sorted int64 [num]."""
-    return np.sort(_descending(score_N, seed)[:num]).astype(np.int64)
+    return np.sort(descending(score_N, seed)[:num]).astype(np.int64)
 
 
-def _descending(score_N: np.ndarray, seed: int) -> np.ndarray:
+def descending(score_N: np.ndarray, seed: int = 0) -> np.ndarray:
     """Return the indices from the highest score to the lowest, equal scores in a seeded order; [N]."""
     tie_N = np.random.default_rng([seed, 0]).permutation(len(score_N))
     by_tie_N = np.empty_like(tie_N)
@@ -48,7 +48,7 @@ def centre(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
     Moderate coreset (ICLR 2023): as many are dropped at the low end as at the high end, one more there if odd.
     """
     low = (len(score_N) - num) // 2
-    return np.sort(_descending(-score_N, seed)[low : low + num]).astype(np.int64)
+    return np.sort(descending(-score_N, seed)[low : low + num]).astype(np.int64)
 
 
 def per_class(pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray, num: int) -> np.ndarray:

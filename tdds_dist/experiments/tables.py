@@ -71,10 +71,7 @@ def _published(config: Config) -> PublishedTable | None:
         manifest = read_manifest(Path(config.data.train))
     except InputError:
         manifest = None
-    if manifest is not None and (manifest.true_label_N is not None or manifest.corruption is not None):
-        return None
-    names = [config.data.train, manifest.source if manifest else ""]
-    return find_table(names, config.data.num_classes, config.model.name, manifest.num_samples if manifest else None)
+    return find_table(config.data.train, config.data.num_classes, config.model.name, manifest)
 
 
 def _lookup(outcome: CellResult, published: PublishedTable | None) -> float | None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 STRIP_INCHES = 0.19  # height of a coreset's strip
 NUM_LEVELS = 5  # of its darkness
 MAX_POINTS = 400  # of one line; longer ones are thinned
+SKEWED = 0.1  # the median lies below this part of the range, tails aside: the axis is made logarithmic
+LARGEST_RATIO = 1e6  # between the ends of a logarithmic axis, unless MOST_BELOW of the samples would be below it
+MOST_BELOW = 0.05
+TAIL = 0.001  # share of the samples that may be put into each end bin where they would stretch the axis
 _NUMBER = itertools.count()
 _INK, _GRID = "#0c00f0", "#0c00f1"
 _STYLE: Any = {
@@ -36,13 +40,8 @@ _STYLE: Any = {
     "xtick.major.width": 0.7, "lines.linewidth": 1.5, "lines.markersize": 4.5, "lines.solid_capstyle": "round",
 }
 
-SKEWED = 0.1  # the median lies below this part of the range, tails aside: the axis is made logarithmic
 
-LARGEST_RATIO = 1e6  # between the ends of a logarithmic axis, unless MOST_BELOW of the samples would be below it
-
-MOST_BELOW = 0.05
-
-TAIL = 0.001  # share of the samples that may be put into each end bin where they would stretch the axis
+# ---- bins
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +90,9 @@ def bins_of(score_N: np.ndarray, num_bins: int) -> Bins:
         step = math.ceil((high - low) / num_bins)
         return Bins(np.arange(low - 0.5, high + step, step), is_whole=True)
     return Bins(np.linspace(low, high, num_bins + 1))
+
+
+# ---- charts
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 Owns the numbers and the question which of them belong to a dataset; not how they are shown.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tdds_dist.config.scores import _bare, base_key, is_plain
+
+if TYPE_CHECKING:
+    from tdds_dist.data.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,18 @@ class PublishedTable:
         return self.top1.get(strategy or "", {}).get(base_key(score_key), {}).get(round(pruning_rate, 4))
 
 
-def find_table(names: Iterable[str], num_classes: int, model: str, num_images: int | None = None) -> PublishedTable | None:
-    """Return the table of the network on the dataset called one of `names` (paths, source names); None when the paper has none.
+def find_table(train: str, num_classes: int, model: str, manifest: "Manifest | None" = None,
+               num_images: int | None = None) -> PublishedTable | None:
+    """Return the table of the network on the dataset that the training file or its source is called after; None when the
+    paper has none, or where labels or images were changed.
 
     The numbers of classes and, where known, of training images must agree, so that neither `imagenette` nor `imagenet100`
     nor a part of it passes for ImageNet-1K.
     """
-    text, network = _bare(" ".join(names)), _bare(model)
+    if manifest is not None and (manifest.true_label_N is not None or manifest.corruption is not None):
+        return None
+    source, num_images = (manifest.source, manifest.num_samples) if manifest else ("", num_images)
+    text, network = _bare(f"{train} {source}"), _bare(model)
     for word, table in (("cifar100", CIFAR100), ("cifar10", CIFAR10), ("imagenet", IMAGENET_RESNET34),
                         ("imagenet", IMAGENET_SWIN_T)):
         is_whole = num_images in (None, table.num_images)

@@ -97,13 +97,10 @@ def read_facts(run: RunDir) -> Facts:
     main = main_window(config, [*scores]) if scores else None
     scores = dict(sorted(scores.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
     coresets = dict(sorted(coresets.items(), key=lambda item: (*score_order(item[1].score_key), item[1].pruning_rate)))
-    names = [str(data.get("train", "")), str(getattr(manifest, "source", ""))]
     model = str(config.get("model", {}).get("name", ""))
-    clean = manifest is None or (manifest.true_label_N is None and manifest.corruption is None)
-    sizes = [manifest.num_samples if manifest else None, (result or {}).get("num_images"),
-             *(score.fingerprint.num_samples for score in scores.values())]
+    sizes = [(result or {}).get("num_images"), *(score.fingerprint.num_samples for score in scores.values())]
     num_images = next((size for size in sizes if size is not None), None)
-    table = find_table(names, int(data.get("num_classes") or 0), model, num_images) if clean else None
+    table = find_table(str(data.get("train", "")), int(data.get("num_classes") or 0), model, manifest, num_images)
     retrained = sorted((_read_retrained(sub, model, problems) for sub in run.retrain_runs()), key=_retrained_order)
     return Facts(run, config, env, _read_metrics(run), result, retrained,
                  scores, coresets, manifest, table, _short_names([*scores], retrained), problems)

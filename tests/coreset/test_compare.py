@@ -389,6 +389,6 @@ def test_distinct_scores_are_sorted_once(run, monkeypatch):
         asked.append((scores.key, rate))
         return choose(scores, rate)
 
-    monkeypatch.setattr("tdds_dist.coreset.select.choose", spy)
+    monkeypatch.setattr("tdds_dist.coreset.agreement.choose", spy)
     compare([run.path], pruning_rates=RATES)
     assert asked == [(key, rate) for key in ("forgetting", "moderate") for rate in RATES]

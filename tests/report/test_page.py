@@ -398,7 +398,7 @@ def test_settings_that_compete_keep_their_full_names(tmp_path):
     ("imagenet.beton", 1000, "resnet50", None), ("imagenet.beton", 1000, "swin_b", None),
 ])
 def test_published_table_of_a_dataset(name, num_classes, model, expected):
-    table = find_table([name], num_classes, model)
+    table = find_table(name, num_classes, model)
     assert table is None if expected is None else expected in (table.dataset, table.network)
 
 
