@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import files
+from tdds_dist.data.beton import inspect_beton
 from tdds_dist.data.loader import BetonLoader, View
 from tdds_dist.data.sources import open_source
 from tdds_dist.data.writer import write_beton
@@ -29,7 +30,7 @@ from tdds_dist.runs.directory import environment
 
 def ours(path: Path, batch: int, size: int, workers: int) -> Callable[[int], int]:
     """One epoch of our loader; returns the images seen."""
-    loader = BetonLoader(path, batch, View(size, "resized", flip=True), num_workers=workers)
+    loader = BetonLoader(inspect_beton(path), batch, View(size, "resized", flip=True), num_workers=workers)
     num_samples = len(loader.indices)
 
     def epoch(number: int) -> int:

@@ -37,7 +37,7 @@ from benchmarks import files
 from benchmarks.ranks import run_on_ranks
 from benchmarks.windowed import windowed_scores
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import load_scores
+from tdds_dist.runs.artifacts import fingerprint, load_scores
 from tdds_dist.scoring.offline import score, score_all
 from tdds_dist.scoring.sample_stats import SCALARS
 from tdds_dist.scoring.trajectory import TrajectoryWriter
@@ -188,11 +188,11 @@ def compare(size: Size, threads: int, repetitions: int, cold_repetitions: int) -
 
 def write_trajectory(folder: Path, num_samples: int, num_classes: int, num_epochs: int) -> None:
     """Scalars in their usual ranges, for every sample and epoch."""
-    bounds = np.linspace(0, num_samples, NUM_BLOCKS + 1).astype(int)
+    bounds, label_N = np.linspace(0, num_samples, NUM_BLOCKS + 1).astype(int), np.arange(num_samples) % num_classes
     rng = np.random.default_rng(0)
     for first, end in itertools.pairwise(bounds):
         writer = TrajectoryWriter(folder, SCALARS, num_samples, num_classes, int(first), int(end), is_main=first == 0)
-        writer.write_labels(np.arange(first, end) % num_classes)
+        writer.write_labels(label_N[first:end], fingerprint(label_N, num_classes).labels_sha256)
         for epoch in range(num_epochs):
             scalars_FM = rng.random((len(SCALARS), end - first), dtype=np.float32)
             scalars_FM[SCALARS.index("correct")] = scalars_FM[SCALARS.index("correct")] > 0.3

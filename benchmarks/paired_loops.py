@@ -22,12 +22,12 @@ from tdds_dist.data.beton import inspect_beton
 from tdds_dist.data.loader import Batch, default_workers
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
-from tdds_dist.distributed.partition import EpochOrder, epoch_order
+from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.distributed.world import World
 from tdds_dist.runs.directory import RunDir
-from tdds_dist.training.collect import Scoring
 from tdds_dist.training.engine import Trainer
-from tdds_dist.training.job import Job, Nobody, Observer
+from tdds_dist.training.feed import Feed, Pass
+from tdds_dist.training.job import Job
 
 VARIANTS = {
     "off": "our loop, scoring off", "tdds": "our loop with TDDS", "all": "our loop with TDDS and the trajectory",
@@ -97,41 +97,48 @@ class Setting:
         }, self.label)
 
 
-class Tap:
-    """Stands before the training loader: counts what goes to the loop and how long that waits, or serves it one resident
-    batch of images instead."""
+class Tap(Feed):
+    """Feeds the loop: counts what goes there and how long that waits, or serves it one resident batch of images instead."""
 
-    def __init__(self, trainer: Trainer, setting: Setting):
-        self._load, self._setting, self.world = trainer.train_loader.batches, setting, trainer.job.world
-        trainer.train_loader.__dict__["batches"] = self.batches  # the trainer asks this one from now on
-        label_N = torch.from_numpy(trainer.job.train_file.label_N).to(torch.int64)
-        self._label_N = label_N.to(trainer.job.world.device)
+    def __init__(self, job: Job):
+        super().__init__(job)
+        self.world = job.world
+        self._label_N = torch.from_numpy(job.train_file.label_N).to(job.world.device, torch.int64)
         self._image = torch.zeros(0)
         self.is_resident = False
         self.num_images, self.wait_seconds = 0, 0.0
 
-    def batches(self, order: EpochOrder, **where: Any) -> "Watched":
-        """What the loop iterates over."""
+    def take(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Iterator[Batch]]:
+        """Give the loop what it iterates over."""
         self.num_images, self.wait_seconds = 0, 0.0
-        return Watched(self, self._resident(order) if self.is_resident else self._load(order, **where))
+        if self.is_resident:
+            return self.order(which), self._watched(self._resident(self.order(which)))
+        order, batches = super().take(which, first_step)
+        return order, self._watched(batches)
 
     def load(self, epoch: int) -> int:
-        """One epoch of the loader alone; returns the images of this rank."""
+        """Run one epoch of the loader alone; returns the images of this rank."""
         num_images = 0
-        for batch in self._load(self.order(epoch), rank=self.world.rank, world_size=self.world.world_size, epoch=epoch):
+        for batch in super().take(("train", epoch))[1]:
             num_images += len(batch.index)
             if not len(self._image):
                 self._image = batch.image.clone()
         return num_images
 
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            self.num_images += len(batch.index)
+            yield batch
+
     def _resident(self, order: EpochOrder) -> Iterator[Batch]:
         """Batches of one epoch as far as indices and labels go; the images are always the same."""
         for index_B, label_B in zip(*self.rows_of(order), strict=True):
             yield Batch(self._image, label_B, index_B)
-
-    def order(self, epoch: int) -> EpochOrder:
-        """Of all ranks."""
-        return epoch_order(self._setting.num_images, self._setting.rows * self._setting.num_ranks, epoch=epoch)
 
     def rows_of(self, order: EpochOrder) -> tuple[torch.Tensor, torch.Tensor]:
         """(index_SB, label_SB) of this rank, on its device."""
@@ -140,33 +147,12 @@ class Tap:
         return index, self._label_N[index]
 
 
-class Watched(Iterator[Batch]):
-    """Batches on their way to the loop."""
-
-    def __init__(self, tap: Tap, batches: Any):
-        self._tap, self._batches = tap, batches
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        try:
-            batch = next(self._batches)
-        finally:
-            self._tap.wait_seconds += time.perf_counter() - started
-        self._tap.num_images += len(batch.index)
-        return batch
-
-    def close(self) -> None:
-        """End what gives them."""
-        self._batches.close()
-
-
 class Scored:
     """A scorer that has seen as many epochs as its windows are long."""
 
     def __init__(self, setting: Setting, tap: Tap, config: Config, trajectory: Path | None):
         self.scorer = ShardedScorer(setting.num_images, setting.num_classes, config.windows(), config.score.preset,
                                     tap.world.device, trajectory=trajectory)
-        self.observer = Scoring(self.scorer, stop_after_last_window=False)
         self._tap = tap
         generator = torch.Generator().manual_seed(tap.world.rank)
         logits_BC = 3.0 * torch.randn(setting.rows, setting.num_classes, generator=generator)
@@ -176,7 +162,7 @@ class Scored:
 
     def epoch(self) -> int:
         """One epoch of made-up outputs, routed and closed as in training; returns the images of this rank."""
-        order = self._tap.order(self.scorer.epoch)
+        order = self._tap.order(("train", self.scorer.epoch))
         self.scorer.expect(order)
         index_SB, label_SB = self._tap.rows_of(order)
         for index_B, label_B in zip(index_SB, label_SB, strict=True):
@@ -194,19 +180,19 @@ class Bench:
         config = setting.config(beton, small, run)
         train_file, val_file = inspect_beton(beton), inspect_beton(small)
         job = Job(config, world, RunDir(run), train_file, val_file, EPOCHS, config.train.global_batch_size)
-        self.trainer = Trainer(job)
+        self.tap = Tap(job)
+        self.trainer = Trainer(job, self.tap)
         self.threads = torch.get_num_threads()
-        self.tap = Tap(self.trainer, setting)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         everything = Scored(setting, self.tap, config, run / "trajectory")
-        self.observed("all", everything.observer)
+        self.observed("all", everything.scorer)
         self.peak_bytes = peak_bytes(world.device)
         plain = Scored(setting, self.tap, config, None)
         self.blocks: dict[str, Callable[[], int]] = {
-            "loader": lambda: self.tap.load(self.trainer.epoch), "off": lambda: self.observed("off", Nobody()),
-            "tdds": lambda: self.observed("tdds", plain.observer), "all": lambda: self.observed("all", everything.observer),
-            "off again": lambda: self.observed("off again", Nobody()), "model": lambda: self.observed("model", Nobody()),
+            "loader": lambda: self.tap.load(self.trainer.epoch), "off": lambda: self.observed("off"),
+            "tdds": lambda: self.observed("tdds", plain.scorer), "all": lambda: self.observed("all", everything.scorer),
+            "off again": lambda: self.observed("off again"), "model": lambda: self.observed("model"),
             "scorer": everything.epoch} | self._bare_loops(folder)
 
     def _bare_loops(self, folder: Path) -> dict[str, Callable[[], int]]:
@@ -220,13 +206,14 @@ class Bench:
         usual = bare_loops.BareLoop(recipe, bare_loops.FolderBatches(recipe, folder / "tree", setting.num_images))
         return {"ffcv": lambda: bare_loops.count(batches), "minimal": minimal.epoch, "folder": usual.epoch}
 
-    def observed(self, variant: str, observer: Observer) -> int:
+    def observed(self, variant: str, scorer: ShardedScorer | None = None) -> int:
         """One epoch of our loop, as `Trainer.run` goes through it; returns the images of this rank."""
         trainer = self.trainer
-        trainer.job = replace(trainer.job, observer=observer)
+        trainer.job = replace(trainer.job, observer=scorer)
         self.tap.is_resident = variant == "model"
         trainer.train_epoch()
-        observer.end_epoch()
+        if scorer is not None:
+            scorer.end_epoch()
         trainer.epoch, trainer.micro = trainer.epoch + 1, 0
         return self.tap.num_images
 

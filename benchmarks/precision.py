@@ -24,7 +24,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ class SideBySide:
                           **Stored(name).options())
             for name in stored]
 
-    def begin_epoch(self, order: EpochOrder, first_step: int) -> None:
+    def expect(self, order: EpochOrder, first_step: int = 0) -> None:
         for scorer in self.scorers:
             scorer.expect(order, first_step)
 
@@ -89,15 +89,14 @@ class SideBySide:
         for scorer in self.scorers:
             scorer.check()
 
-    def end_epoch(self) -> bool:
+    def end_epoch(self) -> None:
         for scorer in self.scorers:
             scorer.end_epoch()
-        return False
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
     def read(self) -> dict[str, Scalars]:
         """What each way of storing led to; of the reference also what describes the stream."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from launch.job_states import outcome_of
 from launch.records import append_end, append_line, first_cause, read_ends, read_jobs, read_lines
 from launch.scheduler import REQUEUE
+from tdds_dist.runs.directory import RunDir, complete_steps
 
 _NOT_DONE = 1
 EXIT_RESUME = 75  # as tdds_dist.distributed.interruption has it; that a preempted job leaves with it the sbatch file looks at
@@ -90,7 +91,7 @@ def _again(log_dir: Path, job_id: str, restart: int, requeue_failures: int, what
 def _progress(log_dir: Path, job_id: str) -> str:
     """Return the newest checkpoint of the run that the job works on, by name; empty when there is none."""
     directory = next((job.directory for job in read_jobs(log_dir) if job.id == job_id), "")
-    found = sorted(path.name for path in Path(directory, "checkpoints").glob("step_*") if path.name[5:].isdecimal())
+    found = [path.name for path in complete_steps(RunDir(directory).checkpoints).values()]
     return found[-1] if directory and found else ""
 
 

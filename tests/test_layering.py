@@ -32,8 +32,7 @@ ONLY_IN = {
     "launch": {"launch", "__main__"},
 }
 # NumPy and torch in, NumPy and torch out
-PURE = ("distributed.partition", "scoring.sample_stats", "scoring.tdds", "scoring.baselines", "scoring.quarantine",
-        "coreset.samplers")
+PURE = ("distributed.partition", "scoring.sample_stats", "scoring.tdds", "scoring.baselines", "coreset.samplers")
 
 
 def modules() -> dict[str, Path]:

@@ -20,6 +20,7 @@ from tdds_dist.coreset.samplers import num_kept
 from tdds_dist.coreset.select import choose, default_sampler
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores
+from tdds_dist.scoring import quarantine
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,7 @@ class Ranked:
         return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
 
     def agreement(self, other: "Ranked") -> list[float]:
-        """Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P].
-        """
+        """Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P]."""
         return [rank_correlation(self.rank_N, other.rank_N), *self.overlap(other)]
 
 
@@ -56,7 +56,7 @@ def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
     """
     score_N, num_samples = scores.score_N, len(scores.score_N)
     order_N = np.argsort(score_N)
-    takes_top = default_sampler(scores) == "top" and not scores.settings.get("quarantined")
+    takes_top = default_sampler(scores) == "top" and not quarantine.noted_in(scores.settings)
     kept = []
     for rate in rates:
         cut = num_samples - num_kept(num_samples, rate)

@@ -18,7 +18,7 @@ from tdds_dist.config.run import parse_config
 from tdds_dist.coreset import samplers
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset
-from tdds_dist.runs.directory import RunDir, any_scores, move_aside
+from tdds_dist.runs.directory import RunDir, any_scores, coreset_name, move_aside
 from tdds_dist.scoring import baselines, quarantine
 
 SAMPLERS = ("top", "ccs", "centre", "beta")
@@ -47,7 +47,7 @@ def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, c
     sampler = sampler or default_sampler(scores)
     if sampler not in SAMPLERS:
         raise InputError(f"sampler={sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
-    rest_n = _not_quarantined(scores)
+    rest_n = quarantine.eligible(scores)
     score_n, label_n = scores.score_N[rest_n], scores.label_N[rest_n]
     if not np.isfinite(score_n).all():
         raise InputError(f"score {scores.key!r} holds {int((~np.isfinite(score_n)).sum())} values that are not "
@@ -90,9 +90,9 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
     in `paper` (section 4.3), 1 for every other score, which its paper does not weigh by.
     """
     index_M = choose(scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options)
-    rest_n = _not_quarantined(scores)
+    rest_n = quarantine.eligible(scores)
     score_n, label_n = scores.score_N[rest_n], scores.label_N[rest_n]
-    warnings = _quarantine_warnings(scores, rest_n)
+    warnings = quarantine.coreset_warnings(scores)
     if scores.key != "random" and score_n.min() == score_n.max():
         warnings.append(f"all {len(score_n)} scores of {scores.key} are {score_n[0]:g}, so the choice is "
                         "a random draw" + ("; raise K, and score again" if scores.settings.get("score") == "tdds" else ""))
@@ -121,7 +121,7 @@ def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = N
 def plan_coreset(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
                  class_balanced: bool = False, seed: int = 0, out: Path | None = None,
                  **options: Any) -> tuple[Path, Coreset, list[str]]:
-    """The stage without its last step: the file to write, the coreset, and warnings.
+    """Run the stage without its last step; return the file to write, the coreset, and warnings.
 
     `source` is a run directory or a score file. In a run, `score` is `tdds` (the window that its config assigns to the
     pruning rate), `random` (a seeded draw), `ccs` (AUM in strata), or the name of a file in `scores/`. Sampler and
@@ -223,8 +223,8 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
 def random_scores(like: Scores, seed: int) -> Scores:
     """Return a seeded draw as scores, for the dataset of `like`, with its quarantined samples."""
     score_N = baselines.random(len(like.score_N), seed)
-    quarantined = {name: value for name, value in like.settings.items() if name == "quarantined"}
-    return Scores("random", score_N, like.label_N, like.fingerprint, {"score": "random"} | quarantined)
+    settings = {"score": "random"} | quarantine.noted(quarantine.noted_in(like.settings))
+    return Scores("random", score_N, like.label_N, like.fingerprint, settings)
 
 
 def importance_kind(scores: Scores) -> str:
@@ -242,23 +242,6 @@ def _importance(scores: Scores, rest_n: np.ndarray) -> np.ndarray:
     return score_n if kind == "score" else samplers.min_max(score_n)
 
 
-def _not_quarantined(scores: Scores) -> np.ndarray:
-    """Return the global indices of the samples that may be kept, int64 [n]."""
-    return quarantine.not_quarantined(len(scores.score_N), scores.settings.get("quarantined", ()))
-
-
-def _quarantine_warnings(scores: Scores, rest_n: np.ndarray) -> list[str]:
-    """Say how many samples are left out, and which classes lose all of theirs."""
-    num = len(scores.score_N) - len(rest_n)
-    if not num:
-        return []
-    warnings = [f"{num} quarantined samples (NaN logits) are in no coreset" if num > 1 else
-                "1 quarantined sample (NaN logits) is in no coreset"]
-    if len(gone := samplers.empty_classes(rest_n, scores.label_N)):
-        warnings.append(f"all samples of {len(gone)} classes are quarantined (first: {gone[:8].tolist()})")
-    return warnings
-
-
 def _default_path(source: Path, coreset: Coreset) -> Path:
     run = source.parent.parent if source.is_file() and source.parent.name == "scores" else source
     folder = RunDir(run).coresets if run.is_dir() else source.parent
@@ -267,4 +250,4 @@ def _default_path(source: Path, coreset: Coreset) -> Path:
         name = name.replace(coreset.score_key, source.stem)  # two files may hold the same key
     drawn = coreset.score_key == "random" or coreset.settings["sampler"] in ("ccs", "beta")
     seed = f"_s{coreset.settings['seed']}" if drawn else ""
-    return folder / f"{name}{seed}_p{coreset.pruning_rate:g}.npz"
+    return folder / coreset_name(f"{name}{seed}", coreset.pruning_rate)

@@ -95,14 +95,9 @@ def check(path: Path, *, quick: bool = False, num_workers: int | None = None, pr
     return _check_images(info, read_manifest(path), index, num_workers, progress)
 
 
-def quick_check(path: Path, info: BetonInfo | None = None, manifest: Manifest | None = None, num: int = QUICK_IMAGES) -> None:
-    """Check structure, manifest, labels, and `num` evenly spaced images with the first and the last; raise InputError if one is
-    bad.
-
-    `info` and `manifest`, where the caller has them, save reading them again.
+def quick_check(info: BetonInfo, manifest: Manifest | None, num: int = QUICK_IMAGES) -> None:
+    """Check labels and `num` evenly spaced images with the first and the last, of an inspected file. Raise InputError if bad.
     """
-    info = inspect_beton(path) if info is None else info
-    manifest = read_manifest(path) if manifest is None else manifest
     _check_images(info, manifest, _some(info.num_samples, num), None, progress=False).require_sound()
 
 

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("NUMBA_THREADING_LAYER", "tbb")  # the others abort with two loaders, or after a fork
@@ -41,7 +40,7 @@ from ffcv.reader import Reader
 from torch import Tensor
 
 from tdds_dist.data import decode
-from tdds_dist.data.beton import IMAGE, BetonInfo, inspect_beton
+from tdds_dist.data.beton import IMAGE, BetonInfo
 from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
 
@@ -122,7 +121,7 @@ class BetonLoader(ffcv.Loader):
     """Reads one `.beton` for one rank.
 
     Args:
-        path: the file; any names for its one image and one label field.
+        info: the file, as `inspect_beton` found it; any names for its one image and one label field.
         batch_size: rows per step of this rank.
         view: what is done to images.
         device: where batches go.
@@ -130,17 +129,16 @@ class BetonLoader(ffcv.Loader):
         seed: of the augmentation.
 
     Raises:
-        InputError: file missing, damaged, or unfit for the view.
+        InputError: the file is unfit for the view.
     """
 
-    def __init__(self, path: Path | str, batch_size: int, view: View, *, device: torch.device | str = "cpu",
+    def __init__(self, info: BetonInfo, batch_size: int, view: View, *, device: torch.device | str = "cpu",
                  num_workers: int = 1, seed: int = 0):
         # The stock constructor is replaced, not called: see "Memory" and "Threads" above.
-        info = inspect_beton(Path(path))
         check_view(info, view)
         self.view = view
         self.device = torch.device(device)
-        self.fname, self.batch_size, self.batches_ahead = str(path), batch_size, BATCHES_AHEAD
+        self.fname, self.batch_size, self.batches_ahead = str(info.path), batch_size, BATCHES_AHEAD
         self.num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
         self.drop_last, self.distributed, self.recompile, self.seed = False, False, False, seed
         self.reader = Reader(self.fname)

@@ -39,10 +39,10 @@ from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import sync_folder, write_atomically
+from tdds_dist.runs.directory import complete_steps
 
 FORMAT = "tdds-checkpoint-1"
 _RECORD = "checkpoint.json"
-_STEP = re.compile(r"step_(\d{10,})")
 _UNFINISHED = ".unfinished_"  # prefix of a folder that is being written, or was when its job died
 _BYTES_PER_READ = 1 << 24
 log = logging.getLogger("tdds")
@@ -237,7 +237,7 @@ class Checkpoints:
         sync_folder(self.directory)
         log.debug(f"checkpoint at step {step} saved")
         self._on_published()
-        for path in published(self.directory)[: -self._keep]:
+        for path in [*complete_steps(self.directory).values()][: -self._keep]:
             shutil.rmtree(_retire(path), ignore_errors=True)
 
     def _sweep(self) -> None:
@@ -256,7 +256,7 @@ class Checkpoints:
             InputError: there are checkpoints, and none can be used; lists them all, deletes none.
         """
         world = self._world
-        paths = collectives.gather_objects(published(self.directory) if world.is_main else None, world)[0]
+        paths = collectives.gather_objects([*complete_steps(self.directory).values()] if world.is_main else None, world)[0]
         problems: list[str] = []
         newer: dict[Path, str] = {}
         for path in reversed(paths):
@@ -352,15 +352,6 @@ class Checkpoints:
             except CheckpointException as error:
                 raise InputError(f"{checkpoint.path} cannot be read ({_one_line(error)}); check the disk, or remove it and use "
                                  "the one before it", shared=True) from error
-
-
-def published(directory: Path) -> list[Path]:
-    """List the folders with the name of a checkpoint, in the order of their steps."""
-    try:
-        found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))]
-    except OSError:  # none yet
-        return []
-    return [path for _, path in sorted(found)]
 
 
 class _Reader(dcp.FileSystemReader):

@@ -8,6 +8,7 @@ import filecmp
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ import yaml
 
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores, load_scores, sync_folder, write_atomically
+
+_STEP = re.compile(r"step_(\d{10,})")
 
 
 class RunDir:
@@ -124,6 +127,24 @@ class RunDir:
 
     def _write_json(self, path: Path, record: dict[str, Any]) -> None:
         write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
+
+
+def complete_steps(directory: Path) -> dict[int, Path]:
+    """Return the checkpoints in a folder by step, in order; a folder has such a name only once all of it is written."""
+    try:
+        return dict(sorted((int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))))
+    except OSError:  # none yet
+        return {}
+
+
+def coreset_name(method: str, pruning_rate: float) -> str:
+    """Return the name of a coreset's file."""
+    return f"{method}_p{pruning_rate:g}.npz"
+
+
+def retrain_name(coreset_file: Path, strategy: str, importance: str, seed: int, network: str = "") -> str:
+    """Return the name of a retraining's folder; `network` where it is not that of the collection."""
+    return "_".join([coreset_file.stem, strategy, importance, *filter(None, [network]), f"seed{seed}"])
 
 
 def move_aside(*paths: Path) -> Path:

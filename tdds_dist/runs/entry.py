@@ -20,8 +20,8 @@ from tdds_dist.distributed.interruption import Preempted
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import write_atomically
-from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints, published
-from tdds_dist.runs.directory import RunDir, environment, move_aside
+from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints
+from tdds_dist.runs.directory import RunDir, complete_steps, environment, move_aside
 from tdds_dist.runs.identity import changeable_keys, differences
 from tdds_dist.runs.lock import RunLock
 from tdds_dist.runs.status import Pulse
@@ -162,7 +162,7 @@ def _look(run: RunDir, config: Config, setting: dict[str, Any], fresh: bool,
         return None, False
     if (result := run.read_result()) is not None:
         return result, False
-    if published(run.checkpoints):
+    if complete_steps(run.checkpoints):
         return None, True
     log.info(f"{run.path} was stopped before its first checkpoint; it starts over")
     return None, False
@@ -173,7 +173,7 @@ def _has_run(run: RunDir) -> bool:
 
 
 def _has_parts(run: RunDir) -> bool:
-    return bool(run.read_metrics()) or (run.trajectory / "meta.json").exists() or bool(published(run.checkpoints))
+    return bool(run.read_metrics()) or (run.trajectory / "meta.json").exists() or bool(complete_steps(run.checkpoints))
 
 
 def why_not(run: RunDir, config: Config, setting: dict[str, Any], elsewhere: str) -> tuple[str, str] | None:
@@ -191,7 +191,7 @@ def why_not(run: RunDir, config: Config, setting: dict[str, Any], elsewhere: str
     if changed:
         return (f"{run.path} holds a run of other settings ({'; '.join(changed)})", "go on with those it was started with "
                 f"(only {changeable_keys(setting['stage'])} may change), choose another {elsewhere}")
-    if run.result_file.is_file() or published(run.checkpoints):
+    if run.result_file.is_file() or complete_steps(run.checkpoints):
         return None
     num_epochs = len(run.read_metrics())
     is_older = "checkpoint" not in run.read_config()  # of a version that made none

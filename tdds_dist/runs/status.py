@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from tdds_dist.errors import InputError
-from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.directory import RunDir, complete_steps
 from tdds_dist.runs.lock import holder_of
 from tdds_dist.text import duration
 
@@ -191,13 +191,11 @@ def _state(run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bo
 
 
 def _last_checkpoint(folder: Path, now: float) -> LastCheckpoint | None:
-    """Find the last checkpoint by the names of the folders, as `checkpoint.published` does, whose module loads torch."""
+    steps = complete_steps(folder)
+    if not steps:
+        return None
+    file = steps[max(steps)] / "checkpoint.json"
     try:
-        steps = {int(path.name[5:]): path for path in folder.iterdir()
-                 if path.name.startswith("step_") and path.name[5:].isdecimal()}
-        if not steps:
-            return None
-        file = steps[max(steps)] / "checkpoint.json"
         record = _json(file).get("record")
         epoch = _whole(record, "epoch") if isinstance(record, dict) else None
         return LastCheckpoint(max(steps), epoch, max(0.0, now - file.stat().st_mtime))

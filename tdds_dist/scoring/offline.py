@@ -21,9 +21,8 @@ from tdds_dist.data.manifest import check_labels, read_manifest
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, load_scores, save_scores
 from tdds_dist.runs.directory import RunDir, move_aside
-from tdds_dist.scoring import baselines
+from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.official_outputs import Dynamics, is_dynamics
-from tdds_dist.scoring.quarantine import set_lowest
 from tdds_dist.scoring.tdds import score_trajectory
 from tdds_dist.scoring.trajectory import Trajectory
 from tdds_dist.text import command
@@ -214,7 +213,7 @@ class _Origin:
 
     def quarantine(self, score_N: np.ndarray) -> np.ndarray:
         """Return the scores, those of quarantined samples set to the lowest of the others."""
-        return set_lowest(score_N, self.settings.get("quarantined", ()))
+        return quarantine.set_lowest(score_N, quarantine.noted_in(self.settings))
 
     def save(self, folder_or_file: Path, key: str, score_N: np.ndarray, settings: dict[str, Any],
              extra: dict[str, np.ndarray] | None = None) -> Path:
@@ -246,9 +245,7 @@ def _open(source: Path, beton: Path | None) -> _Origin:
         raise InputError(f"{trajectory.directory} holds {trajectory.num_epochs} of the {epochs} epochs of this run, which gave "
                          "it up (score.trajectory=false); its live scores are whole, others need another collection")
     label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
-    settings: dict[str, Any] = {"epochs": trajectory.num_epochs}
-    if quarantined := list(trajectory.quarantined):
-        settings["quarantined"] = quarantined
+    settings: dict[str, Any] = {"epochs": trajectory.num_epochs} | quarantine.noted(trajectory.quarantined)
     if not is_run:
         return _Origin(trajectory, None, label_N, found, source, settings)
     config = parse_config(run.read_config(), str(run.config_file))

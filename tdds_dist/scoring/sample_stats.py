@@ -34,12 +34,6 @@ def log_probabilities(logits_BC: Tensor) -> Tensor:
     return logp_BC.sub_(logp_BC.exp().sum(dim=1, keepdim=True).log_()).clamp_min_(LOGP_FLOOR)
 
 
-def loss_difference_official(previous_logp_BC: Tensor, logp_BC: Tensor) -> Tensor:
-    """Compute the loss difference as the authors' code does: absolute value per class, epsilon in both logs; float32 [B]."""
-    p_BC = logp_BC.exp()
-    return _official(previous_logp_BC.exp(), p_BC, torch.empty_like(p_BC))
-
-
 def _official(previous_p_BC: Tensor, p_BC: Tensor, work_BC: Tensor) -> Tensor:
     """Compute the official loss difference, overwriting `previous_p_BC` and `work_BC`; one log of the ratio replaces two logs.
     """

@@ -27,7 +27,7 @@ from tdds_dist.scoring.quarantine import set_lowest
 from tdds_dist.scoring.sample_stats import SCALARS
 from tdds_dist.scoring.shard import BITS, Arrived, DenseRows, Shard, pack, update
 from tdds_dist.scoring.tdds import average_windows, window_variability
-from tdds_dist.scoring.trajectory import TrajectoryWriter, require_no_trajectory, resume_trajectory
+from tdds_dist.scoring.trajectory import TrajectoryWriter, require_no_trajectory
 
 _NOT_QUARANTINED = -1
 WAITING_NUMBERS = 1 << 15  # logits that are worth the calls of an update; fewer wait for those of the next steps
@@ -123,15 +123,13 @@ class ShardedScorer:
         self._allocate()
         self._trajectory = None
         self._clears_trajectory = resume
-        self._trajectory_dtype = str(trajectory_dtype).removeprefix("torch.")
-        self._directory = None if trajectory is None else Path(trajectory)
         if trajectory is not None:
             with collectives.together(self.world):
                 if self.world.is_main and not resume:
                     require_no_trajectory(Path(trajectory))
             self._trajectory = TrajectoryWriter(
                 trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main,
-                dtype=self._trajectory_dtype,
+                dtype=str(trajectory_dtype).removeprefix("torch."),
                 scored={"preset": preset, "windows": [asdict(window) for window in self.windows]})
 
     def _allocate(self) -> None:
@@ -293,9 +291,8 @@ class ShardedScorer:
                                 "epoch and give rows that merely fill a batch the index -1", shared=True)
         self._quarantine()
         if self._trajectory is not None:
-            labels_sha256 = None
             if self.epoch == 0:
-                labels_sha256 = fingerprint(self.gather_labels().numpy(), self.num_classes).labels_sha256
+                labels_sha256 = self._labels_sha256()
             if self._clears_trajectory:
                 self._rewind_trajectory(None)
             with collectives.together(self.world):
@@ -373,6 +370,9 @@ class ShardedScorer:
         rows = self._end - self._first
         return collectives.all_gather_shards(self._shard.label_M[:rows], self.num_samples, self.world).cpu()
 
+    def _labels_sha256(self) -> str:
+        return fingerprint(self.gather_labels().numpy(), self.num_classes).labels_sha256
+
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -435,19 +435,17 @@ class ShardedScorer:
                 into.copy_(out_of)
         self.epoch, self.step = state["position"].tolist()
         self._counts = self._by_owner_SB = None
-        if self._directory is None:
+        if self._trajectory is None:
             return
-        label_N = self.gather_labels().numpy()
-        self._rewind_trajectory(fingerprint(label_N, self.num_classes).labels_sha256 if self.epoch > 0 else None)
+        self._rewind_trajectory(self._labels_sha256() if self.epoch > 0 else None)
 
     def _rewind_trajectory(self, labels_sha256: str | None) -> None:
         """Remove the epochs from this one on."""
-        assert self._directory is not None
+        assert self._trajectory is not None
         self._clears_trajectory = False
         with collectives.together(self.world):
             if self.world.is_main:
-                resume_trajectory(self._directory, SCALARS, self.num_samples, self.num_classes, labels_sha256, self.epoch,
-                                  dtype=self._trajectory_dtype)
+                self._trajectory.resume(self.epoch, labels_sha256)
 
     def state_bytes(self) -> int:
         """Return the bytes of per-sample state on this rank's device."""

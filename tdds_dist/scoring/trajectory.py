@@ -26,11 +26,12 @@ import numpy as np
 
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint, fingerprint, write_atomically
+from tdds_dist.scoring import quarantine
 
 FORMAT = "tdds-trajectory-1"
-QUARANTINE_FORMAT = "tdds-quarantine-1"
 DTYPES = ("float32", "float16")
 _LARGEST_FLOAT16 = 65504.0
+_OF_ONE_RUN = ("scalars", "num_samples", "num_classes", "dtype")  # what may not change when a run goes on
 _LABELS = "labels"  # their folder, and what their blocks have in the place of an epoch
 _BLOCK = re.compile(r"(\d{10})-(\d{10})\.npy")
 _SIDECAR = re.compile(r"(\d{10})-(\d{10})\.json")
@@ -63,47 +64,6 @@ def whole_epochs(directory: Path | str) -> tuple[int, str]:
     return len(_epochs(directory)), ""
 
 
-def resume_trajectory(directory: Path | str, scalars: tuple[str, ...], num_samples: int, num_classes: int,
-                      labels_sha256: str | None, next_epoch: int, *, dtype: str = "float32") -> None:
-    """Make an existing trajectory ready for writers that append epoch `next_epoch` and later ones.
-
-    The other arguments describe the run that goes on. Its writers may have other shards than those before; they write
-    no labels. Epochs 0 .. next_epoch - 1 must be whole (`whole_epochs`) and stay; later ones were not finished, or their
-    training is lost, and are removed, and samples that were quarantined in them are free again. For `next_epoch` 0
-    labels, meta.json and quarantine.json are removed too, as they are written again with epoch 0. What a killed writer
-    left half-written is removed everywhere. Nothing is removed unless all checks pass.
-
-    Protocol: one rank calls it, and the others wait before they append.
-
-    Args:
-        labels_sha256: of `artifacts.fingerprint`; None when the labels are not known.
-
-    Raises:
-        InputError: the trajectory is of another dataset, other scalars or another dtype, or not whole up to there.
-    """
-    assert next_epoch >= 0, next_epoch
-    directory = Path(directory)
-    if next_epoch > 0 or (directory / "meta.json").exists():
-        trajectory = Trajectory(directory, next_epoch)
-        trajectory.require(scalars, num_samples, num_classes, dtype)
-        if next_epoch > 0:
-            quarantined = trajectory.quarantined
-            found = trajectory.verify().labels_sha256
-            if labels_sha256 and found != labels_sha256:
-                raise InputError(f"{directory} holds labels of another dataset; they hash to {found[:12]}, those of this run "
-                                 f"to {labels_sha256[:12]}; resume with the .beton it was recorded from")
-    for epoch, folder in reversed(_epochs(directory)):  # the last first: no gap when this is interrupted
-        if epoch >= next_epoch:
-            shutil.rmtree(folder)
-    for path in [path for path in directory.rglob(".*.tmp") if _LEFTOVER.fullmatch(path.name)]:
-        path.unlink()
-    if next_epoch == 0:
-        for path in [*_label_files(directory), directory / "quarantine.json", directory / "meta.json"]:
-            path.unlink(missing_ok=True)
-    elif any(epoch >= next_epoch for epoch in quarantined.values()):
-        _write_quarantine(directory, {index: epoch for index, epoch in quarantined.items() if epoch < next_epoch})
-
-
 class TrajectoryWriter:
     """Appends the blocks of one rank. All ranks may create it; they write different files.
 
@@ -123,18 +83,59 @@ class TrajectoryWriter:
         self._first, self._end = first, end
         self._rows = end - first
         self._dtype = dtype
-        self._meta = {"format": FORMAT, "scalars": list(scalars), "num_samples": num_samples, "num_classes": num_classes,
+        self._meta = {"format": FORMAT, "scalars": scalars, "num_samples": num_samples, "num_classes": num_classes,
                       "dtype": dtype, "checksums": True} | ({} if scored is None else {"scored": scored})
         self._is_main = is_main  # nothing is written before the first epoch ends
 
-    def write_labels(self, label_M: np.ndarray, labels_sha256: str | None = None) -> None:
+    def resume(self, next_epoch: int, labels_sha256: str | None) -> None:
+        """Make what an earlier start wrote ready for `append` of epoch `next_epoch` and later ones.
+
+        Epochs 0 .. next_epoch - 1 must be whole (`whole_epochs`) and stay; later ones were not finished, or their training is
+        lost, and are removed, and samples that were quarantined in them are free again. For `next_epoch` 0 labels, meta.json
+        and quarantine.json are removed too, as they are written again with epoch 0. What a killed writer left half-written is
+        removed everywhere. Nothing is removed unless all checks pass.
+
+        Protocol: one rank calls it, and the others wait before they append; shards may be others than before.
+
+        Args:
+            labels_sha256: of `artifacts.fingerprint`; None when the labels are not known.
+
+        Raises:
+            InputError: the trajectory is of another dataset, other scalars or another dtype, or not whole up to there.
+        """
+        assert next_epoch >= 0, next_epoch
+        directory = self._directory
+        if next_epoch > 0 or (directory / "meta.json").exists():
+            before = Trajectory(directory, next_epoch)
+            differs = [f"{name} {have!r} instead of {self._meta[name]!r}" for name in _OF_ONE_RUN
+                       if (have := getattr(before, name)) != self._meta[name]]
+            if differs:
+                raise InputError(f"{directory} holds the trajectory of another run ({'; '.join(differs)}); resume with the "
+                                 "dataset and config it was recorded with")
+            if next_epoch > 0:
+                quarantined = before.quarantined
+                found = before.verify().labels_sha256
+                if labels_sha256 and found != labels_sha256:
+                    raise InputError(f"{directory} holds labels of another dataset; they hash to {found[:12]}, those of this "
+                                     f"run to {labels_sha256[:12]}; resume with the .beton it was recorded from")
+        for epoch, folder in reversed(_epochs(directory)):  # the last first: no gap when this is interrupted
+            if epoch >= next_epoch:
+                shutil.rmtree(folder)
+        for path in [path for path in directory.rglob(".*.tmp") if _LEFTOVER.fullmatch(path.name)]:
+            path.unlink()
+        if next_epoch == 0:
+            for path in [*_label_files(directory), directory / quarantine.FILE, directory / "meta.json"]:
+                path.unlink(missing_ok=True)
+        elif any(epoch >= next_epoch for epoch in quarantined.values()):
+            quarantine.write(directory, {index: epoch for index, epoch in quarantined.items() if epoch < next_epoch})
+
+    def write_labels(self, label_M: np.ndarray, labels_sha256: str) -> None:
         """Write the labels of the owned samples, int64 [M]; once per run, before the first `append`. Rank 0 adds meta.json.
 
         `labels_sha256` is that of `artifacts.fingerprint` over all N labels; readers compare what they find with it.
         """
         if self._is_main:
-            meta = self._meta if labels_sha256 is None else self._meta | {"labels_sha256": labels_sha256}
-            text = json.dumps(meta, indent=2)
+            text = json.dumps(self._meta | {"labels_sha256": labels_sha256}, indent=2)
             write_atomically(self._directory / "meta.json", lambda file: file.write(text.encode()))
         self._write(_LABELS, label_M.astype(np.int64))
 
@@ -154,7 +155,7 @@ class TrajectoryWriter:
         """
         assert self._is_main
         assert all(0 <= index < self._num_samples and epoch >= 0 for index, epoch in epoch_of_index.items())
-        _write_quarantine(self._directory, epoch_of_index)
+        quarantine.write(self._directory, epoch_of_index)
 
     def _write(self, place: int | str, array: np.ndarray) -> None:
         if not self._rows:  # an empty shard has no block
@@ -179,9 +180,8 @@ class Trajectory:
         self.scalars: tuple[str, ...] = tuple(meta["scalars"])
         self.num_samples: int = meta["num_samples"]
         self.num_classes: int = meta["num_classes"]
-        self.dtype: str = meta.get("dtype", "float32")
-        self._labels_sha256: str | None = meta.get("labels_sha256")  # None: written by an earlier version
-        self._has_checksums: bool = meta.get("checksums", False)  # as above
+        self.dtype: str = meta["dtype"]
+        self._labels_sha256: str = meta["labels_sha256"]
         self.scored: dict[str, Any] | None = meta.get("scored")  # {"preset", "windows": [{T, K, beta}]}
         epochs = [epoch for epoch, _ in _epochs(self.directory) if num_epochs is None or epoch < num_epochs]
         if epochs != list(range(len(epochs) if num_epochs is None else num_epochs)):
@@ -211,7 +211,7 @@ class Trajectory:
         for first, end, block_RM in self._read_blocks(_LABELS, (0,)):
             label_N[first:end] = block_RM[0]
         found = fingerprint(label_N, self.num_classes).labels_sha256
-        if self._labels_sha256 is not None and found != self._labels_sha256:
+        if found != self._labels_sha256:
             raise InputError(f"{self.directory} holds labels of another dataset; they hash to {found[:12]}, meta.json says "
                              f"{self._labels_sha256[:12]}; restore labels/ and meta.json of one run or collect again")
         return label_N
@@ -234,34 +234,8 @@ class Trajectory:
 
     @property
     def quarantined(self) -> dict[int, int]:
-        """Return the samples that scores leave out: global index -> first epoch in which its logits were not finite, by index.
-
-        InputError when quarantine.json is damaged.
-        """
-        path = self.directory / "quarantine.json"
-        if not path.exists():
-            return {}
-        try:
-            content = json.loads(path.read_bytes())
-            if content["format"] != QUARANTINE_FORMAT:
-                raise ValueError(f"format {content['format']!r} instead of {QUARANTINE_FORMAT!r}")
-            found = {int(index): epoch for index, epoch in content["samples"].items()}
-            if any(type(epoch) is not int or epoch < 0 for epoch in found.values()):
-                raise ValueError("epochs must be integers from 0 on")
-            if outside := [index for index in found if not 0 <= index < self.num_samples]:
-                raise ValueError(f"sample {outside[0]} is not in [0, {self.num_samples})")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # not text, not JSON, not of this form
-            raise InputError(f"{path} is damaged ({error!r}); restore it or collect again") from error
-        return dict(sorted(found.items()))
-
-    def require(self, scalars: tuple[str, ...], num_samples: int, num_classes: int, dtype: str) -> None:
-        """Raise InputError unless this is what meta.json says."""
-        differs = [f"{name} {have!r} instead of {need!r}" for name, have, need in (
-            ("scalars", self.scalars, scalars), ("num_samples", self.num_samples, num_samples),
-            ("num_classes", self.num_classes, num_classes), ("dtype", self.dtype, dtype)) if have != need]
-        if differs:
-            raise InputError(f"{self.directory} holds the trajectory of another run ({'; '.join(differs)}); resume with the "
-                             "dataset and config it was recorded with")
+        """Return the quarantined samples, as `quarantine.read` does."""
+        return quarantine.read(self.directory, self.num_samples)
 
     def _read_meta(self) -> dict[str, Any]:
         path = self.directory / "meta.json"
@@ -272,17 +246,17 @@ class Trajectory:
             meta = json.loads(path.read_text())
             found = meta["format"]
             if found == FORMAT:
-                sizes = (meta["num_samples"], meta["num_classes"])
-                if not isinstance(meta.get("checksums", False), bool):
-                    raise TypeError("checksums must be true, false or absent")
+                sizes, texts = (meta["num_samples"], meta["num_classes"]), (meta["dtype"], meta["labels_sha256"])
                 if not isinstance(meta["scalars"], list) or not all(isinstance(size, int) and size > 0 for size in sizes):
                     raise TypeError("scalars must be a list, num_samples and num_classes positive integers")
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError("dtype and labels_sha256 must be text")
         except (OSError, ValueError, TypeError, KeyError) as error:  # not readable, not text, not JSON, not these keys
             raise InputError(f"{path} is damaged ({error!r}); restore it or collect again") from error
         if found != FORMAT:
             raise InputError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
-        if (dtype := meta.get("dtype", "float32")) not in DTYPES:
-            raise InputError(f"{path} has dtype {dtype!r}, this version reads {', '.join(DTYPES)}")
+        if meta["dtype"] not in DTYPES:
+            raise InputError(f"{path} has dtype {meta['dtype']!r}, this version reads {', '.join(DTYPES)}")
         return meta
 
     def _read_blocks(self, place: int | str, rows: Sequence[int]) -> Iterator[tuple[int, int, list[np.ndarray]]]:
@@ -291,13 +265,12 @@ class Trajectory:
         shape, dtype = ((), np.dtype(np.int64)) if place == _LABELS else ((len(self.scalars),), np.dtype(self.dtype))
         for first, end, path in self._blocks(self.directory / _folder_name(place)):
             block_FM = np.atleast_2d(self._load(path, (*shape, end - first), dtype))
-            if self._has_checksums:
-                crc32_F = self._read_sidecar(path, place, first, end, len(block_FM))
-                for row in rows:
-                    if (found := _crc32(block_FM[row])) != crc32_F[row]:
-                        name = "" if place == _LABELS else f" of {self.scalars[row]}"
-                        raise InputError(f"{path} is damaged (CRC-32{name} is {found:08x}, {path.stem}.json says "
-                                         f"{crc32_F[row]:08x}); restore it or collect again")
+            crc32_F = self._read_sidecar(path, place, first, end, len(block_FM))
+            for row in rows:
+                if (found := _crc32(block_FM[row])) != crc32_F[row]:
+                    name = "" if place == _LABELS else f" of {self.scalars[row]}"
+                    raise InputError(f"{path} is damaged (CRC-32{name} is {found:08x}, {path.stem}.json says "
+                                     f"{crc32_F[row]:08x}); restore it or collect again")
             yield first, end, [block_FM[row] for row in rows]
 
     def _read_sidecar(self, path: Path, place: int | str, first: int, end: int, num_rows: int) -> list[int]:
@@ -342,7 +315,7 @@ class Trajectory:
         if array.shape != shape or array.dtype != dtype:
             raise InputError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {shape}; "
                              "restore it or collect again")
-        if self._has_checksums and (found := path.stat().st_size) != (expected := array.offset + array.nbytes):
+        if (found := path.stat().st_size) != (expected := array.offset + array.nbytes):
             raise InputError(f"{path} is damaged ({found} bytes instead of {expected}); restore it or collect again")
         return array
 
@@ -361,7 +334,7 @@ def _label_files(directory: Path) -> list[Path]:
 
 def _holds_nothing(directory: Path) -> bool:
     """Say whether there is no part of a trajectory."""
-    files = (directory / "meta.json", directory / "quarantine.json")
+    files = (directory / "meta.json", directory / quarantine.FILE)
     return not any(path.exists() for path in files) and not _epochs(directory) and not _label_files(directory)
 
 
@@ -371,13 +344,3 @@ def _folder_name(place: int | str) -> str:
 
 def _crc32(row_M: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(row_M).data)
-
-
-def _write_quarantine(directory: Path, epoch_of_index: dict[int, int]) -> None:
-    path = directory / "quarantine.json"
-    if not epoch_of_index:
-        path.unlink(missing_ok=True)
-        return
-    samples = {str(int(index)): int(epoch) for index, epoch in sorted(epoch_of_index.items())}
-    text = json.dumps({"format": QUARANTINE_FORMAT, "samples": samples})
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -4,6 +4,7 @@
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, Be
     for info, manifest in zip(files, manifests, strict=True):
         check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
         if decode_some:
-            quick_check(info.path, info, manifest)
+            quick_check(info, manifest)
     return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)
 
 
@@ -89,6 +90,12 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, **kind)
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, **kind)
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context of a forward pass: `train.amp` on CUDA, float32 elsewhere."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp]
+    return nullcontext() if dtype is None or device.type != "cuda" else torch.autocast("cuda", dtype=dtype)
 
 
 def build_mix(config: Config) -> Any:
@@ -116,6 +123,7 @@ def set_deterministic(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # would only cost
     torch.backends.cudnn.benchmark = not wanted  # tries algorithms and takes the fastest, which may differ from run to run
+
 
 _FIRST_CONVOLUTION = {"resnet": "conv1", "shufflenet": "conv1.0", "mobilenet": "features.0.0"}
 

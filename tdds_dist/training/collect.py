@@ -6,53 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tdds_dist.config.run import Config
 from tdds_dist.config.scores import differences_per_window, window_settings
 from tdds_dist.console import HEADING, log
-from tdds_dist.data.beton import BetonInfo, content_of
+from tdds_dist.data.beton import content_of
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Interruption
-from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.distributed.world import World
 from tdds_dist.runs.artifacts import Fingerprint, Scores, save_scores
 from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.entry import Start, entered
+from tdds_dist.scoring import quarantine
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.trajectory import whole_epochs
+from tdds_dist.text import size_text
 from tdds_dist.training.build import open_files, preflight
 from tdds_dist.training.engine import fit
-from tdds_dist.training.final_pass import run_model, write_scores
+from tdds_dist.training.final_pass import score_weights
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import per_rank_batch
-
-
-class Scoring:
-    """Feeds a scorer from the training loop, and ends training early when asked to."""
-
-    def __init__(self, scorer: ShardedScorer, stop_after_last_window: bool):
-        self._scorer, self._stop = scorer, stop_after_last_window
-
-    def begin_epoch(self, order: EpochOrder, first_step: int) -> None:
-        self._scorer.expect(order, first_step)
-
-    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
-        self._scorer.record(index_B, logits_BC, label_B)
-
-    def check(self) -> None:
-        self._scorer.check()
-
-    def end_epoch(self) -> bool:
-        self._scorer.end_epoch()
-        return self._stop and self._scorer.is_complete
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._scorer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._scorer.load_state_dict(state)
 
 
 def _warn(config: Config, num_samples: int) -> None:
@@ -96,6 +70,15 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
         return _collect(job, fingerprint, start)
 
 
+def observed(job: Job, scorer: ShardedScorer) -> Job:
+    """Return the job with a scorer as its observer, as the config asks for it."""
+    config = job.config
+    stops_early = config.collect.stop_after == "last_window"
+    return replace(job, observer=scorer, clean_view=config.score.view == "clean",
+                   tolerates_nonfinite=config.score.on_nan == "quarantine",
+                   stops_after=max(window.T for window in config.windows()) if stops_early else None)
+
+
 def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     """Train and score, with the run directory locked."""
     config, world, run, train_file = job.config, job.world, job.run, job.train_file
@@ -108,50 +91,39 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     if world.is_main:
         log.info(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
                  f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
-                 f"scorer state {scorer.state_bytes() / 2**20:.1f} MiB per rank", extra=HEADING)
+                 f"scorer state {size_text(scorer.state_bytes())} per rank", extra=HEADING)
         _warn(config, train_file.num_samples)
-    stops_early = config.collect.stop_after == "last_window"
-    result = fit(replace(job, observer=Scoring(scorer, stops_early),
-                         stops_after=max(window.T for window in config.windows()) if stops_early else None))
+    result = fit(observed(job, scorer))
 
     score_of_window = scorer.gather()
     label_N = scorer.gather_labels().numpy()
-    quarantined = sorted(scorer.quarantined())
+    quarantined = scorer.quarantined()
+    result |= quarantine.noted(quarantined)
     paths = [run.scores / f"{window.key(config.score.preset)}.npz" for window in score_of_window]
     with together(world):
         if world.is_main:
             start.guard()
-            if quarantined:
-                log.warning(f"{len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest: global "
-                            f"indices {quarantined[:20]}{' ...' if len(quarantined) > 20 else ''}")
+            for warning in quarantine.warning(quarantined):
+                log.warning(warning)
             for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
                 settings = window_settings(window, config.score.preset) | {
                     "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
-                settings |= {"quarantined": quarantined} if quarantined else {}
+                settings |= quarantine.noted(quarantined)
                 save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
     del scorer  # its table is large, and the final pass needs the device
     if config.score.final_pass:
         start.pulse.beat("scoring")
-        paths += _final_scores(config, world, run, train_file, fingerprint, result, quarantined)
+        if result["epochs"] < result["epochs_planned"]:
+            log.info(f"entropy and moderate are those of the model after {result['epochs']} of "
+                     f"{result['epochs_planned']} epochs")
+        paths += score_weights(config, world, run, train_file, fingerprint, result)
     start.checkpoints.finish()
     with together(world):
         if world.is_main:
             start.guard()
-            run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result}
-                             | ({"quarantined": quarantined} if quarantined else {}))
+            run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result})
             start.checkpoints.remove_all()
     return paths
-
-
-def _final_scores(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
-                  result: dict[str, Any], quarantined: list[int]) -> list[Path]:
-    """Compute entropy and Moderate of the weights that training ended with."""
-    if result["epochs"] < result["epochs_planned"]:
-        log.info(f"entropy and moderate are those of the model after {result['epochs']} of {result['epochs_planned']} epochs")
-    settings = {"source": "final_pass", "view": "evaluation", "epochs": result["epochs"], "seed": config.run.seed,
-                "world_size": world.world_size}
-    values = run_model(config, world, train_file, run)
-    return write_scores(run, world, values, train_file, found, settings, quarantined)
 
 
 def _lacks(run: RunDir, found: Checkpoint) -> str:

@@ -10,6 +10,7 @@ statistics are those of one rank's rows, padding included). Device totals are re
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -28,10 +29,10 @@ from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.training import metrics
 from tdds_dist.training import state as snapshot
-from tdds_dist.training.build import InputStage, build_mix, build_model, build_optimizer, set_deterministic
+from tdds_dist.training.build import InputStage, autocast, build_mix, build_model, build_optimizer, set_deterministic
 from tdds_dist.training.feed import Feed, Pass
-from tdds_dist.training.job import Job, Nobody
-from tdds_dist.training.schedule import learning_rate, per_rank_batch, training_size, training_sizes
+from tdds_dist.training.job import Job, Observer
+from tdds_dist.training.schedule import learning_rate, training_size, training_sizes
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -57,12 +58,12 @@ def fit(job: Job) -> dict[str, Any]:
 
 
 class Trainer:
-    """Model, optimizer and loaders of a job, and its state between two steps."""
+    """Model, optimizer and loaders of a job, and its state between two steps. `feed`: where batches come from."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, feed: Feed | None = None):
         config, world = job.config, job.world
         self.job = job
-        self.rows = per_rank_batch(job.global_batch_size, world.world_size, config.train.accumulation)
+        self.rows = job.rows
         self.micro_batch = self.rows * world.world_size
         self.steps_per_epoch = math.ceil(job.num_samples / job.global_batch_size)
         self.step = 0  # optimizer steps done
@@ -71,6 +72,7 @@ class Trainer:
         self.totals_3 = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, images of this epoch
         self._all_rows = torch.tensor(self.rows, device=world.device)
         self.rows_S: list[int] = []  # real ones of each forward pass of this epoch, over all ranks
+        self.observer_seconds = 0.0  # host time that the observer took of this epoch
         self.history: dict[str, Any] = {"record": {}, "best": {}, "epoch_seconds": [], "wall_seconds": [], "resumes": 0,
                                         "train_seconds": 0.0, "partial": [0.0, 0.0]}
         self.last_save = self.started = time.perf_counter()
@@ -88,11 +90,12 @@ class Trainer:
         torch.manual_seed(self._rank_seed())
         self.optimizer = build_optimizer(model, config)
         self.mix = build_mix(config)
-        on_gpu = world.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=on_gpu and config.train.amp == "fp16")
-        self.amp_dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp] if on_gpu else None
-        self.feed = Feed(job, self.rows)
-        self.train_loader, self.val_loader = self.feed.train_loader, self.feed.val_loader
+        needs_scaling = world.device.type == "cuda" and config.train.amp == "fp16"
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=needs_scaling)
+        self.importance_N = None
+        if job.importance == "sample":
+            self.importance_N = torch.from_numpy(job.importance_N).to(world.device)
+        self.feed = feed or Feed(job)
         self.follows: Pass | None = None  # what is read after the pass that is under way
         self.tensorboard = metrics.TensorBoard(job.run.tensorboard)
         self.group = collectives.control_group(config.run.timeout_seconds)
@@ -100,9 +103,8 @@ class Trainer:
         self._settle()
         if job.resume is not None:
             self._resume(job.resume)
-        self.quarantines = config.score.on_nan == "quarantine" and self._observed()
-        self.good_buffers = [buffer.clone() for buffer in model.buffers()] if self.quarantines else []
-        self.screen = metrics.Screen(job.epochs, job.num_samples, job.stops_after or job.epochs, world.is_main,
+        self.good_buffers = [buffer.clone() for buffer in model.buffers()] if job.tolerates_nonfinite else []
+        self.screen = metrics.Screen(job.epochs, job.num_samples, job.epochs_run, world.is_main,
                                      done=self.epoch * job.num_samples + self.micro * self.micro_batch)
 
     def _settle(self) -> None:
@@ -127,20 +129,18 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train all epochs that are left; return the result."""
         job, history = self.job, self.history
-        stop = bool(history.get("stopped"))
-        while self.epoch < job.epochs and not stop:
+        while self.epoch < job.epochs_run:
             epoch_started = time.perf_counter()
-            next_epoch: Pass | None = ("train", self.epoch + 1) if self.epoch + 1 < job.epochs else None
-            is_evaluated = next_epoch is None or (self.epoch + 1) % job.config.train.eval_every == 0
+            is_last = self.epoch + 1 == job.epochs_run
+            next_epoch: Pass | None = None if is_last else ("train", self.epoch + 1)
+            is_evaluated = is_last or (self.epoch + 1) % job.config.train.eval_every == 0
             self.follows = ("val", self.epoch) if is_evaluated else next_epoch
             record = self.train_epoch()
             self._check_guard()
-            scoring = time.perf_counter()
-            stop = job.observer.end_epoch()
-            record["scoring_share"] = (record.pop("record_seconds") + time.perf_counter() - scoring) / record["epoch_seconds"]
-            is_last = stop or next_epoch is None
-            if is_last or is_evaluated:
-                self.follows = None if is_last else next_epoch
+            self._observe(lambda observer: observer.end_epoch())
+            record[metrics.OBSERVER_SHARE] = self.observer_seconds / record["epoch_seconds"]
+            if is_evaluated:
+                self.follows = next_epoch
                 self.screen.evaluating()
                 record |= self.evaluate(self.epoch)
                 self.screen.evaluated(record["val_top1"])
@@ -150,8 +150,8 @@ class Trainer:
             history["record"] = record
             history["epoch_seconds"].append(record["epoch_seconds"])
             history["wall_seconds"].append(time.perf_counter() - epoch_started)
-            history["stopped"] = stop
-            remaining_seconds = self._epoch_seconds() * ((job.stops_after or job.epochs) - self.epoch - 1)
+            history["stopped"] = is_last
+            remaining_seconds = self._epoch_seconds() * (job.epochs_run - self.epoch - 1)
             with collectives.together(job.world):
                 if job.world.is_main:
                     job.run.append_metrics(record)
@@ -194,8 +194,8 @@ class Trainer:
         order, batches = self.feed.take(("train", epoch), self.micro)
         step_weight, self.rows_S = step_weights(job, order), order.num_real_S().tolist()
         self.model.train()
-        job.observer.begin_epoch(order, self.micro)
-        seconds_before, record_seconds = self.history["partial"]
+        seconds_before, self.observer_seconds = self.history["partial"]
+        self._observe(lambda observer: observer.expect(order, self.micro))
         if self.micro == 0:
             self.totals_3.zero_()
         lr = 0.0
@@ -207,14 +207,14 @@ class Trainer:
             is_last = self.micro + 1 == order.num_steps
             is_update = (self.micro + 1) % train.accumulation == 0 or is_last
             with nullcontext() if is_update else self.model.no_sync():
-                record_seconds += self._forward_backward(batch, step_weight[self.micro])
+                self._forward_backward(batch, step_weight[self.micro])
             self.screen.progress.advance(self.rows_S[self.micro])
             self.micro += 1
             if is_update:
                 lr = self._update()
                 if self.step % train.log_every == 0:
                     self._read_totals(epoch, started - seconds_before)
-                self.history["partial"] = [seconds_before + time.perf_counter() - started, record_seconds]
+                self.history["partial"] = [seconds_before + time.perf_counter() - started, self.observer_seconds]
                 if job.pulse is not None and job.pulse.is_due:
                     self._beat(self.micro / order.num_steps)
                 if not is_last:
@@ -228,7 +228,7 @@ class Trainer:
         return {
             "epoch": epoch, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1,
             "epoch_seconds": epoch_seconds, "images_per_second": job.num_samples / epoch_seconds,
-            "record_seconds": record_seconds, "memory_bytes": metrics.memory_bytes(job.world.device),
+            "memory_bytes": metrics.memory_bytes(job.world.device),
         }
 
     def _look_ahead(self, num_left: int) -> None:
@@ -237,31 +237,28 @@ class Trainer:
             self.feed.start(self.follows)
             self.follows = None
 
-    def _forward_backward(self, batch: Any, weight: float) -> float:
-        """Forward, record, backward; returns the host seconds that recording took (on CUDA: to launch it)."""
+    def _forward_backward(self, batch: Any, weight: float) -> None:
+        """Run forward, show the outputs to the observer, run backward."""
         job, train = self.job, self.job.config.train
         image, target = self.input_stage(batch.image), batch.label
-        started = time.perf_counter()
-        clean_logits_BC = self._clean_view(image) if job.config.score.view == "clean" and self._observed() else None
-        clean_seconds = time.perf_counter() - started
+        clean_BC = self._observe(lambda _: self._clean_view(image)) if job.clean_view else None
         if self.mix is not None:
             image, target = self.mix(image, batch.label)
         with self._autocast():
             logits_BC = self.model(image)
-        started = time.perf_counter()
-        job.observer.record(batch.index, logits_BC.detach() if clean_logits_BC is None else clean_logits_BC, batch.label)
-        record_seconds = clean_seconds + time.perf_counter() - started
+        shown_BC = logits_BC.detach() if clean_BC is None else clean_BC
+        self._observe(lambda observer: observer.record(batch.index, shown_BC, batch.label))
         # Only the last step of an epoch has padding; the others need no mask.
         real_B = None if self.rows_S[self.micro] == self.micro_batch else batch.index >= 0
-        if self.quarantines:
+        if job.tolerates_nonfinite:
             finite_B = torch.isfinite(logits_BC).all(dim=1)
             real_B, logits_BC = (batch.index >= 0) & finite_B, torch.where(finite_B[:, None], logits_BC, 0.0)
         loss_B = F.cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing)
         if real_B is not None:
             loss_B = loss_B * real_B
         loss = weighted = loss_B.sum()
-        if job.importance == "sample":
-            weighted = (loss_B * self._importance_N()[batch.index.clamp_min(0)]).sum()
+        if self.importance_N is not None:
+            weighted = (loss_B * self.importance_N[batch.index.clamp_min(0)]).sum()
         self.scaler.scale(weighted * weight).backward()
         with torch.no_grad():
             correct_B = logits_BC.argmax(dim=1) == batch.label
@@ -269,10 +266,15 @@ class Trainer:
             if real_B is not None:
                 correct_B, num_real = correct_B & real_B, real_B.sum()
             self.totals_3 += torch.stack([loss, correct_B.sum(), num_real])
-        return record_seconds
 
-    def _observed(self) -> bool:
-        return not isinstance(self.job.observer, Nobody)
+    def _observe(self, call: Callable[[Observer], Any]) -> Any:
+        """Return what the observer answers, and count the host seconds that it takes; None where there is no observer."""
+        if self.job.observer is None:
+            return None
+        started = time.perf_counter()
+        answer = call(self.job.observer)
+        self.observer_seconds += time.perf_counter() - started
+        return answer
 
     @torch.no_grad()
     def _clean_view(self, image: Tensor) -> Tensor:
@@ -284,11 +286,6 @@ class Trainer:
         module.train()
         return logits_BC
 
-    def _importance_N(self) -> Tensor:
-        if not hasattr(self, "_importance_cache"):
-            self._importance_cache = torch.from_numpy(self.job.importance_N).to(self.job.world.device)
-        return self._importance_cache
-
     def _update(self) -> float:
         """Make one optimizer step; return its learning rate."""
         train = self.job.config.train
@@ -296,7 +293,7 @@ class Trainer:
                            warmup_steps=round(train.warmup_epochs * self.steps_per_epoch))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.quarantines:
+        if self.job.tolerates_nonfinite:
             self._drop_nonfinite()
         if train.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -327,7 +324,7 @@ class Trainer:
         the device. Raises when the loss is not finite."""
         loss, correct, images = collectives.sum_over_ranks(self.totals_3.clone()).tolist()
         if not math.isfinite(loss):
-            self.job.observer.check()
+            self._observe(lambda observer: observer.check())
             raise InputError(f"epoch {epoch + 1}, up to step {self.step}: the training loss is not finite; lower train.lr="
                              f"{self.job.config.train.lr} or add train.warmup_epochs", shared=True)
         self.screen.figures(loss / images, 100.0 * correct / images, images / (time.perf_counter() - started))
@@ -336,7 +333,7 @@ class Trainer:
     # ---- how far we are
 
     def _progress(self) -> dict[str, int]:
-        epochs = self.job.stops_after or self.job.epochs
+        epochs = self.job.epochs_run
         return {"epoch": self.epoch, "epochs": epochs, "step": self.step, "steps": epochs * self.steps_per_epoch}
 
     def _epoch_seconds(self) -> float:
@@ -347,7 +344,7 @@ class Trainer:
         """Update status.json when this share of the epoch is done."""
         job, seconds = self.job, self.history["partial"][0]
         assert job.pulse is not None
-        epochs_left = (job.stops_after or job.epochs) - self.epoch - share
+        epochs_left = job.epochs_run - self.epoch - share
         job.pulse.beat("training", **self._progress(), images_per_second=share * job.num_samples / seconds,
                        eta_seconds=epochs_left * (self._epoch_seconds() or seconds / share))
 
@@ -408,8 +405,10 @@ class Trainer:
         self.epoch, self.step = record["epoch"], record["step"]
         self.micro = record["steps_of_epoch"] * config.train.accumulation
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
-        snapshot.restore(self.job.checkpoints, checkpoint, self.model, self.optimizer, self.job.observer, self.totals_3,
-                         self.job.world, self._rank_seed(self.step))
+        observed = self._observer_state()
+        snapshot.restore(self.job.checkpoints, checkpoint, self.model, self.optimizer, observed, self.totals_3, self.job.world,
+                         self._rank_seed(self.step))
+        self._observe(lambda observer: observer.load_state_dict(observed))
         if record["scaler"]:  # empty without loss scaling
             self.scaler.load_state_dict(record["scaler"])
 
@@ -425,9 +424,12 @@ class Trainer:
             "history": self.history | {"train_seconds": train_seconds}}
         best = self.job.run.models / "best.pt"
         files = {"best.pt": best} if self.job.world.is_main and best.is_file() else {}
-        tensors = snapshot.tensors_of(self.model, self.optimizer, self.job.observer, self.totals_3, self.job.world)
+        tensors = snapshot.tensors_of(self.model, self.optimizer, self._observer_state(), self.totals_3, self.job.world)
         self.job.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
         self.last_save = time.perf_counter()
+
+    def _observer_state(self) -> dict[str, Tensor]:
+        return self._observe(lambda observer: observer.state_dict()) or {}
 
     def _require_finite(self) -> None:
         """Raise InputError on every rank, rather than save weights from which every resume would fail."""
@@ -435,7 +437,7 @@ class Trainer:
         values = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
         is_finite = torch.isfinite(torch.stack(torch._foreach_norm(values))).all()
         if not collectives.min_over_ranks(is_finite.int()).item():
-            self.job.observer.check()
+            self._observe(lambda observer: observer.check())
             raise InputError(f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite, and are not saved; the "
                              f"checkpoint before is good. Lower train.lr={self.job.config.train.lr} in a new run, or add "
                              "train.warmup_epochs", shared=True)
@@ -470,11 +472,11 @@ class Trainer:
         collectives.release_group(self.group)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.amp_dtype is None else torch.autocast("cuda", dtype=self.amp_dtype)
+        return autocast(self.job.config, self.job.world.device)
 
 
 def step_weights(job: Job, order: EpochOrder) -> list[float]:
-    """Factor on the sum of losses of each forward pass: W / rows of its optimizer step, times the batch importance.
+    """Return the factor on the sum of losses of each forward pass: W / rows of its optimizer step, times the batch importance.
 
     DDP averages gradients over ranks, hence the W.
     """

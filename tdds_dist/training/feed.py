@@ -4,9 +4,10 @@ An epoch that is started keeps its first few batches ready until it is asked for
 begins with a wait for images. What is read does not depend on that: orders and sizes are functions of config and epoch.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
-from tdds_dist.data.loader import Batches, BetonLoader, default_workers
+from tdds_dist.data.loader import Batch, Batches, BetonLoader, default_workers
 from tdds_dist.distributed.partition import EpochOrder, epoch_order
 from tdds_dist.training.build import build_views
 from tdds_dist.training.job import Job
@@ -16,27 +17,34 @@ Pass = tuple[Literal["train", "val"], int]  # through the images of training or 
 
 
 class Feed:
-    """The loaders of a job on this rank, at `rows` images per rank and forward pass."""
+    """Give this rank the batches of a job."""
 
-    def __init__(self, job: Job, rows: int):
-        self.train_loader, self.val_loader = build_loaders(job, rows)
-        self._job, self._global_rows = job, rows * job.world.world_size
+    def __init__(self, job: Job):
+        data, world = job.config.data, job.world
+        workers = data.num_workers or default_workers(world.local_world_size)
+        files = {"train": job.train_file, "val": job.val_file}
+        self._loaders = {kind: BetonLoader(file, job.rows, view, device=world.device, num_workers=workers,
+                                           seed=job.config.run.seed)
+                         for (kind, file), view in zip(files.items(), build_views(job.config), strict=True)}
+        self._job, self._global_rows = job, job.rows * world.world_size
         self._started: dict[Pass, tuple[EpochOrder, Batches]] = {}
         self._taken: Batches | None = None
 
     def start(self, which: Pass) -> None:
         """Let decoding begin; `take` gives the batches."""
-        order = self._order(which)
+        order = self.order(which)
         self._started[which] = order, self._batches(which, order)
 
-    def take(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Batches]:
-        """Return the order of a whole pass, and its batches (from `first_step` on, of one that was not started). End the pass
-        that was taken before."""
+    def take(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Iterator[Batch]]:
+        """Return the order of a whole pass, and its batches (from `first_step` on, of one that was not started).
+
+        End the pass that was taken before.
+        """
         if self._taken is not None:
             self._taken.close()
         found = self._started.pop(which, None)
         if found is None:
-            order = self._order(which)
+            order = self.order(which)
             found = order, self._batches(which, order.from_step(first_step))
         self._taken = found[1]
         return found
@@ -48,7 +56,8 @@ class Feed:
                 batches.close()
         self._started, self._taken = {}, None
 
-    def _order(self, which: Pass) -> EpochOrder:
+    def order(self, which: Pass) -> EpochOrder:
+        """Return the order of a whole pass, all ranks together."""
         job, (kind, epoch) = self._job, which
         if kind == "val":
             return epoch_order(job.val_file.num_samples, self._global_rows, shuffle=False)
@@ -56,18 +65,5 @@ class Feed:
 
     def _batches(self, which: Pass, order: EpochOrder) -> Batches:
         job, (kind, epoch) = self._job, which
-        loader, size = self.val_loader, None
-        if kind == "train":
-            loader, size = self.train_loader, training_size(job.config, epoch, job.epochs)
-        return loader.batches(order, rank=job.world.rank, world_size=job.world.world_size, epoch=epoch, size=size)
-
-
-def build_loaders(job: Job, rows: int) -> tuple[BetonLoader, BetonLoader]:
-    """Training and evaluation loaders of this rank."""
-    data, world = job.config.data, job.world
-    workers = data.num_workers or default_workers(world.local_world_size)
-    train_view, eval_view = build_views(job.config)
-    seed = job.config.run.seed
-    return tuple(  # type: ignore[return-value]
-        BetonLoader(file.path, rows, view, device=world.device, num_workers=workers, seed=seed)
-        for file, view in ((job.train_file, train_view), (job.val_file, eval_view)))
+        size = training_size(job.config, epoch, job.epochs) if kind == "train" else None
+        return self._loaders[kind].batches(order, rank=job.world.rank, world_size=job.world.world_size, epoch=epoch, size=size)

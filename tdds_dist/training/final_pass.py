@@ -7,8 +7,7 @@ one rank: a batch's features travel to the owners of their classes, leave the de
 
 # B rows per rank and step, C classes, D features, M rows whose classes this rank keeps, N dataset, W world size
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint, Scores, require_same_dataset, save_scores
 from tdds_dist.runs.directory import RunDir, any_scores
-from tdds_dist.scoring import baselines
-from tdds_dist.scoring.quarantine import not_quarantined, set_lowest
+from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.sample_stats import log_probabilities
-from tdds_dist.training.build import InputStage, build_model, build_views, classifier_layer, open_files
+from tdds_dist.training.build import InputStage, autocast, build_model, build_views, classifier_layer, open_files
 
 
 def final_pass(directory: Path, world: World) -> list[Path]:
@@ -48,33 +46,37 @@ def final_pass(directory: Path, world: World) -> list[Path]:
         train_file, _, found = open_files(config)
         if any(run.scores.glob("*.npz")):
             require_same_dataset(found, any_scores(run.path).fingerprint, f"data.train={train_file.path}")
-        result = run.read_result() or {}
-        epochs = result.get("epochs") or len(run.read_metrics())
+        result = {"epochs": len(run.read_metrics())} | (run.read_result() or {})
+    return score_weights(config, world, run, train_file, found, result)
+
+
+def score_weights(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
+                  result: dict[str, Any]) -> list[Path]:
+    """Compute and save the scores by final weights of a run with this result (`epochs`, and who is in quarantine)."""
     values = run_model(config, world, train_file, run)
-    settings = {"source": "final_pass", "view": "evaluation", "epochs": epochs, "seed": config.run.seed,
+    settings = {"source": "final_pass", "view": "evaluation", "epochs": result["epochs"], "seed": config.run.seed,
                 "world_size": world.world_size}
-    return write_scores(run, world, values, train_file, found, settings, result.get("quarantined", ()))
+    return write_scores(run, world, values, train_file, found, settings, quarantine.noted_in(result))
 
 
 def write_scores(run: RunDir, world: World, values: dict[str, np.ndarray], train_file: BetonInfo, found: Fingerprint,
-                 settings: dict[str, Any], quarantined: Sequence[int] = ()) -> list[Path]:
+                 settings: dict[str, Any], quarantined: Collection[int] = ()) -> list[Path]:
     """Save what `run_model` gave, on the main rank; return the paths on every rank.
 
     `quarantined` samples may have values that are not finite; they get the lowest of the others.
     """
-    if quarantined:
-        settings = settings | {"quarantined": sorted(quarantined)}
+    settings = settings | quarantine.noted(quarantined)
     paths = [run.scores / f"{key}.npz" for key in values]
     with together(world):
         for key, score_N in values.items():
-            rest_n = not_quarantined(len(score_N), quarantined)
+            rest_n = quarantine.not_quarantined(len(score_N), quarantined)
             bad = rest_n[~np.isfinite(score_N[rest_n])]
             if len(bad):
                 raise InputError(f"{key} is not finite for {len(bad)} samples (global indices {bad[:8].tolist()}); the final "
                                  "weights are damaged or training diverged")
         if world.is_main:
             for path, (key, score_N) in zip(paths, values.items(), strict=True):
-                score_N = set_lowest(score_N, quarantined)
+                score_N = quarantine.set_lowest(score_N, quarantined)
                 save_scores(path, Scores(key, score_N, train_file.label_N, found, {"score": key} | settings))
     return paths
 
@@ -115,7 +117,7 @@ def run_model(config: Config, world: World, train_file: BetonInfo, run: RunDir) 
     input_stage = InputStage(config.data.mean, config.data.std, model_config.channels_last).to(world.device)
     rows = max(1, config.train.global_batch_size // (world.world_size * config.train.accumulation))  # any batch will do
     workers = config.data.num_workers or default_workers(world.local_world_size)
-    loader = BetonLoader(train_file.path, rows, build_views(config)[1], device=world.device, num_workers=workers)
+    loader = BetonLoader(train_file, rows, build_views(config)[1], device=world.device, num_workers=workers)
     order = epoch_order(train_file.num_samples, rows * world.world_size, shuffle=False)
     gatherer = _ByClass(train_file.label_N, world)
     sends_SW, receives_SW = routing_counts(order, world.rank, world.world_size, train_file.num_samples, gatherer.owner_N)
@@ -123,12 +125,10 @@ def run_model(config: Config, world: World, train_file: BetonInfo, run: RunDir) 
     caught: list[Tensor] = []
     layer = classifier_layer(model, num_classes)
     hook = layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])) if layer is not None else None
-    amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp]
-    autocast = amp is not None and world.device.type == "cuda"
     batches = loader.batches(order, rank=world.rank, world_size=world.world_size, epoch=0)
     with Progress("final pass", train_file.num_samples, "images", world.is_main) as progress:
         for step, batch in enumerate(batches):
-            with torch.autocast("cuda", dtype=amp) if autocast else nullcontext():
+            with autocast(config, world.device):
                 logp_BC = log_probabilities(model(input_stage(batch.image)))
             entropy_B = -(logp_BC.exp() * logp_BC).sum(dim=1)
             real_B = batch.index >= 0

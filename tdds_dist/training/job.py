@@ -3,7 +3,7 @@
 # B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples,
 # S forward passes of an epoch, W ranks
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,46 +18,29 @@ from tdds_dist.distributed.world import World
 from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.status import Pulse
+from tdds_dist.training.schedule import per_rank_batch
 
 
 class Observer(Protocol):
     """Sees the outputs of training. Every rank calls every method equally often."""
 
-    def begin_epoch(self, order: EpochOrder, first_step: int) -> None:
-        """An epoch of this order starts, at `first_step` when it is resumed."""
+    def expect(self, order: EpochOrder, first_step: int = 0) -> None:
+        """Start an epoch of this order, at `first_step` when it is resumed."""
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
-        """One forward pass; index -1 marks padding. Must not wait for the device."""
+        """Take the outputs of one forward pass; index -1 marks padding. Must not wait for the device."""
 
     def check(self) -> None:
         """Raise what is wrong with the values seen so far; may wait for the device."""
 
-    def end_epoch(self) -> bool:
-        """The epoch is over; True lets training stop here."""
+    def end_epoch(self) -> None:
+        """Close the epoch."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it, sharded or replicated. A collective; raises as `check` does."""
+        """Return what a checkpoint keeps of it, sharded or replicated. A collective; raises as `check` does."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
-
-
-class Nobody:
-    """The observer of a run that is not observed."""
-
-    def begin_epoch(self, order: EpochOrder, first_step: int) -> None: ...
-
-    def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None: ...
-
-    def check(self) -> None: ...
-
-    def end_epoch(self) -> bool:
-        return False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there. A collective."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +58,28 @@ class Job:
     val_file: BetonInfo
     epochs: int
     global_batch_size: int
-    observer: Observer = field(default_factory=Nobody)
+    observer: Observer | None = None
+    clean_view: bool = False  # the observer is shown outputs of the unmixed images in evaluation mode
+    tolerates_nonfinite: bool = False  # rows and steps that are not finite are left out of training
     subset_M: np.ndarray | None = None
     importance_N: np.ndarray | None = None
     importance: str = "none"
-    stops_after: int | None = None  # epochs after which the observer will end the run, for the time left
+    stops_after: int | None = None  # epochs after which to end, short of the schedule's `epochs`
     checkpoints: Checkpoints | None = None
     resume: Checkpoint | None = None
     interruption: Interruption = field(default_factory=Interruption)
     pulse: Pulse | None = None
     guard: Callable[[], None] = lambda: None  # asked on the main rank before an epoch's results are written; raises InputError
+
+    @property
+    def epochs_run(self) -> int:
+        """Return the number of epochs after which training ends."""
+        return self.stops_after or self.epochs
+
+    @property
+    def rows(self) -> int:
+        """Return the rows per rank and forward pass."""
+        return per_rank_batch(self.global_batch_size, self.world.world_size, self.config.train.accumulation)
 
     @property
     def num_samples(self) -> int:

@@ -14,6 +14,8 @@ from tdds_dist.console import Progress
 from tdds_dist.distributed import collectives
 from tdds_dist.text import duration
 
+OBSERVER_SHARE = "scoring_share"  # key of an epoch's record: the part of its seconds that the observer took
+
 
 class Accuracy:
     """Loss and top-1 and top-5 accuracy; summed on the device without a wait until `read`."""

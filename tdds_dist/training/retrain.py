@@ -15,7 +15,7 @@ from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Coreset, load_coreset, require_same_dataset
-from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.directory import RunDir, retrain_name
 from tdds_dist.runs.entry import entered
 from tdds_dist.training.build import open_files, preflight
 from tdds_dist.training.engine import fit
@@ -76,7 +76,7 @@ def resolve(config: Config, coreset: Coreset, coreset_file: Path, strategy: str,
     factor = batch_size_factor(rate, config.retrain.batch_size_rule)
     rows = per_rank_batch(config.train.global_batch_size, world_size, config.train.accumulation, factor)
     epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
-    name = _checked(name or _name(config, Path(coreset_file), strategy, importance))
+    name = _checked(name or retrain_name(Path(coreset_file), strategy, importance, config.run.seed))
     run = RunDir(RunDir(config.run.directory).retrain / name)
     setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
                "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings,
@@ -122,7 +122,3 @@ def _checked(name: str) -> str:
 def _sha256(coreset: Coreset) -> str:
     """Hash the parts of a coreset that decide a retraining."""
     return hashlib.sha256(coreset.index_M.tobytes() + coreset.importance_M.tobytes()).hexdigest()
-
-
-def _name(config: Config, coreset_file: Path, strategy: str, importance: str) -> str:
-    return f"{coreset_file.stem}_{strategy}_{importance}_seed{config.run.seed}"

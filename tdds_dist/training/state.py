@@ -5,7 +5,7 @@ of one rank alone. What is not a tensor goes into the checkpoint's record (`engi
 """
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,16 @@ from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints
 Replicas = nn.parallel.DistributedDataParallel
 
 
-class Stateful(Protocol):
-    """Something with a state of its own; both calls are collectives."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that share its memory."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from there."""
-
-
-def tensors_of(model: Replicas, optimizer: torch.optim.Optimizer, observer: Stateful, totals: Tensor,
+def tensors_of(model: Replicas, optimizer: torch.optim.Optimizer, observed: dict[str, Tensor], totals: Tensor,
                world: World) -> dict[str, Tensor]:
-    """Everything between two steps. `totals` are sums of this rank. A collective."""
+    """Return everything between two steps. `observed` is the observer's state, `totals` are sums of this rank."""
     tensors = {}
     for name, parameter in model.module.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"optimizer/{name}/{key}"] = value
-    tensors |= {f"observer/{name}": value for name, value in observer.state_dict().items()}
+    tensors |= {f"observer/{name}": value for name, value in observed.items()}
     return tensors | _of_rank(world.rank, model, totals, world)
 
 
@@ -49,8 +39,8 @@ def _of_rank(rank: int, model: Replicas, totals: Tensor, world: World) -> dict[s
 
 
 def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, optimizer: torch.optim.Optimizer,
-            observer: Stateful, totals: Tensor, world: World, new_seed: int) -> None:
-    """Put the state of a checkpoint in place, made on this number of ranks or another. A collective.
+            observed: dict[str, Tensor], totals: Tensor, world: World, new_seed: int) -> None:
+    """Put the state of a checkpoint in place, made on this number of ranks or another; also into `observed`. A collective.
 
     On another number of ranks everybody gets the mean of the batch-norm statistics (as at the end of an epoch), the main rank
     all sums, and every rank random numbers from its `new_seed`.
@@ -70,7 +60,6 @@ def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, o
             device = parameter.device if like.ndim or optimizer.defaults["fused"] else torch.device("cpu")
             shaped = parameter.detach() if like.shape == parameter.shape else like
             tensors[name] = optimizer.state[parameter][key] = torch.empty_like(shaped, dtype=like.dtype, device=device)
-    observed = observer.state_dict()
     tensors |= {f"observer/{name}": value for name, value in observed.items()}
     num_ranks = checkpoint.record["world_size"]
     same_ranks = num_ranks == world.world_size
@@ -79,7 +68,6 @@ def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, o
     for part in of_ranks:
         tensors |= part
     checkpoints.load(checkpoint, tensors)
-    observer.load_state_dict(observed)
     parts = [{name.partition("/")[2]: value for name, value in part.items()} for part in of_ranks]
     for name, buffer in model.module.named_buffers():
         buffer.copy_(_mean([part[f"buffer/{name}"] for part in parts]))

@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -14,7 +15,7 @@ from tdds_dist.cli.main import main
 from tdds_dist.data import check as check_module
 from tdds_dist.data import decode
 from tdds_dist.data.beton import ALLOCATION, HEADER, BetonInfo, inspect_beton
-from tdds_dist.data.check import check, jpeg_size, quick_check
+from tdds_dist.data.check import QUICK_IMAGES, check, jpeg_size, quick_check
 from tdds_dist.data.loader import BetonLoader, View
 from tdds_dist.data.manifest import manifest_path, read_manifest, write_manifest
 from tdds_dist.data.sources import open_source
@@ -36,6 +37,10 @@ def copy_of(betons, tmp_path):
         return inspect_beton(path)
 
     return copy
+
+
+def quick(path: Path, num: int = QUICK_IMAGES) -> None:
+    quick_check(inspect_beton(path), read_manifest(path), num)
 
 
 def faults(info: BetonInfo) -> dict[int, list[str]]:
@@ -77,7 +82,7 @@ def test_a_sound_file_is_said_to_be_sound(copy_of, name, with_manifest, capsys):
     crc = f"{num} with the CRC-32 of the manifest" if with_manifest else "no CRC-32 to compare with (no manifest)"
     assert line.endswith(f": {num} decoded, {crc}")
     assert "error" not in printed.err
-    quick_check(info.path)
+    quick(info.path)
 
 
 def test_images_of_many_sizes_and_both_modes_are_sound(tmp_path, monkeypatch):
@@ -100,9 +105,10 @@ def test_the_kernel_is_the_one_of_training(betons, monkeypatch):
         kernel(*arguments)
 
     monkeypatch.setattr(decode, "load_batch", spy)
-    for _ in BetonLoader(betons["big"], 61, View(16, "resized")).batches(epoch_order(61, 61), rank=0, world_size=1, epoch=0):
+    loader = BetonLoader(inspect_beton(betons["big"]), 61, View(16, "resized"))
+    for _ in loader.batches(epoch_order(61, 61), rank=0, world_size=1, epoch=0):
         pass
-    quick_check(betons["big"])
+    quick(betons["big"])
     assert len(signatures) == 2
     assert signatures[0] == signatures[1]
 
@@ -126,7 +132,7 @@ def test_a_damaged_jpeg_is_named(copy_of, damage, capsys):
     assert "1 of 61 images are damaged, at global indices [17] (1 by crc" in error
     assert "repair these images in the source" in error
     with pytest.raises(InputError, match=r"1 of 61 images are damaged, at global indices \[17\]"):
-        quick_check(info.path)
+        quick(info.path)
 
 
 @pytest.mark.parametrize("damage", [zero_region, truncate_stored])
@@ -145,7 +151,7 @@ def test_a_changed_raw_pixel_is_found_by_its_crc_alone(copy_of):
     patch(info.path, int(info.data_ptr_N[40]) + 1234, np.zeros(1, np.uint8))
     assert faults(info) == {40: ["crc"]}
     with pytest.raises(InputError, match=r"1 of 97 images are damaged, at global indices \[40\] \(1 by crc\)"):
-        quick_check(info.path)
+        quick(info.path)
     write_manifest(manifest_path(info.path), replace(read_manifest(info.path), crc32_N=None))
     result = check(info.path, progress=False)
     assert result.faults == {}
@@ -186,7 +192,7 @@ def test_a_jpeg_of_another_size_than_its_metadata_says_is_found(copy_of, key, va
             metadata["f0"][key][8] = value
     assert faults(info) == {8: ["size"]}
     with pytest.raises(InputError, match=r"\[8\] \(1 by size\)"):
-        quick_check(info.path)
+        quick(info.path)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -241,7 +247,7 @@ def test_what_else_is_wrong_is_one_line(copy_of, damage, words, capsys):
     assert line.startswith("tdds check: error: ")
     assert words in line
     with pytest.raises(InputError, match=words):
-        quick_check(info.path)
+        quick(info.path)
 
 
 @pytest.mark.parametrize("num_workers", [0, -3])
@@ -298,12 +304,12 @@ def test_the_quick_check_takes_the_first_the_last_and_some_between(copy_of, monk
         info = copy_of("train")
         spoil(info, [index])
         with pytest.raises(InputError, match=rf"1 of 2 checked images are damaged, at global indices \[{index}\].*names all"):
-            quick_check(info.path, num=1)
+            quick(info.path, num=1)
     info = copy_of("train")
     spoil(info, range(1, 119))
-    quick_check(info.path, num=2)
+    quick(info.path, num=2)
     with pytest.raises(InputError, match=r"1 of 3 checked images .*\[59\]"):
-        quick_check(info.path, num=3)
+        quick(info.path, num=3)
     monkeypatch.setattr(check_module, "QUICK_IMAGES", 3)
     assert main(["check", str(info.path), "--quick"]) == 2
     assert capsys.readouterr().out.startswith("59\t")
@@ -312,17 +318,15 @@ def test_the_quick_check_takes_the_first_the_last_and_some_between(copy_of, monk
     assert "2 of 120 images checked" in capsys.readouterr().out
 
 
-def test_what_the_caller_has_read_is_not_read_again(copy_of, monkeypatch):
+def test_the_quick_check_looks_at_the_file_as_it_is_now(copy_of):
     info = copy_of("raw")
     manifest = read_manifest(info.path)
-    for name in ("inspect_beton", "read_manifest"):
-        monkeypatch.setattr(check_module, name, lambda path: pytest.fail("read again"))
-    quick_check(info.path, info, manifest)
+    quick_check(info, manifest)
     with pytest.raises(InputError, match="none of 97"):
-        quick_check(info.path, info, replace(manifest, crc32_N=manifest.crc32_N ^ np.uint32(1)))
+        quick_check(info, replace(manifest, crc32_N=manifest.crc32_N ^ np.uint32(1)))
     os.truncate(info.path, int(info.data_ptr_N.max()) + 3)
     with pytest.raises(InputError, match=r"ends within image \d+, so it has changed"):
-        quick_check(info.path, info, manifest)
+        quick_check(info, manifest)
 
 
 # ---- the header of a JPEG

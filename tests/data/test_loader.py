@@ -18,6 +18,10 @@ from tdds_dist.errors import InputError
 from tests.ranks import run_ranks
 
 
+def loader_of(path, *arguments, **options):
+    return BetonLoader(inspect_beton(path), *arguments, **options)
+
+
 def read_epoch(path, view, *, global_batch=12, world_size=1, epoch=0, seed=0, workers=1, shuffle=True, subset=None):
     """Images and labels by global index, and how often each was seen, over all ranks in turn."""
     info = inspect_beton(path)
@@ -26,7 +30,7 @@ def read_epoch(path, view, *, global_batch=12, world_size=1, epoch=0, seed=0, wo
     images = np.zeros((info.num_samples, view.size, view.size, 3), dtype=np.uint8)
     labels, seen = np.full(info.num_samples, -1), np.zeros(info.num_samples, dtype=int)
     for rank in range(world_size):
-        loader = BetonLoader(path, global_batch // world_size, view, num_workers=workers, seed=seed)
+        loader = BetonLoader(info, global_batch // world_size, view, num_workers=workers, seed=seed)
         for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=epoch):
             real = (batch.index >= 0).numpy()
             index = batch.index.numpy()[real]
@@ -64,7 +68,7 @@ def _indices_of_rank(rank, world_size, path):
     for num in sorted({1, max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 97}):
         for per_rank in (1, 10):
             order = epoch_order(num, per_rank * world_size, epoch=4, subset=np.arange(num))
-            loader = BetonLoader(path, per_rank, View(32))
+            loader = loader_of(path, per_rank, View(32))
             batches = [batch.index for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=4)]
             gathered = collectives.all_gather_same(torch.cat(batches), world.current_world("cpu")).view(-1)
             cases.append((num, per_rank, len(batches), gathered[gathered >= 0].tolist()))
@@ -134,7 +138,7 @@ def test_random_resized_crop_follows_torchvision(betons):
 
 def test_batches_are_channels_last_and_the_last_one_is_full(betons):
     order = epoch_order(97, 20)
-    batches = list(BetonLoader(betons["raw"], 20, View(32)).batches(order, rank=0, world_size=1, epoch=0))
+    batches = list(loader_of(betons["raw"], 20, View(32)).batches(order, rank=0, world_size=1, epoch=0))
     assert len(batches) == 5
     for batch in batches:
         assert batch.image.shape == (20, 3, 32, 32)
@@ -145,7 +149,7 @@ def test_batches_are_channels_last_and_the_last_one_is_full(betons):
 
 def test_an_epoch_can_start_in_the_middle(betons):
     order = epoch_order(97, 10, epoch=3)
-    loader = BetonLoader(betons["raw"], 10, VIEWS["pad"])
+    loader = loader_of(betons["raw"], 10, VIEWS["pad"])
     whole, rest = list(_copies(loader, order)), list(_copies(loader, order.from_step(6)))
     assert len(rest) == 4
     for found, expected in zip(rest, whole[6:], strict=True):
@@ -162,11 +166,11 @@ def _copies(loader, order):
 def test_a_size_of_its_own_is_that_of_a_loader_made_for_it(betons, view):
     """Buffers follow, back as well, and also while another pass of the same loader is under way."""
     order = epoch_order(61, 10, epoch=1)
-    loader = BetonLoader(betons["big"], 10, view)
+    loader = loader_of(betons["big"], 10, view)
     under_way = loader.batches(order, rank=0, world_size=1, epoch=1)
     first = next(under_way).image.clone()
     for size in (40, 9, None):
-        same = BetonLoader(betons["big"], 10, replace(view, size=size or 24))
+        same = loader_of(betons["big"], 10, replace(view, size=size or 24))
         whole = [batch.image.clone() for batch in same.batches(order, rank=0, world_size=1, epoch=1)]
         found = [batch.image.clone() for batch in loader.batches(order, rank=0, world_size=1, epoch=1, size=size)]
         assert found[0].shape == (10, 3, size or 24, size or 24)
@@ -177,7 +181,7 @@ def test_a_size_of_its_own_is_that_of_a_loader_made_for_it(betons, view):
 
 def test_two_epochs_of_one_loader_at_once(betons):
     """The next epoch is started before this one is over: each keeps its own augmentation."""
-    loader = BetonLoader(betons["raw"], 10, VIEWS["pad"])
+    loader = loader_of(betons["raw"], 10, VIEWS["pad"])
     orders = [epoch_order(97, 10, epoch=epoch) for epoch in (0, 1)]
     alone = [[b.image.clone() for b in loader.batches(order, rank=0, world_size=1, epoch=epoch)]
              for epoch, order in enumerate(orders)]
@@ -192,7 +196,7 @@ def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch
     """As many batches as fit, and no more until one is taken."""
     started, load_batch = [], decode.load_batch
     monkeypatch.setattr(decode, "load_batch", lambda *arguments: (started.append(1), load_batch(*arguments)))
-    batches = BetonLoader(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    batches = loader_of(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
     _wait_for(lambda: len(started) == BATCHES_AHEAD + 1)
     time.sleep(0.3)
     assert len(started) == BATCHES_AHEAD + 1
@@ -202,7 +206,7 @@ def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch
 
 
 def test_what_is_closed_has_no_more_batches(betons):
-    batches = BetonLoader(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    batches = loader_of(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
     first = next(batches).index.clone()
     assert (first >= 0).all()
     before = [thread for thread in threading.enumerate() if isinstance(thread, EpochIterator)]
@@ -254,7 +258,7 @@ def test_a_stall_is_an_error(betons, monkeypatch):
 
 def test_leaving_early_ends_the_thread(betons):
     before = threading.active_count()
-    loader = BetonLoader(betons["raw"], 2, View(32))
+    loader = loader_of(betons["raw"], 2, View(32))
     for _ in range(3):
         for batch in loader.batches(epoch_order(97, 2), rank=0, world_size=1, epoch=0):
             assert batch.image.shape[0] == 2
@@ -271,7 +275,7 @@ def test_the_thread_count_of_torch_is_left_alone(betons):
 
 def test_pad_crop_of_other_sizes_is_refused(betons):
     with pytest.raises(InputError, match=r"needs images of exactly 32x32.*crop=resized"):
-        BetonLoader(betons["big"], 4, View(32, "pad"))
+        loader_of(betons["big"], 4, View(32, "pad"))
 
 
 def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
@@ -307,7 +311,7 @@ def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
     beside the computation, and what a step reads is not written over, on the host or on the device."""
     expected = torch.from_numpy(np.stack(read_images(betons["raw"], range(97))))
     order = epoch_order(97, 4)
-    loader = BetonLoader(betons["raw"], 4, View(32), device="cuda")
+    loader = loader_of(betons["raw"], 4, View(32), device="cuda")
     sums, large = [], torch.randn(4000, 4000, device="cuda")
     torch.cuda.synchronize()
     done = torch.cuda.Event()
@@ -335,8 +339,8 @@ def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
 @cuda_tests
 def test_on_cuda_batches_are_on_the_device_as_the_network_wants_them(betons):
     order = epoch_order(97, 10, epoch=3)
-    on_cpu = list(_copies(BetonLoader(betons["raw"], 10, VIEWS["pad"]), order))
-    on_gpu = list(_copies(BetonLoader(betons["raw"], 10, VIEWS["pad"], device="cuda"), order))
+    on_cpu = list(_copies(loader_of(betons["raw"], 10, VIEWS["pad"]), order))
+    on_gpu = list(_copies(loader_of(betons["raw"], 10, VIEWS["pad"], device="cuda"), order))
     for a, b in zip(on_cpu, on_gpu, strict=True):
         assert b.image.is_cuda
         assert b.image.is_contiguous(memory_format=torch.channels_last)
@@ -347,7 +351,7 @@ def test_on_cuda_batches_are_on_the_device_as_the_network_wants_them(betons):
 
 @cuda_tests
 def test_on_cuda_buffers_are_pinned(betons):
-    batches = BetonLoader(betons["raw"], 10, View(32), device="cuda").batches(
+    batches = loader_of(betons["raw"], 10, View(32), device="cuda").batches(
         epoch_order(97, 10), rank=0, world_size=1, epoch=0)
     next(batches)
     thread = next(thread for thread in threading.enumerate() if isinstance(thread, EpochIterator))

@@ -65,7 +65,7 @@ def trajectory(golden, tmp_path_factory) -> Path:
         previous = logp
         for first, end, writer in writers:
             if epoch == 0:
-                writer.write_labels(golden["labels"][first:end])
+                writer.write_labels(golden["labels"][first:end], fingerprint(golden["labels"], 10).labels_sha256)
             writer.append(epoch, scalars_FN[:, first:end])
     return folder
 

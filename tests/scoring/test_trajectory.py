@@ -19,7 +19,6 @@ from tdds_dist.scoring.trajectory import (
     Trajectory,
     TrajectoryWriter,
     require_no_trajectory,
-    resume_trajectory,
     whole_epochs,
 )
 from tests.ranks import catch
@@ -36,8 +35,7 @@ def recorded(num_samples: int, num_epochs: int) -> tuple[np.ndarray, np.ndarray]
     return scalars_TFN, rng.integers(0, 4, num_samples)
 
 
-def write(folder: Path, scalars_TFN: np.ndarray, label_N: np.ndarray, world_sizes: list[int], dtype: str = "float32",
-          labels_sha256: str | None = None) -> Path:
+def write(folder: Path, scalars_TFN: np.ndarray, label_N: np.ndarray, world_sizes: list[int], dtype: str = "float32") -> Path:
     """Write epoch t as the ranks of a world of `world_sizes[t]` would; the last rank first."""
     num_samples = len(label_N)
 
@@ -49,7 +47,7 @@ def write(folder: Path, scalars_TFN: np.ndarray, label_N: np.ndarray, world_size
     for epoch, world_size in enumerate(world_sizes):
         for first, end, writer in writers(world_size, is_first=epoch == 0):
             if epoch == 0:
-                writer.write_labels(label_N[first:end], labels_sha256)
+                writer.write_labels(label_N[first:end], fingerprint(label_N, 4).labels_sha256)
             writer.append(epoch, scalars_TFN[epoch, :, first:end])
     return folder
 
@@ -89,7 +87,7 @@ def test_an_empty_shard_writes_no_block(tmp_path):
 def test_a_new_trajectory_has_no_epochs_and_no_files_before_its_labels(tmp_path):
     writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, is_main=True)
     assert not list(tmp_path.iterdir())
-    writer.write_labels(np.zeros(10, dtype=np.int64))
+    writer.write_labels(np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256)
     trajectory = Trajectory(tmp_path)
     assert trajectory.num_epochs == 0
     assert trajectory.read("first").shape == (0, 10)
@@ -124,7 +122,7 @@ def test_a_row_of_a_block_is_read_alone(tmp_path):
     """The order of the array that is written does not matter: on disk a scalar is one stretch."""
     num_samples = 100_000
     writer = TrajectoryWriter(tmp_path, NAMES * 3, num_samples, 4, 0, num_samples, is_main=True)
-    writer.write_labels(np.zeros(num_samples, dtype=np.int64))
+    writer.write_labels(np.zeros(num_samples, dtype=np.int64), "")
     writer.append(0, np.arange(9.0 * num_samples, dtype=np.float32).reshape(num_samples, 9).T)
     trajectory = Trajectory(tmp_path)
     tracemalloc.start()
@@ -175,31 +173,16 @@ def change_meta(folder: Path, **values: object) -> None:
 def test_labels_are_compared_with_their_hash(tmp_path):
     scalars_TFN, label_N = recorded(10, 1)
     want = fingerprint(label_N, 4)
-    write(tmp_path, scalars_TFN, label_N, [3], labels_sha256=want.labels_sha256)
+    write(tmp_path, scalars_TFN, label_N, [3])
     assert Trajectory(tmp_path).fingerprint() == want
     label_N[9] = (label_N[9] + 1) % 4
-    TrajectoryWriter(tmp_path, NAMES, 10, 4, 8, 10, False).write_labels(label_N[8:])
+    TrajectoryWriter(tmp_path, NAMES, 10, 4, 8, 10, False).write_labels(label_N[8:], "")
     found = fingerprint(label_N, 4).labels_sha256[:12]
     message = rf"{tmp_path} holds labels of another dataset; they hash to {found}, meta.json says {want.labels_sha256[:12]}; "
     for read in (Trajectory(tmp_path).labels, Trajectory(tmp_path).fingerprint):
         with pytest.raises(InputError, match=message):
             read()
     assert Trajectory(tmp_path).read("second").shape == (1, 10), "the scalars are as they were"
-
-
-def test_a_trajectory_of_an_earlier_version_still_loads(folder):
-    """Without `labels_sha256` and `checksums`, which came later."""
-    scalars_TFN, label_N = recorded(10, 3)
-    change_meta(folder, checksums=None)
-    for sidecar in folder.glob("*/*.json"):
-        sidecar.unlink()
-    np.testing.assert_array_equal(Trajectory(folder).read("second"), scalars_TFN[:, 1])
-    assert whole_epochs(folder) == (3, "")
-    assert "labels_sha256" not in json.loads((folder / "meta.json").read_text())
-    np.testing.assert_array_equal(Trajectory(folder).labels(), label_N)
-    assert Trajectory(folder).fingerprint() == fingerprint(label_N, 4)
-    change_meta(folder, dtype=None)
-    assert Trajectory(folder).dtype == "float32"
 
 
 # ---- checksums
@@ -406,7 +389,8 @@ DAMAGE = [  # (how, epochs that are whole, words of the message)
     # meta.json, quarantine.json
     *[(lambda folder, size=size: change_meta(folder, num_samples=size), 0, f"cover 10 of {size} samples") for size in (9, 12)],
     (lambda folder: change_meta(folder, labels_sha256="abc"), 0, "labels of another dataset"),
-    (lambda folder: change_meta(folder, checksums="crc64"), 0, r"meta\.json is damaged .*checksums must be true, false or abs"),
+    *[(lambda folder, key=key, value=value: change_meta(folder, **{key: value}), 0, r"meta\.json is damaged")
+      for key in ("dtype", "labels_sha256") for value in (None, 5)],
     *[(put("meta.json", content.encode("latin-1")), 0, r"meta\.json") for content in (
         "", "{", "\xff\xfe\x00garbage", "[]", '"tdds-trajectory-1"', '{"format": "tdds-trajectory-1"}',
         '{"format": "tdds-trajectory-9"}', META.format('["a"]', '"10"', 4), META.format('["a"]', 10, 0),
@@ -468,7 +452,7 @@ def test_where_nothing_was_recorded_no_epoch_is_whole(tmp_path):
     (tmp_path / "notes.txt").write_text("by hand")
     assert whole_epochs(tmp_path) == (0, "")
     writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, True)
-    writer.write_labels(np.zeros(10, dtype=np.int64))
+    writer.write_labels(np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256)
     assert whole_epochs(tmp_path) == (0, "")
     writer.append(0, np.zeros((3, 10), dtype=np.float32))
     assert whole_epochs(tmp_path) == (1, "")
@@ -526,10 +510,11 @@ def test_a_quarantine_alone_is_a_part_of_a_trajectory(tmp_path):
 
 
 def resume(folder: Path, next_epoch: int, **changes: object) -> None:
-    """`resume_trajectory` for the run of the fixture `folder`, or one that differs in `changes`."""
+    """Go on with the run of the fixture `folder`, or one that differs in `changes`."""
     run = {"scalars": NAMES, "num_samples": 10, "num_classes": 4, "dtype": "float32",
-           "labels_sha256": fingerprint(recorded(10, 3)[1], 4).labels_sha256}
-    resume_trajectory(folder, **run | changes, next_epoch=next_epoch)
+           "labels_sha256": fingerprint(recorded(10, 3)[1], 4).labels_sha256} | changes
+    labels_sha256 = run.pop("labels_sha256")
+    TrajectoryWriter(folder, first=0, end=10, is_main=True, **run).resume(next_epoch, labels_sha256)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

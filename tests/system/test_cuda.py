@@ -67,12 +67,12 @@ def test_a_step_is_two_kernels():
 
 def test_the_loader_hands_over_intact_images_while_the_gpu_is_busy(betons):
     """The GPU lags behind; a decoding buffer that is overwritten before its copy ran would show."""
-    from tdds_dist.data.beton import read_images
+    from tdds_dist.data.beton import inspect_beton, read_images
     from tdds_dist.data.loader import BetonLoader, View
 
     expected = torch.from_numpy(np.stack(read_images(betons["raw"], range(97))))
     order = epoch_order(97, 4)
-    loader = BetonLoader(betons["raw"], 4, View(32), device="cuda")
+    loader = BetonLoader(inspect_beton(betons["raw"]), 4, View(32), device="cuda")
     sleep = torch.randn(3000, 3000, device="cuda")
     kept = []
     for batch in loader.batches(order, rank=0, world_size=1, epoch=0):

@@ -283,7 +283,7 @@ KILLS = {
         ("between metrics and checkpoint", at_call("tdds_dist.training.engine:Trainer._end_of_epoch", 1, KILL), 5),
         ("while a run resumes", at_call("tdds_dist.runs.directory:RunDir.rewind", 1, KILL, [0]), 5),
         ("while a run resumes", at_call("tdds_dist.runs.checkpoint:Checkpoints.load", 1, KILL, [0], after=True), 5),
-        ("while a run resumes", at_call("tdds_dist.scoring.scorer:resume_trajectory", 1, KILL, [0]), 5),
+        ("while a run resumes", at_call("tdds_dist.scoring.trajectory:TrajectoryWriter.resume", 1, KILL, [0]), 5),
         ("while a run resumes", at_call("shutil:rmtree", 1, KILL, [0], after=True), 5)],
 }
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from tdds_dist import ShardedScorer
 from tdds_dist.config.run import load_config
+from tdds_dist.data import beton
 from tdds_dist.data.beton import read_images
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import epoch_order
@@ -17,7 +18,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training import engine
 from tdds_dist.training.build import build_model, open_files
-from tdds_dist.training.collect import Scoring
+from tdds_dist.training.collect import collect, observed
 from tdds_dist.training.engine import fit
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import learning_rate
@@ -42,11 +43,8 @@ def train_once(config_file, overrides, run_dir, *, model=tiny_model, score=False
     run = RunDir(run_dir)
     run.path.mkdir(parents=True, exist_ok=True)
     train_file, val_file, _ = open_files(config)
-    if score:
-        windows = config.windows()
-        job_options["observer"] = Scoring(ShardedScorer(train_file.num_samples, 10, windows, device="cpu"), False)
     job = Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size, **job_options)
-    result = fit(job)
+    result = fit(observed(job, ShardedScorer(train_file.num_samples, 10, config.windows(), device="cpu")) if score else job)
     if not world.is_main:
         return {}, result, []
     state = torch.load(run.models / "final.pt", weights_only=True)
@@ -192,3 +190,16 @@ def test_splits_of_two_datasets_are_named_as_that(config_file, betons):
     with pytest.raises(InputError, match=r"data\.train=.* has 10 classes, data\.val=.*raw\.beton 5; give two splits of one"):
         open_files(load_config(config_file, [f"data.val={betons['raw']}"]))
     assert open_files(load_config(config_file))[2].num_classes == 10
+
+
+def inspected(rank, config_file, run_dir):
+    """The names of the files that a collection inspects, final pass included."""
+    names, read_fields = [], beton._read_fields
+    beton._read_fields = lambda path, *rest: (names.append(path.name), read_fields(path, *rest))[1]
+    config = load_config(config_file, [f"run.dir={run_dir}", "train.epochs=2", "score.windows=[{T: 2, K: 2}]"])
+    collect(config, distributed.current_world("cpu"))
+    return names
+
+
+def test_a_collection_inspects_each_file_once(config_file, tmp_path, betons):
+    assert run_ranks(1, inspected, config_file, tmp_path / "run")[0] == [betons["train"].name, betons["val"].name]
