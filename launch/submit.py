@@ -1,4 +1,4 @@
-"""`tdds submit CONFIG.yaml --cluster CLUSTER.yaml`: a stage, or the whole pipeline, as jobs (also `python -m launch.submit`).
+"""`tdds submit CONFIG.yaml --cluster CLUSTER.yaml`: a stage, or the whole pipeline, as jobs.
 
 Checks what can be checked without the data before anything is queued, freezes the config into the log folder (so that
 editing it while jobs wait changes nothing), skips what is done, submits the rest, each stage to start when the one before has
@@ -48,41 +48,19 @@ def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         description="Submit jobs to a cluster, or to this machine (see configs/clusters/). pipeline: the collection, then the "
                     "coresets, then an array of retrainings, then the report, each when the one before has succeeded; the "
                     "section pipeline of the config says which. Submitted again, it goes on: what is done is skipped.")
-    _add_arguments(stage)
-    stage.set_defaults(run=run)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m launch.submit`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.submit", description="See `tdds submit --help`.",
-                                     allow_abbrev=False)
-    _add_arguments(parser)
-    try:
-        closing = run(parser.parse_intermixed_args(arguments))
-        if closing.text:
-            print(closing.text)
-        return closing.exit_code
-    except InputError as error:
-        print(f"launch.submit: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("launch.submit: no longer waiting", file=sys.stderr)
-        return 130
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config: train.lr=0.05")
-    parser.add_argument("--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the jobs ask for")
-    parser.add_argument("--stage", dest="part", choices=("collect", "retrain", "pipeline"), default="pipeline",
-                        help="what to submit (default: pipeline)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing")
-    parser.add_argument("--wait", action="store_true", help="stay until the jobs are over, and leave with their outcome")
-    retrain = parser.add_argument_group("of --stage retrain")
+    stage.add_argument("config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own")
+    stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config: train.lr=0.05")
+    stage.add_argument("--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the jobs ask for")
+    stage.add_argument("--stage", dest="part", choices=("collect", "retrain", "pipeline"), default="pipeline",
+                       help="what to submit (default: pipeline)")
+    stage.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing")
+    stage.add_argument("--wait", action="store_true", help="stay until the jobs are over, and leave with their outcome")
+    retrain = stage.add_argument_group("of --stage retrain")
     retrain.add_argument("--coreset", type=Path, metavar="FILE.npz", help="that `tdds select` wrote")
     retrain.add_argument("--strategy", choices=("E", "P"), help="as in `tdds retrain`")
     retrain.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
     retrain.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
+    stage.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -165,20 +143,18 @@ def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen
 
 
 def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path, given: list[str]) -> "Stage":
-    from tdds_dist.experiments.grid import Stage, Step
+    from tdds_dist.experiments.grid import Stage, Task, retrain_step
     from tdds_dist.runs.artifacts import load_coreset
+    from tdds_dist.runs.directory import RunDir, retrain_name
 
     if missing := [f"--{key}" for key in ("coreset", "strategy") if key not in given]:
         raise InputError(f"--stage retrain needs {' and '.join(missing)}; see `tdds submit --help`")
     coreset = load_coreset(options.coreset)
     importance = options.importance or config.retrain.importance
-    name = options.name or f"{options.coreset.stem}_{options.strategy}_{importance}_seed{config.run.seed}"
-    command = ("retrain", str(frozen), "--coreset", str(options.coreset.absolute()), "--strategy", options.strategy,
-               "--importance", importance, "--name", name)
-    directory = config.run.directory / "retrain" / name
-    is_done = (directory / "result.json").is_file()
-    return Stage("retrain", (Step(name, (command,), str(directory), is_done, coreset.pruning_rate, options.coreset,
-                                  options.strategy, importance, config.run.seed),))
+    name = options.name or retrain_name(options.coreset, options.strategy, importance, config.run.seed)
+    task = Task(name, RunDir(config.run.directory).retrain / name, config, options.coreset.absolute(), options.strategy,
+                importance, name, coreset.pruning_rate)
+    return Stage("retrain", (retrain_step(task, frozen),))
 
 
 def _needs(config: "Config", cluster: Cluster) -> str:
@@ -189,13 +165,24 @@ def _needs(config: "Config", cluster: Cluster) -> str:
     part = cluster.for_stage("collect")
     device = "cuda" if part.gpus_per_node else "cpu"
     on_nodes = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
-    if cluster.for_stage("retrain").num_ranks != part.num_ranks:  # one plan is for one number of ranks
-        windows = tuple(window.model_copy(update={"pruning_rates": ()}) for window in config.score.windows)
-        on_nodes = on_nodes.model_copy(update={
-            "score": config.score.model_copy(update={"windows": windows}),
-            "pipeline": config.pipeline.model_copy(update={"pruning_rates": ()})})
+    strategies = None if cluster.for_stage("retrain").num_ranks == part.num_ranks else ()  # a plan is for one number of ranks
     memory = parse_bytes(part.gpu_memory, "gpu_memory") if part.gpus_per_node else None
-    return plan_resources(on_nodes, num_ranks=part.num_ranks, gpu_memory_bytes=memory).as_text()
+    return plan_resources(on_nodes, num_ranks=part.num_ranks, gpu_memory_bytes=memory, strategies=strategies).as_text()
+
+
+def check_batch(config: "Config", cluster: Cluster, stages: "Sequence[Stage]") -> None:
+    """Raise InputError when the ranks of a stage cannot share its batch evenly."""
+    for stage in stages:
+        if stage.name not in ("collect", "retrain"):
+            continue
+        num_ranks = cluster.for_stage(stage.name).num_ranks
+        for rate in sorted({step.task.pruning_rate for step in stage.steps if step.task is not None}):
+            factor = batch_size_factor(rate, config.retrain.batch_size_rule) if stage.name == "retrain" else 1.0
+            try:
+                per_rank_batch(config.train.global_batch_size, num_ranks, config.train.accumulation, factor)
+            except InputError as error:
+                at = f" at pruning rate {rate:g}" if stage.name == "retrain" else ""
+                raise InputError(f"{stage.name}{at} on {num_ranks} ranks: {error}") from error
 
 
 def _warnings(config: "Config") -> list[str]:
@@ -412,22 +399,3 @@ def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
 def _ids(records: Sequence[job_list.JobRecord]) -> str:
     """Write ids as people do: those of an array once."""
     return ", ".join(dict.fromkeys(record.id.split("_")[0] for record in records))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-def check_batch(config: "Config", cluster: Cluster, stages: "Sequence[Stage]") -> None:
-    """Raise InputError when the ranks of a stage cannot share its batch evenly."""
-    for stage in stages:
-        if stage.name not in ("collect", "retrain"):
-            continue
-        num_ranks = cluster.for_stage(stage.name).num_ranks
-        for rate in sorted({step.pruning_rate or 0.0 for step in stage.steps}):
-            factor = batch_size_factor(rate, config.retrain.batch_size_rule) if stage.name == "retrain" else 1.0
-            try:
-                per_rank_batch(config.train.global_batch_size, num_ranks, config.train.accumulation, factor)
-            except InputError as error:
-                at = f" at pruning rate {rate:g}" if stage.name == "retrain" else ""
-                raise InputError(f"{stage.name}{at} on {num_ranks} ranks: {error}") from error

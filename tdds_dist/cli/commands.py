@@ -176,18 +176,13 @@ def _training_numbers(run: "RunDir") -> dict[str, Any]:
         "scoring_share": statistics.median(shares) if shares and result.get("stage") == "collect" else None}
 
 
-def select_command(config: "Config", directory: Path) -> str:
-    """Return the command that makes coresets of a run at every rate that a window serves; by the first window where none does.
-    """
-    if served := _served_rates(config):
-        return command("select", directory, "--pruning-rate", *served)
-    key = config.windows()[0].key(config.score.preset)
-    return command("select", directory, "--pruning-rate", _USUAL_RATE, "--score", key)
-
-
-def _served_rates(config: "Config") -> list[str]:
-    served = {rate for window in config.score.windows for rate in window.pruning_rates if rate > 0}
-    return [f"{rate:g}" for rate in sorted(served)]
+def select_command(config: "Config", directory: Path, score: str = "") -> str:
+    """Return the command that makes coresets of a run at every rate that a window serves, by a score; without one by the
+    windows, or by the first of them where none serves a rate."""
+    served = [f"{rate:g}" for rate in config.served_rates if rate]
+    if not served:
+        score = score or config.windows()[0].key(config.score.preset)
+    return command("select", directory, "--pruning-rate", *(served or [_USUAL_RATE]), *(["--score", score] if score else []))
 
 
 def retrain(options: argparse.Namespace) -> Outcome | None:
@@ -295,7 +290,7 @@ def _after_score(options: argparse.Namespace, paths: list[Path]) -> str:
     config = parse_config(run.read_config(), str(run.config_file))
     if {window.key(config.score.preset) for window in config.windows()} <= {path.stem for path in ranked}:
         return select_command(config, run.path)
-    return command("select", run.path, "--pruning-rate", *(_served_rates(config) or [_USUAL_RATE]), "--score", ranked[0].stem)
+    return select_command(config, run.path, ranked[0].stem)
 
 
 def _final_pass(options: argparse.Namespace) -> Outcome | None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tdds_dist.config.grid import BUILT_IN_METHODS, Method
+from tdds_dist.config.grid import BUILT_IN_METHODS, Method, check_axes
 from tdds_dist.config.run import Config
 from tdds_dist.config.schema import Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
@@ -53,14 +53,8 @@ class Experiment(Section):
             names = [item.name for item in getattr(self, key)]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise InputError(f"{key}: the names {sorted(twice)} stand twice; give each another")
-        for key in ("pruning_rates", "strategies", "seeds"):
-            names = [f"{value:g}" if key == "pruning_rates" else value for value in getattr(self, key)]  # as files say them
-            if len(set(names)) != len(names):
-                raise InputError(f"{key}={list(getattr(self, key))} holds a value twice; leave each in once")
-        if bad := [rate for rate in self.pruning_rates if not 0.0 < rate < 1.0]:
-            raise InputError(f"pruning_rates={bad} must lie between 0 and 1; the full data is trained on in the collection")
-        if min(self.seeds) < 0:
-            raise InputError(f"seeds={list(self.seeds)} must not be negative")
+        check_axes("", "the full data is trained on in the collection", pruning_rates=self.pruning_rates,
+                   strategies=self.strategies, seeds=self.seeds)
         for method in self.methods:
             tdds_only = {key: getattr(method, key) for key in ("preset", "T", "K", "beta")} | {
                 "delta": None if method.delta == "kl" else method.delta}

@@ -1,4 +1,5 @@
 """Methods by name, and what a pipeline runs after its collection."""
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -45,6 +46,20 @@ BUILT_IN_METHODS = {
         Method(name="ccs", score="aum", sampler="ccs"), Method(name="dual_beta", score="dual", sampler="beta"))}
 
 
+def check_axes(section: str, why_not_all: str, *, pruning_rates: Sequence[float], seeds: Sequence[int],
+               **others: Sequence[str]) -> None:
+    """Raise InputError when the values that a grid multiplies are impossible, or stand twice in one list. `section` is what
+    their keys begin with, `why_not_all` says why nothing is retrained at pruning rate 0."""
+    if bad := [rate for rate in pruning_rates if not 0.0 < rate < 1.0]:
+        raise InputError(f"{section}pruning_rates={bad} must lie between 0 and 1; {why_not_all}")
+    if bad_seeds := [seed for seed in seeds if seed < 0]:
+        raise InputError(f"{section}seeds={bad_seeds} must not be negative")
+    for key, values in {"pruning_rates": pruning_rates, "seeds": seeds, **others}.items():
+        names = [f"{value:g}" if key == "pruning_rates" else value for value in values]  # as files say them
+        if len(set(names)) != len(names):
+            raise InputError(f"{section}{key}={list(values)} holds a value twice; leave each in once")
+
+
 class Pipeline(Section):
     """The runs of `tdds submit --stage pipeline` after the collection: scores x pruning rates x strategies x seeds."""
 
@@ -59,12 +74,6 @@ class Pipeline(Section):
     def _check(self) -> "Pipeline":
         if unknown := [name for name in self.scores if name not in BUILT_IN_METHODS]:
             raise InputError(f"pipeline.scores: {unknown[0]!r} is not known; use some of {', '.join(BUILT_IN_METHODS)}")
-        if bad := [rate for rate in self.pruning_rates if not 0.0 < rate < 1.0]:
-            raise InputError(f"pipeline.pruning_rates={bad} must lie between 0 and 1; the collection trains on everything")
-        if bad_seeds := [seed for seed in self.seeds if seed < 0]:
-            raise InputError(f"pipeline.seeds={bad_seeds} must not be negative")
-        for key in ("scores", "pruning_rates", "strategies", "seeds"):
-            values = [f"{value:g}" if key == "pruning_rates" else value for value in getattr(self, key)]  # as files say them
-            if len(set(values)) != len(values):
-                raise InputError(f"pipeline.{key}={list(getattr(self, key))} holds a value twice; leave each in once")
+        check_axes("pipeline.", "the collection trains on everything", scores=self.scores, pruning_rates=self.pruning_rates,
+                   strategies=self.strategies, seeds=self.seeds)
         return self

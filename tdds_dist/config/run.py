@@ -211,21 +211,24 @@ class Config(Section):
         """Return a setting with its beta filled in."""
         return Window(setting.T, setting.K, self.score.beta if setting.beta is None else setting.beta)
 
+    @property
+    def served_rates(self) -> tuple[float, ...]:
+        """Return the pruning rates that score.windows serve, in order; 0 among them stands for the whole dataset."""
+        return tuple(sorted({rate for setting in self.score.windows for rate in setting.pruning_rates}))
+
     def window_for(self, pruning_rate: float) -> Window:
         """Return the setting that serves a pruning rate; raise InputError when none says so."""
         for setting in self.score.windows:
             if any(math.isclose(rate, pruning_rate) for rate in setting.pruning_rates):
                 return self.window_of(setting)
-        known = sorted({rate for setting in self.score.windows for rate in setting.pruning_rates})
-        raise InputError(f"no window of score.windows serves pruning_rate={pruning_rate} (served: {known}); add the rate to "
-                         "a window, or name a score with --score")
+        raise InputError(f"no window of score.windows serves pruning_rate={pruning_rate} (served: {list(self.served_rates)}); "
+                         "add the rate to a window, or name a score with --score")
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
         for setting in self.score.windows:
             check_window(self.window_of(setting), self.score.preset)
-            bad = [rate for rate in setting.pruning_rates if not 0.0 <= rate < 1.0]
-            if bad:
+            if bad := [rate for rate in setting.pruning_rates if not 0.0 <= rate < 1.0]:
                 raise InputError(f"score.windows: pruning_rates={bad} must lie in [0, 1)")
         rates = [rate for setting in self.score.windows for rate in setting.pruning_rates]
         if twice := sorted({rate for rate in rates if rates.count(rate) > 1}):

@@ -156,7 +156,7 @@ def _configured_rates(run: RunDir | None) -> tuple[float, ...]:
     if run is None:
         return DEFAULT_RATES
     config = parse_config(run.read_config(), str(run.config_file))
-    return tuple(sorted({rate for window in config.score.windows for rate in window.pruning_rates})) or DEFAULT_RATES
+    return config.served_rates or DEFAULT_RATES
 
 
 def _one_scores(given: _Source, kind: str) -> tuple[str, Scores]:

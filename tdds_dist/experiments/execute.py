@@ -19,7 +19,7 @@ import numpy as np
 
 from tdds_dist.config.experiment import Experiment
 from tdds_dist.config.grid import Method
-from tdds_dist.config.run import Config, load_config, parse_baselines, parse_config
+from tdds_dist.config.run import Config, load_config, parse_baselines
 from tdds_dist.console import HEADING, Progress, log
 from tdds_dist.coreset.agreement import noise_kept
 from tdds_dist.coreset.select import changes, find_scores, make_coreset, put, random_scores
@@ -28,7 +28,7 @@ from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World, current_world, session
 from tdds_dist.errors import InputError
-from tdds_dist.experiments.grid import Cell, Task, check_plan, in_the_way, is_done, retrain_task, window_of
+from tdds_dist.experiments.grid import Cell, Task, check_plan, config_of, in_the_way, retrain_task, window_of
 from tdds_dist.experiments.processes import run_in_processes
 from tdds_dist.experiments.tables import CellResult, write_tables
 from tdds_dist.runs.artifacts import Scores, load_coreset, load_scores, write_atomically
@@ -70,10 +70,10 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
     with together(world):
         if world.is_main:
             _clear_the_way([*collections.values()], force)
-            _clear_the_way([retrain_task(plan, cell) for cell in cells
+            _clear_the_way([_task(plan, cell) for cell in cells
                              if cell.run.path.exists() and _is_readable(cell.coreset_file)], force)
     with together(world):
-        waiting = [task for task in collections.values() if not is_done(task)]
+        waiting = [task for task in collections.values() if not task.is_done]
         log.info(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), "
                  f"{len(cells)} retrainings, {jobs} at a time", extra=HEADING)
     with _tables_if_interrupted(plan, collections, cells, [], started, world):  # what cells hold is not checked yet
@@ -81,18 +81,17 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
     failed = list(not_collected.values())
     with together(world):
         cells_left = [cell for cell in cells if cell.collection.path not in not_collected]
-        configs = {seed: parse_config(task.config) for seed, task in collections.items()}
-        reasons = _make_coresets(cells_left, configs, force) if world.is_main else {}
+        reasons = _make_coresets(cells_left, collections, force) if world.is_main else {}
     reasons = gather_objects(reasons, world)[0]
     with together(world):  # nobody reads what the main rank is still writing
         coresets = dict.fromkeys(cell.coreset_file for cell in cells_left)
         failed += [f"coreset {file}: {reasons[file]}" for file in coresets if file in reasons]
         cells_left = [cell for cell in cells_left if cell.coreset_file not in reasons]
-        tasks = [retrain_task(plan, cell) for cell in cells_left]
+        tasks = [_task(plan, cell) for cell in cells_left]
         if world.is_main:
             _clear_the_way(tasks, force)
     with together(world):
-        waiting = sorted((task for task in tasks if not is_done(task)), key=lambda task: -task.cost)
+        waiting = sorted((task for task in tasks if not task.is_done), key=lambda task: -task.cost)
         if tasks:
             log.info(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
     with _tables_if_interrupted(plan, collections, cells, cells_left, started, world):
@@ -101,6 +100,10 @@ def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell
         if world.is_main:
             _finish(plan, collections, cells, cells_left, started)
     return plan.directory / "table.md", failed
+
+
+def _task(plan: Experiment, cell: Cell) -> Task:
+    return retrain_task(cell, config_of(plan, cell.seed, cell.architecture))
 
 
 def _clear_the_way(tasks: list[Task], force: bool) -> None:
@@ -189,12 +192,11 @@ def _locked(plan: Experiment, seed: int) -> Iterator[None]:
 # ---- scores and coresets: seconds, on the main rank
 
 
-def _make_coresets(cells: list[Cell], configs: dict[int, Config], force: bool) -> dict[Path, str]:
+def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool) -> dict[Path, str]:
     """Write the coreset files of the cells; return those that cannot be made, and why.
 
-    One that is right already stays, another one is moved aside; refused without `force` where it was trained on.
-
-    `configs` by seed are those of the plan: that of the collection may have had other rates and options.
+    One that is right already stays, another one is moved aside; refused without `force` where it was trained on. The configs
+    are those of the plan: what a collection was run with may have had other rates and options.
     """
     scores: dict[tuple[Path, str, float], Scores] = {}
     reasons: dict[Path, str] = {}
@@ -203,7 +205,7 @@ def _make_coresets(cells: list[Cell], configs: dict[int, Config], force: bool) -
         key = (run.path, method.name, rate if method.score_key == "tdds" else 0.0)
         try:
             if key not in scores:
-                scores[key] = _scores_of(run, configs[cell.seed], method, rate)
+                scores[key] = _scores_of(run, collections[cell.seed].config, method, rate)
             coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
                                              seed=cell.seed, **method.selector_options)
         except InputError as error:
@@ -251,11 +253,10 @@ def _run_task(task: Task, world: World, interruption: Interruption | None = None
     from tdds_dist.training.collect import collect
     from tdds_dist.training.retrain import retrain
 
-    config = parse_config(task.config, task.title)
     if task.coreset_file is None:
-        collect(config, world, settings=task.settings, interruption=interruption)
+        collect(task.config, world, settings=task.settings, interruption=interruption)
     else:
-        retrain(config, world, task.coreset_file, task.strategy, importance=task.importance, name=task.name,
+        retrain(task.config, world, task.coreset_file, task.strategy, importance=task.importance, name=task.name,
                 settings=task.settings, interruption=interruption)
 
 
@@ -315,8 +316,7 @@ def _work(task: Task) -> str:
     """Run a task in this worker, its lines in the log of the run alone; return what to say about it."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process; log.txt has the lines
     started = time.perf_counter()
-    device = task.config["run"]["device"]
-    with session(device, task.config["run"]["timeout_seconds"]) as world:
+    with session(task.config.run.device, task.config.run.timeout_seconds) as world:
         _run_task(task, world)
     result = RunDir(task.directory).read_result() or {}
     return f"{result['final_top1']:.2f} % in {time.perf_counter() - started:.0f} s"

@@ -1,14 +1,14 @@
 """Stage `plan`: what a collection and its retrainings will take, before anything runs, and which option makes it fit.
 
-`needs` says what is needed; this stage compares it with what there is. Nothing is written.
+`needs` says what is needed; this stage compares it with what there is. Nothing is written. An option that an error names
+was planned with in full.
 """
 
-import itertools
 import math
 import re
 import shutil
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -16,6 +16,7 @@ from typing import Any
 
 from tdds_dist.config.run import Config, parse_config
 from tdds_dist.errors import InputError
+from tdds_dist.experiments.grid import pipeline_cells
 from tdds_dist.experiments.needs import (
     Case,
     Line,
@@ -36,8 +37,8 @@ from tdds_dist.training.schedule import batch_size_factor
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(|B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 _LEAST_WITHOUT_UNIT = 1e6  # bytes; a smaller number was probably meant in gigabytes
-_MOST_TOGETHER = 4  # options that an error combines
-_MOST_NAMED = 4  # ways out that an error names
+
+Way = tuple[str, Case]  # an option as it is typed, and the case with it
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,7 @@ def plan(config: Config, *, num_ranks: int = 1, num_samples: int | None = None, 
         raise InputError(f"--gpus={num_ranks} must be at least 1: it is the number of ranks on all nodes together")
     config.check_collect()
     images = read_images(config, num_samples)
-    served = sorted({rate for window in config.score.windows for rate in window.pruning_rates} - {0.0})  # 0: the collection
-    wanted = config.pipeline
-    case = Case(config, images, num_ranks, wanted.scores, wanted.pruning_rates or tuple(served),
-                tuple(strategies or wanted.strategies), wanted.seeds or (config.run.seed,))
+    case = Case(config, images, num_ranks, tuple(pipeline_cells(config, strategies)))
     trainings = list_trainings(case)
     check_batches(case)
     limits = find_limits(case, gpu_memory_bytes, disk_bytes)
@@ -225,121 +223,69 @@ def _exceeded(case: Case, limits: dict[str, Limit]) -> list[str]:
 
 
 def _refusal(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> str:
-    """Say in one line what is needed, what there is, and what makes it fit."""
+    """Say in one line what is needed, what there is, and the options that make it fit, or with which less is needed."""
     where = {"memory": f"per {case.unit}", "disk": "of disk"}
     needed = " and ".join(f"{size(_needs(case, key))} {where[key]}, more than {size(limits[key].num_bytes)} "
                           f"({limits[key].source})" for key in exceeded)
-    ways = [f"{' and '.join(_changes(case, way))} ({', '.join(f'{size(_needs(way, key))} {where[key]}' for key in exceeded)})"
-            for way in _ways_out(case, limits, exceeded)]
     start = f"{case.config.run.name} on {case.num_ranks} {case.unit}{'s' if case.num_ranks > 1 else ''} needs {needed}"
-    if ways:
-        return f"{start}; use {', or '.join(ways)}"
+    ways = [way for settings in _options(case, exceeded) if (way := _mildest(settings, limits)) is not None
+            and any(_needs(way[1], key) < _needs(case, key) for key in exceeded)]
+    fitting = [way for way in ways if not _exceeded(way[1], limits)]
+    named = [f"{words} ({', '.join(f'{size(_needs(changed, key))} {where[key]}' for key in exceeded)})"
+             for words, changed in fitting or ways]
+    if fitting:
+        return f"{start}; use {', or '.join(named)}"
     lines = {"memory": memory_lines, "disk": disk_lines}
     largest = [max(lines[key](case)[:-1], key=lambda line: line.value or 0) for key in exceeded]
     parts = ", ".join(f"{line.label} ({line.text})" for line in largest)
     out = {"memory": "a GPU with more memory, another network or data.image_size",
            "disk": "a run.dir on a larger file system"}
-    return f"{start}; no option makes it fit, the largest part is {parts}; use {', and '.join(out[key] for key in exceeded)}"
+    together = f" alone, several may together: {', '.join(named)};" if named else ","
+    return (f"{start}; no option makes it fit{together} the largest part is {parts}; use "
+            f"{', and '.join(out[key] for key in exceeded)}")
 
 
-def _ways_out(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> list[Case]:
-    """Return the mildest use of each option that makes everything fit; where none does, of two together, and so on."""
-    options = [option for key in exceeded for option in OPTIONS[key]]
-    for num_together in range(1, _MOST_TOGETHER + 1):
-        found: dict[tuple[str, ...], Case] = {}
-        for together in itertools.combinations(dict.fromkeys(options), num_together):
-            ways = list(_variants(case, together))
-            if num_together == 1:  # each takes less than the one before
-                ways = ways[bisect_left(ways, True, key=lambda way: _fits(way, limits, otherwise=True)):][:1]
-            if (way := next((way for way in ways if _fits(way, limits)), None)) is not None:
-                found.setdefault(tuple(_changes(case, way)), way)
-        if found:
-            return list(found.values())[:_MOST_NAMED]
-    return []
+def _mildest(settings: list[Way], limits: dict[str, Limit]) -> Way | None:
+    """Return of an option's settings, each of which takes less than the one before, the first with which everything fits, else
+    the last with which the network can train; None where it can with none."""
 
-
-def _fits(case: Case, limits: dict[str, Limit], otherwise: bool = False) -> bool:
-    """Say whether all limits are kept; `otherwise` is the answer for a batch so small that the network cannot train on it."""
-    try:
-        if _exceeded(case, limits):
+    def can_train(way: Way) -> bool:
+        try:
+            check_batches(way[1])
+            return True
+        except InputError:
             return False
-        check_batches(case)
-        return True
-    except InputError:
-        return otherwise
+
+    first = bisect_left(settings, True, key=lambda way: not can_train(way) or not _exceeded(way[1], limits))
+    return next(filter(can_train, reversed(settings[max(0, first - 1):first + 1])), None)
 
 
-Option = Callable[[Case], Iterator[Case]]
+def _options(case: Case, exceeded: list[str]) -> list[list[Way]]:
+    """Return the settings of each option, mild ones first, as they are typed and with the case that they make."""
 
+    def setting(section: str, key: str, value: Any) -> Way:
+        return f"{section}.{key}={str(value).lower()}", case.with_config(section, **{key: value})
 
-def _variants(case: Case, options: Sequence[Option]) -> Iterator[Case]:
-    """Yield all uses of several options together, mild ones first."""
-    if not options:
-        yield case
-        return
-    for changed in options[0](case):
-        yield from _variants(changed, options[1:])
-
-
-def _smaller_logp(case: Case) -> Iterator[Case]:
-    if case.config.score.logp_dtype == "float32":
-        yield case.with_config("score", logp_dtype="float16")
-
-
-def _more_gpus(case: Case) -> Iterator[Case]:
-    most = case.config.train.global_batch_size // case.config.train.accumulation
-    cases = (replace(case, num_ranks=num) for num in range(case.num_ranks + 1, most + 1))
-    yield from filter(_deals_out, cases)
-
-
-def _more_forward_passes(case: Case) -> Iterator[Case]:
     train = case.config.train
-    most = train.global_batch_size // case.num_ranks
-    cases = (case.with_config("train", accumulation=num) for num in range(train.accumulation + 1, most + 1))
-    yield from filter(_deals_out, cases)
-
-
-def _mixed_precision(case: Case) -> Iterator[Case]:
-    if not case.is_cpu and case.config.train.amp == "none":
-        yield case.with_config("train", amp="bf16")
-
-
-def _smaller_trajectory(case: Case) -> Iterator[Case]:
-    if case.config.score.trajectory and case.config.score.trajectory_dtype == "float32":
-        yield case.with_config("score", trajectory_dtype="float16")
-
-
-def _no_trajectory(case: Case) -> Iterator[Case]:
-    if case.config.score.trajectory:
-        yield case.with_config("score", trajectory=False)
-
-
-def _fewer_checkpoints(case: Case) -> Iterator[Case]:
-    for keep in range(case.config.checkpoint.keep - 1, 1, -1):  # 2 is the fewest
-        yield case.with_config("checkpoint", keep=keep)
-
-
-OPTIONS: dict[str, tuple[Option, ...]] = {
-    "memory": (_smaller_logp, _more_gpus, _more_forward_passes, _mixed_precision),
-    "disk": (_smaller_trajectory, _no_trajectory, _fewer_checkpoints, _smaller_logp),
-}
+    ranks = range(case.num_ranks + 1, train.global_batch_size // train.accumulation + 1)
+    passes = range(train.accumulation + 1, train.global_batch_size // case.num_ranks + 1)
+    of_memory = [
+        [way for num in ranks if _deals_out((way := (f"--gpus {num}", replace(case, num_ranks=num)))[1])],
+        [way for num in passes if _deals_out((way := setting("train", "accumulation", num))[1])],
+        [setting("train", "amp", "bf16")],
+    ]
+    of_disk = [
+        [setting("score", "trajectory_dtype", "float16")],
+        [setting("score", "trajectory", False)],
+        [setting("checkpoint", "keep", keep) for keep in range(case.config.checkpoint.keep - 1, 1, -1)],  # 2 is the fewest
+    ]
+    return [[setting("score", "logp_dtype", "float16")], *(of_memory if "memory" in exceeded else []),
+            *(of_disk if "disk" in exceeded else [])]
 
 
 def _deals_out(case: Case) -> bool:
     """Say whether ranks and forward passes divide the batches of all trainings. `per_rank_batch` also looks for better ones."""
     train, parts = case.config.train, case.num_ranks * case.config.train.accumulation
     rule = case.config.retrain.batch_size_rule
-    batches = [train.global_batch_size * batch_size_factor(rate, rule) for rate in case.pruning_rates]
+    batches = [train.global_batch_size * batch_size_factor(rate, rule) for rate in {cell.pruning_rate for cell in case.cells}]
     return all(batch >= parts and batch % parts == 0 for batch in (train.global_batch_size, *batches))
-
-
-def _changes(before: Case, after: Case) -> list[str]:
-    """Return the options by which two cases differ, as they are typed."""
-
-    def options_of(case: Case) -> list[str]:
-        score, train = case.config.score, case.config.train
-        return [f"score.logp_dtype={score.logp_dtype}", f"--gpus {case.num_ranks}", f"train.accumulation={train.accumulation}",
-                f"train.amp={train.amp}", f"score.trajectory_dtype={score.trajectory_dtype}",
-                f"score.trajectory={str(score.trajectory).lower()}", f"checkpoint.keep={case.config.checkpoint.keep}"]
-
-    return [new for old, new in zip(options_of(before), options_of(after), strict=True) if old != new]

@@ -6,7 +6,6 @@ not measured is a named constant, and said by `assumptions`.
 
 # B rows per rank and forward pass, C classes, M rows of a shard, N dataset, W world size (number of ranks)
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from tdds_dist.data.manifest import check_labels
 from tdds_dist.distributed.partition import class_owners, rows_per_shard
 from tdds_dist.errors import InputError
 from tdds_dist.experiments import memory
+from tdds_dist.experiments.grid import Cell
 from tdds_dist.experiments.memory import Network
 from tdds_dist.text import size_text as size
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
@@ -111,10 +111,7 @@ class Case:
     config: Config
     images: Images
     num_ranks: int
-    scores: tuple[str, ...] = ("tdds",)
-    pruning_rates: tuple[float, ...] = ()
-    strategies: tuple[str, ...] = ("E",)
-    seeds: tuple[int, ...] = (0,)
+    cells: tuple[Cell, ...] = ()
 
     @cached_property
     def rows(self) -> int:
@@ -168,7 +165,7 @@ def read_images(config: Config, num_samples: int | None) -> Images:
 
 
 def list_trainings(case: Case) -> list[Training]:
-    """List the collection, then one retraining per score, pruning rate, strategy and seed.
+    """List the collection, then the retrainings.
 
     Raises:
         InputError: a batch that cannot be dealt out evenly.
@@ -178,12 +175,15 @@ def list_trainings(case: Case) -> list[Training]:
     stops_early = config.collect.stop_after == "last_window"
     epochs = max(window.T for window in config.windows()) if stops_early else train.epochs
     found = [Training("collect", num_images, epochs, case.rows * case.num_ranks * train.accumulation)]
-    for score, rate, strategy, seed in itertools.product(case.scores, case.pruning_rates, case.strategies, case.seeds):
+    has_methods, has_seeds = (len(set(each)) > 1 for each in ([cell.method for cell in case.cells],
+                                                              [cell.seed for cell in case.cells]))
+    for cell in case.cells:
+        rate = cell.pruning_rate
         factor = batch_size_factor(rate, config.retrain.batch_size_rule)
         rows = per_rank_batch(train.global_batch_size, case.num_ranks, train.accumulation, factor)
-        name = " ".join([*([score] if len(case.scores) > 1 else []), f"p={rate:g} {strategy}",
-                         *([f"seed {seed}"] if len(case.seeds) > 1 else [])])
-        epochs = retrain_epochs(config.retrain.epochs or train.epochs, rate, strategy)
+        name = (f"{cell.method.name} " if has_methods else "") + f"p={rate:g} {cell.strategy}" + (
+            f" seed {cell.seed}" if has_seeds else "")
+        epochs = retrain_epochs(config.retrain.epochs or train.epochs, rate, cell.strategy)
         found.append(Training(f"retrain {name}", num_kept(num_images, rate), epochs,
                               rows * case.num_ranks * train.accumulation))
     return found

@@ -307,7 +307,7 @@ def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(
     run = RunDir(tmp_path / "tiny/seed0")
     config = check_plan(load_experiment(path))[0][0].config
     with session("cpu") as world, pytest.raises(Preempted):
-        collect(parse_config(config), world, interruption=AfterTwoEpochs())
+        collect(config, world, interruption=AfterTwoEpochs())
     recorded = run.metrics_file.read_bytes()
     changes = ("train.log_every=10", "checkpoint.keep=3", "train.eval_every=1", "train.accumulation=2",
                "score.on_nan=quarantine")

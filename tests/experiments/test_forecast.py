@@ -32,6 +32,7 @@ from tdds_dist.experiments import memory as footprint
 from tdds_dist.experiments import needs as budget
 from tdds_dist.experiments.forecast import _deals_out, parse_bytes, plan
 from tdds_dist.experiments.needs import Case, Images, list_trainings, size
+from tdds_dist.experiments.grid import pipeline_cells
 from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.scoring.sample_stats import SCALARS
@@ -57,8 +58,10 @@ def imagenet(*overrides, network="resnet34"):
     return load_config(ROOT / f"configs/imagenet_{network}.yaml", overrides)
 
 
-def case_of(config, num_samples, num_ranks=1, **more):
-    return Case(config, Images(num_samples, "given", 100), num_ranks, **more)
+def case_of(config, num_samples, num_ranks=1, **pipeline):
+    """Without retrainings unless `pipeline` says of what."""
+    cells = pipeline_cells(config.model_copy(update={"pipeline": Pipeline(**pipeline)})) if pipeline else ()
+    return Case(config, Images(num_samples, "given", 100), num_ranks, tuple(cells))
 
 
 def value(lines, label):
@@ -320,7 +323,7 @@ def collected(request, raw_config, tmp_path_factory):
 def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
     folder, num_ranks, staged = collected
     config = load_config(raw_config)
-    case = Case(config, budget.read_images(config, None), num_ranks, pruning_rates=(0.5, 0.8))
+    case = Case(config, budget.read_images(config, None), num_ranks, tuple(pipeline_cells(config)))
     assert case.images.num_samples == 97
     lines = budget.disk_lines(case)
     blocks = list((folder / "trajectory").rglob("*.npy"))
@@ -342,7 +345,7 @@ def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
 
 def test_the_total_on_disk_is_what_lies_there_at_once(raw_config):
     config = load_config(raw_config)
-    case = Case(config, budget.read_images(config, None), 2, ("tdds",), (0.5, 0.8), ("E", "P"), (0, 1))
+    case = replace(case_of(config, 0, 2, strategies=("E", "P"), seeds=(0, 1)), images=budget.read_images(config, None))
     lines = budget.disk_lines(case)
     get = partial(value, lines)
     assert get("models of retrainings") == 8 * get("models")
@@ -350,7 +353,7 @@ def test_the_total_on_disk_is_what_lies_there_at_once(raw_config):
     collecting = get("checkpoints while collecting")
     retraining = get("coresets") + get("models of retrainings") + get("checkpoints while retraining")
     assert lines[-1].value == get("trajectory") + get("scores") + get("models") + max(collecting, retraining)
-    few = budget.disk_lines(replace(case, pruning_rates=()))
+    few = budget.disk_lines(replace(case, cells=()))
     assert value(few, "checkpoints while retraining") == 0
     assert few[-1].value < lines[-1].value
     at_once = load_config(raw_config, ["checkpoint.asynchronous=false"])  # takes the largest table to host memory, not all
@@ -558,46 +561,43 @@ def test_the_short_test_of_batches_agrees_with_the_long_one(tiny, batch, accumul
 # ---- refusals
 
 
-def ways_in(message):
-    """(options as typed, numbers) of each way out that an error names."""
-    part = message.split("; use ", 1)[1]
-    return [(text.strip().split(" and "), numbers) for text, numbers in re.findall(r"(?:^|or )([^()]+?) \(([^()]+)\)", part)]
-
-
 def check_refusal(tiny, *overrides, **arguments):
-    """None when it fits; else the options named, after each was tried as it is typed."""
+    """None when it fits; else how an error names options, and these, after each was tried as it is typed."""
     try:
         plan(tiny(*overrides), **arguments)
         return None
     except InputError as error:
         message = str(error)
     assert "\n" not in message
-    if "no option makes it fit" in message:
-        assert re.search(r"the largest part is [a-zA-Z ,-]+ \([\d.]+ [kMGT]?B\)", message)
-        return []
-    ways = ways_in(message)
-    assert ways, message
-    for way, numbers in ways:
-        gpus = [int(option.removeprefix("--gpus ")) for option in way if option.startswith("--gpus ")]
-        config = tiny(*overrides, *(option for option in way if "=" in option))
-        found = plan(config, **arguments | ({"num_ranks": gpus[0]} if gpus else {})).as_json()
+    kind, _, part = message.partition("; ")[2].partition(" ")
+    if kind == "no":
+        part, largest = part.split(" the largest part is ")
+        assert re.search(r"^[a-zA-Z ,-]+ \([\d.]+ [kMGT]?B\)", largest)
+        kind = "together" if part.startswith("option makes it fit alone, several may together: ") else "none"
+        part = part.removeprefix("option makes it fit alone, several may together: ")
+    ways = re.findall(r"(score[^ ]+|--gpus \d+|train[^ ]+|checkpoint[^ ]+) \(([^()]+)\)", part)
+    assert bool(ways) == (kind != "none"), message
+    there_is = {} if kind == "use" else {"gpu_memory_bytes": 1e15, "disk_bytes": 1e15}
+    for option, numbers in ways:
+        gpus = {"num_ranks": int(option.removeprefix("--gpus "))} if option.startswith("--gpus ") else {}
+        found = plan(tiny(*overrides, *([] if gpus else [option])), **arguments | there_is | gpus).as_json()
         planned = {"GPU": found["memory_per_rank"]["total_bytes"], "disk": found["disk"]["total_when_fullest_bytes"]}
         for number in numbers.split(", "):
             assert number.startswith(size(planned[number.split()[-1]]) + " "), (number, planned)
-    return [re.split("[= ]", option)[0] for way, _ in ways for option in way]
+    return kind, [re.split("[= ]", option)[0] for option, _ in ways]
 
 
 @pytest.mark.slow
 def test_every_way_out_of_too_little_memory_fits(tiny):
     """Also the mildest: fewer GPUs or forward passes would not do."""
-    named, outcomes = set(), {"fits": 0, "ways": 0, "none": 0}
+    named, outcomes = set(), {"fits": 0, "use": 0, "together": 0}
     for num_samples, num_ranks, memory, amp in itertools.product(
             (10_000, 400_000, 3_000_000), (1, 2, 4), (1.02e9, 1.24e9, 1.3e9, 1.6e9, 4e9), ("none", "bf16")):
         found = check_refusal(
             tiny, *GPU, "model.name=resnet18", "data.image_size=96", "train.global_batch_size=48", f"train.amp={amp}",
             "data.num_classes=400", num_ranks=num_ranks, num_samples=num_samples, gpu_memory_bytes=memory, disk_bytes=1e13)
-        outcomes["fits" if found is None else "ways" if found else "none"] += 1
-        named.update(found or [])
+        outcomes[found[0] if found else "fits"] += 1
+        named.update(found[1] if found else [])
     assert named == {"score.logp_dtype", "--gpus", "train.accumulation", "train.amp"}
     assert min(outcomes.values()) >= 5, outcomes
 
@@ -629,15 +629,16 @@ def test_a_batch_too_small_for_a_retraining_is_no_way_out(tiny):
 
 
 def test_every_way_out_of_too_little_disk_fits(tiny):
-    named, outcomes = set(), {"fits": 0, "ways": 0, "none": 0}
+    named, outcomes = set(), {"fits": 0, "use": 0, "together": 0}
     for num_samples, disk, keep, dtype in itertools.product(
             (1000, 1_000_000), (4e7, 4e8, 6e8, 7.5e8, 9e8, 1.2e9), (2, 5), ("float32", "float16")):
         found = check_refusal(tiny, *GPU, f"checkpoint.keep={keep}", f"score.trajectory_dtype={dtype}", "train.epochs=12",
                               num_samples=num_samples, disk_bytes=disk)
-        outcomes["fits" if found is None else "ways" if found else "none"] += 1
-        named.update(found or [])
+        outcomes[found[0] if found else "fits"] += 1
+        named.update(found[1] if found else [])
     assert named == {"score.trajectory_dtype", "score.trajectory", "checkpoint.keep", "score.logp_dtype"}
     assert min(outcomes.values()) >= 2, outcomes
+    assert check_refusal(tiny, *GPU, "score.logp_dtype=float16", "score.trajectory=false", disk_bytes=1e6) == ("none", [])
 
 
 def test_too_little_of_both_is_mended_together(tiny):
@@ -645,7 +646,7 @@ def test_too_little_of_both_is_mended_together(tiny):
     arguments = {"num_samples": 1_000_000, "gpu_memory_bytes": 4e9, "disk_bytes": 12.2e9}
     with pytest.raises(InputError, match=r"needs [\d.]+ GB per GPU, more than 4 GB \(--gpu-memory\) and [\d.]+ GB of disk, m"):
         plan(tiny(*overrides), **arguments)
-    assert check_refusal(tiny, *overrides, **arguments) == ["score.logp_dtype"]
+    assert check_refusal(tiny, *overrides, **arguments) == ("use", ["score.logp_dtype"])
 
 
 def test_on_the_cpu_there_is_no_gpu_to_fill(tiny):

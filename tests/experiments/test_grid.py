@@ -17,7 +17,7 @@ from tdds_dist.cli import parser
 from tdds_dist.config.grid import BUILT_IN_METHODS
 from tdds_dist.config.run import load_config
 from tdds_dist.errors import InputError
-from tdds_dist.experiments.grid import Stage, Step, collect_stage, pipeline_stages
+from tdds_dist.experiments.grid import Stage, Step, Task, collect_stage, pipeline_stages
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, save_coreset
 
 FROZEN = Path("frozen.yaml")
@@ -80,9 +80,10 @@ def waiting(stages):
 
 def test_the_plain_pipeline(run):
     """TDDS at the rates that the windows serve, one seed, Strategy-E."""
-    stages = plan(run)
+    stages, config = plan(run), config_of(run)
     assert list(stages) == ["collect", "select", "retrain", "report"]
-    assert stages["collect"].steps == (Step("collect", (("collect", "frozen.yaml"),), str(run)),)
+    assert stages["collect"].steps == (
+        Step("collect", (("collect", "frozen.yaml"),), str(run), task=Task("collect", run, config)),)
     assert stages["report"].steps == (Step("report", (("report", str(run)),), str(run)),)
     (select,) = stages["select"].steps
     assert (select.title, select.directory) == ("3 coresets", str(run))
@@ -93,13 +94,15 @@ def test_the_plain_pipeline(run):
         "tdds_official_T6_K2_beta0.9", "tdds_official_T12_K3_beta0.9", "tdds_official_T6_K2_beta0.9"]  # 0.3, 0.5, 0.8
     retrain = stages["retrain"]
     assert [step.title for step in retrain.steps] == [f"tdds_p{rate}_E_batch_seed3" for rate in (0.3, 0.5, 0.8)]
-    assert [step.pruning_rate for step in retrain.steps] == [0.3, 0.5, 0.8]
+    assert [step.task.pruning_rate for step in retrain.steps] == [0.3, 0.5, 0.8]
+    name = "tdds_p0.5_E_batch_seed3"
     assert retrain.steps[1] == Step(
-        "tdds_p0.5_E_batch_seed3",
+        name,
         (("retrain", "frozen.yaml", "--coreset", f"{run}/coresets/tdds_p0.5.npz", "--strategy", "E", "--importance", "batch",
           "--name", "tdds_p0.5_E_batch_seed3", "run.seed=3"),),
-        f"{run}/retrain/tdds_p0.5_E_batch_seed3", pruning_rate=0.5, coreset=Path(f"{run}/coresets/tdds_p0.5.npz"),
-        strategy="E", importance="batch", seed=3, method=BUILT_IN_METHODS["tdds"])
+        f"{run}/retrain/{name}",
+        task=Task("tdds p=0.5 E, seed 3", run / "retrain" / name, config, run / "coresets/tdds_p0.5.npz", "E", "batch", name,
+                  0.5, BUILT_IN_METHODS["tdds"], {"row": "tdds"}))
 
 
 def test_scores_rates_strategies_and_seeds_multiply(run):
