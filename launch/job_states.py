@@ -166,11 +166,8 @@ def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobStat
         for job_id in _array_ids(job_ids):
             if time_ is None or time_ >= submitted.get(job_id, 0.0) - _CLOCK_SKEW:
                 records.setdefault(job_id, []).append((time_ or 0.0, known))
-    states = {}
-    for job_id, found in records.items():
-        last = max(range(len(found)), key=lambda number: (found[number][0], number))
-        states[job_id] = replace(found[last][1], restarts=len(found) - 1)
-    return states
+    return {job_id: replace(sorted(found, key=lambda record: record[0])[-1][1], restarts=len(found) - 1)
+            for job_id, found in records.items()}
 
 
 def _array_ids(text: str) -> list[str]:

@@ -46,14 +46,14 @@ def read_tree(path: Path, overrides: Sequence[str], must_hold: str, examples: st
 def parse_tree(root: type[Root], tree: Mapping[str, Any], where: str) -> Root:
     """Build `root` from plain data; raise InputError naming key, value and rule for the first thing wrong."""
     try:
-        return root.model_validate(_tuples(tree))
+        return root.model_validate(_sequences_as(tuple, tree))
     except ValidationError as error:
         raise InputError(f"{where}: {_one_line(root, error)}") from error
 
 
 def plain_data(section: Section) -> dict[str, Any]:
     """Return a section as plain data for YAML."""
-    return _lists(section.model_dump())
+    return _sequences_as(list, section.model_dump())
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -91,19 +91,11 @@ def _read_yaml(text: str) -> Any:
     return tree
 
 
-def _tuples(value: Any) -> Any:
-    """Turn YAML lists into tuples (frozen fields)."""
+def _sequences_as(kind: type[list[Any]] | type[tuple[Any, ...]], value: Any) -> Any:
+    """Return plain data with all its sequences as lists (for YAML) or tuples (frozen fields)."""
     if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_tuples(item) for item in value)
-    return value
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _sequences_as(kind, item) for key, item in value.items()}
+    return kind(_sequences_as(kind, item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _one_line(root: type[Section], error: ValidationError) -> str:

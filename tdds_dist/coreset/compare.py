@@ -120,6 +120,10 @@ class _Findings:
             rate: float | str = "", group: int | str = "") -> None:
         self.rows.append((table, run_a, score_a, run_b, score_b, rate, group, f"{value:.9g}"))
 
+    def part(self, title: str, names: list[str] | None = None, groups: Sequence[list[str]] = ()) -> None:
+        """Add a part of the text: a title, and a table of scores in rows and groups of columns."""
+        self.parts.append(f"{title}\n{_blocks(names, [*groups])}" if names else title)
+
     def agreement(self, values: Sequence[float], run_a: str, score_a: str, run_b: str, score_b: str, of: str = "") -> None:
         """Add a rank correlation and the overlap at each rate."""
         self.row(f"spearman{of}", values[0], run_a, score_a, run_b, score_b)
@@ -159,7 +163,7 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
     """Add rank correlation and overlap of all pairs of scores of one run."""
     keys = [*run.ranked]
     if len(keys) == 1:
-        found.parts.append(_part(f"{run.letter}: one score only ({keys[0]}), nothing to correlate it with"))
+        found.part(f"{run.letter}: one score only ({keys[0]}), nothing to correlate it with")
         return
     correlation = {(key, key): 1.0 for key in keys}
     common: dict[str, list[float]] = {}
@@ -169,16 +173,16 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
         if a == run.main:
             common[b] = values[1:]
     numbered = [f"{position:>{len(str(len(keys)))}} {found.short[key]}" for position, key in enumerate(keys, 1)]
-    found.parts.append(_part(
+    found.part(
         f"{run.letter}: Spearman rank correlation of the scores",
-        _blocks("score", numbered, [_group(str(position), [[decimal(correlation[row, column])] for row in keys])
-                                   for position, column in enumerate(keys, 1)])))
+        numbered, [_group(str(position), [[decimal(correlation[row, column])] for row in keys])
+                   for position, column in enumerate(keys, 1)])
     num_samples = run.fingerprint.num_samples
-    found.parts.append(_part(
+    found.part(
         f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning rate",
-        _blocks("score", [*(found.short[key] for key in common), AT_RANDOM], [
+        [*(found.short[key] for key in common), AT_RANDOM], [
             _group(percent(rate), [[_percent(shares[p])] for shares in common.values()]
-                   + [[_percent(num_kept(num_samples, rate) / num_samples)]]) for p, rate in enumerate(found.rates)])))
+                   + [[_percent(num_kept(num_samples, rate) / num_samples)]]) for p, rate in enumerate(found.rates)])
 
 
 def _add_between(runs: list[_Run], found: _Findings) -> None:
@@ -203,13 +207,13 @@ def _add_between(runs: list[_Run], found: _Findings) -> None:
             lines += of_pair
     if not names:
         if len(runs) > 1:
-            found.parts.append(_part("Between runs: no score is present in two of them"))
+            found.part("Between runs: no score is present in two of them")
         return
     mean_of = "" if most < 2 else ", mean over pairs" + ("" if most > MAX_PAIRS else " and each pair") + " of runs"
-    found.parts.append(_part(f"Between runs: agreement of the same score{mean_of}", _blocks("score", names, [
+    found.part(f"Between runs: agreement of the same score{mean_of}", names, [
         _group("Spearman", [[decimal(line[0], 3)] for line in lines]),
         _group("percent of the coreset in common", [[*map(_percent, line[1:])] for line in lines],
-               [percent(rate) for rate in found.rates])])))
+               [percent(rate) for rate in found.rates])])
 
 
 def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
@@ -229,11 +233,11 @@ def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
             share = share_C[present]
             by_rate[position].append([*(_whole_percent(function(share)) for function in (np.min, np.median, np.max)),
                                       str(int(np.count_nonzero(share == 0)))])
-    found.parts.append(_part(
+    found.part(
         f"{run.letter}: percent of a class that is kept (smallest, median, largest), and how many classes keep none",
-        _blocks("score", [found.short[key] for key in run.ranked], [
+        [found.short[key] for key in run.ranked], [
             _group(percent(rate), cells, ["min", "med", "max", "none"])
-            for rate, cells in zip(found.rates, by_rate, strict=True)])))
+            for rate, cells in zip(found.rates, by_rate, strict=True)])
 
 
 def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) -> None:
@@ -278,55 +282,39 @@ def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], fou
                 found.row(f"coreset_{word}", of_coreset, run.name, key, rate=rate, group=kind)
                 if kind == "":
                     by_rate[position].append([_percent(kept), _percent(of_coreset)])
-    found.parts.append(_part(
+    found.part(
         f"{run.letter}: {what} ({count(num_noisy)} of {count(num_samples)}); kept: percent of them; share: percent of the "
         "coreset",
-        _blocks("score", [*(found.short[key] for key in run.ranked), AT_RANDOM], [
-            _group(percent(rate), cells, ["kept", "share"]) for rate, cells in zip(found.rates, by_rate, strict=True)])))
+        [*(found.short[key] for key in run.ranked), AT_RANDOM], [
+            _group(percent(rate), cells, ["kept", "share"]) for rate, cells in zip(found.rates, by_rate, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Columns under one title, as lines of equal width; `subtitle` is "" where there are none."""
-
-    title: str
-    subtitle: str
-    rows: list[str]
+def _group(title: str, cells: list[list[str]], subtitles: list[str] | None = None) -> list[str]:
+    """Put columns under one title: lines of equal width, of which the first two are heads."""
+    rows = table([*([subtitles] if subtitles else []), *cells], range(len(cells[0])), gap=" ")
+    width = max(len(title), *map(len, rows))
+    return [*([title.center(width)] if subtitles else ["", title.rjust(width)]), *(row.rjust(width) for row in rows)]
 
 
-def _group(title: str, cells: list[list[str]], subtitles: list[str] | None = None) -> _Group:
-    text = table([*([subtitles] if subtitles else []), *cells], range(len(cells[0])), gap=" ")
-    width = max(len(title), *map(len, text))
-    text = [line.rjust(width) for line in text]
-    return _Group(title.center(width) if subtitles else title.rjust(width), text.pop(0) if subtitles else "", text)
-
-
-def _blocks(label: str, names: list[str], groups: list[_Group]) -> str:
+def _blocks(names: list[str], groups: list[list[str]]) -> str:
     """Put groups of columns side by side; those that do not fit into WIDTH follow below with the names repeated."""
-    width = max(len(label), *map(len, names))
-    blocks: list[list[_Group]] = [[]]
-    used = width
+    blocks: list[list[list[str]]] = []
+    used = WIDTH
     for group in groups:
-        if blocks[-1] and used + 2 + len(group.title) > WIDTH:
+        if used + 2 + len(group[1]) > WIDTH:
             blocks.append([])
-            used = width
+            used = max(map(len, ["score", *names]))
         blocks[-1].append(group)
-        used += 2 + len(group.title)
+        used += 2 + len(group[1])
     text = []
     for block in blocks:
-        heads = [[label, *(group.subtitle or group.title for group in block)]]
-        if any(group.subtitle for group in block):
-            heads.insert(0, ["", *(group.title if group.subtitle else "" for group in block)])
-        lines = zip(names, *(group.rows for group in block), strict=True)
-        text.append("\n".join(table([*heads, *lines], num_heads=len(heads))))
+        lines = [*zip(["", "score", *names], *block, strict=True)]
+        lines = lines if any(lines[0]) else lines[1:]
+        text.append("\n".join(table(lines, num_heads=len(lines) - len(names))))
     return "\n\n".join(text)
-
-
-def _part(title: str, *body: str) -> str:
-    return "\n".join([title, *body])
 
 
 def _page(runs: list[_Run], found: _Findings, path: Path) -> str:

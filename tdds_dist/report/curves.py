@@ -13,7 +13,7 @@ import numpy as np
 
 from tdds_dist.report import charts
 from tdds_dist.report.accuracy import free_marker
-from tdds_dist.report.read import FULL_DATA, Facts, Retrained, short_names
+from tdds_dist.report.read import FULL_DATA, Facts, Retrained, score_names
 from tdds_dist.report.results import by_setting, run_name, variants
 from tdds_dist.text import percent
 
@@ -46,7 +46,7 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
 
     `charts`: SVG, pair after pair; `legend`: a line per series; `has_seeds`: whether means are drawn.
     """
-    names = short_names(pool)
+    names = score_names(pool)
     runs = _told_apart([run for label, group in by_setting(pool) for variant in [variants(group)] for facts in group
                         for run in _runs(facts, slots, names, variant, label, say_run=len(pool) > 1)])
     keys = {series: f"c{number}" for number, series in enumerate(dict.fromkeys(run.series for run in runs))}

@@ -187,8 +187,8 @@ def _pictures(facts: Facts, info: BetonInfo, index: list[int], names: list[str])
         corruption = facts.manifest.corruption[number].replace("_", " ") if is_corrupted else None
         caption = name if true_class is None else f"{name}, really {true_class}"
         return {
-            "index": number, "pixelated": is_pixelated(info, number), "label": label, "class_name": name,
-            "true_class": true_class, "corruption": corruption, "caption": caption,
+            "index": number, "pixelated": bool(max(info.width_N[number], info.height_N[number]) <= PIXELATED_UP_TO),
+            "label": label, "class_name": name, "true_class": true_class, "corruption": corruption, "caption": caption,
             "alt": f"Image {number}, {caption}" + (f", corrupted ({corruption})" if corruption else ""),
             "path": printable(paths[number]) if paths else f"image {number}",
             "scores": [f"{score_N[number]:.4g}" for score_N in scores],
@@ -232,11 +232,6 @@ def _thumbnails(info: BetonInfo, wanted: list[int], sample: list[int], budget_by
     rest = budget_bytes - sum(map(len, uris.values()))
     more, more_bad = thumbnails(info, (number for number in sample if number not in done), rest)
     return uris | more, len(bad) + len(more_bad)
-
-
-def is_pixelated(info: BetonInfo, index: int) -> bool:
-    """Say whether an image is so small that it is embedded as it is."""
-    return max(int(info.width_N[index]), int(info.height_N[index])) <= PIXELATED_UP_TO
 
 
 def thumbnails(info: BetonInfo, index: Iterable[int], budget_bytes: int,

@@ -26,14 +26,14 @@ from tdds_dist.report.accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report.agreement import agreement_section, between_section
 from tdds_dist.report.curves import FULL_SLOT, curve_charts, speed, speed_charts
 from tdds_dist.report.images import BUDGET_BYTES, sheets
-from tdds_dist.report.read import FULL_DATA, Facts, read_facts, short_names
+from tdds_dist.report.read import FULL_DATA, Facts, read_facts, score_names
 from tdds_dist.report.results import by_setting, experiment_name, pools, run_name, summary_rows
 from tdds_dist.report.scores import (
     Origins,
     class_table,
+    known_noise_kept,
     main_score,
     noise,
-    noise_kept,
     noise_table,
     origin,
     printable,
@@ -98,7 +98,7 @@ def _title(runs: Sequence[RunDir], sections: Sequence[dict[str, Any]]) -> str:
 def _pool(pool: list[Facts], found: list[Facts], sections: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what the template shows about several runs of the same data together; `images_of` is the section to see them in.
     """
-    rows, slots = summary_rows(pool), _colour_slots([*short_names(pool).values()])
+    rows, slots = summary_rows(pool), _colour_slots([*score_names(pool).values()])
     numbers = [number for number, facts in enumerate(found) if any(facts is other for other in pool)]
     with_images = [number for number in numbers if sections[number]["sheets"]["sheets"]]
     return {
@@ -149,7 +149,7 @@ def _coreset(facts: Facts, name: str, origins: Origins) -> tuple[str, Coreset, s
     """Return a row of the coresets' table, with the score it was cut from and where, unless that is a random rank."""
     coreset = facts.coresets[name]
     source, cut = (None, None) if base_key(coreset.score_key) == "random" else origins[name]
-    return name, coreset, source, cut, noise_kept(facts, coreset)
+    return name, coreset, source, cut, known_noise_kept(facts, coreset)
 
 
 def _provenance(facts: Facts) -> dict[str, Any]:

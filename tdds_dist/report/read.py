@@ -111,7 +111,7 @@ def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
     return rate != 0, *score_order(sub.score), str(sub.strategy), str(importance), rate or 0, sub.name
 
 
-def short_names(pool: Sequence[Facts]) -> dict[str, str]:
+def score_names(pool: Sequence[Facts]) -> dict[str, str]:
     """Return `Facts.names` of several runs that are shown together."""
     if len(pool) == 1:
         return pool[0].names

@@ -12,7 +12,7 @@ from typing import Any
 from tdds_dist.config.scores import score_order
 from tdds_dist.errors import InputError
 from tdds_dist.report.published import PublishedTable
-from tdds_dist.report.read import FULL_DATA, Facts, Retrained, read_facts, short_names
+from tdds_dist.report.read import FULL_DATA, Facts, Retrained, read_facts, score_names
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.identity import setting_of
 from tdds_dist.text import MISSING, count, decimal, mean_std, percent, plus_minus, signed, table
@@ -97,7 +97,7 @@ def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     The reference is the retraining on the full data, and where there is none the collection run, unless that was
     stopped before the end of its schedule.
     """
-    names = short_names(pool)
+    names = score_names(pool)
     return [row | {"runs": label} for label, group in by_setting(pool) for row in _rows_of_one_setting(group, names)]
 
 

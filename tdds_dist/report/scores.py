@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from tdds_dist.config.scores import base_key, is_plain
-from tdds_dist.coreset.agreement import keep_rates
-from tdds_dist.coreset.agreement import noise_kept as share_kept
+from tdds_dist.coreset.agreement import keep_rates, noise_kept
 from tdds_dist.coreset.select import default_sampler
 from tdds_dist.report import charts
 from tdds_dist.report.charts import bins_of
@@ -130,9 +129,9 @@ def noise(facts: Facts) -> dict[str, Any] | None:
     return {"labels": labels, "images": images, "text": text}
 
 
-def noise_kept(facts: Facts, coreset: Coreset) -> list[float | None]:
+def known_noise_kept(facts: Facts, coreset: Coreset) -> list[float | None]:
     """Return the shares of the wrong labels and of the corrupted images that the coreset keeps; None where none are known."""
-    return [None if bad_N is None or not bad_N.any() else share_kept(coreset.index_M, bad_N)[0]
+    return [None if bad_N is None or not bad_N.any() else noise_kept(coreset.index_M, bad_N)[0]
             for bad_N in known_noise(facts)]
 
 
@@ -144,7 +143,7 @@ def noise_table(facts: Facts, slots: dict[str, int]) -> dict[str, Any] | None:
     kinds = _kinds_of_noise(facts)
     if not kinds or not coresets:
         return None
-    kept = {name: {kind: share_kept(coreset.index_M, bad_N) for kind, bad_N in kinds.items()}
+    kept = {name: {kind: noise_kept(coreset.index_M, bad_N) for kind, bad_N in kinds.items()}
             for name, coreset in coresets.items()}
     rows = [(name, heads[name], coreset.pruning_rate, len(coreset.index_M) / coreset.fingerprint.num_samples,
              [kept[name][kind] for kind in kinds]) for name, coreset in coresets.items()]
