@@ -20,14 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import files
 from tdds_dist import ShardedScorer, Window
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
 from tdds_dist.runs.checkpoint import Checkpoints
-from tdds_dist.runs.directory import environment
 
 
 def measure(num_samples: int, num_classes: int, repetitions: int, folder: Path | None) -> dict[str, Any]:
@@ -67,7 +64,7 @@ def measure(num_samples: int, num_classes: int, repetitions: int, folder: Path |
     return {"benchmark": "checkpoint", "num_samples": num_samples, "num_classes": num_classes, "repetitions": repetitions,
             "state_bytes": state_bytes, "checkpoint_bytes": num_bytes,
             "seconds": {key: statistics.median(found) for key, found in seconds.items()}, "all_seconds": seconds,
-            "provenance": environment(1, "cpu") | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}}
+            "provenance": files.provenance()}
 
 
 def _plain_write(path: Path, num_bytes: int) -> float:
@@ -86,7 +83,7 @@ def _plain_write(path: Path, num_bytes: int) -> float:
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The result page."""
-    where, seconds, plain = result["provenance"], result["seconds"], result["seconds"]["plain_write"]
+    seconds, plain = result["seconds"], result["seconds"]["plain_write"]
     rows = {"training stands still, asynchronous save": "stall_asynchronous",
             "... until it is durable": "durable_asynchronous",
             "training stands still, synchronous save": "stall_synchronous",
@@ -96,9 +93,7 @@ def as_markdown(result: dict[str, Any]) -> str:
              "", f"{result['state_bytes'] / 1e9:.2f} GB of state, {result['checkpoint_bytes'] / 1e9:.2f} GB on disk. Medians "
              f"of {result['repetitions']}.", "", "| | seconds | of a plain write |", "|---|---:|---:|"]
     lines += [f"| {text} | {seconds[key]:.2f} | {seconds[key] / plain:.2f} |" for text, key in rows.items()]
-    lines += ["", f"{where['cpu']}, {where['num_cpus']} CPUs, torch {where['versions']['torch']}, commit {where['commit']}, "
-                  f"{where['started']}, load average {where['load_average']:.1f}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", files.provenance_line(result), ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,6 @@ from tdds_dist.data.loader import BetonLoader, View
 from tdds_dist.data.sources import open_source
 from tdds_dist.data.writer import write_beton
 from tdds_dist.distributed.partition import epoch_order
-from tdds_dist.runs.directory import environment
 
 
 def ours(path: Path, batch: int, size: int, workers: int) -> Callable[[int], int]:
@@ -72,12 +71,12 @@ def measure(num_samples: int, side: int, size: int, batch: int, workers: int, re
     return {"benchmark": "loader", "num_samples": num_samples, "side": side, "size": size, "batch": batch, "workers": workers,
             "write_mode": write_mode, "repetitions": repetitions, "images_per_second": rates, "median": median,
             "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-            "provenance": environment(1, "cpu") | {"threads": workers, "load_average": os.getloadavg()[0]}}
+            "provenance": files.provenance(threads=workers)}
 
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The result page."""
-    where, median = result["provenance"], result["median"]
+    median = result["median"]
     return "\n".join([
         f"# Loader: {result['num_samples']:,} images of {result['side']}x{result['side']} ({result['write_mode']}) to "
         f"{result['size']}x{result['size']}, {result['workers']} threads", "",
@@ -86,8 +85,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"| FFCV's | {median['ffcv']:.0f} | unseeded generators of its threads |", "",
         f"Ours / FFCV's, epoch by epoch: {result['ratio']:.3f} ({result['ratio_min']:.3f} to {result['ratio_max']:.3f}), "
         f"{result['repetitions']} pairs.", "",
-        f"{where['cpu']}, {where['num_cpus']} CPUs, ffcv {where['versions']['ffcv']}, numba {where['versions']['numba']}, "
-        f"commit {where['commit']}, {where['started']}, load average {where['load_average']:.1f}.", ""])
+        files.provenance_line(result), ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tdds_dist.distributed.partition import rows_per_shard, shard_bounds
+from tdds_dist.distributed.partition import rows_per_shard
 from tdds_dist.distributed.world import _CONTROL_SHARE, TIMEOUT_SECONDS, Group, World
 from tdds_dist.errors import InputError
 
@@ -191,16 +191,6 @@ def all_gather_shards(shard_MX: Tensor, num_samples: int, world: World) -> Tenso
     return gathered[:num_samples]
 
 
-def all_gather_same(value_X: Tensor, world: World) -> Tensor:
-    """Gather the equally shaped `value_X` of every rank, [W, ...]."""
-    gathered_WX = value_X.new_empty((world.world_size, *value_X.shape))
-    if not dist.is_initialized():
-        gathered_WX[0] = value_X
-    else:
-        dist.all_gather_into_tensor(gathered_WX.view(-1), value_X.contiguous().view(-1))
-    return gathered_WX
-
-
 def sum_over_ranks(value_X: Tensor) -> Tensor:
     """Sum `value_X` over ranks, in place, on every rank."""
     if dist.is_initialized():
@@ -248,8 +238,3 @@ def data_parallel(model: nn.Module, world: World, num_compiled: int = 0) -> nn.p
         limits.recompile_limit = max(limits.recompile_limit, 8 + num_compiled)  # beyond it, torch goes on uncompiled
         replicas.compile(dynamic=False)  # kernels for a size are faster than kernels for any
     return replicas
-
-
-def own_shard(num_samples: int, world: World) -> tuple[int, int]:
-    """Return the half-open range of global indices that this rank owns."""
-    return shard_bounds(num_samples, world.world_size, world.rank)

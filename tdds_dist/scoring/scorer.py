@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tdds_dist.config.scores import DELTA_OF_PRESET, DENSE, Window, check_window, differences_per_window, parse_storage
 from tdds_dist.distributed import collectives, world
-from tdds_dist.distributed.partition import PADDING, EpochOrder, routing_counts, rows_per_shard
+from tdds_dist.distributed.partition import PADDING, EpochOrder, routing_counts, rows_per_shard, shard_bounds
 from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.runs.artifacts import fingerprint
 from tdds_dist.scoring.quarantine import set_lowest
@@ -111,7 +111,7 @@ class ShardedScorer:
         self.world = world.current_world(device)
         self.epoch = 0
         self.step = 0
-        self._first, self._end = collectives.own_shard(num_samples, self.world)
+        self._first, self._end = shard_bounds(num_samples, self.world.world_size, self.world.rank)
         self._rows_per_shard = rows_per_shard(num_samples, self.world.world_size)
         self._counts: tuple[list[list[int]], list[list[int]]] | None = None
         self._by_owner_SB: Tensor | None = None  # with the counts: rows of each step in the order of their owners
@@ -457,6 +457,6 @@ class ShardedScorer:
         found_K = torch.full((_NUM_NAMED,), PADDING, dtype=torch.int64, device=self.world.device)
         bad = is_bad_M.nonzero()[:_NUM_NAMED, 0] + self._first
         found_K[: len(bad)] = bad
-        gathered = collectives.all_gather_same(found_K, self.world).view(-1).tolist()
+        gathered = collectives.all_gather_shards(found_K, _NUM_NAMED * self.world.world_size, self.world).tolist()
         named = [index for index in gathered if index != PADDING][:_NUM_NAMED]
         return json.dumps(named)[1:-1] + (", ..." if len(named) == _NUM_NAMED else "")

@@ -70,8 +70,8 @@ def _indices_of_rank(rank, world_size, path):
             order = epoch_order(num, per_rank * world_size, epoch=4, subset=np.arange(num))
             loader = loader_of(path, per_rank, View(32))
             batches = [batch.index for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=4)]
-            gathered = collectives.all_gather_same(torch.cat(batches), world.current_world("cpu")).view(-1)
-            cases.append((num, per_rank, len(batches), gathered[gathered >= 0].tolist()))
+            gathered = collectives.gather_objects(torch.cat(batches).tolist(), world.current_world("cpu"))
+            cases.append((num, per_rank, len(batches), [index for part in gathered for index in part if index >= 0]))
     return cases
 
 
