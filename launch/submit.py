@@ -29,11 +29,11 @@ from launch.cluster import Cluster, load_cluster
 from launch.job_states import FORGOTTEN, job_states, outcome_of
 from launch.task import StageTask
 from tdds_dist.cli.outcome import Outcome
+from tdds_dist.config.run import Config, load_config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch
 
 if TYPE_CHECKING:
-    from tdds_dist.config.run import Config
     from tdds_dist.experiments.grid import Stage, Step
 
 _POLL_SECONDS = 5.0
@@ -70,8 +70,6 @@ def run(options: argparse.Namespace) -> Outcome:
         InputError: it cannot run as asked, or the scheduler refuses it; nothing stays queued.
     """
     cluster = load_cluster(options.cluster)
-    from tdds_dist.config.run import load_config  # takes a moment: after what is quick to refuse
-
     config = load_config(options.config, options.overrides)
     elsewhere = os.path.expanduser(os.path.expandvars(cluster.log_dir or ""))
     log_dir = (Path(elsewhere) / config.run.name if elsewhere else config.run.directory / "jobs").absolute()
@@ -110,7 +108,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return _outcome(stages, config, log_dir, warnings, records, code)
 
 
-def _outcome(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: list[str],
+def _outcome(stages: "list[Stage]", config: Config, log_dir: Path, warnings: list[str],
              records: Sequence[job_list.JobRecord] = (), exit_code: int = 0) -> Outcome:
     """Return the object for `--json`; the same has been printed for people already."""
     parts = [{"name": stage.name, "jobs": len(stage.waiting), "done": len(stage.steps) - len(stage.waiting)}
@@ -123,7 +121,7 @@ def _outcome(stages: "list[Stage]", config: "Config", log_dir: Path, warnings: l
 # ---- before submission
 
 
-def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen: Path) -> "list[Stage]":
+def plan(config: Config, cluster: Cluster, options: argparse.Namespace, frozen: Path) -> "list[Stage]":
     """Return the stages; raise InputError for what would otherwise fail only after jobs have waited in the queue."""
     from tdds_dist.experiments.grid import check_what_is_done, collect_stage, pipeline_stages
 
@@ -142,7 +140,7 @@ def plan(config: "Config", cluster: Cluster, options: argparse.Namespace, frozen
     return stages
 
 
-def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path, given: list[str]) -> "Stage":
+def _one_retraining(config: Config, options: argparse.Namespace, frozen: Path, given: list[str]) -> "Stage":
     from tdds_dist.experiments.grid import Stage, Task, retrain_step
     from tdds_dist.runs.artifacts import load_coreset
     from tdds_dist.runs.directory import RunDir, retrain_name
@@ -157,7 +155,7 @@ def _one_retraining(config: "Config", options: argparse.Namespace, frozen: Path,
     return Stage("retrain", (retrain_step(task, frozen),))
 
 
-def _needs(config: "Config", cluster: Cluster) -> str:
+def _needs(config: Config, cluster: Cluster) -> str:
     """Return what the collection takes, as `tdds plan` says it; raise InputError when that cannot fit."""
     from tdds_dist.experiments.forecast import parse_bytes
     from tdds_dist.experiments.forecast import plan as plan_resources
@@ -170,7 +168,7 @@ def _needs(config: "Config", cluster: Cluster) -> str:
     return plan_resources(on_nodes, num_ranks=part.num_ranks, gpu_memory_bytes=memory, strategies=strategies).as_text()
 
 
-def check_batch(config: "Config", cluster: Cluster, stages: "Sequence[Stage]") -> None:
+def check_batch(config: Config, cluster: Cluster, stages: "Sequence[Stage]") -> None:
     """Raise InputError when the ranks of a stage cannot share its batch evenly."""
     for stage in stages:
         if stage.name not in ("collect", "retrain"):
@@ -185,22 +183,20 @@ def check_batch(config: "Config", cluster: Cluster, stages: "Sequence[Stage]") -
                 raise InputError(f"{stage.name}{at} on {num_ranks} ranks: {error}") from error
 
 
-def _warnings(config: "Config") -> list[str]:
+def _warnings(config: Config) -> list[str]:
     """Warn of files that are missing here and may be there on the nodes."""
     files = {key: getattr(config.data, key) for key in ("train", "val")}
     missing = [f"data.{key}={file}" for key, file in files.items() if not Path(file).is_file()]
     return [f"{' and '.join(missing)} not found on this machine; the nodes must have it"] if missing else []
 
 
-def _frozen(config: "Config", part: str, log_dir: Path) -> tuple[Path, str]:
+def _frozen(config: Config, part: str, log_dir: Path) -> tuple[Path, str]:
     """Return file and text of the resolved config, under a name that its content decides."""
-    from tdds_dist.config.run import to_dict
-
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
     return log_dir / f"{part}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml", text
 
 
-def _write(frozen: Path, text: str, log_dir: Path, config: "Config", cluster: Cluster) -> None:
+def _write(frozen: Path, text: str, log_dir: Path, config: Config, cluster: Cluster) -> None:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         frozen.write_text(text)
@@ -257,7 +253,7 @@ def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
     return "\n".join([f"{name}:", *lines])
 
 
-def _page(stages: "list[Stage]", config: "Config") -> str:
+def _page(stages: "list[Stage]", config: Config) -> str:
     return f"; the page: {config.run.directory / 'report.html'}" if stages[-1].name == "report" else ""
 
 
@@ -283,7 +279,7 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
 # ---- submission and after
 
 
-def _submit_all(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir: Path) -> list[job_list.JobRecord]:
+def _submit_all(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path) -> list[job_list.JobRecord]:
     """Queue every stage that waits; return the jobs, in order. When one is refused, those before are cancelled."""
     records: list[job_list.JobRecord] = []
     after: list[str] = []
@@ -292,13 +288,9 @@ def _submit_all(stages: "list[Stage]", cluster: Cluster, config: "Config", log_d
         for stage in stages:
             if not stage.waiting:
                 continue
-            part = cluster.for_stage(stage.name)
-            tasks = [_task(step, part, log_dir) for step in stage.waiting]
-            submitted = scheduler.submit(tasks, part, f"{stage.name}-{config.run.name}", log_dir, after)
-            found = [_record(step, stage.name, str(job.job_id), submission, part, config, after)
-                     for step, job in zip(stage.waiting, submitted, strict=True)]
-            records += found
-            after = list(dict.fromkeys(record.id.split("_")[0] for record in found))
+            found = _queue(stage, stage.waiting, cluster, config, log_dir, submission, after)
+            records += [record for _, record in found]
+            after = list(dict.fromkeys(record.id.split("_")[0] for _, record in found))
         for record in records:
             job_list.append_job(log_dir, record)
     except BaseException as error:
@@ -310,35 +302,31 @@ def _submit_all(stages: "list[Stage]", cluster: Cluster, config: "Config", log_d
     return records
 
 
-def _task(step: "Step", cluster: Cluster, log_dir: Path) -> StageTask:
-    return StageTask(
-        step.commands, log_dir, time_minutes=cluster.time_minutes, grace_seconds=cluster.grace_seconds,
-        cpus_per_rank=cluster.cpus_per_rank if cluster.executor == "slurm" else 0, interface=cluster.interface)
+def _queue(stage: "Stage", steps: "Sequence[Step]", cluster: Cluster, config: Config, log_dir: Path, submission: str,
+           after: Sequence[str] = ()) -> list[tuple[Any, job_list.JobRecord]]:
+    """Hand steps of a stage to the scheduler; return the job of each, with its record."""
+    part, name = cluster.for_stage(stage.name), f"{stage.name}-{config.run.name}"
+    tasks = [StageTask(step.commands, log_dir, time_minutes=part.time_minutes, grace_seconds=part.grace_seconds,
+                       cpus_per_rank=part.cpus_per_rank if part.executor == "slurm" else 0, interface=part.interface)
+             for step in steps]
+    return [(job, job_list.JobRecord(
+        id=str(job.job_id), time=time.time(), submission=submission, executor=part.executor, stage=stage.name, name=name,
+        title=step.title, after=tuple(after), num_ranks=part.num_ranks, directory=os.path.abspath(step.directory)))
+        for step, job in zip(steps, scheduler.submit(tasks, part, name, log_dir, after), strict=True)]
 
 
-def _record(step: "Step", stage: str, job_id: str, submission: str, cluster: Cluster, config: "Config",
-            after: Sequence[str]) -> job_list.JobRecord:
-    return job_list.JobRecord(
-        id=job_id, time=time.time(), submission=submission, executor=cluster.executor, stage=stage,
-        name=f"{stage}-{config.run.name}", title=step.title, after=tuple(after), num_ranks=cluster.num_ranks,
-        directory=os.path.abspath(step.directory))
-
-
-def _run_here(stages: "list[Stage]", cluster: Cluster, config: "Config", log_dir: Path, options: argparse.Namespace) -> int:
+def _run_here(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path, options: argparse.Namespace) -> int:
     """Run the stages one after the other; a single stage without `--wait` goes on in the background."""
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     waits = options.wait or options.part == "pipeline"
     for stage in stages:
-        left = list(stage.waiting)
-        part = cluster.for_stage(stage.name)
+        left, at_once = list(stage.waiting), cluster.for_stage(stage.name).array_parallelism
         running: list[tuple[Any, job_list.JobRecord]] = []
         while left or running:
-            while left and len(running) < part.array_parallelism:
-                step = left.pop(0)
-                (job,) = scheduler.submit([_task(step, part, log_dir)], part, f"{stage.name}-{config.run.name}", log_dir)
-                record = _record(step, stage.name, str(job.job_id), submission, part, config, ())
+            while left and len(running) < at_once:
+                ((job, record),) = _queue(stage, [left.pop(0)], cluster, config, log_dir, submission)
                 job_list.append_job(log_dir, record)
-                print(f"{stage.name}: {step.title} is process {record.id}, log {job.task(0).paths.stderr}", flush=True)
+                print(f"{stage.name}: {record.title} is process {record.id}, log {job.task(0).paths.stderr}", flush=True)
                 running.append((job, record))
             if not waits:
                 return 0

@@ -17,6 +17,7 @@ from torch import nn
 
 from tdds_dist import ShardedScorer
 from tdds_dist.cli.main import main
+from tdds_dist.config.grid import Pipeline
 from tdds_dist.config.run import load_config
 from tdds_dist.config.scores import Window
 from tdds_dist.data.beton import inspect_beton
@@ -31,8 +32,8 @@ from tdds_dist.errors import InputError
 from tdds_dist.experiments import memory as footprint
 from tdds_dist.experiments import needs as budget
 from tdds_dist.experiments.forecast import _deals_out, parse_bytes, plan
-from tdds_dist.experiments.needs import Case, Images, list_trainings, size
 from tdds_dist.experiments.grid import pipeline_cells
+from tdds_dist.experiments.needs import Case, Images, list_trainings, size
 from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.scoring.sample_stats import SCALARS
@@ -393,9 +394,9 @@ def test_index_of_the_images_is_what_loader_and_order_take(tmp_path):
     source = open_source(f"synthetic:{num_samples},10,8", "train", None)
     write_beton(source, path, write_mode="raw", num_workers=1, progress=False)
     view = View(8)
-    BetonLoader(path, 16, view)  # what is imported on the way does not count
+    BetonLoader(inspect_beton(path), 16, view)  # what is imported on the way does not count
     tracemalloc.start()
-    kept = (inspect_beton(path), BetonLoader(path, 16, view))  # noqa: F841
+    kept = (inspect_beton(path), BetonLoader(inspect_beton(path), 16, view))  # noqa: F841
     order = epoch_order(num_samples, 256, seed=1)
     counts = [part.tolist() for part in routing_counts(order, 0, 8, num_samples)]  # noqa: F841
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -408,7 +409,7 @@ def test_host_memory(tiny, betons):
     case = replace(case_of(config, 1000, 2), images=budget.read_images(config, None))
     lines = budget.host_lines(case)
     get = partial(value, lines)
-    loader = BetonLoader(betons["train"], 12, View(32, "pad"))
+    loader = BetonLoader(inspect_beton(betons["train"]), 12, View(32, "pad"))
     with_buffers = next(iter(loader.batches(epoch_order(24, 24, shuffle=False), rank=0, world_size=2, epoch=0)))
     assert get("decoded batches") == 2 * 12 * (5 * (32 * 32 * 3 + 9) + 32 * 32 * 3)
     assert with_buffers.image.shape == (12, 3, 32, 32)
@@ -464,7 +465,7 @@ def test_retrainings_are_those_of_the_pipeline(tiny):
     assert names(strategies=["P"]) == ["collect", "retrain p=0.5 P", "retrain p=0.8 P"]
     assert names("pipeline.strategies=[P]") == names(strategies=["P"])
     assert names("pipeline.scores=[tdds, random]", "pipeline.pruning_rates=[0.7]", "pipeline.seeds=[3, 5]") == ["collect", *(
-        f"retrain {score} p=0.7 E seed {seed}" for score in ("tdds", "random") for seed in (3, 5))]
+        f"retrain {score} p=0.7 E seed {seed}" for seed in (3, 5) for score in ("tdds", "random"))]
 
 
 def test_hours_from_a_given_speed():
@@ -637,8 +638,8 @@ def test_every_way_out_of_too_little_disk_fits(tiny):
         outcomes[found[0] if found else "fits"] += 1
         named.update(found[1] if found else [])
     assert named == {"score.trajectory_dtype", "score.trajectory", "checkpoint.keep", "score.logp_dtype"}
-    assert min(outcomes.values()) >= 2, outcomes
     assert check_refusal(tiny, *GPU, "score.logp_dtype=float16", "score.trajectory=false", disk_bytes=1e6) == ("none", [])
+    assert min(outcomes.values()) >= 2, outcomes
 
 
 def test_too_little_of_both_is_mended_together(tiny):
