@@ -38,6 +38,7 @@ class Start:
     checkpoints: Checkpoints
     guard: Callable[[], None]  # raises InputError when the directory is not ours any more; for the main rank, before it writes
     pulse: Pulse
+    finish: Callable[[dict[str, Any]], None]  # writes the result of the stage, and removes its checkpoints; a collective
     resume: Checkpoint | None = None
     result: dict[str, Any] | None = None
 
@@ -73,6 +74,15 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             raise InputError(f"{run.path} was taken over by another job while this one did not run; it may not write there any "
                              "more")
 
+    def finish(outcome: dict[str, Any]) -> None:
+        assert checkpoints is not None
+        checkpoints.finish()
+        with together(world):
+            if world.is_main:
+                guard()
+                run.write_result(outcome)
+                checkpoints.remove_all()
+
     held = ExitStack()
     try:
         with together(world):
@@ -95,7 +105,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
                 log.removeHandler(log_file)  # nothing happens to a finished run
                 log.info(f"{run.path} is finished already; --fresh --force moves it aside and runs it again")
                 checkpoints.remove_all()  # a job that was killed before it did so
-            yield Start(checkpoints, guard, pulse, result=result)
+            yield Start(checkpoints, guard, pulse, finish, result=result)
             checkpoints.close()
             return
         def why_refused(found: Checkpoint) -> str:
@@ -108,7 +118,7 @@ def entered(run: RunDir, config: Config, setting: dict[str, Any], world: World, 
             if world.is_main:
                 _prepare(run, config, setting, world, resume, is_resumed, log_file.lines)
                 pulse.beat("starting")
-        yield Start(checkpoints, guard, pulse, resume)
+        yield Start(checkpoints, guard, pulse, finish, resume)
         checkpoints.close()
         pulse.beat("finished", eta_seconds=None)
         log.debug("finished")
@@ -193,10 +203,8 @@ def why_not(run: RunDir, config: Config, setting: dict[str, Any], elsewhere: str
                 f"(only {changeable_keys(setting['stage'])} may change), choose another {elsewhere}")
     if run.result_file.is_file() or complete_steps(run.checkpoints):
         return None
-    num_epochs = len(run.read_metrics())
-    is_older = "checkpoint" not in run.read_config()  # of a version that made none
-    if run.read_env().get("has_checkpoints") or (is_older and num_epochs):
-        return (f"{run.path} holds {num_epochs} epochs of an unfinished run, and no checkpoint to go on from",
+    if run.read_env().get("has_checkpoints"):
+        return (f"{run.path} holds {len(run.read_metrics())} epochs of an unfinished run, and no checkpoint to go on from",
                 "restore checkpoints/")
     return None
 

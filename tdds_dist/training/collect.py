@@ -98,7 +98,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     score_of_window = scorer.gather()
     label_N = scorer.gather_labels().numpy()
     quarantined = scorer.quarantined()
-    result |= quarantine.noted(quarantined)
+    noted = quarantine.noted(quarantined)
     paths = [run.scores / f"{window.key(config.score.preset)}.npz" for window in score_of_window]
     with together(world):
         if world.is_main:
@@ -108,21 +108,16 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
             for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
                 settings = window_settings(window, config.score.preset) | {
                     "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
-                settings |= quarantine.noted(quarantined)
-                save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint, settings))
+                save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint,
+                                         settings | noted))
     del scorer  # its table is large, and the final pass needs the device
     if config.score.final_pass:
         start.pulse.beat("scoring")
         if result["epochs"] < result["epochs_planned"]:
             log.info(f"entropy and moderate are those of the model after {result['epochs']} of "
                      f"{result['epochs_planned']} epochs")
-        paths += score_weights(config, world, run, train_file, fingerprint, result)
-    start.checkpoints.finish()
-    with together(world):
-        if world.is_main:
-            start.guard()
-            run.write_result({"stage": "collect", "scores": [path.name for path in paths], **result})
-            start.checkpoints.remove_all()
+        paths += score_weights(config, world, run, train_file, fingerprint, result | noted)
+    start.finish({"stage": "collect", "scores": [path.name for path in paths], **result, **noted})
     return paths
 
 

@@ -58,13 +58,7 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
                   importance_N=importance_N, importance=importance, checkpoints=start.checkpoints, resume=start.resume,
                   interruption=interruption or Interruption(), pulse=start.pulse, guard=start.guard)
-        result = fit(job)
-        start.checkpoints.finish()
-        with together(world):
-            if world.is_main:
-                start.guard()
-                run.write_result(setting | result)
-                start.checkpoints.remove_all()
+        start.finish(setting | fit(job))
     return run
 
 
