@@ -104,12 +104,10 @@ def check(options: argparse.Namespace) -> Outcome:
     from tdds_dist.data.check import check as check_file
 
     result = check_file(options.beton, quick=options.quick, num_workers=options.num_workers)
+    show = log.error if options.quiet or options.json else print
     for line in result.fault_lines():
-        if options.quiet or options.json:
-            log.error(line)
-        else:
-            print(line)
-    if result.faults and not options.quiet and not options.json:
+        show(line)
+    if result.faults and show is print:
         print(result.summary())
     result.require_sound()
     return Outcome(numbers={"checked": result.num_checked, "seconds": result.seconds,

@@ -115,9 +115,8 @@ def _clear_the_way(tasks: list[Task], force: bool) -> None:
         if not force:
             raise InputError(f"{what}; {way_out}, or give --force, which moves it aside")
         for run in (RunDir(directory), *RunDir(directory).retrain_runs()):
-            lock = RunLock(run.path)
-            lock.acquire()
-            lock.release()
+            with RunLock(run.path):
+                pass
     for directory, (what, _) in found.items():
         log.warning(f"{what}; it is moved aside to {move_aside(directory)}")
 

@@ -31,7 +31,6 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from tdds_dist.console import log
@@ -161,7 +160,7 @@ class RunLock:
     def __enter__(self) -> str | None:
         return self.acquire()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _describe(self) -> _Holder:
