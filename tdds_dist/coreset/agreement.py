@@ -1,8 +1,8 @@
-"""Scores as rankings: what `compare` and the report need of a score file to say how much two of them agree.
+"""How much scores agree, and what their coresets are made of, as numbers: for `compare` and the report, which show them.
 
-Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, and short names; not how they are
-shown. Of a score only its ranks and one bit per sample and pruning rate stay in memory. Which samples a score keeps is
-decided by `select`.
+Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, shares of classes and of noise, and short
+names. Of a score only its ranks and one bit per sample and pruning rate stay in memory. Which samples a score keeps is decided
+by `select`.
 """
 
 # N dataset, M kept samples, P pruning rates, B bytes of N bits
@@ -10,7 +10,7 @@ decided by `select`.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from tdds_dist.coreset.select import choose, default_sampler
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores
 from tdds_dist.scoring import quarantine
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +69,13 @@ def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
     return Ranked(centred_ranks(score_N, order_N), np.stack(kept))
 
 
-def in_order(ranked: Mapping[str, Ranked], config: dict[str, Any]) -> dict[str, Ranked]:
+def in_order(found: Mapping[str, _T], config: dict[str, Any]) -> dict[str, _T]:
     """Return the scores of a run by name: its main window first, the others in the order of `score_order`."""
-    main = main_window(config, [*ranked])
-    return dict(sorted(ranked.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
+    main = _main_window(config, [*found]) if found else None
+    return dict(sorted(found.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
 
 
-def main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
+def _main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
     """Return the first TDDS window of the config that has been scored; else the first TDDS score, else the first score."""
     try:
         parsed = parse_config(config)
@@ -121,6 +123,30 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return short
 
 
+# ---- ranks
+
+
+def centred_ranks(score_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
+    """Return twice the average rank minus twice the mean rank, int32 [N]: whole numbers, in sum 0. `order_N` sorts the scores.
+    """
+    sorted_N = score_N[order_N]
+    first = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))  # where each group of ties starts
+    end = np.append(first[1:], len(score_N))
+    rank_N = np.empty(len(score_N), dtype=np.int32)
+    rank_N[order_N] = np.repeat(first + end - len(score_N), end - first)
+    return rank_N
+
+
+def rank_correlation(rank_a_N: np.ndarray, rank_b_N: np.ndarray) -> float:
+    """Return Pearson's correlation of two results of `centred_ranks`."""
+    a_N, b_N = rank_a_N.astype(np.float64), rank_b_N.astype(np.float64)
+    squares = float(a_N @ a_N) * float(b_N @ b_N)
+    return float(a_N @ b_N) / squares**0.5 if squares else float("nan")
+
+
+# ---- shares of a coreset
+
+
 def keep_rates(index_M: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the share of each class that is kept, float64 [C]; nan for a class without samples. Unknown labels (-1) do not
     count.
@@ -142,21 +168,3 @@ def noise_kept(index_M: np.ndarray, noisy_N: np.ndarray) -> tuple[float, float]:
     share of none."""
     kept, noisy = int(np.count_nonzero(noisy_N[index_M])), int(np.count_nonzero(noisy_N))
     return (kept / noisy if noisy else float("nan")), (kept / len(index_M) if len(index_M) else float("nan"))
-
-
-def centred_ranks(score_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
-    """Return twice the average rank minus twice the mean rank, int32 [N]: whole numbers, in sum 0. `order_N` sorts the scores.
-    """
-    sorted_N = score_N[order_N]
-    first = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))  # where each group of ties starts
-    end = np.append(first[1:], len(score_N))
-    rank_N = np.empty(len(score_N), dtype=np.int32)
-    rank_N[order_N] = np.repeat(first + end - len(score_N), end - first)
-    return rank_N
-
-
-def rank_correlation(rank_a_N: np.ndarray, rank_b_N: np.ndarray) -> float:
-    """Return Pearson's correlation of two results of `centred_ranks`."""
-    a_N, b_N = rank_a_N.astype(np.float64), rank_b_N.astype(np.float64)
-    squares = float(a_N @ a_N) * float(b_N @ b_N)
-    return float(a_N @ b_N) / squares**0.5 if squares else float("nan")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tdds_dist.config.scores import base_key, is_plain, score_order
-from tdds_dist.coreset.agreement import main_window
+from tdds_dist.coreset.agreement import in_order
 from tdds_dist.errors import InputError
 from tdds_dist.report.published import PublishedTable, find_table
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, Scores, load_coreset, load_scores, require_same_dataset
@@ -94,8 +94,7 @@ def read_facts(run: RunDir) -> Facts:
             coresets[path.stem] = coreset
         except InputError as error:
             problems.append(str(error))
-    main = main_window(config, [*scores]) if scores else None
-    scores = dict(sorted(scores.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
+    scores = in_order(scores, config)
     coresets = dict(sorted(coresets.items(), key=lambda item: (*score_order(item[1].score_key), item[1].pruning_rate)))
     model = str(config.get("model", {}).get("name", ""))
     sizes = [(result or {}).get("num_images"), *(score.fingerprint.num_samples for score in scores.values())]

@@ -78,15 +78,6 @@ def test_a_run_that_lost_its_checkpoints_keeps_the_rest(run, config, every_epoch
     assert not list(run.path.glob("run.lock"))
 
 
-def test_a_run_of_a_version_without_checkpoints_is_kept(run, config):
-    stopped_after(run, config, 3, had_checkpoint=False)
-    text = run.config_file.read_text()
-    run.config_file.write_text(text[: text.index("checkpoint:")])
-    with pytest.raises(InputError, match="no checkpoint to go on from"):
-        enter(run, config)
-    assert run.trajectory.exists()
-
-
 def test_publishing_a_checkpoint_is_remembered(run, config):
     with entered(run, config, SETTING, world.current_world("cpu")) as start:
         start.checkpoints.save(3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True)
