@@ -47,7 +47,8 @@ SMALL = {  # options that each case below adds to
     scorer: "--num-samples 300 --num-classes 7 --batch 32 --wide-samples 1000 --wide-classes 40 --wide-shards 4 --wide-rows 64 "
             "--ranks-samples 100 --ranks-classes 7 --threads 1",
     precision: "--num-samples 40 --num-classes 50 --wide-samples 20 --wide-classes 90 --epochs 5 --threads 1 "
-               "--wide-stored topk:9 --digits-stored topk:2 --digits-override train.epochs=4 'score.windows=[{T: 4, K: 3}]'",
+               "--imagenet-stored topk:5 --wide-stored topk:9 --digits-stored topk:2 "
+               "--digits-override train.epochs=4 'score.windows=[{T: 4, K: 3}]'",
     throughput: "--device cpu",
 }
 
