@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PADDING = -1  # global index of a padding row
+PADDING = -1  # global index of a padding row; negative, since loops test `index >= 0`
 
 
 @dataclass(frozen=True)
