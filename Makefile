@@ -15,7 +15,7 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 	@scripts/demo.sh
 
 test: setup  ## the tests, under 5 minutes on 2 cores
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm and not browser"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and not slurm and not browser"
 
 test-slow: setup  ## the tests that take minutes each
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and not slurm and not browser"

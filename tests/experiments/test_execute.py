@@ -296,6 +296,7 @@ def test_what_is_missing_is_run_again_with_the_same_result(copied):
         name for name in runs if name.endswith("seed1"))
 
 
+@pytest.mark.slow
 def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(betons, tmp_path):
     from tdds_dist.distributed.interruption import Interruption, Preempted
     from tdds_dist.training.collect import collect
@@ -317,6 +318,7 @@ def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(
     assert [resume["epoch"] for resume in run.read_env()["resumes"]] == [2]
 
 
+@pytest.mark.slow
 def test_stages_by_hand_give_the_same(finished, tmp_path):
     from tdds_dist.training.collect import collect
     from tdds_dist.training.retrain import retrain
@@ -368,7 +370,8 @@ def no_runs(monkeypatch):
     monkeypatch.setattr(experiment_module, "_in_processes", lambda _: lambda tasks: {})
 
 
-def test_with_force_other_settings_are_moved_aside(copied, no_runs, capsys):
+def test_with_force_other_settings_are_moved_aside(copied, no_runs, caplog):
+    caplog.set_level("INFO", "tdds")
     """Of a collection all of its directory, of a method its coreset and retrainings; nothing finds them as runs any more."""
     from tdds_dist.report import results
     from tdds_dist.runs import status
@@ -386,13 +389,14 @@ def test_with_force_other_settings_are_moved_aside(copied, no_runs, capsys):
     shutil.copytree(directory / "seed0", kept := directory.parent / "kept")
     experiment(load_experiment(path, change), force=True)
     (moved,) = directory.glob("before-*/seed0")
-    assert f"now 0.06); it is moved aside to {moved.parent}" in capsys.readouterr().err
+    assert f"now 0.06); it is moved aside to {moved.parent}" in caplog.text
     for file in (file for file in kept.rglob("*") if file.is_file()):
         assert (moved / file.relative_to(kept)).read_bytes() == file.read_bytes()
     assert [run.path.name for run in results.find_runs([directory])] == ["seed1"]
     assert [run.name for run in status.find_runs(directory)] == ["seed1"]
 
 
+@pytest.mark.slow
 def test_a_rate_may_be_added_without_collecting_again(copied):
     path, directory = copied
     collected = [file.stat().st_mtime_ns for file in sorted(directory.glob("seed*/result.json"))]
@@ -534,6 +538,7 @@ def test_a_failed_collection_stops_its_own_seed_only(copied, failing_workers):
     assert "(1 of 2)" in (directory / "table.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_several_ranks_work_on_one_run_after_the_other(betons, tmp_path):
     """Cells that fail leave no rank behind; started again, only those are tried again."""
@@ -604,7 +609,8 @@ def wait_for(condition, seconds: float = 90.0) -> bool:
     return bool(condition())
 
 
-@pytest.mark.parametrize("end", ["a worker is killed", "Ctrl-C", "the parent is killed"])
+@pytest.mark.parametrize("end", [
+    pytest.param("a worker is killed", marks=pytest.mark.slow), "Ctrl-C", "the parent is killed"])
 def test_nothing_is_left_running(betons, tmp_path, end):
     path = write_plan(tmp_path, betons, overrides=["train.epochs=9999"])
     process = subprocess.Popen(

@@ -1151,10 +1151,10 @@ def test_quarantined_samples_of_a_foreign_trajectory(trajectory, tmp_path):
         score(folder, T=30, K=10)
 
 
-def test_constant_scores_are_found_beside_quarantined_samples(run, capsys):
+def test_constant_scores_are_found_beside_quarantined_samples(run, caplog):
     quarantine(run, {5: 3})
     score(run, T=12, K=2)
-    assert "warning: all scores of tdds_official_T12_K2_beta0.9 are 0;" in capsys.readouterr().err
+    assert "all scores of tdds_official_T12_K2_beta0.9 are 0;" in caplog.text
 
 
 def test_all_samples_in_quarantine(run):
@@ -1176,15 +1176,16 @@ def test_no_random_coreset_holds_a_quarantined_sample(run):
     assert warnings == ["2 quarantined samples (NaN logits) are in no coreset"]
 
 
-def test_scores_that_say_nothing_are_said_to(run, capsys):
+def test_scores_that_say_nothing_are_said_to(run, caplog):
     score(run, T=12, K=2)
-    assert "warning: all scores of tdds_official_T12_K2_beta0.9 are 0; they say nothing, raise K" in capsys.readouterr().err
+    assert "all scores of tdds_official_T12_K2_beta0.9 are 0; they say nothing, raise K" in caplog.text
 
 
 # ---- files that somebody else made
 
 
-def test_imported_scores_and_other_files_are_not_overwritten(run, capsys):
+def test_imported_scores_and_other_files_are_not_overwritten(run, caplog):
+    caplog.set_level("INFO", "tdds")
     from tdds_dist.coreset.import_scores import import_scores
 
     file = run.parent / "el2n.csv"
@@ -1198,7 +1199,7 @@ def test_imported_scores_and_other_files_are_not_overwritten(run, capsys):
     import_scores(file, out=path)
     (aside,) = path.parent.glob("before-*")
     assert (aside / "el2n.npz").read_bytes() == before
-    assert f"are moved aside to {aside}" in capsys.readouterr().err
+    assert f"are moved aside to {aside}" in caplog.text
     path.write_bytes(b"mine")
     score_all(run, ["el2n"])
     assert "mine" in [file.read_text(errors="replace") for file in path.parent.glob("before-*/*")]

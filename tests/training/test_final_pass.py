@@ -191,7 +191,7 @@ def test_padding_rows_are_dropped():
 def test_network_without_a_linear_classifier_has_an_entropy_only(tmp_path):
     folder = make_run(tmp_path, [9, 5], model="squeezenet1_1")
     (paths, said), others = run_ranks(2, pass_and_words, folder)
-    assert "warning: squeezenet1_1 does not end in a linear layer, so there is no score `moderate`" in said
+    assert "squeezenet1_1 does not end in a linear layer, so there is no score `moderate`" in said
     assert (paths, others) == (["entropy.npz"], (["entropy.npz"], "")), "one rank speaks"
     assert [path.name for path in (folder / "scores").iterdir()] == ["entropy.npz"]
     logits, _ = by_hand(folder, 14, 2, model="squeezenet1_1")
