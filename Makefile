@@ -29,7 +29,7 @@ test-browser: setup  ## the demo, and its report in a headless Chromium (needs r
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser
 
 lint: setup  ## style and types
-	@.venv/bin/ruff check .
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check -q .
 	@.venv/bin/mypy
 
 clean:  ## remove what the demo wrote

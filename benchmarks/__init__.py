@@ -1,1 +1,2 @@
-"""Measurements that anyone can repeat; `results/` holds what they gave, with hardware, versions and commit."""
+"""Measurements that anyone can repeat; `results/` holds what they gave, with hardware, versions and
+commit."""

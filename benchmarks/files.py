@@ -1,7 +1,9 @@
-"""What all benchmarks share: their result files, their metrics (which `benchmarks.compare` reads), their provenance.
+"""What all benchmarks share: their result files, their metrics (which `benchmarks.compare` reads),
+their provenance.
 
-A result is a dictionary with `benchmark` (its kind), `settings`, `warm_up` (in words), `repetitions`, `metrics` (by name, each
-made by `metric`), `provenance`, and whatever else the page shows.
+A result is a dictionary with `benchmark` (its kind), `settings`, `warm_up` (in words),
+`repetitions`, `metrics` (by name, each made by `metric`), `provenance`, and whatever else the page
+shows.
 """
 
 import argparse
@@ -25,23 +27,44 @@ RESULTS = Path(__file__).parent / "results"
 
 def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     """--out and --name of a benchmark whose files are called `<kind>_NAME`."""
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result files")
-    parser.add_argument("--name", default="", help=f"of the result files, {kind}_NAME; default from the hardware")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result files"
+    )
+    parser.add_argument(
+        "--name", default="", help=f"of the result files, {kind}_NAME; default from the hardware"
+    )
 
 
-def metric(values: Sequence[float], unit: str, better: Literal["higher", "lower"], *, relative: bool = False) -> dict[str, Any]:
+def metric(
+    values: Sequence[float],
+    unit: str,
+    better: Literal["higher", "lower"],
+    *,
+    relative: bool = False,
+) -> dict[str, Any]:
     """One figure of a result: median and range of its repetitions.
 
     `relative`: a ratio within the run, or a size, which another machine should give as well.
     """
-    return {"value": statistics.median(values), "min": min(values), "max": max(values), "repetitions": len(values),
-            "unit": unit, "better": better, "relative": relative}
+    return {
+        "value": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "repetitions": len(values),
+        "unit": unit,
+        "better": better,
+        "relative": relative,
+    }
 
 
-def provenance(world_size: int = 1, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
+def provenance(
+    world_size: int = 1, device: str = "cpu", threads: int | None = None
+) -> dict[str, Any]:
     """Hardware, versions, commit, command, and how busy the machine was."""
-    found = environment(world_size, device) | {"threads": threads or torch.get_num_threads(),
-                                               "load_average": os.getloadavg()[0]}
+    found = environment(world_size, device) | {
+        "threads": threads or torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
     if device == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found
@@ -52,8 +75,11 @@ def provenance_line(result: dict[str, Any]) -> str:
     where = result["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     gpu = f"{where['gpu']}, " if "gpu" in where else ""
-    return (f"{gpu}{where['cpu']}, {where['num_cpus']} CPUs, {where['threads']} threads, Python {where['python']}, {versions}; "
-            f"commit {where['commit']}, {where['started']}, load average {where['load_average']:.1f}.")
+    return (
+        f"{gpu}{where['cpu']}, {where['num_cpus']} CPUs, {where['threads']} threads, Python"
+        f" {where['python']}, {versions}; commit {where['commit']}, {where['started']}, load"
+        f" average {where['load_average']:.1f}."
+    )
 
 
 def default_name(result: dict[str, Any]) -> str:
@@ -64,11 +90,22 @@ def default_name(result: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table (first row: titles), padded so that it reads well on a terminal; the first column is left-bound."""
+    """A Markdown table (first row: titles), padded so that it reads well on a terminal; the first
+    column is left-bound."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 2) if column == 0 else "-" * (width + 1) + ":" for column, width in enumerate(widths))
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join(
+        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":"
+        for column, width in enumerate(widths)
+    )
     return "\n".join([lines[0], rule + "|", *lines[1:]])
 
 
@@ -82,9 +119,15 @@ def save(folder: Path, name: str, result: dict[str, Any], text: str) -> None:
     print(text)
 
 
-def run(program: str, options: argparse.Namespace, check: Callable[[argparse.Namespace], object],
-        measure: Callable[[argparse.Namespace], dict[str, Any]], as_markdown: Callable[[dict[str, Any]], str]) -> int:
-    """Check the options, measure, print the page, write both result files; the exit code, 2 with one line for bad input."""
+def run(
+    program: str,
+    options: argparse.Namespace,
+    check: Callable[[argparse.Namespace], object],
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    as_markdown: Callable[[dict[str, Any]], str],
+) -> int:
+    """Check the options, measure, print the page, write both result files; the exit code, 2 with
+    one line for bad input."""
     try:
         check(options)
         result = measure(options)

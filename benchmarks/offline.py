@@ -1,16 +1,19 @@
-"""Scoring without training: from a folder of outputs, against the way published code does it, and from a trajectory.
+"""Scoring without training: from a folder of outputs, against the way published code does it, and
+from a trajectory.
 
-1. `tdds score` (`scoring.offline.score`) from `{t}_Output.npy` and `{t}_Index.npy` of T epochs, against `windowed`: NumPy
-   that holds all epochs and computes every window anew. Each run is a process of its own, in turn with the others; time and
-   peak of the resident memory are without imports: both start when the program is loaded and has scored a tiny folder. Ours
-   includes the writing of the score file. NumPy's element-wise operations use one core, whatever there is; ours uses
-   --threads, and is measured with one as well. Outputs are made up (random logits that move a little from epoch to epoch):
-   their values cost the same as real ones. They lie in the page cache, except for the runs called cold: for these the system
-   was told to drop them, and the page says how much storage delivered after that (a host below a virtual machine may still
-   have them).
-2. `tdds score --all` from a trajectory of the size of ImageNet-1K, by score key and all at once, from the page cache.
+1. `tdds score` (`scoring.offline.score`) from `{t}_Output.npy` and `{t}_Index.npy` of T epochs,
+   against `windowed`: NumPy that holds all epochs and computes every window anew. Each run is a
+   process of its own, in turn with the others; time and peak of the resident memory are without
+   imports: both start when the program is loaded and has scored a tiny folder. Ours includes the
+   writing of the score file. NumPy's element-wise operations use one core, whatever there is; ours
+   uses --threads, and is measured with one as well. Outputs are made up (random logits that move a
+   little from epoch to epoch): their values cost the same as real ones. They lie in the page cache,
+   except for the runs called cold: for these the system was told to drop them, and the page says
+   how much storage delivered after that (a host below a virtual machine may still have them).
+2. `tdds score --all` from a trajectory of the size of ImageNet-1K, by score key and all at once,
+  from the page cache.
 
-    python -m benchmarks.offline             # 0.6 GB and then 1.4 GB in the temporary folder, under 3 GB of memory
+    python -m benchmarks.offline    # 0.6, then 1.4 GB in the temporary folder, under 3 GB of memory
 """
 
 # C classes, F scalars, K window, M rows of a block, N samples, T epochs
@@ -42,7 +45,13 @@ from tdds_dist.scoring.offline import score, score_all
 from tdds_dist.scoring.sample_stats import SCALARS
 from tdds_dist.scoring.trajectory import TrajectoryWriter
 
-SIZES = ("50000x100x30x10", "12500x100x30x10", "2500x1000x30x10", "12500x100x15x10", "12500x100x30x20")
+SIZES = (
+    "50000x100x30x10",
+    "12500x100x30x10",
+    "2500x1000x30x10",
+    "12500x100x15x10",
+    "12500x100x30x20",
+)
 KEYS = ("tdds", "forgetting", "el2n", "aum", "dyn_unc", "dual", "random")
 NUM_BLOCKS = 8  # ranks that seem to have written the trajectory
 LOGIT_SCALE = 3.0  # spread of made-up logits; a trained network's are of this order
@@ -78,7 +87,10 @@ def parse_size(text: str) -> Size:
     except (TypeError, ValueError):
         raise InputError(f"--sizes {text} must be NxCxTxK, for example {SIZES[0]}") from None
     if size.N < 1 or size.C < 2 or not 2 <= size.K <= size.T:
-        raise InputError(f"--sizes {text} needs N >= 1, C >= 2 and 2 <= K <= T; see `tdds score --help` for T and K")
+        raise InputError(
+            f"--sizes {text} needs N >= 1, C >= 2 and 2 <= K <= T; see `tdds score --help` for T"
+            " and K"
+        )
     return size
 
 
@@ -86,7 +98,8 @@ def parse_size(text: str) -> Size:
 
 
 def write_dynamics(folder: Path, size: Size) -> None:
-    """Outputs of T epochs in visit order, float32, and the index of each row; on the disk when this returns."""
+    """Outputs of T epochs in visit order, float32, and the index of each row; on the disk when this
+    returns."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     logits_NC = rng.standard_normal((size.N, size.C), dtype=np.float32) * LOGIT_SCALE
@@ -101,8 +114,9 @@ def write_dynamics(folder: Path, size: Size) -> None:
 
 
 def run_once(side: str, folder: Path, tiny: Path, size: Size, is_cold: bool) -> dict[str, float]:
-    """One run in this process, which has done nothing else: seconds, peak of the resident memory above what it was before, and
-    what storage had to deliver; bytes. Scores go to `folder`/`side`.npy."""
+    """One run in this process, which has done nothing else: seconds, peak of the resident memory
+    above what it was before, and what storage had to deliver; bytes. Scores go to
+    `folder`/`side`.npy."""
     _score(side, tiny, TINY)
     gc.collect()
     for path in folder.glob("*_*.npy"):
@@ -117,8 +131,11 @@ def run_once(side: str, folder: Path, tiny: Path, size: Size, is_cold: bool) -> 
     started = time.perf_counter()
     score_N = _score(side, folder, size)
     seconds = time.perf_counter() - started
-    found = {"seconds": seconds, "peak_bytes": peak_bytes(has_reset) - memory,
-             "delivered_bytes": _delivered_bytes() - delivered}
+    found = {
+        "seconds": seconds,
+        "peak_bytes": peak_bytes(has_reset) - memory,
+        "delivered_bytes": _delivered_bytes() - delivered,
+    }
     np.save(folder / f"{side}.npy", score_N)
     return found
 
@@ -126,12 +143,15 @@ def run_once(side: str, folder: Path, tiny: Path, size: Size, is_cold: bool) -> 
 def _score(side: str, folder: Path, size: Size) -> np.ndarray:
     if side == "windowed":
         return windowed_scores(folder, size.T, size.K)
-    path, = score(folder, preset="official", T=size.T, K=size.K, beta=0.9, out=folder / "ours.npz")
+    (path,) = score(
+        folder, preset="official", T=size.T, K=size.K, beta=0.9, out=folder / "ours.npz"
+    )
     return load_scores(path).score_N
 
 
 def reset_peak() -> bool:
-    """Let the kernel count the peak of the resident memory from now on; False where it does not, with or without saying so."""
+    """Let the kernel count the peak of the resident memory from now on; False where it does not,
+    with or without saying so."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -162,7 +182,8 @@ def _delivered_bytes() -> int:
 
 
 def compare(size: Size, threads: int, repetitions: int, cold_repetitions: int) -> dict[str, Any]:
-    """All runs of one size: per side the seconds, bytes and what was read; and how far the scores are apart."""
+    """All runs of one size: per side the seconds, bytes and what was read; and how far the scores
+    are apart."""
     variants = {"windowed": ("windowed", threads), "tdds score": ("ours", threads)}
     if threads > 1:
         variants["tdds score, 1 thread"] = ("ours", 1)
@@ -175,12 +196,18 @@ def compare(size: Size, threads: int, repetitions: int, cold_repetitions: int) -
             for is_cold, number in ((False, repetitions), (True, cold_repetitions)):
                 for variant, (side, num_threads) in variants.items():
                     if repetition < number and not (is_cold and num_threads < threads):
-                        run, = run_on_ranks(1, run_once, side, folder, tiny, size, is_cold, threads=num_threads)
+                        (run,) = run_on_ranks(
+                            1, run_once, side, folder, tiny, size, is_cold, threads=num_threads
+                        )
                         found.setdefault(variant + ", cold" * is_cold, []).append(run)
             print(f"{size.label}: run {repetition + 1} done", file=sys.stderr)
         windowed_N, ours_N = (np.load(folder / f"{side}.npy") for side in ("windowed", "ours"))
     difference = float(np.abs(windowed_N - ours_N).max() / np.abs(windowed_N).mean())
-    return asdict(size) | {"output_bytes": size.output_bytes, "runs": found, "largest_difference": difference}
+    return asdict(size) | {
+        "output_bytes": size.output_bytes,
+        "runs": found,
+        "largest_difference": difference,
+    }
 
 
 # ---- from a trajectory
@@ -188,10 +215,15 @@ def compare(size: Size, threads: int, repetitions: int, cold_repetitions: int) -
 
 def write_trajectory(folder: Path, num_samples: int, num_classes: int, num_epochs: int) -> None:
     """Scalars in their usual ranges, for every sample and epoch."""
-    bounds, label_N = np.linspace(0, num_samples, NUM_BLOCKS + 1).astype(int), np.arange(num_samples) % num_classes
+    bounds, label_N = (
+        np.linspace(0, num_samples, NUM_BLOCKS + 1).astype(int),
+        np.arange(num_samples) % num_classes,
+    )
     rng = np.random.default_rng(0)
     for first, end in itertools.pairwise(bounds):
-        writer = TrajectoryWriter(folder, SCALARS, num_samples, num_classes, int(first), int(end), is_main=first == 0)
+        writer = TrajectoryWriter(
+            folder, SCALARS, num_samples, num_classes, int(first), int(end), is_main=first == 0
+        )
         writer.write_labels(label_N[first:end], fingerprint(label_N, num_classes).labels_sha256)
         for epoch in range(num_epochs):
             scalars_FM = rng.random((len(SCALARS), end - first), dtype=np.float32)
@@ -199,7 +231,9 @@ def write_trajectory(folder: Path, num_samples: int, num_classes: int, num_epoch
             writer.append(epoch, scalars_FM)
 
 
-def measure_trajectory(num_samples: int, num_classes: int, num_epochs: int, repetitions: int) -> dict[str, Any]:
+def measure_trajectory(
+    num_samples: int, num_classes: int, num_epochs: int, repetitions: int
+) -> dict[str, Any]:
     """Seconds by key and for all keys in one call."""
     with tempfile.TemporaryDirectory() as name:
         folder, out = Path(name) / "trajectory", Path(name) / "scores"
@@ -212,8 +246,13 @@ def measure_trajectory(num_samples: int, num_classes: int, num_epochs: int, repe
                 score_all(folder, () if key == "all" else (key,), out=out)
                 if repetition > 0:
                     found.append(time.perf_counter() - started)
-    return {"num_samples": num_samples, "num_classes": num_classes, "num_epochs": num_epochs, "trajectory_bytes": size,
-            "seconds": seconds}
+    return {
+        "num_samples": num_samples,
+        "num_classes": num_classes,
+        "num_epochs": num_epochs,
+        "trajectory_bytes": size,
+        "seconds": seconds,
+    }
 
 
 # ---- the program
@@ -226,28 +265,65 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes = [parse_size(text) for text in options.sizes]
     rows = []
     for position, size in enumerate(sizes):
-        repetitions, cold = (options.repetitions, options.cold_repetitions) if position == 0 else (options.trend_repetitions, 0)
+        repetitions, cold = (
+            (options.repetitions, options.cold_repetitions)
+            if position == 0
+            else (options.trend_repetitions, 0)
+        )
         rows.append(compare(size, options.threads, repetitions, cold))
-    trajectory = measure_trajectory(options.num_samples, options.num_classes, options.epochs, options.repetitions)
+    trajectory = measure_trajectory(
+        options.num_samples, options.num_classes, options.epochs, options.repetitions
+    )
     metrics: dict[str, Any] = {}
     for size, row in zip(sizes, rows, strict=True):
         windowed = row["runs"]["windowed"]
         for variant, runs in row["runs"].items():
             seconds, peaks = [run["seconds"] for run in runs], [run["peak_bytes"] for run in runs]
             metrics[f"{variant} {size.label}, s"] = files.metric(seconds, "s", "lower")
-            metrics[f"{variant} {size.label}, bytes"] = files.metric(peaks, "bytes", "lower", relative=True)
+            metrics[f"{variant} {size.label}, bytes"] = files.metric(
+                peaks, "bytes", "lower", relative=True
+            )
             if not variant.startswith("windowed") and not variant.endswith("cold"):
-                faster = [other["seconds"] / run["seconds"] for other, run in zip(windowed, runs, strict=True)]
-                smaller = [other["peak_bytes"] / max(run["peak_bytes"], 1) for other, run in zip(windowed, runs, strict=True)]
-                metrics[f"{variant} {size.label}, times faster"] = files.metric(faster, "x", "higher", relative=True)
-                metrics[f"{variant} {size.label}, times smaller"] = files.metric(smaller, "x", "higher", relative=True)
+                faster = [
+                    other["seconds"] / run["seconds"]
+                    for other, run in zip(windowed, runs, strict=True)
+                ]
+                smaller = [
+                    other["peak_bytes"] / max(run["peak_bytes"], 1)
+                    for other, run in zip(windowed, runs, strict=True)
+                ]
+                metrics[f"{variant} {size.label}, times faster"] = files.metric(
+                    faster, "x", "higher", relative=True
+                )
+                metrics[f"{variant} {size.label}, times smaller"] = files.metric(
+                    smaller, "x", "higher", relative=True
+                )
     for key, found in trajectory["seconds"].items():
-        metrics[f"trajectory N={options.num_samples:,} T={options.epochs} {key}, s"] = files.metric(found, "s", "lower")
-    settings = {name: getattr(options, name) for name in (
-        "sizes", "threads", "num_samples", "num_classes", "epochs", "cold_repetitions", "trend_repetitions")}
-    return {"benchmark": "offline", "settings": settings, "repetitions": options.repetitions,
-            "warm_up": "a folder of 64 samples in every process; one round over the trajectory", "metrics": metrics,
-            "rows": rows, "trajectory": trajectory, "provenance": where}
+        metrics[f"trajectory N={options.num_samples:,} T={options.epochs} {key}, s"] = files.metric(
+            found, "s", "lower"
+        )
+    settings = {
+        name: getattr(options, name)
+        for name in (
+            "sizes",
+            "threads",
+            "num_samples",
+            "num_classes",
+            "epochs",
+            "cold_repetitions",
+            "trend_repetitions",
+        )
+    }
+    return {
+        "benchmark": "offline",
+        "settings": settings,
+        "repetitions": options.repetitions,
+        "warm_up": "a folder of 64 samples in every process; one round over the trajectory",
+        "metrics": metrics,
+        "rows": rows,
+        "trajectory": trajectory,
+        "provenance": where,
+    }
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -258,66 +334,154 @@ def as_markdown(result: dict[str, Any]) -> str:
         for variant, runs in row["runs"].items():
             seconds = [run["seconds"] for run in runs]
             peak = statistics.median(run["peak_bytes"] for run in runs)
-            ratios = [result["metrics"].get(f"{variant} {label}, times {word}") for word in ("faster", "smaller")]
-            lines.append([label, variant, f"{statistics.median(seconds):.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}",
-                          f"{peak / 1e6:.0f}", *(f"{ratio['value']:.0f} x" if ratio else "" for ratio in ratios)])
+            ratios = [
+                result["metrics"].get(f"{variant} {label}, times {word}")
+                for word in ("faster", "smaller")
+            ]
+            lines.append(
+                [
+                    label,
+                    variant,
+                    f"{statistics.median(seconds):.2f}",
+                    f"{min(seconds):.2f} to {max(seconds):.2f}",
+                    f"{peak / 1e6:.0f}",
+                    *(f"{ratio['value']:.0f} x" if ratio else "" for ratio in ratios),
+                ]
+            )
     settings, trajectory, first = result["settings"], result["trajectory"], result["rows"][0]
-    cold = [run for variant, runs in first["runs"].items() if variant.endswith("cold") for run in runs]
+    cold = [
+        run for variant, runs in first["runs"].items() if variant.endswith("cold") for run in runs
+    ]
     cold_line = ""
     if cold:
         delivered = min(run["delivered_bytes"] for run in cold)
-        cold_line = (f" Cold: storage delivered at least {delivered / 1e6:.0f} of {first['output_bytes'] / 1e6:.0f} MB; runs: "
-                     f"{settings['cold_repetitions']}.")
+        cold_line = (
+            f" Cold: storage delivered at least {delivered / 1e6:.0f} of"
+            f" {first['output_bytes'] / 1e6:.0f} MB; runs: {settings['cold_repetitions']}."
+        )
     keys = [["score", "seconds", "range"]]
-    keys += [[key, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
-             for key, found in trajectory["seconds"].items()]
+    keys += [
+        [key, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
+        for key, found in trajectory["seconds"].items()
+    ]
     apart = max(row["largest_difference"] for row in result["rows"])
-    return "\n".join([
-        "# Scoring what was recorded", "", "## `tdds score` against windows over all epochs, from a folder of outputs", "",
-        files.table(lines), "",
-        f"Medians of {result['repetitions']} runs (first size) or {settings['trend_repetitions']} (others), alternating, each "
-        f"a process of its own; ratios are medians over pairs. `tdds score` has {settings['threads']} threads where not said; "
-        "NumPy's operations use one core. Seconds and peak resident memory without imports; mapped files count as memory. "
-        f"Outputs in the page cache where not called cold.{cold_line} Scores differ by at most {apart:.1e} of their mean.",
-        "", f"## `tdds score --all`, {trajectory['num_samples']:,} images, {trajectory['num_epochs']} epochs", "",
-        files.table(keys), "",
-        f"Trajectory of {trajectory['trajectory_bytes'] / 1e9:.2f} GB, in the page cache; medians of {result['repetitions']} "
-        "after one round that does not count.", "",
-        "Not measured: disks (but for the cold runs), other precisions of outputs, and GPUs (offline scoring uses none).", "",
-        files.provenance_line(result), ""])
+    return "\n".join(
+        [
+            "# Scoring what was recorded",
+            "",
+            "## `tdds score` against windows over all epochs, from a folder of outputs",
+            "",
+            files.table(lines),
+            "",
+            (
+                f"Medians of {result['repetitions']} runs (first size) or"
+                f" {settings['trend_repetitions']} (others), alternating, each a process of its"
+                f" own; ratios are medians over pairs. `tdds score` has {settings['threads']}"
+                " threads where not said; NumPy's operations use one core. Seconds and peak"
+                " resident memory without imports; mapped files count as memory. Outputs in the"
+                f" page cache where not called cold.{cold_line} Scores differ by at most"
+                f" {apart:.1e} of their mean."
+            ),
+            "",
+            (
+                f"## `tdds score --all`, {trajectory['num_samples']:,} images,"
+                f" {trajectory['num_epochs']} epochs"
+            ),
+            "",
+            files.table(keys),
+            "",
+            (
+                f"Trajectory of {trajectory['trajectory_bytes'] / 1e9:.2f} GB, in the page cache;"
+                f" medians of {result['repetitions']} after one round that does not count."
+            ),
+            "",
+            (
+                "Not measured: disks (but for the cold runs), other precisions of outputs, and GPUs"
+                " (offline scoring uses none)."
+            ),
+            "",
+            files.provenance_line(result),
+            "",
+        ]
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of this program."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description="Time and memory of offline scoring.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="NxCxTxK", help="outputs and their window")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="R", help="of the first size and the trajectory")
-    parser.add_argument("--trend-repetitions", type=int, default=1, metavar="R", help="of the other sizes")
-    parser.add_argument("--cold-repetitions", type=int, default=1, metavar="R", help="of the first size, no page cache")
-    parser.add_argument("--num-samples", type=int, default=1_281_167, metavar="N", help="size of the trajectory")
-    parser.add_argument("--num-classes", type=int, default=1000, metavar="C", help="classes of the trajectory")
-    parser.add_argument("--epochs", type=int, default=30, metavar="T", help="epochs of the trajectory")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.offline",
+        description="Time and memory of offline scoring.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=list(SIZES),
+        metavar="NxCxTxK",
+        help="outputs and their window",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch"
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        default=3,
+        metavar="R",
+        help="of the first size and the trajectory",
+    )
+    parser.add_argument(
+        "--trend-repetitions", type=int, default=1, metavar="R", help="of the other sizes"
+    )
+    parser.add_argument(
+        "--cold-repetitions",
+        type=int,
+        default=1,
+        metavar="R",
+        help="of the first size, no page cache",
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=1_281_167, metavar="N", help="size of the trajectory"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, default=1000, metavar="C", help="classes of the trajectory"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=30, metavar="T", help="epochs of the trajectory"
+    )
     files.add_options(parser, "offline")
     return parser
 
 
 def check(options: argparse.Namespace) -> None:
     """InputError for what measures nothing, or does not fit."""
-    least = {"threads": 1, "repetitions": 1, "trend_repetitions": 1, "cold_repetitions": 0, "num_samples": NUM_BLOCKS,
-             "num_classes": 2, "epochs": 10}
+    least = {
+        "threads": 1,
+        "repetitions": 1,
+        "trend_repetitions": 1,
+        "cold_repetitions": 0,
+        "num_samples": NUM_BLOCKS,
+        "num_classes": 2,
+        "epochs": 10,
+    }
     for name, bound in least.items():
         if getattr(options, name) < bound:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {bound}")
+            raise InputError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {bound}"
+            )
     if options.cold_repetitions and not hasattr(os, "posix_fadvise"):
-        raise InputError(f"--cold-repetitions {options.cold_repetitions} needs posix_fadvise, and this system has none; give 0")
+        raise InputError(
+            f"--cold-repetitions {options.cold_repetitions} needs posix_fadvise, and this system"
+            " has none; give 0"
+        )
     trajectory_bytes = options.num_samples * options.epochs * len(SCALARS) * 4
     needed = max(trajectory_bytes, *(parse_size(text).output_bytes for text in options.sizes))
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if needed > 0.9 * free:
-        raise InputError(f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free, these sizes need {needed / 1e9:.1f}; lower "
-                         "them, or set TMPDIR to another folder")
+        raise InputError(
+            f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free, these sizes need"
+            f" {needed / 1e9:.1f}; lower them, or set TMPDIR to another folder"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""Our training loop and those it is compared with, in one process group of `benchmarks.throughput`: what a rank does.
+"""Our training loop and those it is compared with, in one process group of `benchmarks.throughput`:
+what a rank does.
 
-Our loop is the trainer of the package with another observer from block to block, so that all blocks share weights, memory and
-loader; nothing of it is repeated here.
+Our loop is the trainer of the package with another observer from block to block, so that all blocks
+share weights, memory and loader; nothing of it is repeated here.
 """
 
 # B rows of a rank and step, C classes, N images of a block, S steps of a block
@@ -30,15 +31,24 @@ from tdds_dist.training.feed import Feed, Pass
 from tdds_dist.training.job import Job
 
 VARIANTS = {
-    "off": "our loop, scoring off", "tdds": "our loop with TDDS", "all": "our loop with TDDS and the trajectory",
-    "off again": "our loop, scoring off, once more", "minimal": "minimal FFCV + DDP loop", "model": "our loop, images resident",
-    "folder": "ImageFolder + DataLoader loop", "loader": "our loader alone", "ffcv": "FFCV's loader alone",
+    "off": "our loop, scoring off",
+    "tdds": "our loop with TDDS",
+    "all": "our loop with TDDS and the trajectory",
+    "off again": "our loop, scoring off, once more",
+    "minimal": "minimal FFCV + DDP loop",
+    "model": "our loop, images resident",
+    "folder": "ImageFolder + DataLoader loop",
+    "loader": "our loader alone",
+    "ffcv": "FFCV's loader alone",
     "scorer": "scorer alone, with the trajectory",
 }
-PAIRED = ("off", "tdds", "all", "off again", "minimal")  # in every round; the others in every second one
-WINDOWS = (10, 20)  # K; the benchmark never comes to T, so every epoch does the work of one in the middle of a run
+# in every round; the others in every second one
+PAIRED = ("off", "tdds", "all", "off again", "minimal")
+# K; the benchmark never comes to T, so every epoch does the work of one in the middle of a run
+WINDOWS = (10, 20)
 EPOCHS = 1_000_000  # of the schedule
-STORED_SIDE, SMALL_SIZE = 400, 64  # pixels; up to this size images are stored at the size that the network sees
+# pixels; up to this size images are stored at the size that the network sees
+STORED_SIDE, SMALL_SIZE = 400, 64
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,9 @@ class Setting:
     def label(self) -> str:
         """Its name in tables and metrics."""
         ranks = f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}"
-        return (f"{self.network} {self.size} px, {self.rows} rows, C={self.num_classes}, {ranks}"
-                + (", compiled" if self.compile else ""))
+        return f"{self.network} {self.size} px, {self.rows} rows, C={self.num_classes}, {ranks}" + (
+            ", compiled" if self.compile else ""
+        )
 
     @property
     def side(self) -> int:
@@ -84,21 +95,43 @@ class Setting:
 
     def config(self, beton: Path, small: Path, run: Path) -> Config:
         """The run that our loop is given."""
-        return parse_config({
-            "run": {"name": "throughput", "dir": str(run), "device": self.device},
-            "data": {"train": str(beton), "val": str(small), "num_classes": self.num_classes, "image_size": self.size,
-                     "crop": "pad" if self.side == self.size else "resized", "padding": bare_loops.PADDING,
-                     "mean": list(bare_loops.MEAN), "std": list(bare_loops.STD)},
-            "model": {"name": self.network, "channels_last": self.channels_last} | ({"compile": True} if self.compile else {}),
-            "train": {"epochs": EPOCHS, "global_batch_size": self.rows * self.num_ranks, "lr": bare_loops.LR,
-                      "momentum": bare_loops.MOMENTUM, "weight_decay": bare_loops.WEIGHT_DECAY,
-                      "amp": "bf16" if self.device == "cuda" else "none"},
-            "score": {"windows": [{"T": EPOCHS, "K": window} for window in WINDOWS], "final_pass": False},
-        }, self.label)
+        return parse_config(
+            {
+                "run": {"name": "throughput", "dir": str(run), "device": self.device},
+                "data": {
+                    "train": str(beton),
+                    "val": str(small),
+                    "num_classes": self.num_classes,
+                    "image_size": self.size,
+                    "crop": "pad" if self.side == self.size else "resized",
+                    "padding": bare_loops.PADDING,
+                    "mean": list(bare_loops.MEAN),
+                    "std": list(bare_loops.STD),
+                },
+                "model": (
+                    {"name": self.network, "channels_last": self.channels_last}
+                    | ({"compile": True} if self.compile else {})
+                ),
+                "train": {
+                    "epochs": EPOCHS,
+                    "global_batch_size": self.rows * self.num_ranks,
+                    "lr": bare_loops.LR,
+                    "momentum": bare_loops.MOMENTUM,
+                    "weight_decay": bare_loops.WEIGHT_DECAY,
+                    "amp": "bf16" if self.device == "cuda" else "none",
+                },
+                "score": {
+                    "windows": [{"T": EPOCHS, "K": window} for window in WINDOWS],
+                    "final_pass": False,
+                },
+            },
+            self.label,
+        )
 
 
 class Tap(Feed):
-    """Feeds the loop: counts what goes there and how long that waits, or serves it one resident batch of images instead."""
+    """Feeds the loop: counts what goes there and how long that waits, or serves it one resident
+    batch of images instead."""
 
     def __init__(self, job: Job):
         super().__init__(job)
@@ -151,8 +184,14 @@ class Scored:
     """A scorer that has seen as many epochs as its windows are long."""
 
     def __init__(self, setting: Setting, tap: Tap, config: Config, trajectory: Path | None):
-        self.scorer = ShardedScorer(setting.num_images, setting.num_classes, config.windows(), config.score.preset,
-                                    tap.world.device, trajectory=trajectory)
+        self.scorer = ShardedScorer(
+            setting.num_images,
+            setting.num_classes,
+            config.windows(),
+            config.score.preset,
+            tap.world.device,
+            trajectory=trajectory,
+        )
         self._tap = tap
         generator = torch.Generator().manual_seed(tap.world.rank)
         logits_BC = 3.0 * torch.randn(setting.rows, setting.num_classes, generator=generator)
@@ -161,7 +200,8 @@ class Scored:
             self.epoch()
 
     def epoch(self) -> int:
-        """One epoch of made-up outputs, routed and closed as in training; returns the images of this rank."""
+        """One epoch of made-up outputs, routed and closed as in training; returns the images of
+        this rank."""
         order = self._tap.order(("train", self.scorer.epoch))
         self.scorer.expect(order)
         index_SB, label_SB = self._tap.rows_of(order)
@@ -172,14 +212,17 @@ class Scored:
 
 
 class Bench:
-    """All variants of a setting on one rank. What is measured for its memory is built, and runs, before the rest."""
+    """All variants of a setting on one rank. What is measured for its memory is built, and runs,
+    before the rest."""
 
     def __init__(self, setting: Setting, folder: Path, run: Path, world: World):
         self.setting, self.world = setting, world
         beton, small = folder / "images.beton", folder / "val.beton"
         config = setting.config(beton, small, run)
         train_file, val_file = inspect_beton(beton), inspect_beton(small)
-        job = Job(config, world, RunDir(run), train_file, val_file, EPOCHS, config.train.global_batch_size)
+        job = Job(
+            config, world, RunDir(run), train_file, val_file, EPOCHS, config.train.global_batch_size
+        )
         self.tap = Tap(job)
         self.trainer = Trainer(job, self.tap)
         self.threads = torch.get_num_threads()
@@ -190,24 +233,44 @@ class Bench:
         self.peak_bytes = peak_bytes(world.device)
         plain = Scored(setting, self.tap, config, None)
         self.blocks: dict[str, Callable[[], int]] = {
-            "loader": lambda: self.tap.load(self.trainer.epoch), "off": lambda: self.observed("off"),
-            "tdds": lambda: self.observed("tdds", plain.scorer), "all": lambda: self.observed("all", everything.scorer),
-            "off again": lambda: self.observed("off again"), "model": lambda: self.observed("model"),
-            "scorer": everything.epoch} | self._bare_loops(folder)
+            "loader": lambda: self.tap.load(self.trainer.epoch),
+            "off": lambda: self.observed("off"),
+            "tdds": lambda: self.observed("tdds", plain.scorer),
+            "all": lambda: self.observed("all", everything.scorer),
+            "off again": lambda: self.observed("off again"),
+            "model": lambda: self.observed("model"),
+            "scorer": everything.epoch,
+        } | self._bare_loops(folder)
 
     def _bare_loops(self, folder: Path) -> dict[str, Callable[[], int]]:
         setting, world = self.setting, self.world
         recipe = bare_loops.Recipe(
-            setting.network, setting.num_classes, setting.size, setting.side == setting.size, setting.rows,
-            default_workers(world.local_world_size), setting.channels_last, setting.compile, world.device, world.rank,
-            world.world_size)
+            setting.network,
+            setting.num_classes,
+            setting.size,
+            setting.side == setting.size,
+            setting.rows,
+            default_workers(world.local_world_size),
+            setting.channels_last,
+            setting.compile,
+            world.device,
+            world.rank,
+            world.world_size,
+        )
         batches = bare_loops.ffcv_batches(recipe, folder / "images.beton")
         minimal = bare_loops.BareLoop(recipe, batches)
-        usual = bare_loops.BareLoop(recipe, bare_loops.FolderBatches(recipe, folder / "tree", setting.num_images))
-        return {"ffcv": lambda: bare_loops.count(batches), "minimal": minimal.epoch, "folder": usual.epoch}
+        usual = bare_loops.BareLoop(
+            recipe, bare_loops.FolderBatches(recipe, folder / "tree", setting.num_images)
+        )
+        return {
+            "ffcv": lambda: bare_loops.count(batches),
+            "minimal": minimal.epoch,
+            "folder": usual.epoch,
+        }
 
     def observed(self, variant: str, scorer: ShardedScorer | None = None) -> int:
-        """One epoch of our loop, as `Trainer.run` goes through it; returns the images of this rank."""
+        """One epoch of our loop, as `Trainer.run` goes through it; returns the images of this
+        rank."""
         trainer = self.trainer
         trainer.job = replace(trainer.job, observer=scorer)
         self.tap.is_resident = variant == "model"
@@ -227,8 +290,12 @@ class Bench:
         started = time.perf_counter()
         num_images = self.blocks[variant]()
         self._synchronize()
-        return {"variant": variant, "seconds": time.perf_counter() - started, "images": num_images,
-                "wait_seconds": self.tap.wait_seconds}
+        return {
+            "variant": variant,
+            "seconds": time.perf_counter() - started,
+            "images": num_images,
+            "wait_seconds": self.tap.wait_seconds,
+        }
 
     def _synchronize(self) -> None:
         if self.world.device.type == "cuda":
@@ -239,7 +306,8 @@ def measure_rank(setting: Setting, folder: Path, run: Path) -> dict[str, Any]:
     """Every block of this rank, with the round it belongs to, and its peak of memory."""
     with distributed.session(setting.device) as world:
         bench = Bench(setting, folder, run, world)
-        for variant in ("loader", *(name for name in VARIANTS if name != "loader")):  # the first gives the resident images
+        # the first gives the resident images
+        for variant in ("loader", *(name for name in VARIANTS if name != "loader")):
             bench.timed(variant)
         blocks = []
         with Progress(setting.label, setting.rounds, "rounds", world.is_main) as progress:
@@ -253,9 +321,14 @@ def measure_rank(setting: Setting, folder: Path, run: Path) -> dict[str, Any]:
 
 
 def order_of(number: int) -> list[str]:
-    """The variants of a round: those of the ratios next to each other, each of them first in turn, there and back."""
+    """The variants of a round: those of the ratios next to each other, each of them first in turn,
+    there and back."""
     shift = number % len(PAIRED)
-    variants = [*PAIRED[shift:], *PAIRED[:shift], *(name for name in VARIANTS if name not in PAIRED and number % 2 == 0)]
+    variants = [
+        *PAIRED[shift:],
+        *PAIRED[:shift],
+        *(name for name in VARIANTS if name not in PAIRED and number % 2 == 0),
+    ]
     return variants[::-1] if number % 2 else variants
 
 

@@ -1,15 +1,18 @@
-"""How recording grows with ranks and samples: bytes and time of routing measured on this machine, and a model on paper beyond.
+"""How recording grows with ranks and samples: bytes and time of routing measured on this machine,
+and a model on paper beyond.
 
 Measured, with `ShardedScorer` alone (no network, made-up outputs, gloo on one machine):
-* bytes that a rank hands to the all-to-all of a step, against B (C x bytes of a logit + 16), what of it leaves the rank and in
-  how many messages, and the number of collectives: counted at torch.distributed, in every step of the last epoch;
-* time of `record` per step, the part of it spent waiting for rows, the exchange alone, `expect` and `end_epoch`. With more
-  ranks than cores these say what an oversubscribed machine does; they are no forecast of a cluster, and the model does not
-  use them;
+* bytes that a rank hands to the all-to-all of a step, against B (C x bytes of a logit + 16), what
+  of it leaves the rank and in how many messages, and the number of collectives: counted at
+  torch.distributed, in every step of the last epoch;
+* time of `record` per step, the part of it spent waiting for rows, the exchange alone, `expect` and
+  `end_epoch`. With more ranks than cores these say what an oversubscribed machine does; they are no
+  forecast of a cluster, and the model does not use them;
 * time and memory of an epoch's order and split sizes, which every rank computes for itself.
 
-Modelled: everything under that heading, from arithmetic and the assumptions that the page lists (options change them).
-Not measured: NCCL, networks between machines, and what a network's backward pass hides.
+Modelled: everything under that heading, from arithmetic and the assumptions that the page lists
+(options change them). Not measured: NCCL, networks between machines, and what a network's backward
+pass hides.
 
     python -m benchmarks.scaling
 """
@@ -47,9 +50,20 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 HEADER_BYTES = 16  # global index and label of a row
 LOGIT_SCALE = 3.0
 NUM_BATCHES = 4  # distinct batches of outputs
-COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "all_gather_object", "barrier")
-MODELLED = ((8, 1_281_167, 1000), (64, 1_281_167, 1000), (64, 14_200_000, 21_841), (256, 100_000_000, 1000),
-            (1024, 1_000_000_000, 1000))  # ranks, samples, classes
+COLLECTIVES = (
+    "all_to_all_single",
+    "all_reduce",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "barrier",
+)
+MODELLED = (
+    (8, 1_281_167, 1000),
+    (64, 1_281_167, 1000),
+    (64, 14_200_000, 21_841),
+    (256, 100_000_000, 1000),
+    (1024, 1_000_000_000, 1000),
+)  # ranks, samples, classes
 
 
 @dataclass(frozen=True)
@@ -72,12 +86,14 @@ class Setting:
 
 
 def payload_bytes(rows: int, num_classes: int, logit_bytes: int) -> int:
-    """What a rank hands to a step's all-to-all: index, label and logits of its rows, its own shard's among them."""
+    """What a rank hands to a step's all-to-all: index, label and logits of its rows, its own
+    shard's among them."""
     return rows * (num_classes * logit_bytes + HEADER_BYTES)
 
 
 def row_bytes(num_classes: int, logp_bytes: int, window: Window) -> int:
-    """State per sample in preset `official`, one window: log-probabilities, scalars, label, three marks, ring and average."""
+    """State per sample in preset `official`, one window: log-probabilities, scalars, label, three
+    marks, ring and average."""
     return num_classes * logp_bytes + 4 * len(SCALARS) + 8 + 4 + 4 + 4 + 4 * (window.K - 1) + 4
 
 
@@ -108,7 +124,10 @@ def _watched(counts: dict[str, int], seconds: dict[str, float]) -> Iterator[None
         return received
 
     watched = {name: counting(name, getattr(dist, name)) for name in COLLECTIVES}
-    with mock.patch.multiple(dist, **watched), mock.patch.object(collectives.Exchange, "wait", waiting):
+    with (
+        mock.patch.multiple(dist, **watched),
+        mock.patch.object(collectives.Exchange, "wait", waiting),
+    ):
         yield
 
 
@@ -122,11 +141,16 @@ def _record(setting: Setting, world: distributed.World) -> dict[str, Any]:
     num_samples = setting.num_samples(world.world_size)
     scorer = ShardedScorer(num_samples, setting.num_classes, [setting.window], "official", "cpu")
     generator = torch.Generator().manual_seed(world.rank)
-    logits_PBC = torch.randn((NUM_BATCHES, setting.rows, setting.num_classes), generator=generator) * LOGIT_SCALE
+    logits_PBC = (
+        torch.randn((NUM_BATCHES, setting.rows, setting.num_classes), generator=generator)
+        * LOGIT_SCALE
+    )
     logits_PBC = logits_PBC.to(DTYPES[setting.logits])
     counts, seconds = dict.fromkeys((*COLLECTIVES, "bytes", "sent", "messages"), 0), {"wait": 0.0}
     steps: dict[str, int] = {}
-    per_epoch: dict[str, list[float]] = {name: [] for name in ("expect", "record", "wait", "end_epoch", "exchange")}
+    per_epoch: dict[str, list[float]] = {
+        name: [] for name in ("expect", "record", "wait", "end_epoch", "exchange")
+    }
     for epoch in range(setting.epochs):
         order = epoch_order(num_samples, world.world_size * setting.rows, epoch=epoch)
         dealt = order.of_rank(world.rank, world.world_size)
@@ -139,23 +163,39 @@ def _record(setting: Setting, world: distributed.World) -> dict[str, Any]:
         seconds["wait"] = 0.0
         with _watched(counts, seconds):
             for step in range(setting.steps):
-                scorer.record(index_SB[step], logits_PBC[step % NUM_BATCHES], sample_SB[step] % setting.num_classes)
+                scorer.record(
+                    index_SB[step],
+                    logits_PBC[step % NUM_BATCHES],
+                    sample_SB[step] % setting.num_classes,
+                )
             recorded, steps = time.perf_counter(), dict(counts)
             waited = seconds["wait"]
             scorer.end_epoch()
         ended = time.perf_counter()
         if epoch > 0:
-            found = {"expect": expected - started, "record": recorded - expected, "wait": waited, "end_epoch": ended - recorded,
-                     "exchange": _exchange_alone(setting, world, order)}
+            found = {
+                "expect": expected - started,
+                "record": recorded - expected,
+                "wait": waited,
+                "end_epoch": ended - recorded,
+                "exchange": _exchange_alone(setting, world, order),
+            }
             for name, value in found.items():
                 per_epoch[name].append(value)
     at_end = {name: counts[name] - steps[name] for name in COLLECTIVES}
-    return {"steps": steps, "at_epoch_end": at_end, "seconds": per_epoch, "state_bytes": scorer.state_bytes()}
+    return {
+        "steps": steps,
+        "at_epoch_end": at_end,
+        "seconds": per_epoch,
+        "state_bytes": scorer.state_bytes(),
+    }
 
 
 def _exchange_alone(setting: Setting, world: distributed.World, order: Any) -> float:
     """Seconds to send the rows of an epoch and wait for each step's, doing nothing else."""
-    sends_SW, receives_SW = routing_counts(order, world.rank, world.world_size, setting.num_samples(world.world_size))
+    sends_SW, receives_SW = routing_counts(
+        order, world.rank, world.world_size, setting.num_samples(world.world_size)
+    )
     row = payload_bytes(1, setting.num_classes, DTYPES[setting.logits].itemsize)
     payload_BX = torch.zeros(setting.rows, row, dtype=torch.uint8)
     dist.barrier()
@@ -175,8 +215,16 @@ def measure_order(num_samples: int, global_batch: int, world_size: int) -> dict[
     ordered = time.perf_counter()
     counts = routing_counts(order, 0, world_size, num_samples)
     ended = time.perf_counter()
-    return {"order_seconds": ordered - started, "counts_seconds": ended - ordered, "peak_bytes": peak_bytes(has_reset) - memory,
-            "kept_bytes": order.sample_SG.nbytes + order.index_SG.nbytes + sum(count_SW.nbytes for count_SW in counts)}
+    return {
+        "order_seconds": ordered - started,
+        "counts_seconds": ended - ordered,
+        "peak_bytes": peak_bytes(has_reset) - memory,
+        "kept_bytes": (
+            order.sample_SG.nbytes
+            + order.index_SG.nbytes
+            + sum(count_SW.nbytes for count_SW in counts)
+        ),
+    }
 
 
 # ---- modelled
@@ -198,11 +246,14 @@ class Assumptions:
     step_ms: float
 
 
-def model(world_size: int, num_samples: int, num_classes: int, given: Assumptions) -> dict[str, float]:
+def model(
+    world_size: int, num_samples: int, num_classes: int, given: Assumptions
+) -> dict[str, float]:
     """Bytes and seconds of one rank, by arithmetic.
 
-    Owners of a batch's rows are uniform over ranks. A step costs one call, the messages one after the other (nothing overlaps:
-    pessimistic) and the bytes over each kind of link. With B rows for W ranks, a share (1 - 1/W)^B of the messages is empty.
+    Owners of a batch's rows are uniform over ranks. A step costs one call, the messages one after
+    the other (nothing overlaps: pessimistic) and the bytes over each kind of link. With B rows for
+    W ranks, a share (1 - 1/W)^B of the messages is empty.
     """
     window = Window(30, 10)
     row = payload_bytes(1, num_classes, given.logit_bytes)
@@ -210,30 +261,53 @@ def model(world_size: int, num_samples: int, num_classes: int, given: Assumption
     in_node = min(given.node_ranks, world_size)
     node_peers, network_peers = in_node - 1, world_size - in_node
     is_sent = 1.0 - (1.0 - 1.0 / world_size) ** given.rows
-    node_bytes, network_bytes = (peers * rows_per_peer * row for peers in (node_peers, network_peers))
+    node_bytes, network_bytes = (
+        peers * rows_per_peer * row for peers in (node_peers, network_peers)
+    )
     messages = (node_peers + network_peers) * is_sent
-    seconds = 1e-6 * (given.call_us + is_sent * (node_peers * given.node_message_us + network_peers * given.network_message_us))
-    seconds += node_bytes / (1e9 * given.node_gb_per_s) + network_bytes / (1e9 * given.network_gb_per_s)
+    seconds = 1e-6 * (
+        given.call_us
+        + is_sent * (node_peers * given.node_message_us + network_peers * given.network_message_us)
+    )
+    seconds += node_bytes / (1e9 * given.node_gb_per_s) + network_bytes / (
+        1e9 * given.network_gb_per_s
+    )
     shard = -(-num_samples // world_size)
     state = shard * row_bytes(num_classes, given.logp_bytes, window)
     steps = -(-num_samples // (given.rows * world_size))
     return {
-        "world_size": world_size, "num_samples": num_samples, "num_classes": num_classes, "steps": steps, "state_bytes": state,
-        "step_bytes": given.rows * row, "sent_bytes": node_bytes + network_bytes, "network_bytes": network_bytes,
-        "pair_bytes": rows_per_peer * row, "messages": messages, "step_seconds": seconds,
+        "world_size": world_size,
+        "num_samples": num_samples,
+        "num_classes": num_classes,
+        "steps": steps,
+        "state_bytes": state,
+        "step_bytes": given.rows * row,
+        "sent_bytes": node_bytes + network_bytes,
+        "network_bytes": network_bytes,
+        "pair_bytes": rows_per_peer * row,
+        "messages": messages,
+        "step_seconds": seconds,
         "share_of_step": seconds / (1e-3 * given.step_ms),
-        "counts_bytes": 2 * 2 * 8 * steps * world_size,  # int64 sent and received, as an array and as lists
+        # int64 sent and received, as an array and as lists
+        "counts_bytes": 2 * 2 * 8 * steps * world_size,
         "checkpoint_bytes": num_samples * row_bytes(num_classes, given.logp_bytes, window),
     }
 
 
-def host_limit(orders: list[dict[str, float]], host_gb: float, ranks_per_host: int) -> dict[str, float]:
-    """The epoch's order at 10^9 samples, in proportion to the largest measured size, and the samples that a host can hold."""
+def host_limit(
+    orders: list[dict[str, float]], host_gb: float, ranks_per_host: int
+) -> dict[str, float]:
+    """The epoch's order at 10^9 samples, in proportion to the largest measured size, and the
+    samples that a host can hold."""
     largest = max(orders, key=lambda order: order["num_samples"])
     scale = 1e9 / largest["num_samples"]
     peak = largest["peak_bytes"] / largest["num_samples"]
-    return {"seconds_at_1e9": scale * (largest["order_seconds"] + largest["counts_seconds"]), "peak_bytes_per_sample": peak,
-            "host_bytes_at_1e9": 1e9 * peak * ranks_per_host, "largest_num_samples": 1e9 * host_gb / (peak * ranks_per_host)}
+    return {
+        "seconds_at_1e9": scale * (largest["order_seconds"] + largest["counts_seconds"]),
+        "peak_bytes_per_sample": peak,
+        "host_bytes_at_1e9": 1e9 * peak * ranks_per_host,
+        "largest_num_samples": 1e9 * host_gb / (peak * ranks_per_host),
+    }
 
 
 # ---- the program
@@ -242,20 +316,29 @@ def host_limit(orders: list[dict[str, float]], host_gb: float, ranks_per_host: i
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, with metrics and provenance."""
     where = files.provenance(max(options.ranks), "cpu", 1)
-    settings = [Setting(num_classes, logits, options.rows, options.steps, 1 + options.repetitions)
-                for num_classes in options.num_classes for logits in options.logits]
+    settings = [
+        Setting(num_classes, logits, options.rows, options.steps, 1 + options.repetitions)
+        for num_classes in options.num_classes
+        for logits in options.logits
+    ]
     rows = []
     metrics: dict[str, Any] = {}
     for world_size in options.ranks:
         by_rank = run_on_ranks(world_size, record_epochs, settings, threads=1)
         for number, setting in enumerate(settings):
-            rows.append(_summary(setting, world_size, [found[number] for found in by_rank], metrics))
+            rows.append(
+                _summary(setting, world_size, [found[number] for found in by_rank], metrics)
+            )
         print(f"{world_size} ranks: done", file=sys.stderr)
     orders = []
     for num_samples in options.orders:
         for world_size in options.order_ranks:
-            found = [run_on_ranks(1, measure_order, num_samples, options.rows * world_size, world_size)[0]
-                     for _ in range(options.repetitions)]
+            found = [
+                run_on_ranks(1, measure_order, num_samples, options.rows * world_size, world_size)[
+                    0
+                ]
+                for _ in range(options.repetitions)
+            ]
             order = {name: statistics.median(run[name] for run in found) for name in found[0]}
             orders.append({"num_samples": num_samples, "world_size": world_size} | order)
             label = f"order N={num_samples:,} W={world_size}"
@@ -264,145 +347,400 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             peaks = [run["peak_bytes"] for run in found]
             metrics[f"{label}, peak bytes"] = files.metric(peaks, "bytes", "lower", relative=True)
     given = assumptions(options)
-    return {"benchmark": "scaling", "repetitions": options.repetitions, "warm_up": "the first epoch of each setting",
-            "settings": {name: getattr(options, name) for name in (
-                "ranks", "num_classes", "logits", "rows", "steps", "orders", "order_ranks", "host_gb")},
-            "metrics": metrics, "rows": rows, "orders": orders, "assumptions": asdict(given),
-            "modelled": [model(*case, given) for case in MODELLED],
-            "host_limit": host_limit(orders, options.host_gb, given.node_ranks), "provenance": where}
+    return {
+        "benchmark": "scaling",
+        "repetitions": options.repetitions,
+        "warm_up": "the first epoch of each setting",
+        "settings": {
+            name: getattr(options, name)
+            for name in (
+                "ranks",
+                "num_classes",
+                "logits",
+                "rows",
+                "steps",
+                "orders",
+                "order_ranks",
+                "host_gb",
+            )
+        },
+        "metrics": metrics,
+        "rows": rows,
+        "orders": orders,
+        "assumptions": asdict(given),
+        "modelled": [model(*case, given) for case in MODELLED],
+        "host_limit": host_limit(orders, options.host_gb, given.node_ranks),
+        "provenance": where,
+    }
 
 
-def _summary(setting: Setting, world_size: int, by_rank: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Means over ranks, of steps and of each repetition's seconds; bytes are those of the busiest rank. Adds to `metrics`."""
+def _summary(
+    setting: Setting, world_size: int, by_rank: list[dict[str, Any]], metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Means over ranks, of steps and of each repetition's seconds; bytes are those of the busiest
+    rank. Adds to `metrics`."""
     logit_bytes = DTYPES[setting.logits].itemsize
     formula = payload_bytes(setting.rows, setting.num_classes, logit_bytes)
     handed = max(found["steps"]["bytes"] for found in by_rank) / setting.steps
-    sent, messages = (statistics.mean(found["steps"][name] / setting.steps for found in by_rank)
-                      for name in ("sent", "messages"))
-    seconds = {name: [statistics.mean(values) for values in zip(*(found["seconds"][name] for found in by_rank), strict=True)]
-               for name in by_rank[0]["seconds"]}
+    sent, messages = (
+        statistics.mean(found["steps"][name] / setting.steps for found in by_rank)
+        for name in ("sent", "messages")
+    )
+    seconds = {
+        name: [
+            statistics.mean(values)
+            for values in zip(*(found["seconds"][name] for found in by_rank), strict=True)
+        ]
+        for name in by_rank[0]["seconds"]
+    }
     label = f"W={world_size} C={setting.num_classes:,} {setting.logits}"
-    metrics[f"{label}, bytes per step over formula"] = files.metric([handed / formula], "x", "lower", relative=True)
+    metrics[f"{label}, bytes per step over formula"] = files.metric(
+        [handed / formula], "x", "lower", relative=True
+    )
     for name in ("record", "wait", "exchange"):
-        metrics[f"{label}, {name}, ms per step"] = files.metric([1e3 * value / setting.steps for value in seconds[name]], "ms",
-                                                                "lower")
+        metrics[f"{label}, {name}, ms per step"] = files.metric(
+            [1e3 * value / setting.steps for value in seconds[name]], "ms", "lower"
+        )
     shard = -(-setting.num_samples(world_size) // world_size)
     return asdict(setting) | {
-        "world_size": world_size, "bytes_per_step": handed, "formula_bytes": formula, "sent_bytes": sent, "messages": messages,
+        "world_size": world_size,
+        "bytes_per_step": handed,
+        "formula_bytes": formula,
+        "sent_bytes": sent,
+        "messages": messages,
         "seconds": seconds,
-        "calls_per_step": {name: max(found["steps"][name] for found in by_rank) / setting.steps for name in COLLECTIVES},
-        "calls_at_epoch_end": {name: max(found["at_epoch_end"][name] for found in by_rank) for name in COLLECTIVES},
+        "calls_per_step": {
+            name: max(found["steps"][name] for found in by_rank) / setting.steps
+            for name in COLLECTIVES
+        },
+        "calls_at_epoch_end": {
+            name: max(found["at_epoch_end"][name] for found in by_rank) for name in COLLECTIVES
+        },
         "state_bytes": by_rank[0]["state_bytes"],
-        "modelled_state_bytes": shard * row_bytes(setting.num_classes, 4, setting.window)}
+        "modelled_state_bytes": shard * row_bytes(setting.num_classes, 4, setting.window),
+    }
 
 
 def assumptions(options: argparse.Namespace) -> Assumptions:
     """Those of the command line."""
-    return Assumptions(options.model_rows, options.logit_bytes, options.logp_bytes, options.node_ranks, options.node_gb_per_s,
-                       options.network_gb_per_s, options.call_us, options.node_message_us, options.network_message_us,
-                       options.step_ms)
+    return Assumptions(
+        options.model_rows,
+        options.logit_bytes,
+        options.logp_bytes,
+        options.node_ranks,
+        options.node_gb_per_s,
+        options.network_gb_per_s,
+        options.call_us,
+        options.node_message_us,
+        options.network_message_us,
+        options.step_ms,
+    )
 
 
 def as_markdown(result: dict[str, Any]) -> str:
     """The result page."""
     given, limit, where = result["assumptions"], result["host_limit"], result["provenance"]
-    routing = [["ranks", "classes", "logits", "bytes per step", "of formula", "to others", "messages", "all-to-all", "other",
-                "record, ms", "waiting", "exchange alone, ms", "expect, ms", "end_epoch, ms", "its collectives"]]
+    routing = [
+        [
+            "ranks",
+            "classes",
+            "logits",
+            "bytes per step",
+            "of formula",
+            "to others",
+            "messages",
+            "all-to-all",
+            "other",
+            "record, ms",
+            "waiting",
+            "exchange alone, ms",
+            "expect, ms",
+            "end_epoch, ms",
+            "its collectives",
+        ]
+    ]
     for row in result["rows"]:
         median = {name: 1e3 * statistics.median(values) for name, values in row["seconds"].items()}
         calls = row["calls_per_step"]
-        routing.append([
-            str(row["world_size"]), f"{row['num_classes']:,}", row["logits"], f"{row['bytes_per_step']:,.0f}",
-            f"{row['bytes_per_step'] / row['formula_bytes']:.3f}", f"{row['sent_bytes']:,.0f}", f"{row['messages']:.1f}",
-            f"{calls['all_to_all_single']:.2f}",
-            f"{sum(calls.values()) - calls['all_to_all_single']:.2f}", f"{median['record'] / row['steps']:.2f}",
-            f"{median['wait'] / median['record']:.0%}", f"{median['exchange'] / row['steps']:.2f}", f"{median['expect']:.1f}",
-            f"{median['end_epoch']:.1f}", str(sum(row["calls_at_epoch_end"].values()))])
+        routing.append(
+            [
+                str(row["world_size"]),
+                f"{row['num_classes']:,}",
+                row["logits"],
+                f"{row['bytes_per_step']:,.0f}",
+                f"{row['bytes_per_step'] / row['formula_bytes']:.3f}",
+                f"{row['sent_bytes']:,.0f}",
+                f"{row['messages']:.1f}",
+                f"{calls['all_to_all_single']:.2f}",
+                f"{sum(calls.values()) - calls['all_to_all_single']:.2f}",
+                f"{median['record'] / row['steps']:.2f}",
+                f"{median['wait'] / median['record']:.0%}",
+                f"{median['exchange'] / row['steps']:.2f}",
+                f"{median['expect']:.1f}",
+                f"{median['end_epoch']:.1f}",
+                str(sum(row["calls_at_epoch_end"].values())),
+            ]
+        )
     orders = [["samples", "ranks", "order, s", "split sizes, s", "peak, MB", "kept, MB"]]
-    orders += [[f"{order['num_samples']:,}", f"{order['world_size']:,}", f"{order['order_seconds']:.2f}",
-                f"{order['counts_seconds']:.2f}", f"{order['peak_bytes'] / 1e6:,.0f}", f"{order['kept_bytes'] / 1e6:,.0f}"]
-               for order in result["orders"]]
-    modelled = [["ranks", "samples", "classes", "state per rank, GB", "sent per step, kB", "off the node, kB",
-                 "per pair, bytes", "messages", "step, ms", "of a step", "split sizes, MB", "checkpoint, GB"]]
-    modelled += [[f"{case['world_size']:,}", f"{case['num_samples']:,}", f"{case['num_classes']:,}",
-                  f"{case['state_bytes'] / 1e9:.2f}", f"{case['sent_bytes'] / 1e3:,.0f}", f"{case['network_bytes'] / 1e3:,.0f}",
-                  f"{case['pair_bytes']:,.0f}", f"{case['messages']:,.0f}", f"{1e3 * case['step_seconds']:.2f}",
-                  f"{case['share_of_step']:.1%}", f"{case['counts_bytes'] / 1e6:,.0f}",
-                  f"{case['checkpoint_bytes'] / 1e9:,.0f}"]
-                 for case in result["modelled"]]
+    orders += [
+        [
+            f"{order['num_samples']:,}",
+            f"{order['world_size']:,}",
+            f"{order['order_seconds']:.2f}",
+            f"{order['counts_seconds']:.2f}",
+            f"{order['peak_bytes'] / 1e6:,.0f}",
+            f"{order['kept_bytes'] / 1e6:,.0f}",
+        ]
+        for order in result["orders"]
+    ]
+    modelled = [
+        [
+            "ranks",
+            "samples",
+            "classes",
+            "state per rank, GB",
+            "sent per step, kB",
+            "off the node, kB",
+            "per pair, bytes",
+            "messages",
+            "step, ms",
+            "of a step",
+            "split sizes, MB",
+            "checkpoint, GB",
+        ]
+    ]
+    modelled += [
+        [
+            f"{case['world_size']:,}",
+            f"{case['num_samples']:,}",
+            f"{case['num_classes']:,}",
+            f"{case['state_bytes'] / 1e9:.2f}",
+            f"{case['sent_bytes'] / 1e3:,.0f}",
+            f"{case['network_bytes'] / 1e3:,.0f}",
+            f"{case['pair_bytes']:,.0f}",
+            f"{case['messages']:,.0f}",
+            f"{1e3 * case['step_seconds']:.2f}",
+            f"{case['share_of_step']:.1%}",
+            f"{case['counts_bytes'] / 1e6:,.0f}",
+            f"{case['checkpoint_bytes'] / 1e9:,.0f}",
+        ]
+        for case in result["modelled"]
+    ]
     first, most = result["rows"][0], max(row["world_size"] for row in result["rows"])
-    state = max(abs(row["state_bytes"] / row["modelled_state_bytes"] - 1.0) for row in result["rows"])
-    return "\n".join([
-        "# Recording on many ranks", "", "## Measured: routing on this machine", "", files.table(routing), "",
-        f"B = {first['rows']} rows per rank, {first['steps']} steps per epoch, gloo, one thread per rank, {where['num_cpus']} "
-        f"CPUs for up to {most} ranks. Times are medians of {result['repetitions']} "
-        "epochs after one, per step as the mean over ranks. Formula: B (C x bytes of a logit + 16), the rank's own rows among "
-        "them; `to others` is what leaves the rank. Calls per step: one all-to-all and no other collective (the order was "
-        "announced by `expect`). `waiting` is the share of `record` spent on rows of other ranks; the exchange alone sends "
-        "the same rows and does nothing else.", "",
-        "## Measured: the order of an epoch, on the host, by every rank", "", files.table(orders), "",
-        "## Modelled, not measured", "", files.table(modelled), "",
-        f"Arithmetic: B = {given['rows']}, {given['logit_bytes']}-byte logits, log-probabilities of {given['logp_bytes']} "
-        f"bytes, one window of K = 10; state as allocated (its formula is within {state:.2%} of what the runs above "
-        f"allocated). Owners of a batch are uniform over ranks. Time of a step: one call ({given['call_us']:g} us), then its "
-        f"messages one after the other ({given['node_message_us']:g} us within a node of {given['node_ranks']}, "
-        f"{given['network_message_us']:g} us beyond), then the bytes at {given['node_gb_per_s']:g} GB/s within and "
-        f"{given['network_gb_per_s']:g} GB/s beyond the node, per rank and direction; nothing overlaps, no two ranks share a "
-        f"link, and none of it is hidden behind backward. `of a step`: of {given['step_ms']:g} ms of training. Where there "
-        "are more ranks than rows, most messages are empty, and the number of the others sets the time, not their bytes. "
-        "Memory of the network and its activations is not in it.", "",
-        "Where the assumptions come from: 450 GB/s is one direction of NVLink's 900 on H100 and H200 (secondary source); "
-        "3.6 us is an NCCL kernel at 1 KB on four H800 (github.com/NVIDIA/nccl/issues/1984); 130 us is the fastest 0.5 MB "
-        "all-reduce seen from PyTorch on eight H100, whose mean was 300 us "
-        "(github.com/IBM/pytorch-communication-benchmarks/issues/1). 50 GB/s and 10 us between nodes (one 400 Gbit/s adapter "
-        "per GPU) and the step time are assumed, with no source. No all-to-all of this size has been found measured.", "",
-        f"The order at 10^9 samples, in proportion to the largest measured: {limit['seconds_at_1e9']:.0f} s per epoch and "
-        f"rank, {limit['peak_bytes_per_sample']:.0f} bytes per sample, so {limit['host_bytes_at_1e9'] / 1e9:,.0f} GB on a host "
-        f"of {given['node_ranks']} ranks, all of which compute it at once and share its memory bandwidth. A host with "
-        f"{result['settings']['host_gb']:g} GB stops at {limit['largest_num_samples'] / 1e9:.2f} x 10^9 samples: beyond that, "
-        "and before it where an epoch is short, the order would have to be computed in parts, or once per host.",
-        "", files.provenance_line(result), ""])
+    state = max(
+        abs(row["state_bytes"] / row["modelled_state_bytes"] - 1.0) for row in result["rows"]
+    )
+    return "\n".join(
+        [
+            "# Recording on many ranks",
+            "",
+            "## Measured: routing on this machine",
+            "",
+            files.table(routing),
+            "",
+            (
+                f"B = {first['rows']} rows per rank, {first['steps']} steps per epoch, gloo, one"
+                f" thread per rank, {where['num_cpus']} CPUs for up to {most} ranks. Times are"
+                f" medians of {result['repetitions']} epochs after one, per step as the mean over"
+                " ranks. Formula: B (C x bytes of a logit + 16), the rank's own rows among them;"
+                " `to others` is what leaves the rank. Calls per step: one all-to-all and no other"
+                " collective (the order was announced by `expect`). `waiting` is the share of"
+                " `record` spent on rows of other ranks; the exchange alone sends the same rows"
+                " and does nothing else."
+            ),
+            "",
+            "## Measured: the order of an epoch, on the host, by every rank",
+            "",
+            files.table(orders),
+            "",
+            "## Modelled, not measured",
+            "",
+            files.table(modelled),
+            "",
+            (
+                f"Arithmetic: B = {given['rows']}, {given['logit_bytes']}-byte logits,"
+                f" log-probabilities of {given['logp_bytes']} bytes, one window of K = 10; state as"
+                f" allocated (its formula is within {state:.2%} of what the runs above allocated)."
+                " Owners of a batch are uniform over ranks. Time of a step: one call"
+                f" ({given['call_us']:g} us), then its messages one after the other"
+                f" ({given['node_message_us']:g} us within a node of {given['node_ranks']},"
+                f" {given['network_message_us']:g} us beyond), then the bytes at"
+                f" {given['node_gb_per_s']:g} GB/s within and {given['network_gb_per_s']:g} GB/s"
+                " beyond the node, per rank and direction; nothing overlaps, no two ranks share a"
+                " link, and none of it is hidden behind backward. `of a step`: of"
+                f" {given['step_ms']:g} ms of training. Where there are more ranks than rows, most"
+                " messages are empty, and the number of the others sets the time, not their bytes."
+                " Memory of the network and its activations is not in it."
+            ),
+            "",
+            (
+                "Where the assumptions come from: 450 GB/s is one direction of NVLink's 900 on H100"
+                " and H200 (secondary source); 3.6 us is an NCCL kernel at 1 KB on four H800"
+                " (github.com/NVIDIA/nccl/issues/1984); 130 us is the fastest 0.5 MB all-reduce"
+                " seen from PyTorch on eight H100, whose mean was 300 us"
+                " (github.com/IBM/pytorch-communication-benchmarks/issues/1). 50 GB/s and 10 us"
+                " between nodes (one 400 Gbit/s adapter per GPU) and the step time are assumed,"
+                " with no source. No all-to-all of this size has been found measured."
+            ),
+            "",
+            (
+                "The order at 10^9 samples, in proportion to the largest measured:"
+                f" {limit['seconds_at_1e9']:.0f} s per epoch and rank,"
+                f" {limit['peak_bytes_per_sample']:.0f} bytes per sample, so"
+                f" {limit['host_bytes_at_1e9'] / 1e9:,.0f} GB on a host of {given['node_ranks']}"
+                " ranks, all of which compute it at once and share its memory bandwidth. A host"
+                f" with {result['settings']['host_gb']:g} GB stops at"
+                f" {limit['largest_num_samples'] / 1e9:.2f} x 10^9 samples: beyond that, and before"
+                " it where an epoch is short, the order would have to be computed in parts, or"
+                " once per host."
+            ),
+            "",
+            files.provenance_line(result),
+            "",
+        ]
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of this program."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling", description="Routing over ranks, measured and modelled.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], metavar="W", help="gloo ranks to measure")
-    parser.add_argument("--num-classes", type=int, nargs="+", default=[100, 1000], metavar="C", help="classes to measure")
-    parser.add_argument("--logits", choices=tuple(DTYPES), nargs="+", default=list(DTYPES), help="precisions to measure")
+        prog="python -m benchmarks.scaling",
+        description="Routing over ranks, measured and modelled.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        metavar="W",
+        help="gloo ranks to measure",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        nargs="+",
+        default=[100, 1000],
+        metavar="C",
+        help="classes to measure",
+    )
+    parser.add_argument(
+        "--logits",
+        choices=tuple(DTYPES),
+        nargs="+",
+        default=list(DTYPES),
+        help="precisions to measure",
+    )
     parser.add_argument("--rows", type=int, default=256, metavar="B", help="rows per rank and step")
     parser.add_argument("--steps", type=int, default=24, metavar="S", help="steps of an epoch")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="R", help="epochs, after one that is not counted")
-    parser.add_argument("--orders", type=int, nargs="+", default=[1_281_167, 14_200_000], metavar="N", help="orders to measure")
-    parser.add_argument("--order-ranks", type=int, nargs="+", default=[8, 1024], metavar="W", help="ranks of those orders")
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        default=3,
+        metavar="R",
+        help="epochs, after one that is not counted",
+    )
+    parser.add_argument(
+        "--orders",
+        type=int,
+        nargs="+",
+        default=[1_281_167, 14_200_000],
+        metavar="N",
+        help="orders to measure",
+    )
+    parser.add_argument(
+        "--order-ranks",
+        type=int,
+        nargs="+",
+        default=[8, 1024],
+        metavar="W",
+        help="ranks of those orders",
+    )
     told = parser.add_argument_group("assumptions of the model")
-    told.add_argument("--model-rows", type=int, default=256, metavar="B", help="rows per rank and step")
-    told.add_argument("--logit-bytes", type=int, default=2, metavar="BYTES", help="of a logit; autocast gives 2")
-    told.add_argument("--logp-bytes", type=int, default=4, metavar="BYTES", help="of a stored log-probability")
+    told.add_argument(
+        "--model-rows", type=int, default=256, metavar="B", help="rows per rank and step"
+    )
+    told.add_argument(
+        "--logit-bytes", type=int, default=2, metavar="BYTES", help="of a logit; autocast gives 2"
+    )
+    told.add_argument(
+        "--logp-bytes", type=int, default=4, metavar="BYTES", help="of a stored log-probability"
+    )
     told.add_argument("--node-ranks", type=int, default=8, metavar="W", help="ranks of a node")
-    told.add_argument("--node-gb-per-s", type=float, default=450.0, metavar="GB/S", help="per rank, within a node")
-    told.add_argument("--network-gb-per-s", type=float, default=50.0, metavar="GB/S", help="per rank, between nodes")
-    told.add_argument("--call-us", type=float, default=130.0, metavar="US", help="of a collective, whatever it sends")
-    told.add_argument("--node-message-us", type=float, default=3.6, metavar="US", help="of a message within a node")
-    told.add_argument("--network-message-us", type=float, default=10.0, metavar="US", help="of a message between nodes")
-    told.add_argument("--step-ms", type=float, default=35.0, metavar="MS", help="of training without recording")
-    told.add_argument("--host-gb", type=float, default=1000.0, metavar="GB", help="memory of a host that orders may fill")
+    told.add_argument(
+        "--node-gb-per-s", type=float, default=450.0, metavar="GB/S", help="per rank, within a node"
+    )
+    told.add_argument(
+        "--network-gb-per-s",
+        type=float,
+        default=50.0,
+        metavar="GB/S",
+        help="per rank, between nodes",
+    )
+    told.add_argument(
+        "--call-us",
+        type=float,
+        default=130.0,
+        metavar="US",
+        help="of a collective, whatever it sends",
+    )
+    told.add_argument(
+        "--node-message-us",
+        type=float,
+        default=3.6,
+        metavar="US",
+        help="of a message within a node",
+    )
+    told.add_argument(
+        "--network-message-us",
+        type=float,
+        default=10.0,
+        metavar="US",
+        help="of a message between nodes",
+    )
+    told.add_argument(
+        "--step-ms", type=float, default=35.0, metavar="MS", help="of training without recording"
+    )
+    told.add_argument(
+        "--host-gb",
+        type=float,
+        default=1000.0,
+        metavar="GB",
+        help="memory of a host that orders may fill",
+    )
     files.add_options(parser, "scaling")
     return parser
 
 
 def check(options: argparse.Namespace) -> None:
     """InputError for what cannot be measured or modelled."""
-    least = {"ranks": 1, "num_classes": 2, "rows": 1, "steps": 2, "repetitions": 1, "orders": 1, "order_ranks": 1,
-             "model_rows": 1, "logit_bytes": 1, "logp_bytes": 1, "node_ranks": 1}
+    least = {
+        "ranks": 1,
+        "num_classes": 2,
+        "rows": 1,
+        "steps": 2,
+        "repetitions": 1,
+        "orders": 1,
+        "order_ranks": 1,
+        "model_rows": 1,
+        "logit_bytes": 1,
+        "logp_bytes": 1,
+        "node_ranks": 1,
+    }
     for name, bound in least.items():
         values = getattr(options, name)
         for value in values if isinstance(values, list) else [values]:
             if value < bound:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least {bound}")
-    for name in ("node_gb_per_s", "network_gb_per_s", "call_us", "node_message_us", "network_message_us", "step_ms", "host_gb"):
+    for name in (
+        "node_gb_per_s",
+        "network_gb_per_s",
+        "call_us",
+        "node_message_us",
+        "network_message_us",
+        "step_ms",
+        "host_gb",
+    ):
         value = getattr(options, name)
         if not (value > 0 and math.isfinite(value)):
             raise InputError(f"--{name.replace('_', '-')} {value} must be a number above 0")

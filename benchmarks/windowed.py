@@ -1,8 +1,10 @@
-"""TDDS as published code computes it, in NumPy: what `benchmarks.offline` compares `tdds score` with.
+"""TDDS as published code computes it, in NumPy: what `benchmarks.offline` compares `tdds score`
+with.
 
-All outputs of all epochs are held, and every window starts from the logits again: softmax, order by index, K - 1 loss
-differences, their deviations from the mean. Windows overlap in all but one epoch, so each epoch is done up to K times. It is
-neither slowed down nor tuned, and shares no code with the package. Preset `official`.
+All outputs of all epochs are held, and every window starts from the logits again: softmax, order by
+index, K - 1 loss differences, their deviations from the mean. Windows overlap in all but one epoch,
+so each epoch is done up to K times. It is neither slowed down nor tuned, and shares no code with
+the package. Preset `official`.
 """
 
 # T epochs, K epochs of a window, N samples, C classes, D = K - 1 differences
@@ -16,7 +18,8 @@ EPSILON = 1e-8
 
 
 def windowed_scores(folder: Path, T: int, K: int, beta: float = 0.9) -> np.ndarray:
-    """Score by global index, float32 [N], from `{t}_Output.npy` (logits [N, C] in visit order) and `{t}_Index.npy`."""
+    """Score by global index, float32 [N], from `{t}_Output.npy` (logits [N, C] in visit order) and
+    `{t}_Index.npy`."""
     logits_TNC = np.array([np.load(folder / f"{t}_Output.npy") for t in range(T)])
     index_TN = np.array([np.load(folder / f"{t}_Index.npy").reshape(-1) for t in range(T)])
     weighted = []

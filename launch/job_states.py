@@ -1,6 +1,8 @@
-"""The states of jobs, from `squeue` and `sacct`, and for executor=local from the process table and the files of the ranks.
+"""The states of jobs, from `squeue` and `sacct`, and for executor=local from the process table and
+the files of the ranks.
 
-Nothing here raises because a scheduler is missing, refuses or hangs: the state is then "unknown", with the reason.
+Nothing here raises because a scheduler is missing, refuses or hangs: the state is then "unknown",
+with the reason.
 """
 
 import os
@@ -26,7 +28,9 @@ ACTIVE = ("pending", "requeued", "running", "suspended")
 class JobState:
     """The state of a job."""
 
-    state: str  # pending requeued running suspended finished failed cancelled timeout node_fail out_of_memory preempted unknown
+    # pending requeued running suspended finished failed cancelled timeout node_fail out_of_memory
+    # preempted unknown
+    state: str
     reason: str = ""  # as the scheduler has it, e.g. Dependency; where the state is unknown, why
     restarts: int = 0
     elapsed: str = ""  # days-hours:minutes:seconds
@@ -45,7 +49,8 @@ class JobState:
 
 
 def job_states(jobs: Iterable[JobRecord], timeout_seconds: float = 10.0) -> dict[str, JobState]:
-    """Return the state of every job, by id. Ask SLURM at most once, within the time-out; raise nothing."""
+    """Return the state of every job, by id. Ask SLURM at most once, within the time-out; raise
+    nothing."""
     jobs = list(jobs)
     on_slurm = [job for job in jobs if job.executor == "slurm"]
     states = _slurm_states(on_slurm, timeout_seconds) if on_slurm else {}
@@ -54,36 +59,74 @@ def job_states(jobs: Iterable[JobRecord], timeout_seconds: float = 10.0) -> dict
 
 
 _WORDS = {
-    "PENDING": "pending", "CONFIGURING": "pending", "REQUEUE_HOLD": "pending", "RESV_DEL_HOLD": "pending",
-    "REQUEUED": "requeued", "REQUEUE_FED": "requeued",
-    "RUNNING": "running", "COMPLETING": "running", "RESIZING": "running", "SIGNALING": "running", "STAGE_OUT": "running",
-    "SUSPENDED": "suspended", "STOPPED": "suspended",
-    "COMPLETED": "finished", "CANCELLED": "cancelled", "REVOKED": "cancelled", "TIMEOUT": "timeout", "DEADLINE": "timeout",
-    "FAILED": "failed", "SPECIAL_EXIT": "failed", "NODE_FAIL": "node_fail", "BOOT_FAIL": "node_fail",
-    "OUT_OF_MEMORY": "out_of_memory", "PREEMPTED": "preempted",
+    "PENDING": "pending",
+    "CONFIGURING": "pending",
+    "REQUEUE_HOLD": "pending",
+    "RESV_DEL_HOLD": "pending",
+    "REQUEUED": "requeued",
+    "REQUEUE_FED": "requeued",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "RESIZING": "running",
+    "SIGNALING": "running",
+    "STAGE_OUT": "running",
+    "SUSPENDED": "suspended",
+    "STOPPED": "suspended",
+    "COMPLETED": "finished",
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+    "TIMEOUT": "timeout",
+    "DEADLINE": "timeout",
+    "FAILED": "failed",
+    "SPECIAL_EXIT": "failed",
+    "NODE_FAIL": "node_fail",
+    "BOOT_FAIL": "node_fail",
+    "OUT_OF_MEMORY": "out_of_memory",
+    "PREEMPTED": "preempted",
 }
-_SQUEUE = ["squeue", "--noheader", "--array", "--states=all",
-           "--Format=JobArrayID:64|,State:24|,RestartCnt:12|,TimeUsed:24|,exit_code:12|,NodeList:256|,Reason:256"]
-_SACCT = ["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates",
-          "--format=JobID,State,Submit,Elapsed,ExitCode,NodeList"]
+_SQUEUE = [
+    "squeue",
+    "--noheader",
+    "--array",
+    "--states=all",
+    "--Format=JobArrayID:64|,State:24|,RestartCnt:12|,TimeUsed:24|,exit_code:12|,NodeList:256|,Reason:256",
+]
+_SACCT = [
+    "sacct",
+    "--noheader",
+    "--parsable2",
+    "--allocations",
+    "--duplicates",
+    "--format=JobID,State,Submit,Elapsed,ExitCode,NodeList",
+]
 _CLOCK_SKEW = 300.0  # seconds that the clocks of a login node and of the controller may be apart
 
 
 def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, JobState]:
-    """Ask squeue for what waits and runs, and sacct for what is over; each replaces the other as far as it can."""
+    """Ask squeue for what waits and runs, and sacct for what is over; each replaces the other as
+    far as it can."""
     which = "--jobs=" + ",".join(sorted({job.id for job in jobs}))
-    (queue, queue_error), (account, account_error) = _ask([[*_SQUEUE, which], [*_SACCT, which]], timeout_seconds)
+    (queue, queue_error), (account, account_error) = _ask(
+        [[*_SQUEUE, which], [*_SACCT, which]], timeout_seconds
+    )
     if "Invalid job id" in queue_error:  # what squeue says of jobs that ended a while ago
         queue_error = ""
-    queued, accounted = _parse_squeue(queue), _parse_sacct(account, {job.id: job.time for job in jobs})
+    queued, accounted = (
+        _parse_squeue(queue),
+        _parse_sacct(account, {job.id: job.time for job in jobs}),
+    )
     states = {}
     for job in jobs:
         here, there = queued.get(job.id), accounted.get(job.id)
         known: JobState | None
         if here and there:
             known = here if here.is_active else there
-            known = replace(known, restarts=max(here.restarts, there.restarts), reason=known.reason or here.reason,
-                            nodes=known.nodes or here.nodes)
+            known = replace(
+                known,
+                restarts=max(here.restarts, there.restarts),
+                reason=known.reason or here.reason,
+                nodes=known.nodes or here.nodes,
+            )
         elif not (known := here or there):
             errors = "; ".join(error for error in (queue_error, account_error) if error)
             known = _by_results(job) or JobState("unknown", errors or FORGOTTEN)
@@ -92,22 +135,41 @@ def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, Jo
 
 
 def _ask(commands: list[list[str]], timeout_seconds: float) -> list[tuple[str, str]]:
-    """Run the commands at the same time; return what each printed, and in a line why it did not answer."""
+    """Run the commands at the same time; return what each printed, and in a line why it did not
+    answer."""
     deadline = time.monotonic() + timeout_seconds
     # Times are compared below; without this, the user's own settings choose their format.
     environment = os.environ | {"SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
     started: list[subprocess.Popen[str] | OSError] = []
     for command in commands:
         try:
-            started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                            text=True, errors="replace", env=environment, start_new_session=True))
+            started.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
         except OSError as error:
             started.append(error)
     answers = []
     for command, process in zip(commands, started, strict=True):
         if isinstance(process, OSError):
-            answers.append(("", f"{command[0]} is not here" if isinstance(process, FileNotFoundError)
-                            else f"{command[0]} cannot run ({process.strerror})"))
+            answers.append(
+                (
+                    "",
+                    (
+                        f"{command[0]} is not here"
+                        if isinstance(process, FileNotFoundError)
+                        else f"{command[0]} cannot run ({process.strerror})"
+                    ),
+                )
+            )
             continue
         try:
             out, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
@@ -115,13 +177,19 @@ def _ask(commands: list[list[str]], timeout_seconds: float) -> list[tuple[str, s
             _end(process)
             answers.append(("", f"{command[0]} did not answer within {timeout_seconds:g} s"))
             continue
-        last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), f"exit code {process.returncode}")
-        answers.append((out, "" if process.returncode == 0 else f"{command[0]} failed: {last[:200]}"))
+        last = next(
+            (line.strip() for line in reversed(errors.splitlines()) if line.strip()),
+            f"exit code {process.returncode}",
+        )
+        answers.append(
+            (out, "" if process.returncode == 0 else f"{command[0]} failed: {last[:200]}")
+        )
     return answers
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Kill a command and what it started, without waiting: on a file system that hangs it ends only when that comes back."""
+    """Kill a command and what it started, without waiting: on a file system that hangs it ends only
+    when that comes back."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except OSError:
@@ -140,17 +208,21 @@ def _parse_squeue(text: str) -> dict[str, JobState]:
         job_ids, state, restarts, elapsed, exit_code, nodes, reason = columns
         num_restarts = int(restarts) if restarts.isdigit() else 0
         word = _WORDS.get(state, "unknown")
-        known = JobState("requeued" if word == "pending" and num_restarts else word,
-                         state if word == "unknown" else "" if reason in ("None", "N/A", "(null)") else reason, num_restarts,
-                         "" if word == "pending" else _elapsed(elapsed), _nodes(nodes),
-                         None if word in ACTIVE else _exit_code(exit_code))
+        known = JobState(
+            "requeued" if word == "pending" and num_restarts else word,
+            state if word == "unknown" else "" if reason in ("None", "N/A", "(null)") else reason,
+            num_restarts,
+            "" if word == "pending" else _elapsed(elapsed),
+            _nodes(nodes),
+            None if word in ACTIVE else _exit_code(exit_code),
+        )
         found.update(dict.fromkeys(_array_ids(job_ids), known))
     return found
 
 
 def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobState]:
-    """Return the last record of each job; the others are its starts before a requeue, or of an older job that had its number
-    before SLURM counted from 1 again."""
+    """Return the last record of each job; the others are its starts before a requeue, or of an
+    older job that had its number before SLURM counted from 1 again."""
     records: dict[str, list[tuple[float, JobState]]] = {}
     for line in text.splitlines():
         columns = [column.strip() for column in line.split("|")]
@@ -160,24 +232,33 @@ def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobStat
         word, _, who = state.partition(" ")  # "CANCELLED by 1000"
         word = _WORDS.get(word.rstrip("+"), "unknown")
         time_ = _seconds(submit)
-        known = JobState(word, who if word == "cancelled" else state if word == "unknown" else "", 0,
-                         "" if word == "pending" else _elapsed(elapsed), _nodes(nodes),
-                         None if word in ACTIVE else _exit_code(exit_code))
+        known = JobState(
+            word,
+            who if word == "cancelled" else state if word == "unknown" else "",
+            0,
+            "" if word == "pending" else _elapsed(elapsed),
+            _nodes(nodes),
+            None if word in ACTIVE else _exit_code(exit_code),
+        )
         for job_id in _array_ids(job_ids):
             if time_ is None or time_ >= submitted.get(job_id, 0.0) - _CLOCK_SKEW:
                 records.setdefault(job_id, []).append((time_ or 0.0, known))
-    return {job_id: replace(sorted(found, key=lambda record: record[0])[-1][1], restarts=len(found) - 1)
-            for job_id, found in records.items()}
+    return {
+        job_id: replace(sorted(found, key=lambda record: record[0])[-1][1], restarts=len(found) - 1)
+        for job_id, found in records.items()
+    }
 
 
 def _array_ids(text: str) -> list[str]:
-    """Return the ids behind one that may stand for several: 12, 12_3, 12_[0-3,7%2], 12_[0-8:4]; cut off ("12_[0-3,5-...") too.
+    """Return the ids behind one that may stand for several: 12, 12_3, 12_[0-3,7%2], 12_[0-8:4]; cut
+    off ("12_[0-3,5-...") too.
     """
     match = re.fullmatch(r"(\d+)_\[([^\]%]*)(%\d+)?(\]?)", text)
     if match is None:
         return [text]
     found = []
-    for part in match[2].split(",")[:None if match[3] or match[4] else -1]:  # of a number that is cut off, nothing is known
+    # of a number that is cut off, nothing is known
+    for part in match[2].split(",")[: None if match[3] or match[4] else -1]:
         if numbers := re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part.strip()):
             first = int(numbers[1])
             steps = range(first, int(numbers[2] or first) + 1, int(numbers[3] or 1) or 1)
@@ -201,7 +282,8 @@ def _exit_code(text: str) -> int | None:
 
 
 def _elapsed(text: str) -> str:
-    """Write a duration alike: squeue gives 0:08 and 1:02:03 where sacct gives 00:00:08 and 01:02:03."""
+    """Write a duration alike: squeue gives 0:08 and 1:02:03 where sacct gives 00:00:08 and
+    01:02:03."""
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdigit() for part in parts):
@@ -226,14 +308,17 @@ def _local_state(job: JobRecord) -> JobState:
     if job.host and job.host != socket.gethostname():
         return _by_results(job) or JobState("unknown", f"its process is on {job.host}; ask there")
     if not job.id.isdigit() or not _is_alive(int(job.id), job.time):
-        return _by_results(job) or JobState("failed", "its process is gone and left no result", _restarts(job))
+        return _by_results(job) or JobState(
+            "failed", "its process is gone and left no result", _restarts(job)
+        )
     if job.after and not log_files(job.log_dir, job.id, "err"):
         return JobState("pending", "Dependency")
     return JobState("running", "", _restarts(job), elapsed, job.host)
 
 
 def _by_results(job: JobRecord) -> JobState | None:
-    """Find the state from the files that its ranks left: all successes, or any failure; None when they do not say."""
+    """Find the state from the files that its ranks left: all successes, or any failure; None when
+    they do not say."""
     files = dict(files_of_ranks(job.log_dir, job.id, r"result\.pkl"))
     outcomes = [outcome_of(file) for file in files.values()]
     ends = read_ends(job.log_dir, job.id)
@@ -245,7 +330,9 @@ def _by_results(job: JobRecord) -> JobState | None:
     kinds = {end.kind for end in last}
     if "error" not in outcomes and not kinds & {*CAUSES, "resume"}:
         return None
-    exit_code = 1 if "failed" in kinds else 2 if "refused" in kinds else 75 if "resume" in kinds else 1
+    exit_code = (
+        1 if "failed" in kinds else 2 if "refused" in kinds else 75 if "resume" in kinds else 1
+    )
     return JobState("failed", "", _restarts(job), elapsed, job.host, exit_code)
 
 
@@ -261,7 +348,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def outcome_of(file: Path) -> str:
-    """ Return "success" or "error", as submitit writes it; "" when the file says neither."""
+    """Return "success" or "error", as submitit writes it; "" when the file says neither."""
     try:
         with file.open("rb") as content:
             outcome = _PlainUnpickler(content).load()[0]
@@ -271,10 +358,15 @@ def outcome_of(file: Path) -> str:
 
 
 def _is_alive(pid: int, submitted: float) -> bool:
-    """Say whether the process that had this number at that time still runs; a later one with its number is another."""
+    """Say whether the process that had this number at that time still runs; a later one with its
+    number is another."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = next(float(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        boot = next(
+            float(line.split()[1])
+            for line in Path("/proc/stat").read_text().splitlines()
+            if line.startswith("btime")
+        )
     except (OSError, ValueError, StopIteration):
         return False
     started = boot + int(rest[18]) / os.sysconf("SC_CLK_TCK")  # the 22nd field, as proc(5) counts
@@ -293,29 +385,56 @@ def _duration(seconds: float) -> str:
 
 
 _WAITING = {
-    "Priority": "waiting for its turn", "Resources": "waiting for free nodes", "BeginTime": "waiting for its start time",
-    "JobArrayTaskLimit": "waiting for others of its array", "JobHeldUser": "held, `scontrol release` frees it",
-    "JobHeldAdmin": "held by an administrator", "PartitionDown": "waiting for a partition that is down",
+    "Priority": "waiting for its turn",
+    "Resources": "waiting for free nodes",
+    "BeginTime": "waiting for its start time",
+    "JobArrayTaskLimit": "waiting for others of its array",
+    "JobHeldUser": "held, `scontrol release` frees it",
+    "JobHeldAdmin": "held by an administrator",
+    "PartitionDown": "waiting for a partition that is down",
 }
-_ENDED = {"timeout": "met its time limit", "node_fail": "lost a node", "out_of_memory": "ran out of memory",
-          "preempted": "was preempted", "cancelled": "was cancelled"}
+_ENDED = {
+    "timeout": "met its time limit",
+    "node_fail": "lost a node",
+    "out_of_memory": "ran out of memory",
+    "preempted": "was preempted",
+    "cancelled": "was cancelled",
+}
 
 
-def explain(job: JobRecord, jobs: Iterable[JobRecord], states: Mapping[str, JobState]) -> tuple[str, JobRecord | None]:
-    """Return the state of a job in words, and the job whose end explains it: itself when it failed, the first of those that it
-    waited for when it never started because of that, else None. `jobs` are all there are, `states` what is known of them."""
+def explain(
+    job: JobRecord, jobs: Iterable[JobRecord], states: Mapping[str, JobState]
+) -> tuple[str, JobRecord | None]:
+    """Return the state of a job in words, and the job whose end explains it: itself when it failed,
+    the first of those that it waited for when it never started because of that, else None. `jobs`
+    are all there are, `states` what is known of them."""
     state, by_id = states[job.id], {other.id: other for other in jobs}
     root = _failed_parent(job, by_id, states)
     if state.state in ("pending", "requeued"):
         again = "requeued, " if state.state == "requeued" else ""
         if state.reason == "DependencyNeverSatisfied" or (root and state.reason == "Dependency"):
-            why = _how(root, states[root.id]) if root else f"a job that it waits for failed ({state.reason})"
+            why = (
+                _how(root, states[root.id])
+                if root
+                else f"a job that it waits for failed ({state.reason})"
+            )
             return f"{again}never starts because {why}", root
         if state.reason == "Dependency":
-            active = {parent: other for parent in job.after for other in reversed(_parents(parent, by_id))
-                      if other.id in states and states[other.id].is_active}
-            waits = [_named(replace(other, id=parent)) for parent, other in active.items()]  # an array by the number of all
-            return f"{again}waiting for {', '.join(waits[:3]) or 'others'}{' and more' if len(waits) > 3 else ''}", None
+            active = {
+                parent: other
+                for parent in job.after
+                for other in reversed(_parents(parent, by_id))
+                if other.id in states and states[other.id].is_active
+            }
+            # an array by the number of all
+            waits = [_named(replace(other, id=parent)) for parent, other in active.items()]
+            return (
+                (
+                    f"{again}waiting for"
+                    f" {', '.join(waits[:3]) or 'others'}{' and more' if len(waits) > 3 else ''}"
+                ),
+                None,
+            )
         words = _WAITING.get(state.reason, "waiting")
         return again + words + (f" ({state.reason})" if state.reason else ""), None
     if state.state == "cancelled":
@@ -330,12 +449,16 @@ def explain(job: JobRecord, jobs: Iterable[JobRecord], states: Mapping[str, JobS
 
 
 def _bad_end(job: JobRecord, state: JobState, *, with_code: bool = True) -> str:
-    """Say how a job failed: by what its ranks wrote rather than by the exit code, which srun takes from any of them."""
+    """Say how a job failed: by what its ranks wrote rather than by the exit code, which srun takes
+    from any of them."""
     code = f" (exit code {state.exit_code})" if state.exit_code and with_code else ""
     if state.state != "failed":
         return _ENDED[state.state]
     ends = read_ends(job.log_dir, job.id)
-    cause, kinds = first_cause(ends), {end.kind for end in ends if end.restart == max(other.restart for other in ends)}
+    cause, kinds = (
+        first_cause(ends),
+        {end.kind for end in ends if end.restart == max(other.restart for other in ends)},
+    )
     if (cause.kind if cause else "") == "refused" or (cause is None and state.exit_code == 2):
         return f"refused its input{code}"
     if cause is None and ("resume" in kinds or state.exit_code == 75):
@@ -356,17 +479,30 @@ def _named(job: JobRecord) -> str:
 
 
 def _parents(parent: str, by_id: Mapping[str, JobRecord]) -> list[JobRecord]:
-    """Return the jobs behind one id that another waits for; the number of an array stands for all in it."""
-    return [other for other in by_id.values() if other.id == parent or other.id.startswith(f"{parent}_")]
+    """Return the jobs behind one id that another waits for; the number of an array stands for all
+    in it."""
+    return [
+        other for other in by_id.values() if other.id == parent or other.id.startswith(f"{parent}_")
+    ]
 
 
-def _failed_parent(job: JobRecord, by_id: Mapping[str, JobRecord], states: Mapping[str, JobState]) -> JobRecord | None:
-    """Return the job that made this one impossible: one that failed, before one that was cancelled itself."""
-    parents = [other for parent in job.after for other in _parents(parent, by_id) if other.id != job.id]
+def _failed_parent(
+    job: JobRecord, by_id: Mapping[str, JobRecord], states: Mapping[str, JobState]
+) -> JobRecord | None:
+    """Return the job that made this one impossible: one that failed, before one that was cancelled
+    itself."""
+    parents = [
+        other for parent in job.after for other in _parents(parent, by_id) if other.id != job.id
+    ]
     bad = [other for other in parents if other.id in states and states[other.id].is_bad]
     bad.sort(key=lambda other: states[other.id].state == "cancelled")
     for other in bad:
         if states[other.id].state != "cancelled":
             return other
-        return _failed_parent(other, {key: value for key, value in by_id.items() if key != job.id}, states) or other
+        return (
+            _failed_parent(
+                other, {key: value for key, value in by_id.items() if key != job.id}, states
+            )
+            or other
+        )
     return None

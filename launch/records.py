@@ -1,7 +1,8 @@
-"""The list of jobs that were submitted for a run, and how their ranks ended; `job_states` finds out the states of the jobs.
+"""The list of jobs that were submitted for a run, and how their ranks ended; `job_states` finds out
+the states of the jobs.
 
-Owns two kinds of files in the log folder. Each holds one JSON object per line, written in one piece, so that several writers do
-not mix; a line that is damaged is as if it were not there.
+Owns two kinds of files in the log folder. Each holds one JSON object per line, written in one
+piece, so that several writers do not mix; a line that is damaged is as if it were not there.
 
     jobs.jsonl              a line per job, by whoever submits
     <id>_<rank>_end.jsonl   a line each time that a rank leaves other than by success
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 JOBS_FILE = "jobs.jsonl"
-POINTER_FILE = "jobs.path"  # in the run directory: one line, the log folder, where that is not jobs/
+# in the run directory: one line, the log folder, where that is not jobs/
+POINTER_FILE = "jobs.path"
 CAUSES = ("failed", "refused", "lost")  # kinds of ends that are a failure, the most telling first
 
 
@@ -43,7 +45,9 @@ class JobRecord:
 class EndRecord:
     """The end of one rank."""
 
-    kind: str  # refused | failed | lost; resume: saved, not queued again; requeued; requeue: to be queued again
+    # refused | failed | lost; resume: saved, not queued again; requeued; requeue: to be queued
+    # again
+    kind: str
     rank: int = 0
     time: float = 0.0  # unix seconds
     restart: int = 0  # of the job, by the scheduler
@@ -73,7 +77,8 @@ def log_dir_of(run: Path) -> Path:
 def jobs_of(directory: Path) -> tuple[Path | None, list[JobRecord], list[JobRecord]]:
     """Return the log folder, the jobs of a run or experiment, and all that are listed with them.
 
-    A retraining, or one seed of an experiment, may have been submitted with the directory around it.
+    A retraining, or one seed of an experiment, may have been submitted with the directory around
+    it.
     """
     for place in (directory, *list(directory.resolve().parents)[:3]):
         log_dir = log_dir_of(place)
@@ -82,7 +87,11 @@ def jobs_of(directory: Path) -> tuple[Path | None, list[JobRecord], list[JobReco
         if place == directory:
             return log_dir, listed, listed
         inside = directory.resolve()
-        if found := [job for job in listed if job.directory and Path(job.directory).resolve().is_relative_to(inside)]:
+        if found := [
+            job
+            for job in listed
+            if job.directory and Path(job.directory).resolve().is_relative_to(inside)
+        ]:
             return log_dir, found, listed
     return None, [], []
 
@@ -91,13 +100,19 @@ def append_job(log_dir: Path, record: JobRecord | Mapping[str, Any]) -> None:
     """Add a job to the list; the host is filled in. OSError when that cannot be written."""
     job = record if isinstance(record, JobRecord) else JobRecord(**record)
     job = replace(job, host=job.host or socket.gethostname())
-    append_line(log_dir / JOBS_FILE, {key: value for key, value in asdict(job).items() if key != "log_dir"})
+    append_line(
+        log_dir / JOBS_FILE, {key: value for key, value in asdict(job).items() if key != "log_dir"}
+    )
 
 
 def read_jobs(log_dir: Path) -> list[JobRecord]:
     """Read every job in the order of submission; lines that are damaged are left out."""
     found = [_record(JobRecord, content) for content in read_lines(log_dir / JOBS_FILE)]
-    return [replace(job, after=tuple(map(str, job.after)), log_dir=log_dir) for job in found if job and _ID.fullmatch(job.id)]
+    return [
+        replace(job, after=tuple(map(str, job.after)), log_dir=log_dir)
+        for job in found
+        if job and _ID.fullmatch(job.id)
+    ]
 
 
 def latest_submission(jobs: list[JobRecord]) -> list[JobRecord]:
@@ -119,8 +134,9 @@ def read_ends(log_dir: Path, job_id: str) -> list[EndRecord]:
 
 
 def first_cause(ends: Iterable[EndRecord]) -> EndRecord | None:
-    """Return what explains a failure: of the last restart, a rank that failed before one that refused its input before one that
-    lost another, and of those the earliest. None when nobody failed."""
+    """Return what explains a failure: of the last restart, a rank that failed before one that
+    refused its input before one that lost another, and of those the earliest. None when nobody
+    failed."""
     ends = list(ends)
     last = max((end.restart for end in ends), default=0)
     found = [end for end in ends if end.restart == last and end.kind in CAUSES]
@@ -138,7 +154,9 @@ def files_of_ranks(log_dir: Path, job_id: str, rest: str) -> list[tuple[int, Pat
         names = os.listdir(log_dir)
     except OSError:
         return []
-    return sorted((int(match[1]), log_dir / name) for name in names if (match := pattern.fullmatch(name)))
+    return sorted(
+        (int(match[1]), log_dir / name) for name in names if (match := pattern.fullmatch(name))
+    )
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
@@ -176,12 +194,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(kind: type[_Record], content: dict[str, Any]) -> _Record | None:
-    """Make a record from JSON; unknown keys are left out, a value of another type makes it damaged."""
+    """Make a record from JSON; unknown keys are left out, a value of another type makes it
+    damaged."""
     known: dict[str, Any] = {}
     for key in fields(kind):
         if key.name in content and key.name != "log_dir":
             value = content[key.name]
-            wanted = {"after": list, "time": (int, float), "num_ranks": int, "rank": int, "restart": int}.get(key.name, str)
+            wanted = {
+                "after": list,
+                "time": (int, float),
+                "num_ranks": int,
+                "rank": int,
+                "restart": int,
+            }.get(key.name, str)
             if not isinstance(value, wanted):  # type: ignore[arg-type]
                 return None
             known[key.name] = value

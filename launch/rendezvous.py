@@ -1,4 +1,5 @@
-"""The meeting point of the ranks of a job: the port of rank 0, and the network interface that leads to it."""
+"""The meeting point of the ranks of a job: the port of rank 0, and the network interface that leads
+to it."""
 
 import fcntl
 import socket
@@ -12,8 +13,8 @@ _RESOLVE_SECONDS = 60.0
 
 
 def rendezvous_port(job_id: int, restart: int) -> int:
-    """Compute a port, the same on all ranks; jobs of neighbouring ids get others, and so does the same job after a restart,
-    when the port of its last start may still be in use."""
+    """Compute a port, the same on all ranks; jobs of neighbouring ids get others, and so does the
+    same job after a restart, when the port of its last start may still be in use."""
     return _FIRST_PORT + (job_id + _NEXT_RESTART * restart) % _NUM_PORTS
 
 
@@ -29,9 +30,11 @@ def is_free(port: int) -> bool:
 
 
 def interface_to(host: str) -> str | None:
-    """Return the interface by which this host reaches another (lo for itself); None when that cannot be told.
+    """Return the interface by which this host reaches another (lo for itself); None when that
+    cannot be told.
 
-    A name that is not known yet (a node that has just been started) is asked for again for a minute.
+    A name that is not known yet (a node that has just been started) is asked for again for a
+    minute.
     """
     deadline = time.monotonic() + _RESOLVE_SECONDS
     while True:

@@ -1,13 +1,15 @@
-"""Decide what becomes of a SLURM job whose ranks have ended: `python -m launch.requeue LOG_DIR CODE NUM_RANKS
-REQUEUE_FAILURES`, at the end of its sbatch file.
+"""Decide what becomes of a SLURM job whose ranks have ended: `python -m launch.requeue LOG_DIR CODE
+NUM_RANKS REQUEUE_FAILURES`, at the end of its sbatch file.
 
-Reads how the ranks left. srun's exit code alone does not tell: it is 0 after some aborted steps, and another one when a node's
-slurmstepd was killed and all ranks finished all the same. A rank that failed or refused its input ends the job, and its message
-(and traceback) is printed in one place, without those of all the others that lost it. Where ranks only lost each other or ended
-without a message (killed, out of memory, a node that is gone), the job is queued again, but not for ever: only so often in a
-row without a new checkpoint.
+Reads how the ranks left. srun's exit code alone does not tell: it is 0 after some aborted steps,
+and another one when a node's slurmstepd was killed and all ranks finished all the same. A rank that
+failed or refused its input ends the job, and its message (and traceback) is printed in one place,
+without those of all the others that lost it. Where ranks only lost each other or ended without a
+message (killed, out of memory, a node that is gone), the job is queued again, but not for ever:
+only so often in a row without a new checkpoint.
 
-Exit codes: that of the job; 77 to have the job queued again (the sbatch file does it: python may run in a container).
+Exit codes: that of the job; 77 to have the job queued again (the sbatch file does it: python may
+run in a container).
 """
 
 import os
@@ -22,7 +24,9 @@ from launch.scheduler import REQUEUE
 from tdds_dist.runs.directory import RunDir, complete_steps
 
 _NOT_DONE = 1
-EXIT_RESUME = 75  # as tdds_dist.distributed.interruption has it; that a preempted job leaves with it the sbatch file looks at
+# as tdds_dist.distributed.interruption has it; that a preempted job leaves with it the sbatch file
+# looks at
+EXIT_RESUME = 75
 _VISIBLE_SECONDS = 30.0  # a file of another node may take that long to be seen
 
 
@@ -48,16 +52,26 @@ def main(arguments: Sequence[str]) -> int:
     if cause is None and any(end.kind == "resume" for end in ends):
         return EXIT_RESUME
     if broken:
-        _tell(job_id, f"failed on rank {broken[0]} before it could say more than its log has; see `tdds logs`")
+        _tell(
+            job_id,
+            f"failed on rank {broken[0]} before it could say more than its log has; see `tdds"
+            " logs`",
+        )
         return code
-    what = f"rank {cause.rank} ({cause.host}): {cause.message}" if cause else f"ranks ended without a word (srun: {code})"
+    what = (
+        f"rank {cause.rank} ({cause.host}): {cause.message}"
+        if cause
+        else f"ranks ended without a word (srun: {code})"
+    )
     return _again(log_dir, job_id, restart, requeue_failures, what, code)
 
 
 def _all_done(log_dir: Path, job_id: str, num_ranks: int, patience: float) -> bool:
     """Say whether every rank has left its result, which it writes when its commands are done."""
     end = time.monotonic() + patience
-    while (outcomes := {_outcome(log_dir, job_id, rank) for rank in range(num_ranks)}) != {"success"}:
+    while (outcomes := {_outcome(log_dir, job_id, rank) for rank in range(num_ranks)}) != {
+        "success"
+    }:
         if "error" in outcomes or time.monotonic() >= end:
             return False
         time.sleep(1.0)
@@ -68,7 +82,9 @@ def _outcome(log_dir: Path, job_id: str, rank: int) -> str:
     return outcome_of(log_dir / f"{job_id}_{rank}_result.pkl")
 
 
-def _again(log_dir: Path, job_id: str, restart: int, requeue_failures: int, what: str, code: int) -> int:
+def _again(
+    log_dir: Path, job_id: str, restart: int, requeue_failures: int, what: str, code: int
+) -> int:
     """Queue the job again if it came further since the last failures."""
     progress = _progress(log_dir, job_id)
     file = log_dir / f"{job_id}_failures.jsonl"
@@ -79,17 +95,24 @@ def _again(log_dir: Path, job_id: str, restart: int, requeue_failures: int, what
             break
         in_a_row += 1
     if in_a_row > requeue_failures:
-        message = (f"gave up: {what}. That is failure {in_a_row} in a row without a new checkpoint "
-                   f"(requeue_failures={requeue_failures}); submit again to go on")
+        message = (
+            f"gave up: {what}. That is failure {in_a_row} in a row without a new checkpoint "
+            f"(requeue_failures={requeue_failures}); submit again to go on"
+        )
         _tell(job_id, message)
-        append_end(log_dir, job_id, {"time": time.time(), "restart": restart, "kind": "lost", "message": message})
+        append_end(
+            log_dir,
+            job_id,
+            {"time": time.time(), "restart": restart, "kind": "lost", "message": message},
+        )
         return code
     _tell(job_id, f"queued again: {what}")
     return REQUEUE
 
 
 def _progress(log_dir: Path, job_id: str) -> str:
-    """Return the newest checkpoint of the run that the job works on, by name; empty when there is none."""
+    """Return the newest checkpoint of the run that the job works on, by name; empty when there is
+    none."""
     directory = next((job.directory for job in read_jobs(log_dir) if job.id == job_id), "")
     found = [path.name for path in complete_steps(RunDir(directory).checkpoints).values()]
     return found[-1] if directory and found else ""

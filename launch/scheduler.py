@@ -1,7 +1,8 @@
-"""Jobs by submitit: the parameters of a job, its sbatch file, and its submission. The only user of submitit's executors.
+"""Jobs by submitit: the parameters of a job, its sbatch file, and its submission. The only user of
+submitit's executors.
 
-A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and then `launch.requeue`, which
-queues the job again when a rank was lost, or says what ended it.
+A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and
+then `launch.requeue`, which queues the job again when a rank was lost, or says what ended it.
 """
 
 import os
@@ -21,12 +22,19 @@ if TYPE_CHECKING:
     from submitit import Job
 
 REQUEUE = 77  # exit code of launch.requeue: queue this job again
-_END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=30")  # one rank down: all down, not a job that waits for its time limit
+# one rank down: all down, not a job that waits for its time limit
+_END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=30")
 
 
-def submit(tasks: Sequence[StageTask], cluster: Cluster, name: str, log_dir: Path,
-           after: Sequence[str] = ()) -> "list[Job[Any]]":
-    """Hand tasks to the scheduler, several as one array; they start when the jobs `after` have succeeded.
+def submit(
+    tasks: Sequence[StageTask],
+    cluster: Cluster,
+    name: str,
+    log_dir: Path,
+    after: Sequence[str] = (),
+) -> "list[Job[Any]]":
+    """Hand tasks to the scheduler, several as one array; they start when the jobs `after` have
+    succeeded.
 
     Raises:
         InputError: there is no SLURM here, or it refuses the job.
@@ -39,30 +47,44 @@ def submit(tasks: Sequence[StageTask], cluster: Cluster, name: str, log_dir: Pat
     from submitit import SlurmExecutor
 
     if shutil.which("sbatch") is None:
-        raise InputError("executor=slurm needs srun and sbatch (no sbatch here); submit from a login node, or use "
-                         "executor=local")
+        raise InputError(
+            "executor=slurm needs srun and sbatch (no sbatch here); submit from a login node, or"
+            " use executor=local"
+        )
     try:
-        slurm = SlurmExecutor(folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python)
+        slurm = SlurmExecutor(
+            folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python
+        )
     except RuntimeError as error:
-        raise InputError(f"executor=slurm needs srun and sbatch ({error}); submit from a login node, or use "
-                         "executor=local") from error
+        raise InputError(
+            f"executor=slurm needs srun and sbatch ({error}); submit from a login node, or use "
+            "executor=local"
+        ) from error
     slurm.update_parameters(**_parameters(cluster, name, log_dir, after))
     try:
         with _outside_of_jobs():
             return slurm.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise InputError(f"the scheduler refused {name} ({_said(error)}); adapt the cluster file") from error
+        raise InputError(
+            f"the scheduler refused {name} ({_said(error)}); adapt the cluster file"
+        ) from error
 
 
 def cancel(job_ids: Sequence[str]) -> None:
     """Take jobs out of the queue; raise nothing where that fails."""
     if job_ids:
         with suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job_ids)], timeout=30,
-                           capture_output=True, check=False)
+            subprocess.run(
+                ["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job_ids)],
+                timeout=30,
+                capture_output=True,
+                check=False,
+            )
 
 
-def sbatch_text(cluster: Cluster, name: str, log_dir: Path, num_tasks: int, after: Sequence[str] = ()) -> str:
+def sbatch_text(
+    cluster: Cluster, name: str, log_dir: Path, num_tasks: int, after: Sequence[str] = ()
+) -> str:
     """Return the sbatch file of such a job, as submitit writes it; also where there is no SLURM."""
     from submitit import SlurmExecutor
 
@@ -71,7 +93,9 @@ def sbatch_text(cluster: Cluster, name: str, log_dir: Path, num_tasks: int, afte
         def affinity(cls) -> int:
             return 1
 
-    slurm = Anywhere(folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python)
+    slurm = Anywhere(
+        folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python
+    )
     slurm.update_parameters(**_parameters(cluster, name, log_dir, after))
     if num_tasks > 1:
         slurm.parameters["map_count"] = num_tasks
@@ -84,33 +108,65 @@ def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]
     if cluster.memory_gb is not None:
         whole = cluster.memory_gb == int(cluster.memory_gb)
         memory = f"{int(cluster.memory_gb)}GB" if whole else f"{int(cluster.memory_gb * 1024)}MB"
-    # Since SLURM 22.05 srun does not take the number of CPUs over from sbatch: each rank would get one.
+    # Since SLURM 22.05 srun does not take the number of CPUs over from sbatch: each rank would get
+    # one.
     srun = [*_END_TOGETHER, f"--cpus-per-task={cluster.cpus_per_rank}"]
     if cluster.cpu_bind:
         srun.append(f"--cpu-bind={cluster.cpu_bind}")
     given = {
-        "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint,
-        "mem": memory, "gpus_per_node": cluster.gpus_per_node or None,
-        "dependency": f"afterok:{':'.join(after)}" if after else None}
-    options: dict[str, Any] = {key.lstrip("-"): value for key, value in cluster.extra.items() if value is not False}
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "mem": memory,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "dependency": f"afterok:{':'.join(after)}" if after else None,
+    }
+    options: dict[str, Any] = {
+        key.lstrip("-"): value for key, value in cluster.extra.items() if value is not False
+    }
     options["requeue"] = True  # also where the cluster's default is another: a lost node
     if after:
         options["kill-on-invalid-dep"] = "yes"  # else the rest waits for ever when a stage fails
     folder = shlex.quote(str(log_dir))
     return {key: value for key, value in given.items() if value is not None} | {
-        "job_name": name, "nodes": cluster.nodes, "ntasks_per_node": cluster.ranks_per_node,
-        "cpus_per_task": cluster.cpus_per_rank, "time": cluster.time_minutes, "signal_delay_s": cluster.grace_seconds,
-        "array_parallelism": cluster.array_parallelism, "wckey": None, "srun_args": srun, "additional_parameters": options,
-        "setup": ["export TDDS_JOB_STARTED=$(date +%s)", *cluster.setup, "set +eu  # what follows the ranks is to run"],
+        "job_name": name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.ranks_per_node,
+        "cpus_per_task": cluster.cpus_per_rank,
+        "time": cluster.time_minutes,
+        "signal_delay_s": cluster.grace_seconds,
+        "array_parallelism": cluster.array_parallelism,
+        "wckey": None,
+        "srun_args": srun,
+        "additional_parameters": options,
+        "setup": [
+            "export TDDS_JOB_STARTED=$(date +%s)",
+            *cluster.setup,
+            "set +eu  # what follows the ranks is to run",
+        ],
         "teardown": [
             "code=$?",
-            f"{cluster.python} -m launch.requeue {folder} $code {cluster.num_ranks} {cluster.requeue_failures}; code=$?",
-            # Preempted with a warning, it has saved and left before SLURM would have queued it again.
+            (
+                f"{cluster.python} -m launch.requeue {folder} $code {cluster.num_ranks}"
+                f" {cluster.requeue_failures}; code=$?"
+            ),
+            # Preempted with a warning, it has saved and left before SLURM would have queued it
+            # again.
             "if [ $code -eq 75 ]; then",
-            r'    preempted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/.* PreemptTime=\([0-9][^ ]*\).*/\1/p")',
-            f'    [ -z "$preempted" ] || [ "$(date -d "$preempted" +%s)" -lt "$TDDS_JOB_STARTED" ] || code={REQUEUE}',
+            (
+                r'    preempted=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/.*'
+                r' PreemptTime=\([0-9][^ ]*\).*/\1/p")'
+            ),
+            (
+                '    [ -z "$preempted" ] || [ "$(date -d "$preempted" +%s)" -lt'
+                f' "$TDDS_JOB_STARTED" ] || code={REQUEUE}'
+            ),
             "fi",
-            f'[ $code -ne {REQUEUE} ] || scontrol requeue "$SLURM_JOB_ID"', "exit $code"]}
+            f'[ $code -ne {REQUEUE} ] || scontrol requeue "$SLURM_JOB_ID"',
+            "exit $code",
+        ],
+    }
 
 
 def _local(cluster: Cluster, log_dir: Path) -> Any:
@@ -118,20 +174,27 @@ def _local(cluster: Cluster, log_dir: Path) -> Any:
 
     python = cluster.python
     if cluster.setup:
-        # submitit's own `setup` of its local executor takes the parent of its controller for the shell that it started;
-        # where sh is a bash that replaces itself by its last command, that is this process, and the job is never found.
+        # submitit's own `setup` of its local executor takes the parent of its controller for the
+        # shell that it started; where sh is a bash that replaces itself by its last command, that
+        # is this process, and the job is never found.
         lines = "\n".join([*cluster.setup, 'exec "$0" "$@"'])
         python = f"{shlex.join(['bash', '-c', lines])} {python}"
-    executor = LocalExecutor(folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=python)
+    executor = LocalExecutor(
+        folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=python
+    )
     executor.update_parameters(
-        tasks_per_node=cluster.ranks_per_node, gpus_per_node=cluster.gpus_per_node, timeout_min=cluster.time_minutes,
-        signal_delay_s=cluster.grace_seconds)
+        tasks_per_node=cluster.ranks_per_node,
+        gpus_per_node=cluster.gpus_per_node,
+        timeout_min=cluster.time_minutes,
+        signal_delay_s=cluster.grace_seconds,
+    )
     return executor
 
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Hide the variables of the job that this process may be part of, which sbatch would take for options."""
+    """Hide the variables of the job that this process may be part of, which sbatch would take for
+    options."""
     if "SLURM_JOB_ID" not in os.environ:
         yield
         return
@@ -144,7 +207,10 @@ def _outside_of_jobs() -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """Return what sbatch said: its lines `sbatch: error: ...`, without the command and the traceback around them."""
+    """Return what sbatch said: its lines `sbatch: error: ...`, without the command and the
+    traceback around them."""
     mark = "sbatch: error: "
-    lines = dict.fromkeys(line.partition(mark)[2].strip() for line in str(error).splitlines() if mark in line)
+    lines = dict.fromkeys(
+        line.partition(mark)[2].strip() for line in str(error).splitlines() if mark in line
+    )
     return "; ".join(lines) or " ".join(str(error).split())

@@ -1,8 +1,9 @@
 """`tdds submit CONFIG.yaml --cluster CLUSTER.yaml`: a stage, or the whole pipeline, as jobs.
 
-Checks what can be checked without the data before anything is queued, freezes the config into the log folder (so that
-editing it while jobs wait changes nothing), skips what is done, submits the rest, each stage to start when the one before has
-succeeded, and says where to look. With executor=local the same jobs run here, stage by stage, while this command waits.
+Checks what can be checked without the data before anything is queued, freezes the config into the
+log folder (so that editing it while jobs wait changes nothing), skips what is done, submits the
+rest, each stage to start when the one before has succeeded, and says where to look. With
+executor=local the same jobs run here, stage by stage, while this command waits.
 
 Exit codes: 0 submitted, or with `--wait` done; 2 bad input, found here or by a job; 1 a job failed.
 """
@@ -38,33 +39,68 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 5.0
 _RECHECK_SECONDS = 1.0
-_SILENT_SECONDS = 120.0  # without an answer of SLURM about the jobs that are left, after which `--wait` ends
+# without an answer of SLURM about the jobs that are left, after which `--wait` ends
+_SILENT_SECONDS = 120.0
 
 
 def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand `submit`."""
     stage = stages.add_parser(
-        "submit", help="a stage or the whole pipeline as SLURM jobs",
-        description="Submit jobs to a cluster, or to this machine (see configs/clusters/). pipeline: the collection, then the "
-                    "coresets, then an array of retrainings, then the report, each when the one before has succeeded; the "
-                    "section pipeline of the config says which. Submitted again, it goes on: what is done is skipped.")
-    stage.add_argument("config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own")
-    stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config: train.lr=0.05")
-    stage.add_argument("--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the jobs ask for")
-    stage.add_argument("--stage", dest="part", choices=("collect", "retrain", "pipeline"), default="pipeline",
-                       help="what to submit (default: pipeline)")
-    stage.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing")
-    stage.add_argument("--wait", action="store_true", help="stay until the jobs are over, and leave with their outcome")
+        "submit",
+        help="a stage or the whole pipeline as SLURM jobs",
+        description=(
+            "Submit jobs to a cluster, or to this machine (see configs/clusters/). pipeline: the"
+            " collection, then the coresets, then an array of retrainings, then the report, each"
+            " when the one before has succeeded; the section pipeline of the config says which."
+            " Submitted again, it goes on: what is done is skipped."
+        ),
+    )
+    stage.add_argument(
+        "config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own"
+    )
+    stage.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="change a key of the config: train.lr=0.05",
+    )
+    stage.add_argument(
+        "--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the jobs ask for"
+    )
+    stage.add_argument(
+        "--stage",
+        dest="part",
+        choices=("collect", "retrain", "pipeline"),
+        default="pipeline",
+        help="what to submit (default: pipeline)",
+    )
+    stage.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing"
+    )
+    stage.add_argument(
+        "--wait",
+        action="store_true",
+        help="stay until the jobs are over, and leave with their outcome",
+    )
     retrain = stage.add_argument_group("of --stage retrain")
-    retrain.add_argument("--coreset", type=Path, metavar="FILE.npz", help="that `tdds select` wrote")
+    retrain.add_argument(
+        "--coreset", type=Path, metavar="FILE.npz", help="that `tdds select` wrote"
+    )
     retrain.add_argument("--strategy", choices=("E", "P"), help="as in `tdds retrain`")
-    retrain.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
-    retrain.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
+    retrain.add_argument(
+        "--importance",
+        choices=("none", "batch", "sample"),
+        help="weight of the loss (default: the config's)",
+    )
+    retrain.add_argument(
+        "--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)"
+    )
     stage.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Submit what the command line says, and print it; return the exit code, and what `tdds submit --json` prints.
+    """Submit what the command line says, and print it; return the exit code, and what `tdds submit
+    --json` prints.
 
     Raises:
         InputError: it cannot run as asked, or the scheduler refuses it; nothing stays queued.
@@ -72,22 +108,38 @@ def run(options: argparse.Namespace) -> Outcome:
     cluster = load_cluster(options.cluster)
     config = load_config(options.config, options.overrides)
     elsewhere = os.path.expanduser(os.path.expandvars(cluster.log_dir or ""))
-    log_dir = (Path(elsewhere) / config.run.name if elsewhere else config.run.directory / "jobs").absolute()
+    log_dir = (
+        Path(elsewhere) / config.run.name if elsewhere else config.run.directory / "jobs"
+    ).absolute()
     if "%" in str(log_dir):
-        raise InputError(f"log_dir={log_dir}: SLURM takes % in paths of logs for its own; choose a path without")
+        raise InputError(
+            f"log_dir={log_dir}: SLURM takes % in paths of logs for its own; choose a path without"
+        )
     frozen, text = _frozen(config, options.part, log_dir)
     stages = plan(config, cluster, options, frozen)
     warnings = _warnings(config)
     collects = any(stage.name == "collect" and stage.waiting for stage in stages)
-    needs = _needs(config, cluster) if collects and not warnings and (options.dry_run or cluster.gpu_memory) else ""
+    needs = (
+        _needs(config, cluster)
+        if collects and not warnings and (options.dry_run or cluster.gpu_memory)
+        else ""
+    )
     if options.dry_run:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        parts = [*([f"{needs}\n"] if needs else []), describe(stages, cluster, config.run.name),
-                 *_file_texts(stages, cluster, config.run.name, log_dir)]
-        return replace(_outcome(stages, config, log_dir, warnings), text="\n".join(parts), is_the_product=True)
+        parts = [
+            *([f"{needs}\n"] if needs else []),
+            describe(stages, cluster, config.run.name),
+            *_file_texts(stages, cluster, config.run.name, log_dir),
+        ]
+        return replace(
+            _outcome(stages, config, log_dir, warnings), text="\n".join(parts), is_the_product=True
+        )
     if not any(stage.waiting for stage in stages):
-        print(f"everything is done: {', '.join(_count(stage) for stage in stages)}{_page(stages, config)}")
+        print(
+            "everything is done:"
+            f" {', '.join(_count(stage) for stage in stages)}{_page(stages, config)}"
+        )
         return _outcome(stages, config, log_dir, warnings)
     with _alone(config.run.directory):
         before = (job_list.log_dir_of(config.run.directory), config.run.directory / "jobs")
@@ -96,51 +148,102 @@ def run(options: argparse.Namespace) -> Outcome:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(describe(stages, cluster, config.run.name), flush=True)
-        records = _submit_all(stages, cluster, config, log_dir) if cluster.executor == "slurm" else []
+        records = (
+            _submit_all(stages, cluster, config, log_dir) if cluster.executor == "slurm" else []
+        )
     if cluster.executor == "local":
         code = _run_here(stages, cluster, config, log_dir, options)
         return _outcome(stages, config, log_dir, warnings, exit_code=code)
     where = config.run.directory
-    tasks = f" ({len(records)} with the elements of arrays)" if "_" in "".join(record.id for record in records) else ""
-    print(f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs {where}\n"
-          f"stop:   scancel {_ids(records).replace(',', '')}", flush=True)
+    tasks = (
+        f" ({len(records)} with the elements of arrays)"
+        if "_" in "".join(record.id for record in records)
+        else ""
+    )
+    print(
+        f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs"
+        f" {where}\nstop:   scancel {_ids(records).replace(',', '')}",
+        flush=True,
+    )
     code = _wait_for(records, log_dir) if options.wait else 0
     return _outcome(stages, config, log_dir, warnings, records, code)
 
 
-def _outcome(stages: "list[Stage]", config: Config, log_dir: Path, warnings: list[str],
-             records: Sequence[job_list.JobRecord] = (), exit_code: int = 0) -> Outcome:
+def _outcome(
+    stages: "list[Stage]",
+    config: Config,
+    log_dir: Path,
+    warnings: list[str],
+    records: Sequence[job_list.JobRecord] = (),
+    exit_code: int = 0,
+) -> Outcome:
     """Return the object for `--json`; the same has been printed for people already."""
-    parts = [{"name": stage.name, "jobs": len(stage.waiting), "done": len(stage.steps) - len(stage.waiting)}
-             for stage in stages]
-    return Outcome(exit_code=exit_code, data={
-        "stage": "submit", "stages": parts, "jobs": [record.id for record in records], "log_dir": str(log_dir),
-        "warnings": warnings, "next": f"tdds status {config.run.directory}", "exit_code": exit_code})
+    parts = [
+        {
+            "name": stage.name,
+            "jobs": len(stage.waiting),
+            "done": len(stage.steps) - len(stage.waiting),
+        }
+        for stage in stages
+    ]
+    return Outcome(
+        exit_code=exit_code,
+        data={
+            "stage": "submit",
+            "stages": parts,
+            "jobs": [record.id for record in records],
+            "log_dir": str(log_dir),
+            "warnings": warnings,
+            "next": f"tdds status {config.run.directory}",
+            "exit_code": exit_code,
+        },
+    )
 
 
 # ---- before submission
 
 
-def plan(config: Config, cluster: Cluster, options: argparse.Namespace, frozen: Path) -> "list[Stage]":
-    """Return the stages; raise InputError for what would otherwise fail only after jobs have waited in the queue."""
+def plan(
+    config: Config, cluster: Cluster, options: argparse.Namespace, frozen: Path
+) -> "list[Stage]":
+    """Return the stages; raise InputError for what would otherwise fail only after jobs have waited
+    in the queue."""
     from tdds_dist.experiments.grid import check_what_is_done, collect_stage, pipeline_stages
 
-    given = [key for key in ("coreset", "strategy", "importance", "name") if getattr(options, key) is not None]
+    given = [
+        key
+        for key in ("coreset", "strategy", "importance", "name")
+        if getattr(options, key) is not None
+    ]
     if options.part != "retrain" and given:
-        raise InputError(f"--{given[0]} belongs to --stage retrain; leave it out of --stage {options.part}")
+        raise InputError(
+            f"--{given[0]} belongs to --stage retrain; leave it out of --stage {options.part}"
+        )
     if options.part == "retrain":
         stages = [_one_retraining(config, options, frozen, given)]
     else:
-        stages = [collect_stage(config, frozen)] if options.part == "collect" else pipeline_stages(config, frozen)
+        stages = (
+            [collect_stage(config, frozen)]
+            if options.part == "collect"
+            else pipeline_stages(config, frozen)
+        )
     if config.run.device == "cuda" and not all(
-            cluster.for_stage(stage.name).gpus_per_node for stage in stages if stage.name in ("collect", "retrain")):
-        raise InputError("run.device='cuda' but the cluster file asks for no GPU; set gpus_per_node or run.device=auto")
+        cluster.for_stage(stage.name).gpus_per_node
+        for stage in stages
+        if stage.name in ("collect", "retrain")
+    ):
+        raise InputError(
+            "run.device='cuda' but the cluster file asks for no GPU; set gpus_per_node or"
+            " run.device=auto"
+        )
     check_batch(config, cluster, stages)
     check_what_is_done(config, stages)
     return stages
 
 
-def _one_retraining(config: Config, options: argparse.Namespace, frozen: Path, given: list[str]) -> "Stage":
+def _one_retraining(
+    config: Config, options: argparse.Namespace, frozen: Path, given: list[str]
+) -> "Stage":
     from tdds_dist.experiments.grid import Stage, Task, retrain_step
     from tdds_dist.runs.artifacts import load_coreset
     from tdds_dist.runs.directory import RunDir, retrain_name
@@ -149,23 +252,37 @@ def _one_retraining(config: Config, options: argparse.Namespace, frozen: Path, g
         raise InputError(f"--stage retrain needs {' and '.join(missing)}; see `tdds submit --help`")
     coreset = load_coreset(options.coreset)
     importance = options.importance or config.retrain.importance
-    name = options.name or retrain_name(options.coreset, options.strategy, importance, config.run.seed)
-    task = Task(name, RunDir(config.run.directory).retrain / name, config, options.coreset.absolute(), options.strategy,
-                importance, name, coreset.pruning_rate)
+    name = options.name or retrain_name(
+        options.coreset, options.strategy, importance, config.run.seed
+    )
+    task = Task(
+        name,
+        RunDir(config.run.directory).retrain / name,
+        config,
+        options.coreset.absolute(),
+        options.strategy,
+        importance,
+        name,
+        coreset.pruning_rate,
+    )
     return Stage("retrain", (retrain_step(task, frozen),))
 
 
 def _needs(config: Config, cluster: Cluster) -> str:
-    """Return what the collection takes, as `tdds plan` says it; raise InputError when that cannot fit."""
+    """Return what the collection takes, as `tdds plan` says it; raise InputError when that cannot
+    fit."""
     from tdds_dist.experiments.forecast import parse_bytes
     from tdds_dist.experiments.forecast import plan as plan_resources
 
     part = cluster.for_stage("collect")
     device = "cuda" if part.gpus_per_node else "cpu"
     on_nodes = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
-    strategies = None if cluster.for_stage("retrain").num_ranks == part.num_ranks else ()  # a plan is for one number of ranks
+    # a plan is for one number of ranks
+    strategies = None if cluster.for_stage("retrain").num_ranks == part.num_ranks else ()
     memory = parse_bytes(part.gpu_memory, "gpu_memory") if part.gpus_per_node else None
-    return plan_resources(on_nodes, num_ranks=part.num_ranks, gpu_memory_bytes=memory, strategies=strategies).as_text()
+    return plan_resources(
+        on_nodes, num_ranks=part.num_ranks, gpu_memory_bytes=memory, strategies=strategies
+    ).as_text()
 
 
 def check_batch(config: Config, cluster: Cluster, stages: "Sequence[Stage]") -> None:
@@ -174,10 +291,18 @@ def check_batch(config: Config, cluster: Cluster, stages: "Sequence[Stage]") -> 
         if stage.name not in ("collect", "retrain"):
             continue
         num_ranks = cluster.for_stage(stage.name).num_ranks
-        for rate in sorted({step.task.pruning_rate for step in stage.steps if step.task is not None}):
-            factor = batch_size_factor(rate, config.retrain.batch_size_rule) if stage.name == "retrain" else 1.0
+        for rate in sorted(
+            {step.task.pruning_rate for step in stage.steps if step.task is not None}
+        ):
+            factor = (
+                batch_size_factor(rate, config.retrain.batch_size_rule)
+                if stage.name == "retrain"
+                else 1.0
+            )
             try:
-                per_rank_batch(config.train.global_batch_size, num_ranks, config.train.accumulation, factor)
+                per_rank_batch(
+                    config.train.global_batch_size, num_ranks, config.train.accumulation, factor
+                )
             except InputError as error:
                 at = f" at pruning rate {rate:g}" if stage.name == "retrain" else ""
                 raise InputError(f"{stage.name}{at} on {num_ranks} ranks: {error}") from error
@@ -187,7 +312,11 @@ def _warnings(config: Config) -> list[str]:
     """Warn of files that are missing here and may be there on the nodes."""
     files = {key: getattr(config.data, key) for key in ("train", "val")}
     missing = [f"data.{key}={file}" for key, file in files.items() if not Path(file).is_file()]
-    return [f"{' and '.join(missing)} not found on this machine; the nodes must have it"] if missing else []
+    return (
+        [f"{' and '.join(missing)} not found on this machine; the nodes must have it"]
+        if missing
+        else []
+    )
 
 
 def _frozen(config: Config, part: str, log_dir: Path) -> tuple[Path, str]:
@@ -207,7 +336,9 @@ def _write(frozen: Path, text: str, log_dir: Path, config: Config, cluster: Clus
         else:
             pointer.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write to log_dir={log_dir} ({error}); choose a writable directory") from error
+        raise InputError(
+            f"cannot write to log_dir={log_dir} ({error}); choose a writable directory"
+        ) from error
 
 
 @contextmanager
@@ -217,7 +348,9 @@ def _alone(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / ".submit.lock").open("w")
     except OSError as error:
-        raise InputError(f"cannot write to run.dir={run} ({error}); choose a writable directory") from error
+        raise InputError(
+            f"cannot write to run.dir={run} ({error}); choose a writable directory"
+        ) from error
     with file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -226,17 +359,30 @@ def _alone(run: Path) -> Iterator[None]:
 
 def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
     """Raise InputError when jobs of an earlier submission are to do the same."""
-    wanted = {(stage.name, os.path.abspath(step.directory)) for stage in stages for step in stage.waiting}
-    before = [job for log_dir in log_dirs for job in job_list.read_jobs(log_dir)
-              if (job.stage, os.path.abspath(job.directory)) in wanted]
+    wanted = {
+        (stage.name, os.path.abspath(step.directory)) for stage in stages for step in stage.waiting
+    }
+    before = [
+        job
+        for log_dir in log_dirs
+        for job in job_list.read_jobs(log_dir)
+        if (job.stage, os.path.abspath(job.directory)) in wanted
+    ]
     states = job_states(before)
     if active := [job for job in before if states[job.id].is_active]:
         stop = "scancel" if active[0].executor == "slurm" else "kill -TERM"
-        raise InputError(f"{len(active)} jobs of this run are queued or running ({_ids(active)}); wait for them, or stop them "
-                         f"with {stop} {_ids(active).replace(',', '')}")
+        raise InputError(
+            f"{len(active)} jobs of this run are queued or running ({_ids(active)}); wait for them,"
+            f" or stop them with {stop} {_ids(active).replace(',', '')}"
+        )
     asked = [states[job.id] for job in before if job.executor == "slurm"]
-    if unknown := [state.reason for state in asked if state.state == "unknown" and state.reason != FORGOTTEN]:
-        raise InputError(f"cannot tell whether jobs of this run are still queued ({unknown[0]}); submit when SLURM answers")
+    if unknown := [
+        state.reason for state in asked if state.state == "unknown" and state.reason != FORGOTTEN
+    ]:
+        raise InputError(
+            f"cannot tell whether jobs of this run are still queued ({unknown[0]}); submit when"
+            " SLURM answers"
+        )
 
 
 # ---- what it will be
@@ -248,13 +394,18 @@ def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
     for stage in stages:
         part = cluster.for_stage(stage.name)
         gpus = f", {part.gpus_per_node} GPUs per node" if part.gpus_per_node else ""
-        lines.append(f"{stage.name:9} {len(stage.waiting):5} {len(stage.steps) - len(stage.waiting):5}  {part.nodes} node(s) x "
-                     f"{part.ranks_per_node} rank(s){gpus}, at most {part.time_minutes} minutes")
+        lines.append(
+            f"{stage.name:9} {len(stage.waiting):5} {len(stage.steps) - len(stage.waiting):5} "
+            f" {part.nodes} node(s) x {part.ranks_per_node} rank(s){gpus}, at most"
+            f" {part.time_minutes} minutes"
+        )
     return "\n".join([f"{name}:", *lines])
 
 
 def _page(stages: "list[Stage]", config: Config) -> str:
-    return f"; the page: {config.run.directory / 'report.html'}" if stages[-1].name == "report" else ""
+    return (
+        f"; the page: {config.run.directory / 'report.html'}" if stages[-1].name == "report" else ""
+    )
 
 
 def _count(stage: "Stage") -> str:
@@ -267,11 +418,19 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
         if not stage.waiting:
             continue
         texts.append(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
-        texts += [f"#      tdds {shlex.join(command)}" for step in stage.waiting for command in step.commands]
+        texts += [
+            f"#      tdds {shlex.join(command)}"
+            for step in stage.waiting
+            for command in step.commands
+        ]
         if cluster.executor == "slurm":
             after = [f"<id of {before}>"] if before else []
             part = cluster.for_stage(stage.name)
-            texts.append(scheduler.sbatch_text(part, f"{stage.name}-{name}", log_dir, len(stage.waiting), after))
+            texts.append(
+                scheduler.sbatch_text(
+                    part, f"{stage.name}-{name}", log_dir, len(stage.waiting), after
+                )
+            )
         before = stage.name
     return texts
 
@@ -279,8 +438,11 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
 # ---- submission and after
 
 
-def _submit_all(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path) -> list[job_list.JobRecord]:
-    """Queue every stage that waits; return the jobs, in order. When one is refused, those before are cancelled."""
+def _submit_all(
+    stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path
+) -> list[job_list.JobRecord]:
+    """Queue every stage that waits; return the jobs, in order. When one is refused, those before
+    are cancelled."""
     records: list[job_list.JobRecord] = []
     after: list[str] = []
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -296,27 +458,67 @@ def _submit_all(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir
     except BaseException as error:
         scheduler.cancel([record.id for record in records])
         if isinstance(error, OSError):
-            raise InputError(f"cannot write to log_dir={log_dir} ({error}); nothing stays queued, choose a writable directory"
-                             ) from error
+            raise InputError(
+                f"cannot write to log_dir={log_dir} ({error}); nothing stays queued, choose a"
+                " writable directory"
+            ) from error
         raise
     return records
 
 
-def _queue(stage: "Stage", steps: "Sequence[Step]", cluster: Cluster, config: Config, log_dir: Path, submission: str,
-           after: Sequence[str] = ()) -> list[tuple[Any, job_list.JobRecord]]:
+def _queue(
+    stage: "Stage",
+    steps: "Sequence[Step]",
+    cluster: Cluster,
+    config: Config,
+    log_dir: Path,
+    submission: str,
+    after: Sequence[str] = (),
+) -> list[tuple[Any, job_list.JobRecord]]:
     """Hand steps of a stage to the scheduler; return the job of each, with its record."""
     part, name = cluster.for_stage(stage.name), f"{stage.name}-{config.run.name}"
-    tasks = [StageTask(step.commands, log_dir, time_minutes=part.time_minutes, grace_seconds=part.grace_seconds,
-                       cpus_per_rank=part.cpus_per_rank if part.executor == "slurm" else 0, interface=part.interface)
-             for step in steps]
-    return [(job, job_list.JobRecord(
-        id=str(job.job_id), time=time.time(), submission=submission, executor=part.executor, stage=stage.name, name=name,
-        title=step.title, after=tuple(after), num_ranks=part.num_ranks, directory=os.path.abspath(step.directory)))
-        for step, job in zip(steps, scheduler.submit(tasks, part, name, log_dir, after), strict=True)]
+    tasks = [
+        StageTask(
+            step.commands,
+            log_dir,
+            time_minutes=part.time_minutes,
+            grace_seconds=part.grace_seconds,
+            cpus_per_rank=part.cpus_per_rank if part.executor == "slurm" else 0,
+            interface=part.interface,
+        )
+        for step in steps
+    ]
+    return [
+        (
+            job,
+            job_list.JobRecord(
+                id=str(job.job_id),
+                time=time.time(),
+                submission=submission,
+                executor=part.executor,
+                stage=stage.name,
+                name=name,
+                title=step.title,
+                after=tuple(after),
+                num_ranks=part.num_ranks,
+                directory=os.path.abspath(step.directory),
+            ),
+        )
+        for step, job in zip(
+            steps, scheduler.submit(tasks, part, name, log_dir, after), strict=True
+        )
+    ]
 
 
-def _run_here(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path, options: argparse.Namespace) -> int:
-    """Run the stages one after the other; a single stage without `--wait` goes on in the background."""
+def _run_here(
+    stages: "list[Stage]",
+    cluster: Cluster,
+    config: Config,
+    log_dir: Path,
+    options: argparse.Namespace,
+) -> int:
+    """Run the stages one after the other; a single stage without `--wait` goes on in the
+    background."""
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     waits = options.wait or options.part == "pipeline"
     for stage in stages:
@@ -324,9 +526,15 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: 
         running: list[tuple[Any, job_list.JobRecord]] = []
         while left or running:
             while left and len(running) < at_once:
-                ((job, record),) = _queue(stage, [left.pop(0)], cluster, config, log_dir, submission)
+                ((job, record),) = _queue(
+                    stage, [left.pop(0)], cluster, config, log_dir, submission
+                )
                 job_list.append_job(log_dir, record)
-                print(f"{stage.name}: {record.title} is process {record.id}, log {job.task(0).paths.stderr}", flush=True)
+                print(
+                    f"{stage.name}: {record.title} is process {record.id}, log"
+                    f" {job.task(0).paths.stderr}",
+                    flush=True,
+                )
                 running.append((job, record))
             if not waits:
                 return 0
@@ -334,7 +542,8 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: 
                 running.remove((job, record))
                 if code := _outcome_here(job, record, log_dir):
                     for _, other in running:
-                        os.kill(int(other.id), signal.SIGTERM)  # submitit's controller passes it on, and the ranks save
+                        # submitit's controller passes it on, and the ranks save
+                        os.kill(int(other.id), signal.SIGTERM)
                     return code
             time.sleep(_RECHECK_SECONDS)
     print(f"done{_page(stages, config)}")
@@ -342,13 +551,20 @@ def _run_here(stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: 
 
 
 def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
-    """Return 0 when every rank of a local job left its result, else the exit code, with the reason printed."""
+    """Return 0 when every rank of a local job left its result, else the exit code, with the reason
+    printed."""
     ends = job_list.read_ends(log_dir, record.id)
-    if all(outcome_of(job.task(rank).paths.result_pickle) == "success" for rank in range(job.num_tasks)):
+    if all(
+        outcome_of(job.task(rank).paths.result_pickle) == "success" for rank in range(job.num_tasks)
+    ):
         print(f"{record.stage}: {record.title} is done", flush=True)
         return 0
     cause = job_list.first_cause(ends) or (ends[-1] if ends else None)
-    said = f"rank {cause.rank}: {cause.message}" if cause else "its ranks ended without a word; see the log"
+    said = (
+        f"rank {cause.rank}: {cause.message}"
+        if cause
+        else "its ranks ended without a word; see the log"
+    )
     print(f"{record.stage} failed: {record.title}: {said}", file=sys.stderr, flush=True)
     if cause and cause.traceback:
         print(cause.traceback, file=sys.stderr)
@@ -356,7 +572,8 @@ def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
 
 
 def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
-    """Wait until all jobs are over; return the exit code, with the reason of the first failure printed."""
+    """Wait until all jobs are over; return the exit code, with the reason of the first failure
+    printed."""
     said: dict[str, str] = {}
     silent_since: float | None = None
     while True:
@@ -378,7 +595,11 @@ def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
     failed = [record for record in records if states[record.id].state != "finished"]
     if not failed:
         return 0
-    causes = [cause for record in failed if (cause := job_list.first_cause(job_list.read_ends(log_dir, record.id)))]
+    causes = [
+        cause
+        for record in failed
+        if (cause := job_list.first_cause(job_list.read_ends(log_dir, record.id)))
+    ]
     if causes:
         print(f"rank {causes[0].rank} on {causes[0].host}: {causes[0].message}", file=sys.stderr)
     return 2 if causes and causes[0].kind == "refused" else 1

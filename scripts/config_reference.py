@@ -1,4 +1,5 @@
-"""Prints docs/configs.md, made from the schema: `python scripts/config_reference.py > docs/configs.md`."""
+"""Prints docs/configs.md, made from the schema: `python scripts/config_reference.py >
+docs/configs.md`."""
 
 import types
 import typing
@@ -72,13 +73,18 @@ tdds experiment configs/experiments/digits_table1.yaml name=digits_x1 'overrides
 """
 
 NOTES = {
-    "score.baselines": """\
+    "score.baselines": (
+        """\
 `options` of a method, and words after `tdds score RUN --all`, are these keys without `score.baselines.`. What they do to names
 of files is said in [scores.md](scores.md#every-score).
-""",
-    "methods": """\
+"""
+    ),
+    "methods": (
+        """\
 A method is a name, or a mapping with the keys below; scores and samplers are explained in [scores.md](scores.md#every-score).
-"""}
+"""
+    ),
+}
 
 
 def page() -> str:
@@ -102,7 +108,9 @@ def _section(section: type[Section], name: str = "", in_list: bool = False) -> I
     prefix = f"{name}." if name else ""
     yield _table(section, "" if in_list else prefix)
     for key, field in section.model_fields.items():
-        if typing.get_origin(field.annotation) is tuple and _is_section(item := typing.get_args(field.annotation)[0]):
+        if typing.get_origin(field.annotation) is tuple and _is_section(
+            item := typing.get_args(field.annotation)[0]
+        ):
             yield from _section(item, f"{prefix}{key}", in_list=True)
         elif _is_section(field.annotation):
             yield from _section(_section_of(field), f"{prefix}{key}")
@@ -111,13 +119,16 @@ def _section(section: type[Section], name: str = "", in_list: bool = False) -> I
 def _built_in_methods() -> str:
     plain = [name for name, method in BUILT_IN_METHODS.items() if method == Method(name=name)]
     lines = [f"Known by name: {', '.join(f'`{name}`' for name in plain)}, and", ""]
-    lines += [f"* `{name}`, which is `{_yaml(method.model_dump(exclude_defaults=True))}`"
-              for name, method in BUILT_IN_METHODS.items() if name not in plain]
+    lines += [
+        f"* `{name}`, which is `{_yaml(method.model_dump(exclude_defaults=True))}`"
+        for name, method in BUILT_IN_METHODS.items()
+        if name not in plain
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _about(section: type[Section]) -> str:
-    return _text((section.__doc__ or "").strip())
+    return _text(" ".join((section.__doc__ or "").split()))
 
 
 def _table(section: type[Section], prefix: str = "") -> str:
@@ -131,7 +142,9 @@ def _table(section: type[Section], prefix: str = "") -> str:
 def _text(words: str) -> str:
     """Plain text as Markdown: outside of backticks `<name>` is no tag; a bar ends no cell."""
     parts = words.replace("|", "\\|").split("`")
-    return "`".join(part if inside % 2 else part.replace("<", "\\<") for inside, part in enumerate(parts))
+    return "`".join(
+        part if inside % 2 else part.replace("<", "\\<") for inside, part in enumerate(parts)
+    )
 
 
 def _default(field: FieldInfo) -> str:
@@ -169,8 +182,12 @@ def _type(field: FieldInfo) -> str:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
         optional = True
-    limits = {key: limit for rule in field.metadata for key in ("ge", "gt", "le", "lt", "min_length", "pattern")
-              if (limit := getattr(rule, key, None)) is not None}
+    limits = {
+        key: limit
+        for rule in field.metadata
+        for key in ("ge", "gt", "le", "lt", "min_length", "pattern")
+        if (limit := getattr(rule, key, None)) is not None
+    }
     words = _words(kind)
     if pattern := limits.pop("pattern", None):
         words += PATTERNS[pattern]
@@ -183,7 +200,10 @@ def _type(field: FieldInfo) -> str:
 
 
 SIGNS = {"gt": "\\>", "ge": "≥", "lt": "\\<", "le": "≤"}
-PATTERNS = {r"^[A-Za-z0-9][A-Za-z0-9._-]*$": " of letters, digits, `.`, `_`, `-`", r"^\S*$": " without spaces"}
+PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": " of letters, digits, `.`, `_`, `-`",
+    r"^\S*$": " without spaces",
+}
 NAMES = {str: "text", int: "whole number", float: "number", Method: "name or mapping"}
 
 
@@ -201,7 +221,11 @@ def _words(kind: Any) -> str:
         *others, last = (f"`{part}`" for part in parts)
         return f"{', '.join(others)} or {last}"
     if origin is tuple:
-        return f"list of {_plural(parts[0])}" if parts[-1] is Ellipsis else f"list of {len(parts)} {_plural(parts[0])}"
+        return (
+            f"list of {_plural(parts[0])}"
+            if parts[-1] is Ellipsis
+            else f"list of {len(parts)} {_plural(parts[0])}"
+        )
     if origin is dict:
         return f"mapping of {_plural(parts[0])} to {_plural(parts[1])}"
     if _is_section(kind):

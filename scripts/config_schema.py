@@ -20,7 +20,8 @@ from tdds_dist.config.run import Config
 from tdds_dist.config.schema import Section
 
 ROOTS: dict[str, type[Section]] = {"run": Config, "experiment": Experiment, "cluster": Cluster}
-EXPONENT = r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"  # 5e-4: a number here, and text for tools that read YAML 1.1 to the letter
+# 5e-4: a number here, and text for tools that read YAML 1.1 to the letter
+EXPONENT = r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"
 
 
 class _Generate(GenerateJsonSchema):
@@ -31,26 +32,38 @@ class _Generate(GenerateJsonSchema):
 def schema_of(kind: str) -> dict[str, Any]:
     """The JSON schema of a kind of file: run, experiment or cluster."""
     tree = ROOTS[kind].model_json_schema(schema_generator=_Generate)
-    tree = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _without_titles(tree)
+    tree = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _tidied(tree)
     # What validators of the models take beside the type of the field.
     if kind == "run":
         never_learned = tree["$defs"]["Baselines"]["properties"]["never_learned"]
         never_learned["enum"] += [0]
         del never_learned["type"]
     if kind == "experiment":
-        tree["properties"]["methods"]["items"] = {"anyOf": [{"enum": list(BUILT_IN_METHODS)}, {"$ref": "#/$defs/Method"}]}
+        tree["properties"]["methods"]["items"] = {
+            "anyOf": [{"enum": list(BUILT_IN_METHODS)}, {"$ref": "#/$defs/Method"}]
+        }
     if kind == "cluster":
-        of_stage = {name: value for name, value in tree["properties"].items() if name not in _OF_THE_WHOLE}
-        tree["$defs"] = {"Stage": {"type": "object", "properties": of_stage, "additionalProperties": False}}
+        of_stage = {
+            name: value for name, value in tree["properties"].items() if name not in _OF_THE_WHOLE
+        }
+        tree["$defs"] = {
+            "Stage": {"type": "object", "properties": of_stage, "additionalProperties": False}
+        }
         tree["properties"]["stages"]["additionalProperties"] = {"$ref": "#/$defs/Stage"}
     return tree
 
 
-def _without_titles(value: Any) -> Any:
-    """Titles are the names of the keys again."""
+def _tidied(value: Any) -> Any:
+    """Leave out titles, which are the names of the keys again, and line ends in descriptions."""
     if isinstance(value, dict):
-        return {key: _without_titles(item) for key, item in value.items() if not (key == "title" and isinstance(item, str))}
-    return [_without_titles(item) for item in value] if isinstance(value, list) else value
+        return {
+            key: " ".join(item.split())
+            if key == "description" and isinstance(item, str)
+            else _tidied(item)
+            for key, item in value.items()
+            if not (key == "title" and isinstance(item, str))
+        }
+    return [_tidied(item) for item in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

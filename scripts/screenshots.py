@@ -1,4 +1,5 @@
-"""Pictures of a report for the documentation: python scripts/screenshots.py runs/demo/report.html docs/images
+"""Pictures of a report for the documentation: python scripts/screenshots.py runs/demo/report.html
+docs/images
 
 Needs playwright and a Chromium (tests/system/browser/install.sh).
 """
@@ -27,15 +28,24 @@ def main(report: Path, folder: Path) -> None:
     with launched() as browser:
         for name, (size, scheme, selector, most) in PICTURES.items():
             width, height = SIZES[size]
-            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            page = browser.new_page(
+                viewport={"width": width, "height": height}, color_scheme=scheme
+            )
             page.goto(report.resolve().as_uri())
-            page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+            page.evaluate(
+                "document.querySelectorAll('img').forEach(image => image.loading = 'eager')"
+            )
             page.wait_for_function("[...document.images].every(image => image.complete)")
             clip = None
             if selector:
                 box = page.locator(selector).first.bounding_box()
                 assert box is not None, f"{report} has no {selector}"
-                clip = {"x": 0, "y": max(0, box["y"] - 16), "width": width, "height": min(box["height"] + 32, most)}
+                clip = {
+                    "x": 0,
+                    "y": max(0, box["y"] - 16),
+                    "width": width,
+                    "height": min(box["height"] + 32, most),
+                }
             page.screenshot(path=folder / f"{name}.png", full_page=selector is not None, clip=clip)
             page.close()
             print(f"wrote {folder / f'{name}.png'}")

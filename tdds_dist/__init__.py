@@ -1,7 +1,8 @@
-"""Distributed dataset pruning: train once, get every pruning score of every sample, cut a coreset, retrain on it.
+"""Distributed dataset pruning: train once, get every pruning score of every sample, cut a coreset,
+retrain on it.
 
-What a program of yours may use stands in `__all__`. Names are loaded on first use, so that importing the package is free; the
-scorer needs torch and NumPy only.
+What a program of yours may use stands in `__all__`. Names are loaded on first use, so that
+importing the package is free; the scorer needs torch and NumPy only.
 """
 
 from importlib import import_module
@@ -18,14 +19,32 @@ if TYPE_CHECKING:
     from tdds_dist.scoring.trajectory import Trajectory
 
 __all__ = [
-    "Checkpoints", "Coreset", "EpochOrder", "InputError", "Scores", "ShardedScorer", "Trajectory", "Window", "choose",
-    "epoch_order", "load_coreset", "load_scores",
+    "Checkpoints",
+    "Coreset",
+    "EpochOrder",
+    "InputError",
+    "Scores",
+    "ShardedScorer",
+    "Trajectory",
+    "Window",
+    "choose",
+    "epoch_order",
+    "load_coreset",
+    "load_scores",
 ]
 _MODULES = {
-    "Checkpoints": "runs.checkpoint", "Coreset": "runs.artifacts", "EpochOrder": "distributed.partition",
-    "InputError": "errors", "Scores": "runs.artifacts", "ShardedScorer": "scoring.scorer",
-    "Trajectory": "scoring.trajectory", "Window": "config.scores", "choose": "coreset.select",
-    "epoch_order": "distributed.partition", "load_coreset": "runs.artifacts", "load_scores": "runs.artifacts",
+    "Checkpoints": "runs.checkpoint",
+    "Coreset": "runs.artifacts",
+    "EpochOrder": "distributed.partition",
+    "InputError": "errors",
+    "Scores": "runs.artifacts",
+    "ShardedScorer": "scoring.scorer",
+    "Trajectory": "scoring.trajectory",
+    "Window": "config.scores",
+    "choose": "coreset.select",
+    "epoch_order": "distributed.partition",
+    "load_coreset": "runs.artifacts",
+    "load_scores": "runs.artifacts",
 }
 
 

@@ -1,5 +1,5 @@
-"""The program `tdds`, also `python -m tdds_dist`: the command line with the commands of the launcher. Nothing else in this
-package knows `launch`."""
+"""The program `tdds`, also `python -m tdds_dist`: the command line with the commands of the
+launcher. Nothing else in this package knows `launch`."""
 
 from collections.abc import Sequence
 

@@ -1,12 +1,13 @@
-"""The messages of a stage while it runs: one bar on a terminal, plain lines elsewhere, messages above them; and the same
-messages in the run's log.
+"""The messages of a stage while it runs: one bar on a terminal, plain lines elsewhere, messages
+above them; and the same messages in the run's log.
 
-Messages go through the logger `tdds`: info, warnings, errors, and debug for the run's log alone. `tdds` itself shows them by
-`speaking`; a program that uses the package is free to set the logger up as it likes.
+Messages go through the logger `tdds`: info, warnings, errors, and debug for the run's log alone.
+`tdds` itself shows them by `speaking`; a program that uses the package is free to set the logger up
+as it likes.
 
-All of it goes to standard error. Colours are for terminals only; NO_COLOR and TERM=dumb switch them off.
-TDDS_PROGRESS_SECONDS (default: 10) is the longest time without a line of progress, and the shortest between two epochs that are
-shown.
+All of it goes to standard error. Colours are for terminals only; NO_COLOR and TERM=dumb switch them
+off. TDDS_PROGRESS_SECONDS (default: 10) is the longest time without a line of progress, and the
+shortest between two epochs that are shown.
 """
 
 import logging
@@ -26,7 +27,8 @@ from tdds_dist.text import duration
 
 LINE_SECONDS = 10.0  # between lines of progress, unless TDDS_PROGRESS_SECONDS says otherwise
 _CODES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
-HEADING = {"is_heading": True}  # `extra` of the message that a stage begins with, `stage name: what it is about to do`
+# `extra` of the message that a stage begins with, `stage name: what it is about to do`
+HEADING = {"is_heading": True}
 log = logging.getLogger("tdds")
 
 
@@ -50,7 +52,8 @@ class _Console(logging.Handler):
 
 
 class LogFile(logging.Handler):
-    """Writes all messages to a file, with the time, and keeps them. A file that cannot be written (disk full) stops nothing."""
+    """Writes all messages to a file, with the time, and keeps them. A file that cannot be written
+    (disk full) stops nothing."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -81,7 +84,8 @@ def attached(handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def speaking(quiet: bool = False) -> Iterator[list[str]]:
-    """Show the messages of this process until left; when `quiet`, warnings and errors only. Yield the warnings as they come."""
+    """Show the messages of this process until left; when `quiet`, warnings and errors only. Yield
+    the warnings as they come."""
     console = _Console(quiet)
     with attached(console):
         yield console.warnings
@@ -100,26 +104,43 @@ def paint(text: str, colour: str, stream: TextIO) -> str:
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Progress of a stage: `total` units, `done` of which an earlier start did. Silent unless `visible` (rank 0).
+    """Progress of a stage: `total` units, `done` of which an earlier start did. Silent unless
+    `visible` (rank 0).
 
-    A bar on a terminal, elsewhere a line every LINE_SECONDS, of the same content: share, counts and speed unless `unit` is
-    empty, what `note` says, and the time left of the whole stage at the mean speed since the first step, which often pays for
-    what is loaded or compiled only once.
+    A bar on a terminal, elsewhere a line every LINE_SECONDS, of the same content: share, counts and
+    speed unless `unit` is empty, what `note` says, and the time left of the whole stage at the mean
+    speed since the first step, which often pays for what is loaded or compiled only once.
     """
 
-    def __init__(self, title: str, total: int, unit: str, visible: bool, done: int = 0, note: str = ""):
+    def __init__(
+        self, title: str, total: int, unit: str, visible: bool, done: int = 0, note: str = ""
+    ):
         self._title, self._total, self._unit = title, total, unit
         self._done = done
-        self._first_step: tuple[float, int] | None = None  # when it was done, and what was done by then
+        # when it was done, and what was done by then
+        self._first_step: tuple[float, int] | None = None
         self._note = note
         self._patience = _line_seconds()
         self._started = self._last_line = time.monotonic()
         self._last_told: float | None = None
-        self._between = 0.0  # seconds from one told line to the next, where that is less than a line's time
-        visible = visible and not any(isinstance(one, _Console) and one.is_quiet for one in log.handlers)
+        # seconds from one told line to the next, where that is less than a line's time
+        self._between = 0.0
+        visible = visible and not any(
+            isinstance(one, _Console) and one.is_quiet for one in log.handlers
+        )
         self._plain = visible and not is_terminal(sys.stderr)
-        self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", leave=False, dynamic_ncols=True, smoothing=0,
-                         bar_format=self._format(), disable=not visible or self._plain, file=sys.stderr)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            unit=f" {unit}",
+            leave=False,
+            dynamic_ncols=True,
+            smoothing=0,
+            bar_format=self._format(),
+            disable=not visible or self._plain,
+            file=sys.stderr,
+        )
 
     def advance(self, num: int = 1) -> None:
         """Count `num` more units."""
@@ -127,7 +148,8 @@ class Progress(AbstractContextManager["Progress"]):
         self._bar.update(num)
         if self._first_step is None:
             self._first_step = time.monotonic(), self._done
-            self._bar.start_t, self._bar.initial = time.time(), self._bar.n  # speed and time left are those of what comes now
+            # speed and time left are those of what comes now
+            self._bar.start_t, self._bar.initial = time.time(), self._bar.n
         if self._plain and time.monotonic() - self._last_line >= self._patience + self._between:
             self._last_line = time.monotonic()
             tqdm.write(self.line(), file=sys.stderr)
@@ -147,21 +169,28 @@ class Progress(AbstractContextManager["Progress"]):
         if self._unit:
             parts.insert(0, f"{self._done:,} of {self._total:,} {self._unit}")
             if new:
-                parts.insert(1, f"{new / seconds:.3g} {self._unit}/s" if new < 10 * seconds else
-                             f"{new / seconds:,.0f} {self._unit}/s")
+                parts.insert(
+                    1,
+                    (
+                        f"{new / seconds:.3g} {self._unit}/s"
+                        if new < 10 * seconds
+                        else f"{new / seconds:,.0f} {self._unit}/s"
+                    ),
+                )
         parts.insert(0, f"{100 * self._done // max(1, self._total)} %")
         if new:
             parts.append(f"{duration(seconds * max(0, self._total - self._done) / new)} left")
         return f"{self._title}: {', '.join(parts)}"
 
     def tell(self, line: str, *, always: bool = False) -> None:
-        """Write a result on the way (an epoch) to the log; to the screen the first one, those that are `always` told, and of
-        others no more than one in LINE_SECONDS."""
+        """Write a result on the way (an epoch) to the log; to the screen the first one, those that
+        are `always` told, and of others no more than one in LINE_SECONDS."""
         now = time.monotonic()
         is_due = always or self._last_told is None or now - self._last_told >= self._patience
         if is_due:
             since = now - (self._started if self._last_told is None else self._last_told)
-            # Short epochs: the next of these lines comes soon enough, and no other is wanted in between.
+            # Short epochs: the next of these lines comes soon enough, and no other is wanted in
+            # between.
             self._between = since if since < 2 * self._patience else 0.0
             self._last_told = self._last_line = now
         log.log(logging.INFO if is_due else logging.DEBUG, line)
@@ -177,7 +206,10 @@ class Progress(AbstractContextManager["Progress"]):
         """Return what tqdm fills in."""
         counts = ["{n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}"] if self._unit else []
         note = [self._note.replace("{", "{{").replace("}", "}}")] if self._note else []
-        return f"{{desc}} {{percentage:3.0f}} %|{{bar}}| {', '.join(counts + note)}, {{remaining}} left"
+        return (
+            f"{{desc}} {{percentage:3.0f}} %|{{bar}}| {', '.join(counts + note)}, {{remaining}}"
+            " left"
+        )
 
 
 def _line_seconds() -> float:

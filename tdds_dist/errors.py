@@ -8,9 +8,10 @@ and keeps its traceback. A message says three things: the value, the rule, the w
 class InputError(ValueError):
     """A value from outside (config, file, command line, logits) that breaks a rule.
 
-    Where ranks work together, every rank must raise it at the same point, before the next collective: a raise on one rank is a
-    hang on the others (see `together` in `distributed.collectives`). `shared` says that all ranks raise it, so that only rank 0
-    need print it.
+    Where ranks work together, every rank must raise it at the same point, before the next
+    collective: a raise on one rank is a hang on the others (see `together` in
+    `distributed.collectives`). `shared` says that all ranks raise it, so that only rank 0 need
+    print it.
     """
 
     def __init__(self, message: str, *, shared: bool = False):
@@ -27,5 +28,5 @@ class CoverageError(InputError):
 
 
 class LostRankError(RuntimeError):
-    """Another rank ended, or did not answer in time; the message names it. Not bad input: the run can go on when started
-    again."""
+    """Another rank ended, or did not answer in time; the message names it. Not bad input: the run
+    can go on when started again."""

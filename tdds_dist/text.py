@@ -1,4 +1,5 @@
-"""Numbers, sizes, durations, commands and tables as text for people: one form of each, for terminal, page and files."""
+"""Numbers, sizes, durations, commands and tables as text for people: one form of each, for
+terminal, page and files."""
 
 import os
 import re
@@ -36,14 +37,21 @@ def signed(value: float | None) -> str:
 
 def plus_minus(mean: float | None, std: float | None, digits: int = 2) -> str:
     """Write a mean, with its standard deviation where there is one."""
-    return decimal(mean, digits) if std is None else f"{decimal(mean, digits)} ± {decimal(std, digits)}"
+    return (
+        decimal(mean, digits)
+        if std is None
+        else f"{decimal(mean, digits)} ± {decimal(std, digits)}"
+    )
 
 
 def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
-    """Return the mean of the values that are known, and their sample standard deviation where there are two or more; else None.
+    """Return the mean of the values that are known, and their sample standard deviation where there
+    are two or more; else None.
     """
     known = np.array([value for value in values if value is not None], dtype=np.float64)
-    return float(known.mean()) if len(known) else None, float(known.std(ddof=1)) if len(known) > 1 else None
+    return float(known.mean()) if len(known) else None, (
+        float(known.std(ddof=1)) if len(known) > 1 else None
+    )
 
 
 def size_text(num_bytes: float) -> str:
@@ -72,17 +80,30 @@ def duration(seconds: float | None) -> str:
 # ---- tables
 
 
-def table(rows: Sequence[Sequence[str]], right: Collection[int] = (), *, gap: str = "  ", num_heads: int = 0) -> list[str]:
-    """Align the cells of rows; the columns `right` stand at their right side. A rule follows `num_heads` rows, if any."""
+def table(
+    rows: Sequence[Sequence[str]],
+    right: Collection[int] = (),
+    *,
+    gap: str = "  ",
+    num_heads: int = 0,
+) -> list[str]:
+    """Align the cells of rows; the columns `right` stand at their right side. A rule follows
+    `num_heads` rows, if any."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if num_heads:
         rows = [*rows[:num_heads], ["-" * width for width in widths], *rows[num_heads:]]
-    return [gap.join(cell.rjust(width) if column in right else cell.ljust(width)
-                     for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    return [
+        gap.join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown with one head; all columns but the first stand at their right side."""
+    """Write a table in Markdown with one head; all columns but the first stand at their right
+    side."""
     head, *lines = (f"| {line} |" for line in table(rows, range(1, len(rows[0])), gap=" | "))
     first, *others = re.sub(r"[^|]", "-", head).strip("|").split("|")
     rule = "|".join(["", first, *(f"{dashes[:-1]}:" for dashes in others), ""])
@@ -94,12 +115,15 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def command(*words: object, ranks: int = 1) -> str:
     """Return a `tdds` command, ready to be typed; on several ranks by torchrun, on one node."""
-    start = ("torchrun", "--nproc-per-node", str(ranks), "-m", "tdds_dist") if ranks > 1 else ("tdds",)
+    start = (
+        ("torchrun", "--nproc-per-node", str(ranks), "-m", "tdds_dist") if ranks > 1 else ("tdds",)
+    )
     return shlex.join([*start, *map(str, words)])
 
 
 def same_command(arguments: Sequence[str] | None) -> str:
-    """Return what was typed to get here: the command, or, where a launcher has started this process, that it was this one."""
+    """Return what was typed to get here: the command, or, where a launcher has started this
+    process, that it was this one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "the same torchrun command"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

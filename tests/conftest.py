@@ -15,25 +15,35 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: programs under test would inherit that
+# started in the background: programs under test would inherit that
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Files: `train` and `val` (digits, JPEG), `raw` (97 random images of 32x32, uncompressed), `big` (61 of 80x80, JPEG)."""
+    """Files: `train` and `val` (digits, JPEG), `raw` (97 random images of 32x32, uncompressed),
+    `big` (61 of 80x80, JPEG)."""
     from tdds_dist.data.sources import open_source
     from tdds_dist.data.writer import write_beton
 
     folder = tmp_path_factory.mktemp("betons")
     wanted = {
-        "train": ("digits", "train", 120, "jpg"), "val": ("digits", "val", 50, "jpg"),
-        "raw": ("synthetic:97,5,32", "train", None, "raw"), "big": ("synthetic:61,5,80", "train", None, "jpg"),
+        "train": ("digits", "train", 120, "jpg"),
+        "val": ("digits", "val", 50, "jpg"),
+        "raw": ("synthetic:97,5,32", "train", None, "raw"),
+        "big": ("synthetic:61,5,80", "train", None, "jpg"),
     }
     paths = {}
     for name, (spec, split, subset, mode) in wanted.items():
         paths[name] = folder / f"{name}.beton"
-        write_beton(open_source(spec, split, subset), paths[name], write_mode=mode, num_workers=1, progress=False)
+        write_beton(
+            open_source(spec, split, subset),
+            paths[name],
+            write_mode=mode,
+            num_workers=1,
+            progress=False,
+        )
     return paths
 
 
@@ -43,7 +53,13 @@ def config_file(betons: dict[str, Path], tmp_path: Path) -> Path:
     return write_config(betons, tmp_path)
 
 
-def write_config(betons: dict[str, Path], folder: Path, epochs: int = 3, second: str = "T: 2, K: 2", more: str = "") -> Path:
+def write_config(
+    betons: dict[str, Path],
+    folder: Path,
+    epochs: int = 3,
+    second: str = "T: 2, K: 2",
+    more: str = "",
+) -> Path:
     path = folder / "config.yaml"
     path.write_text(f"""
 run: {{name: tiny, dir: {folder / "run"}, device: cpu}}
@@ -58,7 +74,8 @@ score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{{second}, prunin
 
 
 class Finished(NamedTuple):
-    """A run with everything in it: collected on two ranks, scored, pruned, retrained. Never changed."""
+    """A run with everything in it: collected on two ranks, scored, pruned, retrained. Never
+    changed."""
 
     run: Path
     config: Path
@@ -84,8 +101,16 @@ def finished_run(betons: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not said.exists():
-            said.write_text(json.dumps(_finish(folder, write_config(
-                betons, folder, 5, "T: 4, K: 3", "collect: {stop_after: last_window}"))))
+            said.write_text(
+                json.dumps(
+                    _finish(
+                        folder,
+                        write_config(
+                            betons, folder, 5, "T: 4, K: 3", "collect: {stop_after: last_window}"
+                        ),
+                    )
+                )
+            )
     return Finished(folder / "run", folder / "config.yaml", json.loads(said.read_text()))
 
 
@@ -94,13 +119,20 @@ def _finish(folder: Path, config: Path) -> dict[str, str]:
     from tdds_dist.cli.main import main
 
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*ranks, "-m", "tdds_dist", "collect", str(config)], capture_output=True, text=True, timeout=280,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    done = subprocess.run(
+        [*ranks, "-m", "tdds_dist", "collect", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
     assert done.returncode == 0, done.stderr
     made = Finished(folder / "run", config, {"stdout": done.stdout, "stderr": done.stderr})
-    for words in (["score", made.run, "--all", "el2n_epochs=3", "uncertainty_window=3"],
-                  ["select", made.run, "--pruning-rate", "0.8"],
-                  ["retrain", config, "--coreset", made.coreset, "--strategy", "E"]):
+    for words in (
+        ["score", made.run, "--all", "el2n_epochs=3", "uncertainty_window=3"],
+        ["select", made.run, "--pruning-rate", "0.8"],
+        ["retrain", config, "--coreset", made.coreset, "--strategy", "E"],
+    ):
         assert main([*map(str, words), "--quiet"]) == 0, words
     return made.said
 

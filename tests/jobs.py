@@ -1,7 +1,7 @@
 """`tdds` on several ranks as a job that can be killed: real processes, signals and exit codes.
 
-Ranks are forked from a server that has torch and FFCV loaded. `inject` runs in every rank before the program and may hurt it
-there: what it wraps is real, what it adds is the fault.
+Ranks are forked from a server that has torch and FFCV loaded. `inject` runs in every rank before
+the program and may hurt it there: what it wraps is real, what it adds is the fault.
 """
 
 import argparse
@@ -25,19 +25,32 @@ import torch
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.training.collect", "tdds_dist.training.retrain",
-                                 "tdds_dist.cli.main"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "tdds_dist.training.collect",
+        "tdds_dist.training.retrain",
+        "tdds_dist.cli.main",
+    ]
+)
 
 Inject = Callable[[int], None]
 EVERYBODY = tuple(range(16))
 
 
 class Job:
-    """Ranks of one `tdds` command, started at once; their output goes to `<folder>/rank<r>.txt`, what they train on to
-    `<folder>/steps<r>.txt`."""
+    """Ranks of one `tdds` command, started at once; their output goes to `<folder>/rank<r>.txt`,
+    what they train on to `<folder>/steps<r>.txt`."""
 
-    def __init__(self, arguments: Sequence[object], world_size: int, folder: Path, inject: Inject | None = None,
-                 port: int | None = None):
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        world_size: int,
+        folder: Path,
+        inject: Inject | None = None,
+        port: int | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.world_size = folder, world_size
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(world_size)]
@@ -47,8 +60,11 @@ class Job:
         port = port or free_port()
         self.started = time.monotonic()
         self.processes = [
-            _context.Process(target=_main, args=(words, rank, world_size, port, str(folder), inject))
-            for rank in range(world_size)]
+            _context.Process(
+                target=_main, args=(words, rank, world_size, port, str(folder), inject)
+            )
+            for rank in range(world_size)
+        ]
         for process in self.processes:
             process.start()
 
@@ -56,7 +72,8 @@ class Job:
         os.kill(self.processes[rank].pid, number)
 
     def wait(self, deadline: float = 90.0) -> list[int]:
-        """Exit codes by rank (negative: the signal that ended it); everything is killed at the deadline."""
+        """Exit codes by rank (negative: the signal that ended it); everything is killed at the
+        deadline."""
         end = time.monotonic() + deadline
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -81,20 +98,36 @@ class Job:
         return "".join(output.read_text() for output in self.outputs if output.exists())
 
     def steps(self, rank: int = 0) -> dict[int, tuple[float, list[int]]]:
-        """Optimizer steps that a rank has done here: seconds after the start, and the global indices that it saw."""
+        """Optimizer steps that a rank has done here: seconds after the start, and the global
+        indices that it saw."""
         path = self.folder / f"steps{rank}.txt"
         lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-        return {int(step): (float(when) - self.started, [int(word) for word in seen.split(",")]) for step, when, seen in lines}
+        return {
+            int(step): (float(when) - self.started, [int(word) for word in seen.split(",")])
+            for step, when, seen in lines
+        }
 
     def visits(self) -> dict[int, list[int]]:
-        """Global indices of each step, in the order of the epoch: row g of a step belongs to rank g mod W."""
+        """Global indices of each step, in the order of the epoch: row g of a step belongs to rank g
+        mod W."""
         by_rank = [self.steps(rank) for rank in range(self.world_size)]
-        return {step: [index for row in zip(*(seen[step][1] for seen in by_rank), strict=True) for index in row]
-                for step in by_rank[0]}
+        return {
+            step: [
+                index
+                for row in zip(*(seen[step][1] for seen in by_rank), strict=True)
+                for index in row
+            ]
+            for step in by_rank[0]
+        }
 
 
-def run(arguments: Sequence[object], world_size: int, folder: Path, inject: Inject | None = None,
-        deadline: float = 90.0) -> tuple[list[int], str]:
+def run(
+    arguments: Sequence[object],
+    world_size: int,
+    folder: Path,
+    inject: Inject | None = None,
+    deadline: float = 90.0,
+) -> tuple[list[int], str]:
     """Exit codes and output of a job from start to end."""
     job = Job(arguments, world_size, folder, inject)
     return job.wait(deadline), job.text
@@ -106,23 +139,39 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def _main(words: list[str], rank: int, world_size: int, port: int, folder: str, inject: Inject | None) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                   "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    descriptor = os.open(Path(folder) / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def _main(
+    words: list[str], rank: int, world_size: int, port: int, folder: str, inject: Inject | None
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    descriptor = os.open(
+        Path(folder) / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+    )
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        open(1, "w", buffering=1, closefd=False),  # noqa: SIM115
+        open(2, "w", buffering=1, closefd=False),  # noqa: SIM115
+    )
     begin(words, rank, Path(folder), inject)
 
 
 def begin(words: Sequence[str], rank: int, folder: Path, inject: Inject | None = None) -> None:
-    """Be a rank of `tdds` in this process, whose environment describes the process group. Does not return."""
+    """Be a rank of `tdds` in this process, whose environment describes the process group. Does not
+    return."""
     sys.argv = ["tdds", *words]
     from tdds_dist.cli import main
     from tdds_dist.training import engine
 
-    engine.default_workers = lambda local_world_size: 1  # threads change the order of sums, and ranks share few cores
+    # threads change the order of sums, and ranks share few cores
+    engine.default_workers = lambda local_world_size: 1
     _log_steps(folder / f"steps{rank}.txt")
     if inject is not None:
         inject(rank)
@@ -152,7 +201,8 @@ def _log_steps(path: Path) -> None:
 
 
 class _Later:
-    """A call that still waits for its first arguments. Unlike a closure it can be sent to another process."""
+    """A call that still waits for its first arguments. Unlike a closure it can be sent to another
+    process."""
 
     def __init__(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]):
         self.name, self.arguments, self.options = name, arguments, options
@@ -162,7 +212,9 @@ class _Later:
 
 
 def later(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `f(2, 3)` an action that calls `f(2, 3)` when it is called; of `f(rank, 2, 3)` an inject."""
+    """Make `f(2, 3)` an action that calls `f(2, 3)` when it is called; of `f(rank, 2, 3)` an
+    inject."""
+
     @wraps(function)
     def wait(*arguments: Any, **options: Any) -> _Later:
         return _Later(function.__name__, arguments, options)
@@ -179,7 +231,9 @@ def all_of(rank: int, *injects: Inject | None) -> None:
 
 
 @later
-def at_step(rank: int, step: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY) -> None:
+def at_step(
+    rank: int, step: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY
+) -> None:
     """Act just before optimizer step `step` (the first is 1) of this run, counted over restarts."""
     from tdds_dist.training.engine import Trainer
 
@@ -194,9 +248,17 @@ def at_step(rank: int, step: int, action: Callable[[], object], ranks: Sequence[
 
 
 @later
-def at_call(rank: int, target: str, call: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY, *,
-            after: bool = False) -> None:
-    """Act just before, or `after`, the call of this number (from 1) of `package.module:Class.method` in this process."""
+def at_call(
+    rank: int,
+    target: str,
+    call: int,
+    action: Callable[[], object],
+    ranks: Sequence[int] = EVERYBODY,
+    *,
+    after: bool = False,
+) -> None:
+    """Act just before, or `after`, the call of this number (from 1) of
+    `package.module:Class.method` in this process."""
     module, _, name = target.partition(":")
     *owners, last = name.split(".")
     owner: Any = importlib.import_module(module)
@@ -217,8 +279,8 @@ def at_call(rank: int, target: str, call: int, action: Callable[[], object], ran
 
 
 def quick(rank: int) -> None:
-    """Lost ranks are counted sooner than after 10 s, and evaluation makes epochs 1 to 3 the best so far (the network learns
-    too little in these tests)."""
+    """Lost ranks are counted sooner than after 10 s, and evaluation makes epochs 1 to 3 the best so
+    far (the network learns too little in these tests)."""
     from tdds_dist.distributed import world as distributed
     from tdds_dist.training.engine import Trainer
 
@@ -238,7 +300,8 @@ def signal_self(number: int = signal.SIGKILL) -> None:
 
 @later
 def nap(flag: Path, seconds: float) -> None:
-    """Say in a file that the rank sleeps now, and sleep until the file is gone, but no longer than so many seconds."""
+    """Say in a file that the rank sleeps now, and sleep until the file is gone, but no longer than
+    so many seconds."""
     flag.touch()
     end = time.monotonic() + seconds
     while flag.exists() and time.monotonic() < end:
@@ -252,7 +315,8 @@ def fail(error: BaseException) -> None:
 
 @later
 def torn(rank: int, target: str, call: int, ranks: Sequence[int] = EVERYBODY) -> None:
-    """Killed in a function that writes to a file object, `f(file, ...)` or `f(..., file)`: some bytes are there already."""
+    """Killed in a function that writes to a file object, `f(file, ...)` or `f(..., file)`: some
+    bytes are there already."""
     module, _, name = target.partition(":")
     owner = importlib.import_module(module)
     function, count = getattr(owner, name), itertools.count(1)
@@ -270,7 +334,8 @@ def torn(rank: int, target: str, call: int, ranks: Sequence[int] = EVERYBODY) ->
 
 @later
 def nan_logits(rank: int, step: int, indices: Sequence[int]) -> None:
-    """The network gives NaN for these samples in one optimizer step (in whose batch they must be)."""
+    """The network gives NaN for these samples in one optimizer step (in whose batch they must
+    be)."""
     from tdds_dist.training.engine import Trainer
 
     forward_backward = Trainer._forward_backward
@@ -279,7 +344,9 @@ def nan_logits(rank: int, step: int, indices: Sequence[int]) -> None:
         if trainer.step + 1 != step:
             return forward_backward(trainer, batch, weight)
         bad_B = torch.isin(batch.index, torch.tensor(indices))
-        hook = trainer.model.register_forward_hook(lambda _, __, out_BC: torch.where(bad_B[:, None], torch.nan, out_BC))
+        hook = trainer.model.register_forward_hook(
+            lambda _, __, out_BC: torch.where(bad_B[:, None], torch.nan, out_BC)
+        )
         try:
             return forward_backward(trainer, batch, weight)
         finally:
@@ -307,7 +374,9 @@ def program(rank: int, function: Callable[[int], None]) -> None:
     """Instead of a stage, run a function inside `cli.run`."""
     from tdds_dist.cli import main
 
-    main.parse = lambda arguments, extra_commands: argparse.Namespace(stage="tiny", run=lambda options: function(rank))
+    main.parse = lambda arguments, extra_commands: argparse.Namespace(
+        stage="tiny", run=lambda options: function(rank)
+    )
 
 
 # ---- programs that do nothing but leave, for `program`
@@ -359,8 +428,11 @@ def state_of(run: Path) -> dict[str, np.ndarray]:
     """Everything that must not depend on interruptions: weights, scores, recorded scalars."""
     from tdds_dist.scoring.trajectory import Trajectory
 
-    state = {f"{kind}/{name}": value.numpy() for kind in ("final", "best")
-             for name, value in torch.load(run / "models" / f"{kind}.pt", weights_only=True).items()}
+    state = {
+        f"{kind}/{name}": value.numpy()
+        for kind in ("final", "best")
+        for name, value in torch.load(run / "models" / f"{kind}.pt", weights_only=True).items()
+    }
     for path in sorted((run / "scores").glob("*.npz")):
         with np.load(path) as file:
             state |= {f"{path.stem}/{name}": file[name] for name in ("score", "label")}
@@ -373,4 +445,8 @@ def state_of(run: Path) -> dict[str, np.ndarray]:
 
 def differences(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
     """Names of what is not bitwise the same."""
-    return [name for name in sorted({*a, *b}) if name not in a or name not in b or a[name].tobytes() != b[name].tobytes()]
+    return [
+        name
+        for name in sorted({*a, *b})
+        if name not in a or name not in b or a[name].tobytes() != b[name].tobytes()
+    ]

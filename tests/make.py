@@ -1,7 +1,8 @@
-"""Made-up files of every kind that the program writes, for tests that read them; no training behind any of them.
+"""Made-up files of every kind that the program writes, for tests that read them; no training behind
+any of them.
 
-What is not given is the same in every call: 60 images of 4 classes, three epochs, a window of three. `finished` in
-conftest.py is a run that really took place.
+What is not given is the same in every call: 60 images of 4 classes, three epochs, a window of
+three. `finished` in conftest.py is a run that really took place.
 """
 
 import csv
@@ -30,14 +31,19 @@ from tdds_dist.runs.directory import RunDir, environment
 
 NUM_IMAGES, NUM_CLASSES = 60, 4
 TDDS, SHORT = "tdds_official_T3_K2_beta0.9", "tdds_official_T2_K2_beta0.9"
-EVIL_CLASS, EVIL_PATH = '</script><script>alert("class")</script>', 'a/"><img src=x onerror=alert(1)>.png'
+EVIL_CLASS, EVIL_PATH = (
+    '</script><script>alert("class")</script>',
+    'a/"><img src=x onerror=alert(1)>.png',
+)
 ENVIRONMENT = cache(environment)
 
 
 # ---- coresets
 
 
-def select(source: Path, pruning_rate: float, *, force: bool = False, **options: Any) -> tuple[Path, list[str]]:
+def select(
+    source: Path, pruning_rate: float, *, force: bool = False, **options: Any
+) -> tuple[Path, list[str]]:
     """Choose a coreset and save it, as `tdds select` does; returns the file and warnings."""
     path, coreset, warnings = plan_coreset(source, pruning_rate, **options)
     check_place(path, coreset, force)
@@ -50,64 +56,145 @@ def select(source: Path, pruning_rate: float, *, force: bool = False, **options:
 def config(**changes: dict[str, Any]) -> dict[str, Any]:
     """Return a valid config; `changes` holds keys by section."""
     tree: dict[str, dict[str, Any]] = {
-        "run": {"name": "tiny", "seed": 0}, "model": {"name": "resnet18"},
-        "data": {"train": "gone.beton", "val": "val.beton", "num_classes": NUM_CLASSES, "image_size": 32, "crop": "pad",
-                 "mean": [1.0, 1.0, 1.0], "std": [1.0, 1.0, 1.0]},
-        "train": {"epochs": 3, "global_batch_size": 20, "lr": 0.1}, "score": {"windows": [{"T": 3, "K": 2}]}}
+        "run": {"name": "tiny", "seed": 0},
+        "model": {"name": "resnet18"},
+        "data": {
+            "train": "gone.beton",
+            "val": "val.beton",
+            "num_classes": NUM_CLASSES,
+            "image_size": 32,
+            "crop": "pad",
+            "mean": [1.0, 1.0, 1.0],
+            "std": [1.0, 1.0, 1.0],
+        },
+        "train": {"epochs": 3, "global_batch_size": 20, "lr": 0.1},
+        "score": {"windows": [{"T": 3, "K": 2}]},
+    }
     return {section: tree.get(section, {}) | changes.get(section, {}) for section in tree | changes}
 
 
-def start(path: Path, train: Path | str = "gone.beton", num_classes: int = NUM_CLASSES, stage: dict[str, Any] | None = None,
-          **changes: dict[str, Any]) -> RunDir:
-    """Write what a run writes before its first epoch; `stage` is its stage with the stage's settings, as in env.json."""
+def start(
+    path: Path,
+    train: Path | str = "gone.beton",
+    num_classes: int = NUM_CLASSES,
+    stage: dict[str, Any] | None = None,
+    **changes: dict[str, Any],
+) -> RunDir:
+    """Write what a run writes before its first epoch; `stage` is its stage with the stage's
+    settings, as in env.json."""
     run, data = RunDir(path), {"train": str(train), "num_classes": num_classes}
     changes["run"] = {"name": path.name, "dir": str(path)} | changes.get("run", {})
-    run.write_start(config(**changes | {"data": data | changes.get("data", {})}),
-                    (stage or {"stage": "collect"}) | ENVIRONMENT(2, "cpu"))
+    run.write_start(
+        config(**changes | {"data": data | changes.get("data", {})}),
+        (stage or {"stage": "collect"}) | ENVIRONMENT(2, "cpu"),
+    )
     return run
 
 
 def log(run: RunDir, num_epochs: int = 3, val: bool = True) -> None:
     """Write the metrics of epochs; the first is a slow one."""
     for epoch in range(num_epochs):
-        run.append_metrics({
-            "epoch": epoch, "step": 3 * epoch + 3, "lr": 0.1, "train_loss": 2.0 / (epoch + 1), "train_top1": 50.0,
-            "val_loss": 1.0 if val else None, "val_top1": 60.0 + epoch if val else None, "val_top5": None,
-            "images_per_second": 100.0 if epoch == 0 else 4321.0, "epoch_seconds": 1.5, "scoring_share": 0.0125,
-            "memory_bytes": None})
+        run.append_metrics(
+            {
+                "epoch": epoch,
+                "step": 3 * epoch + 3,
+                "lr": 0.1,
+                "train_loss": 2.0 / (epoch + 1),
+                "train_top1": 50.0,
+                "val_loss": 1.0 if val else None,
+                "val_top1": 60.0 + epoch if val else None,
+                "val_top5": None,
+                "images_per_second": 100.0 if epoch == 0 else 4321.0,
+                "epoch_seconds": 1.5,
+                "scoring_share": 0.0125,
+                "memory_bytes": None,
+            }
+        )
 
 
 def finish(run: RunDir, num_images: int = NUM_IMAGES, final: float = 90.0, **more: Any) -> None:
     """Write the result of a collection."""
-    run.write_result({"stage": "collect", "num_images": num_images, "epochs": 3, "epochs_planned": 3, "final_top1": final,
-                      "final_top5": 99.0, "best_top1": final + 1, "best_epoch": 1, "train_seconds": 75.0, **more})
+    run.write_result(
+        {
+            "stage": "collect",
+            "num_images": num_images,
+            "epochs": 3,
+            "epochs_planned": 3,
+            "final_top1": final,
+            "final_top5": 99.0,
+            "best_top1": final + 1,
+            "best_epoch": 1,
+            "train_seconds": 75.0,
+            **more,
+        }
+    )
 
 
-def retraining(run: RunDir, score_key: str, rate: float, seed: int, final: float | None, strategy: str = "E",
-               importance: str = "none", name: str | None = None, class_balanced: bool = False) -> RunDir:
-    """Write a retraining; `final=None` leaves it unfinished after one epoch, its log cut in the middle of a line."""
+def retraining(
+    run: RunDir,
+    score_key: str,
+    rate: float,
+    seed: int,
+    final: float | None,
+    strategy: str = "E",
+    importance: str = "none",
+    name: str | None = None,
+    class_balanced: bool = False,
+) -> RunDir:
+    """Write a retraining; `final=None` leaves it unfinished after one epoch, its log cut in the
+    middle of a line."""
     method = score_key + ("_balanced" if class_balanced else "")
-    asked = {"strategy": strategy, "importance": importance, "score_key": score_key, "method": method, "pruning_rate": rate}
-    sub = start(run.retrain / (name or f"{score_key}_p{rate:g}_{strategy}_{importance}_seed{seed}"), "train.beton",
-                stage={"stage": "retrain", **asked})
+    asked = {
+        "strategy": strategy,
+        "importance": importance,
+        "score_key": score_key,
+        "method": method,
+        "pruning_rate": rate,
+    }
+    sub = start(
+        run.retrain / (name or f"{score_key}_p{rate:g}_{strategy}_{importance}_seed{seed}"),
+        "train.beton",
+        stage={"stage": "retrain", **asked},
+    )
     log(sub, 1 if final is None else 3)
     if final is None:
         with sub.metrics_file.open("a") as file:
             file.write('{"epoch": 1, "train_lo')
     else:
-        finish(sub, round((1 - rate) * NUM_IMAGES), final, stage="retrain", **asked, best_top1=final + 0.5, seed=seed,
-               train_seconds=12.0)
+        finish(
+            sub,
+            round((1 - rate) * NUM_IMAGES),
+            final,
+            stage="retrain",
+            **asked,
+            best_top1=final + 0.5,
+            seed=seed,
+            train_seconds=12.0,
+        )
     return sub
 
 
 # ---- scores and coresets
 
 
-def scores(key: str, score_N: np.ndarray, label_N: np.ndarray, num_classes: int = NUM_CLASSES,
-           settings: dict[str, Any] | None = None, **extra: np.ndarray) -> Scores:
+def scores(
+    key: str,
+    score_N: np.ndarray,
+    label_N: np.ndarray,
+    num_classes: int = NUM_CLASSES,
+    settings: dict[str, Any] | None = None,
+    **extra: np.ndarray,
+) -> Scores:
     """Return scores of these labels."""
     found = fingerprint(label_N, num_classes)
-    return Scores(key, score_N.astype(np.float32), label_N, found, settings or {"score": key.split("_")[0]}, extra)
+    return Scores(
+        key,
+        score_N.astype(np.float32),
+        label_N,
+        found,
+        settings or {"score": key.split("_")[0]},
+        extra,
+    )
 
 
 def save(folder: Path, *found: Scores) -> None:
@@ -116,21 +203,41 @@ def save(folder: Path, *found: Scores) -> None:
         save_scores(folder / f"{each.key}.npz", each)
 
 
-def coreset(key: str, rate: float, index_M: np.ndarray, label_N: np.ndarray, num_classes: int = NUM_CLASSES) -> Coreset:
+def coreset(
+    key: str, rate: float, index_M: np.ndarray, label_N: np.ndarray, num_classes: int = NUM_CLASSES
+) -> Coreset:
     """Return a coreset of these samples, all of importance 1."""
-    return Coreset(index_M, np.ones(len(index_M), np.float32), key, rate, fingerprint(label_N, num_classes),
-                   {"class_balanced": False})
+    return Coreset(
+        index_M,
+        np.ones(len(index_M), np.float32),
+        key,
+        rate,
+        fingerprint(label_N, num_classes),
+        {"class_balanced": False},
+    )
 
 
-def add_scores(run: RunDir, key: str, label_N: np.ndarray, rates: tuple[float, ...] = (), score_N: np.ndarray | None = None,
-               num_classes: int = NUM_CLASSES) -> np.ndarray:
+def add_scores(
+    run: RunDir,
+    key: str,
+    label_N: np.ndarray,
+    rates: tuple[float, ...] = (),
+    score_N: np.ndarray | None = None,
+    num_classes: int = NUM_CLASSES,
+) -> np.ndarray:
     """Write scores 0, 1/N, 2/N ... by index unless given, and the top of them as coresets."""
-    score_N = np.arange(len(label_N), dtype=np.float32) / len(label_N) if score_N is None else score_N
+    score_N = (
+        np.arange(len(label_N), dtype=np.float32) / len(label_N) if score_N is None else score_N
+    )
     settings = {"preset": "official", "T": 3, "K": 2}
     save(run.scores, scores(key, score_N, label_N, num_classes, settings))
     for rate in rates:
-        index_M = np.sort(np.argsort(-score_N, kind="stable")[: len(label_N) - round(rate * len(label_N))])
-        save_coreset(run.coresets / f"{key}_p{rate:g}.npz", coreset(key, rate, index_M, label_N, num_classes))
+        index_M = np.sort(
+            np.argsort(-score_N, kind="stable")[: len(label_N) - round(rate * len(label_N))]
+        )
+        save_coreset(
+            run.coresets / f"{key}_p{rate:g}.npz", coreset(key, rate, index_M, label_N, num_classes)
+        )
     return score_N
 
 
@@ -138,10 +245,20 @@ def add_scores(run: RunDir, key: str, label_N: np.ndarray, rates: tuple[float, .
 
 
 def write_images(path: Path, side: int = 16, label_noise: float = 0, corrupt: float = 0) -> Path:
-    """Write a .beton of random images; the names of the first class and the first image are markup."""
+    """Write a .beton of random images; the names of the first class and the first image are
+    markup."""
     source = open_source(f"synthetic:{NUM_IMAGES},{NUM_CLASSES},{side}")
-    source = dataclasses.replace(source, class_names=[EVIL_CLASS, *source.class_names[1:]], path=[EVIL_PATH, *source.path[1:]])
-    write_beton(with_corruption(with_label_noise(source, label_noise, 0), corrupt, 0), path, num_workers=1, progress=False)
+    source = dataclasses.replace(
+        source,
+        class_names=[EVIL_CLASS, *source.class_names[1:]],
+        path=[EVIL_PATH, *source.path[1:]],
+    )
+    write_beton(
+        with_corruption(with_label_noise(source, label_noise, 0), corrupt, 0),
+        path,
+        num_workers=1,
+        progress=False,
+    )
     return path
 
 
@@ -152,17 +269,35 @@ def manifest_of(path: Path) -> Manifest:
     return manifest
 
 
-def write_header(path: Path, label_N: np.ndarray, num_classes: int = NUM_CLASSES, true_label_N: np.ndarray | None = None,
-           corruption: list[str] | None = None, source: str = "synthetic", **changes: Any) -> Manifest:
+def write_header(
+    path: Path,
+    label_N: np.ndarray,
+    num_classes: int = NUM_CLASSES,
+    true_label_N: np.ndarray | None = None,
+    corruption: list[str] | None = None,
+    source: str = "synthetic",
+    **changes: Any,
+) -> Manifest:
     """Write the header of a .beton and its manifest, which is all that looking needs; no image."""
     num = len(label_N)
     head = np.zeros(1, HEADER)
     head["version"], head["num_samples"] = VERSION, num
     head.tofile(path)
     manifest = Manifest(
-        source, "train", num, num_classes, [f"class {number}" for number in range(num_classes)],
-        [f"{number}.png" for number in range(num)], label_N, path.stat().st_size,
-        fingerprint(label_N, num_classes).labels_sha256, {}, (32, 32), true_label_N, corruption)
+        source,
+        "train",
+        num,
+        num_classes,
+        [f"class {number}" for number in range(num_classes)],
+        [f"{number}.png" for number in range(num)],
+        label_N,
+        path.stat().st_size,
+        fingerprint(label_N, num_classes).labels_sha256,
+        {},
+        (32, 32),
+        true_label_N,
+        corruption,
+    )
     manifest = dataclasses.replace(manifest, **changes)
     write_manifest(manifest_path(path), manifest)
     return manifest
@@ -178,7 +313,9 @@ def refused(message: str, call: Callable[..., Any], *arguments: Any, **options: 
 
 
 def page_of(runs: list[RunDir], out: Path, **options: Any) -> "Page":
-    """Return the page about runs. Charts keep their texts for the blind, but are not drawn, which takes most of the time."""
+    """Return the page about runs. Charts keep their texts for the blind, but are not drawn, which
+    takes most of the time."""
+
     def undrawn(draw: object, alt: str, *_: object, **__: object) -> str:
         return f'<svg role="img" aria-label="{html.escape(alt)}"></svg>'
 
@@ -230,6 +367,10 @@ class Page(HTMLParser):
     def check_references(self) -> None:
         """No id stands twice, and what refers to one finds it."""
         ids = [attrs["id"] for _, attrs in self.tags if "id" in attrs]
-        named = {(attrs.get(name) or "#").removeprefix("#") for _, attrs in self.tags for name in ("href", "aria-labelledby")}
+        named = {
+            (attrs.get(name) or "#").removeprefix("#")
+            for _, attrs in self.tags
+            for name in ("href", "aria-labelledby")
+        }
         assert len(ids) == len(set(ids))
         assert {target for target in named if target and not target.startswith("data:")} <= set(ids)

@@ -1,7 +1,8 @@
 """Slow, literal transcriptions of the formulas, for the tests to compare with.
 
-Plain Python over one sample at a time, `math` only, float64 throughout: nothing here is fast, clever or shared
-with the package. Epochs count from 0, and `delta[t]` is the loss difference between epochs t and t + 1.
+Plain Python over one sample at a time, `math` only, float64 throughout: nothing here is fast,
+clever or shared with the package. Epochs count from 0, and `delta[t]` is the loss difference
+between epochs t and t + 1.
 """
 
 import math
@@ -10,7 +11,8 @@ from fractions import Fraction
 from itertools import pairwise, permutations
 
 EPSILON = 1e-8  # in both logarithms of the authors' code
-FLOOR = -1e4  # the package floors log-probabilities here; without it two certain epochs would give 0 * log(0 / 0)
+# the package floors log-probabilities here; without it two certain epochs would give 0 * log(0 / 0)
+FLOOR = -1e4
 
 Row = Sequence[float]  # one sample, one epoch: C logits
 
@@ -40,7 +42,8 @@ def el2n(logits: Row, label: int) -> float:
 
 
 def margin(values: Row, label: int) -> float:
-    """The label's value minus the largest of the other classes: of logits for AUM, of probabilities for its variant."""
+    """The label's value minus the largest of the other classes: of logits for AUM, of probabilities
+    for its variant."""
     return values[label] - max(value for c, value in enumerate(values) if c != label)
 
 
@@ -53,15 +56,21 @@ def correct(logits: Row, label: int) -> float:
 
 
 def loss_difference_official(previous: Row, now: Row) -> float:
-    """sum_c | p'_c (log(p'_c + 1e-8) - log(p_c + 1e-8)) |: the absolute value is taken per class."""
-    return sum(abs(p_now * (math.log(p_now + EPSILON) - math.log(p_previous + EPSILON)))
-               for p_previous, p_now in zip(softmax(previous), softmax(now), strict=True))
+    """sum_c | p'_c (log(p'_c + 1e-8) - log(p_c + 1e-8)) |: the absolute value is taken per
+    class."""
+    return sum(
+        abs(p_now * (math.log(p_now + EPSILON) - math.log(p_previous + EPSILON)))
+        for p_previous, p_now in zip(softmax(previous), softmax(now), strict=True)
+    )
 
 
 def loss_difference_paper(previous: Row, now: Row) -> float:
-    """sum_c p'_c log(p'_c / p_c), Eq. 10, with floored logarithms: a class may have had probability 0."""
-    return sum(math.exp(logp_now) * (logp_now - logp_previous)
-               for logp_previous, logp_now in zip(log_softmax(previous), log_softmax(now), strict=True))
+    """sum_c p'_c log(p'_c / p_c), Eq. 10, with floored logarithms: a class may have had probability
+    0."""
+    return sum(
+        math.exp(logp_now) * (logp_now - logp_previous)
+        for logp_previous, logp_now in zip(log_softmax(previous), log_softmax(now), strict=True)
+    )
 
 
 def loss_difference_ce(previous: Row, now: Row, label: int) -> float:
@@ -87,18 +96,24 @@ def windows(values: Sequence[float], length: int, num_windows: int) -> list[Sequ
 
 
 def score_official(delta: Sequence[float], T: int, K: int, beta: float) -> float:
-    """sum_k beta (1-beta)^(T-K-k) R_k, the closed form of the authors' code; beta = 0 stands for the plain mean.
+    """sum_k beta (1-beta)^(T-K-k) R_k, the closed form of the authors' code; beta = 0 stands for
+    the plain mean.
 
-    R_k, k = 0..T-K, is the root of Eq. 11: window k holds the snapshots k..k+K-1, between which lie K-1 differences.
+    R_k, k = 0..T-K, is the root of Eq. 11: window k holds the snapshots k..k+K-1, between which lie
+    K-1 differences.
     """
-    variability = [math.sqrt(squared_deviations(window)) for window in windows(delta, K - 1, T - K + 1)]
+    variability = [
+        math.sqrt(squared_deviations(window)) for window in windows(delta, K - 1, T - K + 1)
+    ]
     if beta == 0:
         return mean(variability)
-    return sum(beta * (1.0 - beta) ** (T - K - k) * R for k, R in enumerate(variability))  # beta = 1: 0.0 ** 0 is 1
+    # beta = 1: 0.0 ** 0 is 1
+    return sum(beta * (1.0 - beta) ** (T - K - k) * R for k, R in enumerate(variability))
 
 
 def score_paper(delta: Sequence[float], T: int, K: int, beta: float) -> float:
-    """R <- beta R_t + (1-beta) R from R = 0, Eq. 12, over T-K windows of K differences; beta = 0 stands for the plain mean."""
+    """R <- beta R_t + (1-beta) R from R = 0, Eq. 12, over T-K windows of K differences; beta = 0
+    stands for the plain mean."""
     variability = [squared_deviations(window) for window in windows(delta, K, T - K)]  # Eq. 11
     if beta == 0:
         return mean(variability)
@@ -115,14 +130,17 @@ def score(delta: Sequence[float], T: int, K: int, beta: float, preset: str) -> f
 def tdds(logits: Sequence[Row], T: int, K: int, beta: float, preset: str) -> float:
     """TDDS of one sample from its logits by epoch, [>= T][C]."""
     difference = loss_difference_official if preset == "official" else loss_difference_paper
-    return score([difference(previous, now) for previous, now in pairwise(logits[:T])], T, K, beta, preset)
+    return score(
+        [difference(previous, now) for previous, now in pairwise(logits[:T])], T, K, beta, preset
+    )
 
 
 # ---- baselines: one sample, one value per epoch
 
 
 def forgetting(correct: Sequence[float], never_learned: str) -> float:
-    """Epochs that get wrong what the one before got right; T where no epoch is right and such samples rank first."""
+    """Epochs that get wrong what the one before got right; T where no epoch is right and such
+    samples rank first."""
     if 1 not in correct and never_learned == "inf":
         return float(len(correct))
     return float(sum(before == 1 and now == 0 for before, now in pairwise(correct)))
@@ -144,13 +162,19 @@ def unbiased_std(values: Sequence[float]) -> float:
 
 def dyn_unc(p_label: Sequence[float], window: int) -> float:
     """Mean over windows of the unbiased std of the label's probability."""
-    return mean([unbiased_std(inside) for inside in windows(p_label, window, len(p_label) - window + 1)])
+    return mean(
+        [unbiased_std(inside) for inside in windows(p_label, window, len(p_label) - window + 1)]
+    )
 
 
 def dual(p_label: Sequence[float], window: int) -> float:
     """Mean over windows of std * (1 - mean)."""
-    return mean([unbiased_std(inside) * (1.0 - mean(inside))
-                 for inside in windows(p_label, window, len(p_label) - window + 1)])
+    return mean(
+        [
+            unbiased_std(inside) * (1.0 - mean(inside))
+            for inside in windows(p_label, window, len(p_label) - window + 1)
+        ]
+    )
 
 
 def median(values: Sequence[float]) -> float:
@@ -163,7 +187,12 @@ def median(values: Sequence[float]) -> float:
 def moderate(features: Sequence[Row], labels: Sequence[int], sample: int) -> float:
     """Distance of one sample to the median of its class, which is taken dimension by dimension."""
     of_class = [row for row, label in zip(features, labels, strict=True) if label == labels[sample]]
-    return math.sqrt(sum((value - median([row[d] for row in of_class])) ** 2 for d, value in enumerate(features[sample])))
+    return math.sqrt(
+        sum(
+            (value - median([row[d] for row in of_class])) ** 2
+            for d, value in enumerate(features[sample])
+        )
+    )
 
 
 # ---- pruning
@@ -191,7 +220,8 @@ def centre_published(scores: Sequence[float], kept_share: float) -> list[float]:
 
 
 def stratum(score: float, low: float, high: float, num_strata: int) -> int:
-    """The stratum of equal width between low and high that holds a score, in exact arithmetic; the last includes high."""
+    """The stratum of equal width between low and high that holds a score, in exact arithmetic; the
+    last includes high."""
     if low == high:
         return 0
     width = (Fraction(high) - Fraction(low)) / num_strata
@@ -213,8 +243,11 @@ def stratum_budgets(counts: Sequence[int], num: int) -> list[int]:
     return budgets
 
 
-def beta_parameters(p_mean: Sequence[float], scores: Sequence[float], pruning_rate: float, c_d: float) -> tuple[float, float]:
-    """DUAL: the Beta distribution whose place follows the ten highest scores (all different) and the pruning rate."""
+def beta_parameters(
+    p_mean: Sequence[float], scores: Sequence[float], pruning_rate: float, c_d: float
+) -> tuple[float, float]:
+    """DUAL: the Beta distribution whose place follows the ten highest scores (all different) and
+    the pruning rate."""
     ranked = sorted(range(len(scores)), key=lambda n: scores[n])
     anchor = mean([p_mean[n] for n in ranked[-10:]])
     beta = 15 * (1 - anchor) * (1 - pruning_rate**c_d)
@@ -223,11 +256,17 @@ def beta_parameters(p_mean: Sequence[float], scores: Sequence[float], pruning_ra
 
 def beta_density(p: float, alpha: float, beta: float) -> float:
     """p^(alpha-1) (1-p)^(beta-1) / B(alpha, beta)."""
-    return p ** (alpha - 1) * (1 - p) ** (beta - 1) * math.gamma(alpha + beta) / (math.gamma(alpha) * math.gamma(beta))
+    return (
+        p ** (alpha - 1)
+        * (1 - p) ** (beta - 1)
+        * math.gamma(alpha + beta)
+        / (math.gamma(alpha) * math.gamma(beta))
+    )
 
 
 def inclusion_probabilities(weights: Sequence[float], num: int) -> list[float]:
-    """How likely each is among `num` drawn one after the other, each time in proportion to the weights still there."""
+    """How likely each is among `num` drawn one after the other, each time in proportion to the
+    weights still there."""
     included = [0.0] * len(weights)
     for order in permutations(range(len(weights)), num):
         probability, remaining = 1.0, sum(weights)

@@ -1,6 +1,7 @@
 """Run a function on several ranks with gloo, each in its own process, under a deadline.
 
-Processes are forked from a server that has torch loaded (a fresh interpreter per rank would import it each time).
+Processes are forked from a server that has torch loaded (a fresh interpreter per rank would import
+it each time).
 """
 
 import multiprocessing
@@ -19,15 +20,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # many ranks share few cores here
-WORLDS = [1, 3, *(pytest.param(world_size, marks=pytest.mark.slow) for world_size in (2, 4))]  # to parametrize with
+# many ranks share few cores here
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+# to parametrize with
+WORLDS = [1, 3, *(pytest.param(world_size, marks=pytest.mark.slow) for world_size in (2, 4))]
 NOT_MET = 111  # exit code of a rank that found no process group
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "tdds_dist.training.engine", "tdds_dist.scoring.scorer"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "tdds_dist.training.engine", "tdds_dist.scoring.scorer"]
+)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, deadline: float = 120.0) -> list[Any]:
-    """Return the results of `function(rank, *arguments)` by rank; AssertionError when a rank raises, dies or hangs."""
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, deadline: float = 120.0
+) -> list[Any]:
+    """Return the results of `function(rank, *arguments)` by rank; AssertionError when a rank
+    raises, dies or hangs."""
     results: Any = _context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = _start(world_size, folder, function, arguments, results)
@@ -38,9 +46,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, de
                 try:
                     rank, kind, value = results.get(timeout=0.5)
                 except queue.Empty:
-                    dead = [rank for rank, process in enumerate(processes) if not process.is_alive() and rank not in by_rank]
+                    dead = [
+                        rank
+                        for rank, process in enumerate(processes)
+                        if not process.is_alive() and rank not in by_rank
+                    ]
                     if time.monotonic() > end or (dead and results.empty()):
-                        raise AssertionError(f"ranks {dead or 'all'} died or hung for {deadline} s") from None
+                        raise AssertionError(
+                            f"ranks {dead or 'all'} died or hung for {deadline} s"
+                        ) from None
                     continue
                 assert kind == "done", f"rank {rank} failed:\n{value}"
                 by_rank[rank] = value
@@ -52,11 +66,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, de
     return [by_rank[rank] for rank in range(world_size)]
 
 
-def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any, patience: float = 5.0) -> list[int | None]:
-    """Exit codes by rank of `function(rank, *arguments)`, which may kill its process: 0 it returned, 1 it raised.
+def exit_codes(
+    world_size: int, function: Callable[..., Any], *arguments: Any, patience: float = 5.0
+) -> list[int | None]:
+    """Exit codes by rank of `function(rank, *arguments)`, which may kill its process: 0 it
+    returned, 1 it raised.
 
-    When one rank has ended badly, the others get `patience` seconds before they are killed. Ranks that do not even meet (gloo
-    loses a connection now and then on a busy machine) are started again.
+    When one rank has ended badly, the others get `patience` seconds before they are killed. Ranks
+    that do not even meet (gloo loses a connection now and then on a busy machine) are started
+    again.
     """
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
@@ -85,24 +103,51 @@ def catch(function: Callable[..., Any], *arguments: Any, **options: Any) -> tupl
     return "", ""
 
 
-def _start(world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...],
-           results: Any) -> list[BaseProcess]:
-    processes = [_context.Process(target=_main, args=(rank, world_size, f"{folder}/store", function, arguments, results),
-                                  daemon=True) for rank in range(world_size)]
+def _start(
+    world_size: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
+) -> list[BaseProcess]:
+    processes = [
+        _context.Process(
+            target=_main,
+            args=(rank, world_size, f"{folder}/store", function, arguments, results),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     return processes
 
 
-def _main(rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...],
-          results: Any) -> None:
-    """Join the group, call the function, and put (rank, "done" or "crash", result or traceback) where results are wanted."""
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+def _main(
+    rank: int,
+    world_size: int,
+    store: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
+) -> None:
+    """Join the group, call the function, and put (rank, "done" or "crash", result or traceback)
+    where results are wanted."""
+    os.environ |= {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
     torch.set_num_threads(1)
     code = NOT_MET
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
-                                timeout=timedelta(seconds=60))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
         code = 1
         value = function(rank, *arguments)
         dist.barrier()

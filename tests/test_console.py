@@ -1,4 +1,5 @@
-"""What people see: lines that are neither too many nor too few, colours on terminals only, and how a stage closes."""
+"""What people see: lines that are neither too many nor too few, colours on terminals only, and how
+a stage closes."""
 
 import io
 import json
@@ -36,7 +37,11 @@ def lines_of(capsys):
 
 def train(clock, epochs, epoch_seconds, log_file, steps=20):
     """Epochs as the training loop shows them."""
-    with speaking(), attached(LogFile(log_file)), Progress("training", epochs * steps, "", visible=True) as progress:
+    with (
+        speaking(),
+        attached(LogFile(log_file)),
+        Progress("training", epochs * steps, "", visible=True) as progress,
+    ):
         for epoch in range(1, epochs + 1):
             progress.note(f"epoch {epoch}/{epochs}")
             for _ in range(steps):
@@ -54,15 +59,20 @@ def test_short_epochs_are_no_flood_and_the_log_has_all(clock, capsys, tmp_path):
     assert lines[0] == "epoch 1 is over"
     assert lines[-1] == "epoch 100 is over"
     assert 10 <= len(lines) <= 13
-    assert all(line.endswith("is over") for line in lines), "no other line where these come often enough"
+    assert all(line.endswith("is over") for line in lines), (
+        "no other line where these come often enough"
+    )
     assert [line[20:] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
-        f"epoch {epoch} is over" for epoch in range(1, 101)]
+        f"epoch {epoch} is over" for epoch in range(1, 101)
+    ]
 
 
 def test_long_epochs_are_all_told_with_lines_in_between(clock, capsys, tmp_path):
     train(clock, 3, 60.0, tmp_path / "log.txt")
     lines = lines_of(capsys)
-    assert [line for line in lines if "over" in line] == [f"epoch {epoch} is over" for epoch in (1, 2, 3)]
+    assert [line for line in lines if "over" in line] == [
+        f"epoch {epoch} is over" for epoch in (1, 2, 3)
+    ]
     between = [line for line in lines if "over" not in line]
     assert 12 <= len(between) <= 15  # every 10 s, of which the end of an epoch takes one
     assert between[0] == "training: 6 %, epoch 1/3, 2 min 48 s left"  # 4 of 60 steps of 3 s
@@ -85,8 +95,10 @@ def test_a_line_has_counts_speed_and_the_time_that_is_left(clock, capsys):
         progress.advance(5_000)
         clock[0] += 10.0
         progress.advance(5_000)
-    assert lines_of(capsys) == ["check: 12 %, 5,000 of 40,000 images",
-                                "check: 25 %, 10,000 of 40,000 images, 500 images/s, 1 min 0 s left"]
+    assert lines_of(capsys) == [
+        "check: 12 %, 5,000 of 40,000 images",
+        "check: 25 %, 10,000 of 40,000 images, 500 images/s, 1 min 0 s left",
+    ]
 
 
 def test_a_run_that_goes_on_starts_where_it_is(clock, capsys):
@@ -102,7 +114,11 @@ def test_others_than_rank_0_and_quiet_ones_are_silent(clock, capsys, tmp_path):
     with Progress("x", 3, "images", visible=False) as hidden:
         clock[0] += 100.0
         hidden.advance()
-    with speaking(quiet=True), attached(LogFile(tmp_path / "log.txt")), Progress("x", 3, "images", visible=True) as silenced:
+    with (
+        speaking(quiet=True),
+        attached(LogFile(tmp_path / "log.txt")),
+        Progress("x", 3, "images", visible=True) as silenced,
+    ):
         clock[0] += 100.0
         silenced.advance()
         silenced.tell("epoch", always=True)
@@ -164,7 +180,11 @@ def test_warnings_are_counted_and_said_even_when_quiet(capsys, tmp_path):
     assert others == []
     assert lines_of(capsys) == ["warning: the disk is full", "run 3: FAILED", "resumes"]
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [line[20:] for line in lines] == ["collect x: 5 images", "warning: the disk is full", "finished, 100 %"]
+    assert [line[20:] for line in lines] == [
+        "collect x: 5 images",
+        "warning: the disk is full",
+        "finished, 100 %",
+    ]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line[:20]) for line in lines)
 
 
@@ -188,9 +208,17 @@ def test_the_heads_of_messages_are_coloured(monkeypatch):
     assert stream.getvalue() == "\033[1mcollect x\033[0m: 5 images\n\033[33mwarning:\033[0m late\n"
 
 
-@pytest.mark.parametrize(("term", "no_color", "stream", "painted"), [
-    ("xterm", None, Terminal, True), ("xterm", None, io.StringIO, False), ("xterm", "1", Terminal, False),
-    ("xterm", "", Terminal, True), ("dumb", "", Terminal, False)])  # an empty NO_COLOR means not set
+@pytest.mark.parametrize(
+    ("term", "no_color", "stream", "painted"),
+    [
+        ("xterm", None, Terminal, True),
+        ("xterm", None, io.StringIO, False),
+        ("xterm", "1", Terminal, False),
+        # an empty NO_COLOR means not set
+        ("xterm", "", Terminal, True),
+        ("dumb", "", Terminal, False),
+    ],
+)
 def test_colours_are_for_terminals(monkeypatch, term, no_color, stream, painted):
     monkeypatch.setenv("TERM", term)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -199,9 +227,22 @@ def test_colours_are_for_terminals(monkeypatch, term, no_color, stream, painted)
     assert paint("wrote", "green", stream()) == ("\033[32mwrote\033[0m" if painted else "wrote")
 
 
-@pytest.mark.parametrize(("seconds", "words"), [
-    (0.04, "0 s"), (4.04, "4 s"), (None, "–"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"),
-    (250, "4 min 10 s"), (3599.6, "1 h 0 min"), (7500, "2 h 5 min"), (7199, "2 h 0 min")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0 s"),
+        (4.04, "4 s"),
+        (None, "–"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (250, "4 min 10 s"),
+        (3599.6, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+        (7199, "2 h 0 min"),
+    ],
+)
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
 
@@ -211,7 +252,13 @@ def test_durations_in_words(seconds, words):
 
 def test_sizes_in_words():
     assert [size_text(number) for number in (0, 999, 1000, 640_588_000, 80e9, 2.5e12)] == [
-        "0 B", "999 B", "1 kB", "640.6 MB", "80 GB", "2.5 TB"]
+        "0 B",
+        "999 B",
+        "1 kB",
+        "640.6 MB",
+        "80 GB",
+        "2.5 TB",
+    ]
 
 
 @pytest.fixture
@@ -219,26 +266,51 @@ def closing(tmp_path):
     (tmp_path / "a.npz").write_bytes(bytes(2048))
     (tmp_path / "run/models").mkdir(parents=True)
     (tmp_path / "run/models/final.pt").write_bytes(bytes(3 * 2**20))
-    return Outcome([tmp_path / "a.npz", tmp_path / "run"],
-                   {"images": 1281167, "epochs": 90, "seconds": 250.0, "final_top1": 73.456, "memory_bytes": 3 * 2**30,
-                    "scoring_share": None},
-                   "tdds report run", ["noise: none"])
+    return Outcome(
+        [tmp_path / "a.npz", tmp_path / "run"],
+        {
+            "images": 1281167,
+            "epochs": 90,
+            "seconds": 250.0,
+            "final_top1": 73.456,
+            "memory_bytes": 3 * 2**30,
+            "scoring_share": None,
+        },
+        "tdds report run",
+        ["noise: none"],
+    )
 
 
 def test_a_closing_block_lists_files_numbers_warnings_and_the_next_command(closing, tmp_path):
     assert closing.as_text(io.StringIO(), num_warnings=2).splitlines() == [
-        f"wrote {tmp_path}/a.npz (2.048 kB)", f"wrote {tmp_path}/run (3.146 MB)",
-        "  1,281,167 images, 90 epochs, 4 min 10 s, final top-1 73.46 %, peak memory 3.221 GB, 2 warnings, see above",
-        "noise: none", "next: tdds report run"]
+        f"wrote {tmp_path}/a.npz (2.048 kB)",
+        f"wrote {tmp_path}/run (3.146 MB)",
+        (
+            "  1,281,167 images, 90 epochs, 4 min 10 s, final top-1 73.46 %, peak memory 3.221 GB,"
+            " 2 warnings, see above"
+        ),
+        "noise: none",
+        "next: tdds report run",
+    ]
     data = json.loads(json.dumps(closing.as_data("collect", ["one"])))
     assert data["wrote"][1] == {"path": f"{tmp_path}/run", "bytes": 3 * 2**20}
     assert data["numbers"]["final_top1"] == 73.456
-    assert (data["stage"], data["warnings"], data["next"], data["exit_code"]) == ("collect", ["one"], "tdds report run", 0)
+    assert (data["stage"], data["warnings"], data["next"], data["exit_code"]) == (
+        "collect",
+        ["one"],
+        "tdds report run",
+        0,
+    )
 
 
 def test_numbers_are_not_torn_from_their_words(closing):
-    many = Outcome(numbers=dict.fromkeys(("checked", "corrupted_images", "images_per_second", "changed_labels", "final_top1"),
-                                         1_000_000) | {"scoring_share": 0.01})
+    many = Outcome(
+        numbers=dict.fromkeys(
+            ("checked", "corrupted_images", "images_per_second", "changed_labels", "final_top1"),
+            1_000_000,
+        )
+        | {"scoring_share": 0.01}
+    )
     lines = many.as_text(io.StringIO()).splitlines()
     assert len(lines) > 1
     assert all(line.endswith(",") for line in lines[:-1])
@@ -246,8 +318,14 @@ def test_numbers_are_not_torn_from_their_words(closing):
 
 
 def test_commands_can_be_typed_as_they_are(monkeypatch):
-    assert command("select", "runs/a b", "--pruning-rate", 0.5) == "tdds select 'runs/a b' --pruning-rate 0.5"
-    assert command("retrain", "x.yaml", ranks=8) == "torchrun --nproc-per-node 8 -m tdds_dist retrain x.yaml"
+    assert (
+        command("select", "runs/a b", "--pruning-rate", 0.5)
+        == "tdds select 'runs/a b' --pruning-rate 0.5"
+    )
+    assert (
+        command("retrain", "x.yaml", ranks=8)
+        == "torchrun --nproc-per-node 8 -m tdds_dist retrain x.yaml"
+    )
     for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     words = ["collect", "x.yaml", "score.windows=[{T: 3, K: 2}]"]

@@ -1,6 +1,8 @@
-"""The rooms: which may import which, who alone may touch which dependency, and what importing the package costs.
+"""The rooms: which may import which, who alone may touch which dependency, and what importing the
+package costs.
 
-Imports are read from the syntax tree, so those inside functions and under TYPE_CHECKING count as well.
+Imports are read from the syntax tree, so those inside functions and under TYPE_CHECKING count as
+well.
 """
 
 import ast
@@ -14,9 +16,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "tdds_dist"
 GROUND = ("errors", "console", "text")  # modules of the package itself, which every room may import
-# A room imports rooms of the lines above its own, and of these only modules that their `__all__` names.
-ROOMS = (("config", "distributed"), ("runs",), ("data",), ("scoring",), ("coreset", "training"), ("report",), ("experiments",),
-         ("cli",), ("launch",), ("__main__",))
+# A room imports rooms of the lines above its own, and of these only modules that their `__all__`
+# names.
+ROOMS = (
+    ("config", "distributed"),
+    ("runs",),
+    ("data",),
+    ("scoring",),
+    ("coreset", "training"),
+    ("report",),
+    ("experiments",),
+    ("cli",),
+    ("launch",),
+    ("__main__",),
+)
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 UNSEEN = {"report": {"training"}}  # rooms above that it may not import all the same
 # dependency: the modules or rooms that may import it
@@ -32,11 +45,18 @@ ONLY_IN = {
     "launch": {"launch", "__main__"},
 }
 # NumPy and torch in, NumPy and torch out
-PURE = ("distributed.partition", "scoring.sample_stats", "scoring.tdds", "scoring.baselines", "coreset.samplers")
+PURE = (
+    "distributed.partition",
+    "scoring.sample_stats",
+    "scoring.tdds",
+    "scoring.baselines",
+    "coreset.samplers",
+)
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name without the package: `errors`, `runs.lock`, `launch.task`; a room by its own."""
+    """Every module by its dotted name without the package: `errors`, `runs.lock`, `launch.task`; a
+    room by its own."""
     found = {}
     for path in sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "launch").rglob("*.py")]):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -58,22 +78,37 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, f"line {node.lineno}: a relative import; write it in full"
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
-            yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "__import__",
+            "importlib.import_module",
+        ):
+            yield from (
+                argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)
+            )
 
 
 def imported_modules(tree: ast.AST, known: Iterable[str] = MODULES) -> set[str]:
-    """Modules of ours that a module imports; a name of a package that is no module counts as the package."""
-    names = {name.removeprefix(f"{PACKAGE}.") for name in imported_names(tree) if name.split(".")[0] in (PACKAGE, "launch")}
+    """Modules of ours that a module imports; a name of a package that is no module counts as the
+    package."""
+    names = {
+        name.removeprefix(f"{PACKAGE}.")
+        for name in imported_names(tree)
+        if name.split(".")[0] in (PACKAGE, "launch")
+    }
     names &= set(known)
-    return {name for name in names if name and not any(other.startswith(f"{name}.") for other in names)}
+    return {
+        name for name in names if name and not any(other.startswith(f"{name}.") for other in names)
+    }
 
 
 def uses(tree: ast.AST, dependency: str) -> bool:
-    """Say whether a dependency is imported or, like `torch.distributed`, reached as an attribute."""
+    """Say whether a dependency is imported or, like `torch.distributed`, reached as an
+    attribute."""
     if any(f"{name}.".startswith(f"{dependency}.") for name in imported_names(tree)):
         return True
-    prefixes = (f"{dependency}.", "dist.") if dependency == "torch.distributed" else (f"{dependency}.",)
+    prefixes = (
+        (f"{dependency}.", "dist.") if dependency == "torch.distributed" else (f"{dependency}.",)
+    )
     attributes = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     return any(f"{text}.".startswith(prefixes) for text in attributes)
 
@@ -85,17 +120,26 @@ def faults(module: str, tree: ast.AST) -> list[str]:
         target = other.split(".")[0]
         if target in GROUND or target == room:
             continue
-        if room not in FLOOR or FLOOR.get(target, 99) >= FLOOR[room] or target in UNSEEN.get(room, ()):
+        if (
+            room not in FLOOR
+            or FLOOR.get(target, 99) >= FLOOR[room]
+            or target in UNSEEN.get(room, ())
+        ):
             found.append(f"{module} may not import {other}")
         elif target != "launch" and (other == target or other.split(".")[1] not in doors(target)):
-            found.append(f"{module} may not import {other}, which `__all__` of {target} does not name")
+            found.append(
+                f"{module} may not import {other}, which `__all__` of {target} does not name"
+            )
     return found
 
 
 def doors(room: str) -> list[str]:
     """The modules that a room lets others import."""
-    (listed,) = (node.value for node in TREES[room].body
-                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
+    (listed,) = (
+        node.value
+        for node in TREES[room].body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
     return ast.literal_eval(listed)
 
 
@@ -105,10 +149,12 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
 
     def walk(module: str, path: tuple[str, ...]) -> list[str]:
         if module in path:
-            return [*path[path.index(module):], module]
+            return [*path[path.index(module) :], module]
         if module in done:
             return []
-        found = next(filter(None, (walk(other, (*path, module)) for other in sorted(edges[module]))), [])
+        found = next(
+            filter(None, (walk(other, (*path, module)) for other in sorted(edges[module]))), []
+        )
         done.add(module)
         return found
 
@@ -131,32 +177,62 @@ def function():
 from tdds_dist import console
 from launch import task
 """)
-    assert imported_modules(tree) == {"config.run", "scoring.scorer", "report.charts", "report.page", "training.retrain",
-                                      "coreset.select", "console", "launch.task"}
+    assert imported_modules(tree) == {
+        "config.run",
+        "scoring.scorer",
+        "report.charts",
+        "report.page",
+        "training.retrain",
+        "coreset.select",
+        "console",
+        "launch.task",
+    }
 
 
-@pytest.mark.parametrize(("module", "source", "words"), [
-    ("report.page", "from tdds_dist.training.engine import fit", "may not import training.engine"),
-    ("runs.lock", "from tdds_dist.data.beton import BetonInfo", "may not import data.beton"),
-    ("training.job", "import tdds_dist.coreset.select", "may not import coreset.select"),
-    ("cli.main", "def f():\n    from launch.submit import add_submit", "may not import launch.submit"),
-    ("coreset.select", "from tdds_dist.data.decode import uniform", "does not name"),
-    ("errors", "from tdds_dist.runs import lock", "may not import runs.lock"),
-])
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        (
+            "report.page",
+            "from tdds_dist.training.engine import fit",
+            "may not import training.engine",
+        ),
+        ("runs.lock", "from tdds_dist.data.beton import BetonInfo", "may not import data.beton"),
+        ("training.job", "import tdds_dist.coreset.select", "may not import coreset.select"),
+        (
+            "cli.main",
+            "def f():\n    from launch.submit import add_submit",
+            "may not import launch.submit",
+        ),
+        ("coreset.select", "from tdds_dist.data.decode import uniform", "does not name"),
+        ("errors", "from tdds_dist.runs import lock", "may not import runs.lock"),
+    ],
+)
 def test_the_checks_see_what_is_wrong(module, source, words):
     (fault,) = faults(module, ast.parse(source))
     assert words in fault
 
 
-@pytest.mark.parametrize(("source", "dependency"), [
-    ("import ffcv", "ffcv"), ("from ffcv.fields import IntField", "ffcv"), ("import ffcv.libffcv as x", "ffcv"),
-    ("def f():\n  import numba", "numba"), ("import torch.distributed as d", "torch.distributed"),
-    ("from torch import distributed", "torch.distributed"), ("from torch.distributed import x", "torch.distributed"),
-    ("import torch\ntorch.distributed.barrier()", "torch.distributed"), ("dist.barrier()", "torch.distributed"),
-])
+@pytest.mark.parametrize(
+    ("source", "dependency"),
+    [
+        ("import ffcv", "ffcv"),
+        ("from ffcv.fields import IntField", "ffcv"),
+        ("import ffcv.libffcv as x", "ffcv"),
+        ("def f():\n  import numba", "numba"),
+        ("import torch.distributed as d", "torch.distributed"),
+        ("from torch import distributed", "torch.distributed"),
+        ("from torch.distributed import x", "torch.distributed"),
+        ("import torch\ntorch.distributed.barrier()", "torch.distributed"),
+        ("dist.barrier()", "torch.distributed"),
+    ],
+)
 def test_the_checks_see_every_kind_of_use(source, dependency):
     assert uses(ast.parse(source), dependency)
-    others = "import ffcvx, numba_, torch.distributions\nfrom tdds_dist import distributed\ndistributed.barrier()"
+    others = (
+        "import ffcvx, numba_, torch.distributions\nfrom tdds_dist import"
+        " distributed\ndistributed.barrier()"
+    )
     assert not uses(ast.parse(others), dependency)
 
 
@@ -164,7 +240,9 @@ def test_the_checks_see_every_kind_of_use(source, dependency):
 
 
 def test_imports_point_to_rooms_below():
-    assert [fault for module, tree in TREES.items() if module for fault in faults(module, tree)] == []
+    assert [
+        fault for module, tree in TREES.items() if module for fault in faults(module, tree)
+    ] == []
 
 
 def test_no_circle():
@@ -205,7 +283,9 @@ def test_every_public_name_is_there():
 @pytest.mark.parametrize("dependency", ONLY_IN)
 def test_dependency_stays_where_it_belongs(dependency):
     users = {module for module, tree in TREES.items() if uses(tree, dependency)}
-    assert {module for module in users if not {module, module.split(".")[0]} & ONLY_IN[dependency]} == set()
+    assert {
+        module for module in users if not {module, module.split(".")[0]} & ONLY_IN[dependency]
+    } == set()
 
 
 def test_nothing_in_the_package_reads_the_variables_of_slurm():
@@ -218,25 +298,63 @@ def test_pure_modules_touch_nothing_outside(module):
     """No files, no processes, no process group, no environment."""
     names = {name.split(".")[0] for name in imported_names(TREES[module])}
     assert names <= {"collections", "dataclasses", "math", "typing", "numpy", "torch", "tdds_dist"}
-    called = {ast.unparse(node.func) for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)}
-    assert not {name for name in called if name.split(".")[-1] in
-                {"open", "print", "load", "save", "savez", "fromfile", "tofile", "exec", "eval", "__import__"}}
+    called = {
+        ast.unparse(node.func) for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)
+    }
+    assert not {
+        name
+        for name in called
+        if name.split(".")[-1]
+        in {
+            "open",
+            "print",
+            "load",
+            "save",
+            "savez",
+            "fromfile",
+            "tofile",
+            "exec",
+            "eval",
+            "__import__",
+        }
+    }
 
 
 def printed_by(program: str) -> str:
     """Return what a fresh interpreter prints; the package is the one beside these tests."""
     command = [sys.executable, "-c", f"import sys; {program}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_importing_the_scorer_is_cheap():
     """Only torch and NumPy: a foreign training loop should not pay for, or need, anything else."""
-    heavy = {"ffcv", "numba", "submitit", "pydantic", "yaml", "matplotlib", "torchvision", "jinja2", "PIL", "cv2"}
-    assert printed_by(f"from tdds_dist import ShardedScorer, Window; print({heavy} & sys.modules.keys())") == "set()"
+    heavy = {
+        "ffcv",
+        "numba",
+        "submitit",
+        "pydantic",
+        "yaml",
+        "matplotlib",
+        "torchvision",
+        "jinja2",
+        "PIL",
+        "cv2",
+    }
+    assert (
+        printed_by(
+            f"from tdds_dist import ShardedScorer, Window; print({heavy} & sys.modules.keys())"
+        )
+        == "set()"
+    )
 
 
 def test_importing_the_command_line_does_not_load_torch():
-    program = "from tdds_dist.__main__ import COMMANDS; from tdds_dist.cli.parser import build_parser; build_parser(COMMANDS)"
+    program = (
+        "from tdds_dist.__main__ import COMMANDS; from tdds_dist.cli.parser import build_parser;"
+        " build_parser(COMMANDS)"
+    )
     assert printed_by(f"{program}; print('torch' in sys.modules)") == "False"

@@ -1,4 +1,5 @@
-"""The commands: each function takes the parsed options, runs a stage, and returns its `Outcome`, on the main rank.
+"""The commands: each function takes the parsed options, runs a stage, and returns its `Outcome`, on
+the main rank.
 
 Stages are imported when they run: `tdds --help` and a wrong path should not wait for torch.
 """
@@ -31,7 +32,8 @@ _RANKS_OF_A_NODE = 8  # of more, a command that comes next is for a cluster
 
 @contextmanager
 def _shared() -> Iterator[None]:
-    """Mark an InputError raised inside as shared by all ranks, which read the same files and options."""
+    """Mark an InputError raised inside as shared by all ranks, which read the same files and
+    options."""
     try:
         yield
     except InputError as error:
@@ -60,44 +62,78 @@ def write(options: argparse.Namespace) -> Outcome:
     from tdds_dist.data.sources import open_source, with_corruption, with_label_noise
     from tdds_dist.data.writer import write_beton
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # an exception, so that temporary files go
+    # an exception, so that temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     started = time.perf_counter()
     source = open_source(options.source, options.split, options.subset)
-    source = with_corruption(with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed)
+    source = with_corruption(
+        with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed
+    )
     noisy = source.true_label_N is not None or source.corruption is not None
     if noisy and options.split == "val":
-        log.warning("images for evaluation should stay clean; leave out --label-noise and --corrupt with --split val")
+        log.warning(
+            "images for evaluation should stay clean; leave out --label-noise and --corrupt with"
+            " --split val"
+        )
     manifest = write_beton(
-        source, options.out, max_resolution=options.max_resolution, write_mode=options.write_mode, quality=options.quality,
-        num_workers=options.num_workers, overwrite=options.overwrite)
+        source,
+        options.out,
+        max_resolution=options.max_resolution,
+        write_mode=options.write_mode,
+        quality=options.quality,
+        num_workers=options.num_workers,
+        overwrite=options.overwrite,
+    )
     seconds = time.perf_counter() - started
-    numbers: dict[str, Any] = {"images": manifest.num_samples, "classes": manifest.num_classes, "seconds": seconds,
-                               "images_per_second": manifest.num_samples / seconds}
+    numbers: dict[str, Any] = {
+        "images": manifest.num_samples,
+        "classes": manifest.num_classes,
+        "seconds": seconds,
+        "images_per_second": manifest.num_samples / seconds,
+    }
     notes = []
     if noisy:
         corruption = manifest.corruption or []
-        numbers |= {"changed_labels": 0 if manifest.noisy_N is None else int(manifest.noisy_N.sum()),
-                    "corrupted_images": len(corruption) - corruption.count("")}
+        numbers |= {
+            "changed_labels": 0 if manifest.noisy_N is None else int(manifest.noisy_N.sum()),
+            "corrupted_images": len(corruption) - corruption.count(""),
+        }
         by_kind = ", ".join(f"{corruption.count(kind)} {kind}" for kind in KINDS)
-        notes.append(f"noise (seed {options.seed}): {numbers['changed_labels']} labels changed, {numbers['corrupted_images']} "
-                     f"images corrupted ({by_kind})")
+        notes.append(
+            f"noise (seed {options.seed}): {numbers['changed_labels']} labels changed,"
+            f" {numbers['corrupted_images']} images corrupted ({by_kind})"
+        )
     then, more = _after_write(options, manifest.num_classes)
     return Outcome([options.out, manifest_path(options.out)], numbers, then, [*notes, *more])
 
 
 def _after_write(options: argparse.Namespace, num_classes: int) -> tuple[str, list[str]]:
-    """Return the command for the other split, or for the collection when both are there; and notes about it."""
+    """Return the command for the other split, or for the collection when both are there; and notes
+    about it."""
     other = "val" if options.split == "train" else "train"
     name = options.out.name
-    file = options.out.with_name(name.replace(options.split, other) if options.split in name else
-                                 f"{options.out.stem}_{other}.beton")
+    file = options.out.with_name(
+        name.replace(options.split, other)
+        if options.split in name
+        else f"{options.out.stem}_{other}.beton"
+    )
     if not file.is_file():
-        given = [word for option, usual in (("max_resolution", None), ("write_mode", "jpg"), ("quality", 90))
-                 if (value := getattr(options, option)) != usual for word in (f"--{option.replace('_', '-')}", value)]
+        given = [
+            word
+            for option, usual in (("max_resolution", None), ("write_mode", "jpg"), ("quality", 90))
+            if (value := getattr(options, option)) != usual
+            for word in (f"--{option.replace('_', '-')}", value)
+        ]
         return command("write", options.source, file, "--split", other, *given), []
     files = {options.split: options.out, other: file}
-    settings = [f"data.train={files['train']}", f"data.val={files['val']}", f"data.num_classes={num_classes}"]
-    return command("collect", "CONFIG.yaml", *settings), ["CONFIG.yaml: one of configs/, or a copy of it with your settings"]
+    settings = [
+        f"data.train={files['train']}",
+        f"data.val={files['val']}",
+        f"data.num_classes={num_classes}",
+    ]
+    return command("collect", "CONFIG.yaml", *settings), [
+        "CONFIG.yaml: one of configs/, or a copy of it with your settings"
+    ]
 
 
 def check(options: argparse.Namespace) -> Outcome:
@@ -110,9 +146,15 @@ def check(options: argparse.Namespace) -> Outcome:
     if result.faults and show is print:
         print(result.summary())
     result.require_sound()
-    return Outcome(numbers={"checked": result.num_checked, "seconds": result.seconds,
-                            "images_per_second": result.num_checked / max(result.seconds, 1e-9)},
-                   text=result.summary(), says_all=True)
+    return Outcome(
+        numbers={
+            "checked": result.num_checked,
+            "seconds": result.seconds,
+            "images_per_second": result.num_checked / max(result.seconds, 1e-9),
+        },
+        text=result.summary(),
+        says_all=True,
+    )
 
 
 # ---- trainings
@@ -124,15 +166,30 @@ def plan(options: argparse.Namespace) -> Outcome:
 
     config = _load_config(options)
     found = plan_resources(
-        config, num_ranks=options.gpus, num_samples=options.num_samples, strategies=options.strategies,
-        gpu_memory_bytes=parse_bytes(options.gpu_memory, "--gpu-memory"), disk_bytes=parse_bytes(options.disk, "--disk"),
-        images_per_second=options.images_per_second, measured_in=options.measured_in)
-    if (images := next((line.value for line in found.sections["run"][1] if line.key == "images"), None)) and (
-            config.train.global_batch_size > images):
+        config,
+        num_ranks=options.gpus,
+        num_samples=options.num_samples,
+        strategies=options.strategies,
+        gpu_memory_bytes=parse_bytes(options.gpu_memory, "--gpu-memory"),
+        disk_bytes=parse_bytes(options.disk, "--disk"),
+        images_per_second=options.images_per_second,
+        measured_in=options.measured_in,
+    )
+    if (
+        images := next(
+            (line.value for line in found.sections["run"][1] if line.key == "images"), None
+        )
+    ) and (config.train.global_batch_size > images):
         step = options.gpus * config.train.accumulation
-        fits = f"; train.global_batch_size={int(images) // step * step} fits" if images >= step else "; lower it"
-        log.warning(f"train.global_batch_size={config.train.global_batch_size} is larger than the {int(images)} images and "
-                    f"repeats some to fill up{fits}")
+        fits = (
+            f"; train.global_batch_size={int(images) // step * step} fits"
+            if images >= step
+            else "; lower it"
+        )
+        log.warning(
+            f"train.global_batch_size={config.train.global_batch_size} is larger than the"
+            f" {int(images)} images and repeats some to fill up{fits}"
+        )
     if options.gpus <= _RANKS_OF_A_NODE:
         then = command("collect", options.config, *options.overrides, ranks=options.gpus)
     else:
@@ -153,8 +210,13 @@ def collect(options: argparse.Namespace) -> Outcome | None:
 
     run = RunDir(config.run.directory)
     was_finished = run.result_file.is_file() and not options.fresh
-    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
-        paths = run_collect(config, world, fresh=options.fresh, force=options.force, interruption=interruption)
+    with (
+        options.interruption as interruption,
+        session(config.run.device, config.run.timeout_seconds) as world,
+    ):
+        paths = run_collect(
+            config, world, fresh=options.fresh, force=options.force, interruption=interruption
+        )
         if not world.is_main:
             return None
     files = [path for path in (*paths, run.models / "final.pt") if path.is_file()]
@@ -165,22 +227,36 @@ def collect(options: argparse.Namespace) -> Outcome | None:
 def _training_numbers(run: "RunDir") -> dict[str, Any]:
     """Return the numbers of a finished collection or retraining."""
     result, records = run.read_result() or {}, run.read_metrics()
-    shares = [record["scoring_share"] for record in records if record.get("scoring_share") is not None]
+    shares = [
+        record["scoring_share"] for record in records if record.get("scoring_share") is not None
+    ]
     return {
-        "images": result.get("num_images"), "epochs": result.get("epochs"), "seconds": result.get("train_seconds"),
-        "images_per_second": result.get("median_images_per_second"), "final_top1": result.get("final_top1"),
+        "images": result.get("num_images"),
+        "epochs": result.get("epochs"),
+        "seconds": result.get("train_seconds"),
+        "images_per_second": result.get("median_images_per_second"),
+        "final_top1": result.get("final_top1"),
         "best_top1": result.get("best_top1"),
         "memory_bytes": max((record.get("memory_bytes") or 0 for record in records), default=None),
-        "scoring_share": statistics.median(shares) if shares and result.get("stage") == "collect" else None}
+        "scoring_share": (
+            statistics.median(shares) if shares and result.get("stage") == "collect" else None
+        ),
+    }
 
 
 def select_command(config: "Config", directory: Path, score: str = "") -> str:
-    """Return the command that makes coresets of a run at every rate that a window serves, by a score; without one by the
-    windows, or by the first of them where none serves a rate."""
+    """Return the command that makes coresets of a run at every rate that a window serves, by a
+    score; without one by the windows, or by the first of them where none serves a rate."""
     served = [f"{rate:g}" for rate in config.served_rates if rate]
     if not served:
         score = score or config.windows()[0].key(config.score.preset)
-    return command("select", directory, "--pruning-rate", *(served or [_USUAL_RATE]), *(["--score", score] if score else []))
+    return command(
+        "select",
+        directory,
+        "--pruning-rate",
+        *(served or [_USUAL_RATE]),
+        *(["--score", score] if score else []),
+    )
 
 
 def retrain(options: argparse.Namespace) -> Outcome | None:
@@ -194,9 +270,21 @@ def retrain(options: argparse.Namespace) -> Outcome | None:
     from tdds_dist.distributed.world import session
     from tdds_dist.training.retrain import retrain as run_retrain
 
-    with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
-        run = run_retrain(config, world, options.coreset, options.strategy, importance=options.importance, name=options.name,
-                          fresh=options.fresh, force=options.force, interruption=interruption)
+    with (
+        options.interruption as interruption,
+        session(config.run.device, config.run.timeout_seconds) as world,
+    ):
+        run = run_retrain(
+            config,
+            world,
+            options.coreset,
+            options.strategy,
+            importance=options.importance,
+            name=options.name,
+            fresh=options.fresh,
+            force=options.force,
+            interruption=interruption,
+        )
         if not world.is_main:
             return None
     return Outcome([run.path], _training_numbers(run), command("report", config.run.directory))
@@ -216,10 +304,18 @@ def experiment(options: argparse.Namespace) -> Outcome | None:
     started = time.perf_counter()
     if not _is_alone():
         if options.jobs != 1:
-            raise InputError(f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the other; leave it "
-                             "out", shared=True)
-        with options.interruption as interruption, session(config.run.device, config.run.timeout_seconds) as world:
-            table, failed = run_experiment(table_of, force=options.force, world=world, interruption=interruption)
+            raise InputError(
+                f"--jobs={options.jobs} under torchrun, where all ranks work on one run after the"
+                " other; leave it out",
+                shared=True,
+            )
+        with (
+            options.interruption as interruption,
+            session(config.run.device, config.run.timeout_seconds) as world,
+        ):
+            table, failed = run_experiment(
+                table_of, force=options.force, world=world, interruption=interruption
+            )
             is_main = world.is_main
     else:
         table, failed = run_experiment(table_of, jobs=options.jobs, force=options.force)
@@ -228,13 +324,20 @@ def experiment(options: argparse.Namespace) -> Outcome | None:
     if failed:
         if is_main and not options.json and not options.quiet:
             print(Outcome(files, text=f"\n{table.read_text()}").as_text(sys.stdout))
-        raise InputError(f"{len(failed)} runs failed ({failed[0]}); correct the cause and run the same command again",
-                         shared=True)
+        raise InputError(
+            f"{len(failed)} runs failed ({failed[0]}); correct the cause and run the same command"
+            " again",
+            shared=True,
+        )
     if not is_main:
         return None
     num_cells = len(files[1].read_text().splitlines()) - 1
-    return Outcome(files, {"retrainings": num_cells, "seconds": time.perf_counter() - started},
-                   command("report", table.parent), text=f"\n{table.read_text()}")
+    return Outcome(
+        files,
+        {"retrainings": num_cells, "seconds": time.perf_counter() - started},
+        command("report", table.parent),
+        text=f"\n{table.read_text()}",
+    )
 
 
 # ---- scores and coresets
@@ -246,35 +349,65 @@ def score(options: argparse.Namespace) -> Outcome | None:
     if options.all and options.score:
         raise InputError("--all and --score exclude each other; leave one out")
     if options.final_pass:
-        others = [f"--{name}" for name in ("all", "score", *tdds_only, "beton", "out") if getattr(options, name)]
+        others = [
+            f"--{name}"
+            for name in ("all", "score", *tdds_only, "beton", "out")
+            if getattr(options, name)
+        ]
         if others := [*others, *options.overrides, *([] if options.delta == "kl" else ["--delta"])]:
-            raise InputError(f"--final-pass stands alone, without {others[0]}; run the other command separately")
+            raise InputError(
+                f"--final-pass stands alone, without {others[0]}; run the other command separately"
+            )
         return _final_pass(options)
-    if many and (given := [name for name in tdds_only if getattr(options, name) is not None] + (
-            [] if options.delta == "kl" else ["delta"])):
-        raise InputError(f"--{given[0]} belongs to `tdds score` without --all and --score, which take the windows of the run's "
-                         "config; run it separately")
+    if many and (
+        given := [name for name in tdds_only if getattr(options, name) is not None]
+        + ([] if options.delta == "kl" else ["delta"])
+    ):
+        raise InputError(
+            f"--{given[0]} belongs to `tdds score` without --all and --score, which take the"
+            " windows of the run's config; run it separately"
+        )
     if options.overrides and not many:
-        raise InputError(f"{options.overrides[0]} is an option of --all and --score KEY; TDDS alone takes --T, --K, --beta, "
-                         "--preset, --delta")
+        raise InputError(
+            f"{options.overrides[0]} is an option of --all and --score KEY; TDDS alone takes --T,"
+            " --K, --beta, --preset, --delta"
+        )
 
     from tdds_dist.scoring.offline import score as score_tdds
     from tdds_dist.scoring.offline import score_all
 
     started, skipped = time.perf_counter(), list[str]()
     if many:
-        paths, skipped = score_all(options.source, options.score, options=options.overrides, beton=options.beton,
-                                   out=options.out)
+        paths, skipped = score_all(
+            options.source,
+            options.score,
+            options=options.overrides,
+            beton=options.beton,
+            out=options.out,
+        )
         for reason in skipped:
             log.warning(f"not computed: {reason}")
     else:
-        paths = score_tdds(options.source, preset=options.preset, T=options.T, K=options.K, beta=options.beta,
-                           delta=options.delta, beton=options.beton, out=options.out)
-    return Outcome(paths, {"scores": len(paths), "seconds": time.perf_counter() - started}, _after_score(options, paths))
+        paths = score_tdds(
+            options.source,
+            preset=options.preset,
+            T=options.T,
+            K=options.K,
+            beta=options.beta,
+            delta=options.delta,
+            beton=options.beton,
+            out=options.out,
+        )
+    return Outcome(
+        paths,
+        {"scores": len(paths), "seconds": time.perf_counter() - started},
+        _after_score(options, paths),
+    )
 
 
 def _after_score(options: argparse.Namespace, paths: list[Path]) -> str:
-    """Return the command for coresets by the new scores, at the rates of the run's config; "" while the run is not finished."""
+    """Return the command for coresets by the new scores, at the rates of the run's config; "" while
+    the run is not finished."""
     from tdds_dist.config.run import parse_config
     from tdds_dist.runs.directory import RunDir
 
@@ -286,7 +419,9 @@ def _after_score(options: argparse.Namespace, paths: list[Path]) -> str:
     if not run.result_file.is_file():
         return ""
     config = parse_config(run.read_config(), str(run.config_file))
-    if {window.key(config.score.preset) for window in config.windows()} <= {path.stem for path in ranked}:
+    if {window.key(config.score.preset) for window in config.windows()} <= {
+        path.stem for path in ranked
+    }:
         return select_command(config, run.path)
     return select_command(config, run.path, ranked[0].stem)
 
@@ -307,43 +442,78 @@ def _final_pass(options: argparse.Namespace) -> Outcome | None:
         paths = final_pass(options.source, world)
         if not world.is_main:
             return None
-    return Outcome(paths, {"scores": len(paths), "seconds": time.perf_counter() - started},
-                   command("select", options.source, "--pruning-rate", _USUAL_RATE, "--score", paths[0].stem))
+    return Outcome(
+        paths,
+        {"scores": len(paths), "seconds": time.perf_counter() - started},
+        command("select", options.source, "--pruning-rate", _USUAL_RATE, "--score", paths[0].stem),
+    )
 
 
 def select(options: argparse.Namespace) -> Outcome:
     from tdds_dist.coreset.select import changes, check_place, plan_coreset, put
 
     sampler = "ccs" if options.score == "ccs" else options.sampler
-    given = {key: value for key in ("num_strata", "hard_cutoff_rate", "c_d") if (value := getattr(options, key)) is not None}
+    given = {
+        key: value
+        for key in ("num_strata", "hard_cutoff_rate", "c_d")
+        if (value := getattr(options, key)) is not None
+    }
     fitting = {"ccs": {"num_strata", "hard_cutoff_rate"}, "beta": {"c_d"}}.get(sampler or "", set())
     if wrong := sorted(set(given) - fitting):
-        raise InputError(f"--{wrong[0].replace('_', '-')} does nothing with sampler {sampler or 'top'}; leave it out, or "
-                         f"choose --sampler {'beta' if wrong[0] == 'c_d' else 'ccs'}")
+        raise InputError(
+            f"--{wrong[0].replace('_', '-')} does nothing with sampler {sampler or 'top'}; leave it"
+            f" out, or choose --sampler {'beta' if wrong[0] == 'c_d' else 'ccs'}"
+        )
     rates = list(dict.fromkeys(options.pruning_rate))
     if options.out is not None and len(rates) > 1:
-        raise InputError(f"--out={options.out} names one file, and there are {len(rates)} pruning rates; leave it out, or give "
-                         "one rate")
-    given |= {"sampler": options.sampler, "class_balanced": options.class_balanced, "seed": options.seed, "out": options.out}
-    made = [plan_coreset(options.source, rate, score=options.score, **given) for rate in rates]  # all, before one is written
+        raise InputError(
+            f"--out={options.out} names one file, and there are {len(rates)} pruning rates; leave"
+            " it out, or give one rate"
+        )
+    given |= {
+        "sampler": options.sampler,
+        "class_balanced": options.class_balanced,
+        "seed": options.seed,
+        "out": options.out,
+    }
+    # all, before one is written
+    made = [plan_coreset(options.source, rate, score=options.score, **given) for rate in rates]
     for path, coreset, _ in made:
         check_place(path, coreset, options.force)
     there = [path for path, coreset, _ in made if path.exists() and not changes(path, coreset)]
     rows, notes = list[dict[str, Any]](), list[str]()
     for path, coreset, warnings in made:
         for warning in [*warnings, *put(path, coreset)]:
-            log.warning(warning + (f" (pruning rate {coreset.pruning_rate:g})" if len(rates) > 1 else ""))
+            log.warning(
+                warning + (f" (pruning rate {coreset.pruning_rate:g})" if len(rates) > 1 else "")
+            )
         kept, images = len(coreset.index_M), coreset.fingerprint.num_samples
-        rows.append({"path": str(path), "method": coreset.method, "pruning_rate": coreset.pruning_rate, "kept": kept,
-                     "images": images})
-        notes.append(f"kept at {coreset.pruning_rate:g}: {kept} of {images} images by {coreset.method}")
+        rows.append(
+            {
+                "path": str(path),
+                "method": coreset.method,
+                "pruning_rate": coreset.pruning_rate,
+                "kept": kept,
+                "images": images,
+            }
+        )
+        notes.append(
+            f"kept at {coreset.pruning_rate:g}: {kept} of {images} images by {coreset.method}"
+        )
     paths = [path for path, _, _ in made]
-    return Outcome([path for path in paths if path not in there], {"coresets": len(paths)},
-                   _retrain_command(options.source, paths[0]), notes, rows=rows, there=there)
+    return Outcome(
+        [path for path in paths if path not in there],
+        {"coresets": len(paths)},
+        _retrain_command(options.source, paths[0]),
+        notes,
+        rows=rows,
+        there=there,
+    )
 
 
 def _retrain_command(source: Path, coreset: Path) -> str:
-    """Return the command that retrains with the config of the run, on as many ranks as it was collected on."""
+    """Return the command that retrains with the config of the run, on as many ranks as it was
+    collected on."""
     from tdds_dist.runs.directory import RunDir
 
     directory = source if source.is_dir() else source.parent.parent
@@ -358,12 +528,15 @@ def _retrain_command(source: Path, coreset: Path) -> str:
 
 
 def check_out(out: Path | None, begins: str) -> None:
-    """Raise InputError where `--out` names a file that is no earlier one of this stage, which begin with `begins`."""
+    """Raise InputError where `--out` names a file that is no earlier one of this stage, which begin
+    with `begins`."""
     if out is not None and out.is_file():
         with out.open("rb") as file:
             if not file.read(len(begins) + 16).lstrip().lower().startswith(begins.lower().encode()):
-                raise InputError(f"--out={out} is there and was not written by this stage; choose another name, or move it "
-                                 "away")
+                raise InputError(
+                    f"--out={out} is there and was not written by this stage; choose another name,"
+                    " or move it away"
+                )
 
 
 def compare(options: argparse.Namespace) -> Outcome:
@@ -382,16 +555,28 @@ def compare(options: argparse.Namespace) -> Outcome:
 def export(options: argparse.Namespace) -> Outcome:
     from tdds_dist.coreset.export import export as write_for_others
 
-    paths, notes = write_for_others(options.source, options.format, options.out, pruning_rates=options.pruning_rates,
-                                    beton=options.beton)
+    paths, notes = write_for_others(
+        options.source,
+        options.format,
+        options.out,
+        pruning_rates=options.pruning_rates,
+        beton=options.beton,
+    )
     return Outcome(paths, notes=[f"note: {note}" for note in notes])
 
 
 def import_(options: argparse.Namespace) -> Outcome:
     from tdds_dist.coreset.import_scores import import_scores
 
-    path = import_scores(options.source, key=options.key, column=options.column, data_mask=options.data_mask,
-                         beton=options.beton, run=options.run_directory, out=options.out)
+    path = import_scores(
+        options.source,
+        key=options.key,
+        column=options.column,
+        data_mask=options.data_mask,
+        beton=options.beton,
+        run=options.run_directory,
+        out=options.out,
+    )
     return Outcome([path], next=command("select", path, "--pruning-rate", _USUAL_RATE))
 
 
@@ -404,6 +589,10 @@ def report(options: argparse.Namespace) -> Outcome:
     path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
     found = summary_tables(runs)
     tables = [f"\n{title}\n{format_summary(rows)}" for title, rows in found]
-    return Outcome([path], {"retrainings": sum(row["name"] != "collect" for _, rows in found for row in rows)},
-                   f"open {path} in a browser", text="\n".join([*tables, ""]),
-                   rows=[{"about": title.splitlines(), **row} for title, rows in found for row in rows])
+    return Outcome(
+        [path],
+        {"retrainings": sum(row["name"] != "collect" for _, rows in found for row in rows)},
+        f"open {path} in a browser",
+        text="\n".join([*tables, ""]),
+        rows=[{"about": title.splitlines(), **row} for title, rows in found for row in rows],
+    )

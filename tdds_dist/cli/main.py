@@ -1,8 +1,9 @@
 """The command line, and the only place where stages meet processes: `tdds <stage> --help`.
 
-Exit codes: 0 done; 2 bad input, said in one line on standard error; 75 asked to leave by SIGTERM, SIGUSR2 or SIGINT, saved, the
-same command goes on; 130 interrupted at once; 1 a rank that is gone, or a defect with its traceback. torchrun turns any failure
-of a rank into its own exit code 1 and adds a report of its own.
+Exit codes: 0 done; 2 bad input, said in one line on standard error; 75 asked to leave by SIGTERM,
+SIGUSR2 or SIGINT, saved, the same command goes on; 130 interrupted at once; 1 a rank that is gone,
+or a defect with its traceback. torchrun turns any failure of a rank into its own exit code 1 and
+adds a report of its own.
 """
 
 import argparse
@@ -30,14 +31,21 @@ def main(arguments: Sequence[str] | None = None, extra_commands: Commands = ()) 
     """Run one command; return the exit code."""
     code, message = outcome(arguments, extra_commands=extra_commands)
     if message:
-        print(message.replace(": error: ", f": {paint('error:', 'red', sys.stderr)} ", 1), file=sys.stderr)
+        print(
+            message.replace(": error: ", f": {paint('error:', 'red', sys.stderr)} ", 1),
+            file=sys.stderr,
+        )
     return code
 
 
-def outcome(arguments: Sequence[str] | None = None, interruption: Interruption | None = None,
-            extra_commands: Commands = ()) -> tuple[int, str]:
-    """Run one subcommand; return the exit code, and the line that this rank prints about it (empty when done, or when
-    another rank prints it). `interruption` lets the caller see which signals came."""
+def outcome(
+    arguments: Sequence[str] | None = None,
+    interruption: Interruption | None = None,
+    extra_commands: Commands = (),
+) -> tuple[int, str]:
+    """Run one subcommand; return the exit code, and the line that this rank prints about it (empty
+    when done, or when another rank prints it). `interruption` lets the caller see which signals
+    came."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_main = os.environ.get("RANK", "0") == "0"
     as_json = "--json" in words and is_main
@@ -47,7 +55,11 @@ def outcome(arguments: Sequence[str] | None = None, interruption: Interruption |
         code, message = _attempt(options, words, is_main)
     except (UsageError, Exception) as error:
         if as_json:
-            text, code = (error.message, 2) if isinstance(error, UsageError) else (f"{type(error).__name__}: {error}", 1)
+            text, code = (
+                (error.message, 2)
+                if isinstance(error, UsageError)
+                else (f"{type(error).__name__}: {error}", 1)
+            )
             _print_error(text, code)
         raise
     if as_json and message:
@@ -72,9 +84,13 @@ def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -
     except SystemExit as leaving:
         if leaving.code != commands.EXIT_TERMINATED:
             raise
-        return leaving.code, f"tdds {options.stage}: SIGTERM{_after_interruption(options.stage, words)}"
+        return (
+            leaving.code,
+            f"tdds {options.stage}: SIGTERM{_after_interruption(options.stage, words)}",
+        )
     except Preempted as leaving:
-        said = str(leaving) if "TDDS_JOB" in os.environ else _again(str(leaving), words)  # a launcher queues its jobs again
+        # a launcher queues its jobs again
+        said = str(leaving) if "TDDS_JOB" in os.environ else _again(str(leaving), words)
         return EXIT_RESUME, f"tdds {options.stage}: {said}" if is_main or not leaving.agreed else ""
     except BrokenPipeError:  # `tdds logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,7 +133,10 @@ def _after_interruption(stage: str, words: Sequence[str]) -> str:
     if stage == "submit":
         return "; `tdds status RUN` shows what is queued and what runs"
     if stage in ("collect", "retrain", "experiment"):
-        left = "the same command goes on from the last checkpoint, or starts over where there is none yet"
+        left = (
+            "the same command goes on from the last checkpoint, or starts over where there is"
+            " none yet"
+        )
     else:
         left = "nothing half-written was left; the same command starts over"
     return _again(f"; {left}", words)
@@ -130,7 +149,8 @@ def _again(text: str, words: Sequence[str]) -> str:
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose reader may leave early (`tdds check FILE | head`): the stage goes on, and its outcome counts."""
+    """Standard output whose reader may leave early (`tdds check FILE | head`): the stage goes on,
+    and its outcome counts."""
 
     def write(self, text: str) -> int:
         with self._unread():
@@ -150,12 +170,18 @@ class _Output(io.TextIOWrapper):
 
 
 def run(extra_commands: Commands = ()) -> None:
-    """Run the program and leave the process without tearing the interpreter down: its order against the threads of gloo and
-    FFCV would decide the exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ traces about a rank that is gone: one line says it
+    """Run the program and leave the process without tearing the interpreter down: its order against
+    the threads of gloo and FFCV would decide the exit code."""
+    # no C++ traces about a rank that is gone: one line says it
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if isinstance(out := sys.stdout, io.TextIOWrapper):
-        sys.stdout = _Output(out.buffer, out.encoding, out.errors, line_buffering=out.line_buffering,
-                             write_through=out.write_through)
+        sys.stdout = _Output(
+            out.buffer,
+            out.encoding,
+            out.errors,
+            line_buffering=out.line_buffering,
+            write_through=out.write_through,
+        )
     try:
         code = main(extra_commands=extra_commands)
     except SystemExit as leaving:  # argparse

@@ -1,4 +1,5 @@
-"""The last lines of a stage: files, numbers, warnings, and the command that comes next; for people, or as JSON.
+"""The last lines of a stage: files, numbers, warnings, and the command that comes next; for people,
+or as JSON.
 
 Lines that others look for: `wrote PATH`, `next: COMMAND`.
 """
@@ -41,10 +42,11 @@ _WORDS: dict[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a stage. `there`: files of an earlier run, left as they are. `numbers` by the names above. `text` is shown
-    before the lines of files and numbers, or in their place where it `says_all`; also by a stage that is quiet where it is all
-    that was asked for (`is_the_product`). `rows` is the table of the text or the notes, for JSON. `data` is what JSON holds in
-    the place of all this, where a stage has an object of its own."""
+    """The end of a stage. `there`: files of an earlier run, left as they are. `numbers` by the
+    names above. `text` is shown before the lines of files and numbers, or in their place where it
+    `says_all`; also by a stage that is quiet where it is all that was asked for (`is_the_product`).
+    `rows` is the table of the text or the notes, for JSON. `data` is what JSON holds in the place
+    of all this, where a stage has an object of its own."""
 
     wrote: Sequence[Path] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
@@ -62,13 +64,24 @@ class Outcome:
         """Return the lines that people read; empty when there is nothing to say."""
         lines = [self.text] if self.text else []
         if not self.says_all:
-            lines += [f"{paint('wrote', 'green', stream)} {path} ({size_text(_size(path))})" for path in self.wrote]
+            lines += [
+                f"{paint('wrote', 'green', stream)} {path} ({size_text(_size(path))})"
+                for path in self.wrote
+            ]
             lines += [f"there is {path} ({size_text(_size(path))})" for path in self.there]
-            said = [_WORDS[name](number) for name, number in self.numbers.items() if number is not None]
+            said = [
+                _WORDS[name](number) for name, number in self.numbers.items() if number is not None
+            ]
             words = [word for word in said if word]
-            words += [f"{num_warnings} warning{'s' * (num_warnings > 1)}, see above"] if num_warnings else []
+            words += (
+                [f"{num_warnings} warning{'s' * (num_warnings > 1)}, see above"]
+                if num_warnings
+                else []
+            )
             text = ", ".join(word.replace(" ", _JOINED) for word in words)
-            text = textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+            text = textwrap.fill(
+                text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+            )
             lines += [text.replace(_JOINED, " ")] if words else []
         lines += self.notes
         if self.next:
@@ -78,12 +91,25 @@ class Outcome:
     def as_data(self, stage: str, warnings: Sequence[str] = ()) -> dict[str, Any]:
         """Return what `--json` prints."""
         if self.data is not None:
-            return dict(self.data) | ({"warnings": list(warnings)} if warnings and "warnings" not in self.data else {})
-        wrote, there = ([{"path": str(path), "bytes": _size(path)} for path in paths] for paths in (self.wrote, self.there))
+            return dict(self.data) | (
+                {"warnings": list(warnings)} if warnings and "warnings" not in self.data else {}
+            )
+        wrote, there = (
+            [{"path": str(path), "bytes": _size(path)} for path in paths]
+            for paths in (self.wrote, self.there)
+        )
         more: dict[str, Any] = {"there": there} if there else {}
         more |= {"rows": [dict(row) for row in self.rows]} if self.rows else {}
-        return {"stage": stage, "wrote": wrote, "numbers": dict(self.numbers), **more, "notes": list(self.notes),
-                "warnings": list(warnings), "next": self.next, "exit_code": self.exit_code}
+        return {
+            "stage": stage,
+            "wrote": wrote,
+            "numbers": dict(self.numbers),
+            **more,
+            "notes": list(self.notes),
+            "warnings": list(warnings),
+            "next": self.next,
+            "exit_code": self.exit_code,
+        }
 
 
 def _size(path: Path) -> int:

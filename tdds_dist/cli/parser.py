@@ -1,4 +1,5 @@
 """Options of every command."""
+
 import argparse
 import difflib
 import sys
@@ -14,7 +15,16 @@ Commands: TypeAlias = Sequence[Callable[[Parsers], None]]  # each adds one comma
 
 # What `tdds --help` lists, in this order.
 _GROUPS = {
-    "in the usual order": ("write", "check", "plan", "collect", "score", "select", "retrain", "report"),
+    "in the usual order": (
+        "write",
+        "check",
+        "plan",
+        "collect",
+        "score",
+        "select",
+        "retrain",
+        "report",
+    ),
     "several runs": ("experiment", "compare"),
     "other tools": ("export", "import"),
     "jobs": ("submit", "status", "logs"),
@@ -30,8 +40,9 @@ examples:
   tdds retrain my.yaml --coreset runs/my/coresets/FILE.npz --strategy E
   tdds report runs/my
 
-`tdds STAGE --help` explains a stage. Environment: TDDS_PROGRESS_SECONDS=N, a line of progress every N seconds where there is no
-terminal (default: 10); NO_COLOR=1, no colours. Exit codes: 0 done, 2 bad input, 75 stopped and saved, 130 interrupted."""
+`tdds STAGE --help` explains a stage. Environment: TDDS_PROGRESS_SECONDS=N, a line of progress every
+N seconds where there is no terminal (default: 10); NO_COLOR=1, no colours. Exit codes: 0 done,
+2 bad input, 75 stopped and saved, 130 interrupted."""
 
 
 class UsageError(SystemExit):
@@ -43,7 +54,8 @@ class UsageError(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that leaves by UsageError. It takes no abbreviations, which another option may make ambiguous later."""
+    """A parser that leaves by UsageError. It takes no abbreviations, which another option may make
+    ambiguous later."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
@@ -52,7 +64,9 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(str(value), map(str, action.choices or ()), 1)
         if near and near[0] != str(value):
             known = ", ".join(map(str, action.choices or ()))
-            raise argparse.ArgumentError(action, f"{value!r} is none of {known}; the nearest is {near[0]}")
+            raise argparse.ArgumentError(
+                action, f"{value!r} is none of {known}; the nearest is {near[0]}"
+            )
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
@@ -73,28 +87,53 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def parse(arguments: Sequence[str] | None = None, extra_commands: Commands = ()) -> argparse.Namespace:
-    """Parse the options; `key=value` may stand before or after them (argparse alone only takes them in one place)."""
+def parse(
+    arguments: Sequence[str] | None = None, extra_commands: Commands = ()
+) -> argparse.Namespace:
+    """Parse the options; `key=value` may stand before or after them (argparse alone only takes them
+    in one place)."""
     parser = build_parser(extra_commands)
     options, rest = parser.parse_known_args(arguments)
     takes_overrides = hasattr(options, "overrides")
-    stray = [word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word]
+    stray = [
+        word for word in rest if not takes_overrides or word.startswith("-") or "=" not in word
+    ]
     if stray:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}; see `tdds {options.stage} --help`")
+        parser.error(
+            f"unrecognized arguments: {' '.join(stray)}; see `tdds {options.stage} --help`"
+        )
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
 def build_parser(extra_commands: Commands = ()) -> argparse.ArgumentParser:
-    """Build the parser of all commands: those of this package, and the `extra_commands` of a launcher."""
+    """Build the parser of all commands: those of this package, and the `extra_commands` of a
+    launcher."""
     parser: argparse.ArgumentParser = Parser(
-        prog="tdds", formatter_class=argparse.RawDescriptionHelpFormatter, usage="tdds [options] STAGE ...",
-        description="Find out which images matter: pruning scores, coresets and retraining.")
-    parsers = parser.add_subparsers(dest="stage", required=True, metavar="STAGE", help=argparse.SUPPRESS, prog="tdds")
+        prog="tdds",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="tdds [options] STAGE ...",
+        description="Find out which images matter: pruning scores, coresets and retraining.",
+    )
+    parsers = parser.add_subparsers(
+        dest="stage", required=True, metavar="STAGE", help=argparse.SUPPRESS, prog="tdds"
+    )
     adders: Commands = [
-        _add_write, _add_check, _add_plan, _add_collect, _add_score, _add_select, _add_retrain, _add_compare, _add_experiment,
-        _add_export, _add_import, _add_report, *extra_commands]
+        _add_write,
+        _add_check,
+        _add_plan,
+        _add_collect,
+        _add_score,
+        _add_select,
+        _add_retrain,
+        _add_compare,
+        _add_experiment,
+        _add_export,
+        _add_import,
+        _add_report,
+        *extra_commands,
+    ]
     for add in adders:
         add(parsers)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
@@ -102,20 +141,32 @@ def build_parser(extra_commands: Commands = ()) -> argparse.ArgumentParser:
     for stage in parsers.choices.values():
         _add_manner(stage, argparse.SUPPRESS)  # before the stage or behind it
     summary = {action.dest: action.help for action in parsers._choices_actions}
-    groups = ["\n".join([f"{title}:", *(f"  {name:<11} {summary[name]}" for name in names if name in summary)])
-              for title, names in _GROUPS.items() if summary.keys() & set(names)]
+    groups = [
+        "\n".join(
+            [f"{title}:", *(f"  {name:<11} {summary[name]}" for name in names if name in summary)]
+        )
+        for title, names in _GROUPS.items()
+        if summary.keys() & set(names)
+    ]
     parser.epilog = "\n\n".join([*groups, _EXAMPLES])
     return parser
 
 
 def _add_manner(parser: argparse.ArgumentParser, default: object) -> None:
     group = parser.add_argument_group("what is said")
-    group.add_argument("--quiet", action="store_true", default=default, help="warnings and errors only")
-    if (own := parser._option_string_actions.get("--json")) is not None:  # its own help says what the object is
+    group.add_argument(
+        "--quiet", action="store_true", default=default, help="warnings and errors only"
+    )
+    # its own help says what the object is
+    if (own := parser._option_string_actions.get("--json")) is not None:
         own.default = default
         return
-    group.add_argument("--json", action="store_true", default=default,
-                       help="one JSON object on standard output, also for errors, and nothing else there")
+    group.add_argument(
+        "--json",
+        action="store_true",
+        default=default,
+        help="one JSON object on standard output, also for errors, and nothing else there",
+    )
 
 
 # ---- subcommands and their options; what they do is in `commands`
@@ -123,218 +174,545 @@ def _add_manner(parser: argparse.ArgumentParser, default: object) -> None:
 
 def _add_write(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "write", help="images -> .beton and its manifest", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write images to an FFCV file (.beton) and a manifest (index -> path, label) beside it.\n\n"
-                    "SOURCE is one of\n"
-                    "  imagefolder:DIR          DIR/<split>/<class>/<image>, or DIR/<class>/<image>\n"
-                    "  cifar10:DIR, cifar100:DIR  the extracted archive of the python version in DIR\n"
-                    "  digits                   scikit-learn's digits at 32x32, a fixed stratified 80/20 split\n"
-                    "  synthetic:N,CLASSES,SIZE random images for benchmarks")
+        "write",
+        help="images -> .beton and its manifest",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Write images to an FFCV file (.beton) and a manifest (index -> path, label) beside"
+            " it.\n\nSOURCE is one of\n  imagefolder:DIR          DIR/<split>/<class>/<image>, or"
+            " DIR/<class>/<image>\n  cifar10:DIR, cifar100:DIR  the extracted archive of the python"
+            " version in DIR\n  digits                   scikit-learn's digits at 32x32, a fixed"
+            " stratified 80/20 split\n  synthetic:N,CLASSES,SIZE random images for benchmarks"
+        ),
+    )
     stage.add_argument("source", metavar="SOURCE", help="where the images are, see above")
     stage.add_argument("out", metavar="OUT.beton", type=Path, help="the file to write")
-    stage.add_argument("--split", choices=("train", "val"), default="train", help="which part of the source (default: train)")
-    stage.add_argument("--max-resolution", type=int, metavar="N",
-                       help="shrink images to a longer side of N pixels (default: as they are)")
-    stage.add_argument("--write-mode", choices=("jpg", "proportion", "raw"), default="jpg",
-                       help="jpg: all compressed; raw: none, loads faster; proportion: half of them (default: jpg)")
-    stage.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality, 1 to 100 (default: 90)")
-    stage.add_argument("--num-workers", type=int, metavar="W", help="processes (default: one per CPU, at most 16)")
-    stage.add_argument("--subset", type=int, metavar="N", help="only N images, classes in proportion (default: all)")
-    stage.add_argument("--label-noise", type=float, default=0.0, metavar="R",
-                       help="change this share of the labels to another class, for robustness experiments (default: 0)")
-    stage.add_argument("--corrupt", type=float, default=0.0, metavar="R",
-                       help="corrupt this share of the images, in equal parts by noise, occlusion, low resolution, fog and "
-                            "motion blur (default: 0)")
-    stage.add_argument("--seed", type=int, default=0, metavar="S", help="of --label-noise and --corrupt only (default: 0)")
+    stage.add_argument(
+        "--split",
+        choices=("train", "val"),
+        default="train",
+        help="which part of the source (default: train)",
+    )
+    stage.add_argument(
+        "--max-resolution",
+        type=int,
+        metavar="N",
+        help="shrink images to a longer side of N pixels (default: as they are)",
+    )
+    stage.add_argument(
+        "--write-mode",
+        choices=("jpg", "proportion", "raw"),
+        default="jpg",
+        help=(
+            "jpg: all compressed; raw: none, loads faster; proportion: half of them (default: jpg)"
+        ),
+    )
+    stage.add_argument(
+        "--quality", type=int, default=90, metavar="Q", help="JPEG quality, 1 to 100 (default: 90)"
+    )
+    stage.add_argument(
+        "--num-workers", type=int, metavar="W", help="processes (default: one per CPU, at most 16)"
+    )
+    stage.add_argument(
+        "--subset",
+        type=int,
+        metavar="N",
+        help="only N images, classes in proportion (default: all)",
+    )
+    stage.add_argument(
+        "--label-noise",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help=(
+            "change this share of the labels to another class, for robustness experiments"
+            " (default: 0)"
+        ),
+    )
+    stage.add_argument(
+        "--corrupt",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help=(
+            "corrupt this share of the images, in equal parts by noise, occlusion, low resolution,"
+            " fog and motion blur (default: 0)"
+        ),
+    )
+    stage.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of --label-noise and --corrupt only (default: 0)",
+    )
     stage.add_argument("--overwrite", action="store_true", help="replace an existing file")
     stage.set_defaults(run=commands.write)
 
 
 def _add_check(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "check", help="whether every image of a .beton is sound",
-        description="Check the structure of an FFCV file, its manifest, and every image: that its bytes are those that were "
-                    "written (CRC-32 in the manifest), and that it decodes. Bad images are listed: global index, reason "
-                    "(crc, decode, size), path. Exit code 2 when something is wrong.")
-    stage.add_argument("beton", metavar="FILE.beton", type=Path, help="its manifest is looked for beside it")
+        "check",
+        help="whether every image of a .beton is sound",
+        description=(
+            "Check the structure of an FFCV file, its manifest, and every image: that its bytes are"
+            " those that were written (CRC-32 in the manifest), and that it decodes. Bad images are"
+            " listed: global index, reason (crc, decode, size), path. Exit code 2 when something is"
+            " wrong."
+        ),
+    )
+    stage.add_argument(
+        "beton", metavar="FILE.beton", type=Path, help="its manifest is looked for beside it"
+    )
     stage.add_argument("--quick", action="store_true", help="only 256 images, evenly spaced")
-    stage.add_argument("--num-workers", type=int, metavar="W", help="decoding threads (default: one per CPU)")
+    stage.add_argument(
+        "--num-workers", type=int, metavar="W", help="decoding threads (default: one per CPU)"
+    )
     stage.set_defaults(run=commands.check)
 
 
 def _add_config(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own")
-    stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the config, e.g. train.lr=0.05")
+    stage.add_argument(
+        "config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own"
+    )
+    stage.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="change a key of the config, e.g. train.lr=0.05",
+    )
 
 
 def _add_plan(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "plan", help="what a run will take, before it runs",
-        description="Memory, disk, network and hours of a collection and its retrainings, from the config alone; no GPU is "
-                    "needed. What does not fit is refused (exit code 2), with the options that make it fit.")
+        "plan",
+        help="what a run will take, before it runs",
+        description=(
+            "Memory, disk, network and hours of a collection and its retrainings, from the config"
+            " alone; no GPU is needed. What does not fit is refused (exit code 2), with the options"
+            " that make it fit."
+        ),
+    )
     _add_config(stage)
-    stage.add_argument("--gpus", type=int, default=1, metavar="G", help="number of ranks, on all nodes together (default: 1)")
-    stage.add_argument("--gpu-memory", metavar="SIZE",
-                       help="of one GPU, e.g. 80GB or 79.6GiB (default: that of a visible GPU, if any)")
-    stage.add_argument("--disk", metavar="SIZE", help="room for the run directory, e.g. 500GB (default: what is free there)")
-    stage.add_argument("--num-samples", type=int, metavar="N", help="training images (default: as in data.train)")
-    stage.add_argument("--images-per-second", type=float, metavar="X", help="training speed of all ranks together")
-    stage.add_argument("--from", type=Path, metavar="RUN", dest="measured_in",
-                       help="take the speed from this run, scaled by ranks (default: the config's own, where there is one)")
-    stage.add_argument("--strategies", nargs="+", choices=("E", "P"), metavar="E|P",
-                       help="of the retrainings, which are those of the config's section pipeline (default: as there, else E)")
+    stage.add_argument(
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="G",
+        help="number of ranks, on all nodes together (default: 1)",
+    )
+    stage.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="of one GPU, e.g. 80GB or 79.6GiB (default: that of a visible GPU, if any)",
+    )
+    stage.add_argument(
+        "--disk",
+        metavar="SIZE",
+        help="room for the run directory, e.g. 500GB (default: what is free there)",
+    )
+    stage.add_argument(
+        "--num-samples", type=int, metavar="N", help="training images (default: as in data.train)"
+    )
+    stage.add_argument(
+        "--images-per-second", type=float, metavar="X", help="training speed of all ranks together"
+    )
+    stage.add_argument(
+        "--from",
+        type=Path,
+        metavar="RUN",
+        dest="measured_in",
+        help=(
+            "take the speed from this run, scaled by ranks (default: the config's own, where there"
+            " is one)"
+        ),
+    )
+    stage.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=("E", "P"),
+        metavar="E|P",
+        help=(
+            "of the retrainings, which are those of the config's section pipeline (default: as"
+            " there, else E)"
+        ),
+    )
     stage.set_defaults(run=commands.plan)
 
 
 def _add_collect(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "collect", help="train once, score every sample",
-        description="Train on all images and score each of them on the way. Under torchrun, or alone. Ends with scores/*.npz "
-                    "in the run directory. Stopped, by a signal or a crash, it goes on from its last checkpoint when started "
-                    "again, on any number of ranks that divides the batch.")
+        "collect",
+        help="train once, score every sample",
+        description=(
+            "Train on all images and score each of them on the way. Under torchrun, or alone. Ends"
+            " with scores/*.npz in the run directory. Stopped, by a signal or a crash, it goes on"
+            " from its last checkpoint when started again, on any number of ranks that divides the"
+            " batch."
+        ),
+    )
     _add_config(stage)
     _add_fresh(stage)
     stage.set_defaults(run=commands.collect)
 
 
 def _add_fresh(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--fresh", action="store_true",
-                       help="start over instead of going on from the last checkpoint; refused where there is a run")
-    stage.add_argument("--force", action="store_true",
-                       help="with --fresh: move the run that is there aside, into before-<time>/ in it")
+    stage.add_argument(
+        "--fresh",
+        action="store_true",
+        help=(
+            "start over instead of going on from the last checkpoint; refused where there is a run"
+        ),
+    )
+    stage.add_argument(
+        "--force",
+        action="store_true",
+        help="with --fresh: move the run that is there aside, into before-<time>/ in it",
+    )
 
 
 def _add_score(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "score", help="scores from what was recorded", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Compute scores from a run's trajectory, from one that ShardedScorer(trajectory=DIR) wrote, or from\n"
-                    "a folder of {epoch}_Output.npy and {epoch}_Index.npy as the authors' code writes it. No image is read.\n\n"
-                    "Without --all or --score: TDDS, with --T, --K, --beta, --preset, --delta.\n"
-                    "With --final-pass, alone or under torchrun: entropy and moderate, by one pass over the images.")
-    stage.add_argument("source", metavar="RUN|DIR", type=Path, help="a run directory, or what was recorded elsewhere")
-    stage.add_argument("overrides", metavar="key=value", nargs="*",
-                       help="option of --all and --score, e.g. el2n_epochs=20 never_learned=0 aum_of=probability "
-                            "uncertainty_window=5")
+        "score",
+        help="scores from what was recorded",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Compute scores from a run's trajectory, from one that ShardedScorer(trajectory=DIR)"
+            " wrote, or from\na folder of {epoch}_Output.npy and {epoch}_Index.npy as the authors'"
+            " code writes it. No image is read.\n\nWithout --all or --score: TDDS, with --T, --K,"
+            " --beta, --preset, --delta.\nWith --final-pass, alone or under torchrun: entropy and"
+            " moderate, by one pass over the images."
+        ),
+    )
+    stage.add_argument(
+        "source",
+        metavar="RUN|DIR",
+        type=Path,
+        help="a run directory, or what was recorded elsewhere",
+    )
+    stage.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help=(
+            "option of --all and --score, e.g. el2n_epochs=20 never_learned=0 aum_of=probability "
+            "uncertainty_window=5"
+        ),
+    )
     stage.add_argument("--all", action="store_true", help="every score that needs no final model")
-    stage.add_argument("--score", action="append", default=[], metavar="KEY",
-                       help="only this one (again for more): tdds, forgetting, el2n, aum, dyn_unc, dual, random")
-    stage.add_argument("--final-pass", action="store_true", help="entropy and moderate, from the run's final weights")
-    stage.add_argument("--preset", choices=("official", "paper"), help="default: the run's, else official")
-    stage.add_argument("--T", type=int, help="trajectory length in epochs (default: the run's windows, else all epochs)")
+    stage.add_argument(
+        "--score",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="only this one (again for more): tdds, forgetting, el2n, aum, dyn_unc, dual, random",
+    )
+    stage.add_argument(
+        "--final-pass",
+        action="store_true",
+        help="entropy and moderate, from the run's final weights",
+    )
+    stage.add_argument(
+        "--preset", choices=("official", "paper"), help="default: the run's, else official"
+    )
+    stage.add_argument(
+        "--T",
+        type=int,
+        help="trajectory length in epochs (default: the run's windows, else all epochs)",
+    )
     stage.add_argument("--K", type=int, help="window size (default: the run's windows, else 10)")
-    stage.add_argument("--beta", type=float, help="EMA decay, 0 averages the windows (default: the run's, else 0.9)")
-    stage.add_argument("--delta", choices=("kl", "kl_signed", "ce", "ce_absolute", "el2n"), default="kl",
-                       help="what varies in a window: the preset's loss difference, or an ablation (default: kl)")
-    stage.add_argument("--beton", type=Path, metavar="FILE", help="take labels from this file (dynamics folders have none)")
-    stage.add_argument("--out", type=Path, metavar="FILE.npz|DIR",
-                       help="a directory with --all and --score, else a file (default: scores/ of the run, or DIR)")
+    stage.add_argument(
+        "--beta",
+        type=float,
+        help="EMA decay, 0 averages the windows (default: the run's, else 0.9)",
+    )
+    stage.add_argument(
+        "--delta",
+        choices=("kl", "kl_signed", "ce", "ce_absolute", "el2n"),
+        default="kl",
+        help="what varies in a window: the preset's loss difference, or an ablation (default: kl)",
+    )
+    stage.add_argument(
+        "--beton",
+        type=Path,
+        metavar="FILE",
+        help="take labels from this file (dynamics folders have none)",
+    )
+    stage.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.npz|DIR",
+        help=(
+            "a directory with --all and --score, else a file (default: scores/ of the run, or DIR)"
+        ),
+    )
     stage.set_defaults(run=commands.score)
 
 
 def _add_select(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "select", help="scores -> coreset",
-        description="Keep the images that a score ranks first, or another choice by --sampler. In a run directory the config "
-                    "says which TDDS window serves which rate.")
-    stage.add_argument("source", metavar="RUN|SCORES.npz", type=Path, help="a run directory, or one score file")
-    stage.add_argument("--pruning-rate", type=float, nargs="+", required=True, metavar="P",
-                       help="fraction to remove, in [0, 1); of several, a coreset for each")
-    stage.add_argument("--score", default="tdds", metavar="KEY",
-                       help="tdds, random, ccs (AUM in strata), or a name in scores/ (default: tdds)")
-    stage.add_argument("--sampler", choices=("top", "ccs", "centre", "beta"),
-                       help="top: the highest; ccs: from all strata alike, without the hardest; centre: the middle of the "
-                            "ranking; beta: DUAL's weighted draw (default: top; of moderate: centre)")
-    stage.add_argument("--class-balanced", action="store_true", help="keep the same share of every class")
-    stage.add_argument("--seed", type=int, default=0, metavar="S", help="of draws and ties (default: 0)")
+        "select",
+        help="scores -> coreset",
+        description=(
+            "Keep the images that a score ranks first, or another choice by --sampler. In a run"
+            " directory the config says which TDDS window serves which rate."
+        ),
+    )
+    stage.add_argument(
+        "source", metavar="RUN|SCORES.npz", type=Path, help="a run directory, or one score file"
+    )
+    stage.add_argument(
+        "--pruning-rate",
+        type=float,
+        nargs="+",
+        required=True,
+        metavar="P",
+        help="fraction to remove, in [0, 1); of several, a coreset for each",
+    )
+    stage.add_argument(
+        "--score",
+        default="tdds",
+        metavar="KEY",
+        help="tdds, random, ccs (AUM in strata), or a name in scores/ (default: tdds)",
+    )
+    stage.add_argument(
+        "--sampler",
+        choices=("top", "ccs", "centre", "beta"),
+        help=(
+            "top: the highest; ccs: from all strata alike, without the hardest; centre: the middle"
+            " of the ranking; beta: DUAL's weighted draw (default: top; of moderate: centre)"
+        ),
+    )
+    stage.add_argument(
+        "--class-balanced", action="store_true", help="keep the same share of every class"
+    )
+    stage.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of draws and ties (default: 0)"
+    )
     stage.add_argument("--num-strata", type=int, metavar="S", help="of sampler ccs (default: 50)")
-    stage.add_argument("--hard-cutoff-rate", type=float, metavar="R",
-                       help="of sampler ccs: share of all images dropped as too hard (default: 0.2 from P = 0.8, 0.3 from 0.9)")
-    stage.add_argument("--c-d", type=float, metavar="C", help="of sampler beta: its exponent (default: 4)")
-    stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: coresets/ of the run, or beside the scores")
-    stage.add_argument("--force", action="store_true",
-                       help="move another coreset that has the name aside, into before-<time>/ beside it")
+    stage.add_argument(
+        "--hard-cutoff-rate",
+        type=float,
+        metavar="R",
+        help=(
+            "of sampler ccs: share of all images dropped as too hard (default: 0.2 from P = 0.8,"
+            " 0.3 from 0.9)"
+        ),
+    )
+    stage.add_argument(
+        "--c-d", type=float, metavar="C", help="of sampler beta: its exponent (default: 4)"
+    )
+    stage.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.npz",
+        help="default: coresets/ of the run, or beside the scores",
+    )
+    stage.add_argument(
+        "--force",
+        action="store_true",
+        help="move another coreset that has the name aside, into before-<time>/ beside it",
+    )
     stage.set_defaults(run=commands.select)
 
 
 def _add_retrain(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "retrain", help="train on a coreset",
-        description="Train on a coreset. Under torchrun, or alone. Writes a run directory under retrain/ of the config's run.")
+        "retrain",
+        help="train on a coreset",
+        description=(
+            "Train on a coreset. Under torchrun, or alone. Writes a run directory under retrain/ of"
+            " the config's run."
+        ),
+    )
     _add_config(stage)
-    stage.add_argument("--coreset", type=Path, required=True, metavar="FILE.npz", help="that `tdds select` wrote")
-    stage.add_argument("--strategy", choices=("E", "P"), required=True,
-                       help="E: as many epochs as on the full data; P: as many images seen, epochs / (1 - p)")
-    stage.add_argument("--importance", choices=("none", "batch", "sample"), help="weight of the loss (default: the config's)")
-    stage.add_argument("--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)")
+    stage.add_argument(
+        "--coreset", type=Path, required=True, metavar="FILE.npz", help="that `tdds select` wrote"
+    )
+    stage.add_argument(
+        "--strategy",
+        choices=("E", "P"),
+        required=True,
+        help="E: as many epochs as on the full data; P: as many images seen, epochs / (1 - p)",
+    )
+    stage.add_argument(
+        "--importance",
+        choices=("none", "batch", "sample"),
+        help="weight of the loss (default: the config's)",
+    )
+    stage.add_argument(
+        "--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)"
+    )
     _add_fresh(stage)
     stage.set_defaults(run=commands.retrain)
 
 
 def _add_compare(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "compare", help="how scores, windows and seeds agree",
-        description="Rank correlation and overlap between the scores of a run, and of one score between runs; what is kept of "
-                    "each class, and of images known to be mislabelled or corrupted.")
+        "compare",
+        help="how scores, windows and seeds agree",
+        description=(
+            "Rank correlation and overlap between the scores of a run, and of one score between"
+            " runs; what is kept of each class, and of images known to be mislabelled or corrupted."
+        ),
+    )
     stage.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
-    stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[0.3, 0.5, 0.7, 0.8, 0.9],
-                       help="of the coresets that are compared (default: 0.3 0.5 0.7 0.8 0.9)")
-    stage.add_argument("--out", type=Path, metavar="FILE.csv", help="default: compare.csv of the first run")
+    stage.add_argument(
+        "--pruning-rates",
+        type=float,
+        nargs="+",
+        metavar="P",
+        default=[0.3, 0.5, 0.7, 0.8, 0.9],
+        help="of the coresets that are compared (default: 0.3 0.5 0.7 0.8 0.9)",
+    )
+    stage.add_argument(
+        "--out", type=Path, metavar="FILE.csv", help="default: compare.csv of the first run"
+    )
     stage.set_defaults(run=commands.compare)
 
 
 def _add_experiment(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "experiment", help="a table: methods x pruning rates x seeds",
-        description="Run a table of retrainings from one collection per seed, several at a time (--jobs), or one after the "
-                    "other on all ranks under torchrun. Started again, it goes on where it was. Writes table.md, cells.csv.")
-    stage.add_argument("config", metavar="EXPERIMENT.yaml", type=Path, help="one of configs/experiments/, or your own")
-    stage.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of the experiment, e.g. seeds=[0]")
-    stage.add_argument("--jobs", type=int, default=1, metavar="J",
-                       help="runs at a time, each with its share of CPUs and GPUs (default: 1)")
-    stage.add_argument("--force", action="store_true",
-                       help="move runs that are there and of other settings aside, into before-<time>/ beside them")
+        "experiment",
+        help="a table: methods x pruning rates x seeds",
+        description=(
+            "Run a table of retrainings from one collection per seed, several at a time (--jobs),"
+            " or one after the other on all ranks under torchrun. Started again, it goes on where"
+            " it was. Writes table.md, cells.csv."
+        ),
+    )
+    stage.add_argument(
+        "config",
+        metavar="EXPERIMENT.yaml",
+        type=Path,
+        help="one of configs/experiments/, or your own",
+    )
+    stage.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="change a key of the experiment, e.g. seeds=[0]",
+    )
+    stage.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="J",
+        help="runs at a time, each with its share of CPUs and GPUs (default: 1)",
+    )
+    stage.add_argument(
+        "--force",
+        action="store_true",
+        help=(
+            "move runs that are there and of other settings aside, into before-<time>/ beside them"
+        ),
+    )
     stage.set_defaults(run=commands.experiment)
 
 
 def _add_export(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "export", help="scores and coresets for other tools", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "export",
+        help="scores and coresets for other tools",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write scores or a coreset in a form that other tools read.",
-        epilog="parquet, csv   index, path, label, every score, its ranks, keep flags per pruning rate\n"
-               "paths          the kept images, one path per line\n"
-               "official       data_mask_*.npy and score_*.npy of the authors' code\n"
-               "torch-subset   a .pt with the indices for torch.utils.data.Subset, and importances")
-    stage.add_argument("source", metavar="RUN|SCORES.npz|CORESET.npz", type=Path, help="what to write in another form")
-    stage.add_argument("--format", required=True, choices=("parquet", "csv", "paths", "official", "torch-subset"),
-                       help="what to write, see below")
-    stage.add_argument("--pruning-rates", type=float, nargs="+", metavar="P", default=[],
-                       help="of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)")
-    stage.add_argument("--beton", type=Path, metavar="FILE", help="take paths and labels from the manifest of this file")
-    stage.add_argument("--out", type=Path, metavar="PATH", help="default: beside the source, or export/ of the run")
+        epilog=(
+            "parquet, csv   index, path, label, every score, its ranks, keep flags per pruning"
+            " rate\npaths          the kept images, one path per line\nofficial      "
+            " data_mask_*.npy and score_*.npy of the authors' code\ntorch-subset   a .pt with the"
+            " indices for torch.utils.data.Subset, and importances"
+        ),
+    )
+    stage.add_argument(
+        "source",
+        metavar="RUN|SCORES.npz|CORESET.npz",
+        type=Path,
+        help="what to write in another form",
+    )
+    stage.add_argument(
+        "--format",
+        required=True,
+        choices=("parquet", "csv", "paths", "official", "torch-subset"),
+        help="what to write, see below",
+    )
+    stage.add_argument(
+        "--pruning-rates",
+        type=float,
+        nargs="+",
+        metavar="P",
+        default=[],
+        help="of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)",
+    )
+    stage.add_argument(
+        "--beton",
+        type=Path,
+        metavar="FILE",
+        help="take paths and labels from the manifest of this file",
+    )
+    stage.add_argument(
+        "--out", type=Path, metavar="PATH", help="default: beside the source, or export/ of the run"
+    )
     stage.set_defaults(run=commands.export)
 
 
 def _add_import(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "import", help="scores from other tools",
-        description="Make a score file from a CSV (index or path, score), or from score_*.npy and data_mask_*.npy of the "
-                    "authors' code.")
+        "import",
+        help="scores from other tools",
+        description=(
+            "Make a score file from a CSV (index or path, score), or from score_*.npy and"
+            " data_mask_*.npy of the authors' code."
+        ),
+    )
     stage.add_argument("source", metavar="FILE.csv|score_*.npy", type=Path, help="what to read")
     stage.add_argument("--key", metavar="NAME", help="name of the score (default: from the file)")
-    stage.add_argument("--column", metavar="NAME", help="column of the CSV that holds it (default: the key, else score)")
-    stage.add_argument("--data-mask", type=Path, metavar="FILE.npy", help="default: data_mask_*.npy beside score_*.npy")
-    stage.add_argument("--beton", type=Path, metavar="FILE", help="the dataset they belong to: labels, paths, checks")
-    stage.add_argument("--run", type=Path, metavar="RUN", dest="run_directory", help="a run of that dataset, to put them into")
-    stage.add_argument("--out", type=Path, metavar="FILE.npz", help="default: scores/ of the run, or beside the source")
+    stage.add_argument(
+        "--column",
+        metavar="NAME",
+        help="column of the CSV that holds it (default: the key, else score)",
+    )
+    stage.add_argument(
+        "--data-mask",
+        type=Path,
+        metavar="FILE.npy",
+        help="default: data_mask_*.npy beside score_*.npy",
+    )
+    stage.add_argument(
+        "--beton",
+        type=Path,
+        metavar="FILE",
+        help="the dataset they belong to: labels, paths, checks",
+    )
+    stage.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN",
+        dest="run_directory",
+        help="a run of that dataset, to put them into",
+    )
+    stage.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.npz",
+        help="default: scores/ of the run, or beside the source",
+    )
     stage.set_defaults(run=commands.import_)
 
 
 def _add_report(parsers: Parsers) -> None:
     stage = parsers.add_parser(
-        "report", help="a page and a table of what came out",
-        description="Write one HTML page that needs no network: accuracy against pruning rate, learning curves, scores, the "
-                    "images that go first and last, throughput. Runs of the same images share a headline, with the seeds of a "
-                    "setting averaged. Prints the table.")
-    stage.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories, or those of experiments")
-    stage.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first directory")
+        "report",
+        help="a page and a table of what came out",
+        description=(
+            "Write one HTML page that needs no network: accuracy against pruning rate, learning"
+            " curves, scores, the images that go first and last, throughput. Runs of the same"
+            " images share a headline, with the seeds of a setting averaged. Prints the table."
+        ),
+    )
+    stage.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="run directories, or those of experiments"
+    )
+    stage.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="default: report.html in the first directory"
+    )
     stage.set_defaults(run=commands.report)

@@ -1,8 +1,8 @@
 """Settings: every key of a run and of an experiment, and the vocabulary of scores.
 
-Owns reading YAML strictly, `key=value` overrides, and each key's sentence, default and rule. Loads no torch. May import the
-ground only (`errors`, `console`, `text`). Start with `run`; `schema` reads the files of all, a cluster file's
-(`launch.cluster`) too.
+Owns reading YAML strictly, `key=value` overrides, and each key's sentence, default and rule. Loads
+no torch. May import the ground only (`errors`, `console`, `text`). Start with `run`; `schema` reads
+the files of all, a cluster file's (`launch.cluster`) too.
 """
 
 __all__ = ["experiment", "grid", "run", "schema", "scores"]  # modules that other rooms may import

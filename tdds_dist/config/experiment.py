@@ -1,4 +1,5 @@
 """The schema of an experiment: a table of retrainings from one collection per seed."""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,22 +15,40 @@ from tdds_dist.errors import InputError
 class Architecture(Section):
     """A network to retrain with; the coreset stays that of the network of the collection."""
 
-    name: str = Field(description="Name of the network in files and tables.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    overrides: tuple[str, ...] = Field(description="Changes to the config, e.g. model.name=vgg16_bn.")
+    name: str = Field(
+        description="Name of the network in files and tables.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    overrides: tuple[str, ...] = Field(
+        description="Changes to the config, e.g. model.name=vgg16_bn."
+    )
 
 
 class Experiment(Section):
-    """A table of retrainings: methods x pruning rates x strategies x seeds (x architectures), one collection per seed."""
+    """A table of retrainings: methods x pruning rates x strategies x seeds (x architectures), one
+    collection per seed."""
 
-    name: str = Field(description="Name of the experiment.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        description="Name of the experiment.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     config: str = Field(description="Config of every run.")
-    overrides: tuple[str, ...] = Field((), description="Changes to that config, e.g. train.epochs=20.")
+    overrides: tuple[str, ...] = Field(
+        (), description="Changes to that config, e.g. train.epochs=20."
+    )
     dir: str = Field("", description="Where everything goes; empty means runs/<name>.")
-    methods: tuple[Method, ...] = Field(min_length=1, description="Names of methods, or methods with options.")
+    methods: tuple[Method, ...] = Field(
+        min_length=1, description="Names of methods, or methods with options."
+    )
     pruning_rates: tuple[float, ...] = Field(min_length=1, description="Fractions to remove.")
-    strategies: tuple[Literal["E", "P"], ...] = Field(("E",), min_length=1, description="Strategy-E, Strategy-P.")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="One collection, and one retraining per cell, for each.")
-    architectures: tuple[Architecture, ...] = Field((), description="Networks to retrain with; empty means the config's.")
+    strategies: tuple[Literal["E", "P"], ...] = Field(
+        ("E",), min_length=1, description="Strategy-E, Strategy-P."
+    )
+    seeds: tuple[int, ...] = Field(
+        (0,), min_length=1, description="One collection, and one retraining per cell, for each."
+    )
+    architectures: tuple[Architecture, ...] = Field(
+        (), description="Networks to retrain with; empty means the config's."
+    )
 
     @property
     def directory(self) -> Path:
@@ -43,8 +62,10 @@ class Experiment(Section):
             raise InputError(f"methods={value!r} must be a list, e.g. [tdds, random]")
         for name in value:
             if isinstance(name, str) and name not in BUILT_IN_METHODS:
-                raise InputError(f"methods: {name!r} is not known by name ({', '.join(BUILT_IN_METHODS)}); describe it, e.g. "
-                                 f"{{name: {name}, score: el2n}}")
+                raise InputError(
+                    f"methods: {name!r} is not known by name ({', '.join(BUILT_IN_METHODS)});"
+                    f" describe it, e.g. {{name: {name}, score: el2n}}"
+                )
         return tuple(BUILT_IN_METHODS[item] if isinstance(item, str) else item for item in value)
 
     @model_validator(mode="after")
@@ -53,36 +74,58 @@ class Experiment(Section):
             names = [item.name for item in getattr(self, key)]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise InputError(f"{key}: the names {sorted(twice)} stand twice; give each another")
-        check_axes("", "the full data is trained on in the collection", pruning_rates=self.pruning_rates,
-                   strategies=self.strategies, seeds=self.seeds)
+        check_axes(
+            "",
+            "the full data is trained on in the collection",
+            pruning_rates=self.pruning_rates,
+            strategies=self.strategies,
+            seeds=self.seeds,
+        )
         for method in self.methods:
             tdds_only = {key: getattr(method, key) for key in ("preset", "T", "K", "beta")} | {
-                "delta": None if method.delta == "kl" else method.delta}
-            if method.score_key != "tdds" and (given := [key for key, value in tdds_only.items() if value is not None]):
-                raise InputError(f"methods: {method.name} has {given[0]}, which belongs to score tdds; set score: tdds, or "
-                                 "leave it out")
+                "delta": None if method.delta == "kl" else method.delta
+            }
+            if method.score_key != "tdds" and (
+                given := [key for key, value in tdds_only.items() if value is not None]
+            ):
+                raise InputError(
+                    f"methods: {method.name} has {given[0]}, which belongs to score tdds; set"
+                    " score: tdds, or leave it out"
+                )
             if method.score_key == "tdds" and method.options:
-                raise InputError(f"methods: {method.name} has options={list(method.options)}, which belong to other scores; "
-                                 "use preset, delta, T, K, beta")
-            fitting = {"ccs": ("num_strata", "hard_cutoff_rate"), "beta": ("c_d",)}.get(method.sampler or "", ())
+                raise InputError(
+                    f"methods: {method.name} has options={list(method.options)}, which belong to"
+                    " other scores; use preset, delta, T, K, beta"
+                )
+            fitting = {"ccs": ("num_strata", "hard_cutoff_rate"), "beta": ("c_d",)}.get(
+                method.sampler or "", ()
+            )
             if wrong := [key for key in method.selector_options if key not in fitting]:
-                raise InputError(f"methods: {method.name} has {wrong[0]}, which does nothing with sampler "
-                                 f"{method.sampler or 'top'}; set sampler: {'beta' if wrong[0] == 'c_d' else 'ccs'}, or leave "
-                                 "it out")
+                raise InputError(
+                    f"methods: {method.name} has {wrong[0]}, which does nothing with sampler"
+                    f" {method.sampler or 'top'}; set sampler:"
+                    f" {'beta' if wrong[0] == 'c_d' else 'ccs'}, or leave it out"
+                )
             if (method.T is None) != (method.K is None):
-                raise InputError(f"methods: {method.name} has one of T and K; give both, or neither")
+                raise InputError(
+                    f"methods: {method.name} has one of T and K; give both, or neither"
+                )
         return self
 
 
 def load_experiment(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment from YAML, with `key=value` overrides; those of the config's keys, such as train.lr=0.1, are added
-    to its `overrides`. Raise InputError for anything wrong."""
+    """Read an experiment from YAML, with `key=value` overrides; those of the config's keys, such as
+    train.lr=0.1, are added to its `overrides`. Raise InputError for anything wrong."""
     path = Path(path)
-    of_config = [override for override in overrides if override.partition(".")[0] in Config.model_fields]
+    of_config = [
+        override for override in overrides if override.partition(".")[0] in Config.model_fields
+    ]
     own = [override for override in overrides if override not in of_config]
     tree = read_tree(path, own, f"the keys {', '.join(Experiment.model_fields)}")
     if "train" in tree and "methods" not in tree:
-        raise InputError(f"{path} is the config of a run, not an experiment; `tdds collect {path}` runs it")
+        raise InputError(
+            f"{path} is the config of a run, not an experiment; `tdds collect {path}` runs it"
+        )
     if of_config and isinstance(known := tree.get("overrides", []), list):
         tree["overrides"] = [*known, *of_config]
     return parse_tree(Experiment, tree, str(path))

@@ -1,7 +1,8 @@
-"""Machinery of configs: strict YAML, frozen sections, `key=value` overrides, and one-line errors: value, rule, way out.
+"""Machinery of configs: strict YAML, frozen sections, `key=value` overrides, and one-line errors:
+value, rule, way out.
 
-Knows no key; `run`, `experiment` and `grid` hold those. A config is one YAML file (`yaml.safe_load`, so no tag can execute
-anything).
+Knows no key; `run`, `experiment` and `grid` hold those. A config is one YAML file
+(`yaml.safe_load`, so no tag can execute anything).
 """
 
 import difflib
@@ -27,15 +28,21 @@ class Section(BaseModel):
 Root = TypeVar("Root", bound=Section)
 
 
-def read_tree(path: Path, overrides: Sequence[str], must_hold: str, examples: str = "configs/") -> dict[str, Any]:
-    """Read the YAML file at `path` as plain data, with `key.key=value` overrides applied (values are YAML)."""
+def read_tree(
+    path: Path, overrides: Sequence[str], must_hold: str, examples: str = "configs/"
+) -> dict[str, Any]:
+    """Read the YAML file at `path` as plain data, with `key.key=value` overrides applied (values
+    are YAML)."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; {examples} holds examples")
     try:
         tree = _read_yaml(path.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that does not exist
+    # ValueError: not text, or a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         quotes = "; an item that holds `: ` needs quotes" if "mapping values" in str(error) else ""
-        raise InputError(f"{path} is not plain YAML: {' '.join(str(error).split())}{quotes}") from error
+        raise InputError(
+            f"{path} is not plain YAML: {' '.join(str(error).split())}{quotes}"
+        ) from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold {must_hold}")
     for override in overrides:
@@ -44,7 +51,8 @@ def read_tree(path: Path, overrides: Sequence[str], must_hold: str, examples: st
 
 
 def parse_tree(root: type[Root], tree: Mapping[str, Any], where: str) -> Root:
-    """Build `root` from plain data; raise InputError naming key, value and rule for the first thing wrong."""
+    """Build `root` from plain data; raise InputError naming key, value and rule for the first thing
+    wrong."""
     try:
         return root.model_validate(_sequences_as(tuple, tree))
     except ValidationError as error:
@@ -60,13 +68,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in plain data."""
     key, separator, text = override.partition("=")
     if not separator:
-        raise InputError(f"override {override!r} must look like section.key=value, e.g. train.lr=0.1")
+        raise InputError(
+            f"override {override!r} must look like section.key=value, e.g. train.lr=0.1"
+        )
     *parents, leaf = key.split(".")
     node: Any = tree
     for parent in parents:
         node = node.setdefault(parent, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-        raise InputError(f"override {key!r} goes through something that is not a section; keys look like train.lr")
+        raise InputError(
+            f"override {key!r} goes through something that is not a section; keys look like"
+            " train.lr"
+        )
     try:
         node[leaf] = _read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -78,7 +91,10 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
 
 
 def _read_yaml(text: str) -> Any:
@@ -95,12 +111,18 @@ def _sequences_as(kind: type[list[Any]] | type[tuple[Any, ...]], value: Any) -> 
     """Return plain data with all its sequences as lists (for YAML) or tuples (frozen fields)."""
     if isinstance(value, Mapping):
         return {key: _sequences_as(kind, item) for key, item in value.items()}
-    return kind(_sequences_as(kind, item) for item in value) if isinstance(value, list | tuple) else value
+    return (
+        kind(_sequences_as(kind, item) for item in value)
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def _one_line(root: type[Section], error: ValidationError) -> str:
-    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains what is missing
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]")  # what pydantic adds where the key is the fault
+    # a typo explains what is missing
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    # what pydantic adds where the key is the fault
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
         valid, name = list(_model_at(root, first["loc"][:-1]).model_fields), str(first["loc"][-1])
         near = ".".join([*map(str, first["loc"][:-1]), nearest(name, valid)])
@@ -109,7 +131,10 @@ def _one_line(root: type[Section], error: ValidationError) -> str:
         return f"key {key!r} is missing; {_describe(root, first['loc'], key)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; {_describe(root, first['loc'], key)}"
+    return (
+        f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]};"
+        f" {_describe(root, first['loc'], key)}"
+    )
 
 
 def nearest(name: str, section: Sequence[str]) -> str:
@@ -117,7 +142,10 @@ def nearest(name: str, section: Sequence[str]) -> str:
     initials = "".join(word[:1] for word in name.lower().split("_"))
     if len(initials) > 1 and initials in section:
         return initials
-    return max(section, key=lambda valid: difflib.SequenceMatcher(None, valid.lower(), name.lower()).ratio())
+    return max(
+        section,
+        key=lambda valid: difflib.SequenceMatcher(None, valid.lower(), name.lower()).ratio(),
+    )
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
@@ -129,7 +157,8 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _model_at(root: type[Section], location: Sequence[str | int]) -> type[Section]:
-    """Return the section at a location of the schema; positions in lists and names of alternatives lead nowhere new."""
+    """Return the section at a location of the schema; positions in lists and names of alternatives
+    lead nowhere new."""
     model = root
     for part in location:
         if part in model.model_fields:
@@ -138,13 +167,20 @@ def _model_at(root: type[Section], location: Sequence[str | int]) -> type[Sectio
 
 
 def _describe(root: type[Section], location: Sequence[str | int], key: str) -> str:
-    """Say what the innermost field at a location is for, under its name where that is not `key`, which was said just before."""
+    """Say what the innermost field at a location is for, under its name where that is not `key`,
+    which was said just before."""
     names = [part for part in location if isinstance(part, str)]
     for length in range(len(names), 0, -1):
         field = _model_at(root, names[: length - 1]).model_fields.get(names[length - 1])
         if field is None:
             continue
         if field.description:
-            return field.description if names[length - 1] == key else f"{names[length - 1]}: {field.description}"
-        return f"it has the keys {', '.join(next(_sections_in(field.annotation), root).model_fields)}"
+            return (
+                field.description
+                if names[length - 1] == key
+                else f"{names[length - 1]}: {field.description}"
+            )
+        return (
+            f"it has the keys {', '.join(next(_sections_in(field.annotation), root).model_fields)}"
+        )
     return "see `configs/` for examples"

@@ -1,4 +1,5 @@
 """The vocabulary of scores: their keys, settings of TDDS and their rules; loads no torch."""
+
 from dataclasses import dataclass
 
 from tdds_dist.errors import InputError
@@ -18,20 +19,31 @@ def parse_storage(storage: str, num_classes: int) -> int | None:
         return None
     digits = storage.removeprefix(_TOPK)
     if digits == storage or not (digits.isascii() and digits.isdigit() and len(digits) < 10):
-        raise InputError(f"storage={storage!r} is unknown; use {DENSE!r}, or '{_TOPK}K' with a number K, e.g. '{_TOPK}64'")
+        raise InputError(
+            f"storage={storage!r} is unknown; use {DENSE!r}, or '{_TOPK}K' with a number K, e.g."
+            f" '{_TOPK}64'"
+        )
     if not 1 <= int(digits) < num_classes:
-        raise InputError(f"storage={storage!r}: K must be at least 1 and less than the {num_classes} classes; change K, or use "
-                         f"{DENSE!r}")
+        raise InputError(
+            f"storage={storage!r}: K must be at least 1 and less than the {num_classes} classes;"
+            f" change K, or use {DENSE!r}"
+        )
     return int(digits)
+
 
 PRESETS = ("official", "paper")
 
 DELTA_OF_PRESET = {"official": "delta_official", "paper": "delta_paper"}
 
-# What stands in the place of the loss difference in the ablations of section 5.4: scalar of the trajectory, absolute or not.
-# `el2n` ("EL2N + outer") puts the EL2N of epoch t where the difference into epoch t would be.
-ABLATIONS = {"kl_signed": ("delta_paper", False), "ce": ("delta_ce", False), "ce_absolute": ("delta_ce", True),
-             "el2n": ("el2n", False)}
+# What stands in the place of the loss difference in the ablations of section 5.4: scalar of the
+# trajectory, absolute or not. `el2n` ("EL2N + outer") puts the EL2N of epoch t where the difference
+# into epoch t would be.
+ABLATIONS = {
+    "kl_signed": ("delta_paper", False),
+    "ce": ("delta_ce", False),
+    "ce_absolute": ("delta_ce", True),
+    "el2n": ("el2n", False),
+}
 
 DELTA_KINDS = ("kl", *ABLATIONS)  # kl: what the preset says
 
@@ -40,10 +52,11 @@ SIMPLE_AVERAGE = 0.0  # beta = 0 stands for the plain mean over windows (Fig. 5)
 
 @dataclass(frozen=True)
 class Window:
-    """One setting of TDDS: trajectory length T (epochs), window size K, EMA decay beta (0: mean over windows).
+    """One setting of TDDS: trajectory length T (epochs), window size K, EMA decay beta (0: mean
+    over windows).
 
-    K counts as in the paper's tables; the preset says whether that means snapshots (`official`, so K - 1 loss
-    differences) or loss differences (`paper`).
+    K counts as in the paper's tables; the preset says whether that means snapshots (`official`, so
+    K - 1 loss differences) or loss differences (`paper`).
     """
 
     T: int
@@ -51,9 +64,11 @@ class Window:
     beta: float = 0.9
 
     def key(self, preset: str, delta: str = "kl") -> str:
-        """Return the name of this setting in files, e.g. `tdds_official_T30_K10_beta0.9`, with the ablation behind it if it is
-        one."""
-        return f"tdds_{preset}_T{self.T}_K{self.K}_beta{self.beta:g}" + ("" if delta == "kl" else f"_{delta}")
+        """Return the name of this setting in files, e.g. `tdds_official_T30_K10_beta0.9`, with the
+        ablation behind it if it is one."""
+        return f"tdds_{preset}_T{self.T}_K{self.K}_beta{self.beta:g}" + (
+            "" if delta == "kl" else f"_{delta}"
+        )
 
 
 def differences_per_window(window: Window, preset: str) -> int:
@@ -62,21 +77,31 @@ def differences_per_window(window: Window, preset: str) -> int:
 
 
 def check_window(window: Window, preset: str, num_epochs: int | None = None) -> None:
-    """Raise InputError unless the window can be computed, in a run of `num_epochs` epochs where that is given."""
+    """Raise InputError unless the window can be computed, in a run of `num_epochs` epochs where
+    that is given."""
     if preset not in PRESETS:
         raise InputError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
     if not 0.0 <= window.beta <= 1.0:
-        raise InputError(f"beta={window.beta} must lie in [0, 1]; the paper uses 0.9, and 0 means a plain average")
+        raise InputError(
+            f"beta={window.beta} must lie in [0, 1]; the paper uses 0.9, and 0 means a plain"
+            " average"
+        )
     low, high = (2, window.T) if preset == "official" else (1, window.T - 1)
     if not low <= window.K <= high:
-        raise InputError(f"K={window.K} must lie in [{low}, {high}] for T={window.T} and preset {preset!r}; "
-                         "lower K or raise T")
+        raise InputError(
+            f"K={window.K} must lie in [{low}, {high}] for T={window.T} and preset {preset!r}; "
+            "lower K or raise T"
+        )
     if num_epochs is not None and num_epochs < window.T:
-        raise InputError(f"T={window.T} is longer than the {num_epochs} epochs there are; lower T or train longer")
+        raise InputError(
+            f"T={window.T} is longer than the {num_epochs} epochs there are; lower T or train"
+            " longer"
+        )
 
 
 def delta_scalar(delta: str, preset: str) -> tuple[str, bool]:
-    """Return the scalar of the trajectory that `delta` stands for, and whether its absolute value is taken."""
+    """Return the scalar of the trajectory that `delta` stands for, and whether its absolute value
+    is taken."""
     if delta == "kl":
         return DELTA_OF_PRESET[preset], False  # official: absolute per class already
     if delta not in ABLATIONS:
@@ -89,32 +114,55 @@ def window_settings(window: Window, preset: str, delta: str = "kl") -> dict[str,
     setting = {"score": "tdds", "preset": preset, "T": window.T, "K": window.K, "beta": window.beta}
     return setting if delta == "kl" else setting | {"delta": delta}
 
+
 # display order of the score keys, also where nothing is published
-SCORE_KEYS = ("tdds", "random", "entropy", "forgetting", "el2n", "aum", "moderate", "dyn_unc", "dual", "ccs")
+SCORE_KEYS = (
+    "tdds",
+    "random",
+    "entropy",
+    "forgetting",
+    "el2n",
+    "aum",
+    "moderate",
+    "dyn_unc",
+    "dual",
+    "ccs",
+)
 
 
 def base_key(score_key: str) -> str:
-    """Return the score behind a key with a suffix: `tdds_T90_K10` -> `tdds`; other keys unchanged."""
-    found = (key for key in SCORE_KEYS if score_key == key or score_key.startswith((f"{key}_", f"{key}-")))
+    """Return the score behind a key with a suffix: `tdds_T90_K10` -> `tdds`; other keys
+    unchanged."""
+    found = (
+        key
+        for key in SCORE_KEYS
+        if score_key == key or score_key.startswith((f"{key}_", f"{key}-"))
+    )
     return next(found, score_key)
 
 
 def is_plain(score_key: str) -> bool:
-    """Say whether a key stands for the score as the literature has it, not for a variant (another delta, sampler, option)."""
+    """Say whether a key stands for the score as the literature has it, not for a variant (another
+    delta, sampler, option)."""
     base = base_key(score_key)
     parts = [part for part in score_key.removeprefix(base).split("_") if part]
     if base == "tdds":
         settings = [part for part in parts if part not in ("official", "beta0.9")]
-        return not parts or (parts[0] == "official" and all(part[0] in "TK" and part[1:].isdigit() for part in settings))
+        return not parts or (
+            parts[0] == "official"
+            and all(part[0] in "TK" and part[1:].isdigit() for part in settings)
+        )
     return base in SCORE_KEYS and parts in ([], ["aum"] if base == "ccs" else [])
 
 
 def score_order(score_key: str) -> tuple[int, str]:
-    """Return a sort key that puts scores in the order of SCORE_KEYS, keys that are not known last, variants of one together."""
+    """Return a sort key that puts scores in the order of SCORE_KEYS, keys that are not known last,
+    variants of one together."""
     key = base_key(score_key)
     return (SCORE_KEYS.index(key) if key in SCORE_KEYS else len(SCORE_KEYS), key)
 
 
 def _bare(name: str) -> str:
-    """Reduce a name to letters and digits, so that ResNet-18 and resnet18, Swin-T and swin_t are equal."""
+    """Reduce a name to letters and digits, so that ResNet-18 and resnet18, Swin-T and swin_t are
+    equal."""
     return "".join(filter(str.isalnum, name)).lower()

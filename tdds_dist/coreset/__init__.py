@@ -1,7 +1,8 @@
 """Scores to coresets: samplers, agreement of scores, and exchange with other tools.
 
-Owns which samples are kept and with which importance. May import `scoring` and below, and sees nothing of `training`. Start
-with `samplers` (NumPy only), then `select`.
+Owns which samples are kept and with which importance. May import `scoring` and below, and sees
+nothing of `training`. Start with `samplers` (NumPy only), then `select`.
 """
 
-__all__ = ["agreement", "compare", "export", "import_scores", "samplers", "select"]  # that other rooms may import
+# that other rooms may import
+__all__ = ["agreement", "compare", "export", "import_scores", "samplers", "select"]

@@ -1,8 +1,9 @@
-"""How much scores agree, and what their coresets are made of, as numbers: for `compare` and the report, which show them.
+"""How much scores agree, and what their coresets are made of, as numbers: for `compare` and the
+report, which show them.
 
-Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, shares of classes and of noise, and short
-names. Of a score only its ranks and one bit per sample and pruning rate stay in memory. Which samples a score keeps is decided
-by `select`.
+Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, shares of
+classes and of noise, and short names. Of a score only its ranks and one bit per sample and pruning
+rate stay in memory. Which samples a score keeps is decided by `select`.
 """
 
 # N dataset, M kept samples, P pruning rates, B bytes of N bits
@@ -41,17 +42,22 @@ class Ranked:
         return np.flatnonzero(self.kept(position))
 
     def overlap(self, other: "Ranked") -> list[float]:
-        """Return the share of another score's coreset of the same size that both keep, by pruning rate."""
+        """Return the share of another score's coreset of the same size that both keep, by pruning
+        rate."""
         sizes = np.bitwise_count(self.kept_PB).sum(axis=1, dtype=np.int64)
-        return (np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes).tolist()
+        return (
+            np.bitwise_count(self.kept_PB & other.kept_PB).sum(axis=1, dtype=np.int64) / sizes
+        ).tolist()
 
     def agreement(self, other: "Ranked") -> list[float]:
-        """Return Spearman's rank correlation (nan for a constant score), then the overlap at each pruning rate; [1 + P]."""
+        """Return Spearman's rank correlation (nan for a constant score), then the overlap at each
+        pruning rate; [1 + P]."""
         return [rank_correlation(self.rank_N, other.rank_N), *self.overlap(other)]
 
 
 def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
-    """Sort once for all rates; `choose` decides where that is not enough: another sampler, or ties at the cut.
+    """Sort once for all rates; `choose` decides where that is not enough: another sampler, or ties
+    at the cut.
 
     Raises:
         InputError: a rate that is out of range or keeps nothing.
@@ -70,19 +76,30 @@ def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
 
 
 def in_order(found: Mapping[str, _T], config: dict[str, Any]) -> dict[str, _T]:
-    """Return the scores of a run by name: its main window first, the others in the order of `score_order`."""
+    """Return the scores of a run by name: its main window first, the others in the order of
+    `score_order`."""
     main = _main_window(config, [*found]) if found else None
-    return dict(sorted(found.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0])))
+    return dict(
+        sorted(found.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0]))
+    )
 
 
 def _main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
-    """Return the first TDDS window of the config that has been scored; else the first TDDS score, else the first score."""
+    """Return the first TDDS window of the config that has been scored; else the first TDDS score,
+    else the first score."""
     try:
         parsed = parse_config(config)
         configured = [window.key(parsed.score.preset) for window in parsed.windows()]
     except InputError:  # the config of another version; its scores can still be compared
         configured = []
-    return min(keys, key=lambda key: (configured.index(key) if key in configured else len(configured), score_order(key), key))
+    return min(
+        keys,
+        key=lambda key: (
+            configured.index(key) if key in configured else len(configured),
+            score_order(key),
+            key,
+        ),
+    )
 
 
 def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float]]:
@@ -90,35 +107,48 @@ def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float
     return {(a, b): ranked[a].agreement(ranked[b]) for a, b in itertools.combinations(ranked, 2)}
 
 
-def between_runs(runs: Sequence[Mapping[str, Ranked]]) -> dict[str, dict[tuple[int, int], list[float]]]:
-    """Return `agreement` of each pair of runs, named by their positions, for every score that two runs or more have."""
+def between_runs(
+    runs: Sequence[Mapping[str, Ranked]],
+) -> dict[str, dict[tuple[int, int], list[float]]]:
+    """Return `agreement` of each pair of runs, named by their positions, for every score that two
+    runs or more have."""
     found = {}
     for key in dict.fromkeys(key for ranked in runs for key in ranked):
         having = [position for position, ranked in enumerate(runs) if key in ranked]
         if len(having) > 1:
-            found[key] = {(a, b): runs[a][key].agreement(runs[b][key]) for a, b in itertools.combinations(having, 2)}
+            found[key] = {
+                (a, b): runs[a][key].agreement(runs[b][key])
+                for a, b in itertools.combinations(having, 2)
+            }
     return found
 
 
 def over_pairs(reduce: Callable[..., Any], values: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean, smallest or largest of each column; nan (a constant score) where no pair has a number."""
-    columns = ([value for value in column if value == value] for column in zip(*values, strict=True))
+    """Return the mean, smallest or largest of each column; nan (a constant score) where no pair has
+    a number."""
+    columns = (
+        [value for value in column if value == value] for column in zip(*values, strict=True)
+    )
     return [float(reduce(column)) if column else float("nan") for column in columns]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return a name to show for each key: without the settings that all variants of its score share.
+    """Return a name to show for each key: without the settings that all variants of its score
+    share.
 
-    `tdds_official_T90_K10_beta0.9` and `tdds_official_T70_K10_beta0.9` -> `tdds_T90` and `tdds_T70`.
+    `tdds_official_T90_K10_beta0.9` and `tdds_official_T70_K10_beta0.9` -> `tdds_T90` and
+    `tdds_T70`.
     """
     variants: dict[str, list[str]] = {}
     for key in dict.fromkeys(keys):
         variants.setdefault(base_key(key), []).append(key)
     short: dict[str, str] = {}
     for base, group in variants.items():
-        settings = [key[len(base):].split("_") for key in group]
+        settings = [key[len(base) :].split("_") for key in group]
         common = set(settings[0]).intersection(*settings)
-        names = [base + "".join(f"_{part}" for part in parts if part not in common) for parts in settings]
+        names = [
+            base + "".join(f"_{part}" for part in parts if part not in common) for parts in settings
+        ]
         short |= dict(zip(group, names if len(set(names)) == len(group) else group, strict=True))
     return short
 
@@ -127,10 +157,12 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def centred_ranks(score_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
-    """Return twice the average rank minus twice the mean rank, int32 [N]: whole numbers, in sum 0. `order_N` sorts the scores.
+    """Return twice the average rank minus twice the mean rank, int32 [N]: whole numbers, in sum 0.
+    `order_N` sorts the scores.
     """
     sorted_N = score_N[order_N]
-    first = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))  # where each group of ties starts
+    # where each group of ties starts
+    first = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))
     end = np.append(first[1:], len(score_N))
     rank_N = np.empty(len(score_N), dtype=np.int32)
     rank_N[order_N] = np.repeat(first + end - len(score_N), end - first)
@@ -148,23 +180,29 @@ def rank_correlation(rank_a_N: np.ndarray, rank_b_N: np.ndarray) -> float:
 
 
 def keep_rates(index_M: np.ndarray, label_N: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return the share of each class that is kept, float64 [C]; nan for a class without samples. Unknown labels (-1) do not
-    count.
+    """Return the share of each class that is kept, float64 [C]; nan for a class without samples.
+    Unknown labels (-1) do not count.
 
     Raises InputError for a label that is not below `num_classes`.
     """
     if len(label_N) and label_N.max() >= num_classes:
-        raise InputError(f"label {label_N.max()} is outside [0, {num_classes}); score again with --beton FILE")
+        raise InputError(
+            f"label {label_N.max()} is outside [0, {num_classes}); score again with --beton FILE"
+        )
 
     def sizes(label: np.ndarray) -> np.ndarray:
         return np.bincount(label[label >= 0], minlength=num_classes)
 
     total_C = sizes(label_N)
-    return np.divide(sizes(label_N[index_M]), total_C, out=np.full(num_classes, np.nan), where=total_C > 0)
+    return np.divide(
+        sizes(label_N[index_M]), total_C, out=np.full(num_classes, np.nan), where=total_C > 0
+    )
 
 
 def noise_kept(index_M: np.ndarray, noisy_N: np.ndarray) -> tuple[float, float]:
-    """Return the share of the noisy samples (bool [N]) that is kept, and the share of the coreset that is noisy; nan for a
-    share of none."""
+    """Return the share of the noisy samples (bool [N]) that is kept, and the share of the coreset
+    that is noisy; nan for a share of none."""
     kept, noisy = int(np.count_nonzero(noisy_N[index_M])), int(np.count_nonzero(noisy_N))
-    return (kept / noisy if noisy else float("nan")), (kept / len(index_M) if len(index_M) else float("nan"))
+    return (kept / noisy if noisy else float("nan")), (
+        kept / len(index_M) if len(index_M) else float("nan")
+    )

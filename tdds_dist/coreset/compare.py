@@ -1,8 +1,10 @@
-"""Stage `compare`: how much scores agree, within a run and between runs, and what their coresets are made of.
+"""Stage `compare`: how much scores agree, within a run and between runs, and what their coresets
+are made of.
 
-Owns the questions (rank correlation, overlap of coresets, share of each class and of the noise that is kept), the text
-and the CSV file; which samples a score keeps is `select`'s. Of a score file only ranks and one bit per sample and pruning
-rate stay in memory. A damaged or foreign score file becomes a sentence at the end of the text instead of an exception.
+Owns the questions (rank correlation, overlap of coresets, share of each class and of the noise that
+is kept), the text and the CSV file; which samples a score keeps is `select`'s. Of a score file only
+ranks and one bit per sample and pruning rate stay in memory. A damaged or foreign score file
+becomes a sentence at the end of the text instead of an exception.
 """
 
 # N dataset, M kept samples, P pruning rates, B bytes of N bits, C classes
@@ -31,7 +33,12 @@ from tdds_dist.coreset.agreement import (
 from tdds_dist.coreset.samplers import num_kept
 from tdds_dist.data.manifest import Manifest, manifest_path, read_manifest
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import Fingerprint, load_scores, require_same_dataset, write_atomically
+from tdds_dist.runs.artifacts import (
+    Fingerprint,
+    load_scores,
+    require_same_dataset,
+    write_atomically,
+)
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.text import count, decimal, percent, table
 
@@ -41,35 +48,49 @@ WIDTH = 120  # of the text, characters
 MAX_PAIRS = 6  # of runs that the text lists; of more it gives the extremes
 
 
-def compare(runs: Sequence[Path], *, pruning_rates: Sequence[float] = (0.3, 0.5, 0.7, 0.8, 0.9),
-            out: Path | None = None) -> str:
-    """Run the stage; return the text to print and write every number as CSV (default: compare.csv in the first run).
+def compare(
+    runs: Sequence[Path],
+    *,
+    pruning_rates: Sequence[float] = (0.3, 0.5, 0.7, 0.8, 0.9),
+    out: Path | None = None,
+) -> str:
+    """Run the stage; return the text to print and write every number as CSV (default: compare.csv
+    in the first run).
 
-    Each file in `scores/` is compared as it is at every pruning rate, with the sampler its score is meant for; the TDDS
-    windows of a config are not tied to their rates here. Text: shares in percent, overlaps with the run's first TDDS
-    window. CSV: one row per number, shares in [0, 1], with the columns COLUMNS. Its tables:
+    Each file in `scores/` is compared as it is at every pruning rate, with the sampler its score is
+    meant for; the TDDS windows of a config are not tied to their rates here. Text: shares in
+    percent, overlaps with the run's first TDDS window. CSV: one row per number, shares in [0, 1],
+    with the columns COLUMNS. Its tables:
 
-    * `spearman`, `overlap`: each pair of scores of a run (run_a = run_b), each score in each pair of runs
-      (score_a = score_b); `spearman_mean`, `overlap_mean`: the mean over the pairs of runs;
-    * `keep_rate`: share of a class that is kept; `class` is its number; classes without a sample are left out;
-    * `noisy_kept`, `coreset_noisy` where the manifest knows the true labels: share of the noisy samples that is kept, of
-      the coreset that is noisy; `corrupted_kept`, `coreset_corrupted` likewise, `class` the kind of corruption or empty
-      for all; score_a `at random` is the expectation of a uniform draw.
+    * `spearman`, `overlap`: each pair of scores of a run (run_a = run_b), each score in each pair
+      of runs (score_a = score_b); `spearman_mean`, `overlap_mean`: the mean over the pairs of runs;
+    * `keep_rate`: share of a class that is kept; `class` is its number; classes without a sample
+      are left out;
+    * `noisy_kept`, `coreset_noisy` where the manifest knows the true labels: share of the noisy
+      samples that is kept, of the coreset that is noisy; `corrupted_kept`, `coreset_corrupted`
+      likewise, `class` the kind of corruption or empty for all; score_a `at random` is the
+      expectation of a uniform draw.
 
     Raises:
-        InputError: no run, a run without scores, runs of different datasets, a rate out of range, a file that cannot be
-            written.
+        InputError: no run, a run without scores, runs of different datasets, a rate out of range, a
+            file that cannot be written.
     """
     runs, rates = [Path(run) for run in runs], sorted(set(pruning_rates))
     if not runs or not rates:
-        raise InputError(f"{len(runs)} runs and {len(rates)} pruning rates are nothing to compare; give one of each or more")
+        raise InputError(
+            f"{len(runs)} runs and {len(rates)} pruning rates are nothing to compare; give one of"
+            " each or more"
+        )
     places = [run.resolve() for run in runs]
     if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
         raise InputError(f"{twice[-1]} is given twice; name each run once")
     for rate in rates:
         num_kept(10**9, rate)  # the range, before any file is read
     found = _Findings(rates)
-    read = [_read_run(run, name, letter, found) for run, name, letter in zip(runs, _names(runs), _letters(), strict=False)]
+    read = [
+        _read_run(run, name, letter, found)
+        for run, name, letter in zip(runs, _names(runs), _letters(), strict=False)
+    ]
     for other in read[1:]:
         require_same_dataset(other.fingerprint, read[0].fingerprint, f"run {other.run.path}")
     found.short = short_names([key for run in read for key in run.ranked])
@@ -85,12 +106,13 @@ def compare(runs: Sequence[Path], *, pruning_rates: Sequence[float] = (0.3, 0.5,
     return _page(read, found, path)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """One run as it was read; `ranked` is by file name, the first TDDS window of the config first."""
+    """One run as it was read; `ranked` is by file name, the first TDDS window of the config
+    first."""
 
     run: RunDir
     name: str
@@ -107,7 +129,8 @@ class _Run:
 
 
 class _Findings:
-    """The results: `rows` of the CSV, `parts` of the text, `problems` at its end, `short` names of the scores."""
+    """The results: `rows` of the CSV, `parts` of the text, `problems` at its end, `short` names of
+    the scores."""
 
     def __init__(self, rates: list[float]):
         self.rates = rates
@@ -116,15 +139,34 @@ class _Findings:
         self.problems: list[str] = []
         self.short: dict[str, str] = {}
 
-    def row(self, table: str, value: float, run_a: str = "", score_a: str = "", run_b: str = "", score_b: str = "",
-            rate: float | str = "", group: int | str = "") -> None:
+    def row(
+        self,
+        table: str,
+        value: float,
+        run_a: str = "",
+        score_a: str = "",
+        run_b: str = "",
+        score_b: str = "",
+        rate: float | str = "",
+        group: int | str = "",
+    ) -> None:
         self.rows.append((table, run_a, score_a, run_b, score_b, rate, group, f"{value:.9g}"))
 
-    def part(self, title: str, names: list[str] | None = None, groups: Sequence[list[str]] = ()) -> None:
+    def part(
+        self, title: str, names: list[str] | None = None, groups: Sequence[list[str]] = ()
+    ) -> None:
         """Add a part of the text: a title, and a table of scores in rows and groups of columns."""
         self.parts.append(f"{title}\n{_blocks(names, [*groups])}" if names else title)
 
-    def agreement(self, values: Sequence[float], run_a: str, score_a: str, run_b: str, score_b: str, of: str = "") -> None:
+    def agreement(
+        self,
+        values: Sequence[float],
+        run_a: str,
+        score_a: str,
+        run_b: str,
+        score_b: str,
+        of: str = "",
+    ) -> None:
         """Add a rank correlation and the overlap at each rate."""
         self.row(f"spearman{of}", values[0], run_a, score_a, run_b, score_b)
         for rate, share in zip(self.rates, values[1:], strict=True):
@@ -142,7 +184,10 @@ def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
             if dataset is not None:
                 require_same_dataset(scores.fingerprint, dataset, str(file))
             if bad := int(np.count_nonzero(~np.isfinite(scores.score_N))):
-                raise InputError(f"{file} holds {bad} values that are not finite; compute it again with `tdds score`")
+                raise InputError(
+                    f"{file} holds {bad} values that are not finite; compute it again with `tdds"
+                    " score`"
+                )
         except InputError as error:
             unusable.append(str(error))
             continue
@@ -151,12 +196,14 @@ def _read_run(path: Path, name: str, letter: str, found: _Findings) -> _Run:
             dataset, label_N = scores.fingerprint, scores.label_N
     if dataset is None:
         because = f" that can be used ({unusable[0]})" if unusable else ""
-        raise InputError(f"{run.scores} holds no score{because}; run `tdds collect`, or `tdds score {path}`")
+        raise InputError(
+            f"{run.scores} holds no score{because}; run `tdds collect`, or `tdds score {path}`"
+        )
     found.problems += unusable
     return _Run(run, name, letter, config, in_order(ranked, config), dataset, label_N)
 
 
-# ------------------------------------------------------------------------------------------------------------ findings
+# --------------------------------------------------------------------------------------------------
 
 
 def _add_agreement(run: _Run, found: _Findings) -> None:
@@ -172,17 +219,32 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
         found.agreement(values, run.name, a, run.name, b)
         if a == run.main:
             common[b] = values[1:]
-    numbered = [f"{position:>{len(str(len(keys)))}} {found.short[key]}" for position, key in enumerate(keys, 1)]
+    numbered = [
+        f"{position:>{len(str(len(keys)))}} {found.short[key]}"
+        for position, key in enumerate(keys, 1)
+    ]
     found.part(
         f"{run.letter}: Spearman rank correlation of the scores",
-        numbered, [_group(str(position), [[decimal(correlation[row, column])] for row in keys])
-                   for position, column in enumerate(keys, 1)])
+        numbered,
+        [
+            _group(str(position), [[decimal(correlation[row, column])] for row in keys])
+            for position, column in enumerate(keys, 1)
+        ],
+    )
     num_samples = run.fingerprint.num_samples
     found.part(
-        f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning rate",
-        [*(found.short[key] for key in common), AT_RANDOM], [
-            _group(percent(rate), [[_percent(shares[p])] for shares in common.values()]
-                   + [[_percent(num_kept(num_samples, rate) / num_samples)]]) for p, rate in enumerate(found.rates)])
+        f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning"
+        " rate",
+        [*(found.short[key] for key in common), AT_RANDOM],
+        [
+            _group(
+                percent(rate),
+                [[_percent(shares[p])] for shares in common.values()]
+                + [[_percent(num_kept(num_samples, rate) / num_samples)]],
+            )
+            for p, rate in enumerate(found.rates)
+        ],
+    )
 
 
 def _add_between(runs: list[_Run], found: _Findings) -> None:
@@ -209,19 +271,33 @@ def _add_between(runs: list[_Run], found: _Findings) -> None:
         if len(runs) > 1:
             found.part("Between runs: no score is present in two of them")
         return
-    mean_of = "" if most < 2 else ", mean over pairs" + ("" if most > MAX_PAIRS else " and each pair") + " of runs"
-    found.part(f"Between runs: agreement of the same score{mean_of}", names, [
-        _group("Spearman", [[decimal(line[0], 3)] for line in lines]),
-        _group("percent of the coreset in common", [[*map(_percent, line[1:])] for line in lines],
-               [percent(rate) for rate in found.rates])])
+    mean_of = (
+        ""
+        if most < 2
+        else ", mean over pairs" + ("" if most > MAX_PAIRS else " and each pair") + " of runs"
+    )
+    found.part(
+        f"Between runs: agreement of the same score{mean_of}",
+        names,
+        [
+            _group("Spearman", [[decimal(line[0], 3)] for line in lines]),
+            _group(
+                "percent of the coreset in common",
+                [[*map(_percent, line[1:])] for line in lines],
+                [percent(rate) for rate in found.rates],
+            ),
+        ],
+    )
 
 
 def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
     """Add the share of every class that each score keeps."""
     num_classes = run.fingerprint.num_classes
     if not (label_N >= 0).any():
-        found.problems.append(f"{run.run.scores}: no labels are known, so nothing is said on classes; score again with "
-                              "--beton FILE to take labels from the dataset")
+        found.problems.append(
+            f"{run.run.scores}: no labels are known, so nothing is said on classes; score again"
+            " with --beton FILE to take labels from the dataset"
+        )
         return
     by_rate: list[list[list[str]]] = [[] for _ in found.rates]
     for key, ranked in run.ranked.items():
@@ -231,28 +307,42 @@ def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
             for class_id in present.tolist():
                 found.row("keep_rate", share_C[class_id], run.name, key, rate=rate, group=class_id)
             share = share_C[present]
-            by_rate[position].append([*(_whole_percent(function(share)) for function in (np.min, np.median, np.max)),
-                                      str(int(np.count_nonzero(share == 0)))])
+            by_rate[position].append(
+                [
+                    *(_whole_percent(function(share)) for function in (np.min, np.median, np.max)),
+                    str(int(np.count_nonzero(share == 0))),
+                ]
+            )
     found.part(
-        f"{run.letter}: percent of a class that is kept (smallest, median, largest), and how many classes keep none",
-        [found.short[key] for key in run.ranked], [
+        f"{run.letter}: percent of a class that is kept (smallest, median, largest), and how many"
+        " classes keep none",
+        [found.short[key] for key in run.ranked],
+        [
             _group(percent(rate), cells, ["min", "med", "max", "none"])
-            for rate, cells in zip(found.rates, by_rate, strict=True)])
+            for rate, cells in zip(found.rates, by_rate, strict=True)
+        ],
+    )
 
 
 def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) -> None:
-    """Add the share of wrong labels and of corrupted images that each score keeps, where the manifest knows them."""
+    """Add the share of wrong labels and of corrupted images that each score keeps, where the
+    manifest knows them."""
     beton = (run.config.get("data") or {}).get("train")
     if not beton:
         return
     path = Path(beton)
     try:
         if not path.is_file():
-            raise InputError(f"run {run.run.path}: {path} is no longer there, so whether labels are noisy is not known")
+            raise InputError(
+                f"run {run.run.path}: {path} is no longer there, so whether labels are noisy is not"
+                " known"
+            )
         if path not in known:
             known[path] = None  # so that it is read, and a fault said, once
             known[path] = read_manifest(path)
-        if (manifest := known[path]) is None or (manifest.noisy_N is None and manifest.corruption is None):
+        if (manifest := known[path]) is None or (
+            manifest.noisy_N is None and manifest.corruption is None
+        ):
             return
         require_same_dataset(manifest.fingerprint, run.fingerprint, str(manifest_path(path)))
     except InputError as error:
@@ -261,10 +351,18 @@ def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) 
     if manifest.noisy_N is not None:
         _add_kept("noisy", "samples with a wrong label", run, {"": manifest.noisy_N}, found)
     if manifest.corrupted_N is not None:
-        _add_kept("corrupted", "corrupted images", run, {"": manifest.corrupted_N} | manifest.corruption_kinds, found)
+        _add_kept(
+            "corrupted",
+            "corrupted images",
+            run,
+            {"": manifest.corrupted_N} | manifest.corruption_kinds,
+            found,
+        )
 
 
-def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], found: _Findings) -> None:
+def _add_kept(
+    word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], found: _Findings
+) -> None:
     """Add one kind of noise; `kinds` maps a part of it, "" for all, to its samples (bool [N])."""
     num_samples, num_noisy = run.fingerprint.num_samples, int(np.count_nonzero(kinds[""]))
     if num_noisy == 0:
@@ -277,30 +375,41 @@ def _add_kept(word: str, what: str, run: _Run, kinds: dict[str, np.ndarray], fou
                 if index_M is not None:
                     kept, of_coreset = noise_kept(index_M, noisy_N)
                 else:
-                    kept, of_coreset = num_kept(num_samples, rate) / num_samples, float(noisy_N.mean())
+                    kept, of_coreset = (
+                        num_kept(num_samples, rate) / num_samples,
+                        float(noisy_N.mean()),
+                    )
                 found.row(f"{word}_kept", kept, run.name, key, rate=rate, group=kind)
                 found.row(f"coreset_{word}", of_coreset, run.name, key, rate=rate, group=kind)
                 if kind == "":
                     by_rate[position].append([_percent(kept), _percent(of_coreset)])
     found.part(
-        f"{run.letter}: {what} ({count(num_noisy)} of {count(num_samples)}); kept: percent of them; share: percent of the "
-        "coreset",
-        [*(found.short[key] for key in run.ranked), AT_RANDOM], [
-            _group(percent(rate), cells, ["kept", "share"]) for rate, cells in zip(found.rates, by_rate, strict=True)])
+        f"{run.letter}: {what} ({count(num_noisy)} of {count(num_samples)}); kept: percent of them;"
+        " share: percent of the coreset",
+        [*(found.short[key] for key in run.ranked), AT_RANDOM],
+        [
+            _group(percent(rate), cells, ["kept", "share"])
+            for rate, cells in zip(found.rates, by_rate, strict=True)
+        ],
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------------
 
 
 def _group(title: str, cells: list[list[str]], subtitles: list[str] | None = None) -> list[str]:
     """Put columns under one title: lines of equal width, of which the first two are heads."""
     rows = table([*([subtitles] if subtitles else []), *cells], range(len(cells[0])), gap=" ")
     width = max(len(title), *map(len, rows))
-    return [*([title.center(width)] if subtitles else ["", title.rjust(width)]), *(row.rjust(width) for row in rows)]
+    return [
+        *([title.center(width)] if subtitles else ["", title.rjust(width)]),
+        *(row.rjust(width) for row in rows),
+    ]
 
 
 def _blocks(names: list[str], groups: list[list[str]]) -> str:
-    """Put groups of columns side by side; those that do not fit into WIDTH follow below with the names repeated."""
+    """Put groups of columns side by side; those that do not fit into WIDTH follow below with the
+    names repeated."""
     blocks: list[list[list[str]]] = []
     used = WIDTH
     for group in groups:
@@ -323,25 +432,39 @@ def _page(runs: list[_Run], found: _Findings, path: Path) -> str:
     head = [f"{count(dataset.num_samples)} samples, {count(dataset.num_classes)} classes"]
     lines = []
     for run in runs:
-        facts = [("", (run.config.get("model") or {}).get("name")), ("seed ", (run.config.get("run") or {}).get("seed")),
-                 ("world size ", run.run.read_env().get("world_size"))]
+        facts = [
+            ("", (run.config.get("model") or {}).get("name")),
+            ("seed ", (run.config.get("run") or {}).get("seed")),
+            ("world size ", run.run.read_env().get("world_size")),
+        ]
         said = [f"{word}{value}" for word, value in facts if value is not None]
         lines.append([run.letter, run.name, ", ".join([*said, f"{len(run.ranked)} scores"])])
     head += table(lines)
-    names = table([[short, f"= {key}"] for key, short in found.short.items() if short != key], gap=" ")
-    end = [f"wrote {path} ({count(len(found.rows))} rows)", *(f"note: {problem}" for problem in dict.fromkeys(found.problems))]
-    return "\n\n".join(["\n".join(head), *(["\n".join(names)] if names else []), *found.parts, "\n".join(end)])
+    names = table(
+        [[short, f"= {key}"] for key, short in found.short.items() if short != key], gap=" "
+    )
+    end = [
+        f"wrote {path} ({count(len(found.rows))} rows)",
+        *(f"note: {problem}" for problem in dict.fromkeys(found.problems)),
+    ]
+    return "\n\n".join(
+        ["\n".join(head), *(["\n".join(names)] if names else []), *found.parts, "\n".join(end)]
+    )
 
 
 def _names(runs: list[Path]) -> list[str]:
     """Return the folder names, or the whole paths where two have the same name."""
     names = [run.resolve().name for run in runs]
-    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+    return [
+        str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)
+    ]
 
 
 def _letters() -> itertools.chain[str]:
     """Name runs A, B, ... Z, then R27, R28, ..."""
-    return itertools.chain(map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27)))
+    return itertools.chain(
+        map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27))
+    )
 
 
 def _percent(share: float) -> str:
@@ -359,4 +482,6 @@ def _write_csv(path: Path, rows: list[tuple[Any, ...]]) -> None:
     try:
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error}); choose another file with --out") from error
+        raise InputError(
+            f"cannot write {path} ({error}); choose another file with --out"
+        ) from error

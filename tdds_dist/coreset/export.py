@@ -1,7 +1,8 @@
 """Stage `export`: scores and coresets as files of other tools. Its way back is `import_scores`.
 
-Owns the columns of the tables and the conventions of the authors' pair (docs/interchange.md). What is kept, and how
-samples of equal score are ordered, is decided by `select` and `samplers`; this module only writes it down.
+Owns the columns of the tables and the conventions of the authors' pair (docs/interchange.md). What
+is kept, and how samples of equal score are ordered, is decided by `select` and `samplers`; this
+module only writes it down.
 """
 
 # N dataset, M kept samples, R rows of a CSV file
@@ -47,16 +48,25 @@ Columns = dict[str, np.ndarray | list[str]]  # [N] each; NaN is an empty cell
 # ---- export
 
 
-def export(source: Path, kind: str, out: Path | None = None, *, pruning_rates: Sequence[float] = (),
-           beton: Path | None = None) -> tuple[list[Path], list[str]]:
-    """Write scores or a coreset in a format of another tool; return the files, and one line each of what to know.
+def export(
+    source: Path,
+    kind: str,
+    out: Path | None = None,
+    *,
+    pruning_rates: Sequence[float] = (),
+    beton: Path | None = None,
+) -> tuple[list[Path], list[str]]:
+    """Write scores or a coreset in a format of another tool; return the files, and one line each of
+    what to know.
 
-    `source` is a run directory, a score file or a coreset; `kind` one of FORMATS. Files go to RUN/export, or beside the
-    file; `out` is the file to write (a folder: the file in it), for `official` the folder. `pruning_rates` default to
-    those of the run's config, else to DEFAULT_RATES. Paths and labels come from `beton`, else from the run's data.train.
+    `source` is a run directory, a score file or a coreset; `kind` one of FORMATS. Files go to
+    RUN/export, or beside the file; `out` is the file to write (a folder: the file in it), for
+    `official` the folder. `pruning_rates` default to those of the run's config, else to
+    DEFAULT_RATES. Paths and labels come from `beton`, else from the run's data.train.
 
     Raises:
-        InputError: a format that does not fit the source, scores that are not finite, a .beton of another dataset.
+        InputError: a format that does not fit the source, scores that are not finite, a .beton of
+        another dataset.
     """
     source = Path(source)
     if kind not in FORMATS:
@@ -66,8 +76,10 @@ def export(source: Path, kind: str, out: Path | None = None, *, pruning_rates: S
         samplers.num_kept(10**9, rate)  # the range, before any file is read
     given = _read_source(source)
     if given.coreset is not None and rates:
-        raise InputError(f"{source} is a coreset, made at pruning_rate={given.coreset.pruning_rate:g}; leave pruning rates "
-                         "out, or give the scores")
+        raise InputError(
+            f"{source} is a coreset, made at pruning_rate={given.coreset.pruning_rate:g}; leave"
+            " pruning rates out, or give the scores"
+        )
     if kind == "official":
         return _export_official(given, _folder(source) if out is None else Path(out), rates)
     notes: list[str] = []
@@ -82,11 +94,18 @@ def export(source: Path, kind: str, out: Path | None = None, *, pruning_rates: S
     else:
         coreset, name = _one_coreset(given, kind, rates, notes)
         if kind == "paths":
-            write = partial(_write_paths, _paths(given, beton, coreset.fingerprint), coreset.index_M)
+            write = partial(
+                _write_paths, _paths(given, beton, coreset.fingerprint), coreset.index_M
+            )
         else:
-            write = partial(torch.save, {
-                "index": torch.from_numpy(coreset.index_M), "importance": torch.from_numpy(coreset.importance_M),
-                "num_samples": coreset.fingerprint.num_samples})
+            write = partial(
+                torch.save,
+                {
+                    "index": torch.from_numpy(coreset.index_M),
+                    "importance": torch.from_numpy(coreset.importance_M),
+                    "num_samples": coreset.fingerprint.num_samples,
+                },
+            )
     target = _folder(source) / f"{name}{_SUFFIX[kind]}" if out is None else Path(out)
     if target.is_dir():
         target /= f"{name}{_SUFFIX[kind]}"
@@ -94,19 +113,23 @@ def export(source: Path, kind: str, out: Path | None = None, *, pruning_rates: S
 
 
 def subset_rate(num_samples: int, num_kept: int) -> float:
-    """Return the `--subset_rate` with which the authors' train_subset.py keeps exactly `num_kept` samples.
+    """Return the `--subset_rate` with which the authors' train_subset.py keeps exactly `num_kept`
+    samples.
 
-    They drop the first int(rate * N) entries, and a rate such as 0.29 loses one: int(0.29 * 100) is 28. Hence half a
-    sample more than the pruned share.
+    They drop the first int(rate * N) entries, and a rate such as 0.29 loses one: int(0.29 * 100) is
+    28. Hence half a sample more than the pruned share.
     """
     if not 0 < num_kept <= num_samples:
-        raise InputError(f"num_kept={num_kept} must lie in [1, {num_samples}], the number of samples")
+        raise InputError(
+            f"num_kept={num_kept} must lie in [1, {num_samples}], the number of samples"
+        )
     return (num_samples - num_kept + 0.5) / num_samples
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The source of an export: scores by name of their column, or a coreset; and the run it belongs to."""
+    """The source of an export: scores by name of their column, or a coreset; and the run it belongs
+    to."""
 
     path: Path
     scores: dict[str, Scores]
@@ -122,12 +145,15 @@ def _read_source(source: Path) -> _Source:
         files = sorted(run.scores.glob("*.npz"))
         if not files:
             raise InputError(f"{source} holds no scores; run `tdds collect` or `tdds score` first")
-        scores = {file.stem: load_scores(file) for file in files}  # by the name that `tdds select --score` takes
+        # by the name that `tdds select --score` takes
+        scores = {file.stem: load_scores(file) for file in files}
         first = scores[files[0].stem].fingerprint
         for file in files[1:]:
             require_same_dataset(scores[file.stem].fingerprint, first, str(file))
     else:
-        folder = source.parent.parent if source.parent.name in ("scores", "coresets") else source.parent
+        folder = (
+            source.parent.parent if source.parent.name in ("scores", "coresets") else source.parent
+        )
         run = RunDir(folder) if (folder / "config.yaml").is_file() else None
         if _is_coreset(source):
             return _Source(source, {}, load_coreset(source), run)
@@ -135,8 +161,10 @@ def _read_source(source: Path) -> _Source:
         scores = {found.key: found}
     for name, found in scores.items():
         if num_bad := int((~np.isfinite(found.score_N)).sum()):
-            raise InputError(f"{source}: score {name!r} holds {num_bad} values that are not finite; compute it again with "
-                             "`tdds score`")
+            raise InputError(
+                f"{source}: score {name!r} holds {num_bad} values that are not finite; compute it"
+                " again with `tdds score`"
+            )
     return _Source(source, scores, None, run)
 
 
@@ -161,19 +189,26 @@ def _configured_rates(run: RunDir | None) -> tuple[float, ...]:
 
 def _one_scores(given: _Source, kind: str) -> tuple[str, Scores]:
     if len(given.scores) > 1:
-        raise InputError(f"{given.path} holds {len(given.scores)} scores ({', '.join(given.scores)}), and {kind} takes one; "
-                         "give a file of its scores/ or coresets/")
+        raise InputError(
+            f"{given.path} holds {len(given.scores)} scores ({', '.join(given.scores)}), and {kind}"
+            " takes one; give a file of its scores/ or coresets/"
+        )
     return next(iter(given.scores.items()))
 
 
-def _one_coreset(given: _Source, kind: str, rates: Sequence[float], notes: list[str]) -> tuple[Coreset, str]:
-    """Return the coreset to write and the stem of its file; cut from the scores where the source is no coreset."""
+def _one_coreset(
+    given: _Source, kind: str, rates: Sequence[float], notes: list[str]
+) -> tuple[Coreset, str]:
+    """Return the coreset to write and the stem of its file; cut from the scores where the source is
+    no coreset."""
     if given.coreset is not None:
         return given.coreset, given.path.stem
     name, scores = _one_scores(given, kind)
     if len(rates) != 1:
-        raise InputError(f"pruning_rates={list(rates)}: {kind} of {given.path} needs exactly one; give one pruning rate, or a "
-                         "coreset")
+        raise InputError(
+            f"pruning_rates={list(rates)}: {kind} of {given.path} needs exactly one; give one"
+            " pruning rate, or a coreset"
+        )
     coreset, warnings = make_coreset(scores, rates[0])
     notes += warnings
     return coreset, f"{name if given.path.is_dir() else given.path.stem}_p{rates[0]:g}"
@@ -182,9 +217,11 @@ def _one_coreset(given: _Source, kind: str, rates: Sequence[float], notes: list[
 # ---- tables
 
 
-def _score_table(given: _Source, rates: Sequence[float], beton: Path | None,
-                 notes: list[str]) -> tuple[Columns, dict[str, Any]]:
-    """Make a table of one row per sample: index, path and labels, then each score with its rank and keep flags."""
+def _score_table(
+    given: _Source, rates: Sequence[float], beton: Path | None, notes: list[str]
+) -> tuple[Columns, dict[str, Any]]:
+    """Make a table of one row per sample: index, path and labels, then each score with its rank and
+    keep flags."""
     any_score = next(iter(given.scores.values()))
     columns = _sample_columns(given, beton, any_score.fingerprint, any_score.label_N, notes)
     for name, scores in given.scores.items():
@@ -192,32 +229,49 @@ def _score_table(given: _Source, rates: Sequence[float], beton: Path | None,
         rank_N[samplers.descending(scores.score_N)] = np.arange(1, len(rank_N) + 1)
         own: Columns = {name: scores.score_N, f"rank_{name}": rank_N}
         own |= {f"extra_{name}_{extra}": values_N for extra, values_N in scores.extra.items()}
-        own |= {f"keep_{name}_p{rate:g}": _flags(choose(scores, rate), len(rank_N)) for rate in rates}
+        own |= {
+            f"keep_{name}_p{rate:g}": _flags(choose(scores, rate), len(rank_N)) for rate in rates
+        }
         if both := sorted(columns.keys() & own.keys()):
-            raise InputError(f"{given.path}: score {name!r} wants a column {both[0]!r}, which the table has already; export "
-                             "the scores one by one, or import it under another key")
+            raise InputError(
+                f"{given.path}: score {name!r} wants a column {both[0]!r}, which the table has"
+                " already; export the scores one by one, or import it under another key"
+            )
         columns |= own
-    meta = {"fingerprint": asdict(any_score.fingerprint), "pruning_rates": list(rates),
-            "settings": {name: scores.settings for name, scores in given.scores.items()}}
+    meta = {
+        "fingerprint": asdict(any_score.fingerprint),
+        "pruning_rates": list(rates),
+        "settings": {name: scores.settings for name, scores in given.scores.items()},
+    }
     return columns, meta
 
 
-def _coreset_table(given: _Source, coreset: Coreset, beton: Path | None,
-                   notes: list[str]) -> tuple[Columns, dict[str, Any]]:
-    """Make a table of one row per sample of the dataset, kept or not; importance is empty where it is not kept."""
+def _coreset_table(
+    given: _Source, coreset: Coreset, beton: Path | None, notes: list[str]
+) -> tuple[Columns, dict[str, Any]]:
+    """Make a table of one row per sample of the dataset, kept or not; importance is empty where it
+    is not kept."""
     num_samples = coreset.fingerprint.num_samples
-    columns = _sample_columns(given, beton, coreset.fingerprint, np.full(num_samples, UNKNOWN_LABEL), notes)
+    columns = _sample_columns(
+        given, beton, coreset.fingerprint, np.full(num_samples, UNKNOWN_LABEL), notes
+    )
     importance_N = np.full(num_samples, np.nan, dtype=np.float32)
     importance_N[coreset.index_M] = coreset.importance_M
     columns |= {"keep": _flags(coreset.index_M, num_samples), "importance": importance_N}
-    meta = {"fingerprint": asdict(coreset.fingerprint), "score_key": coreset.score_key,
-            "pruning_rate": coreset.pruning_rate, "settings": coreset.settings}
+    meta = {
+        "fingerprint": asdict(coreset.fingerprint),
+        "score_key": coreset.score_key,
+        "pruning_rate": coreset.pruning_rate,
+        "settings": coreset.settings,
+    }
     return columns, meta
 
 
-def _sample_columns(given: _Source, beton: Path | None, found: Fingerprint, label_N: np.ndarray,
-                    notes: list[str]) -> Columns:
-    """Return the columns index, path, label, true_label and corruption as far as they are known, and a note on those left out.
+def _sample_columns(
+    given: _Source, beton: Path | None, found: Fingerprint, label_N: np.ndarray, notes: list[str]
+) -> Columns:
+    """Return the columns index, path, label, true_label and corruption as far as they are known,
+    and a note on those left out.
     """
     columns: Columns = {"index": np.arange(found.num_samples)}
     dataset, why = _dataset_of(given, beton, found)
@@ -257,13 +311,15 @@ def _write_csv(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def _cells(values: np.ndarray | list[str]) -> list[Any]:
-    """Write the values of a column as CSV: float32 as the shortest text that gives the same float32 again."""
+    """Write the values of a column as CSV: float32 as the shortest text that gives the same float32
+    again."""
     if isinstance(values, list):
         return values
     if values.dtype != np.float32:
         return values.tolist()
     text = values.astype(str)
-    # Readers go through double precision, and a few texts (7.038531e-26) are then rounded twice, to the neighbour.
+    # Readers go through double precision, and a few texts (7.038531e-26) are then rounded twice, to
+    # the neighbour.
     with np.errstate(over="ignore"):
         lost = text.astype(np.float64).astype(np.float32) != values
     cells = text.tolist()
@@ -279,8 +335,10 @@ def _write_parquet(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> N
     def array(values: np.ndarray | list[str]) -> Any:
         return pyarrow.array(values, from_pandas=True)  # NaN: null
 
-    schema = pyarrow.schema([(name, array(values[:1]).type) for name, values in columns.items()],
-                            metadata={"tdds": json.dumps(meta, sort_keys=True)})
+    schema = pyarrow.schema(
+        [(name, array(values[:1]).type) for name, values in columns.items()],
+        metadata={"tdds": json.dumps(meta, sort_keys=True)},
+    )
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         for first in range(0, len(columns["index"]), CHUNK_ROWS):
             rows = [array(values[first : first + CHUNK_ROWS]) for values in columns.values()]
@@ -290,7 +348,9 @@ def _write_parquet(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> N
 # ---- the authors' pair
 
 
-def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tuple[list[Path], list[str]]:
+def _export_official(
+    given: _Source, folder: Path, rates: Sequence[float]
+) -> tuple[list[Path], list[str]]:
     if folder.is_file():
         raise InputError(f"out={folder} is a file, and official is two of them; give a folder")
     if given.coreset is not None:
@@ -299,19 +359,31 @@ def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tu
     else:
         name, scores = _one_scores(given, "official")
         if default_sampler(scores) != "top":
-            raise InputError(f"{given.path}: score {scores.key!r} does not keep what ranks highest, as the authors' loader "
-                             "does; give a coreset made by `tdds select`")
+            raise InputError(
+                f"{given.path}: score {scores.key!r} does not keep what ranks highest, as the"
+                " authors' loader does; give a coreset made by `tdds select`"
+            )
         suffix, mask_N = _official_suffix(name, scores), samplers.descending(scores.score_N)[::-1]
         score_N = scores.score_N[mask_N]
-        kept = [(rate, samplers.num_kept(len(score_N), rate)) for rate in rates or _configured_rates(given.run)]
+        kept = [
+            (rate, samplers.num_kept(len(score_N), rate))
+            for rate in rates or _configured_rates(given.run)
+        ]
     if score_N[0] == score_N[-1]:
-        raise InputError(f"{given.path}: all {len(score_N)} values are {score_N[0]:g}, and the authors' loader divides by "
-                         "their range; their code can only take values that differ")
-    notes = [f"--subset_rate {subset_rate(len(score_N), num)!r} keeps {num} of {len(score_N)} samples (pruning rate {rate:g})"
-             for rate, num in kept]
+        raise InputError(
+            f"{given.path}: all {len(score_N)} values are {score_N[0]:g}, and the authors' loader"
+            " divides by their range; their code can only take values that differ"
+        )
+    notes = [
+        f"--subset_rate {subset_rate(len(score_N), num)!r} keeps {num} of {len(score_N)} samples"
+        f" (pruning rate {rate:g})"
+        for rate, num in kept
+    ]
     if given.coreset is not None and (score_N[0], score_N[-1]) != (0.0, 1.0):
-        notes.append(f"the authors' loader scales the importances, {score_N[0]:g} to {score_N[-1]:g} (removed samples: 0), to "
-                     "[0, 1]")
+        notes.append(
+            f"the authors' loader scales the importances, {score_N[0]:g} to {score_N[-1]:g}"
+            " (removed samples: 0), to [0, 1]"
+        )
     paths = [folder / f"data_mask_{suffix}.npy", folder / f"score_{suffix}.npy"]
     for path, values_N in zip(paths, (mask_N, score_N), strict=True):
         notes += write_keeping(path, partial(np.save, arr=np.ascontiguousarray(values_N)))
@@ -319,23 +391,31 @@ def _export_official(given: _Source, folder: Path, rates: Sequence[float]) -> tu
 
 
 def _official_suffix(name: str, scores: Scores) -> str:
-    """Return `win{K}_ep{T}` where the authors' code computes the same; their name says neither preset, ablation nor beta."""
+    """Return `win{K}_ep{T}` where the authors' code computes the same; their name says neither
+    preset, ablation nor beta."""
     window = scores.settings
-    theirs = (window.get("score") == "tdds" and window.get("preset") == "official" and "delta" not in window
-              and window.get("beta", 0.9) == 0.9)
+    theirs = (
+        window.get("score") == "tdds"
+        and window.get("preset") == "official"
+        and "delta" not in window
+        and window.get("beta", 0.9) == 0.9
+    )
     return f"win{window['K']}_ep{window['T']}" if theirs and {"K", "T"} <= window.keys() else name
 
 
 def _official_coreset(path: Path, coreset: Coreset) -> tuple[np.ndarray, np.ndarray]:
-    """Return the removed samples with score 0, then the kept ones by importance: int64 [N] and float32 [N], ascending."""
+    """Return the removed samples with score 0, then the kept ones by importance: int64 [N] and
+    float32 [N], ascending."""
     if (coreset.importance_M < 0).any():
-        raise InputError(f"{path}: importance {coreset.importance_M.min():g} is below the 0 of removed samples, which must "
-                         "come first in the authors' order; export the scores instead")
+        raise InputError(
+            f"{path}: importance {coreset.importance_M.min():g} is below the 0 of removed samples,"
+            " which must come first in the authors' order; export the scores instead"
+        )
     num_samples = coreset.fingerprint.num_samples
     removed = np.flatnonzero(~_flags(coreset.index_M, num_samples))
     by_importance_M = np.argsort(coreset.importance_M, kind="stable")
     score_N = np.zeros(num_samples, dtype=np.float32)
-    score_N[len(removed):] = coreset.importance_M[by_importance_M]
+    score_N[len(removed) :] = coreset.importance_M[by_importance_M]
     return np.concatenate([removed, coreset.index_M[by_importance_M]]).astype(np.int64), score_N
 
 
@@ -343,14 +423,19 @@ def train_file(run: RunDir) -> Path:
     return Path(parse_config(run.read_config(), str(run.config_file)).data.train)
 
 
-def _dataset_of(given: _Source, beton: Path | None, found: Fingerprint) -> tuple[Dataset | None, str]:
+def _dataset_of(
+    given: _Source, beton: Path | None, found: Fingerprint
+) -> tuple[Dataset | None, str]:
     """Return the dataset of an export, and why it, or its manifest, is missing."""
     if beton is None:
         if given.run is None:
             return None, f"{given.path} does not lie in a run; give --beton FILE"
         beton = train_file(given.run)
         if not beton.is_file():
-            return None, f"data.train={beton} of {given.run.path} does not exist here; give --beton FILE"
+            return (
+                None,
+                f"data.train={beton} of {given.run.path} does not exist here; give --beton FILE",
+            )
     dataset = read_dataset(Path(beton), found.num_classes)
     require_same_dataset(found, dataset.fingerprint, str(given.path))
     return dataset, f"{manifest_path(dataset.where)} does not exist; `tdds write` makes it"

@@ -1,7 +1,8 @@
 """From a full score vector to a coreset. Pure NumPy; every selector returns sorted global indices.
 
-Ties are broken by a seeded draw: by index they would favour whatever the dataset happens to list first. A selector takes the
-number to keep, which `num_kept` derives from the pruning rate, and keeps exactly so many.
+Ties are broken by a seeded draw: by index they would favour whatever the dataset happens to list
+first. A selector takes the number to keep, which `num_kept` derives from the pruning rate, and
+keeps exactly so many.
 """
 
 # N samples, M kept, m samples of one class, S strata
@@ -22,10 +23,14 @@ EDGE = 1e-6  # the Beta density is looked up this far inside (0, 1), and its bet
 def num_kept(num_samples: int, pruning_rate: float) -> int:
     """Return M = N - round(p N), the number of samples kept at pruning rate p in [0, 1)."""
     if not 0.0 <= pruning_rate < 1.0:
-        raise InputError(f"pruning_rate={pruning_rate} must lie in [0, 1): it is the fraction that is removed")
+        raise InputError(
+            f"pruning_rate={pruning_rate} must lie in [0, 1): it is the fraction that is removed"
+        )
     kept = num_samples - round(pruning_rate * num_samples)
     if kept < 1:
-        raise InputError(f"pruning_rate={pruning_rate} keeps none of {num_samples} samples; lower it")
+        raise InputError(
+            f"pruning_rate={pruning_rate} keeps none of {num_samples} samples; lower it"
+        )
     return kept
 
 
@@ -35,43 +40,53 @@ def top(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
 
 
 def descending(score_N: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return the indices from the highest score to the lowest, equal scores in a seeded order; [N]."""
+    """Return the indices from the highest score to the lowest, equal scores in a seeded order;
+    [N]."""
     tie_N = np.random.default_rng([seed, 0]).permutation(len(score_N))
     by_tie_N = np.empty_like(tie_N)
     by_tie_N[tie_N] = np.arange(len(tie_N))
-    return by_tie_N[np.argsort(-score_N[by_tie_N], kind="stable")]  # lexsort((tie_N, -score_N)) in half the time
+    # lexsort((tie_N, -score_N)) in half the time
+    return by_tie_N[np.argsort(-score_N[by_tie_N], kind="stable")]
 
 
 def centre(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
     """Take the `num` samples in the middle of the ranking; sorted int64 [num].
 
-    Moderate coreset (ICLR 2023): as many are dropped at the low end as at the high end, one more there if odd.
+    Moderate coreset (ICLR 2023): as many are dropped at the low end as at the high end, one more
+    there if odd.
     """
     low = (len(score_N) - num) // 2
     return np.sort(descending(-score_N, seed)[low : low + num]).astype(np.int64)
 
 
-def per_class(pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray, num: int) -> np.ndarray:
+def per_class(
+    pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray, num: int
+) -> np.ndarray:
     """Apply any selector to each class by itself, in proportion to class sizes; sorted int64 [num].
 
-    `pick(member_m, quota)` gets the global indices of one class, ascending, and returns which `quota` of them to keep, as
-    positions in `member_m`. Class quotas are rounded by largest remainder so that they add up to exactly `num`; a class
-    with quota 0 is not asked.
+    `pick(member_m, quota)` gets the global indices of one class, ascending, and returns which
+    `quota` of them to keep, as positions in `member_m`. Class quotas are rounded by largest
+    remainder so that they add up to exactly `num`; a class with quota 0 is not asked.
 
     Raises:
         InputError: samples without a label.
     """
     classes, size = np.unique(label_N, return_counts=True)
     if classes[0] < 0:
-        raise InputError("class-balanced selection needs labels, and these scores have none; "
-                         "score again with --beton FILE to take labels from the dataset")
+        raise InputError(
+            "class-balanced selection needs labels, and these scores have none; "
+            "score again with --beton FILE to take labels from the dataset"
+        )
     exact = num * size / len(label_N)
     quota = np.floor(exact).astype(np.int64)
     largest_remainder = np.argsort(-(exact - quota), kind="stable")
     quota[largest_remainder[: num - quota.sum()]] += 1
     members = np.split(np.argsort(label_N, kind="stable"), np.cumsum(size)[:-1])
-    kept = [member_m[pick(member_m, int(class_quota))]
-            for member_m, class_quota in zip(members, quota, strict=True) if class_quota]
+    kept = [
+        member_m[pick(member_m, int(class_quota))]
+        for member_m, class_quota in zip(members, quota, strict=True)
+        if class_quota
+    ]
     return np.sort(np.concatenate(kept)).astype(np.int64)
 
 
@@ -79,15 +94,18 @@ def per_class(pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray
 
 
 def default_hard_cutoff(pruning_rate: float) -> float:
-    """Return the fraction of hardest samples that CCS drops first: 0.3 from pruning rate 0.9 on, 0.2 from 0.8 on, 0 below."""
+    """Return the fraction of hardest samples that CCS drops first: 0.3 from pruning rate 0.9 on,
+    0.2 from 0.8 on, 0 below."""
     reached = [rate for rate in HARD_CUTOFF_OF_RATE if rate <= pruning_rate + 1e-9]
     return HARD_CUTOFF_OF_RATE[max(reached)] if reached else 0.0
 
 
 def stratum_budgets(count_S: np.ndarray, num: int) -> np.ndarray:
-    """Share `num` draws out over strata of `count_S` samples, int64 [S]; fewer in all if there are not so many samples.
+    """Share `num` draws out over strata of `count_S` samples, int64 [S]; fewer in all if there are
+    not so many samples.
 
-    From the smallest stratum up, each gets an equal share of what is still to be given, or all it has; ties by position.
+    From the smallest stratum up, each gets an equal share of what is still to be given, or all it
+    has; ties by position.
     """
     budget_S = np.zeros(len(count_S), dtype=np.int64)
     remaining = num
@@ -97,38 +115,59 @@ def stratum_budgets(count_S: np.ndarray, num: int) -> np.ndarray:
     return budget_S
 
 
-def ccs(score_N: np.ndarray, num: int, *, num_strata: int = 50, hard_cutoff_rate: float = 0.0, seed: int = 0) -> np.ndarray:
-    """Draw evenly over the range of scores, as CCS does (Zheng et al., ICLR 2023, arXiv 2210.15809); sorted int64 [num].
+def ccs(
+    score_N: np.ndarray,
+    num: int,
+    *,
+    num_strata: int = 50,
+    hard_cutoff_rate: float = 0.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Draw evenly over the range of scores, as CCS does (Zheng et al., ICLR 2023, arXiv
+    2210.15809); sorted int64 [num].
 
-    The round(hard_cutoff_rate N) samples of highest score (higher = harder here) are dropped. The range of the others is
-    cut into `num_strata` strata of equal width, each gets its budget (`stratum_budgets`), drawn uniformly inside it.
+    The round(hard_cutoff_rate N) samples of highest score (higher = harder here) are dropped. The
+    range of the others is cut into `num_strata` strata of equal width, each gets its budget
+    (`stratum_budgets`), drawn uniformly inside it.
 
     Raises:
-        InputError: `num_strata` below 1, `hard_cutoff_rate` outside [0, 1) or so large that fewer than `num` are left.
+        InputError: `num_strata` below 1, `hard_cutoff_rate` outside [0, 1) or so large that fewer
+        than `num` are left.
     """
     num_samples = len(score_N)
     if num_strata < 1:
         raise InputError(f"num_strata={num_strata} must be at least 1; CCS uses 50")
     if not 0.0 <= hard_cutoff_rate < 1.0:
-        raise InputError(f"hard_cutoff_rate={hard_cutoff_rate} must lie in [0, 1): it is the fraction dropped as too hard")
+        raise InputError(
+            f"hard_cutoff_rate={hard_cutoff_rate} must lie in [0, 1): it is the fraction dropped as"
+            " too hard"
+        )
     num_hardest = round(hard_cutoff_rate * num_samples)
     if num > num_samples - num_hardest:
         largest = 10_000 * (num_samples - num) // num_samples / 10_000
-        raise InputError(f"hard_cutoff_rate={hard_cutoff_rate} leaves {num_samples - num_hardest} of {num_samples} samples, "
-                         f"fewer than the {num} to keep; use at most {largest:g} or prune more")
+        raise InputError(
+            f"hard_cutoff_rate={hard_cutoff_rate} leaves {num_samples - num_hardest} of"
+            f" {num_samples} samples, fewer than the {num} to keep; use at most {largest:g} or"
+            " prune more"
+        )
     rest_m = np.setdiff1d(np.arange(num_samples), top(score_N, num_hardest, seed))
     stratum_m = _strata(score_N[rest_m], num_strata)
     budget_S = stratum_budgets(np.bincount(stratum_m, minlength=num_strata), num)
     generator = np.random.default_rng([seed, 1])
-    kept = [generator.choice(rest_m[stratum_m == stratum], budget, replace=False)
-            for stratum, budget in enumerate(budget_S) if budget]
+    kept = [
+        generator.choice(rest_m[stratum_m == stratum], budget, replace=False)
+        for stratum, budget in enumerate(budget_S)
+        if budget
+    ]
     return np.sort(np.concatenate(kept)).astype(np.int64)
 
 
 def _strata(score_N: np.ndarray, num_strata: int) -> np.ndarray:
-    """Return the stratum of each score, of `num_strata` of equal width between the lowest and the highest; int64 [N].
+    """Return the stratum of each score, of `num_strata` of equal width between the lowest and the
+    highest; int64 [N].
 
-    A stratum holds its lower end; the last holds the highest score too. Equal scores are all in stratum 0.
+    A stratum holds its lower end; the last holds the highest score too. Equal scores are all in
+    stratum 0.
     """
     low, high = float(score_N.min()), float(score_N.max())
     if high == low:
@@ -140,18 +179,24 @@ def _strata(score_N: np.ndarray, num_strata: int) -> np.ndarray:
 # ---- DUAL: a draw weighted by a Beta distribution that moves with the pruning rate
 
 
-def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: float, c_d: float) -> tuple[float, float]:
-    """Return (alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on ratio-adaptive sampling).
+def beta_parameters(
+    p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: float, c_d: float
+) -> tuple[float, float]:
+    """Return (alpha, beta) of DUAL's Beta distribution (ICML 2025, arXiv 2502.06905, section on
+    ratio-adaptive sampling).
 
-    beta = 15 (1 - anchor) (1 - r^c_d), alpha = 16 - beta, with r the pruning rate and anchor the mean of `p_mean_N` over the
-    10 samples of highest score: the more is pruned, the closer to 1 (easy samples) lies the peak. As in the code for CIFAR;
-    beta is kept above 0, which the density needs.
+    beta = 15 (1 - anchor) (1 - r^c_d), alpha = 16 - beta, with r the pruning rate and anchor the
+    mean of `p_mean_N` over the 10 samples of highest score: the more is pruned, the closer to 1
+    (easy samples) lies the peak. As in the code for CIFAR; beta is kept above 0, which the density
+    needs.
 
     Raises:
         InputError: `pruning_rate` outside [0, 1), `c_d` not above 0.
     """
     if not 0.0 <= pruning_rate < 1.0:
-        raise InputError(f"pruning_rate={pruning_rate} must lie in [0, 1): it is the fraction that is removed")
+        raise InputError(
+            f"pruning_rate={pruning_rate} must lie in [0, 1): it is the fraction that is removed"
+        )
     if not 0.0 < c_d < math.inf:
         raise InputError(f"c_d={c_d} must be positive; 4 is what DUAL's authors use on CIFAR-100")
     anchor = float(p_mean_N[top(score_N, NUM_ANCHORS)].astype(np.float64).mean())
@@ -159,19 +204,30 @@ def beta_parameters(p_mean_N: np.ndarray, score_N: np.ndarray, pruning_rate: flo
     return BETA_SUM - beta, beta
 
 
-def beta_sample(score_N: np.ndarray, p_mean_N: np.ndarray, num: int, pruning_rate: float, *, c_d: float = 4.0,
-                seed: int = 0) -> np.ndarray:
-    """Draw without replacement as DUAL does, weighted by the Beta density of `p_mean_N` times score; sorted int64 [num].
+def beta_sample(
+    score_N: np.ndarray,
+    p_mean_N: np.ndarray,
+    num: int,
+    pruning_rate: float,
+    *,
+    c_d: float = 4.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Draw without replacement as DUAL does, weighted by the Beta density of `p_mean_N` times
+    score; sorted int64 [num].
 
-    `p_mean_N` float32 [N] in [0, 1] (`baselines.mean_probability`); Beta as in `beta_parameters`. Taking the highest of
-    log weight + Gumbel noise is the same as drawing one after the other; samples of weight 0 come last, in a seeded order.
+    `p_mean_N` float32 [N] in [0, 1] (`baselines.mean_probability`); Beta as in `beta_parameters`.
+    Taking the highest of log weight + Gumbel noise is the same as drawing one after the other;
+    samples of weight 0 come last, in a seeded order.
 
     Raises:
         InputError: negative scores, or what `beta_parameters` raises.
     """
     if not (lowest := score_N.min()) >= 0:
-        raise InputError(f"score {lowest:g} is below 0, and a Beta draw weighs by the score; use one that never is, such as "
-                         "dual")
+        raise InputError(
+            f"score {lowest:g} is below 0, and a Beta draw weighs by the score; use one that never"
+            " is, such as dual"
+        )
     alpha, beta = beta_parameters(p_mean_N, score_N, pruning_rate, c_d)
     log_score_N = np.full(len(score_N), -np.inf)
     np.log(score_N, out=log_score_N, where=score_N > 0, dtype=np.float64)
@@ -180,7 +236,8 @@ def beta_sample(score_N: np.ndarray, p_mean_N: np.ndarray, num: int, pruning_rat
 
 
 def log_beta_density(p_N: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """Return the log of the density of Beta(alpha, beta) at `p_N`, which is moved off 0 and 1; float64 [N]."""
+    """Return the log of the density of Beta(alpha, beta) at `p_N`, which is moved off 0 and 1;
+    float64 [N]."""
     p_N = p_N.astype(np.float64).clip(EDGE, 1.0 - EDGE)
     log_normaliser = math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
     return (alpha - 1.0) * np.log(p_N) + (beta - 1.0) * np.log1p(-p_N) - log_normaliser
@@ -193,7 +250,8 @@ def empty_classes(index_M: np.ndarray, label_N: np.ndarray) -> np.ndarray:
 
 
 def min_max(score_N: np.ndarray) -> np.ndarray:
-    """Scale scores to [0, 1] over all N, the importance of the authors' code; all 1 when every score is equal."""
+    """Scale scores to [0, 1] over all N, the importance of the authors' code; all 1 when every
+    score is equal."""
     low, high = float(score_N.min()), float(score_N.max())
     if high == low:
         return np.ones_like(score_N, dtype=np.float32)

@@ -1,6 +1,7 @@
 """Stage `select`: from a score to a coreset file.
 
-Owns which sampler a score is meant for, the importance that goes with it, and names; the samplers are in `samplers`.
+Owns which sampler a score is meant for, the importance that goes with it, and names; the samplers
+are in `samplers`.
 """
 
 # N dataset, M kept samples, n samples that are not quarantined, m those of one class
@@ -28,21 +29,33 @@ DEFAULT_C_D = 4.0  # exponent of DUAL's authors on CIFAR-100
 
 
 def default_sampler(scores: Scores) -> str:
-    """Return the sampler a score is meant for: the centre of the ranking for Moderate, else the top."""
+    """Return the sampler a score is meant for: the centre of the ranking for Moderate, else the
+    top."""
     return "centre" if scores.settings.get("score", scores.key) == "moderate" else "top"
 
 
-def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False, seed: int = 0,
-           num_strata: int = DEFAULT_STRATA, hard_cutoff_rate: float | None = None, c_d: float = DEFAULT_C_D) -> np.ndarray:
+def choose(
+    scores: Scores,
+    pruning_rate: float,
+    *,
+    sampler: str | None = None,
+    class_balanced: bool = False,
+    seed: int = 0,
+    num_strata: int = DEFAULT_STRATA,
+    hard_cutoff_rate: float | None = None,
+    c_d: float = DEFAULT_C_D,
+) -> np.ndarray:
     """Return the kept global indices, sorted int64 [M], M = N - round(p N).
 
-    `sampler`: `top`, `centre` (Moderate), `ccs` (strata; `num_strata`, `hard_cutoff_rate`, by default that of the pruning
-    rate), `beta` (DUAL's weighted draw; `c_d`); default the one the score is meant for. `class_balanced` applies it to
-    each class by itself. `seed` decides draws and ties. Quarantined samples (`settings["quarantined"]`) are never kept: it
-    chooses among the others, all of them if they are fewer than M.
+    `sampler`: `top`, `centre` (Moderate), `ccs` (strata; `num_strata`, `hard_cutoff_rate`, by
+    default that of the pruning rate), `beta` (DUAL's weighted draw; `c_d`); default the one the
+    score is meant for. `class_balanced` applies it to each class by itself. `seed` decides draws
+    and ties. Quarantined samples (`settings["quarantined"]`) are never kept: it chooses among the
+    others, all of them if they are fewer than M.
 
     Raises:
-        InputError: a sampler that does not fit the score, scores that are not finite, a rate that keeps nothing.
+        InputError: a sampler that does not fit the score, scores that are not finite, a rate that
+        keeps nothing.
     """
     sampler = sampler or default_sampler(scores)
     if sampler not in SAMPLERS:
@@ -50,102 +63,178 @@ def choose(scores: Scores, pruning_rate: float, *, sampler: str | None = None, c
     rest_n = quarantine.eligible(scores)
     score_n, label_n = scores.score_N[rest_n], scores.label_N[rest_n]
     if not np.isfinite(score_n).all():
-        raise InputError(f"score {scores.key!r} holds {int((~np.isfinite(score_n)).sum())} values that are not "
-                         "finite; compute it again with `tdds score`")
+        raise InputError(
+            f"score {scores.key!r} holds {int((~np.isfinite(score_n)).sum())} values that are not "
+            "finite; compute it again with `tdds score`"
+        )
     num = min(samplers.num_kept(len(scores.score_N), pruning_rate), len(rest_n))
     pick: Callable[..., np.ndarray]
     if sampler == "ccs":
         if scores.settings.get("keep") == "easiest":
-            raise InputError(f"score {scores.key!r} ranks easy samples first, and sampler ccs cuts off what ranks first as too "
-                             "hard; score again with aum_keep=hardest")
-        cutoff = samplers.default_hard_cutoff(pruning_rate) if hard_cutoff_rate is None else hard_cutoff_rate
+            raise InputError(
+                f"score {scores.key!r} ranks easy samples first, and sampler ccs cuts off what"
+                " ranks first as too hard; score again with aum_keep=hardest"
+            )
+        cutoff = (
+            samplers.default_hard_cutoff(pruning_rate)
+            if hard_cutoff_rate is None
+            else hard_cutoff_rate
+        )
         pick = partial(samplers.ccs, num_strata=num_strata, hard_cutoff_rate=cutoff)
     elif sampler == "beta":
         if "p_mean" not in scores.extra:
-            raise InputError(f"score {scores.key!r} comes without the mean probability that sampler beta looks at; use "
-                             "--score dual")
+            raise InputError(
+                f"score {scores.key!r} comes without the mean probability that sampler beta looks"
+                " at; use --score dual"
+            )
         p_mean_n = scores.extra["p_mean"][rest_n]
     else:
         pick = samplers.centre if sampler == "centre" else samplers.top
 
     def pick_among(member_m: np.ndarray, quota: int, draw_seed: int) -> np.ndarray:
         if sampler == "beta":
-            return samplers.beta_sample(score_n[member_m], p_mean_n[member_m], quota, pruning_rate, c_d=c_d, seed=draw_seed)
+            return samplers.beta_sample(
+                score_n[member_m], p_mean_n[member_m], quota, pruning_rate, c_d=c_d, seed=draw_seed
+            )
         return pick(score_n[member_m], quota, seed=draw_seed)
 
     def pick_of_class(member_m: np.ndarray, quota: int) -> np.ndarray:
         label = int(label_n[member_m[0]])  # every class draws by itself
-        return pick_among(member_m, quota, int(np.random.SeedSequence([seed, label]).generate_state(1)[0]))
+        return pick_among(
+            member_m, quota, int(np.random.SeedSequence([seed, label]).generate_state(1)[0])
+        )
 
     if class_balanced:
         return rest_n[samplers.per_class(pick_of_class, label_n, num)]
     return rest_n[pick_among(np.arange(len(rest_n)), num, seed)]
 
 
-def make_coreset(scores: Scores, pruning_rate: float, *, sampler: str | None = None, class_balanced: bool = False,
-                 seed: int = 0, **options: Any) -> tuple[Coreset, list[str]]:
+def make_coreset(
+    scores: Scores,
+    pruning_rate: float,
+    *,
+    sampler: str | None = None,
+    class_balanced: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Coreset, list[str]]:
     """Return the coreset of `choose` with its importances, and warnings about it.
 
-    Importance: the score scaled to [0, 1] over all N, less the quarantined, for TDDS in preset `official`, the score itself
-    in `paper` (section 4.3), 1 for every other score, which its paper does not weigh by.
+    Importance: the score scaled to [0, 1] over all N, less the quarantined, for TDDS in preset
+    `official`, the score itself in `paper` (section 4.3), 1 for every other score, which its paper
+    does not weigh by.
     """
-    index_M = choose(scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options)
+    index_M = choose(
+        scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options
+    )
     rest_n = quarantine.eligible(scores)
     score_n, label_n = scores.score_N[rest_n], scores.label_N[rest_n]
     warnings = quarantine.coreset_warnings(scores)
     if scores.key != "random" and score_n.min() == score_n.max():
-        warnings.append(f"all {len(score_n)} scores of {scores.key} are {score_n[0]:g}, so the choice is "
-                        "a random draw" + ("; raise K, and score again" if scores.settings.get("score") == "tdds" else ""))
+        warnings.append(
+            f"all {len(score_n)} scores of {scores.key} are {score_n[0]:g}, so the choice is "
+            "a random draw"
+            + ("; raise K, and score again" if scores.settings.get("score") == "tdds" else "")
+        )
     kept_M = np.searchsorted(rest_n, index_M)  # positions among the others
     empty = samplers.empty_classes(kept_M, label_n)
     if len(empty):
-        message = f"{len(empty)} of {len(np.unique(label_n))} classes keep no sample (first: {empty[:8].tolist()})"
+        message = (
+            f"{len(empty)} of {len(np.unique(label_n))} classes keep no sample (first:"
+            f" {empty[:8].tolist()})"
+        )
         if class_balanced:
             raise InputError(f"pruning_rate={pruning_rate}: {message}; lower the pruning rate")
         warnings.append(f"{message}; --class-balanced keeps the same share of each")
     sampler = sampler or default_sampler(scores)
     origin = {"collection_seed": scores.settings["seed"]} if "seed" in scores.settings else {}
-    settings = scores.settings | origin | {"importance": importance_kind(scores), "sampler": sampler,
-                                           "class_balanced": class_balanced, "seed": seed}
+    settings = (
+        scores.settings
+        | origin
+        | {
+            "importance": importance_kind(scores),
+            "sampler": sampler,
+            "class_balanced": class_balanced,
+            "seed": seed,
+        }
+    )
     if sampler == "ccs":
         own = options.get("hard_cutoff_rate")
-        settings |= {"num_strata": options.get("num_strata", DEFAULT_STRATA),
-                     "hard_cutoff_rate": samplers.default_hard_cutoff(pruning_rate) if own is None else own}
+        settings |= {
+            "num_strata": options.get("num_strata", DEFAULT_STRATA),
+            "hard_cutoff_rate": samplers.default_hard_cutoff(pruning_rate) if own is None else own,
+        }
         settings |= {} if own is None else {"own_hard_cutoff_rate": own}
     if sampler == "beta":
         settings["c_d"] = options.get("c_d", DEFAULT_C_D)
-    coreset = Coreset(index_M, _importance(scores, rest_n)[kept_M], scores.key, pruning_rate, scores.fingerprint, settings)
+    coreset = Coreset(
+        index_M,
+        _importance(scores, rest_n)[kept_M],
+        scores.key,
+        pruning_rate,
+        scores.fingerprint,
+        settings,
+    )
     return coreset, warnings
 
 
-def plan_coreset(source: Path, pruning_rate: float, *, score: str = "tdds", sampler: str | None = None,
-                 class_balanced: bool = False, seed: int = 0, out: Path | None = None,
-                 **options: Any) -> tuple[Path, Coreset, list[str]]:
+def plan_coreset(
+    source: Path,
+    pruning_rate: float,
+    *,
+    score: str = "tdds",
+    sampler: str | None = None,
+    class_balanced: bool = False,
+    seed: int = 0,
+    out: Path | None = None,
+    **options: Any,
+) -> tuple[Path, Coreset, list[str]]:
     """Run the stage without its last step; return the file to write, the coreset, and warnings.
 
-    `source` is a run directory or a score file. In a run, `score` is `tdds` (the window that its config assigns to the
-    pruning rate), `random` (a seeded draw), `ccs` (AUM in strata), or the name of a file in `scores/`. Sampler and
-    options as in `choose`.
+    `source` is a run directory or a score file. In a run, `score` is `tdds` (the window that its
+    config assigns to the pruning rate), `random` (a seeded draw), `ccs` (AUM in strata), or the
+    name of a file in `scores/`. Sampler and options as in `choose`.
 
     Raises:
         InputError: no such score, or what `choose` raises.
     """
     source = Path(source)
     if 1 < pruning_rate <= 100:
-        raise InputError(f"pruning_rate={pruning_rate:g} must lie in [0, 1): it is the fraction that is removed; "
-                         f"{pruning_rate:g} % is {pruning_rate / 100:g}")
+        raise InputError(
+            f"pruning_rate={pruning_rate:g} must lie in [0, 1): it is the fraction that is removed;"
+            f" {pruning_rate:g} % is {pruning_rate / 100:g}"
+        )
     samplers.num_kept(10**9, pruning_rate)  # the range, before any file is read
-    if (method := BUILT_IN_METHODS.get(score)) is not None and method.score_key != score and score != "ccs":
-        raise InputError(f"--score {score} is a score and a way to choose by it; use --score {method.score_key} --sampler "
-                         f"{method.sampler}")
+    if (
+        (method := BUILT_IN_METHODS.get(score)) is not None
+        and method.score_key != score
+        and score != "ccs"
+    ):
+        raise InputError(
+            f"--score {score} is a score and a way to choose by it; use --score {method.score_key}"
+            f" --sampler {method.sampler}"
+        )
     if score == "ccs":
         if sampler not in (None, "ccs"):
-            raise InputError(f"--score ccs means sampler ccs on {CCS_SCORE}, not sampler {sampler}; name the score instead")
+            raise InputError(
+                f"--score ccs means sampler ccs on {CCS_SCORE}, not sampler {sampler}; name the"
+                " score instead"
+            )
         score, sampler = CCS_SCORE, "ccs"
-    scores = random_scores(any_scores(source), seed) if score == "random" else find_scores(source, score, pruning_rate)
+    scores = (
+        random_scores(any_scores(source), seed)
+        if score == "random"
+        else find_scores(source, score, pruning_rate)
+    )
     try:
-        coreset, warnings = make_coreset(scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed,
-                                         **options)
+        coreset, warnings = make_coreset(
+            scores,
+            pruning_rate,
+            sampler=sampler,
+            class_balanced=class_balanced,
+            seed=seed,
+            **options,
+        )
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     path = Path(out) if out is not None else _default_path(source, coreset)
@@ -155,14 +244,18 @@ def plan_coreset(source: Path, pruning_rate: float, *, score: str = "tdds", samp
 
 
 def check_place(path: Path, coreset: Coreset, force: bool = False) -> None:
-    """Raise InputError where another coreset, or something else, has that name; not with `force`, with which `put` moves it
-    aside."""
+    """Raise InputError where another coreset, or something else, has that name; not with `force`,
+    with which `put` moves it aside."""
     if not force and path.exists() and (changed := changes(path, coreset)):
-        raise InputError(f"{path} {changed}; choose another name with --out, or give --force, which moves it aside")
+        raise InputError(
+            f"{path} {changed}; choose another name with --out, or give --force, which moves it"
+            " aside"
+        )
 
 
 def put(path: Path, coreset: Coreset) -> list[str]:
-    """Save a coreset unless it is there already; what else has its name is moved aside. Return what to say of that."""
+    """Save a coreset unless it is there already; what else has its name is moved aside. Return what
+    to say of that."""
     if not path.exists():
         save_coreset(path, coreset)
         return []
@@ -170,11 +263,15 @@ def put(path: Path, coreset: Coreset) -> list[str]:
         return []
     aside = move_aside(path)
     save_coreset(path, coreset)
-    return [f"{path} {changed}; it is moved aside to {aside}, and retrainings on it are not of the new one"]
+    return [
+        f"{path} {changed}; it is moved aside to {aside}, and retrainings on it are not of the"
+        " new one"
+    ]
 
 
 def changes(path: Path, coreset: Coreset) -> str:
-    """Say what the file holds instead of this coreset, with the settings that differ; "" when it is the same one.
+    """Say what the file holds instead of this coreset, with the settings that differ; "" when it is
+    the same one.
 
     Where and on how many ranks the scores were computed, live or afterwards, makes no difference.
     """
@@ -182,25 +279,40 @@ def changes(path: Path, coreset: Coreset) -> str:
         before = load_coreset(path)
     except InputError:
         return "is there and is no readable coreset"
-    was, now = ({"score": each.score_key, "pruning_rate": each.pruning_rate} | each.settings for each in (before, coreset))
-    changed = [f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in dict.fromkeys([*was, *now])
-               if key not in ("source", "world_size") and was.get(key) != now.get(key)]
+    was, now = (
+        {"score": each.score_key, "pruning_rate": each.pruning_rate} | each.settings
+        for each in (before, coreset)
+    )
+    changed = [
+        f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
+        for key in dict.fromkeys([*was, *now])
+        if key not in ("source", "world_size") and was.get(key) != now.get(key)
+    ]
     if before.fingerprint != coreset.fingerprint:
         changed.append("of another dataset")
-    if not changed and (not np.array_equal(before.index_M, coreset.index_M)
-                        or not np.array_equal(before.importance_M, coreset.importance_M)):
+    if not changed and (
+        not np.array_equal(before.index_M, coreset.index_M)
+        or not np.array_equal(before.importance_M, coreset.importance_M)
+    ):
         changed.append("the scores it was chosen by were others")
     if not changed:
         return ""
-    return f"holds another coreset, {len(before.index_M)} images by {before.method} ({'; '.join(changed)})"
+    return (
+        f"holds another coreset, {len(before.index_M)} images by {before.method}"
+        f" ({'; '.join(changed)})"
+    )
 
 
 def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
-    """Load the scores called `score` of a run directory, or those of a score file; raise InputError when there are none."""
+    """Load the scores called `score` of a run directory, or those of a score file; raise InputError
+    when there are none."""
     if source.is_file():
         scores = load_scores(source)
         if score not in ("tdds", scores.key):
-            raise InputError(f"{source} holds the score {scores.key!r}, not {score!r}; leave --score out, or give a run")
+            raise InputError(
+                f"{source} holds the score {scores.key!r}, not {score!r}; leave --score out, or"
+                " give a run"
+            )
         return scores
     run = RunDir(source)
     if score == "tdds":
@@ -210,13 +322,29 @@ def find_scores(source: Path, score: str, pruning_rate: float) -> Scores:
     if not path.is_file():
         planned = ((run.read_config() or {}).get("train") or {}).get("epochs")
         if planned and not run.result_file.is_file():
-            raise InputError(f"{source} has no score {path.stem!r}: its collection has not finished ({len(run.read_metrics())} "
-                             f"of {planned} epochs); start it again with the same command, and it goes on")
+            raise InputError(
+                f"{source} has no score {path.stem!r}: its collection has not finished"
+                f" ({len(run.read_metrics())} of {planned} epochs); start it again with the same"
+                " command, and it goes on"
+            )
         there = sorted({path.stem for path in run.scores.glob("*.npz")} - {"random"})
-        like = [stem for stem in there if stem.startswith(f"{score}_")] or difflib.get_close_matches(score, there, 1)
-        way_out = f"--score {like[0]} is the nearest" if like else f"`tdds score {source} " + (
-            "--final-pass` computes it" if score in ("entropy", "moderate") else "--all` computes every score of the run")
-        raise InputError(f"{run.scores} has no score {score!r}; it has {', '.join(['tdds', 'random', *there])}; {way_out}")
+        like = [
+            stem for stem in there if stem.startswith(f"{score}_")
+        ] or difflib.get_close_matches(score, there, 1)
+        way_out = (
+            f"--score {like[0]} is the nearest"
+            if like
+            else f"`tdds score {source} "
+            + (
+                "--final-pass` computes it"
+                if score in ("entropy", "moderate")
+                else "--all` computes every score of the run"
+            )
+        )
+        raise InputError(
+            f"{run.scores} has no score {score!r}; it has {', '.join(['tdds', 'random', *there])};"
+            f" {way_out}"
+        )
     return load_scores(path)
 
 

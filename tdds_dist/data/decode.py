@@ -1,9 +1,11 @@
-"""Decoding and augmentation of one batch, compiled: what FFCV's decoders do, with randomness that is a function.
+"""Decoding and augmentation of one batch, compiled: what FFCV's decoders do, with randomness that
+is a function.
 
-Every random choice is a hash of (seed, epoch, global index, counter), so an image of an epoch looks the same whatever
-rank, worker or resume produced it (FFCV's own operations draw from unseeded per-thread generators). Decoder return
-codes are kept, where FFCV drops them. The kernels are cached on disk by numba: a second process starts in a fraction of
-the time that compilation takes. They call FFCV's C library for JPEG decoding and resizing.
+Every random choice is a hash of (seed, epoch, global index, counter), so an image of an epoch looks
+the same whatever rank, worker or resume produced it (FFCV's own operations draw from unseeded
+per-thread generators). Decoder return codes are kept, where FFCV drops them. The kernels are cached
+on disk by numba: a second process starts in a fraction of the time that compilation takes. They
+call FFCV's C library for JPEG decoding and resizing.
 """
 
 # B rows of the batch, S output side
@@ -19,9 +21,24 @@ JPEG = 0  # FFCV's image mode; 1 is raw
 
 llvmlite.binding.load_library_permanently(ffcv.libffcv.lib._name)
 _pointer = types.uintp
-_imdecode = types.ExternalFunction("imdecode", types.int32(
-    _pointer, types.uint64, types.uint32, types.uint32, _pointer, types.uint32, types.uint32, types.uint32, types.uint32,
-    types.uint32, types.uint32, types.boolean, types.boolean))
+_imdecode = types.ExternalFunction(
+    "imdecode",
+    types.int32(
+        _pointer,
+        types.uint64,
+        types.uint32,
+        types.uint32,
+        _pointer,
+        types.uint32,
+        types.uint32,
+        types.uint32,
+        types.uint32,
+        types.uint32,
+        types.uint32,
+        types.boolean,
+        types.boolean,
+    ),
+)
 _resize = types.ExternalFunction("resize", types.void(*[types.int64] * 11))
 
 
@@ -52,7 +69,8 @@ def uniform(key, counter):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def random_resized_crop(key, height, width, scale_low, scale_high):  # type: ignore[no-untyped-def]
-    """Draw the box (top, left, height, width) of torchvision's RandomResizedCrop, aspect ratio in [3/4, 4/3]."""
+    """Draw the box (top, left, height, width) of torchvision's RandomResizedCrop, aspect ratio in
+    [3/4, 4/3]."""
     log_low, log_high = np.log(3.0 / 4.0), np.log(4.0 / 3.0)
     for attempt in range(10):
         area = height * width * (scale_low + (scale_high - scale_low) * uniform(key, 4 * attempt))
@@ -77,12 +95,28 @@ _FLIP_COUNTER, _SHIFT_COUNTER = 1000, 1001  # beyond what a crop draws
 
 @numba.njit(parallel=True, nogil=True, cache=True)
 def load_batch(  # type: ignore[no-untyped-def]
-    index_B, image_BSS3, scratch_BX, failed_B, field_N, file_bytes, block_start, block_size,
-    crop, flip, padding, center_ratio, scale_low, scale_high, seed, epoch,
+    index_B,
+    image_BSS3,
+    scratch_BX,
+    failed_B,
+    field_N,
+    file_bytes,
+    block_start,
+    block_size,
+    crop,
+    flip,
+    padding,
+    center_ratio,
+    scale_low,
+    scale_high,
+    seed,
+    epoch,
 ):
-    """Decode, crop and flip the images of a batch into `image_BSS3` (uint8); `failed_B` gets 1 where decoding failed.
+    """Decode, crop and flip the images of a batch into `image_BSS3` (uint8); `failed_B` gets 1
+    where decoding failed.
 
-    `field_N` is the image column of the metadata; `block_start` (sorted) and `block_size` are the file's allocations.
+    `field_N` is the image column of the metadata; `block_start` (sorted) and `block_size` are the
+    file's allocations.
     """
     side = image_BSS3.shape[1]
     for row in numba.prange(len(index_B)):
@@ -99,8 +133,21 @@ def load_batch(  # type: ignore[no-untyped-def]
         size = np.int64(block_size[block])
         source = file_bytes[start : start + size]
         if field.mode == JPEG:
-            code = _imdecode(source.ctypes.data, size, height, width, scratch_BX[row].ctypes.data, height, width, 0, 0, 1, 1,
-                             False, False)
+            code = _imdecode(
+                source.ctypes.data,
+                size,
+                height,
+                width,
+                scratch_BX[row].ctypes.data,
+                height,
+                width,
+                0,
+                0,
+                1,
+                1,
+                False,
+                False,
+            )
             pixels = scratch_BX[row][: height * width * 3]
         else:
             code = 0 if size == height * width * 3 else 1
@@ -127,7 +174,19 @@ def load_batch(  # type: ignore[no-untyped-def]
             else:
                 h = w = int(center_ratio * min(height, width))
                 top, left = (height - h) // 2, (width - w) // 2
-            _resize(0, pixels.ctypes.data, height, width, top, top + h, left, left + w, target.ctypes.data, side, side)
+            _resize(
+                0,
+                pixels.ctypes.data,
+                height,
+                width,
+                top,
+                top + h,
+                left,
+                left + w,
+                target.ctypes.data,
+                side,
+                side,
+            )
         if flip and uniform(key, _FLIP_COUNTER) < 0.5:
             for y in range(side):
                 for x in range(side // 2):

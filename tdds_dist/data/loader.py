@@ -1,13 +1,16 @@
-"""Batches of (image, label, global index) from any `.beton` with an image and a label field, through FFCV.
+"""Batches of (image, label, global index) from any `.beton` with an image and a label field,
+through FFCV.
 
-This module works around what FFCV's own loader does otherwise. Order: the stock orders pad with unmarked duplicates or drop
-tails, so the order comes from `partition`, also from the middle of an epoch. Errors: an exception in FFCV's thread leaves the
-consumer waiting for ever, so ours carries it over and watches for stalls. Corrupt images: the return code of the decoder is
-checked and the index named. Buffers: a batch is valid only until the next one, so what is yielded is either copied to the
-device or valid until the next iteration, as said below. Memory: the stock memory manager builds Python sets per sample (646 MB
-at ImageNet size) that this access pattern never reads. Threads: FFCV sets torch's thread count for the whole process in every
-epoch; ours does not (importing FFCV sets it to 1; `training.engine` chooses it then). GPU: FFCV copies when a batch is asked
-for; ours copies ahead of that, from pinned buffers, on a stream of its own.
+This module works around what FFCV's own loader does otherwise. Order: the stock orders pad with
+unmarked duplicates or drop tails, so the order comes from `partition`, also from the middle of an
+epoch. Errors: an exception in FFCV's thread leaves the consumer waiting for ever, so ours carries
+it over and watches for stalls. Corrupt images: the return code of the decoder is checked and the
+index named. Buffers: a batch is valid only until the next one, so what is yielded is either copied
+to the device or valid until the next iteration, as said below. Memory: the stock memory manager
+builds Python sets per sample (646 MB at ImageNet size) that this access pattern never reads.
+Threads: FFCV sets torch's thread count for the whole process in every epoch; ours does not
+(importing FFCV sets it to 1; `training.engine` chooses it then). GPU: FFCV copies when a batch is
+asked for; ours copies ahead of that, from pinned buffers, on a stream of its own.
 """
 
 # B rows per rank and step, S steps, N samples of the file
@@ -22,7 +25,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-os.environ.setdefault("NUMBA_THREADING_LAYER", "tbb")  # the others abort with two loaders, or after a fork
+# the others abort with two loaders, or after a fork
+os.environ.setdefault("NUMBA_THREADING_LAYER", "tbb")
 
 import ffcv
 import numba
@@ -45,15 +49,17 @@ from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
 
 BATCHES_AHEAD = 3  # decoded before they are asked for
-STALL_SECONDS = 300.0  # no batch for that long is an error; the first batch may wait for compilation
+# no batch for that long is an error; the first batch may wait for compilation
+STALL_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class View:
     """The way an image becomes a square of `size` pixels.
 
-    `center` cuts `ratio` of the shorter side; `pad` shifts by up to `padding` pixels with a black border (CIFAR);
-    `resized` is RandomResizedCrop with areas in `scale` (ImageNet). Aspect ratios as in torchvision.
+    `center` cuts `ratio` of the shorter side; `pad` shifts by up to `padding` pixels with a black
+    border (CIFAR); `resized` is RandomResizedCrop with areas in `scale` (ImageNet). Aspect ratios
+    as in torchvision.
     """
 
     size: int
@@ -66,8 +72,9 @@ class View:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of one rank. `image` uint8 [B, 3, size, size] in channels_last memory; on the CPU it is valid until the
-    next batch only. `label` and `index` int64 [B] are copies; `index` is -1 in padding rows."""
+    """One step of one rank. `image` uint8 [B, 3, size, size] in channels_last memory; on the CPU it
+    is valid until the next batch only. `label` and `index` int64 [B] are copies; `index` is -1 in
+    padding rows."""
 
     image: Tensor
     label: Tensor
@@ -78,11 +85,16 @@ def check_view(info: BetonInfo, view: View) -> None:
     """Raise InputError when the file cannot be read in this view, or not at all on this machine."""
     sides = np.concatenate([info.width_N, info.height_N])
     if view.crop == "pad" and not (sides == view.size).all():
-        raise InputError(f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {info.path} has sides "
-                         f"{sides.min()}..{sides.max()}; use data.crop=resized, or write the file at that size")
+        raise InputError(
+            f"data.crop='pad' needs images of exactly {view.size}x{view.size}, {info.path} has"
+            f" sides {sides.min()}..{sides.max()}; use data.crop=resized, or write the file at that"
+            " size"
+        )
     if os.environ["NUMBA_THREADING_LAYER"] == "tbb" and not _has_tbb():
-        raise InputError("numba cannot load Intel TBB (libtbb.so.12), which decodes images in parallel; install Debian's "
-                         "libtbb12 or conda-forge's tbb, or set NUMBA_THREADING_LAYER=omp")
+        raise InputError(
+            "numba cannot load Intel TBB (libtbb.so.12), which decodes images in parallel; install"
+            " Debian's libtbb12 or conda-forge's tbb, or set NUMBA_THREADING_LAYER=omp"
+        )
 
 
 def _has_tbb() -> bool:
@@ -93,25 +105,46 @@ def _has_tbb() -> bool:
     return True
 
 
-def find_undecodable(data: np.ndarray, image_B: np.ndarray, size_B: np.ndarray, num_workers: int = 1) -> np.ndarray:
+def find_undecodable(
+    data: np.ndarray, image_B: np.ndarray, size_B: np.ndarray, num_workers: int = 1
+) -> np.ndarray:
     """Mark the images that the decoder of training refuses, bool [B].
 
-    data: uint8, read-only, the stored bytes of the images one after the other. image_B: their records (`beton.IMAGE`), with
-    `data_ptr` the place in `data`. size_B: uint64, bytes of each.
+    data: uint8, read-only, the stored bytes of the images one after the other. image_B: their
+    records (`beton.IMAGE`), with `data_ptr` the place in `data`. size_B: uint64, bytes of each.
     """
     assert int(size_B.sum()) == len(data), (size_B.sum(), len(data))
     num = len(image_B)
-    record_B = np.zeros(num, np.dtype([("", IMAGE), ("", "<i8")], align=True))  # as in the files of `tdds write`: one kernel
+    # as in the files of `tdds write`: one kernel
+    record_B = np.zeros(num, np.dtype([("", IMAGE), ("", "<i8")], align=True))
     record_B["f0"] = image_B
     pixels = int((image_B["width"].astype(np.int64) * image_B["height"]).max()) * 3
-    corner_BSS3, scratch_BX, failed_B = (np.empty(shape, np.uint8) for shape in ((num, 1, 1, 3), (num, pixels), num))
+    corner_BSS3, scratch_BX, failed_B = (
+        np.empty(shape, np.uint8) for shape in ((num, 1, 1, 3), (num, pixels), num)
+    )
     record_B.setflags(write=False)
     before = numba.get_num_threads()
     numba.set_num_threads(max(1, min(num_workers, len(os.sched_getaffinity(0)))))
     try:
         # The crop that costs least: one pixel of each image is kept.
-        decode.load_batch(np.arange(num), corner_BSS3, scratch_BX, failed_B, record_B["f0"], data, image_B["data_ptr"].copy(),
-                           size_B, decode.PAD, False, 0, 1.0, 0.08, 1.0, 0, 0)
+        decode.load_batch(
+            np.arange(num),
+            corner_BSS3,
+            scratch_BX,
+            failed_B,
+            record_B["f0"],
+            data,
+            image_B["data_ptr"].copy(),
+            size_B,
+            decode.PAD,
+            False,
+            0,
+            1.0,
+            0.08,
+            1.0,
+            0,
+            0,
+        )
     finally:
         numba.set_num_threads(before)
     return failed_B.astype(bool)
@@ -121,19 +154,24 @@ class BetonLoader(ffcv.Loader):
     """Reads one `.beton` for one rank.
 
     Args:
-        info: the file, as `inspect_beton` found it; any names for its one image and one label field.
-        batch_size: rows per step of this rank.
-        view: what is done to images.
-        device: where batches go.
-        num_workers: decoding threads.
-        seed: of the augmentation.
+        info: the file, as `inspect_beton` found it; any names for its one image and one label
+        field. batch_size: rows per step of this rank. view: what is done to images. device: where
+        batches go. num_workers: decoding threads. seed: of the augmentation.
 
     Raises:
         InputError: the file is unfit for the view.
     """
 
-    def __init__(self, info: BetonInfo, batch_size: int, view: View, *, device: torch.device | str = "cpu",
-                 num_workers: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        info: BetonInfo,
+        batch_size: int,
+        view: View,
+        *,
+        device: torch.device | str = "cpu",
+        num_workers: int = 1,
+        seed: int = 0,
+    ):
         # The stock constructor is replaced, not called: see "Memory" and "Threads" above.
         check_view(info, view)
         self.view = view
@@ -146,19 +184,29 @@ class BetonLoader(ffcv.Loader):
         self.memory_manager = _Blocks(self.reader)
         self.next_epoch = 0
         self._image_operation = _LoadImage(view, seed, self.memory_manager)
-        self.field_name_to_f_ix = {name: position for position, name in enumerate(self.reader.handlers)}
+        self.field_name_to_f_ix = {
+            name: position for position, name in enumerate(self.reader.handlers)
+        }
         self.pipeline_specs = {
             "image": PipelineSpec(info.image_field, decoder=self._image_operation),
             "label": PipelineSpec(info.label_field, decoder=_LoadLabel()),
         }
-        self.graph = Graph(self.pipeline_specs, self.reader.handlers, self.field_name_to_f_ix, self.reader.metadata, None)
+        self.graph = Graph(
+            self.pipeline_specs,
+            self.reader.handlers,
+            self.field_name_to_f_ix,
+            self.reader.metadata,
+            None,
+        )
         Compiler.set_enabled(False)  # our operations are compiled already (`decode`), FFCV need not
         try:
             self.generate_code()
         finally:
             Compiler.set_enabled(True)
 
-    def batches(self, order: EpochOrder, *, rank: int, world_size: int, epoch: int, size: int | None = None) -> "Batches":
+    def batches(
+        self, order: EpochOrder, *, rank: int, world_size: int, epoch: int, size: int | None = None
+    ) -> "Batches":
         """Start decoding the batches of `rank` in `order`, one per step; return their iterator.
 
         size: side of the images where it is not the view's (never with crop=pad).
@@ -168,14 +216,18 @@ class BetonLoader(ffcv.Loader):
             RuntimeError: the loading thread failed or stalled.
         """
         assert size in (None, self.view.size) or self.view.crop != "pad", (size, self.view)
-        sample_SB, index_SB = (np.ascontiguousarray(part) for part in order.of_rank(rank, world_size))
+        sample_SB, index_SB = (
+            np.ascontiguousarray(part) for part in order.of_rank(rank, world_size)
+        )
         assert sample_SB.shape[1] == self.batch_size, (sample_SB.shape, self.batch_size)
-        self._image_operation.size = size or self.view.size  # FFCV asks for it when the thread allocates its buffers
+        # FFCV asks for it when the thread allocates its buffers
+        self._image_operation.size = size or self.view.size
         return Batches(_EpochThread(self, sample_SB, index_SB, epoch))
 
 
 class Batches(Iterator[Batch]):
-    """An epoch under way. Its thread ends with the last batch, by `close`, or when the iterator is garbage-collected."""
+    """An epoch under way. Its thread ends with the last batch, by `close`, or when the iterator is
+    garbage-collected."""
 
     def __init__(self, thread: "_EpochThread"):
         self._thread = thread
@@ -220,14 +272,32 @@ class _LoadImage(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=bytes_type), memory
 
     def generate_code(self) -> Any:
-        view, crop = self.view, {"center": decode.CENTER, "pad": decode.PAD, "resized": decode.RESIZED}[self.view.crop]
+        view, crop = (
+            self.view,
+            {"center": decode.CENTER, "pad": decode.PAD, "resized": decode.RESIZED}[self.view.crop],
+        )
 
         def load(index_B: np.ndarray, memory: Any, metadata: np.ndarray, storage_state: Any) -> Any:
             image, failed = memory
             file_bytes, block_start, block_size, scratch, epoch = storage_state
             decode.load_batch(
-                index_B, image, scratch, failed, metadata, np.asarray(file_bytes), block_start, block_size,
-                crop, view.flip, view.padding, view.ratio, view.scale[0], view.scale[1], self.seed, epoch)
+                index_B,
+                image,
+                scratch,
+                failed,
+                metadata,
+                np.asarray(file_bytes),
+                block_start,
+                block_size,
+                crop,
+                view.flip,
+                view.padding,
+                view.ratio,
+                view.scale[0],
+                view.scale[1],
+                self.seed,
+                epoch,
+            )
             return image, failed
 
         return load
@@ -238,10 +308,14 @@ class _LoadLabel(Operation):
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
         kind = np.dtype("<i8")
-        return replace(previous_state, jit_mode=True, shape=(1,), dtype=kind), AllocationQuery((1,), kind)
+        return replace(previous_state, jit_mode=True, shape=(1,), dtype=kind), AllocationQuery(
+            (1,), kind
+        )
 
     def generate_code(self) -> Any:
-        def load(index_B: np.ndarray, memory: np.ndarray, metadata: np.ndarray, storage_state: Any) -> np.ndarray:
+        def load(
+            index_B: np.ndarray, memory: np.ndarray, metadata: np.ndarray, storage_state: Any
+        ) -> np.ndarray:
             memory[:, 0] = metadata[index_B]
             return memory
 
@@ -251,17 +325,24 @@ class _LoadLabel(Operation):
 class _EpochThread(EpochIterator):
     """FFCV's loading thread, which also passes its errors on to the consumer, and can be ended.
 
-    It fills a ring of buffers, two more than its queue holds: one is with the consumer, one is being filled. On CUDA they are
-    pinned; this thread starts the copy of each on a stream of its own and waits for it before it fills the buffer again. The
-    consumer's stream waits for the copy by an event, the consumer's host for nothing but a batch that is not decoded yet.
+    It fills a ring of buffers, two more than its queue holds: one is with the consumer, one is
+    being filled. On CUDA they are pinned; this thread starts the copy of each on a stream of its
+    own and waits for it before it fills the buffer again. The consumer's stream waits for the copy
+    by an event, the consumer's host for nothing but a batch that is not decoded yet.
     """
 
-    def __init__(self, loader: BetonLoader, sample_SB: np.ndarray, index_SB: np.ndarray, epoch: int):
+    def __init__(
+        self, loader: BetonLoader, sample_SB: np.ndarray, index_SB: np.ndarray, epoch: int
+    ):
         self.error: BaseException | None = None
         self._epoch, self._on_gpu = epoch, loader.device.type == "cuda"
-        self._index_SB = torch.from_numpy(index_SB).pin_memory() if self._on_gpu else torch.from_numpy(index_SB)
+        self._index_SB = (
+            torch.from_numpy(index_SB).pin_memory() if self._on_gpu else torch.from_numpy(index_SB)
+        )
         # One batch is decoded at a time, so what is cut out of may be overwritten by the next.
-        self._scratch_BX = np.empty((loader.batch_size, loader._image_operation.largest_bytes()), np.uint8)
+        self._scratch_BX = np.empty(
+            (loader.batch_size, loader._image_operation.largest_bytes()), np.uint8
+        )
         super().__init__(loader, sample_SB.reshape(-1))
 
     def run(self) -> None:
@@ -282,8 +363,12 @@ class _EpochThread(EpochIterator):
                     event.synchronize()
                 batch = self._load(sample_B, slot, self._index_SB[step])
                 if stream is not None:
-                    batch = Batch(*(part.to(self.loader.device, non_blocking=True)
-                                    for part in (batch.image, batch.label, batch.index)))
+                    batch = Batch(
+                        *(
+                            part.to(self.loader.device, non_blocking=True)
+                            for part in (batch.image, batch.label, batch.index)
+                        )
+                    )
                     copied[slot] = stream.record_event()
                 if not self._offer((batch, copied[slot])):
                     break
@@ -292,22 +377,31 @@ class _EpochThread(EpochIterator):
 
     def _load(self, sample_B: np.ndarray, slot: int, index_B: Tensor) -> Batch:
         arguments = {
-            "batch_indices": sample_B, "metadata": self.metadata,
+            "batch_indices": sample_B,
+            "metadata": self.metadata,
             "storage_state": (*self.storage_state, self._scratch_BX, self._epoch),
-            **{f"memory_{node}": select_buffer(buffer, slot, len(sample_B))
-               for node, buffer in self.memory_allocations["operation"].items()},
+            **{
+                f"memory_{node}": select_buffer(buffer, slot, len(sample_B))
+                for node, buffer in self.memory_allocations["operation"].items()
+            },
             **{f"shared_memory_{node}": None for node in self.memory_allocations["shared"]},
         }
         stages, outputs = self.loader.code
         for stage, nodes in stages:
-            arguments.update(zip((f"result_{node}" for node in nodes), stage(**arguments), strict=True))
+            arguments.update(
+                zip((f"result_{node}" for node in nodes), stage(**arguments), strict=True)
+            )
         (image, failed), label = (arguments[f"result_{node}"] for node in outputs)
         if failed.any():
             bad = sample_B[np.flatnonzero(failed)][:8].tolist()
-            raise InputError(f"{self.loader.fname}: the images at global indices {bad} cannot be decoded; "
-                             "the file is damaged, write it again with `tdds write`")
+            raise InputError(
+                f"{self.loader.fname}: the images at global indices {bad} cannot be decoded; "
+                "the file is damaged, write it again with `tdds write`"
+            )
         label_B = label[:, 0] if self._on_gpu else label[:, 0].copy()
-        return Batch(torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label_B), index_B)
+        return Batch(
+            torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label_B), index_B
+        )
 
     def _offer(self, item: "tuple[Batch, torch.cuda.Event | None] | None") -> bool:
         """Put an item into the queue; return False when the consumer has left."""
@@ -326,7 +420,9 @@ class _EpochThread(EpochIterator):
             if isinstance(self.error, InputError):
                 raise self.error
             if self.error is not None:
-                raise RuntimeError(f"loading from {self.loader.fname} failed: {self.error}") from self.error
+                raise RuntimeError(
+                    f"loading from {self.loader.fname} failed: {self.error}"
+                ) from self.error
             raise StopIteration
         batch, copied = item
         if copied is not None:
@@ -347,8 +443,10 @@ class _EpochThread(EpochIterator):
                         return None
                     raise RuntimeError("the loading thread died without a word") from self.error
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.loader.fname}: no batch for {STALL_SECONDS:.0f} s; the storage or a "
-                                       "decoding thread hangs") from None
+                    raise RuntimeError(
+                        f"{self.loader.fname}: no batch for {STALL_SECONDS:.0f} s; the storage or a"
+                        " decoding thread hangs"
+                    ) from None
 
     def stop(self) -> None:
         """End the thread, from the consumer's side."""
@@ -359,7 +457,8 @@ class _EpochThread(EpochIterator):
 
 
 def default_workers(local_world_size: int) -> int:
-    """Return the decoding threads per rank: the CPUs this process may use, shared among the ranks of the node.
+    """Return the decoding threads per rank: the CPUs this process may use, shared among the ranks
+    of the node.
 
     A launcher that has shared them already says how many a rank has in TDDS_CPUS_PER_RANK.
     """

@@ -1,4 +1,5 @@
 """The manifest beside a .beton: the path, label, checksum and known noise of every global index."""
+
 import json
 import re
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ _CONTROL_BYTES = bytes(range(32))
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The origin of a `.beton`: class names, and path, label and known noise of every global index."""
+    """The origin of a `.beton`: class names, and path, label and known noise of every global
+    index."""
 
     source: str
     split: str
@@ -37,8 +39,10 @@ class Manifest:
     settings: dict[str, Any]  # write_mode, quality, max_resolution, and those of the source
     image_size: tuple[int, int]  # largest height and largest width in the file, pixels
     true_label_N: np.ndarray | None = None  # int64, before label noise; None where label_N is clean
-    corruption: list[str] | None = None  # [N], one of corruptions.KINDS, "" where clean; None without corruption
-    crc32_N: np.ndarray | None = None  # uint32, of the bytes of each image in the .beton; None in older manifests
+    # [N], one of corruptions.KINDS, "" where clean; None without corruption
+    corruption: list[str] | None = None
+    # uint32, of the bytes of each image in the .beton; None in older manifests
+    crc32_N: np.ndarray | None = None
 
     @property
     def noisy_N(self) -> np.ndarray | None:
@@ -48,11 +52,14 @@ class Manifest:
     @cached_property
     def corrupted_N(self) -> np.ndarray | None:
         """Mark the images that were corrupted, bool [N]; None without corruption."""
-        return None if self.corruption is None else np.array([kind != "" for kind in self.corruption])
+        return (
+            None if self.corruption is None else np.array([kind != "" for kind in self.corruption])
+        )
 
     @property
     def corruption_kinds(self) -> dict[str, np.ndarray]:
-        """Return which images are corrupted in which way, bool [N], by the kinds that occur; empty without corruption."""
+        """Return which images are corrupted in which way, bool [N], by the kinds that occur; empty
+        without corruption."""
         kind_N = np.array(self.corruption or (), dtype=np.str_)
         return {kind: kind_N == kind for kind in np.unique(kind_N).tolist() if kind}
 
@@ -70,7 +77,8 @@ def manifest_path(beton: Path) -> Path:
 def read_manifest(beton: Path) -> Manifest | None:
     """Read the manifest beside a `.beton`; None when there is none.
 
-    Raises InputError when it is damaged, holds unsafe paths, or contradicts the size or sample count of the file.
+    Raises InputError when it is damaged, holds unsafe paths, or contradicts the size or sample
+    count of the file.
     """
     beton, path = Path(beton), manifest_path(beton)
     if not path.is_file():
@@ -83,41 +91,79 @@ def read_manifest(beton: Path) -> Manifest | None:
             raise ValueError(f"format is not {MANIFEST_FORMAT}")
         max_height, max_width = record.pop("image_size")
         true_label, crc32 = columns.get("true_label"), columns.get("crc32")
-        manifest = Manifest(**record, path=columns["path"], label_N=np.array(columns["label"], dtype=np.int64),
-                            image_size=(int(max_height), int(max_width)), corruption=columns.get("corruption"),
-                            true_label_N=None if true_label is None else np.array(true_label, dtype=np.int64),
-                            crc32_N=None if crc32 is None else _crc32_column(crc32))
+        manifest = Manifest(
+            **record,
+            path=columns["path"],
+            label_N=np.array(columns["label"], dtype=np.int64),
+            image_size=(int(max_height), int(max_width)),
+            corruption=columns.get("corruption"),
+            true_label_N=None if true_label is None else np.array(true_label, dtype=np.int64),
+            crc32_N=None if crc32 is None else _crc32_column(crc32),
+        )
         _check_manifest(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} is not a whole manifest ({error}); remove it, or write the .beton again with "
-                         "`tdds write`") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise InputError(
+            f"{path} is not a whole manifest ({error}); remove it, or write the .beton again with "
+            "`tdds write`"
+        ) from error
     if (manifest.num_samples, manifest.beton_bytes) != (int(header["num_samples"]), beton_bytes):
-        raise InputError(f"{path} describes {manifest.num_samples} samples in {manifest.beton_bytes} bytes, but "
-                         f"{beton} has {header['num_samples']} in {beton_bytes}; remove the manifest, or write "
-                         "the .beton again with `tdds write`")
+        raise InputError(
+            f"{path} describes {manifest.num_samples} samples in {manifest.beton_bytes} bytes, but "
+            f"{beton} has {header['num_samples']} in {beton_bytes}; remove the manifest, or write "
+            "the .beton again with `tdds write`"
+        )
     return manifest
 
 
 def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError unless the fields agree with each other."""
     names, label_N = manifest.class_names, manifest.label_N
-    if not (isinstance(manifest.path, list) and isinstance(manifest.num_samples, int) and manifest.num_samples > 0
-            and label_N.shape == (len(manifest.path),) == (manifest.num_samples,)):
-        raise ValueError(f"{len(manifest.path)} paths and {label_N.size} labels for {manifest.num_samples!r} samples")
-    if not (isinstance(names, list) and len(names) == manifest.num_classes and isinstance(manifest.settings, dict)
-            and all(isinstance(text, str) for text in (manifest.source, manifest.split, *names))):
-        raise ValueError(f"class_names are not {manifest.num_classes!r} names, or another field has a wrong type")
+    if not (
+        isinstance(manifest.path, list)
+        and isinstance(manifest.num_samples, int)
+        and manifest.num_samples > 0
+        and label_N.shape == (len(manifest.path),) == (manifest.num_samples,)
+    ):
+        raise ValueError(
+            f"{len(manifest.path)} paths and {label_N.size} labels for {manifest.num_samples!r}"
+            " samples"
+        )
+    if not (
+        isinstance(names, list)
+        and len(names) == manifest.num_classes
+        and isinstance(manifest.settings, dict)
+        and all(isinstance(text, str) for text in (manifest.source, manifest.split, *names))
+    ):
+        raise ValueError(
+            f"class_names are not {manifest.num_classes!r} names, or another field has a wrong type"
+        )
     if not (label_N.min() >= 0 and label_N.max() < manifest.num_classes):
         raise ValueError(f"labels outside [0, {manifest.num_classes})")
     if fingerprint(label_N, manifest.num_classes).labels_sha256 != manifest.labels_sha256:
         raise ValueError("labels do not have the recorded sha256")
     true_N, corruption = manifest.true_label_N, manifest.corruption
-    if true_N is not None and not (true_N.shape == label_N.shape and true_N.min() >= 0
-                                   and true_N.max() < manifest.num_classes):
-        raise ValueError(f"true labels are not {manifest.num_samples} numbers in [0, {manifest.num_classes})")
-    if corruption is not None and not (isinstance(corruption, list) and len(corruption) == manifest.num_samples
-                                       and all(kind in ("", *KINDS) for kind in corruption)):
-        raise ValueError(f"corruption is not {manifest.num_samples} of {', '.join(KINDS)} or nothing")
+    if true_N is not None and not (
+        true_N.shape == label_N.shape and true_N.min() >= 0 and true_N.max() < manifest.num_classes
+    ):
+        raise ValueError(
+            f"true labels are not {manifest.num_samples} numbers in [0, {manifest.num_classes})"
+        )
+    if corruption is not None and not (
+        isinstance(corruption, list)
+        and len(corruption) == manifest.num_samples
+        and all(kind in ("", *KINDS) for kind in corruption)
+    ):
+        raise ValueError(
+            f"corruption is not {manifest.num_samples} of {', '.join(KINDS)} or nothing"
+        )
     if manifest.crc32_N is not None and manifest.crc32_N.shape != label_N.shape:
         raise ValueError(f"{manifest.crc32_N.size} CRCs for {manifest.num_samples} samples")
     check_paths(manifest.path)
@@ -132,8 +178,10 @@ def _crc32_column(column: Any) -> np.ndarray:
 
 
 def check_paths(paths: Sequence[str]) -> None:
-    """Raise ValueError for a path that leads out of its folder or cannot stand on a line of its own."""
-    lines = "\n" + "\n".join(paths) + "\n"  # looked at as a whole first: a million paths one by one take two seconds
+    """Raise ValueError for a path that leads out of its folder or cannot stand on a line of its
+    own."""
+    # looked at as a whole first: a million paths one by one take two seconds
+    lines = "\n" + "\n".join(paths) + "\n"
     coded = lines.encode("utf-8", "surrogatepass")
     is_plain = len(coded.translate(None, _CONTROL_BYTES)) == len(coded) - len(paths) - 1
     if is_plain and not any(sign in lines for sign in ("\\", "..", ":", "\n/", "\n\n")):
@@ -141,7 +189,9 @@ def check_paths(paths: Sequence[str]) -> None:
     unsafe = re.compile(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)|[\x00-\x1f]|^$")
     bad = next((path for path in paths if unsafe.search(path)), None)
     if bad is not None:
-        raise ValueError(f"path {bad!r} must be relative, without `..`, backslashes and control characters")
+        raise ValueError(
+            f"path {bad!r} must be relative, without `..`, backslashes and control characters"
+        )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -153,10 +203,16 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     if manifest.crc32_N is not None:
         columns["crc32"] = manifest.crc32_N.tolist()
     record = {
-        "format": MANIFEST_FORMAT, "source": manifest.source, "split": manifest.split,
-        "num_samples": manifest.num_samples, "num_classes": manifest.num_classes,
-        "class_names": manifest.class_names, "beton_bytes": manifest.beton_bytes,
-        "labels_sha256": manifest.labels_sha256, "settings": manifest.settings, "image_size": manifest.image_size,
+        "format": MANIFEST_FORMAT,
+        "source": manifest.source,
+        "split": manifest.split,
+        "num_samples": manifest.num_samples,
+        "num_classes": manifest.num_classes,
+        "class_names": manifest.class_names,
+        "beton_bytes": manifest.beton_bytes,
+        "labels_sha256": manifest.labels_sha256,
+        "settings": manifest.settings,
+        "image_size": manifest.image_size,
         "columns": columns,
     }
 
@@ -166,28 +222,40 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     write_atomically(path, write)
 
 
-def check_labels(info: BetonInfo, num_classes: int, manifest: Manifest | None = None, complete: bool = True) -> None:
-    """Raise InputError unless the labels are those of the manifest, if any, and those of `num_classes` classes.
+def check_labels(
+    info: BetonInfo, num_classes: int, manifest: Manifest | None = None, complete: bool = True
+) -> None:
+    """Raise InputError unless the labels are those of the manifest, if any, and those of
+    `num_classes` classes.
 
-    Without a manifest the largest label tells the number of classes, where the file is `complete` (the training file;
-    an evaluation file may lack classes).
+    Without a manifest the largest label tells the number of classes, where the file is `complete`
+    (the training file; an evaluation file may lack classes).
     """
-    if manifest is not None and fingerprint(info.label_N, num_classes).labels_sha256 != manifest.labels_sha256:
-        raise InputError(f"{info.path}: labels are not those of {manifest_path(info.path)}; remove the manifest, or "
-                         "write the .beton again with `tdds write`")
+    if (
+        manifest is not None
+        and fingerprint(info.label_N, num_classes).labels_sha256 != manifest.labels_sha256
+    ):
+        raise InputError(
+            f"{info.path}: labels are not those of {manifest_path(info.path)}; remove the manifest,"
+            " or write the .beton again with `tdds write`"
+        )
     outside = np.flatnonzero((info.label_N < 0) | (info.label_N >= num_classes))
     if outside.size:
         first = int(outside[0])
-        raise InputError(f"{info.path}: sample {first} has label {info.label_N[first]}, outside [0, {num_classes}) "
-                         f"({outside.size} such samples); set data.num_classes to the number of classes of the file, "
-                         "or write it again with labels from 0")
+        raise InputError(
+            f"{info.path}: sample {first} has label {info.label_N[first]}, outside [0,"
+            f" {num_classes}) ({outside.size} such samples); set data.num_classes to the number of"
+            " classes of the file, or write it again with labels from 0"
+        )
     if manifest is None and not complete:
         return
     present = manifest.num_classes if manifest is not None else int(info.label_N.max()) + 1
     if present != num_classes:
         where = manifest_path(info.path) if manifest is not None else info.path
-        raise InputError(f"data.num_classes={num_classes}, but {where} has {present} classes; "
-                         f"set data.num_classes={present}")
+        raise InputError(
+            f"data.num_classes={num_classes}, but {where} has {present} classes; "
+            f"set data.num_classes={present}"
+        )
 
 
 # ---- datasets
@@ -206,6 +274,8 @@ class Dataset:
 def read_dataset(beton: Path, num_classes: int = 0) -> Dataset:
     """Read the samples of a .beton. `num_classes`: 0 where nothing but the file can tell."""
     info, manifest = inspect_beton(beton), read_manifest(beton)
-    num_classes = manifest.num_classes if manifest is not None else num_classes or int(info.label_N.max()) + 1
+    num_classes = (
+        manifest.num_classes if manifest is not None else num_classes or int(info.label_N.max()) + 1
+    )
     check_labels(info, num_classes, manifest)
     return Dataset(beton, info.label_N, dataset_fingerprint(info, num_classes), manifest)

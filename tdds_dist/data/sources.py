@@ -1,8 +1,10 @@
-"""Sources of images: folders, CIFAR archives, scikit-learn's digits, synthetic images; and noise on purpose.
+"""Sources of images: folders, CIFAR archives, scikit-learn's digits, synthetic images; and noise on
+purpose.
 
-Owns the order of a dataset's samples (the global index of a sample is its position here, for ever), their labels,
-class names and paths, and reading one image by index. `writer` writes them to a file. A reader runs in forked
-worker processes, so it keeps no open files and draws its random numbers from a seed and the index alone.
+Owns the order of a dataset's samples (the global index of a sample is its position here, for ever),
+their labels, class names and paths, and reading one image by index. `writer` writes them to a file.
+A reader runs in forked worker processes, so it keeps no open files and draws its random numbers
+from a seed and the index alone.
 """
 
 # N samples of the source, C classes
@@ -21,9 +23,11 @@ from tdds_dist.errors import InputError
 
 FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES,SIZE"
 SPLITS = ("train", "val")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+# torchvision's list
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLIT_SEED, SUBSET_SEED, SYNTHETIC_SEED = 20, 21, 22
-LABEL_NOISE_SEED, CORRUPTED_SEED, CORRUPTION_SEED = 24, 25, 26  # which labels, which images, what is done to an image
+# which labels, which images, what is done to an image
+LABEL_NOISE_SEED, CORRUPTED_SEED, CORRUPTION_SEED = 24, 25, 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,31 +37,41 @@ class Source:
     name: str  # the spec it was opened with
     split: str
     class_names: list[str]
-    path: list[str]  # per sample: relative to the folder of the spec, or a stable made-up name such as digits/0017
+    # per sample: relative to the folder of the spec, or a stable made-up name such as digits/0017
+    path: list[str]
     label_N: np.ndarray  # int64, in [0, C)
     reader: Callable[[int], np.ndarray]
-    settings: dict[str, Any] = field(default_factory=dict)  # what else decided which samples these are
+    # what else decided which samples these are
+    settings: dict[str, Any] = field(default_factory=dict)
     true_label_N: np.ndarray | None = None  # int64, before label noise; None without
-    corruption: list[str] | None = None  # per sample: one of corruptions.KINDS, "" where clean; None without
+    # per sample: one of corruptions.KINDS, "" where clean; None without
+    corruption: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.label_N)
 
     def read(self, index: int) -> np.ndarray:
-        """Return image `index` as uint8 [H, W, 3], RGB. Raises whatever the file's decoder raises when it is damaged."""
+        """Return image `index` as uint8 [H, W, 3], RGB. Raises whatever the file's decoder raises
+        when it is damaged."""
         return self.reader(index)
 
 
 def open_source(spec: str, split: str = "train", subset: int | None = None) -> Source:
-    """Open the source that `spec` names; `subset` keeps that many samples, drawn class by class with a fixed seed.
+    """Open the source that `spec` names; `subset` keeps that many samples, drawn class by class
+    with a fixed seed.
 
-    Raises InputError for an unknown spec or split, missing or contradictory data, and a subset larger than the source.
+    Raises InputError for an unknown spec or split, missing or contradictory data, and a subset
+    larger than the source.
     """
     kind, _, rest = spec.partition(":")
     if split not in SPLITS:
         raise InputError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
     if kind in ("imagefolder", "cifar10", "cifar100") and rest:
-        source = _imagefolder(spec, Path(rest), split) if kind == "imagefolder" else _cifar(spec, kind, rest, split)
+        source = (
+            _imagefolder(spec, Path(rest), split)
+            if kind == "imagefolder"
+            else _cifar(spec, kind, rest, split)
+        )
     elif kind == "synthetic" and rest:
         source = _synthetic(spec, rest, split)
     elif spec == "digits":
@@ -68,14 +82,17 @@ def open_source(spec: str, split: str = "train", subset: int | None = None) -> S
 
 
 def stratified_pick(label_N: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draw sorted int64 [count] indices with the class shares of `label_N`, at least one per class where count allows.
+    """Draw sorted int64 [count] indices with the class shares of `label_N`, at least one per class
+    where count allows.
 
-    Class counts are rounded by largest remainder. With the same seed a class's picks for a smaller share are among
-    its picks for a larger one.
+    Class counts are rounded by largest remainder. With the same seed a class's picks for a smaller
+    share are among its picks for a larger one.
     """
     num_C = np.bincount(label_N)
     quota_C = count * num_C / len(label_N)
-    floor_C = (num_C > 0).astype(np.int64) if count >= np.count_nonzero(num_C) else np.zeros_like(num_C)
+    floor_C = (
+        (num_C > 0).astype(np.int64) if count >= np.count_nonzero(num_C) else np.zeros_like(num_C)
+    )
     take_C = np.maximum(quota_C.astype(np.int64), floor_C)
     while take_C.sum() < count:
         take_C[np.argmax(np.where(take_C < num_C, quota_C - take_C, -np.inf))] += 1
@@ -83,117 +100,171 @@ def stratified_pick(label_N: np.ndarray, count: int, seed: int) -> np.ndarray:
         take_C[np.argmax(np.where(take_C > floor_C, take_C - quota_C, -np.inf))] -= 1
     rng = np.random.default_rng(seed)
     order_C = [rng.permutation(np.flatnonzero(label_N == label)) for label in range(len(num_C))]
-    return np.sort(np.concatenate([order[:take] for order, take in zip(order_C, take_C, strict=True)])).astype(np.int64)
+    return np.sort(
+        np.concatenate([order[:take] for order, take in zip(order_C, take_C, strict=True)])
+    ).astype(np.int64)
 
 
 def _take_subset(source: Source, subset: int) -> Source:
     if not 1 <= subset <= len(source):
-        raise InputError(f"subset={subset} must be between 1 and the {len(source)} samples of {source.name} "
-                         f"({source.split}); choose a number in that range or leave it out")
+        raise InputError(
+            f"subset={subset} must be between 1 and the {len(source)} samples of {source.name} "
+            f"({source.split}); choose a number in that range or leave it out"
+        )
     index = stratified_pick(source.label_N, subset, SUBSET_SEED)
-    return replace(source, path=[source.path[i] for i in index], label_N=source.label_N[index],
-                   reader=lambda i: source.reader(int(index[i])), settings=source.settings | {"subset": subset},
-                   true_label_N=None if source.true_label_N is None else source.true_label_N[index],
-                   corruption=None if source.corruption is None else [source.corruption[i] for i in index])
+    return replace(
+        source,
+        path=[source.path[i] for i in index],
+        label_N=source.label_N[index],
+        reader=lambda i: source.reader(int(index[i])),
+        settings=source.settings | {"subset": subset},
+        true_label_N=None if source.true_label_N is None else source.true_label_N[index],
+        corruption=None if source.corruption is None else [source.corruption[i] for i in index],
+    )
 
 
 # --- noise on purpose ---
 
 
 def with_label_noise(source: Source, rate: float, seed: int) -> Source:
-    """Return `source` with round(rate * N) labels changed to another class, uniformly (symmetric noise).
+    """Return `source` with round(rate * N) labels changed to another class, uniformly (symmetric
+    noise).
 
-    With the same seed the changes at a lower rate are among those at a higher one. A rate of 0 gives `source` itself.
-    Raises InputError for a rate outside [0, 1), a seed outside [0, 2**32), a single class, and noise upon noise.
+    With the same seed the changes at a lower rate are among those at a higher one. A rate of 0
+    gives `source` itself. Raises InputError for a rate outside [0, 1), a seed outside [0, 2**32), a
+    single class, and noise upon noise.
     """
     _check_noise(source, "label_noise", rate, seed)
     if rate == 0:
         return source
     num_samples, num_classes = len(source), len(source.class_names)
     if num_classes < 2:
-        raise InputError(f"label_noise={rate} needs another class to change to, but {source.name} has {num_classes}; use a "
-                         "source with at least 2, or leave label noise out")
+        raise InputError(
+            f"label_noise={rate} needs another class to change to, but {source.name} has"
+            f" {num_classes}; use a source with at least 2, or leave label noise out"
+        )
     rng = np.random.default_rng([LABEL_NOISE_SEED, seed])
-    changed = rng.permutation(num_samples)[:round(rate * num_samples)]
-    shift_N = rng.integers(1, num_classes, num_samples)  # one for every sample, so that none depends on the rate
+    changed = rng.permutation(num_samples)[: round(rate * num_samples)]
+    # one for every sample, so that none depends on the rate
+    shift_N = rng.integers(1, num_classes, num_samples)
     label_N = source.label_N.copy()
     label_N[changed] = (label_N + shift_N)[changed] % num_classes
-    return replace(source, label_N=label_N, true_label_N=source.label_N,
-                   settings=source.settings | {"label_noise": rate, "noise_seed": seed})
+    return replace(
+        source,
+        label_N=label_N,
+        true_label_N=source.label_N,
+        settings=source.settings | {"label_noise": rate, "noise_seed": seed},
+    )
 
 
 def with_corruption(source: Source, rate: float, seed: int) -> Source:
-    """Return `source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in equal shares up to rounding.
+    """Return `source` with round(rate * N) images corrupted, the kinds of `corruptions.KINDS` in
+    equal shares up to rounding.
 
-    With the same seed the corruptions at a lower rate are among those at a higher one; they have nothing to do with the
-    changed labels. A rate of 0 gives `source` itself.
-    Raises InputError for a rate outside [0, 1), a seed outside [0, 2**32), and corruption upon corruption.
+    With the same seed the corruptions at a lower rate are among those at a higher one; they have
+    nothing to do with the changed labels. A rate of 0 gives `source` itself. Raises InputError for
+    a rate outside [0, 1), a seed outside [0, 2**32), and corruption upon corruption.
     """
     _check_noise(source, "corrupt", rate, seed)
     if rate == 0:
         return source
     order = np.random.default_rng([CORRUPTED_SEED, seed]).permutation(len(source))
     corruption = [""] * len(source)
-    for place, index in enumerate(order[:round(rate * len(source))]):
+    for place, index in enumerate(order[: round(rate * len(source))]):
         corruption[index] = KINDS[place % len(KINDS)]
 
     def read(index: int) -> np.ndarray:
         image = source.reader(index)
         if not corruption[index]:
             return image
-        return corrupt(image, corruption[index], np.random.default_rng([CORRUPTION_SEED, seed, index]))
+        return corrupt(
+            image, corruption[index], np.random.default_rng([CORRUPTION_SEED, seed, index])
+        )
 
-    return replace(source, reader=read, corruption=corruption,
-                   settings=source.settings | {"corrupt": rate, "noise_seed": seed})
+    return replace(
+        source,
+        reader=read,
+        corruption=corruption,
+        settings=source.settings | {"corrupt": rate, "noise_seed": seed},
+    )
 
 
 def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
     if not 0 <= rate < 1:
-        raise InputError(f"{name}={rate} must be a share in [0, 1); use 0.2 for a fifth of the samples")
-    if not 0 <= seed < 2**32:  # a larger one takes two words of NumPy's seed, which another (seed, index) may have
-        raise InputError(f"seed={seed} of {name} must be between 0 and {2**32 - 1}; choose a number in that range")
+        raise InputError(
+            f"{name}={rate} must be a share in [0, 1); use 0.2 for a fifth of the samples"
+        )
+    # a larger one takes two words of NumPy's seed, which another (seed, index) may have
+    if not 0 <= seed < 2**32:
+        raise InputError(
+            f"seed={seed} of {name} must be between 0 and {2**32 - 1}; choose a number in that"
+            " range"
+        )
     if name in source.settings:
-        raise InputError(f"{name}={rate} comes on top of {name}={source.settings[name]}, but a source takes it once; start "
-                         "from the clean source")
+        raise InputError(
+            f"{name}={rate} comes on top of {name}={source.settings[name]}, but a source takes it"
+            " once; start from the clean source"
+        )
     if rate and source.settings.get("noise_seed", seed) != seed:
-        raise InputError(f"seed={seed} of {name} must be the noise_seed={source.settings['noise_seed']} that the source "
-                         "already has, since a manifest holds one; use that seed for both")
+        raise InputError(
+            f"seed={seed} of {name} must be the noise_seed={source.settings['noise_seed']} that the"
+            " source already has, since a manifest holds one; use that seed for both"
+        )
 
 
 # --- folders ---
 
 
 def _imagefolder(spec: str, folder: Path, split: str) -> Source:
-    """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> when DIR has neither a train nor a val folder.
+    """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> when DIR has neither a train nor a
+    val folder.
 
-    Classes and files are in the order of torchvision.datasets.ImageFolder: by name, subfolders included.
+    Classes and files are in the order of torchvision.datasets.ImageFolder: by name, subfolders
+    included.
     """
     if not folder.is_dir():
-        raise InputError(f"{spec}: {folder} is not a directory; give a folder with one folder per class")
+        raise InputError(
+            f"{spec}: {folder} is not a directory; give a folder with one folder per class"
+        )
     present = [name for name in SPLITS if (folder / name).is_dir()]
     if present and split not in present:
-        raise InputError(f"{spec}: {folder} has {present[0]}/ but no {split}/; add it, or give the folder of the "
-                         "classes itself")
+        raise InputError(
+            f"{spec}: {folder} has {present[0]}/ but no {split}/; add it, or give the folder of the"
+            " classes itself"
+        )
     root = folder / split if present else folder
     class_names = _class_folders(spec, root)
     if len(present) == 2:
         train, val = (set(_class_folders(spec, folder / name)) for name in SPLITS)
         if train != val:
-            raise InputError(f"{spec}: train/ and val/ must have the same classes, but only one of them has "
-                             f"{_some(sorted(train ^ val))}; add or remove these folders")
+            raise InputError(
+                f"{spec}: train/ and val/ must have the same classes, but only one of them has "
+                f"{_some(sorted(train ^ val))}; add or remove these folders"
+            )
     path: list[str] = []
     label: list[int] = []
     for number, name in enumerate(class_names):
-        found = [os.path.join(parent, file)
-                 for parent, _, files in sorted(os.walk(root / name, followlinks=True))
-                 for file in sorted(files) if file.lower().endswith(IMAGE_EXTENSIONS)]
+        found = [
+            os.path.join(parent, file)
+            for parent, _, files in sorted(os.walk(root / name, followlinks=True))
+            for file in sorted(files)
+            if file.lower().endswith(IMAGE_EXTENSIONS)
+        ]
         if not found:
-            raise InputError(f"{spec}: class folder {root / name} holds no image ({' '.join(IMAGE_EXTENSIONS)}); "
-                             "remove the folder or add images")
+            raise InputError(
+                f"{spec}: class folder {root / name} holds no image ({' '.join(IMAGE_EXTENSIONS)});"
+                " remove the folder or add images"
+            )
         path += [os.path.relpath(file, folder) for file in found]
         label += [number] * len(found)
-    return Source(spec, split, class_names, path, np.array(label, dtype=np.int64),
-                  lambda i: _read_rgb(folder / path[i]))
+    return Source(
+        spec,
+        split,
+        class_names,
+        path,
+        np.array(label, dtype=np.int64),
+        lambda i: _read_rgb(folder / path[i]),
+    )
 
 
 def _class_folders(spec: str, root: Path) -> list[str]:
@@ -227,26 +298,39 @@ def _cifar(spec: str, kind: str, folder: str, split: str) -> Source:
     try:
         dataset = dataset_class(folder, train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
-        raise InputError(f"{spec}: {Path(folder) / dataset_class.base_folder} is missing or damaged; download "
-                         f"{dataset_class.url} and unpack it with `tar -xzf {dataset_class.filename} -C {folder}`"
-                         ) from error
+        raise InputError(
+            f"{spec}: {Path(folder) / dataset_class.base_folder} is missing or damaged; download"
+            f" {dataset_class.url} and unpack it with `tar -xzf {dataset_class.filename} -C"
+            f" {folder}`"
+        ) from error
     image_N, label_N = dataset.data, np.array(dataset.targets, dtype=np.int64)
     path = [f"{kind}/{split}/{i:05d}" for i in range(len(label_N))]
-    return Source(spec, split, list(dataset.classes), path, label_N, lambda i: np.ascontiguousarray(image_N[i]))
+    return Source(
+        spec,
+        split,
+        list(dataset.classes),
+        path,
+        label_N,
+        lambda i: np.ascontiguousarray(image_N[i]),
+    )
 
 
 # --- digits ---
 
 
 def _digits(spec: str, split: str) -> Source:
-    """Take scikit-learn's 1,797 handwritten digits, 8 x 8 greys made 32 x 32 RGB: 1,437 train and 360 val, disjoint.
+    """Take scikit-learn's 1,797 handwritten digits, 8 x 8 greys made 32 x 32 RGB: 1,437 train and
+    360 val, disjoint.
 
-    A path's number is the sample's row in scikit-learn's array, so that it is unique over both splits.
+    A path's number is the sample's row in scikit-learn's array, so that it is unique over both
+    splits.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError("source digits needs scikit-learn; run `pip install tdds-dist[digits]`") from error
+        raise InputError(
+            "source digits needs scikit-learn; run `pip install tdds-dist[digits]`"
+        ) from error
     digits = load_digits()
     grey_N, label_N = digits.images, digits.target.astype(np.int64)
     val = stratified_pick(label_N, -(-len(label_N) // 5), SPLIT_SEED)
@@ -254,28 +338,42 @@ def _digits(spec: str, split: str) -> Source:
 
     def read(index: int) -> np.ndarray:
         grey = np.rint(grey_N[row[index]] * (255 / 16)).astype(np.uint8)
-        return np.asarray(Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
+        return np.asarray(
+            Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+        )
 
-    return Source(spec, split, [str(name) for name in digits.target_names], [f"digits/{i:04d}" for i in row],
-                  label_N[row], read)
+    return Source(
+        spec,
+        split,
+        [str(name) for name in digits.target_names],
+        [f"digits/{i:04d}" for i in row],
+        label_N[row],
+        read,
+    )
 
 
 # --- synthetic images ---
 
 
 def _synthetic(spec: str, rest: str, split: str) -> Source:
-    """Make N square images with the spectrum of photographs: coarse colours of the class, finer random fields, noise.
+    """Make N square images with the spectrum of photographs: coarse colours of the class, finer
+    random fields, noise.
 
-    An image depends on (split, index) and its class only; labels go round, index i has class i mod CLASSES.
+    An image depends on (split, index) and its class only; labels go round, index i has class i mod
+    CLASSES.
     """
     try:
         num_samples, num_classes, size = (int(part) for part in rest.split(","))
     except ValueError as error:
-        raise InputError(f"source {spec!r} must be synthetic:N,CLASSES,SIZE with three whole numbers, "
-                         "such as synthetic:10000,10,64") from error
+        raise InputError(
+            f"source {spec!r} must be synthetic:N,CLASSES,SIZE with three whole numbers, "
+            "such as synthetic:10000,10,64"
+        ) from error
     if not (1 <= num_classes <= num_samples and 8 <= size <= 4096):
-        raise InputError(f"source {spec!r} needs 1 <= CLASSES <= N and 8 <= SIZE <= 4096, "
-                         "such as synthetic:10000,10,64")
+        raise InputError(
+            f"source {spec!r} needs 1 <= CLASSES <= N and 8 <= SIZE <= 4096, "
+            "such as synthetic:10000,10,64"
+        )
 
     def read(index: int) -> np.ndarray:
         rng = np.random.default_rng([SYNTHETIC_SEED, 1 + SPLITS.index(split), index])
@@ -292,6 +390,7 @@ def _synthetic(spec: str, rest: str, split: str) -> Source:
 
 
 def _field(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
-    """Return a smooth random field in [-128, 127], float32 [size, size, 3], that varies over `cells` cells per side."""
+    """Return a smooth random field in [-128, 127], float32 [size, size, 3], that varies over
+    `cells` cells per side."""
     coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) - 128

@@ -1,7 +1,8 @@
 """Writing a `.beton` and its manifest from a source.
 
-Uses FFCV's own page allocator and encoders under worker processes of our own, because FFCV's wait for ever when a
-sample raises or a worker dies. A file appears under its name only after it was written, checked and synced.
+Uses FFCV's own page allocator and encoders under worker processes of our own, because FFCV's wait
+for ever when a sample raises or a worker dies. A file appears under its name only after it was
+written, checked and synced.
 """
 
 # N samples
@@ -27,25 +28,40 @@ from tdds_dist.runs.artifacts import fingerprint
 WRITE_MODES = ("jpg", "proportion", "raw")
 JPG_PROPORTION, PROPORTION_SEED = 0.5, 23
 SAMPLES_PER_CLAIM = 32
-MAX_BAD_SAMPLES = 100  # writing goes on after a bad image, to name them all, but not for a folder full of them
+# writing goes on after a bad image, to name them all, but not for a folder full of them
+MAX_BAD_SAMPLES = 100
 MIB = 1 << 20
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def write_beton(source: Source, out: Path, *, max_resolution: int | None = None, write_mode: str = "jpg",
-                quality: int = 90, num_workers: int | None = None, progress: bool = True,
-                overwrite: bool = False) -> Manifest:
-    """Write `source` to `out` (fields `image` and `label`, sample i is the source's i) and its manifest beside it.
+def write_beton(
+    source: Source,
+    out: Path,
+    *,
+    max_resolution: int | None = None,
+    write_mode: str = "jpg",
+    quality: int = 90,
+    num_workers: int | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write `source` to `out` (fields `image` and `label`, sample i is the source's i) and its
+    manifest beside it.
 
-    write_mode: "jpg"; "raw" pixels; "proportion", a fixed random half of the images as jpg, the rest raw.
-    quality: of the jpg, 1..100. max_resolution: longest side in pixels, larger images are scaled down.
-    num_workers: processes; by default the CPUs this process may use, at most 16.
-    Raises InputError, and leaves nothing behind, when an image cannot be read (all of them are named, up to a limit),
-    a worker is killed, the disk is full, or `out` exists and `overwrite` is not set.
+    write_mode: "jpg"; "raw" pixels; "proportion", a fixed random half of the images as jpg, the
+    rest raw. quality: of the jpg, 1..100. max_resolution: longest side in pixels, larger images are
+    scaled down. num_workers: processes; by default the CPUs this process may use, at most 16.
+    Raises InputError, and leaves nothing behind, when an image cannot be read (all of them are
+    named, up to a limit), a worker is killed, the disk is full, or `out` exists and `overwrite` is
+    not set.
     """
     out = Path(out)
     _check_request(source, out, max_resolution, write_mode, quality, num_workers, overwrite)
-    settings = {"write_mode": write_mode, "quality": quality, "max_resolution": max_resolution} | source.settings
+    settings = {
+        "write_mode": write_mode,
+        "quality": quality,
+        "max_resolution": max_resolution,
+    } | source.settings
     num_workers = num_workers or min(len(os.sched_getaffinity(0)), 16)
     temporary: Path | None = None
     try:
@@ -57,15 +73,28 @@ def write_beton(source: Source, out: Path, *, max_resolution: int | None = None,
         info = inspect_beton(temporary)
         if not np.array_equal(info.label_N, source.label_N):
             raise RuntimeError(f"the labels in {temporary} are not those of {source.name}")
-        manifest = Manifest(source.name, source.split, len(source), len(source.class_names), source.class_names,
-                            source.path, source.label_N, info.num_bytes,
-                            fingerprint(source.label_N, len(source.class_names)).labels_sha256, settings,
-                            (int(info.height_N.max()), int(info.width_N.max())), source.true_label_N,
-                            source.corruption, crc32_of_images(info, num_workers, progress))
+        manifest = Manifest(
+            source.name,
+            source.split,
+            len(source),
+            len(source.class_names),
+            source.class_names,
+            source.path,
+            source.label_N,
+            info.num_bytes,
+            fingerprint(source.label_N, len(source.class_names)).labels_sha256,
+            settings,
+            (int(info.height_N.max()), int(info.width_N.max())),
+            source.true_label_N,
+            source.corruption,
+            crc32_of_images(info, num_workers, progress),
+        )
         write_manifest(manifest_path(temporary), manifest)
         _publish(temporary, out)
     except OSError as error:
-        raise InputError(f"cannot write {out} ({error}); free space there, or choose another folder") from error
+        raise InputError(
+            f"cannot write {out} ({error}); free space there, or choose another folder"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -73,18 +102,32 @@ def write_beton(source: Source, out: Path, *, max_resolution: int | None = None,
     return manifest
 
 
-def _check_request(source: Source, out: Path, max_resolution: int | None, write_mode: str, quality: int,
-                   num_workers: int | None, overwrite: bool) -> None:
+def _check_request(
+    source: Source,
+    out: Path,
+    max_resolution: int | None,
+    write_mode: str,
+    quality: int,
+    num_workers: int | None,
+    overwrite: bool,
+) -> None:
     if out.suffix != ".beton":
         raise InputError(f"{out} must end in .beton; name it {out}.beton")
     if out.is_dir() or (out.exists() and not overwrite):
         raise InputError(f"{out} exists; remove it, choose another name, or give --overwrite")
     if write_mode not in WRITE_MODES:
-        raise InputError(f"write_mode={write_mode!r} is unknown; use one of {', '.join(WRITE_MODES)}")
-    for name, value, limit in (("max_resolution", max_resolution, 65535), ("quality", quality, 100),
-                               ("num_workers", num_workers, 1024)):
+        raise InputError(
+            f"write_mode={write_mode!r} is unknown; use one of {', '.join(WRITE_MODES)}"
+        )
+    for name, value, limit in (
+        ("max_resolution", max_resolution, 65535),
+        ("quality", quality, 100),
+        ("num_workers", num_workers, 1024),
+    ):
         if value is not None and not 1 <= value <= limit:
-            raise InputError(f"{name}={value} must be between 1 and {limit}; choose a number in that range")
+            raise InputError(
+                f"{name}={value} must be between 1 and {limit}; choose a number in that range"
+            )
     try:
         check_paths(source.path)
     except ValueError as error:
@@ -92,7 +135,8 @@ def _check_request(source: Source, out: Path, max_resolution: int | None, write_
 
 
 def _publish(temporary: Path, out: Path) -> None:
-    """Sync both files and rename them. An old manifest goes first, so that it never stands beside a new .beton."""
+    """Sync both files and rename them. An old manifest goes first, so that it never stands beside a
+    new .beton."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.chmod(temporary, 0o644)
@@ -101,17 +145,24 @@ def _publish(temporary: Path, out: Path) -> None:
     os.replace(manifest_path(temporary), manifest_path(out))
 
 
-def _write_file(source: Source, file: Path, settings: dict[str, Any], num_workers: int, progress: bool) -> None:
+def _write_file(
+    source: Source, file: Path, settings: dict[str, Any], num_workers: int, progress: bool
+) -> None:
     """Fill `file` by FFCV's own steps, with `_work` in the place of its workers."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter
 
-    assert IMAGE_MODES["raw"] == RAW  # also compiles the look-up, before the fork instead of once in every worker
-    image_field = RGBImageField(settings["write_mode"], settings["max_resolution"], jpeg_quality=settings["quality"])
+    # also compiles the look-up, before the fork instead of once in every worker
+    assert IMAGE_MODES["raw"] == RAW
+    image_field = RGBImageField(
+        settings["write_mode"], settings["max_resolution"], jpeg_quality=settings["quality"]
+    )
     page_size = _page_bytes(source, settings["max_resolution"])
-    writer = DatasetWriter(str(file), {"image": image_field, "label": IntField()}, page_size, num_workers)
+    writer = DatasetWriter(
+        str(file), {"image": image_field, "label": IntField()}, page_size, num_workers
+    )
     writer.num_samples = len(source)
     writer.prepare()
     try:
@@ -120,9 +171,11 @@ def _write_file(source: Source, file: Path, settings: dict[str, Any], num_worker
             allocations, bad = _run_workers(writer, allocator, source, bar)
         if bad:
             named = "; ".join(f"{source.path[i]!r}: {bad[i]}" for i in sorted(bad)[:5])
-            raise InputError(f"{source.name}: {len(bad)}{'+' if len(bad) >= MAX_BAD_SAMPLES else ''} images cannot be "
-                             f"written ({named}{'; ...' if len(bad) > 5 else ''}); repair or remove them, "
-                             "or lower max_resolution where they are too large")
+            raise InputError(
+                f"{source.name}: {len(bad)}{'+' if len(bad) >= MAX_BAD_SAMPLES else ''} images"
+                f" cannot be written ({named}{'; ...' if len(bad) > 5 else ''}); repair or remove"
+                " them, or lower max_resolution where they are too large"
+            )
         written = allocator.offset + allocator.next_page_written.value * page_size
         if file.stat().st_size != written:  # a short write that nothing reported
             raise OSError(f"{file.stat().st_size} bytes arrived of {written}")
@@ -133,7 +186,8 @@ def _write_file(source: Source, file: Path, settings: dict[str, Any], num_worker
 
 
 def _page_bytes(source: Source, max_resolution: int | None) -> int:
-    """Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends with one partly empty."""
+    """Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends
+    with one partly empty."""
     largest = 0
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
@@ -150,13 +204,16 @@ def _page_bytes(source: Source, max_resolution: int | None) -> int:
     return page
 
 
-def _run_workers(writer: Any, allocator: Any, source: Source,
-                 progress: Progress) -> tuple[list[Any], dict[int, str]]:
+def _run_workers(
+    writer: Any, allocator: Any, source: Source, progress: Progress
+) -> tuple[list[Any], dict[int, str]]:
     """Encode all samples; return FFCV's allocations and the reason of each bad sample.
 
-    One pipe per worker, with its only write end in that worker: a worker that dies closes it, whatever lock it held.
+    One pipe per worker, with its only write end in that worker: a worker that dies closes it,
+    whatever lock it held.
     """
-    context = multiprocessing.get_context("fork")  # sources and the allocator's counters pass by inheritance
+    # sources and the allocator's counters pass by inheritance
+    context = multiprocessing.get_context("fork")
     next_sample = context.Value("q", 0)
     workers: dict[Any, Any] = {}
     allocations: list[Any] = []
@@ -164,7 +221,9 @@ def _run_workers(writer: Any, allocator: Any, source: Source,
     try:
         for _ in range(min(writer.num_workers, -(-len(source) // SAMPLES_PER_CLAIM))):
             receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(writer, allocator, source, next_sample, sender), daemon=True)
+            worker = context.Process(
+                target=_work, args=(writer, allocator, source, next_sample, sender), daemon=True
+            )
             worker.start()
             sender.close()
             workers[receiver] = worker
@@ -196,18 +255,24 @@ def _run_workers(writer: Any, allocator: Any, source: Source,
 def _worker_died(worker: Any) -> Exception:
     worker.join(10)
     if worker.exitcode is None or worker.exitcode >= 0:
-        return RuntimeError(f"a writing worker ended early with exit code {worker.exitcode}; its traceback is above")
+        return RuntimeError(
+            f"a writing worker ended early with exit code {worker.exitcode}; its traceback is above"
+        )
     name = signal.Signals(-worker.exitcode).name
-    return InputError(f"a writing worker was killed by {name}; SIGKILL often means too little memory (use fewer "
-                      "workers), SIGBUS a full /dev/shm")
+    return InputError(
+        f"a writing worker was killed by {name}; SIGKILL often means too little memory (use fewer "
+        "workers), SIGBUS a full /dev/shm"
+    )
 
 
 def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender: Any) -> None:
-    """Work as one process: claim samples in order, encode them, report (number done, bad samples), then the allocations."""
+    """Work as one process: claim samples in order, encode them, report (number done, bad samples),
+    then the allocations."""
     import cv2
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent takes its workers along (Linux)
+    # a killed parent takes its workers along (Linux)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     cv2.setNumThreads(1)  # threads of its pool do not exist after the fork
     metadata_N = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
     image_field = writer.fields["image"]
@@ -223,7 +288,9 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
                 bad = {}
                 for i in range(first, last):
                     if write_mode == "proportion":  # FFCV's own draw differs from run to run
-                        as_jpg = np.random.default_rng([PROPORTION_SEED, i]).random() < JPG_PROPORTION
+                        as_jpg = (
+                            np.random.default_rng([PROPORTION_SEED, i]).random() < JPG_PROPORTION
+                        )
                         image_field.write_mode = "jpg" if as_jpg else "raw"
                     reason = _encode_sample(writer, allocator, source, metadata_N, i)
                     if reason is not None:
@@ -234,8 +301,11 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
         sender.send(error)
 
 
-def _encode_sample(writer: Any, allocator: Any, source: Source, metadata_N: np.ndarray, index: int) -> str | None:
-    """Encode one sample into the current page; return the reason when that fails. An OSError comes from the output file."""
+def _encode_sample(
+    writer: Any, allocator: Any, source: Source, metadata_N: np.ndarray, index: int
+) -> str | None:
+    """Encode one sample into the current page; return the reason when that fails. An OSError comes
+    from the output file."""
     from ffcv.writer import handle_sample
 
     try:

@@ -1,7 +1,9 @@
 """Ranks and what they exchange.
 
-Owns the process group, every collective, who owns which global index, the visit order of an epoch, and signals that ask to
-leave. May import the ground only. Start with `partition` (index arithmetic, NumPy only), then `world` and `collectives`.
+Owns the process group, every collective, who owns which global index, the visit order of an epoch,
+and signals that ask to leave. May import the ground only. Start with `partition` (index arithmetic,
+NumPy only), then `world` and `collectives`.
 """
 
-__all__ = ["collectives", "interruption", "partition", "world"]  # modules that other rooms may import
+# modules that other rooms may import
+__all__ = ["collectives", "interruption", "partition", "world"]

@@ -1,6 +1,7 @@
 """Exchange of data between ranks: agreement, sums, rows by owner, gathered shards."""
 
-# B rows of a call, F flags, M rows per shard, N dataset, R rows received, W world size, X numbers of a row
+# B rows of a call, F flags, M rows per shard, N dataset, R rows received, W world size, X numbers
+# of a row
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from tdds_dist.errors import InputError
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """Run a block that may find bad input, or a full disk, on some ranks only; then all ranks raise an InputError with
-    the first rank's message.
+    """Run a block that may find bad input, or a full disk, on some ranks only; then all ranks raise
+    an InputError with the first rank's message.
 
     Protocol: every rank enters and leaves the block; inside it there is no collective.
     """
@@ -31,7 +32,9 @@ def together(world: World) -> Iterator[None]:
     except InputError as caught:
         error = caught
     except OSError as caught:
-        error = InputError(f"cannot read or write ({caught}); free space, or choose another run.dir")
+        error = InputError(
+            f"cannot read or write ({caught}); free space, or choose another run.dir"
+        )
         error.__cause__ = caught
     messages = gather_objects(None if error is None else str(error), world)
     first = next((rank for rank, message in enumerate(messages) if message is not None), None)
@@ -43,7 +46,8 @@ def together(world: World) -> Iterator[None]:
 
 
 def gather_objects(value: Any, world: World, group: Group | None = None) -> list[Any]:
-    """Return the small `value` of every rank, by rank, on every rank; blocks. Only for values of our own ranks: it pickles."""
+    """Return the small `value` of every rank, by rank, on every rank; blocks. Only for values of
+    our own ranks: it pickles."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * world.world_size
@@ -52,13 +56,16 @@ def gather_objects(value: Any, world: World, group: Group | None = None) -> list
 
 
 def control_group(timeout_seconds: float = TIMEOUT_SECONDS) -> Group | None:
-    """Make a group of all ranks on the CPU, for messages beside the collectives of training; None without a process group.
+    """Make a group of all ranks on the CPU, for messages beside the collectives of training; None
+    without a process group.
 
     A collective. `release_group` ends it.
     """
     if not dist.is_initialized():
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_CONTROL_SHARE * timeout_seconds))
+    return dist.new_group(
+        backend="gloo", timeout=timedelta(seconds=_CONTROL_SHARE * timeout_seconds)
+    )
 
 
 def release_group(group: Group | None) -> None:
@@ -68,8 +75,9 @@ def release_group(group: Group | None) -> None:
 
 
 class Consensus:
-    """Agree on the largest of every flag over all ranks, one call late: a step starts the exchange and the next one reads it,
-    so that no rank waits for a message that was sent just now. All ranks get the same answers at the same call."""
+    """Agree on the largest of every flag over all ranks, one call late: a step starts the exchange
+    and the next one reads it, so that no rank waits for a message that was sent just now. All ranks
+    get the same answers at the same call."""
 
     def __init__(self, num_flags: int, group: Group | None):
         self._num_flags, self._group = num_flags, group
@@ -79,7 +87,11 @@ class Consensus:
         """Give this rank's flags; return the agreed ones of the call before (zeros at first)."""
         agreed = self._read()
         flag_F = torch.tensor(flags, dtype=torch.int64)
-        work = None if self._group is None else dist.all_reduce(flag_F, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        work = (
+            None
+            if self._group is None
+            else dist.all_reduce(flag_F, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        )
         self._pending = (flag_F, work)
         return agreed
 
@@ -99,7 +111,8 @@ class Consensus:
 
 
 def as_shard(local: Tensor, num_samples: int, world: World, dim: int = 0) -> Tensor:
-    """Present this rank's block of a table, whose axis `dim` is the sample axis, as a DTensor over all ranks (shares memory).
+    """Present this rank's block of a table, whose axis `dim` is the sample axis, as a DTensor over
+    all ranks (shares memory).
 
     Without a process group it is the whole table, and comes back as it is.
     """
@@ -113,7 +126,9 @@ def as_shard(local: Tensor, num_samples: int, world: World, dim: int = 0) -> Ten
     mesh = DeviceMesh.from_group(everyone, world.device.type)
     shape = torch.Size([*local.shape[:dim], num_samples, *local.shape[dim + 1 :]])
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        local, mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
+    )
 
 
 def own_rows(table: Tensor) -> Tensor:
@@ -122,7 +137,8 @@ def own_rows(table: Tensor) -> Tensor:
 
 
 def copy_to_host(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """Copy to the CPU, sharded as `tensor` is; into `buffer`, an earlier copy of the same tensor, where it fits.
+    """Copy to the CPU, sharded as `tensor` is; into `buffer`, an earlier copy of the same tensor,
+    where it fits.
 
     On CUDA the copy is under way when this returns.
     """
@@ -140,11 +156,14 @@ def copy_to_host(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
     assert everyone is not None
     mesh = DeviceMesh.from_group(everyone, "cpu")
     assert isinstance(tensor, DTensor)
-    return DTensor.from_local(host, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(
+        host, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 class Exchange:
-    """Rows under way between ranks, started by `exchange_rows`; `wait` gives what this rank received."""
+    """Rows under way between ranks, started by `exchange_rows`; `wait` gives what this rank
+    received."""
 
     def __init__(self, received_RX: Tensor, work: dist.Work | None, sent_BX: Tensor):
         self._received_RX = received_RX
@@ -152,7 +171,8 @@ class Exchange:
         self._sent_BX = sent_BX  # must outlive the transfer
 
     def wait(self) -> Tensor:
-        """Return the received rows [R, X], ordered by sending rank. On CUDA this orders streams and does not block the host."""
+        """Return the received rows [R, X], ordered by sending rank. On CUDA this orders streams and
+        does not block the host."""
         if self._work is not None:
             self._work.wait()
         return self._received_RX
@@ -161,7 +181,8 @@ class Exchange:
 def exchange_rows(rows_BX: Tensor, sends: list[int], receives: list[int]) -> Exchange:
     """Start sending the first sends[0] rows to rank 0, the next sends[1] to rank 1, and so on.
 
-    Protocol: every rank calls it equally often, also with nothing to send; `receives` must be what the others send.
+    Protocol: every rank calls it equally often, also with nothing to send; `receives` must be what
+    the others send.
     """
     if not dist.is_initialized():
         return Exchange(rows_BX, None, rows_BX)
@@ -171,7 +192,8 @@ def exchange_rows(rows_BX: Tensor, sends: list[int], receives: list[int]) -> Exc
 
 
 def exchange_counts(sends_W: Tensor) -> list[int]:
-    """Return the number of rows that each rank will send to this one, given those that it sends to each (int64 [W]); blocks."""
+    """Return the number of rows that each rank will send to this one, given those that it sends to
+    each (int64 [W]); blocks."""
     if not dist.is_initialized():
         return sends_W.tolist()
     receives_W = torch.empty_like(sends_W)
@@ -180,7 +202,8 @@ def exchange_counts(sends_W: Tensor) -> list[int]:
 
 
 def all_gather_shards(shard_MX: Tensor, num_samples: int, world: World) -> Tensor:
-    """Gather the rows of all shards in global order, [N, ...], on every rank; `shard_MX` holds this rank's rows only."""
+    """Gather the rows of all shards in global order, [N, ...], on every rank; `shard_MX` holds this
+    rank's rows only."""
     if not dist.is_initialized():
         return shard_MX
     rows = rows_per_shard(num_samples, world.world_size)
@@ -206,7 +229,8 @@ def min_over_ranks(value_X: Tensor) -> Tensor:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, so that replicas agree."""
+    """Replace floating-point buffers (batch-norm statistics) by their mean over ranks, so that
+    replicas agree."""
     if not dist.is_initialized():
         return
     for buffer in model.buffers():
@@ -221,13 +245,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-def data_parallel(model: nn.Module, world: World, num_compiled: int = 0) -> nn.parallel.DistributedDataParallel:
-    """Wrap the model for gradient averaging; buffers stay local during an epoch (see `average_buffers`).
+def data_parallel(
+    model: nn.Module, world: World, num_compiled: int = 0
+) -> nn.parallel.DistributedDataParallel:
+    """Wrap the model for gradient averaging; buffers stay local during an epoch (see
+    `average_buffers`).
 
-    num_compiled: shapes of input for each of which calls of the wrapper are compiled (torch.compile, in place: names of
-    parameters stay, the model inside stays as it is); 0 compiles nothing. The graph is cut where DDP's buckets end, so that
-    gradients travel during backward all the same. Compiled kernels give other last bits than eager ones, and the same bits
-    again on the same machine.
+    num_compiled: shapes of input for each of which calls of the wrapper are compiled
+    (torch.compile, in place: names of parameters stay, the model inside stays as it is); 0 compiles
+    nothing. The graph is cut where DDP's buckets end, so that gradients travel during backward all
+    the same. Compiled kernels give other last bits than eager ones, and the same bits again on the
+    same machine.
     """
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     replicas = nn.parallel.DistributedDataParallel(
@@ -235,6 +263,7 @@ def data_parallel(model: nn.Module, world: World, num_compiled: int = 0) -> nn.p
     )
     if num_compiled:
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 8 + num_compiled)  # beyond it, torch goes on uncompiled
+        # beyond it, torch goes on uncompiled
+        limits.recompile_limit = max(limits.recompile_limit, 8 + num_compiled)
         replicas.compile(dynamic=False)  # kernels for a size are faster than kernels for any
     return replicas

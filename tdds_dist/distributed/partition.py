@@ -1,12 +1,15 @@
-"""Which rank visits which sample at which step, and which rank owns it. Pure index arithmetic in NumPy.
+"""Which rank visits which sample at which step, and which rank owns it. Pure index arithmetic in
+NumPy.
 
-The order of an epoch is a function of (seed, epoch) alone, cut into global batches; the world size only decides how
-each global batch is dealt to ranks. Hence the same samples meet in the same step at every world size, and every rank
-can compute what all others send without asking. The last step of an epoch is filled up with repeats of the epoch's
-first samples so that all ranks see full batches; such a padding row carries index -1 and reaches no score.
+The order of an epoch is a function of (seed, epoch) alone, cut into global batches; the world size
+only decides how each global batch is dealt to ranks. Hence the same samples meet in the same step
+at every world size, and every rank can compute what all others send without asking. The last step
+of an epoch is filled up with repeats of the epoch's first samples so that all ranks see full
+batches; such a padding row carries index -1 and reaches no score.
 """
 
-# G global batch, B rows per rank and step (G = W B), W world size, S steps, N samples, M rows per shard (ceil(N / W))
+# G global batch, B rows per rank and step (G = W B), W world size, S steps, N samples, M rows per
+# shard (ceil(N / W))
 
 from dataclasses import dataclass
 
@@ -19,8 +22,9 @@ PADDING = -1  # global index of a padding row; negative, since loops test `index
 class EpochOrder:
     """The visit order of one epoch, all ranks together.
 
-    `sample_SG` holds the sample read at each row (padding rows hold a repeat), `index_SG` the same with PADDING in
-    padding rows. Row g of a step belongs to rank g mod W, so that the real rows of a short last step spread evenly.
+    `sample_SG` holds the sample read at each row (padding rows hold a repeat), `index_SG` the same
+    with PADDING in padding rows. Row g of a step belongs to rank g mod W, so that the real rows of
+    a short last step spread evenly.
     """
 
     sample_SG: np.ndarray  # int64
@@ -44,14 +48,27 @@ class EpochOrder:
 
 
 def epoch_order(
-    num_samples: int, global_batch_size: int, *, seed: int = 0, epoch: int = 0, shuffle: bool = True,
+    num_samples: int,
+    global_batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
     subset: np.ndarray | None = None,
 ) -> EpochOrder:
-    """Return the visit order of one epoch over [0, num_samples), or over the global indices `subset` (int64 [num_samples])."""
+    """Return the visit order of one epoch over [0, num_samples), or over the global indices
+    `subset` (int64 [num_samples])."""
     if num_samples < 1 or global_batch_size < 1:
-        raise ValueError(f"num_samples={num_samples} and global_batch_size={global_batch_size} must be at least 1")
+        raise ValueError(
+            f"num_samples={num_samples} and global_batch_size={global_batch_size} must be at"
+            " least 1"
+        )
     assert subset is None or len(subset) == num_samples, (num_samples, len(subset))
-    index_N = np.random.default_rng([seed, epoch]).permutation(num_samples) if shuffle else np.arange(num_samples)
+    index_N = (
+        np.random.default_rng([seed, epoch]).permutation(num_samples)
+        if shuffle
+        else np.arange(num_samples)
+    )
     if subset is not None:
         index_N = subset[index_N]
     num_steps = -(-num_samples // global_batch_size)
@@ -63,7 +80,8 @@ def epoch_order(
 
 
 def rows_per_shard(num_samples: int, world_size: int) -> int:
-    """Return M = ceil(N / W), the block length of every shard but the last ones, which may be short or empty."""
+    """Return M = ceil(N / W), the block length of every shard but the last ones, which may be short
+    or empty."""
     return -(-num_samples // world_size)
 
 
@@ -74,8 +92,8 @@ def shard_bounds(num_samples: int, world_size: int, rank: int) -> tuple[int, int
 
 
 def class_owners(label_N: np.ndarray, world_size: int) -> np.ndarray:
-    """Return the rank that keeps each class as a whole, int64 [C]: large classes first, each to the rank with the fewest
-    samples."""
+    """Return the rank that keeps each class as a whole, int64 [C]: large classes first, each to the
+    rank with the fewest samples."""
     size_C = np.bincount(label_N)
     owner_C = np.zeros(len(size_C), dtype=np.int64)
     load_W = np.zeros(world_size, dtype=np.int64)
@@ -85,11 +103,18 @@ def class_owners(label_N: np.ndarray, world_size: int) -> np.ndarray:
     return owner_C
 
 
-def routing_counts(order: EpochOrder, rank: int, world_size: int, num_samples: int,
-                   owner_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows that `rank` sends to, and receives from, each rank at every step: two int64 [S, W].
+def routing_counts(
+    order: EpochOrder,
+    rank: int,
+    world_size: int,
+    num_samples: int,
+    owner_N: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows that `rank` sends to, and receives from, each rank at every step: two int64
+    [S, W].
 
-    A real row goes to the owner of its index (that of its shard, or `owner_N` int64 [N]); a padding row stays where it is.
+    A real row goes to the owner of its index (that of its shard, or `owner_N` int64 [N]); a padding
+    row stays where it is.
     """
     num_steps, global_batch_size = order.index_SG.shape
     rows = rows_per_shard(num_samples, world_size)

@@ -1,7 +1,9 @@
-"""Many runs: the grid of methods x rates x strategies x seeds, what it will take, running it, and its tables.
+"""Many runs: the grid of methods x rates x strategies x seeds, what it will take, running it, and
+its tables.
 
-May import everything but `cli` and `launch`. Start with `grid`: it lists the runs; `execute` runs them here, `launch` on a
-cluster.
+May import everything but `cli` and `launch`. Start with `grid`: it lists the runs; `execute` runs
+them here, `launch` on a cluster.
 """
 
-__all__ = ["execute", "forecast", "grid", "memory", "needs", "processes", "tables"]  # that other rooms may import
+# that other rooms may import
+__all__ = ["execute", "forecast", "grid", "memory", "needs", "processes", "tables"]

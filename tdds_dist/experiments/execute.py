@@ -1,7 +1,8 @@
 """Stage `experiment`: a table of retrainings from one collection per seed.
 
-Owns running what `grid` plans: several at a time in processes of their own, or one after the other on all ranks of a job;
-and the coresets in between. Runs are those of `collect` and `retrain`; `tables` writes the results.
+Owns running what `grid` plans: several at a time in processes of their own, or one after the other
+on all ranks of a job; and the coresets in between. Runs are those of `collect` and `retrain`;
+`tables` writes the results.
 """
 
 import fcntl
@@ -28,7 +29,15 @@ from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World, current_world, session
 from tdds_dist.errors import InputError
-from tdds_dist.experiments.grid import Cell, Task, check_plan, config_of, in_the_way, retrain_task, window_of
+from tdds_dist.experiments.grid import (
+    Cell,
+    Task,
+    check_plan,
+    config_of,
+    in_the_way,
+    retrain_task,
+    window_of,
+)
 from tdds_dist.experiments.processes import run_in_processes
 from tdds_dist.experiments.tables import CellResult, write_tables
 from tdds_dist.runs.artifacts import Scores, load_coreset, load_scores, write_atomically
@@ -38,17 +47,26 @@ from tdds_dist.scoring.offline import BASELINES, MODEL_SCORES, file_key, score, 
 from tdds_dist.text import duration
 
 
-def experiment(plan: Experiment, *, jobs: int = 1, force: bool = False, world: World | None = None,
-               interruption: Interruption | None = None) -> tuple[Path, list[str]]:
-    """Run what is missing of an experiment and write its tables; return the Markdown file and what failed.
+def experiment(
+    plan: Experiment,
+    *,
+    jobs: int = 1,
+    force: bool = False,
+    world: World | None = None,
+    interruption: Interruption | None = None,
+) -> tuple[Path, list[str]]:
+    """Run what is missing of an experiment and write its tables; return the Markdown file and what
+    failed.
 
-    `jobs` runs go at a time, each alone in a process with its share of the CPUs and GPUs. With a `world` of several ranks
-    every rank calls it, and all of them work on one run after the other. What is done already is skipped; a run that was
-    stopped half-way goes on from its last checkpoint. What can do neither, being of other settings, is refused, and with
-    `force` moved aside. A run that fails stops only those that need it.
+    `jobs` runs go at a time, each alone in a process with its share of the CPUs and GPUs. With a
+    `world` of several ranks every rank calls it, and all of them work on one run after the other.
+    What is done already is skipped; a run that was stopped half-way goes on from its last
+    checkpoint. What can do neither, being of other settings, is refused, and with `force` moved
+    aside. A run that fails stops only those that need it.
 
     Raises:
-        InputError: an impossible plan, or runs of other settings in its directory; before anything runs.
+        InputError: an impossible plan, or runs of other settings in its directory; before anything
+        runs.
     """
     world = world or current_world("cpu")
     execute = _on_all_ranks(world, interruption) if world.world_size > 1 else _in_processes(jobs)
@@ -59,24 +77,43 @@ def experiment(plan: Experiment, *, jobs: int = 1, force: bool = False, world: W
                 plan.directory.mkdir(parents=True, exist_ok=True)
                 for seed in plan.seeds:
                     locks.enter_context(_locked(plan, seed))
-        return _experiment(plan, collections, cells, execute, world, 1 if world.world_size > 1 else jobs, force)
+        return _experiment(
+            plan, collections, cells, execute, world, 1 if world.world_size > 1 else jobs, force
+        )
 
 
-def _experiment(plan: Experiment, collections: dict[int, Task], cells: list[Cell],
-                execute: Callable[[list[Task]], dict[Path, str]], world: World, jobs: int,
-                force: bool) -> tuple[Path, list[str]]:
-    """Run an experiment. All ranks decide alike without messages: they see the same files and the same failures."""
+def _experiment(
+    plan: Experiment,
+    collections: dict[int, Task],
+    cells: list[Cell],
+    execute: Callable[[list[Task]], dict[Path, str]],
+    world: World,
+    jobs: int,
+    force: bool,
+) -> tuple[Path, list[str]]:
+    """Run an experiment. All ranks decide alike without messages: they see the same files and the
+    same failures."""
     started = time.perf_counter()
     with together(world):
         if world.is_main:
             _clear_the_way([*collections.values()], force)
-            _clear_the_way([_task(plan, cell) for cell in cells
-                             if cell.run.path.exists() and _is_readable(cell.coreset_file)], force)
+            _clear_the_way(
+                [
+                    _task(plan, cell)
+                    for cell in cells
+                    if cell.run.path.exists() and _is_readable(cell.coreset_file)
+                ],
+                force,
+            )
     with together(world):
         waiting = [task for task in collections.values() if not task.is_done]
-        log.info(f"experiment {plan.name}: {len(plan.seeds)} collections ({len(plan.seeds) - len(waiting)} done), "
-                 f"{len(cells)} retrainings, {jobs} at a time", extra=HEADING)
-    with _tables_if_interrupted(plan, collections, cells, [], started, world):  # what cells hold is not checked yet
+        log.info(
+            f"experiment {plan.name}: {len(plan.seeds)} collections"
+            f" ({len(plan.seeds) - len(waiting)} done), {len(cells)} retrainings, {jobs} at a time",
+            extra=HEADING,
+        )
+    # what cells hold is not checked yet
+    with _tables_if_interrupted(plan, collections, cells, [], started, world):
         not_collected = execute(waiting)
     failed = list(not_collected.values())
     with together(world):
@@ -107,8 +144,8 @@ def _task(plan: Experiment, cell: Cell) -> Task:
 
 
 def _clear_the_way(tasks: list[Task], force: bool) -> None:
-    """Raise InputError when a directory holds a run that is not, and cannot become, that of its task; with `force` move all
-    such runs aside, when no job works in them."""
+    """Raise InputError when a directory holds a run that is not, and cannot become, that of its
+    task; with `force` move all such runs aside, when no job works in them."""
     images: dict[Any, Any] = {}
     found = {task.directory: problem for task in tasks if (problem := in_the_way(task, images))}
     for directory, (what, way_out) in found.items():
@@ -130,9 +167,16 @@ def _is_readable(coreset_file: Path) -> bool:
 
 
 @contextmanager
-def _tables_if_interrupted(plan: Experiment, collections: dict[int, Task], cells: list[Cell], valid: list[Cell],
-                           started: float, world: World) -> Iterator[None]:
-    """Write tables of what is done when the runs end early; where ranks work together, the launcher ends them."""
+def _tables_if_interrupted(
+    plan: Experiment,
+    collections: dict[int, Task],
+    cells: list[Cell],
+    valid: list[Cell],
+    started: float,
+    world: World,
+) -> Iterator[None]:
+    """Write tables of what is done when the runs end early; where ranks work together, the launcher
+    ends them."""
     try:
         yield
     except BaseException:
@@ -141,18 +185,36 @@ def _tables_if_interrupted(plan: Experiment, collections: dict[int, Task], cells
         raise
 
 
-def _finish(plan: Experiment, collections: dict[int, Task], cells: list[Cell], valid: list[Cell], started: float) -> None:
-    """Write the tables, and the record of this start. Results of cells that are not `valid` do not count."""
+def _finish(
+    plan: Experiment,
+    collections: dict[int, Task],
+    cells: list[Cell],
+    valid: list[Cell],
+    started: float,
+) -> None:
+    """Write the tables, and the record of this start. Results of cells that are not `valid` do not
+    count."""
     paths = {cell.run.path for cell in valid}
     manifest = _manifest(plan)
-    outcomes = [_outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest) for cell in cells]
+    outcomes = [
+        _outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest)
+        for cell in cells
+    ]
     _record_time(plan, time.perf_counter() - started)
-    write_tables(plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()})
-    finished = {run.path for task in collections.values() for run in RunDir(task.directory).retrain_runs()
-                if run.result_file.is_file()}
+    write_tables(
+        plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()}
+    )
+    finished = {
+        run.path
+        for task in collections.values()
+        for run in RunDir(task.directory).retrain_runs()
+        if run.result_file.is_file()
+    }
     if others := finished - {cell.run.path for cell in cells}:
-        log.info(f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or networks, and are not "
-                 "in the table")
+        log.info(
+            f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or"
+            " networks, and are not in the table"
+        )
 
 
 def _manifest(plan: Experiment) -> Manifest | None:
@@ -164,25 +226,41 @@ def _manifest(plan: Experiment) -> Manifest | None:
 
 
 def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | None) -> CellResult:
-    """Return what the table says of a cell, with the noise in its coreset where the manifest, of the same labels, knows it."""
+    """Return what the table says of a cell, with the noise in its coreset where the manifest, of
+    the same labels, knows it."""
     coreset = load_coreset(cell.coreset_file) if cell.coreset_file.is_file() else None
     bad: list[np.ndarray | None] = [None, None]
     if manifest and coreset and manifest.fingerprint == coreset.fingerprint:
         bad = [manifest.noisy_N, manifest.corrupted_N]
-    shares = [noise_kept(coreset.index_M, bad_N)[0] if coreset and bad_N is not None else None for bad_N in bad]
-    return CellResult(cell.method, cell.pruning_rate, cell.strategy, cell.network, cell.importance, cell.seed, result,
-                   coreset.method if coreset else "", *shares)
+    shares = [
+        noise_kept(coreset.index_M, bad_N)[0] if coreset and bad_N is not None else None
+        for bad_N in bad
+    ]
+    return CellResult(
+        cell.method,
+        cell.pruning_rate,
+        cell.strategy,
+        cell.network,
+        cell.importance,
+        cell.seed,
+        result,
+        coreset.method if coreset else "",
+        *shares,
+    )
 
 
 @contextmanager
 def _locked(plan: Experiment, seed: int) -> Iterator[None]:
-    """Keep other processes from this seed's runs, which they would take for left-overs, until this process ends."""
+    """Keep other processes from this seed's runs, which they would take for left-overs, until this
+    process ends."""
     with (plan.directory / f".seed{seed}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another `tdds experiment` is at work on seed {seed} in {plan.directory}; wait for it, or "
-                             "choose another name or dir") from error
+            raise InputError(
+                f"another `tdds experiment` is at work on seed {seed} in {plan.directory}; wait for"
+                " it, or choose another name or dir"
+            ) from error
         except OSError:
             pass  # a file system without locks
         yield
@@ -194,8 +272,9 @@ def _locked(plan: Experiment, seed: int) -> Iterator[None]:
 def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool) -> dict[Path, str]:
     """Write the coreset files of the cells; return those that cannot be made, and why.
 
-    One that is right already stays, another one is moved aside; refused without `force` where it was trained on. The configs
-    are those of the plan: what a collection was run with may have had other rates and options.
+    One that is right already stays, another one is moved aside; refused without `force` where it
+    was trained on. The configs are those of the plan: what a collection was run with may have had
+    other rates and options.
     """
     scores: dict[tuple[Path, str, float], Scores] = {}
     reasons: dict[Path, str] = {}
@@ -205,8 +284,14 @@ def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool)
         try:
             if key not in scores:
                 scores[key] = _scores_of(run, collections[cell.seed].config, method, rate)
-            coreset, warnings = make_coreset(scores[key], rate, sampler=method.sampler, class_balanced=method.class_balanced,
-                                             seed=cell.seed, **method.selector_options)
+            coreset, warnings = make_coreset(
+                scores[key],
+                rate,
+                sampler=method.sampler,
+                class_balanced=method.class_balanced,
+                seed=cell.seed,
+                **method.selector_options,
+            )
         except InputError as error:
             log.error(f"{cell.coreset_file}: FAILED: {error}")
             reasons[cell.coreset_file] = str(error)
@@ -215,16 +300,24 @@ def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool)
             log.warning(f"{method.name} at p={rate:g}, seed {cell.seed}: {warning}")
         changed = changes(cell.coreset_file, coreset) if cell.coreset_file.exists() else ""
         for other in cells:
-            if changed and not force and other.coreset_file == cell.coreset_file and other.run.config_file.is_file():
-                raise InputError(f"{other.run.path} was trained on {cell.coreset_file}, which {changed}; choose another name "
-                                 "or dir, or give --force, which moves both aside")
+            if (
+                changed
+                and not force
+                and other.coreset_file == cell.coreset_file
+                and other.run.config_file.is_file()
+            ):
+                raise InputError(
+                    f"{other.run.path} was trained on {cell.coreset_file}, which {changed}; choose"
+                    " another name or dir, or give --force, which moves both aside"
+                )
         for notice in put(cell.coreset_file, coreset):
             log.warning(notice)
     return reasons
 
 
 def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scores:
-    """Return the scores a method ranks by, computed from the trajectory where no file holds them yet."""
+    """Return the scores a method ranks by, computed from the trajectory where no file holds them
+    yet."""
     key = method.score_key
     if key == "random":
         return random_scores(any_scores(run.path), config.run.seed)
@@ -234,7 +327,15 @@ def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scor
         window, preset = window_of(config, method, rate), method.preset or config.score.preset
         path = run.scores / f"{window.key(preset, method.delta)}.npz"
         if not path.is_file():
-            path, = score(run.path, preset=preset, T=window.T, K=window.K, beta=window.beta, delta=method.delta, out=path)
+            (path,) = score(
+                run.path,
+                preset=preset,
+                T=window.T,
+                K=window.K,
+                beta=window.beta,
+                delta=method.delta,
+                out=path,
+            )
         return load_scores(path)
     options = parse_baselines(config.score.baselines, method.options)
     path = run.scores / f"{file_key(key, options)}.npz"  # the name carries every option
@@ -255,13 +356,25 @@ def _run_task(task: Task, world: World, interruption: Interruption | None = None
     if task.coreset_file is None:
         collect(task.config, world, settings=task.settings, interruption=interruption)
     else:
-        retrain(task.config, world, task.coreset_file, task.strategy, importance=task.importance, name=task.name,
-                settings=task.settings, interruption=interruption)
+        retrain(
+            task.config,
+            world,
+            task.coreset_file,
+            task.strategy,
+            importance=task.importance,
+            name=task.name,
+            settings=task.settings,
+            interruption=interruption,
+        )
 
 
-def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[list[Task]], dict[Path, str]]:
-    """Return a function that runs tasks one after the other on all ranks and returns those that failed, by directory, and why.
+def _on_all_ranks(
+    world: World, interruption: Interruption | None
+) -> Callable[[list[Task]], dict[Path, str]]:
+    """Return a function that runs tasks one after the other on all ranks and returns those that
+    failed, by directory, and why.
     """
+
     def execute(tasks: list[Task]) -> dict[Path, str]:
         failed = {}
         for number, task in enumerate(tasks, start=1):
@@ -280,7 +393,8 @@ def _on_all_ranks(world: World, interruption: Interruption | None) -> Callable[[
 
 
 def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
-    """Return a function that runs tasks in `jobs` processes and returns those that failed, by directory, and why."""
+    """Return a function that runs tasks in `jobs` processes and returns those that failed, by
+    directory, and why."""
     if jobs < 1:
         raise InputError(f"--jobs={jobs} must be at least 1")
 
@@ -301,8 +415,10 @@ def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
                     defects.append(outcome)
                 is_failed = isinstance(outcome, Exception)
                 text = f"FAILED: {outcome or type(outcome).__name__}" if is_failed else outcome
-                log.log(logging.ERROR if is_failed else logging.INFO,
-                        f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left")
+                log.log(
+                    logging.ERROR if is_failed else logging.INFO,
+                    f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left",
+                )
                 bar.advance()
         if defects:
             raise defects[0]  # with the worker's traceback
@@ -312,7 +428,8 @@ def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
 
 
 def _work(task: Task) -> str:
-    """Run a task in this worker, its lines in the log of the run alone; return what to say about it."""
+    """Run a task in this worker, its lines in the log of the run alone; return what to say about
+    it."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process; log.txt has the lines
     started = time.perf_counter()
     with session(task.config.run.device, task.config.run.timeout_seconds) as world:

@@ -1,4 +1,5 @@
-"""The grid of an experiment or a pipeline: which runs there are, what decides their results, and which of them are done.
+"""The grid of an experiment or a pipeline: which runs there are, what decides their results, and
+which of them are done.
 
 Reads configs and what finished runs say of themselves; runs nothing (`execute` and `launch` do).
 """
@@ -37,13 +38,16 @@ class Cell:
 
     @property
     def coreset_file(self) -> Path:
-        """Return the path of its coreset, shared by strategies, architectures and seeds of one collection."""
+        """Return the path of its coreset, shared by strategies, architectures and seeds of one
+        collection."""
         return self.collection.coresets / coreset_name(self.method.name, self.pruning_rate)
 
     @property
     def name(self) -> str:
         """Return its folder under retrain/ of the collection."""
-        return retrain_name(self.coreset_file, self.strategy, self.importance, self.seed, self.network)
+        return retrain_name(
+            self.coreset_file, self.strategy, self.importance, self.seed, self.network
+        )
 
     @property
     def run(self) -> RunDir:
@@ -73,12 +77,20 @@ class Task:
 
     @property
     def cost(self) -> float:
-        """Return the share of images that a retraining trains on, for the order and the time left."""
-        return 0.0 if self.coreset_file is None else 1.0 if self.strategy == "P" else 1.0 - self.pruning_rate
+        """Return the share of images that a retraining trains on, for the order and the time
+        left."""
+        return (
+            0.0
+            if self.coreset_file is None
+            else 1.0
+            if self.strategy == "P"
+            else 1.0 - self.pruning_rate
+        )
 
     @property
     def is_done(self) -> bool:
-        """Say whether it has a result, whatever it was asked for then (`in_the_way`, `check_what_is_done`)."""
+        """Say whether it has a result, whatever it was asked for then (`in_the_way`,
+        `check_what_is_done`)."""
         try:
             json.loads(RunDir(self.directory).result_file.read_text())
         except (OSError, ValueError):
@@ -86,37 +98,72 @@ class Task:
         return True
 
 
-def list_cells(config: Config, run: RunDir, methods: Sequence[Method], rates: Sequence[float], strategies: Sequence[str],
-               seeds: Sequence[int], architectures: Sequence[Architecture | None] = (None,)) -> list[Cell]:
+def list_cells(
+    config: Config,
+    run: RunDir,
+    methods: Sequence[Method],
+    rates: Sequence[float],
+    strategies: Sequence[str],
+    seeds: Sequence[int],
+    architectures: Sequence[Architecture | None] = (None,),
+) -> list[Cell]:
     """List every retraining of a collection, by seed, network, strategy, rate, method."""
-    weights = {method: method.importance or (config.retrain.importance if method.score_key == "tdds" else "none")
-               for method in methods}
-    return [Cell(method, rate, strategy, architecture, seed, run, weights[method])
-            for seed, architecture, strategy, rate, method in product(seeds, architectures, strategies, rates, methods)]
+    weights = {
+        method: (
+            method.importance
+            or (config.retrain.importance if method.score_key == "tdds" else "none")
+        )
+        for method in methods
+    }
+    return [
+        Cell(method, rate, strategy, architecture, seed, run, weights[method])
+        for seed, architecture, strategy, rate, method in product(
+            seeds, architectures, strategies, rates, methods
+        )
+    ]
 
 
 def pipeline_cells(config: Config, strategies: Sequence[str] | None = None) -> list[Cell]:
-    """List every retraining that `config.pipeline` asks for; of other strategies where they are given."""
+    """List every retraining that `config.pipeline` asks for; of other strategies where they are
+    given."""
     wanted = config.pipeline
-    return list_cells(config, RunDir(config.run.directory), [BUILT_IN_METHODS[name] for name in wanted.scores],
-                      wanted.pruning_rates or [rate for rate in config.served_rates if rate],
-                      wanted.strategies if strategies is None else strategies, wanted.seeds or (config.run.seed,))
+    return list_cells(
+        config,
+        RunDir(config.run.directory),
+        [BUILT_IN_METHODS[name] for name in wanted.scores],
+        wanted.pruning_rates or [rate for rate in config.served_rates if rate],
+        wanted.strategies if strategies is None else strategies,
+        wanted.seeds or (config.run.seed,),
+    )
 
 
 def retrain_task(cell: Cell, config: Config) -> Task:
     """Return the run of a cell, `config` having its seed and network."""
-    what = (f"{cell.method.name} p={cell.pruning_rate:g} {cell.strategy}{' ' + cell.network if cell.network else ''}, "
-            f"seed {cell.seed}")
+    what = (
+        f"{cell.method.name} p={cell.pruning_rate:g}"
+        f" {cell.strategy}{' ' + cell.network if cell.network else ''}, seed {cell.seed}"
+    )
     settings = {"row": cell.method.name} | ({"network": cell.network} if cell.network else {})
-    return Task(what, cell.run.path, config, cell.coreset_file, cell.strategy, cell.importance, cell.name, cell.pruning_rate,
-                cell.method, settings)
+    return Task(
+        what,
+        cell.run.path,
+        config,
+        cell.coreset_file,
+        cell.strategy,
+        cell.importance,
+        cell.name,
+        cell.pruning_rate,
+        cell.method,
+        settings,
+    )
 
 
 # ---- experiments
 
 
 def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
-    """Return the collections by seed, and every retraining. Reads configs, but neither images nor results.
+    """Return the collections by seed, and every retraining. Reads configs, but neither images nor
+    results.
 
     Raises:
         InputError: what can be known to fail in any of them.
@@ -128,8 +175,15 @@ def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
             check_method(task.config, method, rate)
         for architecture in plan.architectures:
             config_of(plan, seed, architecture)  # says so when its overrides do not fit
-        cells += list_cells(task.config, RunDir(task.directory), plan.methods, plan.pruning_rates, plan.strategies, (seed,),
-                            plan.architectures or (None,))
+        cells += list_cells(
+            task.config,
+            RunDir(task.directory),
+            plan.methods,
+            plan.pruning_rates,
+            plan.strategies,
+            (seed,),
+            plan.architectures or (None,),
+        )
     return collections, cells
 
 
@@ -140,22 +194,34 @@ def check_method(config: Config, method: Method, rate: float) -> None:
     num_epochs = max(window.T for window in config.windows()) if stops else config.train.epochs
     try:
         if key == "tdds":
-            check_window(window_of(config, method, rate), method.preset or config.score.preset, num_epochs)
+            check_window(
+                window_of(config, method, rate), method.preset or config.score.preset, num_epochs
+            )
         elif key in BASELINES:
             options = parse_baselines(config.score.baselines, method.options)
             check_options(key, options, method.options, num_epochs)
             if method.sampler == "ccs" and key == "aum" and options.aum_keep == "easiest":
-                raise InputError("sampler ccs cuts off what ranks first as too hard; leave aum_keep=easiest out")
+                raise InputError(
+                    "sampler ccs cuts off what ranks first as too hard; leave aum_keep=easiest out"
+                )
         elif key not in ("random", *MODEL_SCORES):
             known = ("tdds", "random", *MODEL_SCORES, *BASELINES)
             hint = "; ccs means score: aum, sampler: ccs" if key == "ccs" else ""
             raise InputError(f"score {key!r} is unknown; use one of {', '.join(known)}{hint}")
         elif method.options:
-            raise InputError(f"options={list(method.options)} do nothing for score {key}; leave them out")
+            raise InputError(
+                f"options={list(method.options)} do nothing for score {key}; leave them out"
+            )
         if method.sampler == "beta" and key != "dual":
-            raise InputError(f"sampler beta needs the mean probability, which score {key} comes without; use score: dual")
+            raise InputError(
+                f"sampler beta needs the mean probability, which score {key} comes without; use"
+                " score: dual"
+            )
         if (method.hard_cutoff_rate or 0.0) > rate:
-            raise InputError(f"hard_cutoff_rate={method.hard_cutoff_rate} removes more than pruning_rate={rate} does; lower it")
+            raise InputError(
+                f"hard_cutoff_rate={method.hard_cutoff_rate} removes more than pruning_rate={rate}"
+                " does; lower it"
+            )
     except InputError as error:
         raise InputError(f"methods: {method.name}: {error}") from error
 
@@ -164,8 +230,15 @@ def config_of(plan: Experiment, seed: int, architecture: Architecture | None = N
     """Return the config of a run of the experiment."""
     overrides = [*plan.overrides, *(architecture.overrides if architecture else ())]
     directory = plan.directory / f"seed{seed}"
-    return load_config(plan.config, [*overrides, f"run.seed={seed}", f"run.name={plan.name}_seed{seed}",
-                                     f"run.dir={json.dumps(str(directory))}"])
+    return load_config(
+        plan.config,
+        [
+            *overrides,
+            f"run.seed={seed}",
+            f"run.name={plan.name}_seed{seed}",
+            f"run.dir={json.dumps(str(directory))}",
+        ],
+    )
 
 
 def _collection_task(plan: Experiment, seed: int) -> Task:
@@ -173,23 +246,34 @@ def _collection_task(plan: Experiment, seed: int) -> Task:
     config.check_collect()
     needed = {method.score_key for method in plan.methods}
     if needed & set(MODEL_SCORES) and not config.score.final_pass:
-        raise InputError(f"methods {sorted(needed & set(MODEL_SCORES))} need score.final_pass=true; switch it on")
+        raise InputError(
+            f"methods {sorted(needed & set(MODEL_SCORES))} need score.final_pass=true; switch it on"
+        )
     if not config.score.trajectory:
         raise InputError("an experiment scores from the trajectory; set score.trajectory=true")
     return Task(f"collect, seed {seed}", config.run.directory, config)
 
 
 def _resolved(task: Task) -> tuple[RunDir, Config, dict[str, Any]]:
-    """Return where a task runs, its config in full, and what else decides its result but for the images."""
+    """Return where a task runs, its config in full, and what else decides its result but for the
+    images."""
     if task.coreset_file is None:
         return RunDir(task.directory), task.config, {"stage": "collect"}
     from tdds_dist.training.retrain import resolve
 
-    return resolve(task.config, load_coreset(task.coreset_file), task.coreset_file, task.strategy, task.importance, task.name)
+    return resolve(
+        task.config,
+        load_coreset(task.coreset_file),
+        task.coreset_file,
+        task.strategy,
+        task.importance,
+        task.name,
+    )
 
 
 def in_the_way(task: Task, images: dict[Any, Any]) -> tuple[str, str] | None:
-    """Say why what is in the task's directory neither is, nor can become, its result, and a way out; None if it can.
+    """Say why what is in the task's directory neither is, nor can become, its result, and a way
+    out; None if it can.
 
     `images` remembers the content of files from call to call.
     """
@@ -204,7 +288,11 @@ def in_the_way(task: Task, images: dict[Any, Any]) -> tuple[str, str] | None:
 
 def window_of(config: Config, method: Method, rate: float) -> Window:
     """Return the TDDS setting of a method at a pruning rate."""
-    window = Window(method.T, method.K, config.score.beta) if method.T and method.K else config.window_for(rate)
+    window = (
+        Window(method.T, method.K, config.score.beta)
+        if method.T and method.K
+        else config.window_for(rate)
+    )
     return window if method.beta is None else replace(window, beta=method.beta)
 
 
@@ -239,31 +327,62 @@ def collect_stage(config: Config, frozen: Path) -> Stage:
     """Return the collection of a config; `frozen` is the file that the jobs read it from."""
     config.check_collect()
     task = Task("collect", config.run.directory, config)
-    return Stage("collect", (Step("collect", (("collect", str(frozen)),), str(task.directory), task.is_done, task),))
+    return Stage(
+        "collect",
+        (Step("collect", (("collect", str(frozen)),), str(task.directory), task.is_done, task),),
+    )
 
 
 def retrain_step(task: Task, frozen: Path, *overrides: str) -> Step:
     """Return the job of a retraining."""
-    command = ("retrain", str(frozen), "--coreset", str(task.coreset_file), "--strategy", task.strategy,
-               "--importance", task.importance, "--name", task.name, *overrides)
+    command = (
+        "retrain",
+        str(frozen),
+        "--coreset",
+        str(task.coreset_file),
+        "--strategy",
+        task.strategy,
+        "--importance",
+        task.importance,
+        "--name",
+        task.name,
+        *overrides,
+    )
     return Step(task.name, (command,), str(task.directory), task.is_done, task)
 
 
 def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
-    """List the stages: collection, selection, an array of retrainings, report; `config.pipeline` says of what."""
+    """List the stages: collection, selection, an array of retrainings, report; `config.pipeline`
+    says of what."""
     collect, cells = collect_stage(config, frozen), pipeline_cells(config)
     if not cells:
-        raise InputError("no window of score.windows serves a pruning rate; set pipeline.pruning_rates, e.g. [0.5]")
+        raise InputError(
+            "no window of score.windows serves a pruning rate; set pipeline.pruning_rates, e.g."
+            " [0.5]"
+        )
     coresets = list({cell.coreset_file: cell for cell in cells}.values())
     for cell in coresets:
         _check_coreset(config, cell.method, cell.pruning_rate)
-    retrain = Stage("retrain", tuple(
-        retrain_step(retrain_task(cell, _seeded(config, cell.seed)), frozen, f"run.seed={cell.seed}") for cell in cells))
+    retrain = Stage(
+        "retrain",
+        tuple(
+            retrain_step(
+                retrain_task(cell, _seeded(config, cell.seed)), frozen, f"run.seed={cell.seed}"
+            )
+            for cell in cells
+        ),
+    )
     has_coresets = not retrain.waiting or all(_has_coreset(config, cell) for cell in coresets)
     stages = [collect, _select_stage(config, coresets, not collect.waiting, has_coresets), retrain]
     run = config.run.directory
-    is_done = not any(stage.waiting for stage in stages) and (run / "report.html").is_file() and not any(
-        _is_older(run / "report.html", Path(step.directory) / "result.json") for step in (*collect.steps, *retrain.steps))
+    is_done = (
+        not any(stage.waiting for stage in stages)
+        and (run / "report.html").is_file()
+        and not any(
+            _is_older(run / "report.html", Path(step.directory) / "result.json")
+            for step in (*collect.steps, *retrain.steps)
+        )
+    )
     return [*stages, Stage("report", (Step("report", (("report", str(run)),), str(run), is_done),))]
 
 
@@ -274,17 +393,28 @@ def _seeded(config: Config, seed: int) -> Config:
 def _check_coreset(config: Config, method: Method, rate: float) -> None:
     """Raise InputError for a coreset that could not be made after the collection."""
     if method.score_key in MODEL_SCORES and not config.score.final_pass:
-        raise InputError(f"pipeline.scores: {method.name} needs score.final_pass=true; switch it on")
+        raise InputError(
+            f"pipeline.scores: {method.name} needs score.final_pass=true; switch it on"
+        )
     if method.score_key in BASELINES and not config.score.trajectory:
-        raise InputError(f"pipeline.scores: {method.name} is scored from the trajectory; set score.trajectory=true")
-    if method.score_key == "tdds" and f"{rate:g}" not in {f"{served:g}" for served in config.served_rates}:
-        raise InputError(f"pipeline.pruning_rates has {rate:g}, which no window of score.windows serves; add it to the "
-                         "pruning_rates of one (that may change after the collection)")
+        raise InputError(
+            f"pipeline.scores: {method.name} is scored from the trajectory; set"
+            " score.trajectory=true"
+        )
+    if method.score_key == "tdds" and f"{rate:g}" not in {
+        f"{served:g}" for served in config.served_rates
+    }:
+        raise InputError(
+            f"pipeline.pruning_rates has {rate:g}, which no window of score.windows serves; add it"
+            " to the pruning_rates of one (that may change after the collection)"
+        )
     try:
         check_method(config, method, rate)
     except InputError as error:
-        raise InputError(f"pipeline.scores: {str(error).removeprefix('methods: ')} (its options are "
-                         "score.baselines.*)") from error
+        raise InputError(
+            f"pipeline.scores: {str(error).removeprefix('methods: ')} (its options are "
+            "score.baselines.*)"
+        ) from error
 
 
 def _options(config: Config, method: Method) -> dict[str, Any]:
@@ -295,8 +425,11 @@ def _options(config: Config, method: Method) -> dict[str, Any]:
 
 def _has_coreset(config: Config, cell: Cell) -> bool:
     """Say whether its coreset is there, of this collection and with these options."""
-    return (cell.coreset_file.is_file() and not _is_older(cell.coreset_file, cell.collection.result_file)
-            and not _other_options(config, cell.method, cell.coreset_file))
+    return (
+        cell.coreset_file.is_file()
+        and not _is_older(cell.coreset_file, cell.collection.result_file)
+        and not _other_options(config, cell.method, cell.coreset_file)
+    )
 
 
 def _other_options(config: Config, method: Method, coreset: Path) -> list[str]:
@@ -305,11 +438,16 @@ def _other_options(config: Config, method: Method, coreset: Path) -> list[str]:
         found = load_coreset(coreset).settings if wanted else {}
     except InputError:  # damaged: made again
         return ["damaged"]
-    return [f"score.baselines.{name} was {found[name]!r}, now {value!r}" for name, value in wanted.items()
-            if name in found and found[name] != value]
+    return [
+        f"score.baselines.{name} was {found[name]!r}, now {value!r}"
+        for name, value in wanted.items()
+        if name in found and found[name] != value
+    ]
 
 
-def _select_stage(config: Config, coresets: Sequence[Cell], is_collected: bool, has_coresets: bool) -> Stage:
+def _select_stage(
+    config: Config, coresets: Sequence[Cell], is_collected: bool, has_coresets: bool
+) -> Stage:
     """Make one job for all coresets: each takes a second, and every score is computed once.
 
     A coreset that is there and of another collection or other options is moved aside (`--force`).
@@ -324,20 +462,50 @@ def _select_stage(config: Config, coresets: Sequence[Cell], is_collected: bool, 
             commands["score", run, "--score", method.score_key, *options] = None
     for cell in coresets:
         method, rate, file = cell.method, cell.pruning_rate, cell.coreset_file
-        # TDDS by the name of its file: the run's own config may be from before this rate was asked for.
-        score = (config.window_for(rate).key(config.score.preset) if method.score_key == "tdds" else
-                 file_key(method.score_key, config.score.baselines) if method.score_key in BASELINES else method.score_key)
+        # TDDS by the name of its file: the run's own config may be from before this rate was asked
+        # for.
+        score = (
+            config.window_for(rate).key(config.score.preset)
+            if method.score_key == "tdds"
+            else (
+                file_key(method.score_key, config.score.baselines)
+                if method.score_key in BASELINES
+                else method.score_key
+            )
+        )
         sampler = ("--sampler", method.sampler) if method.sampler else ()
-        force = ("--force",) if file.is_file() and not (is_collected and _has_coreset(config, cell)) else ()
-        commands["select", run, "--pruning-rate", f"{rate:g}", "--score", score, *sampler, "--seed", str(config.run.seed),
-                 *force, "--out", str(file)] = None
+        force = (
+            ("--force",)
+            if file.is_file() and not (is_collected and _has_coreset(config, cell))
+            else ()
+        )
+        commands[
+            "select",
+            run,
+            "--pruning-rate",
+            f"{rate:g}",
+            "--score",
+            score,
+            *sampler,
+            "--seed",
+            str(config.run.seed),
+            *force,
+            "--out",
+            str(file),
+        ] = None
     title = f"{len(coresets)} coreset{'s' if len(coresets) > 1 else ''}"
     return Stage("select", (Step(title, tuple(commands), run, is_collected and has_coresets),))
 
 
 def check_what_is_done(config: Config, stages: Iterable[Stage]) -> None:
-    """Raise InputError when a finished run was asked for something else than now, so that it cannot be skipped."""
-    done = [step.task for stage in stages for step in stage.steps if step.task is not None and step.is_done]
+    """Raise InputError when a finished run was asked for something else than now, so that it cannot
+    be skipped."""
+    done = [
+        step.task
+        for stage in stages
+        for step in stage.steps
+        if step.task is not None and step.is_done
+    ]
     data = content_here(config) if done else {}
     for task in done:
         how, way_out, changed = "collected", "keep those", list[str]()
@@ -345,14 +513,21 @@ def check_what_is_done(config: Config, stages: Iterable[Stage]) -> None:
             if not coreset.is_file():
                 continue
             if _is_older(task.directory / "result.json", config.run.directory / "result.json"):
-                raise InputError(f"{task.directory} was trained before the collection that is there now had finished; remove "
-                                 "it to train it again, or touch its result.json if it belongs to it")
+                raise InputError(
+                    f"{task.directory} was trained before the collection that is there now had"
+                    " finished; remove it to train it again, or touch its result.json if it"
+                    " belongs to it"
+                )
             how, way_out = "trained", "keep those, remove that folder to train it again"
-            changed = _other_options(config, task.method, coreset) if task.method is not None else []
+            changed = (
+                _other_options(config, task.method, coreset) if task.method is not None else []
+            )
         run, resolved, setting = _resolved(task)
         if changed := differences(run, resolved, setting | data) + changed:
-            raise InputError(f"{task.directory} was {how} with other settings ({'; '.join(changed)}); {way_out}, or choose "
-                             "another run.name")
+            raise InputError(
+                f"{task.directory} was {how} with other settings ({'; '.join(changed)}); {way_out},"
+                " or choose another run.name"
+            )
 
 
 def _is_older(file: Path, other: Path) -> bool:

@@ -1,10 +1,12 @@
-"""The needs of a planned run, line by line: on the device, in host memory, on disk, over the network. Numbers, no decisions.
+"""The needs of a planned run, line by line: on the device, in host memory, on disk, over the
+network. Numbers, no decisions.
 
-`memory` counts bytes; here they are added up for a config on so many ranks, with what follows the collection. What was
-not measured is a named constant, and said by `assumptions`.
+`memory` counts bytes; here they are added up for a config on so many ranks, with what follows the
+collection. What was not measured is a named constant, and said by `assumptions`.
 """
 
-# B rows per rank and forward pass, C classes, M rows of a shard, N dataset, W world size (number of ranks)
+# B rows per rank and forward pass, C classes, M rows of a shard, N dataset, W world size (number of
+# ranks)
 
 import math
 import re
@@ -29,21 +31,30 @@ from tdds_dist.experiments.memory import Network
 from tdds_dist.text import size_text as size
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
 
-CONTEXT_BYTES = 1_000_000_000  # assumed, per process: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS
+# assumed, per process: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS
+CONTEXT_BYTES = 1_000_000_000
 MARGIN = 0.05  # assumed, of all else: what the caching allocator cannot use between its blocks
-PROCESS_BYTES = {"cuda": 3_000_000_000, "cpu": 900_000_000}  # assumed, in host memory: Python, torch and its libraries
-INDEX_BYTES_PER_IMAGE = 170  # in host memory: what the loader knows of each image, and one epoch's order and routing; measured
+# assumed, in host memory: Python, torch and its libraries
+PROCESS_BYTES = {"cuda": 3_000_000_000, "cpu": 900_000_000}
+# in host memory: what the loader knows of each image, and one epoch's order and routing; measured
+INDEX_BYTES_PER_IMAGE = 170
 LARGEST_SIDE = 400  # assumed where the .beton is not there: side of the largest image, pixels
 BATCHES_IN_FLIGHT = 5  # of a loader: 3 ahead, and those at both ends
-BATCHES_ON_DEVICE = {"cuda": 7, "cpu": 2}  # as they came; on CUDA those in flight, and two because the host runs ahead
+# as they came; on CUDA those in flight, and two because the host runs ahead
+BATCHES_ON_DEVICE = {"cuda": 7, "cpu": 2}
 
 _ASSUMED = (
-    "retrainings have no scorer and no larger batch, so they take less memory; they run one after another",
+    (
+        "retrainings have no scorer and no larger batch, so they take less memory; they run one"
+        " after another"
+    ),
     "hours are those of training: evaluation, the final pass and start-up come on top",
 )
 _ASSUMED_OF_GPUS = (
-    f"CUDA, NCCL, cuDNN and cuBLAS take {CONTEXT_BYTES / 1e9:g} GB per process, and {MARGIN:.0%} of all else is lost between "
-    "blocks of the allocator (neither is measured)",
+    (
+        f"CUDA, NCCL, cuDNN and cuBLAS take {CONTEXT_BYTES / 1e9:g} GB per process, and"
+        f" {MARGIN:.0%} of all else is lost between blocks of the allocator (neither is measured)"
+    ),
     "attention counts unfused, and work in backward as in float32: upper bounds",
 )
 
@@ -67,7 +78,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Training:
-    """A collection or a retraining. `hours` on all ranks together, None where the speed is not known."""
+    """A collection or a retraining. `hours` on all ranks together, None where the speed is not
+    known."""
 
     name: str
     num_images: int
@@ -126,7 +138,8 @@ class Case:
 
     @property
     def is_cpu(self) -> bool:
-        """Say whether ranks train on the CPU; run.device=auto is planned for GPUs, wherever the plan is made."""
+        """Say whether ranks train on the CPU; run.device=auto is planned for GPUs, wherever the
+        plan is made."""
         return self.config.run.device == "cpu"
 
     @property
@@ -149,15 +162,21 @@ def total(lines: Sequence[Line]) -> float:
 
 
 def read_images(config: Config, num_samples: int | None) -> Images:
-    """Return the training images: their number as given, else what the .beton says; raise InputError when neither is there."""
+    """Return the training images: their number as given, else what the .beton says; raise
+    InputError when neither is there."""
     if num_samples is not None:
         if num_samples < 1:
-            raise InputError(f"--num-samples={num_samples} must be at least 1: it is the number of training images")
+            raise InputError(
+                f"--num-samples={num_samples} must be at least 1: it is the number of training"
+                " images"
+            )
         return Images(num_samples, "--num-samples", LARGEST_SIDE**2)
     path = Path(config.data.train)
     if not path.is_file():
-        raise InputError(f"data.train={path} does not exist, so the number of images is not known; give --num-samples N, or "
-                         f"write it with `tdds write SOURCE {path}`")
+        raise InputError(
+            f"data.train={path} does not exist, so the number of images is not known; give"
+            f" --num-samples N, or write it with `tdds write SOURCE {path}`"
+        )
     info = inspect_beton(path)
     check_labels(info, config.data.num_classes)
     pixels = int((info.width_N.astype(np.int64) * info.height_N).max())
@@ -174,23 +193,37 @@ def list_trainings(case: Case) -> list[Training]:
     train = config.train
     stops_early = config.collect.stop_after == "last_window"
     epochs = max(window.T for window in config.windows()) if stops_early else train.epochs
-    found = [Training("collect", num_images, epochs, case.rows * case.num_ranks * train.accumulation)]
-    has_methods, has_seeds = (len(set(each)) > 1 for each in ([cell.method for cell in case.cells],
-                                                              [cell.seed for cell in case.cells]))
+    found = [
+        Training("collect", num_images, epochs, case.rows * case.num_ranks * train.accumulation)
+    ]
+    has_methods, has_seeds = (
+        len(set(each)) > 1
+        for each in ([cell.method for cell in case.cells], [cell.seed for cell in case.cells])
+    )
     for cell in case.cells:
         rate = cell.pruning_rate
         factor = batch_size_factor(rate, config.retrain.batch_size_rule)
         rows = per_rank_batch(train.global_batch_size, case.num_ranks, train.accumulation, factor)
-        name = (f"{cell.method.name} " if has_methods else "") + f"p={rate:g} {cell.strategy}" + (
-            f" seed {cell.seed}" if has_seeds else "")
+        name = (
+            (f"{cell.method.name} " if has_methods else "")
+            + f"p={rate:g} {cell.strategy}"
+            + (f" seed {cell.seed}" if has_seeds else "")
+        )
         epochs = retrain_epochs(config.retrain.epochs or train.epochs, rate, cell.strategy)
-        found.append(Training(f"retrain {name}", num_kept(num_images, rate), epochs,
-                              rows * case.num_ranks * train.accumulation))
+        found.append(
+            Training(
+                f"retrain {name}",
+                num_kept(num_images, rate),
+                epochs,
+                rows * case.num_ranks * train.accumulation,
+            )
+        )
     return found
 
 
 def check_batches(case: Case) -> None:
-    """Raise InputError when a training leaves a rank fewer rows than the network can train on (batch norm needs some)."""
+    """Raise InputError when a training leaves a rank fewer rows than the network can train on
+    (batch norm needs some)."""
     batches = [training.global_batch_size for training in list_trainings(case)]
     for batch in (batches[0], min(batches)):
         memory.network_of(case.config, batch // (case.num_ranks * case.config.train.accumulation))
@@ -213,16 +246,31 @@ def run_lines(case: Case) -> list[Line]:
         Line("images", collection.num_images, case.images.source, ""),
         Line("classes", case.config.data.num_classes, "", ""),
         Line("epochs", collection.epochs, schedule, ""),
-        Line("steps per epoch", math.ceil(collection.num_images / collection.global_batch_size), "", ""),
+        Line(
+            "steps per epoch",
+            math.ceil(collection.num_images / collection.global_batch_size),
+            "",
+            "",
+        ),
         Line("global batch", collection.global_batch_size, "", ""),
         Line("ranks", case.num_ranks, "run.device=cpu" if case.is_cpu else "one per GPU", ""),
-        Line("rows per rank and forward pass", case.rows, f"{train.accumulation} forward pass(es) per step", ""),
+        Line(
+            "rows per rank and forward pass",
+            case.rows,
+            f"{train.accumulation} forward pass(es) per step",
+            "",
+        ),
     ]
 
 
 def memory_lines(case: Case) -> list[Line]:
     """List the memory on the device of rank 0, which has the longest shard, at the worst moment."""
-    config, network, rows, num_images = case.config, case.network, case.rows, case.images.num_samples
+    config, network, rows, num_images = (
+        case.config,
+        case.network,
+        case.rows,
+        case.images.num_samples,
+    )
     scorer = memory.scorer_bytes(config, num_images, case.num_ranks)
     shard = rows_per_shard(num_images, case.num_ranks)
     optimizer = memory.optimizer_bytes(config.train, network.parameters)
@@ -232,77 +280,155 @@ def memory_lines(case: Case) -> list[Line]:
         Line("parameters", network.parameters),
         Line("gradients", network.parameters, "in the buckets of DDP, all the time"),
         Line("optimizer state", optimizer, config.train.optimizer),
-        Line("network's buffers", network.buffers * (1 + keeps_buffers), "twice for quarantine" if keeps_buffers else ""),
+        Line(
+            "network's buffers",
+            network.buffers * (1 + keeps_buffers),
+            "twice for quarantine" if keeps_buffers else "",
+        ),
     ]
     as_they_came = BATCHES_ON_DEVICE["cpu" if case.is_cpu else "cuda"]
     kept = "[M, C]" if config.score.storage == DENSE else config.score.storage
     lasting[0] = replace(lasting[0], note=f"{kept} {config.score.logp_dtype}, M = {shard:,}")
     step = [
-        Line("images of a batch", 3 * config.data.image_size**2 * rows * (4 + as_they_came),
-             f"normalised, and {as_they_came} batches as they came"),
-        Line("activations kept for backward", network.activations, "" if case.is_cpu else f"train.amp={config.train.amp}"),
+        Line(
+            "images of a batch",
+            3 * config.data.image_size**2 * rows * (4 + as_they_came),
+            f"normalised, and {as_they_came} batches as they came",
+        ),
+        Line(
+            "activations kept for backward",
+            network.activations,
+            "" if case.is_cpu else f"train.amp={config.train.amp}",
+        ),
         Line("work of forward and backward", network.working),
-        Line("routing buffers and recording",
-             memory.recording_bytes(rows, config.data.num_classes, network.logit_bytes, config.score.storage)),
+        Line(
+            "routing buffers and recording",
+            memory.recording_bytes(
+                rows, config.data.num_classes, network.logit_bytes, config.score.storage
+            ),
+        ),
     ]
     elsewhere = max(  # than in forward and backward
         network.parameters,  # the optimizer's step works on a copy
-        36 * shard + 8 * (num_images + shard),  # an epoch's end: scalars on their way out, the labels of all
-        12 * num_images + total(step) - (total(lasting) - network.parameters))  # the final pass, with the network alone
-    lines = [*lasting, *step, Line("more than that outside of steps", max(0, elsewhere - total(step)))]
+        # an epoch's end: scalars on their way out, the labels of all
+        36 * shard + 8 * (num_images + shard),
+        # the final pass, with the network alone
+        12 * num_images + total(step) - (total(lasting) - network.parameters),
+    )
+    lines = [
+        *lasting,
+        *step,
+        Line("more than that outside of steps", max(0, elsewhere - total(step))),
+    ]
     if not case.is_cpu:
-        lines += [Line("margin", math.ceil(MARGIN * total(lines)), f"{MARGIN:.0%}, assumed"),
-                  Line("CUDA, NCCL, workspaces", CONTEXT_BYTES, "assumed")]
+        lines += [
+            Line("margin", math.ceil(MARGIN * total(lines)), f"{MARGIN:.0%}, assumed"),
+            Line("CUDA, NCCL, workspaces", CONTEXT_BYTES, "assumed"),
+        ]
     return [*lines, Line("total", total(lines))]
 
 
 def host_lines(case: Case) -> list[Line]:
-    """List the host memory of one rank's process; on the CPU the memory of training is there as well."""
+    """List the host memory of one rank's process; on the CPU the memory of training is there as
+    well."""
     config, network, num_images = case.config, case.network, case.images.num_samples
     staged = memory.staged_bytes(config, network, num_images, case.num_ranks)
     kept = case.images.largest_share(case.num_ranks) if config.score.final_pass else 0
     features = kept * network.num_features * 4
-    sides = (config.data.image_size, config.data.eval_size or config.data.image_size)  # both loaders hold batches at times
-    decoded = case.rows * sum(BATCHES_IN_FLIGHT * (3 * side**2 + 9) + 3 * case.images.largest_pixels for side in sides)
+    # both loaders hold batches at times
+    sides = (config.data.image_size, config.data.eval_size or config.data.image_size)
+    decoded = case.rows * sum(
+        BATCHES_IN_FLIGHT * (3 * side**2 + 9) + 3 * case.images.largest_pixels for side in sides
+    )
     held = [
-        Line("process", PROCESS_BYTES["cpu" if case.is_cpu else "cuda"], "Python and libraries, assumed"),
-        Line("index of the images", INDEX_BYTES_PER_IMAGE * num_images, "in the loader; order and routing of an epoch"),
-        Line("decoded batches", decoded,
-             f"of training and evaluation, largest image {case.images.largest_pixels:,} pixels"
-             + (", assumed" if case.images.label_N is None else "")),
-        *([Line("memory of training", memory_lines(case)[-1].value, "as above")] if case.is_cpu else []),
+        Line(
+            "process",
+            PROCESS_BYTES["cpu" if case.is_cpu else "cuda"],
+            "Python and libraries, assumed",
+        ),
+        Line(
+            "index of the images",
+            INDEX_BYTES_PER_IMAGE * num_images,
+            "in the loader; order and routing of an epoch",
+        ),
+        Line(
+            "decoded batches",
+            decoded,
+            f"of training and evaluation, largest image {case.images.largest_pixels:,} pixels"
+            + (", assumed" if case.images.label_N is None else ""),
+        ),
+        *(
+            [Line("memory of training", memory_lines(case)[-1].value, "as above")]
+            if case.is_cpu
+            else []
+        ),
     ]
-    writes = "a copy, written in the background" if config.checkpoint.asynchronous else "one table at a time"
-    either = [Line("checkpoint under way", staged, writes),
-              Line("features of the final pass", features, "later, when no checkpoint is under way")]
+    writes = (
+        "a copy, written in the background"
+        if config.checkpoint.asynchronous
+        else "one table at a time"
+    )
+    either = [
+        Line("checkpoint under way", staged, writes),
+        Line("features of the final pass", features, "later, when no checkpoint is under way"),
+    ]
     needed = total(held) + max(staged, features)
-    return [*held, *either, Line("total", needed, f"{size(needed * case.num_ranks)} for {case.num_ranks} such processes")]
+    return [
+        *held,
+        *either,
+        Line(
+            "total", needed, f"{size(needed * case.num_ranks)} for {case.num_ranks} such processes"
+        ),
+    ]
 
 
 def disk_lines(case: Case) -> list[Line]:
-    """List the disk use of the run directory, when it is fullest; the checkpoints of a training go when it has finished."""
+    """List the disk use of the run directory, when it is fullest; the checkpoints of a training go
+    when it has finished."""
     config, network, num_images = case.config, case.network, case.images.num_samples
     trainings, keep = list_trainings(case), config.checkpoint.keep
     epoch_bytes = memory.trajectory_bytes(config, num_images)
     checkpoint = memory.checkpoint_bytes(config, network, num_images, case.num_ranks)
-    of_retraining = memory.checkpoint_bytes(config, network, 0, case.num_ranks) if len(trainings) > 1 else 0
-    num_scores = len(dict.fromkeys(config.windows())) + config.score.final_pass * (1 + (network.num_features > 0))
+    of_retraining = (
+        memory.checkpoint_bytes(config, network, 0, case.num_ranks) if len(trainings) > 1 else 0
+    )
+    num_scores = len(dict.fromkeys(config.windows())) + config.score.final_pass * (
+        1 + (network.num_features > 0)
+    )
     models = 2 * memory.model_file_bytes(network)
     coresets = sum(12 * training.num_images for training in trainings[1:])
     first = [
-        Line("trajectory", (epoch_bytes * trainings[0].epochs + 8 * num_images) if epoch_bytes else 0,
-             f"{size(epoch_bytes)} per epoch, {config.score.trajectory_dtype}" if epoch_bytes else "score.trajectory=false"),
+        Line(
+            "trajectory",
+            (epoch_bytes * trainings[0].epochs + 8 * num_images) if epoch_bytes else 0,
+            (
+                f"{size(epoch_bytes)} per epoch, {config.score.trajectory_dtype}"
+                if epoch_bytes
+                else "score.trajectory=false"
+            ),
+        ),
         Line("scores", 12 * num_images * num_scores, f"{num_scores} files"),
         Line("models", models, "final.pt, best.pt"),
     ]
-    later = [Line("coresets", coresets), Line("models of retrainings", models * (len(trainings) - 1))]
+    later = [
+        Line("coresets", coresets),
+        Line("models of retrainings", models * (len(trainings) - 1)),
+    ]
     during = [
-        Line("checkpoints while collecting", (keep + 1) * checkpoint,
-             f"{keep + 1} x {size(checkpoint)}: checkpoint.keep={keep}, and one being written"),
+        Line(
+            "checkpoints while collecting",
+            (keep + 1) * checkpoint,
+            f"{keep + 1} x {size(checkpoint)}: checkpoint.keep={keep}, and one being written",
+        ),
         Line("checkpoints while retraining", (keep + 1) * of_retraining),
     ]
     fullest = total(first) + max(during[0].value or 0, total(later) + (during[1].value or 0))
-    return [*first, *later, *during, Line("total when fullest", fullest, "checkpoints go when a training has finished")]
+    return [
+        *first,
+        *later,
+        *during,
+        Line("total when fullest", fullest, "checkpoints go when a training has finished"),
+    ]
 
 
 def network_lines(case: Case) -> list[Line]:
@@ -310,6 +436,14 @@ def network_lines(case: Case) -> list[Line]:
     share = (case.num_ranks - 1) / case.num_ranks
     rows = memory.payload_bytes(case.rows, case.config.data.num_classes, case.network.logit_bytes)
     return [
-        Line("rows to their owners, per forward pass", round(rows * share), "all-to-all; expected, as the order is random"),
-        Line("gradients, per step", round(2 * share * case.network.parameters), "all-reduce in a ring"),
+        Line(
+            "rows to their owners, per forward pass",
+            round(rows * share),
+            "all-to-all; expected, as the order is random",
+        ),
+        Line(
+            "gradients, per step",
+            round(2 * share * case.network.parameters),
+            "all-reduce in a ring",
+        ),
     ]

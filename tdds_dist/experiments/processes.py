@@ -1,7 +1,8 @@
-"""Several runs at a time on one machine: processes of their own, each with its share of the CPUs and GPUs.
+"""Several runs at a time on one machine: processes of their own, each with its share of the CPUs
+and GPUs.
 
-Knows nothing of what it runs. Processes are spawned (threads and CUDA do not survive a fork) and end with their parent,
-however that ends.
+Knows nothing of what it runs. Processes are spawned (threads and CUDA do not survive a fork) and
+end with their parent, however that ends.
 """
 
 import ctypes
@@ -17,26 +18,32 @@ from typing import Any, TypeVar
 from tdds_dist.errors import InputError
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a worker is a world of one
+# a worker is a world of one
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run_in_processes(items: Sequence[Item], work: Callable[[Item], Result],
-                     jobs: int) -> Iterator[tuple[Item, Result | Exception]]:
-    """Yield every item with what `work` gave, or raised, for it; as they end, `jobs` at a time. Items and `work` must pickle.
+def run_in_processes(
+    items: Sequence[Item], work: Callable[[Item], Result], jobs: int
+) -> Iterator[tuple[Item, Result | Exception]]:
+    """Yield every item with what `work` gave, or raised, for it; as they end, `jobs` at a time.
+    Items and `work` must pickle.
 
-    A process has the same share of the machine however few items there are, so that results do not depend on how many
-    others were left to do. Leaving the iteration early kills what runs.
+    A process has the same share of the machine however few items there are, so that results do not
+    depend on how many others were left to do. Leaving the iteration early kills what runs.
 
     Raises:
         InputError: a process was killed; what had ended before stays.
     """
     context = multiprocessing.get_context("spawn")
-    # Python's resource tracker warns of semaphores that a program leaves behind without teardown (`run` in `cli.main`).
+    # Python's resource tracker warns of semaphores that a program leaves behind without teardown
+    # (`run` in `cli.main`).
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
-    with ProcessPoolExecutor(min(jobs, len(items)), context, _start, (context.Value("i", 0), jobs)) as pool:
+    with ProcessPoolExecutor(
+        min(jobs, len(items)), context, _start, (context.Value("i", 0), jobs)
+    ) as pool:
         try:
             futures = {pool.submit(work, item): item for item in items}
             for future in as_completed(futures):
@@ -46,9 +53,12 @@ def run_in_processes(items: Sequence[Item], work: Callable[[Item], Result],
                 assert error is None or isinstance(error, Exception)
                 yield futures[future], future.result() if error is None else error
         except BrokenProcessPool as error:
-            raise InputError("a worker process was killed (too little memory is the usual reason); use fewer --jobs, and run "
-                             "the same command again: what is done stays done") from error
-        except BaseException:  # Ctrl-C and the like: without this the pool would first finish everything
+            raise InputError(
+                "a worker process was killed (too little memory is the usual reason); use fewer"
+                " --jobs, and run the same command again: what is done stays done"
+            ) from error
+        # Ctrl-C and the like: without this the pool would first finish everything
+        except BaseException:
             for process in list(pool._processes.values()):
                 process.kill()
             raise
@@ -68,7 +78,9 @@ def _start(counter: Any, jobs: int) -> None:
     share = max(1, len(cpus) // jobs)  # of equal size: what is left over stays idle
     first = number * share % (len(cpus) // share * share)
     os.sched_setaffinity(0, cpus[first : first + share])
-    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or _all_gpus()
+    gpus = [
+        gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu
+    ] or _all_gpus()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     for name in _LAUNCHER_VARIABLES:

@@ -1,6 +1,8 @@
-"""Tables of an experiment: mean and standard deviation per cell beside the published numbers, as Markdown and CSV.
+"""Tables of an experiment: mean and standard deviation per cell beside the published numbers, as
+Markdown and CSV.
 
-Owns averaging and layout. A cell that is missing or failed stays visible; nothing is left out because it is bad.
+Owns averaging and layout. A cell that is missing or failed stays visible; nothing is left out
+because it is bad.
 """
 
 import csv
@@ -21,17 +23,37 @@ from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.text import MISSING, decimal, duration, markdown_table, mean_std, percent, plus_minus
 
-CSV_COLUMNS = ("method", "score", "sampler", "importance", "network", "strategy", "pruning_rate", "seed", "num_images",
-               "epochs", "final_top1", "best_top1", "train_seconds", "published_top1", "wrong_labels_kept", "corrupted_kept")
-NOISE = {"wrong_labels_kept": "Wrong labels in the coreset", "corrupted_kept": "Corrupted images in the coreset"}
+CSV_COLUMNS = (
+    "method",
+    "score",
+    "sampler",
+    "importance",
+    "network",
+    "strategy",
+    "pruning_rate",
+    "seed",
+    "num_images",
+    "epochs",
+    "final_top1",
+    "best_top1",
+    "train_seconds",
+    "published_top1",
+    "wrong_labels_kept",
+    "corrupted_kept",
+)
+NOISE = {
+    "wrong_labels_kept": "Wrong labels in the coreset",
+    "corrupted_kept": "Corrupted images in the coreset",
+}
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """One retraining of an experiment; `result` is None until it is done, `network` empty for that of the collection.
+    """One retraining of an experiment; `result` is None until it is done, `network` empty for that
+    of the collection.
 
-    `key` is its coreset's score and way of choosing (`Coreset.method`), empty while there is none. Of images known to be
-    mislabelled or corrupted, the shares that the coreset keeps.
+    `key` is its coreset's score and way of choosing (`Coreset.method`), empty while there is none.
+    Of images known to be mislabelled or corrupted, the shares that the coreset keeps.
     """
 
     method: Method
@@ -46,15 +68,22 @@ class CellResult:
     corrupted_kept: float | None = None
 
 
-def write_tables(plan: Experiment, outcomes: Sequence[CellResult], collections: dict[int, RunDir]) -> str:
-    """Write table.md and cells.csv into the experiment's directory; return the Markdown. `collections` is by seed."""
+def write_tables(
+    plan: Experiment, outcomes: Sequence[CellResult], collections: dict[int, RunDir]
+) -> str:
+    """Write table.md and cells.csv into the experiment's directory; return the Markdown.
+    `collections` is by seed."""
     config = load_config(plan.config, plan.overrides)
     published = _published(config)
     full = {seed: run.read_result() for seed, run in collections.items()}
     parts = [_heading(plan, config, outcomes, collections), _full_data(full, published)]
     for network in dict.fromkeys(outcome.network for outcome in outcomes):
         for strategy in plan.strategies:
-            group = [outcome for outcome in outcomes if (outcome.network, outcome.strategy) == (network, strategy)]
+            group = [
+                outcome
+                for outcome in outcomes
+                if (outcome.network, outcome.strategy) == (network, strategy)
+            ]
             where = f"Strategy-{strategy}" + (f", retrained with {network}" if network else "")
             parts.append(f"## {where}\n\n{_table(plan, group, None if network else published)}")
     parts += [_noise_table(plan, outcomes, key) for key in NOISE]
@@ -66,7 +95,8 @@ def write_tables(plan: Experiment, outcomes: Sequence[CellResult], collections: 
 
 
 def _published(config: Config) -> PublishedTable | None:
-    """Return the paper's table for these images and this network; none for images that were changed."""
+    """Return the paper's table for these images and this network; none for images that were
+    changed."""
     try:
         manifest = read_manifest(Path(config.data.train))
     except InputError:
@@ -87,61 +117,109 @@ def _cell(outcomes: Sequence[CellResult]) -> str:
     return text if len(done) in (0, len(outcomes)) else f"{text} ({len(done)} of {len(outcomes)})"
 
 
-def _table(plan: Experiment, outcomes: Sequence[CellResult], published: PublishedTable | None) -> str:
-    """Write methods in rows and pruning rates in columns; below a method what the paper prints, where it does."""
+def _table(
+    plan: Experiment, outcomes: Sequence[CellResult], published: PublishedTable | None
+) -> str:
+    """Write methods in rows and pruning rates in columns; below a method what the paper prints,
+    where it does."""
     lines = [["final top-1 (%), images removed", *map(percent, plan.pruning_rates)]]
     for method in plan.methods:
-        mine = [[outcome for outcome in outcomes if (outcome.method, outcome.pruning_rate) == (method, rate)]
-                for rate in plan.pruning_rates]
+        mine = [
+            [
+                outcome
+                for outcome in outcomes
+                if (outcome.method, outcome.pruning_rate) == (method, rate)
+            ]
+            for rate in plan.pruning_rates
+        ]
         importance = mine[0][0].importance
         label = method.name + (f", importance {importance}" if importance != "none" else "")
         lines.append([label, *map(_cell, mine)])
         printed = [_lookup(found[0], published) for found in mine]
         if any(value is not None for value in printed):
-            lines.append([f"*{method.name}, published*",
-                          *(MISSING if value is None else f"*{decimal(value)}*" for value in printed)])
+            lines.append(
+                [
+                    f"*{method.name}, published*",
+                    *(MISSING if value is None else f"*{decimal(value)}*" for value in printed),
+                ]
+            )
     return markdown_table(lines)
 
 
 def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> str:
-    """Write the share kept in percent over seeds, methods in rows and rates in columns; empty where nothing is known."""
-    first = [outcome for outcome in outcomes  # strategies and networks share their coresets
-             if (outcome.network, outcome.strategy) == (outcomes[0].network, outcomes[0].strategy)]
+    """Write the share kept in percent over seeds, methods in rows and rates in columns; empty where
+    nothing is known."""
+    first = [
+        outcome
+        for outcome in outcomes  # strategies and networks share their coresets
+        if (outcome.network, outcome.strategy) == (outcomes[0].network, outcomes[0].strategy)
+    ]
     if all(getattr(outcome, key) is None for outcome in first):
         return ""
     lines = [["percent of them kept, images removed", *map(percent, plan.pruning_rates)]]
     for method in plan.methods:
-        kept = [[100 * share for outcome in first if (outcome.method, outcome.pruning_rate) == (method, rate)
-                 and (share := getattr(outcome, key)) is not None] for rate in plan.pruning_rates]
+        kept = [
+            [
+                100 * share
+                for outcome in first
+                if (outcome.method, outcome.pruning_rate) == (method, rate)
+                and (share := getattr(outcome, key)) is not None
+            ]
+            for rate in plan.pruning_rates
+        ]
         lines.append([method.name, *(plus_minus(*mean_std(shares), digits=1) for shares in kept)])
     return f"## {NOISE[key]}\n\n{markdown_table(lines)}"
 
 
 def _full_data(full: dict[int, dict[str, Any] | None], published: PublishedTable | None) -> str:
-    whole = [result for result in full.values() if result is not None and result["epochs"] == result["epochs_planned"]]
+    whole = [
+        result
+        for result in full.values()
+        if result is not None and result["epochs"] == result["epochs_planned"]
+    ]
     paper = f"; published: {published.full_top1:.2f}" if published else ""
     if not whole:
-        stopped = "Collections stopped before the end of their schedule, so they give no accuracy on the full data"
+        stopped = (
+            "Collections stopped before the end of their schedule, so they give no accuracy on the"
+            " full data"
+        )
         return f"{stopped}{paper}." if any(full.values()) else ""
     seeds = f"{len(whole)} seed{'s' if len(whole) > 1 else ''}"
-    return f"Full data: {plus_minus(*mean_std(result['final_top1'] for result in whole))} ({seeds}{paper})."
+    return (
+        f"Full data: {plus_minus(*mean_std(result['final_top1'] for result in whole))}"
+        f" ({seeds}{paper})."
+    )
 
 
-def _heading(plan: Experiment, config: Config, outcomes: Sequence[CellResult], collections: dict[int, RunDir]) -> str:
+def _heading(
+    plan: Experiment, config: Config, outcomes: Sequence[CellResult], collections: dict[int, RunDir]
+) -> str:
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
-    collected = [result for run in collections.values() if (result := run.read_result()) is not None]
+    collected = [
+        result for run in collections.values() if (result := run.read_result()) is not None
+    ]
     env = next((env for run in collections.values() if (env := run.read_env())), {})
     training = sum(result["train_seconds"] for result in [*results, *collected])
     seconds = sum(record["seconds"] for record in _times(plan))
     versions = env.get("versions", {})
     lines = [
-        f"# {plan.name}", "",
-        f"{config.model.name}, {config.train.epochs} epochs, batch {config.train.global_batch_size}, {config.data.train}; "
-        f"seeds {', '.join(map(str, plan.seeds))}; {len(results)} of {len(outcomes)} retrainings done. Mean ± standard "
-        "deviation over seeds: each seed is a collection of its own, and the retraining from it.", "",
-        f"{env.get('cpu', '?')} ({env.get('num_cpus', '?')} CPUs), {env.get('device', '?')}, "
-        f"{env.get('world_size', '?')} rank(s) per run, torch {versions.get('torch', '?')}, commit {env.get('commit', '?')}; "
-        f"{duration(training)} of training in {duration(seconds)}."]
+        f"# {plan.name}",
+        "",
+        (
+            f"{config.model.name}, {config.train.epochs} epochs, batch"
+            f" {config.train.global_batch_size}, {config.data.train}; seeds"
+            f" {', '.join(map(str, plan.seeds))}; {len(results)} of {len(outcomes)} retrainings"
+            " done. Mean ± standard deviation over seeds: each seed is a collection of its own,"
+            " and the retraining from it."
+        ),
+        "",
+        (
+            f"{env.get('cpu', '?')} ({env.get('num_cpus', '?')} CPUs), {env.get('device', '?')},"
+            f" {env.get('world_size', '?')} rank(s) per run, torch {versions.get('torch', '?')},"
+            f" commit {env.get('commit', '?')}; {duration(training)} of training in"
+            f" {duration(seconds)}."
+        ),
+    ]
     return "\n".join(lines)
 
 
@@ -158,9 +236,21 @@ def _csv(outcomes: Sequence[CellResult], published: PublishedTable | None) -> st
     for outcome in outcomes:
         result = outcome.result or {}
         paper = _lookup(outcome, published)
-        values = [outcome.method.name, outcome.method.score_key, outcome.method.sampler or "", outcome.importance,
-                  outcome.network, outcome.strategy, outcome.pruning_rate, outcome.seed,
-                  *(result.get(key, "") for key in CSV_COLUMNS[8:13]), "" if paper is None else paper,
-                  *("" if share is None else share for share in (outcome.wrong_labels_kept, outcome.corrupted_kept))]
+        values = [
+            outcome.method.name,
+            outcome.method.score_key,
+            outcome.method.sampler or "",
+            outcome.importance,
+            outcome.network,
+            outcome.strategy,
+            outcome.pruning_rate,
+            outcome.seed,
+            *(result.get(key, "") for key in CSV_COLUMNS[8:13]),
+            "" if paper is None else paper,
+            *(
+                "" if share is None else share
+                for share in (outcome.wrong_labels_kept, outcome.corrupted_kept)
+            ),
+        ]
         writer.writerow(values)
     return text.getvalue()

@@ -1,7 +1,8 @@
 """Run directories to one HTML page, and the accuracy table of the terminal.
 
-Owns reading finished and unfinished runs, averaging over seeds, charts and the page. May import `coreset` and below, never
-`training`. The only room that imports matplotlib. Start with `read`, then `page`.
+Owns reading finished and unfinished runs, averaging over seeds, charts and the page. May import
+`coreset` and below, never `training`. The only room that imports matplotlib. Start with `read`,
+then `page`.
 """
 
 __all__ = ["page", "published", "read", "results", "scores"]  # that other rooms may import

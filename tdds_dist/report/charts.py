@@ -1,9 +1,10 @@
-"""Charts of the report: numbers in, inline SVG out. The only module that imports matplotlib, and only when it draws.
+"""Charts of the report: numbers in, inline SVG out. The only module that imports matplotlib, and
+only when it draws.
 
-The page is read in a light and a dark scheme, so a chart has no colours of its own: matplotlib draws with marker
-colours (`#0c00..`) that are replaced by CSS variables afterwards. Text stays text and takes the page's font. Legends
-are HTML below the chart, where they wrap on a phone. Charts are drawn small (4.6 in wide) and scaled up, so that
-their type is readable at 360 px.
+The page is read in a light and a dark scheme, so a chart has no colours of its own: matplotlib
+draws with marker colours (`#0c00..`) that are replaced by CSS variables afterwards. Text stays text
+and takes the page's font. Legends are HTML below the chart, where they wrap on a phone. Charts are
+drawn small (4.6 in wide) and scaled up, so that their type is readable at 360 px.
 """
 
 import hashlib
@@ -24,20 +25,44 @@ if TYPE_CHECKING:
 STRIP_INCHES = 0.19  # height of a coreset's strip
 NUM_LEVELS = 5  # of its darkness
 MAX_POINTS = 400  # of one line; longer ones are thinned
-SKEWED = 0.1  # the median lies below this part of the range, tails aside: the axis is made logarithmic
-LARGEST_RATIO = 1e6  # between the ends of a logarithmic axis, unless MOST_BELOW of the samples would be below it
+# the median lies below this part of the range, tails aside: the axis is made logarithmic
+SKEWED = 0.1
+# between the ends of a logarithmic axis, unless MOST_BELOW of the samples would be below it
+LARGEST_RATIO = 1e6
 MOST_BELOW = 0.05
-TAIL = 0.001  # share of the samples that may be put into each end bin where they would stretch the axis
+# share of the samples that may be put into each end bin where they would stretch the axis
+TAIL = 0.001
 _NUMBER = itertools.count()
 _INK, _GRID = "#0c00f0", "#0c00f1"
 _STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "tdds", "text.parse_math": False,
-    "font.size": 9.5, "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlepad": 8,
-    "axes.edgecolor": _GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": _GRID, "grid.linewidth": 0.7, "axes.axisbelow": True,
-    "xtick.major.size": 3, "ytick.major.size": 0, "ytick.minor.size": 0, "ytick.minor.width": 0,
-    "xtick.major.width": 0.7, "lines.linewidth": 1.5, "lines.markersize": 4.5, "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tdds",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "ytick.minor.width": 0,
+    "xtick.major.width": 0.7,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "lines.solid_capstyle": "round",
 }
 
 
@@ -56,28 +81,36 @@ class Bins:
         return len(self.edge) - 1
 
     def place(self, score_N: np.ndarray) -> np.ndarray:
-        """Return the bin of each score, int64 [N]. A bin holds its lower edge; the last one its upper edge as well."""
+        """Return the bin of each score, int64 [N]. A bin holds its lower edge; the last one its
+        upper edge as well."""
         return np.clip(np.searchsorted(self.edge, score_N, side="right") - 1, 0, len(self) - 1)
 
     def beyond(self, score_N: np.ndarray) -> tuple[int, int]:
         """Count the scores below the first edge, and above the last one."""
-        return int(np.count_nonzero(score_N < self.edge[0])), int(np.count_nonzero(score_N > self.edge[-1]))
+        return int(np.count_nonzero(score_N < self.edge[0])), int(
+            np.count_nonzero(score_N > self.edge[-1])
+        )
 
 
 def bins_of(score_N: np.ndarray, num_bins: int) -> Bins:
     """Choose about `num_bins` bins for finite scores [N], at least one of them.
 
-    Scores from 0 up most of which are small (TDDS late in training) get a logarithmic axis over about LARGEST_RATIO. On any
-    other axis, TAIL of the samples at either end goes into the end bin where it would take half of the axis. Counting scores
-    (forgetting) get bins around whole numbers, or every other bin would be empty.
+    Scores from 0 up most of which are small (TDDS late in training) get a logarithmic axis over
+    about LARGEST_RATIO. On any other axis, TAIL of the samples at either end goes into the end bin
+    where it would take half of the axis. Counting scores (forgetting) get bins around whole
+    numbers, or every other bin would be empty.
     """
     score_N = score_N.astype(np.float64)
-    low, *inner, middle, high = (float(value) for value in np.quantile(score_N, [0, TAIL, 1 - TAIL, 0.5, 1]))
+    low, *inner, middle, high = (
+        float(value) for value in np.quantile(score_N, [0, TAIL, 1 - TAIL, 0.5, 1])
+    )
     if low == high:
         return Bins(np.linspace(low - 0.5, low + 0.5, num_bins + 1))
     whole = bool((score_N == np.round(score_N)).all())
     if low >= 0 and middle - low < SKEWED * (inner[1] - low) and not whole:
-        least, few = (float(value) for value in np.quantile(score_N[score_N > 0], [TAIL, MOST_BELOW]))
+        least, few = (
+            float(value) for value in np.quantile(score_N[score_N > 0], [TAIL, MOST_BELOW])
+        )
         first = max(least, min(few, high / LARGEST_RATIO))
         if first < high:
             edge = np.geomspace(first, high, num_bins + 1)
@@ -103,7 +136,8 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     slot: int
-    error: Sequence[float] | None = None  # half the length of the error bar at each point, 0 for none
+    # half the length of the error bar at each point, 0 for none
+    error: Sequence[float] | None = None
     dashed: bool = False
     marker: str = ""  # "o", "s", "^" or none
     opacity: float = 1.0
@@ -112,14 +146,24 @@ class Line:
     width: float = 1.5  # points
 
 
-def line_chart(lines: Sequence[Line], y_title: str, x_title: str, alt: str, full: float | None = None,
-               percent_x: bool = False, may_be_log: bool = False, y_range: tuple[float, float] | None = None,
-               marks: Sequence[float] = (), from_zero: bool = False) -> str:
-    """Draw lines over a common x axis, with an optional horizontal line at the full data's value, vertical ones at `marks`.
+def line_chart(
+    lines: Sequence[Line],
+    y_title: str,
+    x_title: str,
+    alt: str,
+    full: float | None = None,
+    percent_x: bool = False,
+    may_be_log: bool = False,
+    y_range: tuple[float, float] | None = None,
+    marks: Sequence[float] = (),
+    from_zero: bool = False,
+) -> str:
+    """Draw lines over a common x axis, with an optional horizontal line at the full data's value,
+    vertical ones at `marks`.
 
-    may_be_log: make the y axis logarithmic when all values are positive and span more than a factor of 30.
-    percent_x: x holds percent; only the values that occur are labelled.
-    y_range: lowest and highest value of all charts that are to be compared with this one.
+    may_be_log: make the y axis logarithmic when all values are positive and span more than a factor
+    of 30. percent_x: x holds percent; only the values that occur are labelled. y_range: lowest and
+    highest value of all charts that are to be compared with this one.
     """
     values = [y for line in lines for y in line.y]
     low, high = y_range or (min(values), max(values))
@@ -131,13 +175,31 @@ def line_chart(lines: Sequence[Line], y_title: str, x_title: str, alt: str, full
         if full is not None:
             axes.axhline(full, color=_slot(99), linewidth=1, linestyle=(0, (1, 2)))
         for number, line in enumerate(lines):
-            x, y = (_thin(values, MAX_POINTS // 5 if line.width < 1 else MAX_POINTS) for values in (line.x, line.y))
-            (artist,) = axes.plot(x, y, color=_slot(line.slot), linestyle=(0, (4, 2)) if line.dashed else "-",
-                                  alpha=line.opacity, marker=line.marker or ("o" if len(x) == 1 else ""),
-                                  markevery=max(1, len(x) // 8), linewidth=line.width)
+            x, y = (
+                _thin(values, MAX_POINTS // 5 if line.width < 1 else MAX_POINTS)
+                for values in (line.x, line.y)
+            )
+            (artist,) = axes.plot(
+                x,
+                y,
+                color=_slot(line.slot),
+                linestyle=(0, (4, 2)) if line.dashed else "-",
+                alpha=line.opacity,
+                marker=line.marker or ("o" if len(x) == 1 else ""),
+                markevery=max(1, len(x) // 8),
+                linewidth=line.width,
+            )
             artist.set_gid(f"line-{number}")
             if line.error is not None and any(line.error):
-                bars = axes.errorbar(x, y, yerr=line.error, fmt="none", ecolor=_slot(line.slot), elinewidth=1, capsize=2)
+                bars = axes.errorbar(
+                    x,
+                    y,
+                    yerr=line.error,
+                    fmt="none",
+                    ecolor=_slot(line.slot),
+                    elinewidth=1,
+                    capsize=2,
+                )
                 for part in (*bars.lines[1], *bars.lines[2]):
                     part.set_gid(f"bars-{number}")
         if log:
@@ -159,7 +221,12 @@ def line_chart(lines: Sequence[Line], y_title: str, x_title: str, alt: str, full
         axes.set_title(y_title + (" (log axis)" if log else ""))
         axes.set_xlabel(x_title)
 
-    return _render(draw, alt, [line.title or line.label for line in lines], series=[line.series for line in lines])
+    return _render(
+        draw,
+        alt,
+        [line.title or line.label for line in lines],
+        series=[line.series for line in lines],
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +238,11 @@ class Strip:
     cuts: Sequence[float] = ()
 
 
-def histogram(count_B: np.ndarray, bins: Bins, strips: Sequence[Strip], slot: int, x_title: str, alt: str) -> str:
-    """Draw counts per bin on a logarithmic axis; below it a strip per coreset, the darker the more of the bin is kept."""
+def histogram(
+    count_B: np.ndarray, bins: Bins, strips: Sequence[Strip], slot: int, x_title: str, alt: str
+) -> str:
+    """Draw counts per bin on a logarithmic axis; below it a strip per coreset, the darker the more
+    of the bin is kept."""
     edge = bins.edge
 
     def draw(axes: "Axes") -> None:
@@ -181,11 +251,21 @@ def histogram(count_B: np.ndarray, bins: Bins, strips: Sequence[Strip], slot: in
         figure, lowest = axes.figure, axes
         if strips:
             axes.remove()
-            axes, lowest = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, STRIP_INCHES * len(strips)])
+            axes, lowest = figure.subplots(
+                2, 1, sharex=True, height_ratios=[2.1, STRIP_INCHES * len(strips)]
+            )
             _draw_strips(lowest, edge, strips, slot)
             axes.spines["bottom"].set_visible(False)
             axes.tick_params(axis="x", which="both", length=0)
-        axes.stairs(np.maximum(count_B, 0.5), edge, baseline=0.5, fill=True, color=_slot(slot), alpha=0.55, linewidth=0)
+        axes.stairs(
+            np.maximum(count_B, 0.5),
+            edge,
+            baseline=0.5,
+            fill=True,
+            color=_slot(slot),
+            alpha=0.55,
+            linewidth=0,
+        )
         for cut in sorted({cut for strip in strips for cut in strip.cuts}):
             axes.axvline(cut, color=_INK, linewidth=0.7, linestyle=(0, (2, 2)))
         axes.set_yscale("log")
@@ -208,34 +288,65 @@ def histogram(count_B: np.ndarray, bins: Bins, strips: Sequence[Strip], slot: in
 
 def _draw_strips(axes: "Axes", edge: np.ndarray, strips: Sequence[Strip], slot: int) -> None:
     for row, strip in enumerate(strips):
-        axes.broken_barh([(edge[0], edge[-1] - edge[0])], (row - 0.36, 0.72), color=_GRID, alpha=0.55, linewidth=0)
+        axes.broken_barh(
+            [(edge[0], edge[-1] - edge[0])],
+            (row - 0.36, 0.72),
+            color=_GRID,
+            alpha=0.55,
+            linewidth=0,
+        )
         known = np.flatnonzero(~np.isnan(strip.share_B))
-        share_B = np.interp(np.arange(len(strip.share_B)), known, strip.share_B[known])  # no gaps at bins without images
+        # no gaps at bins without images
+        share_B = np.interp(np.arange(len(strip.share_B)), known, strip.share_B[known])
         level_B = np.rint(share_B * NUM_LEVELS).astype(int)
         first = np.flatnonzero(np.diff(level_B, prepend=-1))
         for start, end in zip(first, [*first[1:], len(level_B)], strict=True):
             if level_B[start]:
-                axes.broken_barh([(edge[start], edge[end] - edge[start])], (row - 0.36, 0.72), color=_slot(slot),
-                                 alpha=level_B[start] / NUM_LEVELS, linewidth=0)
+                axes.broken_barh(
+                    [(edge[start], edge[end] - edge[start])],
+                    (row - 0.36, 0.72),
+                    color=_slot(slot),
+                    alpha=level_B[start] / NUM_LEVELS,
+                    linewidth=0,
+                )
     axes.set_yticks(range(len(strips)), [strip.label for strip in strips], fontsize=8.5)
     axes.set_ylim(len(strips) - 0.5, -0.5)
     axes.grid(visible=False)
 
 
-def density_map(count_YX: np.ndarray, x_bins: Bins, y_bins: Bins, x_cuts: Sequence[tuple[str, float]],
-                y_cuts: Sequence[tuple[str, float]], slot: int, x_title: str, y_title: str, alt: str) -> str:
-    """Draw the images per cell of two scores, dark where there are many (log scale), with (label, score) cuts of each as lines.
+def density_map(
+    count_YX: np.ndarray,
+    x_bins: Bins,
+    y_bins: Bins,
+    x_cuts: Sequence[tuple[str, float]],
+    y_cuts: Sequence[tuple[str, float]],
+    slot: int,
+    x_title: str,
+    y_title: str,
+    alt: str,
+) -> str:
+    """Draw the images per cell of two scores, dark where there are many (log scale), with (label,
+    score) cuts of each as lines.
     """
-    x_edge, y_edge = (np.log10(bins.edge) if bins.is_log else bins.edge for bins in (x_bins, y_bins))
-    opacity_YX = np.where(count_YX, 0.14 + 0.86 * np.log1p(count_YX) / math.log1p(max(1, count_YX.max())), 0)
+    x_edge, y_edge = (
+        np.log10(bins.edge) if bins.is_log else bins.edge for bins in (x_bins, y_bins)
+    )
+    opacity_YX = np.where(
+        count_YX, 0.14 + 0.86 * np.log1p(count_YX) / math.log1p(max(1, count_YX.max())), 0
+    )
     picture = np.full((*count_YX.shape, 4), 255, np.uint8)
     picture[..., 3] = np.rint(255 * opacity_YX)
 
     def draw(axes: "Axes") -> None:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-        axes.imshow(picture, origin="lower", interpolation="none", aspect="auto",
-                    extent=(x_edge[0], x_edge[-1], y_edge[0], y_edge[-1]))
+        axes.imshow(
+            picture,
+            origin="lower",
+            interpolation="none",
+            aspect="auto",
+            extent=(x_edge[0], x_edge[-1], y_edge[0], y_edge[-1]),
+        )
         axes.set_xlim(x_edge[0], x_edge[-1])
         axes.set_ylim(y_edge[0], y_edge[-1])
         for axis, bins, cuts in ((axes.xaxis, x_bins, x_cuts), (axes.yaxis, y_bins, y_cuts)):
@@ -243,7 +354,9 @@ def density_map(count_YX: np.ndarray, x_bins: Bins, y_bins: Bins, x_cuts: Sequen
             if bins.is_log:
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:g}"))
             if bins.is_whole:  # the images equal to a cut are one row of cells
-                cuts = [(label, float(bins.edge[bins.place(np.array([cut]))[0]])) for label, cut in cuts]
+                cuts = [
+                    (label, float(bins.edge[bins.place(np.array([cut]))[0]])) for label, cut in cuts
+                ]
             if bins.is_log:
                 cuts = [(label, math.log10(max(cut, bins.edge[0]))) for label, cut in cuts]
             _draw_cuts(axes, axis is axes.xaxis, cuts)
@@ -258,7 +371,9 @@ def _draw_cuts(axes: "Axes", is_x: bool, cuts: Sequence[tuple[str, float]]) -> N
     """Draw lines across the map; their labels stand outside, moved apart where they would touch."""
     cuts = sorted(cuts, key=lambda cut: cut[1])
     for _, place in cuts:
-        (axes.axvline if is_x else axes.axhline)(place, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        (axes.axvline if is_x else axes.axhline)(
+            place, color=_INK, linewidth=0.8, linestyle=(0, (2, 2))
+        )
     limits, gap = (axes.get_xlim(), 0.09) if is_x else (axes.get_ylim(), 0.052)
     share = [(place - limits[0]) / (limits[1] - limits[0]) for _, place in cuts]
     for number in range(1, len(share)):
@@ -267,16 +382,27 @@ def _draw_cuts(axes: "Axes", is_x: bool, cuts: Sequence[tuple[str, float]]) -> N
         share[number] = min(share[number], 1 - gap * (len(share) - 1 - number))
     for (label, _), place in zip(cuts, share, strict=True):
         at, offset = ((place, 1), (0, 3)) if is_x else ((1, place), (3, 0))
-        text = axes.annotate(label, at, offset, xycoords="axes fraction", textcoords="offset points", fontsize=8,
-                             ha="center" if is_x else "left", va="bottom" if is_x else "center")
+        text = axes.annotate(
+            label,
+            at,
+            offset,
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=8,
+            ha="center" if is_x else "left",
+            va="bottom" if is_x else "center",
+        )
         text.set_in_layout(not is_x)  # above the map they stand in the title's padding
 
 
 def _in_slot(svg: str, slot: int) -> str:
-    """Paint a picture's opacity in a colour of the page: the picture becomes the mask of a coloured area."""
+    """Paint a picture's opacity in a colour of the page: the picture becomes the mask of a coloured
+    area."""
     name = "m" + hashlib.sha256(svg.encode()).hexdigest()[:8]
     area = f'<rect width="100%" height="100%" fill="var(--s{slot})" mask="url(#{name})"/>'
-    return re.sub(r"<image [^>]*/>", lambda match: f'<mask id="{name}">{match[0]}</mask>{area}', svg, count=1)
+    return re.sub(
+        r"<image [^>]*/>", lambda match: f'<mask id="{name}">{match[0]}</mask>{area}', svg, count=1
+    )
 
 
 def _slot(slot: int) -> str:
@@ -289,8 +415,13 @@ def _thin(values: Sequence[float], most: int = MAX_POINTS) -> list[float]:
     return list(values[::-1][::step])[::-1]
 
 
-def _render(draw: Callable[["Axes"], None], alt: str, titles: Sequence[str], height: float = 2.9,
-            series: Sequence[str] = ()) -> str:
+def _render(
+    draw: Callable[["Axes"], None],
+    alt: str,
+    titles: Sequence[str],
+    height: float = 2.9,
+    series: Sequence[str] = (),
+) -> str:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -305,14 +436,17 @@ def _render(draw: Callable[["Axes"], None], alt: str, titles: Sequence[str], hei
 
 
 def _for_page(svg: str, alt: str, titles: Sequence[str], series: Sequence[str] = ()) -> str:
-    """Cut matplotlib's SVG down to what a page needs: no header, fonts or unused ids; colours as variables.
+    """Cut matplotlib's SVG down to what a page needs: no header, fonts or unused ids; colours as
+    variables.
 
     Line number i gets title i, for the pointer, and with its error bars series i, for the script.
     """
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     head = re.compile(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>')
-    svg = head.sub(lambda match: f'<svg {match[1]} role="img" aria-label="{html.escape(alt)}">', svg, count=1)
+    svg = head.sub(
+        lambda match: f'<svg {match[1]} role="img" aria-label="{html.escape(alt)}">', svg, count=1
+    )
     svg = re.sub(r"\s*font-family: [^;\"]*;?", "", svg)
     svg = svg.replace("xlink:href", "href")
     for number, title in enumerate(titles):
@@ -320,10 +454,15 @@ def _for_page(svg: str, alt: str, titles: Sequence[str], series: Sequence[str] =
         svg = svg.replace(f'<g id="line-{number}">', f"<g{key}><title>{html.escape(title)}</title>")
         svg = svg.replace(f'<g id="bars-{number}">', f"<g{key}>")
     used = set(re.findall(r"#(\w+)[\")]", svg))
-    prefix = f"c{next(_NUMBER)}-"  # two charts may be alike, and one of them hidden: each has ids of its own
-    svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", svg)
+    # two charts may be alike, and one of them hidden: each has ids of its own
+    prefix = f"c{next(_NUMBER)}-"
+    svg = re.sub(
+        r' id="([^"]*)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", svg
+    )
     svg = re.sub(r"(href=\"|url\()#", rf"\1#{prefix}", svg)
     svg = re.sub(r"#0c01([0-9a-f]{2})", lambda match: f"var(--s{int(match[1], 16)})", svg)
     svg = svg.replace(_INK, "var(--muted)").replace(_GRID, "var(--line)")
-    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg)
+    svg = re.sub(
+        r' (?:d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg
+    )
     return re.sub(r"\s*\n\s*", " ", svg)

@@ -1,7 +1,8 @@
 """Sections of the report about training runs: learning curves, throughput and memory over time.
 
-Owns what those sections show; files were read by `read`. Gives plain values and SVG to the templates in `templates/`.
-Epochs are counted from 1 here, as everywhere a person reads them; files count from 0.
+Owns what those sections show; files were read by `read`. Gives plain values and SVG to the
+templates in `templates/`. Epochs are counted from 1 here, as everywhere a person reads them; files
+count from 0.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,8 @@ from tdds_dist.report.results import by_setting, run_name, variants
 from tdds_dist.text import percent
 
 FULL_SLOT, FULL_RETRAINED_SLOT = 99, 98  # colours of the full data: the ink of the page, and a grey
-_THIN, _WIDE = 0.6, 3.5  # line widths: one of the trainings behind a mean; what lies below a line that may be the same
+# line widths: one of the trainings behind a mean; what lies below a line that may be the same
+_THIN, _WIDE = 0.6, 3.5
 GIB = 1024**3
 _UNKNOWN = 2.0  # in place of a pruning rate that no file says
 
@@ -42,37 +44,73 @@ class _Run:
 
 
 def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any] | None:
-    """Draw validation top-1 and training loss by epoch, a pair of charts per pruning rate; seeds of one setting as their mean.
+    """Draw validation top-1 and training loss by epoch, a pair of charts per pruning rate; seeds of
+    one setting as their mean.
 
-    `charts`: SVG, pair after pair; `legend`: a line per series; `has_seeds`: whether means are drawn.
+    `charts`: SVG, pair after pair; `legend`: a line per series; `has_seeds`: whether means are
+    drawn.
     """
     names = score_names(pool)
-    runs = _told_apart([run for label, group in by_setting(pool) for variant in [variants(group)] for facts in group
-                        for run in _runs(facts, slots, names, variant, label, say_run=len(pool) > 1)])
-    keys = {series: f"c{number}" for number, series in enumerate(dict.fromkeys(run.series for run in runs))}
-    rates: list[float | None] = [*sorted({run.rate for run in runs if run.rate is not None})] or [None]
+    runs = _told_apart(
+        [
+            run
+            for label, group in by_setting(pool)
+            for variant in [variants(group)]
+            for facts in group
+            for run in _runs(facts, slots, names, variant, label, say_run=len(pool) > 1)
+        ]
+    )
+    keys = {
+        series: f"c{number}"
+        for number, series in enumerate(dict.fromkeys(run.series for run in runs))
+    }
+    rates: list[float | None] = [*sorted({run.rate for run in runs if run.rate is not None})] or [
+        None
+    ]
     found, legend, has_seeds = [], dict[str, charts.Line](), False
     for key, title in (("val_top1", "validation top-1 (%)"), ("train_loss", "training loss")):
-        values = [record[key] for run in runs for record in run.metrics if record.get(key) is not None]
+        values = [
+            record[key] for run in runs for record in run.metrics if record.get(key) is not None
+        ]
         for number, rate in enumerate(rates if values else []):
             lines = _lines([run for run in runs if run.rate in (None, rate)], key, keys)
             if not lines:
                 continue
-            legend |= {line.label: line for line in lines if line.width != _THIN and line.label not in legend}
+            legend |= {
+                line.label: line
+                for line in lines
+                if line.width != _THIN and line.label not in legend
+            }
             has_seeds = has_seeds or any(line.width == _THIN for line in lines)
-            last = ", ".join(f"{line.label} {line.y[-1]:.4g}" for line in lines if line.width != _THIN)
+            last = ", ".join(
+                f"{line.label} {line.y[-1]:.4g}" for line in lines if line.width != _THIN
+            )
             head = title if rate is None else f"{percent(rate)} removed: {title}"
-            found.append((number, charts.line_chart(
-                lines, head, "epoch", f"{head} by epoch. Last values: {last}.", may_be_log=key == "train_loss",
-                y_range=(min(values), max(values)))))
+            found.append(
+                (
+                    number,
+                    charts.line_chart(
+                        lines,
+                        head,
+                        "epoch",
+                        f"{head} by epoch. Last values: {last}.",
+                        may_be_log=key == "train_loss",
+                        y_range=(min(values), max(values)),
+                    ),
+                )
+            )
     if not found:
         return None
-    return {"charts": [svg for _, svg in sorted(found, key=lambda item: item[0])], "has_seeds": has_seeds,
-            "legend": sorted(legend.values(), key=lambda line: [*keys.values()].index(line.series))}
+    return {
+        "charts": [svg for _, svg in sorted(found, key=lambda item: item[0])],
+        "has_seeds": has_seeds,
+        "legend": sorted(legend.values(), key=lambda line: [*keys.values()].index(line.series)),
+    }
 
 
 def _told_apart(runs: list[_Run]) -> list[_Run]:
-    """Add to the name of each series what distinguishes it from the others, its epochs too where these differ at a rate."""
+    """Add to the name of each series what distinguishes it from the others, its epochs too where
+    these differ at a rate."""
     found: dict[tuple[Any, ...], set[int | None]] = {}
     for run in runs:
         found.setdefault((run.series, run.more, run.where, run.rate), set()).add(run.epochs)
@@ -87,15 +125,37 @@ def _told_apart(runs: list[_Run]) -> list[_Run]:
     return [named(run) for run in runs]
 
 
-def _runs(facts: Facts, slots: dict[str, int], names: dict[str, str], variant: Mapping[tuple[Path, str], str], label: str,
-          say_run: bool) -> Iterable[_Run]:
+def _runs(
+    facts: Facts,
+    slots: dict[str, int],
+    names: dict[str, str],
+    variant: Mapping[tuple[Path, str], str],
+    label: str,
+    say_run: bool,
+) -> Iterable[_Run]:
     """List the collection and every retraining of a run directory."""
     where = f" in {label}" if label else ""
     name = f", {run_name(facts)}" if say_run else ""
-    yield _Run(f"{FULL_DATA}, collection", "", where, f"collection{name}", None, None, FULL_SLOT, False, 1.5, "none",
-               facts.result is not None, facts.metrics)
+    yield _Run(
+        f"{FULL_DATA}, collection",
+        "",
+        where,
+        f"collection{name}",
+        None,
+        None,
+        FULL_SLOT,
+        False,
+        1.5,
+        "none",
+        facts.result is not None,
+        facts.metrics,
+    )
     for sub in facts.retrained:
-        rate, importance, width = sub.setting.get("pruning_rate"), sub.setting.get("importance") or "none", 1.5
+        rate, importance, width = (
+            sub.setting.get("pruning_rate"),
+            sub.setting.get("importance") or "none",
+            1.5,
+        )
         more = variant[facts.run.path, sub.name]
         if rate == 0:
             width = _WIDE
@@ -103,16 +163,35 @@ def _runs(facts: Facts, slots: dict[str, int], names: dict[str, str], variant: M
         elif sub.strategy is None or rate is None:
             series, slot = sub.name, slots[names[sub.score]]
         else:
-            series, slot = f"{names[sub.score]} ({sub.strategy}, {importance})", slots[names[sub.score]]
-        yield _Run(series, more, where, _run_label(sub, names, more) + name, rate or None, sub.setting.get("epochs"), slot,
-                   sub.strategy == "P", width, importance, sub.result is not None, sub.metrics)
+            series, slot = (
+                f"{names[sub.score]} ({sub.strategy}, {importance})",
+                slots[names[sub.score]],
+            )
+        yield _Run(
+            series,
+            more,
+            where,
+            _run_label(sub, names, more) + name,
+            rate or None,
+            sub.setting.get("epochs"),
+            slot,
+            sub.strategy == "P",
+            width,
+            importance,
+            sub.result is not None,
+            sub.metrics,
+        )
 
 
 def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line]:
     """Make a line per series; of several trainings the mean, and each by itself as a thin line."""
     by_series: dict[str, list[tuple[_Run, dict[int, float]]]] = {}
     for run in runs:
-        value = {record["epoch"] + 1: record[key] for record in run.metrics if record.get(key) is not None}
+        value = {
+            record["epoch"] + 1: record[key]
+            for record in run.metrics
+            if record.get(key) is not None
+        }
         if value:
             by_series.setdefault(run.series, []).append((run, value))
     looks = [(members[0][0].slot, members[0][0].dashed) for members in by_series.values()]
@@ -120,18 +199,45 @@ def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line
     for series, members in by_series.items():
         first = members[0][0]
         look = (first.slot, first.dashed)
-        marker = free_marker(first.importance, markers.setdefault(look, [])) if looks.count(look) > 1 else ""
+        marker = (
+            free_marker(first.importance, markers.setdefault(look, []))
+            if looks.count(look) > 1
+            else ""
+        )
         markers.setdefault(look, []).append(marker)
         finished = [value for run, value in members if run.is_finished]
         mean = _mean(finished if len(members) > 1 else [members[0][1]])
         for run, value in members if len(members) > 1 else []:
-            lines.append(charts.Line(series, [*value], [*value.values()], run.slot, dashed=run.dashed, title=run.label,
-                                     series=keys[series], width=_THIN if mean else first.width, opacity=0.35 if mean else 1.0))
+            lines.append(
+                charts.Line(
+                    series,
+                    [*value],
+                    [*value.values()],
+                    run.slot,
+                    dashed=run.dashed,
+                    title=run.label,
+                    series=keys[series],
+                    width=_THIN if mean else first.width,
+                    opacity=0.35 if mean else 1.0,
+                )
+            )
         if mean:
             title = first.label if len(members) == 1 else f"{series}: mean of {len(finished)}"
-            lines.append(charts.Line(series, [*mean], [*mean.values()], first.slot, dashed=first.dashed, marker=marker,
-                                     title=title, series=keys[series], width=first.width))
-    return sorted(lines, key=lambda line: (line.width != _THIN, line.width != _WIDE))  # means lie on top
+            lines.append(
+                charts.Line(
+                    series,
+                    [*mean],
+                    [*mean.values()],
+                    first.slot,
+                    dashed=first.dashed,
+                    marker=marker,
+                    title=title,
+                    series=keys[series],
+                    width=first.width,
+                )
+            )
+    # means lie on top
+    return sorted(lines, key=lambda line: (line.width != _THIN, line.width != _WIDE))
 
 
 def _mean(values: list[dict[int, float]]) -> dict[int, float]:
@@ -141,20 +247,37 @@ def _mean(values: list[dict[int, float]]) -> dict[int, float]:
 
 
 def _run_label(sub: Retrained, names: dict[str, str], more: str = "") -> str:
-    """Name a run: tdds 50 %, E, batch, train.lr=0.02, seed 0; by its directory where nothing else is known."""
-    rate, importance, seed = (sub.setting.get(key) for key in ("pruning_rate", "importance", "seed"))
+    """Name a run: tdds 50 %, E, batch, train.lr=0.02, seed 0; by its directory where nothing else
+    is known."""
+    rate, importance, seed = (
+        sub.setting.get(key) for key in ("pruning_rate", "importance", "seed")
+    )
     pruned = f" {percent(rate)}" if rate else ""
-    label = f"{names[sub.score]}{pruned}, {sub.strategy}, {importance}{', ' if more else ''}{more}, seed {seed}"
-    return (sub.name if None in (rate, sub.strategy) else label) + ("" if sub.result else " (unfinished)")
+    label = (
+        f"{names[sub.score]}{pruned}, {sub.strategy}, {importance}{', ' if more else ''}{more},"
+        f" seed {seed}"
+    )
+    return (sub.name if None in (rate, sub.strategy) else label) + (
+        "" if sub.result else " (unfinished)"
+    )
 
 
 def speed(facts: Facts) -> list[dict[str, Any]]:
-    """Return medians over epochs, without the first one where there are others, which includes compilation and cold caches."""
+    """Return medians over epochs, without the first one where there are others, which includes
+    compilation and cold caches."""
     runs: list[tuple[str, dict[str, Any] | None, list[dict[str, Any]], dict[str, Any]]] = [
-        ("collect", facts.result, facts.metrics, facts.env)]
+        ("collect", facts.result, facts.metrics, facts.env)
+    ]
     variant = variants([facts])
-    runs += [(_run_label(sub, facts.names, variant[facts.run.path, sub.name]), sub.result, sub.metrics, sub.env)
-             for sub in facts.retrained]
+    runs += [
+        (
+            _run_label(sub, facts.names, variant[facts.run.path, sub.name]),
+            sub.result,
+            sub.metrics,
+            sub.env,
+        )
+        for sub in facts.retrained
+    ]
     rows = []
     for name, result, metrics, env in runs:
         warm = metrics[1:] or metrics
@@ -163,43 +286,76 @@ def speed(facts: Facts) -> list[dict[str, Any]]:
             values = [record[key] for record in warm if record.get(key) is not None]
             return float(np.median(values)) if values else None
 
-        rows.append({
-            "name": name, "epochs": len(metrics), "world_size": env.get("world_size"), "resumes": len(env.get("resumes", [])),
-            "images_per_second": median("images_per_second"), "epoch_seconds": median("epoch_seconds"),
-            "scoring_share": median("scoring_share") if name == "collect" else None,
-            "memory_bytes": median("memory_bytes"),
-            "train_seconds": (result or {}).get("train_seconds"),
-        })
+        rows.append(
+            {
+                "name": name,
+                "epochs": len(metrics),
+                "world_size": env.get("world_size"),
+                "resumes": len(env.get("resumes", [])),
+                "images_per_second": median("images_per_second"),
+                "epoch_seconds": median("epoch_seconds"),
+                "scoring_share": median("scoring_share") if name == "collect" else None,
+                "memory_bytes": median("memory_bytes"),
+                "train_seconds": (result or {}).get("train_seconds"),
+            }
+        )
     return rows
 
 
 def speed_charts(facts: Facts) -> dict[str, Any] | None:
-    """Draw images per second, memory and scoring share by epoch: the collection, and the mean of the retrainings at each rate.
+    """Draw images per second, memory and scoring share by epoch: the collection, and the mean of
+    the retrainings at each rate.
 
-    `charts`: SVG; `legend`: lines; `resumes`: epochs in which the collection went on after a stop, marked in the charts.
+    `charts`: SVG; `legend`: lines; `resumes`: epochs in which the collection went on after a stop,
+    marked in the charts.
     """
     groups: dict[float | None, list[list[dict[str, Any]]]] = {None: [facts.metrics]}
     for sub in facts.retrained:
         rate = sub.setting.get("pruning_rate")
         groups.setdefault(_UNKNOWN if rate is None else rate, []).append(sub.metrics)
     groups = dict(sorted(groups.items(), key=lambda item: -1.0 if item[0] is None else item[0]))
-    resumes = [entry["epoch"] + 1 for entry in facts.env.get("resumes", []) if entry.get("epoch") is not None]
+    resumes = [
+        entry["epoch"] + 1
+        for entry in facts.env.get("resumes", [])
+        if entry.get("epoch") is not None
+    ]
     found, legend = [], dict[str, charts.Line]()
-    for key, title, scale in (("images_per_second", "images per second", 1.0), ("memory_bytes", "memory (GiB)", GIB),
-                              ("scoring_share", "scoring share of the collection (%)", 0.01)):
+    for key, title, scale in (
+        ("images_per_second", "images per second", 1.0),
+        ("memory_bytes", "memory (GiB)", GIB),
+        ("scoring_share", "scoring share of the collection (%)", 0.01),
+    ):
         lines = []
         for number, (rate, members) in enumerate(groups.items()):
             if key == "scoring_share" and rate is not None:
                 continue
             mean = _mean_by_epoch(members, key)
             if mean:
-                label, slot = _rate_label(rate, len(members)), FULL_SLOT if rate is None else FULL_RETRAINED_SLOT
-                lines.append(charts.Line(label, [*mean], [value / scale for value in mean.values()],
-                                         slot if not rate else 1 + (number - 1) % 9, series=f"t{number}"))
+                label, slot = (
+                    _rate_label(rate, len(members)),
+                    (FULL_SLOT if rate is None else FULL_RETRAINED_SLOT),
+                )
+                lines.append(
+                    charts.Line(
+                        label,
+                        [*mean],
+                        [value / scale for value in mean.values()],
+                        slot if not rate else 1 + (number - 1) % 9,
+                        series=f"t{number}",
+                    )
+                )
         if lines:
             typical = ", ".join(f"{line.label} {float(np.median(line.y)):.4g}" for line in lines)
-            found.append(charts.line_chart(lines, title, "epoch", f"{title} by epoch. Medians: {typical}.", marks=resumes,
-                                           from_zero=True))
+            found.append(
+                charts.line_chart(
+                    lines,
+                    title,
+                    "epoch",
+                    f"{title} by epoch. Medians: {typical}.",
+                    marks=resumes,
+                    from_zero=True,
+                )
+            )
             legend = {line.label: line for line in lines} | legend
     return {"charts": found, "legend": [*legend.values()], "resumes": resumes} if found else None
 
@@ -219,4 +375,6 @@ def _rate_label(rate: float | None, num_runs: int) -> str:
     if rate is None:
         return "collection"
     text = f"{percent(rate)} removed" if rate else f"{FULL_DATA}, retrained"
-    return ("pruning rate not known" if rate == _UNKNOWN else text) + (f" (mean of {num_runs})" if num_runs > 1 else "")
+    return ("pruning rate not known" if rate == _UNKNOWN else text) + (
+        f" (mean of {num_runs})" if num_runs > 1 else ""
+    )

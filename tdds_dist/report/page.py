@@ -1,10 +1,12 @@
 """The report stage: run directories in, one HTML page out that loads nothing from anywhere.
 
-Reads what the other stages left behind and computes nothing that a stage should have computed. What is missing (no
-scores yet, a `.beton` that moved, an unfinished retraining) is said on the page instead of failing.
+Reads what the other stages left behind and computes nothing that a stage should have computed. What
+is missing (no scores yet, a `.beton` that moved, an unfinished retraining) is said on the page
+instead of failing.
 
-Of single samples only the thumbnails are embedded, with path, label and scores, as many as a budget of bytes allows. All
-else is binned or counted, so that 1.28 million samples give a page as small as a thousand do.
+Of single samples only the thumbnails are embedded, with path, label and scores, as many as a budget
+of bytes allows. All else is binned or counted, so that 1.28 million samples give a page as small as
+a thousand do.
 """
 
 import json
@@ -43,25 +45,52 @@ from tdds_dist.runs.artifacts import Coreset, write_atomically
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.text import count, decimal, duration, percent, plus_minus, signed
 
-_SLOTS = {"random": 0, "tdds": 1, "entropy": 2, "forgetting": 3, "el2n": 4, "aum": 5, "moderate": 6, "dyn_unc": 7,
-          "dual": 8, "ccs": 9}
-_PARTS = ("scores", "known noise", "agreement of scores", "images", "classes", "accuracy and speed")  # of a run, with progress
+_SLOTS = {
+    "random": 0,
+    "tdds": 1,
+    "entropy": 2,
+    "forgetting": 3,
+    "el2n": 4,
+    "aum": 5,
+    "moderate": 6,
+    "dyn_unc": 7,
+    "dual": 8,
+    "ccs": 9,
+}
+# of a run, with progress
+_PARTS = ("scores", "known noise", "agreement of scores", "images", "classes", "accuracy and speed")
 
 
 def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Path:
-    """Write one self-contained HTML page about `runs` to `out`, with at most `num_thumbnails` images per sheet.
+    """Write one self-contained HTML page about `runs` to `out`, with at most `num_thumbnails`
+    images per sheet.
 
     Raises InputError when there is no run, or one of them is not a run directory.
     """
     if not runs:
-        raise InputError("report got no run directory; name at least one, e.g. `tdds report runs/demo`")
+        raise InputError(
+            "report got no run directory; name at least one, e.g. `tdds report runs/demo`"
+        )
     import jinja2
 
-    page = jinja2.Environment(loader=jinja2.PackageLoader("tdds_dist.report", "templates"), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"count": count, "percent": percent, "decimal": decimal, "signed": signed, "plus_minus": plus_minus,
-                     "duration": duration}
-    with Progress("report", len(runs) * (1 + len(_PARTS)) + 1, "", visible=os.environ.get("RANK", "0") == "0") as progress:
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("tdds_dist.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page.filters |= {
+        "count": count,
+        "percent": percent,
+        "decimal": decimal,
+        "signed": signed,
+        "plus_minus": plus_minus,
+        "duration": duration,
+    }
+    with Progress(
+        "report", len(runs) * (1 + len(_PARTS)) + 1, "", visible=os.environ.get("RANK", "0") == "0"
+    ) as progress:
         found = []
         for run in runs:
             progress.note(f"reading {run.path.name}", now=True)
@@ -70,20 +99,37 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
         together = [pool for pool in pools(found) if len(pool) > 1]
         pooled = {facts.run.path for pool in together for facts in pool}
         budget_bytes = BUDGET_BYTES // len(found)
-        sections = [_section(facts, num_thumbnails, budget_bytes, facts.run.path in pooled, progress) for facts in found]
+        sections = [
+            _section(facts, num_thumbnails, budget_bytes, facts.run.path in pooled, progress)
+            for facts in found
+        ]
         folder = files("tdds_dist.report") / "templates"
-        style, script = ("".join((folder / name).read_text(encoding="utf-8") for name in names)
-                         for names in (("style.css", "scores.css", "images.css"), ("page.js", "scores.js", "images.js")))
+        style, script = (
+            "".join((folder / name).read_text(encoding="utf-8") for name in names)
+            for names in (
+                ("style.css", "scores.css", "images.css"),
+                ("page.js", "scores.js", "images.js"),
+            )
+        )
         text = page.get_template("page.html.j2").render(
-            title=_title(runs, sections), sections=sections, pools=[_pool(pool, found, sections) for pool in together],
-            between=between_section([(section["name"], section["agreement"]) for section in sections]),
-            version=version("tdds-dist"), style=style, script=script, written=time.strftime("%Y-%m-%d %H:%M"))
+            title=_title(runs, sections),
+            sections=sections,
+            pools=[_pool(pool, found, sections) for pool in together],
+            between=between_section(
+                [(section["name"], section["agreement"]) for section in sections]
+            ),
+            version=version("tdds-dist"),
+            style=style,
+            script=script,
+            written=time.strftime("%Y-%m-%d %H:%M"),
+        )
     for facts in found:
         for problem in facts.problems:
             log.warning(problem)
 
     def write(file: IO[bytes]) -> None:
-        file.write(text.encode("utf-8", "replace"))  # the names of files may hold bytes that are no UTF-8
+        # the names of files may hold bytes that are no UTF-8
+        file.write(text.encode("utf-8", "replace"))
 
     write_atomically(Path(out), write)
     return Path(out)
@@ -95,82 +141,151 @@ def _title(runs: Sequence[RunDir], sections: Sequence[dict[str, Any]]) -> str:
     return experiment_name(runs) or f"{len(runs)} runs"
 
 
-def _pool(pool: list[Facts], found: list[Facts], sections: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the template shows about several runs of the same data together; `images_of` is the section to see them in.
+def _pool(
+    pool: list[Facts], found: list[Facts], sections: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what the template shows about several runs of the same data together; `images_of` is
+    the section to see them in.
     """
     rows, slots = summary_rows(pool), _colour_slots([*score_names(pool).values()])
-    numbers = [number for number, facts in enumerate(found) if any(facts is other for other in pool)]
+    numbers = [
+        number for number, facts in enumerate(found) if any(facts is other for other in pool)
+    ]
     with_images = [number for number in numbers if sections[number]["sheets"]["sheets"]]
     return {
-        "dataset": sections[numbers[0]]["dataset"], "model": ", ".join(dict.fromkeys(sections[n]["model"] for n in numbers)),
-        "runs": numbers, "seeds": list(dict.fromkeys(sections[number]["seed"] for number in numbers)),
-        "differ": len(by_setting(pool)) > 1, "images_of": with_images[0] if with_images else None,
-        "rows": rows, "matrix": matrix(rows), "finding": finding(rows), "published": pool[0].published,
-        "accuracy": accuracy_chart(rows, slots), "curves": curve_charts(pool, slots),
+        "dataset": sections[numbers[0]]["dataset"],
+        "model": ", ".join(dict.fromkeys(sections[n]["model"] for n in numbers)),
+        "runs": numbers,
+        "seeds": list(dict.fromkeys(sections[number]["seed"] for number in numbers)),
+        "differ": len(by_setting(pool)) > 1,
+        "images_of": with_images[0] if with_images else None,
+        "rows": rows,
+        "matrix": matrix(rows),
+        "finding": finding(rows),
+        "published": pool[0].published,
+        "accuracy": accuracy_chart(rows, slots),
+        "curves": curve_charts(pool, slots),
     }
 
 
-def _section(facts: Facts, num_thumbnails: int, budget_bytes: int, is_pooled: bool, progress: Progress) -> dict[str, Any]:
-    """Return everything the template shows about one run. Of one that is pooled, charts of accuracy and learning are with the
-    pool."""
+def _section(
+    facts: Facts, num_thumbnails: int, budget_bytes: int, is_pooled: bool, progress: Progress
+) -> dict[str, Any]:
+    """Return everything the template shows about one run. Of one that is pooled, charts of accuracy
+    and learning are with the pool."""
     rows = summary_rows([facts])
     slots = _colour_slots([*facts.names.values()])
     origins = {name: origin(facts, coreset) for name, coreset in facts.coresets.items()}
     main = main_score(facts, origins)
     computed: dict[str, Any] = {}
     work: tuple[Callable[[], dict[str, Any]], ...] = (
-        lambda: {"scores": [score_facts(facts, name, origins, slots[facts.names[name]]) for name in facts.scores]},
-        lambda: {"coresets": [_coreset(facts, name, origins) for name in facts.coresets], "noise": noise(facts),
-                 "noise_kept": noise_table(facts, slots)},
+        lambda: {
+            "scores": [
+                score_facts(facts, name, origins, slots[facts.names[name]]) for name in facts.scores
+            ]
+        },
+        lambda: {
+            "coresets": [_coreset(facts, name, origins) for name in facts.coresets],
+            "noise": noise(facts),
+            "noise_kept": noise_table(facts, slots),
+        },
         lambda: {"agreement": agreement_section(facts, main, slots)},
         lambda: {"sheets": sheets(facts, main, origins, num_thumbnails, budget_bytes)},
         lambda: {"classes": class_table(facts, main, origins)},
-        lambda: {"accuracy": None if is_pooled else accuracy_chart(rows, slots),
-                 "curves": None if is_pooled else curve_charts([facts], slots),
-                 "speed": speed(facts), "speed_charts": speed_charts(facts)})
+        lambda: {
+            "accuracy": None if is_pooled else accuracy_chart(rows, slots),
+            "curves": None if is_pooled else curve_charts([facts], slots),
+            "speed": speed(facts),
+            "speed_charts": speed_charts(facts),
+        },
+    )
     for part, compute in zip(_PARTS, work, strict=True):
         progress.note(f"{run_name(facts)}: {part}", now=True)
         computed |= compute()
         progress.advance()
     data, result = facts.config.get("data", {}), facts.result or {}
-    sizes = [result.get("num_images"), *(scores.fingerprint.num_samples for scores in facts.scores.values())]
+    sizes = [
+        result.get("num_images"),
+        *(scores.fingerprint.num_samples for scores in facts.scores.values()),
+    ]
     return computed | {
-        "name": run_name(facts), "is_pooled": is_pooled,
-        "dataset": _dataset_name(str(getattr(facts.manifest, "source", "")), str(data.get("train", "?"))),
-        "num_images": next((size for size in sizes if size is not None), None), "num_classes": data.get("num_classes"),
-        "model": facts.config.get("model", {}).get("name", "?"), "train": facts.config.get("train", {}),
-        "seed": facts.config.get("run", {}).get("seed"), "env": facts.env, "result": facts.result,
-        "rows": rows, "matrix": matrix(rows), "finding": finding(rows), "published": None if is_pooled else facts.published,
-        "problems": facts.problems, "main": main, "provenance": _provenance(facts),
+        "name": run_name(facts),
+        "is_pooled": is_pooled,
+        "dataset": _dataset_name(
+            str(getattr(facts.manifest, "source", "")), str(data.get("train", "?"))
+        ),
+        "num_images": next((size for size in sizes if size is not None), None),
+        "num_classes": data.get("num_classes"),
+        "model": facts.config.get("model", {}).get("name", "?"),
+        "train": facts.config.get("train", {}),
+        "seed": facts.config.get("run", {}).get("seed"),
+        "env": facts.env,
+        "result": facts.result,
+        "rows": rows,
+        "matrix": matrix(rows),
+        "finding": finding(rows),
+        "published": None if is_pooled else facts.published,
+        "problems": facts.problems,
+        "main": main,
+        "provenance": _provenance(facts),
     }
 
 
-def _coreset(facts: Facts, name: str, origins: Origins) -> tuple[str, Coreset, str | None, float | None, list[float | None]]:
-    """Return a row of the coresets' table, with the score it was cut from and where, unless that is a random rank."""
+def _coreset(
+    facts: Facts, name: str, origins: Origins
+) -> tuple[str, Coreset, str | None, float | None, list[float | None]]:
+    """Return a row of the coresets' table, with the score it was cut from and where, unless that is
+    a random rank."""
     coreset = facts.coresets[name]
     source, cut = (None, None) if base_key(coreset.score_key) == "random" else origins[name]
     return name, coreset, source, cut, known_noise_kept(facts, coreset)
 
 
 def _provenance(facts: Facts) -> dict[str, Any]:
-    """Return how the run came about; `differences` are sentences about retrainings of another commit or other versions."""
+    """Return how the run came about; `differences` are sentences about retrainings of another
+    commit or other versions."""
     env, versions = facts.env, facts.env.get("versions", {})
-    content = {f"Content of the {split} images, SHA-256": text[:16] for split, text in env.get("data", {}).items()}
-    known = {"Run directory": str(facts.run.path), "Commit": env.get("commit"), "Processor": env.get("cpu"),
-             "CPUs": env.get("num_cpus"), "Device": env.get("device"), "Ranks": env.get("world_size"),
-             "Python": env.get("python")} | versions | content
+    content = {
+        f"Content of the {split} images, SHA-256": text[:16]
+        for split, text in env.get("data", {}).items()
+    }
+    known = (
+        {
+            "Run directory": str(facts.run.path),
+            "Commit": env.get("commit"),
+            "Processor": env.get("cpu"),
+            "CPUs": env.get("num_cpus"),
+            "Device": env.get("device"),
+            "Ranks": env.get("world_size"),
+            "Python": env.get("python"),
+        }
+        | versions
+        | content
+    )
     differences = []
-    for key, what in (("commit", "at another commit"), ("versions", "with other versions of packages")):
-        others = [sub.name for sub in facts.retrained if sub.env.get(key, env.get(key)) != env.get(key)]
+    for key, what in (
+        ("commit", "at another commit"),
+        ("versions", "with other versions of packages"),
+    ):
+        others = [
+            sub.name for sub in facts.retrained if sub.env.get(key, env.get(key)) != env.get(key)
+        ]
         if others:
             rest = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            differences.append(f"Retrained {what} than the collection: {', '.join(others[:3])}{rest}.")
+            differences.append(
+                f"Retrained {what} than the collection: {', '.join(others[:3])}{rest}."
+            )
     return {
         "facts": [(term, value) for term, value in known.items() if value is not None],
-        "command": shlex.join(map(str, env.get("command", []))), "num_ranks": env.get("world_size") or 1,
-        "resumes": env.get("resumes", []), "differences": differences,
-        "config": [(section, [(key, _config_text(value)) for key, value in values.items()])
-                   for section, values in facts.config.items() if isinstance(values, dict)],
+        "command": shlex.join(map(str, env.get("command", []))),
+        "num_ranks": env.get("world_size") or 1,
+        "resumes": env.get("resumes", []),
+        "differences": differences,
+        "config": [
+            (section, [(key, _config_text(value)) for key, value in values.items()])
+            for section, values in facts.config.items()
+            if isinstance(values, dict)
+        ],
         "config_text": yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
         "env_text": json.dumps(env, indent=2, ensure_ascii=False),
     }
@@ -184,14 +299,21 @@ def _config_text(value: Any) -> str:
 def _dataset_name(source: str, beton: str) -> str:
     """Return the source's name without the folders above it, or the file's."""
     kind, _, folder = source.partition(":")
-    return printable(f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name)
+    return printable(
+        f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name
+    )
 
 
 def _colour_slots(keys: Sequence[str]) -> dict[str, int]:
-    """Give each score a colour: the well-known ones keep theirs, variants (`tdds_balanced`) take what is left."""
+    """Give each score a colour: the well-known ones keep theirs, variants (`tdds_balanced`) take
+    what is left."""
     slots = {FULL_DATA: FULL_SLOT} | {key: _SLOTS[key] for key in keys if key in _SLOTS}
     for key in keys:
         if key not in slots:
-            free = [slot for slot in (_SLOTS.get(base_key(key), 1), *range(1, 10)) if slot not in slots.values()]
+            free = [
+                slot
+                for slot in (_SLOTS.get(base_key(key), 1), *range(1, 10))
+                if slot not in slots.values()
+            ]
             slots[key] = free[0] if free else 1 + len(slots) % 9
     return slots

@@ -1,7 +1,7 @@
 """The content of a run directory, each file read once, for tables and the report.
 
-Owns the reading, not the formats of what it reads. A damaged or foreign file becomes a sentence in `Facts.problems` instead of
-an exception: reports are also made of unfinished runs.
+Owns the reading, not the formats of what it reads. A damaged or foreign file becomes a sentence in
+`Facts.problems` instead of an exception: reports are also made of unfinished runs.
 """
 
 import json
@@ -14,7 +14,14 @@ from tdds_dist.config.scores import base_key, is_plain, score_order
 from tdds_dist.coreset.agreement import in_order
 from tdds_dist.errors import InputError
 from tdds_dist.report.published import PublishedTable, find_table
-from tdds_dist.runs.artifacts import Coreset, Fingerprint, Scores, load_coreset, load_scores, require_same_dataset
+from tdds_dist.runs.artifacts import (
+    Coreset,
+    Fingerprint,
+    Scores,
+    load_coreset,
+    load_scores,
+    require_same_dataset,
+)
 from tdds_dist.runs.directory import RunDir
 
 FULL_DATA = "full data"
@@ -23,7 +30,8 @@ _SETTING_KEYS = ("strategy", "importance", "pruning_rate", "method", "row", "mod
 
 @dataclass(frozen=True)
 class Retrained:
-    """One retraining run; `setting` holds what it was asked for, `result` is None until it finishes."""
+    """One retraining run; `setting` holds what it was asked for, `result` is None until it
+    finishes."""
 
     name: str
     setting: dict[str, Any]
@@ -34,8 +42,8 @@ class Retrained:
 
     @property
     def score(self) -> str:
-        """Return the score and the way of choosing by it; FULL_DATA where nothing was pruned; with the network where that is
-        another than the collection's."""
+        """Return the score and the way of choosing by it; FULL_DATA where nothing was pruned; with
+        the network where that is another than the collection's."""
         name = self.setting.get("row") or self.setting.get("method", "?")
         name = FULL_DATA if self.setting.get("pruning_rate") == 0 else name
         return f"{name} on {self.setting['network']}" if self.setting.get("network") else name
@@ -50,8 +58,9 @@ class Retrained:
 class Facts:
     """Everything that was read from one run directory, each file once.
 
-    `scores` and `coresets` are by file name; `names` gives each score key a short name to show, e.g. `tdds` for
-    `tdds_official_T30_K10_beta0.9`, where no other window of it serves the same pruning rate.
+    `scores` and `coresets` are by file name; `names` gives each score key a short name to show,
+    e.g. `tdds` for `tdds_official_T30_K10_beta0.9`, where no other window of it serves the same
+    pruning rate.
     """
 
     run: RunDir
@@ -83,7 +92,9 @@ def read_facts(run: RunDir) -> Facts:
     env, result = _read_env(run, problems), _read_record(run.read_result, run.result_file, problems)
     own = _own_dataset(scores, (result or {}).get("num_images"), manifest)
     for name in [*scores]:
-        if own is not None and (problem := _other_dataset(scores[name].fingerprint, own, run.scores / f"{name}.npz")):
+        if own is not None and (
+            problem := _other_dataset(scores[name].fingerprint, own, run.scores / f"{name}.npz")
+        ):
             problems.append(problem)
             del scores[name]
     for path in sorted(run.coresets.glob("*.npz")):
@@ -95,43 +106,86 @@ def read_facts(run: RunDir) -> Facts:
         except InputError as error:
             problems.append(str(error))
     scores = in_order(scores, config)
-    coresets = dict(sorted(coresets.items(), key=lambda item: (*score_order(item[1].score_key), item[1].pruning_rate)))
+    coresets = dict(
+        sorted(
+            coresets.items(),
+            key=lambda item: (*score_order(item[1].score_key), item[1].pruning_rate),
+        )
+    )
     model = str(config.get("model", {}).get("name", ""))
-    sizes = [(result or {}).get("num_images"), *(score.fingerprint.num_samples for score in scores.values())]
+    sizes = [
+        (result or {}).get("num_images"),
+        *(score.fingerprint.num_samples for score in scores.values()),
+    ]
     num_images = next((size for size in sizes if size is not None), None)
-    table = find_table(str(data.get("train", "")), int(data.get("num_classes") or 0), model, manifest, num_images)
-    retrained = sorted((_read_retrained(sub, model, problems) for sub in run.retrain_runs()), key=_retrained_order)
-    return Facts(run, config, env, _read_metrics(run), result, retrained,
-                 scores, coresets, manifest, table, _short_names([*scores], retrained), problems)
+    table = find_table(
+        str(data.get("train", "")), int(data.get("num_classes") or 0), model, manifest, num_images
+    )
+    retrained = sorted(
+        (_read_retrained(sub, model, problems) for sub in run.retrain_runs()), key=_retrained_order
+    )
+    return Facts(
+        run,
+        config,
+        env,
+        _read_metrics(run),
+        result,
+        retrained,
+        scores,
+        coresets,
+        manifest,
+        table,
+        _short_names([*scores], retrained),
+        problems,
+    )
 
 
 def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
     rate, importance = sub.setting.get("pruning_rate"), sub.setting.get("importance")
-    return rate != 0, *score_order(sub.score), str(sub.strategy), str(importance), rate or 0, sub.name
+    return (
+        rate != 0,
+        *score_order(sub.score),
+        str(sub.strategy),
+        str(importance),
+        rate or 0,
+        sub.name,
+    )
 
 
 def score_names(pool: Sequence[Facts]) -> dict[str, str]:
     """Return `Facts.names` of several runs that are shown together."""
     if len(pool) == 1:
         return pool[0].names
-    return _short_names([*dict.fromkeys(key for facts in pool for key in facts.scores)],
-                        [sub for facts in pool for sub in facts.retrained])
+    return _short_names(
+        [*dict.fromkeys(key for facts in pool for key in facts.scores)],
+        [sub for facts in pool for sub in facts.retrained],
+    )
 
 
 def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
-    """Return a name to show for each score key: the score alone, unless two of its settings compete at one pruning rate, or the
-    key is of a variant."""
+    """Return a name to show for each score key: the score alone, unless two of its settings compete
+    at one pruning rate, or the key is of a variant."""
+
     def family(key: str) -> str:
         return base_key(key) + ("_balanced" if key.endswith("_balanced") else "")
 
     competing: dict[tuple[Any, ...], set[str]] = {}
     for sub in retrained:
-        setting = (family(sub.score), sub.strategy, sub.setting.get("importance"), sub.setting.get("pruning_rate"))
+        setting = (
+            family(sub.score),
+            sub.strategy,
+            sub.setting.get("importance"),
+            sub.setting.get("pruning_rate"),
+        )
         competing.setdefault(setting, set()).add(sub.score)
     ambiguous = {setting[0] for setting, scores in competing.items() if len(scores) > 1}
 
     def name(key: str) -> str:
-        return family(key) if is_plain(key.removesuffix("_balanced")) and family(key) not in ambiguous else key
+        return (
+            family(key)
+            if is_plain(key.removesuffix("_balanced")) and family(key) not in ambiguous
+            else key
+        )
 
     return {key: name(key) for key in [*keys, *(sub.score for sub in retrained)]}
 
@@ -139,16 +193,23 @@ def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
 def _read_retrained(run: RunDir, model: str, problems: list[str]) -> Retrained:
     config, result = run.read_config(), _read_record(run.read_result, run.result_file, problems)
     env = _read_env(run, problems)  # says at the start what the result repeats at the end
-    setting = {"seed": config.get("run", {}).get("seed"), "epochs": config.get("train", {}).get("epochs")}
+    setting = {
+        "seed": config.get("run", {}).get("seed"),
+        "epochs": config.get("train", {}).get("epochs"),
+    }
     setting |= {key: env[key] for key in _SETTING_KEYS if key in env}
     setting |= result or {}
-    setting["network"] = setting.get("network") or (setting["model"] if setting.get("model", model) != model else None)
+    setting["network"] = setting.get("network") or (
+        setting["model"] if setting.get("model", model) != model else None
+    )
     return Retrained(run.path.name, setting, result, _read_metrics(run), env, config)
 
 
-def _own_dataset(scores: Mapping[str, Scores], num_images: int | None, manifest: Any) -> Fingerprint | None:
-    """Return the data set that most of the scores are of; of equally many that of the run, then of its manifest; None without
-    scores."""
+def _own_dataset(
+    scores: Mapping[str, Scores], num_images: int | None, manifest: Any
+) -> Fingerprint | None:
+    """Return the data set that most of the scores are of; of equally many that of the run, then of
+    its manifest; None without scores."""
     found = [*dict.fromkeys(each.fingerprint for each in scores.values())]
     found = [each for each in found if each.labels_sha256] or found
 
@@ -178,7 +239,9 @@ def _read_record(read: Callable[[], Any], path: Path, problems: list[str]) -> di
         problem = f"{type(record).__name__} instead of an object"
     except (ValueError, OSError) as error:
         problem = str(error)
-    problems.append(f"{path} is damaged ({problem}) and left out; restore it, or run the stage again")
+    problems.append(
+        f"{path} is damaged ({problem}) and left out; restore it, or run the stage again"
+    )
     return None
 
 
@@ -189,7 +252,8 @@ def _read_env(run: RunDir, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """Read one record per epoch. A line that a kill cut short is left out; of a repeated epoch the last record counts."""
+    """Read one record per epoch. A line that a kill cut short is left out; of a repeated epoch the
+    last record counts."""
     by_epoch: dict[int, dict[str, Any]] = {}
     for line in run.metrics_file.read_bytes().splitlines() if run.metrics_file.is_file() else []:
         try:

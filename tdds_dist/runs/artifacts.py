@@ -1,8 +1,9 @@
-"""Files that one stage hands to the next: score files, coresets, and the fingerprint that ties both to a dataset.
+"""Files that one stage hands to the next: score files, coresets, and the fingerprint that ties both
+to a dataset.
 
-Owns their format and nothing else. Both are `.npz` files that `np.load(allow_pickle=False)` reads; what is not an
-array is one JSON string under `meta`. Every file is written aside, synced and renamed, so a name that exists is a
-file that is whole.
+Owns their format and nothing else. Both are `.npz` files that `np.load(allow_pickle=False)` reads;
+what is not an array is one JSON string under `meta`. Every file is written aside, synced and
+renamed, so a name that exists is a file that is whole.
 """
 
 # N dataset, M kept samples
@@ -22,12 +23,14 @@ import numpy as np
 
 from tdds_dist.errors import InputError
 
-UNKNOWN_LABEL = -1  # label of a sample whose class was not recorded (the authors' dynamics folders hold no labels)
+# label of a sample whose class was not recorded (the authors' dynamics folders hold no labels)
+UNKNOWN_LABEL = -1
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The identity of a dataset for scores: its size, its number of classes and the label of every index."""
+    """The identity of a dataset for scores: its size, its number of classes and the label of every
+    index."""
 
     num_samples: int
     num_classes: int
@@ -43,7 +46,8 @@ class Scores:
     label_N: np.ndarray  # int64, UNKNOWN_LABEL where not recorded
     fingerprint: Fingerprint
     settings: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [N] each: what a sampler needs beside the score
+    # float32 [N] each: what a sampler needs beside the score
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Coreset:
 
     @property
     def method(self) -> str:
-        """Return score and way of choosing as one name, e.g. `el2n`, `ccs_aum`, `tdds_official_T30_K10_beta0.9_balanced`."""
+        """Return score and way of choosing as one name, e.g. `el2n`, `ccs_aum`,
+        `tdds_official_T30_K10_beta0.9_balanced`."""
         sampler = self.settings.get("sampler", "top")
         plain = "centre" if self.settings.get("score", self.score_key) == "moderate" else "top"
         name = self.score_key if sampler == plain else f"{sampler}_{self.score_key}"
@@ -105,7 +110,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Run `write` on a temporary file in the same folder, sync it, and rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+    )
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -130,31 +137,62 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_scores(path: Path, scores: Scores) -> None:
-    """Write `score` float32 [N], `label` int64 [N], `extra_<name>` float32 [N] and `meta` (JSON) to an .npz file."""
-    meta = {"kind": "scores", "key": scores.key, "fingerprint": asdict(scores.fingerprint), "settings": scores.settings,
-            "extra": sorted(scores.extra)}
-    extra = {f"extra_{name}": values_N.astype(np.float32) for name, values_N in scores.extra.items()}
-    _save(path, meta, score=scores.score_N.astype(np.float32), label=scores.label_N.astype(np.int64), **extra)
+    """Write `score` float32 [N], `label` int64 [N], `extra_<name>` float32 [N] and `meta` (JSON) to
+    an .npz file."""
+    meta = {
+        "kind": "scores",
+        "key": scores.key,
+        "fingerprint": asdict(scores.fingerprint),
+        "settings": scores.settings,
+        "extra": sorted(scores.extra),
+    }
+    extra = {
+        f"extra_{name}": values_N.astype(np.float32) for name, values_N in scores.extra.items()
+    }
+    _save(
+        path,
+        meta,
+        score=scores.score_N.astype(np.float32),
+        label=scores.label_N.astype(np.int64),
+        **extra,
+    )
 
 
 def load_scores(path: Path) -> Scores:
     """Read a score file; raise InputError when it is missing, damaged or something else."""
     meta, arrays = _load(path, "scores", ("score", "label"))
     found = Fingerprint(**meta["fingerprint"])
-    if wrong := {name: array.shape for name, array in arrays.items() if array.shape != (found.num_samples,)}:
-        raise InputError(f"{path}: arrays {wrong} must all be [{found.num_samples}]; the file is damaged, write it again "
-                         "with `tdds score`")
-    extra = {name.removeprefix("extra_"): array for name, array in arrays.items() if name.startswith("extra_")}
+    if wrong := {
+        name: array.shape for name, array in arrays.items() if array.shape != (found.num_samples,)
+    }:
+        raise InputError(
+            f"{path}: arrays {wrong} must all be [{found.num_samples}]; the file is damaged, write"
+            " it again with `tdds score`"
+        )
+    extra = {
+        name.removeprefix("extra_"): array
+        for name, array in arrays.items()
+        if name.startswith("extra_")
+    }
     return Scores(meta["key"], arrays["score"], arrays["label"], found, meta["settings"], extra)
 
 
 def save_coreset(path: Path, coreset: Coreset) -> None:
-    """Write `index` int64 [M] sorted, `importance` float32 [M] and `meta` (JSON) to an .npz file."""
+    """Write `index` int64 [M] sorted, `importance` float32 [M] and `meta` (JSON) to an .npz
+    file."""
     meta = {
-        "kind": "coreset", "score_key": coreset.score_key, "pruning_rate": coreset.pruning_rate,
-        "fingerprint": asdict(coreset.fingerprint), "settings": coreset.settings,
+        "kind": "coreset",
+        "score_key": coreset.score_key,
+        "pruning_rate": coreset.pruning_rate,
+        "fingerprint": asdict(coreset.fingerprint),
+        "settings": coreset.settings,
     }
-    _save(path, meta, index=coreset.index_M.astype(np.int64), importance=coreset.importance_M.astype(np.float32))
+    _save(
+        path,
+        meta,
+        index=coreset.index_M.astype(np.int64),
+        importance=coreset.importance_M.astype(np.float32),
+    )
 
 
 def load_coreset(path: Path) -> Coreset:
@@ -162,11 +200,31 @@ def load_coreset(path: Path) -> Coreset:
     meta, arrays = _load(path, "coreset", ("index", "importance"))
     found = Fingerprint(**meta["fingerprint"])
     index_M = arrays["index"]
-    in_order = index_M.dtype == np.int64 and index_M.ndim == 1 and len(index_M) > 0 and bool((np.diff(index_M) > 0).all())
-    if not in_order or index_M[0] < 0 or index_M[-1] >= found.num_samples or arrays["importance"].shape != index_M.shape:
-        raise InputError(f"{path}: index must be int64, non-empty, strictly increasing within [0, {found.num_samples}) and as "
-                         "long as importance; the file is damaged, write it again with `tdds select`")
-    return Coreset(index_M, arrays["importance"], meta["score_key"], meta["pruning_rate"], found, meta["settings"])
+    in_order = (
+        index_M.dtype == np.int64
+        and index_M.ndim == 1
+        and len(index_M) > 0
+        and bool((np.diff(index_M) > 0).all())
+    )
+    if (
+        not in_order
+        or index_M[0] < 0
+        or index_M[-1] >= found.num_samples
+        or arrays["importance"].shape != index_M.shape
+    ):
+        raise InputError(
+            f"{path}: index must be int64, non-empty, strictly increasing within [0,"
+            f" {found.num_samples}) and as long as importance; the file is damaged, write it again"
+            " with `tdds select`"
+        )
+    return Coreset(
+        index_M,
+        arrays["importance"],
+        meta["score_key"],
+        meta["pruning_rate"],
+        found,
+        meta["settings"],
+    )
 
 
 _META_KEYS = {"scores": ("key", "settings"), "coreset": ("score_key", "pruning_rate", "settings")}
@@ -177,10 +235,15 @@ def _save(path: Path, meta: dict[str, Any], **arrays: np.ndarray) -> None:
     write_atomically(Path(path), lambda file: np.savez(file, meta=text, **arrays))  # type: ignore[arg-type]
 
 
-def _load(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _load(
+    path: Path, kind: str, names: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} does not exist; `tdds {'select' if kind == 'coreset' else 'score'}` writes such files")
+        raise InputError(
+            f"{path} does not exist; `tdds {'select' if kind == 'coreset' else 'score'}` writes"
+            " such files"
+        )
     try:
         with zipfile.ZipFile(path):  # else a plain .npy would come back as an array
             pass
@@ -191,10 +254,23 @@ def _load(path: Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any]
                 Fingerprint(**meta["fingerprint"])
                 if missing := [key for key in _META_KEYS[kind] if key not in meta]:
                     raise KeyError(*missing)
-                arrays = {name: file[name] for name in (*names, *(f"extra_{name}" for name in meta.get("extra", ())))}
-    except (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+                arrays = {
+                    name: file[name]
+                    for name in (*names, *(f"extra_{name}" for name in meta.get("extra", ())))
+                }
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+    ) as error:
         why = f"damaged: {error}" if isinstance(error, zipfile.BadZipFile) else repr(error)
-        raise InputError(f"{path} is not a {kind} file of tdds ({why}); expected an .npz written by `tdds`") from error
+        raise InputError(
+            f"{path} is not a {kind} file of tdds ({why}); expected an .npz written by `tdds`"
+        ) from error
     if found != kind:
         raise InputError(f"{path} holds {found!r}, expected {kind!r}")
     return meta, arrays

@@ -1,15 +1,18 @@
-"""Checkpoints of a run, by torch.distributed.checkpoint: whole or not there, checked before use, tensors and JSON only.
+"""Checkpoints of a run, by torch.distributed.checkpoint: whole or not there, checked before use,
+tensors and JSON only.
 
     <dir>/step_0000012000/      appears by a rename when all is written and synced
         __0_0.distcp ...        tensors: replicated ones once, sharded ones by every rank
         .metadata               where each tensor lies (of torch.distributed.checkpoint)
-        checkpoint.json         step, what the run says about itself, size and SHA-256 of every other file
-    <dir>/step_....damaged      set aside when a later start found it damaged; `.abandoned` when it could not use it otherwise
+        checkpoint.json         step, what the run says of itself, size and SHA-256 of other files
+    <dir>/step_....damaged      set aside when a later start found it damaged
+    <dir>/step_....abandoned    set aside when a later start could not use it otherwise
 
-A flipped bit loads silently in torch.distributed.checkpoint, and saving into an existing folder can leave a mixture: hence
-the hashes, and a fresh folder for every save. Sharded tables are cut anew when another number of ranks loads them.
-Nothing in a checkpoint can execute code: `.metadata` is unpickled with the few names that it needs, and everything that is
-not a tensor is JSON. The order of checkpoints is that of their steps; clocks have no part in it.
+A flipped bit loads silently in torch.distributed.checkpoint, and saving into an existing folder can
+leave a mixture: hence the hashes, and a fresh folder for every save. Sharded tables are cut anew
+when another number of ranks loads them. Nothing in a checkpoint can execute code: `.metadata` is
+unpickled with the few names that it needs, and everything that is not a tensor is JSON. The order
+of checkpoints is that of their steps; clocks have no part in it.
 """
 
 import hashlib
@@ -50,7 +53,8 @@ log = logging.getLogger("tdds")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete and undamaged checkpoint. `record` is what the run said about itself; `step` its optimizer steps."""
+    """A complete and undamaged checkpoint. `record` is what the run said about itself; `step` its
+    optimizer steps."""
 
     path: Path
     step: int
@@ -59,29 +63,46 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run; all ranks make one and call it alike. Warnings go to the logger `tdds`.
+    """The checkpoints of one run; all ranks make one and call it alike. Warnings go to the logger
+    `tdds`.
 
     Args:
-        directory: where they lie; made when the first is saved.
-        world: the ranks; by default those of the process group.
-        keep: how many of the latest stay, at least 2 (the last one may be the one that a disk has damaged).
-        asynchronous: write in the background: `save` returns once the state is copied to host memory.
-        stop_on_error: a save that fails ends the run; else it is said, and the run goes on with those there are.
-        guard: raises InputError when the directory is not ours any more; asked on the main rank before every save.
-        about: JSON of the main rank that every checkpoint carries beside its record, e.g. config and dataset.
-        published: called on the main rank when a checkpoint is there, perhaps by another thread.
+        directory: where they lie; made when the first is saved. world: the ranks; by default those
+        of the process group. keep: how many of the latest stay, at least 2 (the last one may be the
+        one that a disk has damaged). asynchronous: write in the background: `save` returns once the
+        state is copied to host memory. stop_on_error: a save that fails ends the run; else it is
+        said, and the run goes on with those there are. guard: raises InputError when the directory
+        is not ours any more; asked on the main rank before every save. about: JSON of the main rank
+        that every checkpoint carries beside its record, e.g. config and dataset. published: called
+        on the main rank when a checkpoint is there, perhaps by another thread.
     """
 
-    def __init__(self, directory: Path, world: World | None = None, *, keep: int = 2, asynchronous: bool = True,
-                 stop_on_error: bool = False, timeout_seconds: float = distributed.TIMEOUT_SECONDS,
-                 about: Mapping[str, Any] | None = None, guard: Callable[[], None] = lambda: None,
-                 published: Callable[[], object] = lambda: None):
+    def __init__(
+        self,
+        directory: Path,
+        world: World | None = None,
+        *,
+        keep: int = 2,
+        asynchronous: bool = True,
+        stop_on_error: bool = False,
+        timeout_seconds: float = distributed.TIMEOUT_SECONDS,
+        about: Mapping[str, Any] | None = None,
+        guard: Callable[[], None] = lambda: None,
+        published: Callable[[], object] = lambda: None,
+    ):
         if keep < 2:
-            raise InputError(f"keep={keep} must be at least 2: the newest checkpoint may be damaged")
+            raise InputError(
+                f"keep={keep} must be at least 2: the newest checkpoint may be damaged"
+            )
         self.directory = Path(directory)
         self.num_failed = 0
         world = world or distributed.current_world()
-        self._world, self._keep, self._asynchronous, self._stop_on_error = world, keep, asynchronous, stop_on_error
+        self._world, self._keep, self._asynchronous, self._stop_on_error = (
+            world,
+            keep,
+            asynchronous,
+            stop_on_error,
+        )
         self._guard, self._on_published, self._about = guard, published, dict(about or {})
         self._group = collectives.control_group(timeout_seconds)
         self._thread: threading.Thread | None = None
@@ -93,15 +114,25 @@ class Checkpoints:
 
     # ---- saving
 
-    def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], *, files: Mapping[str, Path] | None = None,
-             wait: bool = False) -> None:
-        """Save `tensors` (replicated, sharded by `distributed.as_shard`, or of this rank alone under a name of its own).
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        *,
+        files: Mapping[str, Path] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Save `tensors` (replicated, sharded by `distributed.as_shard`, or of this rank alone
+        under a name of its own).
 
-        `record` is JSON of the main rank. `files` are files that go along (linked where the file system can). Returns when
-        the state may change again; with `wait` when the checkpoint is on disk. A collective.
+        `record` is JSON of the main rank. `files` are files that go along (linked where the file
+        system can). Returns when the state may change again; with `wait` when the checkpoint is on
+        disk. A collective.
 
         Raises:
-            InputError: this save (with `wait`) or the one before failed, and `stop_on_error` says so; on every rank.
+            InputError: this save (with `wait`) or the one before failed, and `stop_on_error` says
+            so; on every rank.
         """
         self.finish()
         if step == self._saved_step:
@@ -178,30 +209,44 @@ class Checkpoints:
         self.num_failed += 1
         message = f"checkpoint at step {step} failed ({error})"
         if self._stop_on_error:
-            raise InputError(f"{message}; make room and run the same command again, or let runs go on without it by "
-                             "checkpoint.on_error=continue", shared=True)
+            raise InputError(
+                f"{message}; make room and run the same command again, or let runs go on without it"
+                " by checkpoint.on_error=continue",
+                shared=True,
+            )
         if self._world.is_main:
             log.warning(f"{message}; the run goes on, the checkpoints before it stay")
 
     def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy the tensors into host memory that is kept from save to save.
 
-        torch's own stager copies a DTensor three times and into fresh memory: 4.2 s of standstill for 0.8 GB where this took
-        0.3 (benchmarks/checkpoint.py).
+        torch's own stager copies a DTensor three times and into fresh memory: 4.2 s of standstill
+        for 0.8 GB where this took 0.3 (benchmarks/checkpoint.py).
         """
-        self._buffers = {name: collectives.copy_to_host(tensor, self._buffers.get(name)) for name, tensor in tensors.items()}
+        self._buffers = {
+            name: collectives.copy_to_host(tensor, self._buffers.get(name))
+            for name, tensor in tensors.items()
+        }
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
         return self._buffers
 
-    def _write(self, step: int, folder: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> str | None:
-        """Write, hash and publish; return what went wrong anywhere, the same on all ranks. In the background or not."""
+    def _write(
+        self, step: int, folder: Path, record: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> str | None:
+        """Write, hash and publish; return what went wrong anywhere, the same on all ranks. In the
+        background or not."""
         error, hashes = None, {}
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "assuming the intent is to save in a single process"
-                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, overwrite=False), process_group=self._group,
-                         no_dist=self._group is None)
+                # "assuming the intent is to save in a single process"
+                warnings.simplefilter("ignore")
+                dcp.save(
+                    tensors,
+                    storage_writer=dcp.FileSystemWriter(folder, overwrite=False),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
             for path in sorted(folder.iterdir()):
                 if self._is_mine(path.name):
                     hashes[path.name] = _describe(path)
@@ -213,21 +258,37 @@ class Checkpoints:
             files = {name: described for _, found in outcomes for name, described in found.items()}
             try:
                 self._publish(step, folder, record, files)
-            except (OSError, TypeError, ValueError) as caught:  # the last two: a record that is not JSON
+            # the last two: a record that is not JSON
+            except (OSError, TypeError, ValueError) as caught:
                 errors = [_one_line(caught)]
         if errors and self._world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        return collectives.gather_objects(errors[0] if errors else None, self._world, self._group)[0]
+        return collectives.gather_objects(errors[0] if errors else None, self._world, self._group)[
+            0
+        ]
 
     def _is_mine(self, name: str) -> bool:
         if match := re.match(r"__(\d+)_", name):
             return int(match[1]) == self._world.rank
         return self._world.is_main
 
-    def _publish(self, step: int, folder: Path, record: dict[str, Any], files: dict[str, Any]) -> None:
-        """Turn a written folder into a checkpoint, by one rename: other programs see either all of it or nothing."""
-        content = json.loads(json.dumps(
-            {"format": FORMAT, "step": step, "record": record, "about": self._about, "files": files}))  # as it is read
+    def _publish(
+        self, step: int, folder: Path, record: dict[str, Any], files: dict[str, Any]
+    ) -> None:
+        """Turn a written folder into a checkpoint, by one rename: other programs see either all of
+        it or nothing."""
+        content = json.loads(
+            json.dumps(
+                # as it is read
+                {
+                    "format": FORMAT,
+                    "step": step,
+                    "record": record,
+                    "about": self._about,
+                    "files": files,
+                }
+            )
+        )
         text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
         write_atomically(folder / _RECORD, lambda file: file.write(text.encode()))
         target = self.directory / _name(step)
@@ -247,16 +308,22 @@ class Checkpoints:
 
     # ---- finding and loading
 
-    def latest(self, refuse: Callable[[Checkpoint], str] = lambda checkpoint: "") -> Checkpoint | None:
-        """Return the newest checkpoint that is whole and that `refuse` (asked on the main rank) does not refuse.
+    def latest(
+        self, refuse: Callable[[Checkpoint], str] = lambda checkpoint: ""
+    ) -> Checkpoint | None:
+        """Return the newest checkpoint that is whole and that `refuse` (asked on the main rank)
+        does not refuse.
 
-        Newer ones that are not are said and set aside. None when there is no checkpoint at all. A collective.
+        Newer ones that are not are said and set aside. None when there is no checkpoint at all. A
+        collective.
 
         Raises:
             InputError: there are checkpoints, and none can be used; lists them all, deletes none.
         """
         world = self._world
-        paths = collectives.gather_objects([*complete_steps(self.directory).values()] if world.is_main else None, world)[0]
+        paths = collectives.gather_objects(
+            [*complete_steps(self.directory).values()] if world.is_main else None, world
+        )[0]
         problems: list[str] = []
         newer: dict[Path, str] = {}
         for path in reversed(paths):
@@ -280,12 +347,16 @@ class Checkpoints:
             newer[path] = "abandoned" if is_whole else "damaged"
         if problems:
             found_here = f"none of the {len(problems)} checkpoints in {self.directory} can be used"
-            raise InputError(f"{found_here} ({'; '.join(problems)}); restore one of them, or start over with --fresh --force",
-                             shared=True)
+            raise InputError(
+                f"{found_here} ({'; '.join(problems)}); restore one of them, or start over with"
+                " --fresh --force",
+                shared=True,
+            )
         return None
 
     def _set_aside(self, newer: dict[Path, str], problems: list[str]) -> None:
-        """Rename checkpoints that are not used: training goes on from an older one, and theirs is not its continuation."""
+        """Rename checkpoints that are not used: training goes on from an older one, and theirs is
+        not its continuation."""
         for problem in problems:
             log.warning(f"checkpoint {problem}; the one before it is used")
         for path, why in newer.items():
@@ -306,9 +377,15 @@ class Checkpoints:
             if odd := [name for name in content["files"] if Path(name).name != name]:
                 return None, f"it names {odd[0]!r}, which lies outside"
             for number, (name, described) in enumerate(sorted(content["files"].items())):
-                if number % self._world.world_size == self._world.rank and (found := _describe(path / name)) != described:
+                if (
+                    number % self._world.world_size == self._world.rank
+                    and (found := _describe(path / name)) != described
+                ):
                     if found["bytes"] != described["bytes"]:
-                        return None, f"{name} has {found['bytes']} bytes instead of {described['bytes']}"
+                        return (
+                            None,
+                            f"{name} has {found['bytes']} bytes instead of {described['bytes']}",
+                        )
                     return None, f"{name} is damaged (its SHA-256 is another)"
             if ".metadata" not in content["files"]:
                 return None, "it has no .metadata"
@@ -321,41 +398,71 @@ class Checkpoints:
         return Checkpoint(path, content["step"], content["record"], content["about"]), ""
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint without their values (device `meta`), by name; sharded ones as a whole."""
+        """Return the tensors of a checkpoint without their values (device `meta`), by name; sharded
+        ones as a whole."""
         try:
             metadata = _Reader(checkpoint.path).read_metadata()
-            return {name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-                    for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
-            raise InputError(f"{checkpoint.path} was not written by tdds ({error}); use those of your own run") from error
+            return {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                for name, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            ImportError,
+        ) as error:
+            raise InputError(
+                f"{checkpoint.path} was not written by tdds ({error}); use those of your own run"
+            ) from error
 
     def load(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-        """Read `tensors` in place; sharded ones get their rows of this number of ranks. A collective.
+        """Read `tensors` in place; sharded ones get their rows of this number of ranks. A
+        collective.
 
         Raises:
-            InputError: a tensor that the checkpoint does not hold, or holds in another shape or dtype, or that cannot be read;
-                on every rank.
+            InputError: a tensor that the checkpoint does not hold, or holds in another shape or
+                dtype, or that cannot be read; on every rank.
         """
         with together(self._world):
             have = self.describe(checkpoint)
             for name, tensor in tensors.items():
                 if name not in have:
-                    raise InputError(f"{checkpoint.path} has no tensor {name!r}; resume with the config that it was made with")
+                    raise InputError(
+                        f"{checkpoint.path} has no tensor {name!r}; resume with the config that it"
+                        " was made with"
+                    )
                 if (have[name].shape, have[name].dtype) != (tensor.shape, tensor.dtype):
-                    raise InputError(f"{checkpoint.path} holds {name!r} as {have[name].dtype} {tuple(have[name].shape)}, not "
-                                     f"{tensor.dtype} {tuple(tensor.shape)}; resume with the config that it was made with")
+                    raise InputError(
+                        f"{checkpoint.path} holds {name!r} as {have[name].dtype}"
+                        f" {tuple(have[name].shape)}, not {tensor.dtype} {tuple(tensor.shape)};"
+                        " resume with the config that it was made with"
+                    )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as above
             try:
-                dcp.load(tensors, storage_reader=_Reader(checkpoint.path), planner=_TensorsOnly(), process_group=self._group,
-                         no_dist=self._group is None)
+                dcp.load(
+                    tensors,
+                    storage_reader=_Reader(checkpoint.path),
+                    planner=_TensorsOnly(),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
             except CheckpointException as error:
-                raise InputError(f"{checkpoint.path} cannot be read ({_one_line(error)}); check the disk, or remove it and use "
-                                 "the one before it", shared=True) from error
+                raise InputError(
+                    f"{checkpoint.path} cannot be read ({_one_line(error)}); check the disk, or"
+                    " remove it and use the one before it",
+                    shared=True,
+                ) from error
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, with an unpickler for `.metadata` that takes only the few types that belong there."""
+    """torch's reader, with an unpickler for `.metadata` that takes only the few types that belong
+    there."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -370,22 +477,44 @@ class _TensorsOnly(DefaultLoadPlanner):
     """torch's planner, without unpickling: everything in our checkpoints is a tensor."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        raise InputError(f"{read_item.dest_index.fqn!r} in the checkpoint is not a tensor; it was not written by tdds")
+        raise InputError(
+            f"{read_item.dest_index.fqn!r} in the checkpoint is not a tensor; it was not written by"
+            " tdds"
+        )
 
 
 class _Unpickler(pickle.Unpickler):
-    _OF_DCP = frozenset({"Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
-                         "StorageMeta", "_MEM_FORMAT_ENCODING"})
+    _OF_DCP = frozenset(
+        {
+            "Metadata",
+            "TensorStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = (
             (module == "torch.distributed.checkpoint.metadata" and name in self._OF_DCP)
             or (module == "torch.distributed.checkpoint.filesystem" and name == "_StorageInfo")
-            or (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)))
-            or (module, name) in {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
-                                  ("collections", "OrderedDict")})
+            or (
+                module == "torch"
+                and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+            )
+            or (module, name)
+            in {
+                ("torch.serialization", "_get_layout"),
+                ("pathlib", "PosixPath"),
+                ("collections", "OrderedDict"),
+            }
+        )
         if not allowed:
-            raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which does not belong there")
+            raise pickle.UnpicklingError(
+                f".metadata asks for {module}.{name}, which does not belong there"
+            )
         return super().find_class(module, name)
 
 

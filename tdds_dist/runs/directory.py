@@ -1,7 +1,8 @@
 """The run directory: where every file of a run lies, and the small JSON records in it.
 
-Owns paths and records (`env.json`, `metrics.jsonl`, `result.json`, `config.yaml`, TensorBoard); not the formats of
-scores, coresets (`artifacts`) or trajectories (`trajectory`). Only rank 0 writes through it.
+Owns paths and records (`env.json`, `metrics.jsonl`, `result.json`, `config.yaml`, TensorBoard); not
+the formats of scores, coresets (`artifacts`) or trajectories (`trajectory`). Only rank 0 writes
+through it.
 """
 
 import filecmp
@@ -45,33 +46,58 @@ class RunDir:
         self.retrain = self.path / "retrain"
         self.report_file = self.path / "report.html"
 
-    def start(self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str) -> None:
-        """Create the directory, with the config and the record of how the run was started; `stage` names the stage and its
-        settings."""
+    def start(
+        self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str
+    ) -> None:
+        """Create the directory, with the config and the record of how the run was started; `stage`
+        names the stage and its settings."""
         self.write_start(config, stage | environment(world_size, device))
 
     def write_start(self, config: dict[str, Any], env: dict[str, Any]) -> None:
-        """Write config and record; env.json comes last, so a config alone is a start that did not happen."""
+        """Write config and record; env.json comes last, so a config alone is a start that did not
+        happen."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+            write_atomically(
+                self.config_file,
+                lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()),
+            )
             self.write_env(env)
         except OSError as error:
-            raise InputError(f"cannot write to run.dir={self.path} ({error}); choose a writable directory") from error
+            raise InputError(
+                f"cannot write to run.dir={self.path} ({error}); choose a writable directory"
+            ) from error
 
     def write_env(self, env: dict[str, Any]) -> None:
         """Write the record of how the run was started."""
         self._write_json(self.env_file, env)
 
     def set_aside(self) -> Path:
-        """Move what a run of this directory wrote into a folder in it; coresets and retrainings stay. Return the folder."""
-        return move_aside(self.result_file, self.config_file, self.env_file, self.metrics_file, self.log_file, self.status_file,
-                          self.report_file, self.checkpoints, self.trajectory, self.scores, self.models, self.tensorboard)
+        """Move what a run of this directory wrote into a folder in it; coresets and retrainings
+        stay. Return the folder."""
+        return move_aside(
+            self.result_file,
+            self.config_file,
+            self.env_file,
+            self.metrics_file,
+            self.log_file,
+            self.status_file,
+            self.report_file,
+            self.checkpoints,
+            self.trajectory,
+            self.scores,
+            self.models,
+            self.tensorboard,
+        )
 
     def rewind(self, num_epochs: int) -> None:
         """Remove the metrics of later epochs, which will be recorded again."""
         if self.metrics_file.is_file():
-            lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["epoch"] < num_epochs]
+            lines = [
+                json.dumps(record) + "\n"
+                for record in self.read_metrics()
+                if record["epoch"] < num_epochs
+            ]
             write_atomically(self.metrics_file, lambda file: file.write("".join(lines).encode()))
 
     def read_config(self) -> dict[str, Any]:
@@ -99,7 +125,8 @@ class RunDir:
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return one record per epoch, in order; empty when there is none yet. A last line that was cut off is left out."""
+        """Return one record per epoch, in order; empty when there is none yet. A last line that was
+        cut off is left out."""
         if not self.metrics_file.is_file():
             return []
         records = []
@@ -109,8 +136,10 @@ class RunDir:
                 records.append(json.loads(line))
             except ValueError as error:
                 if number < len(lines):
-                    raise InputError(f"{self.metrics_file}, line {number}: not JSON ({error}); restore the file, or remove "
-                                     "that line") from error
+                    raise InputError(
+                        f"{self.metrics_file}, line {number}: not JSON ({error}); restore the file,"
+                        " or remove that line"
+                    ) from error
         return records
 
     def write_result(self, record: dict[str, Any]) -> None:
@@ -126,13 +155,22 @@ class RunDir:
         return [RunDir(path.parent) for path in sorted(self.retrain.glob("*/config.yaml"))]
 
     def _write_json(self, path: Path, record: dict[str, Any]) -> None:
-        write_atomically(path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
+        write_atomically(
+            path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode())
+        )
 
 
 def complete_steps(directory: Path) -> dict[int, Path]:
-    """Return the checkpoints in a folder by step, in order; a folder has such a name only once all of it is written."""
+    """Return the checkpoints in a folder by step, in order; a folder has such a name only once all
+    of it is written."""
     try:
-        return dict(sorted((int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.name))))
+        return dict(
+            sorted(
+                (int(match[1]), path)
+                for path in directory.iterdir()
+                if (match := _STEP.fullmatch(path.name))
+            )
+        )
     except OSError:  # none yet
         return {}
 
@@ -142,15 +180,22 @@ def coreset_name(method: str, pruning_rate: float) -> str:
     return f"{method}_p{pruning_rate:g}.npz"
 
 
-def retrain_name(coreset_file: Path, strategy: str, importance: str, seed: int, network: str = "") -> str:
-    """Return the name of a retraining's folder; `network` where it is not that of the collection."""
-    return "_".join([coreset_file.stem, strategy, importance, *filter(None, [network]), f"seed{seed}"])
+def retrain_name(
+    coreset_file: Path, strategy: str, importance: str, seed: int, network: str = ""
+) -> str:
+    """Return the name of a retraining's folder; `network` where it is not that of the
+    collection."""
+    return "_".join(
+        [coreset_file.stem, strategy, importance, *filter(None, [network]), f"seed{seed}"]
+    )
 
 
 def move_aside(*paths: Path) -> Path:
-    """Move files and folders of one folder into a new one beside them, `before-<time>`, and return that.
+    """Move files and folders of one folder into a new one beside them, `before-<time>`, and return
+    that.
 
-    One level further down, no pattern for runs, scores or coresets finds them any more. Paths that do not exist are left out.
+    One level further down, no pattern for runs, scores or coresets finds them any more. Paths that
+    do not exist are left out.
     """
     paths = tuple(path for path in paths if path.exists())
     folder = first = paths[0].parent / time.strftime("before-%Y%m%dT%H%M%S")
@@ -163,7 +208,9 @@ def move_aside(*paths: Path) -> Path:
         for path in paths:
             path.rename(folder / path.name)
     except OSError as error:
-        raise InputError(f"cannot move {paths[0]} aside to {folder} ({error}); move it by hand") from error
+        raise InputError(
+            f"cannot move {paths[0]} aside to {folder} ({error}); move it by hand"
+        ) from error
     sync_folder(folder.parent)
     return folder
 
@@ -193,7 +240,10 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "num_cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("tdds-dist", "torch", "torchvision", "ffcv", "numba", "numpy")},
+        "versions": {
+            name: _version(name)
+            for name in ("tdds-dist", "torch", "torchvision", "ffcv", "numba", "numpy")
+        },
     }
 
 
@@ -207,8 +257,13 @@ def _version(package: str) -> str:
 def _commit() -> str:
     source = Path(__file__).resolve().parent
     try:
-        git = subprocess.run(["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"],
-                             capture_output=True, text=True, timeout=10, check=True)
+        git = subprocess.run(
+            ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return git.stdout.strip()
@@ -219,12 +274,15 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def any_scores(source: Path) -> Scores:
-    """Load any score file, for the labels and fingerprint of the dataset, and the quarantined samples: imported ones, which
-    know none, only where there are no others."""
+    """Load any score file, for the labels and fingerprint of the dataset, and the quarantined
+    samples: imported ones, which know none, only where there are no others."""
     if source.is_file():
         return load_scores(source)
     found = sorted(RunDir(source).scores.glob("*.npz"))

@@ -1,21 +1,31 @@
-"""The lock of a run directory: a directory that a live job uses is refused, a dead job's lock is taken over.
+"""The lock of a run directory: a directory that a live job uses is refused, a dead job's lock is
+taken over.
 
-Owns `run.lock` and nothing else. A holder on this machine is looked up among its processes; one on another machine cannot be
-asked, so it touches its file every few seconds and a newcomer watches whether the file changes. Only changes count: no time
-stamp is ever compared with a clock.
+Owns `run.lock` and nothing else. A holder on this machine is looked up among its processes; one on
+another machine cannot be asked, so it touches its file every few seconds and a newcomer watches
+whether the file changes. Only changes count: no time stamp is ever compared with a clock.
 """
 
-# How a lock changes hands. Neither of two newcomers may remove what the other has just put up, on file systems whose locks
-# (flock) are missing or hold within one node only, as on many clusters. So nobody removes a dead job's file. Every lock
-# has a token that never comes back, and whoever finds the lock T dead creates the file `.run.lock.after-T`, which only one
-# can. The holder is the end of this chain: run.lock, the successor of its token, the successor of that one.
-# * Who created a successor starts again from run.lock and has won only if the chain ends in it. If it does, run.lock still
-#   held T after the creation, so no earlier successor of T had been tidied away, and this is the first. If not, the
-#   newcomer was slow, its file is out of everyone's reach, and it removes that. (On NFS the creation also makes the client
+# How a lock changes hands. Neither of two newcomers may remove what the other has just put up, on
+# file systems whose locks
+# (flock) are missing or hold within one node only, as on many clusters. So nobody removes a dead
+# job's file. Every lock
+# has a token that never comes back, and whoever finds the lock T dead creates the file
+# `.run.lock.after-T`, which only one
+# can. The holder is the end of this chain: run.lock, the successor of its token, the successor of
+# that one.
+# * Who created a successor starts again from run.lock and has won only if the chain ends in it. If
+# it does, run.lock still
+# held T after the creation, so no earlier successor of T had been tidied away, and this is the
+# first. If not, the
+# newcomer was slow, its file is out of everyone's reach, and it removes that. (On NFS the creation
+# also makes the client
 #   look run.lock up anew.)
-# * The winner renames a copy of its lock over run.lock, and only then removes the links that led there. Killed in between,
+# * The winner renames a copy of its lock over run.lock, and only then removes the links that led
+# there. Killed in between,
 #   it is the dead end of the chain and is succeeded in its turn.
-# What no file can prevent: a holder that is frozen for 3 heartbeats between looking at its lock and removing or renaming it
+# What no file can prevent: a holder that is frozen for 3 heartbeats between looking at its lock and
+# removing or renaming it
 # hits its successor's. The successor sees that (`lost`).
 
 import contextlib
@@ -52,9 +62,11 @@ class _Holder:
 
     host: str
     pid: int
-    start_time: int  # of the process, in ticks since boot: tells it from a later one with its number
+    # of the process, in ticks since boot: tells it from a later one with its number
+    start_time: int
     boot_id: str
-    pid_namespace: str  # a process number means nothing outside of it (containers that share a host name)
+    # a process number means nothing outside of it (containers that share a host name)
+    pid_namespace: str
     token: str
     since: str
     command: str
@@ -84,9 +96,17 @@ class RunLock:
     A forked child does not hold it: its `release` does nothing.
     """
 
-    def __init__(self, directory: Path, *, heartbeat_seconds: float = HEARTBEAT_SECONDS, host: str | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        host: str | None = None,
+    ):
         if not 0 < heartbeat_seconds <= _LONGEST_HEARTBEAT:
-            raise ValueError(f"heartbeat_seconds={heartbeat_seconds} must be within (0, {_LONGEST_HEARTBEAT:g}]")
+            raise ValueError(
+                f"heartbeat_seconds={heartbeat_seconds} must be within (0, {_LONGEST_HEARTBEAT:g}]"
+            )
         self.path = Path(directory) / "run.lock"
         self._heartbeat_seconds = float(heartbeat_seconds)
         self._host = socket.gethostname() if host is None else host
@@ -97,7 +117,8 @@ class RunLock:
 
     @property
     def lost(self) -> bool:
-        """Say whether another job has taken the lock over, or someone removed it, since `acquire` (while this host was frozen).
+        """Say whether another job has taken the lock over, or someone removed it, since `acquire`
+        (while this host was frozen).
         """
         return self._lost
 
@@ -128,7 +149,9 @@ class RunLock:
                 write_atomically(self.path, lambda file: file.write(_content(me)))
                 for link in chain[:-1]:
                     _successor(link).unlink(missing_ok=True)
-            thread = threading.Thread(target=self._beat, args=(me.token, stop), name="run-lock", daemon=True)
+            thread = threading.Thread(
+                target=self._beat, args=(me.token, stop), name="run-lock", daemon=True
+            )
             self._lost = False
             thread.start()
             self._held, self._stop, self._thread = me, stop, thread
@@ -143,7 +166,10 @@ class RunLock:
         died = chain[0].holder
         if died is None:
             return f"took over {self.path}, which was damaged and not in use"
-        return f"took over the lock of a job that died (pid {died.pid} on {died.host}, since {died.since})"
+        return (
+            f"took over the lock of a job that died (pid {died.pid} on {died.host}, since"
+            f" {died.since})"
+        )
 
     def release(self) -> None:
         """Give the lock up; removes the file only when it is still ours. Twice is no error."""
@@ -180,14 +206,22 @@ class RunLock:
         )
 
     def _is_alive(self, link: _Link, me: _Holder) -> bool | None:
-        """Say whether the holder of a link lives; None when the file has been replaced meanwhile, so that it must be read
-        again."""
+        """Say whether the holder of a link lives; None when the file has been replaced meanwhile,
+        so that it must be read again."""
         holder = link.holder
         if holder is not None and _same_machine(holder, me):
             return _is_running(holder)
-        who = f"{link.path} is damaged" if holder is None else f"{self.path.parent} is locked by {holder}"
-        log.info(f"{who}; watching for {MISSED_BEATS * link.heartbeat_seconds:g} s whether that job still runs")
-        # Counted in naps, not by a clock: if this host is frozen meanwhile, perhaps with the other, that is no missed beat.
+        who = (
+            f"{link.path} is damaged"
+            if holder is None
+            else f"{self.path.parent} is locked by {holder}"
+        )
+        log.info(
+            f"{who}; watching for {MISSED_BEATS * link.heartbeat_seconds:g} s whether that job"
+            " still runs"
+        )
+        # Counted in naps, not by a clock: if this host is frozen meanwhile, perhaps with the other,
+        # that is no missed beat.
         for _ in range(MISSED_BEATS * _LOOKS_PER_BEAT):
             time.sleep(link.heartbeat_seconds / _LOOKS_PER_BEAT)
             now = _read(link.path)
@@ -199,10 +233,13 @@ class RunLock:
 
     def _refusal(self, link: _Link, me: _Holder) -> str:
         if link.holder is None:
-            return (f"{link.path} is not a lock that tdds can read, and something keeps writing it; "
-                    "stop what does, remove the file, or choose another run.dir")
+            return (
+                f"{link.path} is not a lock that tdds can read, and something keeps writing it; "
+                "stop what does, remove the file, or choose another run.dir"
+            )
         way_out = "wait for it, stop it, or choose another run.dir"
-        if _same_machine(link.holder, me) and _process(link.holder.pid) is None:  # hidden: who has the number is not known
+        # hidden: who has the number is not known
+        if _same_machine(link.holder, me) and _process(link.holder.pid) is None:
             way_out += f"; if that job is certainly dead, remove {link.path}"
         return f"{self.path.parent} {IN_USE} {link.holder}; {way_out}"
 
@@ -225,11 +262,12 @@ class RunLock:
 
 
 def holder_of(directory: Path, silent_seconds: float) -> tuple[str, bool, bool]:
-    """Return the holder of a directory (empty: none), whether that job lives, and whether this is certain. Does not take the
-    lock.
+    """Return the holder of a directory (empty: none), whether that job lives, and whether this is
+    certain. Does not take the lock.
 
-    Of a job on another machine only the heartbeat is seen. To take a lock over, no clock is trusted; to show its state, one is
-    enough: a job counts as dead after `silent_seconds` without a beat.
+    Of a job on another machine only the heartbeat is seen. To take a lock over, no clock is
+    trusted; to show its state, one is enough: a job counts as dead after `silent_seconds` without a
+    beat.
     """
     try:
         chain = _chain(Path(directory) / "run.lock")
@@ -260,7 +298,8 @@ def _parse(path: Path, file: IO[bytes]) -> _Link:
     holder = _holder(content)
     if holder is not None:
         return _Link(path, holder.token, mtime_ns, holder)
-    digest = hashlib.sha256(content + str(mtime_ns).encode()).hexdigest()  # with the time: every empty file is the same
+    # with the time: every empty file is the same
+    digest = hashlib.sha256(content + str(mtime_ns).encode()).hexdigest()
     return _Link(path, f"damaged-{digest[:32]}", mtime_ns, None)
 
 
@@ -277,8 +316,11 @@ def _holder(content: bytes) -> _Holder | None:
         holder = _Holder(**found)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    sound = (re.fullmatch("[0-9a-f]{32}", holder.token) and 0 < holder.pid < 1 << 31
-             and 0 < holder.heartbeat_seconds <= _LONGEST_HEARTBEAT)
+    sound = (
+        re.fullmatch("[0-9a-f]{32}", holder.token)
+        and 0 < holder.pid < 1 << 31
+        and 0 < holder.heartbeat_seconds <= _LONGEST_HEARTBEAT
+    )
     return holder if sound else None
 
 
@@ -287,7 +329,8 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _read(path: Path, tries: int = 3) -> _Link | None:
-    """Read a link; None when there is no such file. It is opened, not only asked for its time, which NFS caches until an open.
+    """Read a link; None when there is no such file. It is opened, not only asked for its time,
+    which NFS caches until an open.
     """
     try:
         with _open(path) as file:
@@ -332,7 +375,8 @@ def _place(path: Path, holder: _Holder) -> bool:
 
 
 def _write_new(path: Path, content: bytes) -> bool:
-    """Do as `_place` without hard links. A half-written file counts as damaged, and is watched before it is taken over."""
+    """Do as `_place` without hard links. A half-written file counts as damaged, and is watched
+    before it is taken over."""
     try:
         file = path.open("xb")
     except FileExistsError:
@@ -356,7 +400,8 @@ def _remove(path: Path, token: str) -> None:
 
 
 def _touch(descriptor: int, before_ns: int) -> None:
-    """Change a file's time to now; by two seconds where a coarse or reset clock shows the same time again."""
+    """Change a file's time to now; by two seconds where a coarse or reset clock shows the same time
+    again."""
     os.utime(descriptor)
     if os.fstat(descriptor).st_mtime_ns == before_ns:
         os.utime(descriptor, ns=(before_ns + 2_000_000_000, before_ns + 2_000_000_000))
@@ -380,7 +425,8 @@ def _pid_namespace() -> str:
 
 
 def _same_machine(one: _Holder, other: _Holder) -> bool:
-    """Say whether the process ids of both have one meaning. Host names do not tell: containers may share them."""
+    """Say whether the process ids of both have one meaning. Host names do not tell: containers may
+    share them."""
     keys = [(holder.host, holder.boot_id, holder.pid_namespace) for holder in (one, other)]
     return keys[0] == keys[1] and one.boot_id != ""
 
@@ -388,7 +434,8 @@ def _same_machine(one: _Holder, other: _Holder) -> bool:
 def _process(pid: int) -> tuple[str, int] | None:
     """Return state and start time of a process; None when /proc does not show it."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # a name may hold spaces and brackets
+        # a name may hold spaces and brackets
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[19])  # the third and the 22nd, as proc(5) counts
     except (OSError, IndexError):
         return None

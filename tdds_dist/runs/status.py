@@ -1,7 +1,9 @@
-"""The state of a run: status.json, which its job writes, and what its directory says to people and launchers that look.
+"""The state of a run: status.json, which its job writes, and what its directory says to people and
+launchers that look.
 
-They may be on any machine that sees the files; they write nothing and take no lock. Any file may be missing, old or cut off:
-what can be known without it is told. Imports no torch, since an answer is expected at once.
+They may be on any machine that sees the files; they write nothing and take no lock. Any file may be
+missing, old or cut off: what can be known without it is told. Imports no torch, since an answer is
+expected at once.
 """
 
 import contextlib
@@ -35,9 +37,21 @@ class Pulse:
     def __init__(self, path: Path, stage: str, world_size: int, is_main: bool):
         self._path, self._is_main = path, is_main
         self._record: dict[str, Any] = {
-            "stage": stage, "state": "starting", "epoch": 0, "epochs": 0, "step": 0, "steps": 0, "images_per_second": None,
-            "eta_seconds": None, "updated": 0.0, "host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size,
-            "job": os.environ.get("TDDS_JOB", ""), "message": ""}
+            "stage": stage,
+            "state": "starting",
+            "epoch": 0,
+            "epochs": 0,
+            "step": 0,
+            "steps": 0,
+            "images_per_second": None,
+            "eta_seconds": None,
+            "updated": 0.0,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "world_size": world_size,
+            "job": os.environ.get("TDDS_JOB", ""),
+            "message": "",
+        }
         self._last = -BEAT_SECONDS
 
     @property
@@ -46,8 +60,8 @@ class Pulse:
         return self._is_main and time.monotonic() - self._last >= BEAT_SECONDS
 
     def beat(self, state: str, **fields: Any) -> None:
-        """Write status.json now. `state`: starting, training, scoring, finished, failed, or stopped: asked to leave, and able
-        to go on. `epoch` counts finished epochs."""
+        """Write status.json now. `state`: starting, training, scoring, finished, failed, or
+        stopped: asked to leave, and able to go on. `epoch` counts finished epochs."""
         if not self._is_main:
             return
         self._last = time.monotonic()
@@ -66,7 +80,8 @@ class Pulse:
 
 @dataclass(frozen=True)
 class LastCheckpoint:
-    """The checkpoint that a stopped run goes on from, unless it is damaged, which shows when it is used."""
+    """The checkpoint that a stopped run goes on from, unless it is damaged, which shows when it is
+    used."""
 
     step: int
     epoch: int | None
@@ -79,7 +94,9 @@ class RunStatus:
 
     directory: str
     stage: str  # collect | retrain
-    state: str  # new starting training scoring finished stopped failed, or lost: nobody works on it, and it did not say why
+    # new starting training scoring finished stopped failed, or lost: nobody works on it, and it did
+    # not say why
+    state: str
     epoch: int | None = None  # epochs finished
     epochs: int | None = None
     step: int | None = None
@@ -118,21 +135,37 @@ def find_runs(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
-        raise InputError(f"{directory} {what}; give the directory of a run or an experiment, e.g. runs/NAME")
+        raise InputError(
+            f"{directory} {what}; give the directory of a run or an experiment, e.g. runs/NAME"
+        )
     if _is_run(directory):
         return [directory]
-    if seeds := sorted((path for path in directory.glob("seed*") if _is_run(path)), key=lambda path: (len(path.name), path)):
+    if seeds := sorted(
+        (path for path in directory.glob("seed*") if _is_run(path)),
+        key=lambda path: (len(path.name), path),
+    ):
         return seeds
     if _has_jobs(directory):
         return [directory]
-    raise InputError(f"{directory} holds neither a run (no config.yaml, env.json or jobs) nor an experiment (no seed*/); give "
-                     "the directory that `tdds collect`, `retrain` or `experiment` wrote to")
+    raise InputError(
+        f"{directory} holds neither a run (no config.yaml, env.json or jobs) nor an experiment (no"
+        " seed*/); give the directory that `tdds collect`, `retrain` or `experiment` wrote to"
+    )
 
 
 def _is_run(directory: Path) -> bool:
     run = RunDir(directory)
-    files = (run.config_file, run.env_file, run.status_file, run.metrics_file, run.result_file, directory / "run.lock")
-    return any(file.is_file() for file in files) or (directory.name.startswith("seed") and _has_jobs(directory))
+    files = (
+        run.config_file,
+        run.env_file,
+        run.status_file,
+        run.metrics_file,
+        run.result_file,
+        directory / "run.lock",
+    )
+    return any(file.is_file() for file in files) or (
+        directory.name.startswith("seed") and _has_jobs(directory)
+    )
 
 
 def _has_jobs(directory: Path) -> bool:
@@ -143,19 +176,39 @@ def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
     """Read what the files of a run directory say now; damaged ones raise nothing."""
     run, now = RunDir(directory), time.time()
     pulse, env, result = (_json(file) for file in (run.status_file, run.env_file, run.result_file))
-    retrainings = tuple(read_status(path.parent, with_retrainings=False)
-                        for path in sorted(run.retrain.glob("*/config.yaml"))) if with_retrainings else ()
+    retrainings = (
+        tuple(
+            read_status(path.parent, with_retrainings=False)
+            for path in sorted(run.retrain.glob("*/config.yaml"))
+        )
+        if with_retrainings
+        else ()
+    )
     resumes = env.get("resumes")
-    last_start = resumes[-1] if isinstance(resumes, list) and resumes and isinstance(resumes[-1], dict) else env
+    last_start = (
+        resumes[-1]
+        if isinstance(resumes, list) and resumes and isinstance(resumes[-1], dict)
+        else env
+    )
     known: dict[str, Any] = {
-        "directory": str(directory), "stage": _text(result, "stage") or _text(env, "stage") or _text(pulse, "stage"),
+        "directory": str(directory),
+        "stage": _text(result, "stage") or _text(env, "stage") or _text(pulse, "stage"),
         "world_size": _whole(pulse, "world_size") or _whole(last_start, "world_size"),
         "num_resumes": len(resumes) if isinstance(resumes, list) else 0,
-        "command": _command(last_start) or _command(env), "host": _text(pulse, "host"), "job": _text(pulse, "job"),
-        "retrainings": retrainings}
+        "command": _command(last_start) or _command(env),
+        "host": _text(pulse, "host"),
+        "job": _text(pulse, "job"),
+        "retrainings": retrainings,
+    }
     if result:
-        return RunStatus(**known, state="finished", epoch=_whole(result, "epochs"), epochs=_whole(result, "epochs"),
-                         final_top1=_number(result, "final_top1"), best_top1=_number(result, "best_top1"))
+        return RunStatus(
+            **known,
+            state="finished",
+            epoch=_whole(result, "epochs"),
+            epochs=_whole(result, "epochs"),
+            final_top1=_number(result, "final_top1"),
+            best_top1=_number(result, "best_top1"),
+        )
     updated = _number(pulse, "updated")
     age = None if updated is None else max(0.0, now - updated)
     num_epochs = _num_lines(run.metrics_file)
@@ -164,22 +217,47 @@ def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
     if run.status_file.is_file() and not pulse:
         warnings.append(f"{run.status_file} is damaged; what follows is from the other files")
     return RunStatus(
-        **known, state=state, epoch=max(_whole(pulse, "epoch") or 0, num_epochs), epochs=epochs or _planned_epochs(run),
-        step=_whole(pulse, "step"), steps=_whole(pulse, "steps") or None,
+        **known,
+        state=state,
+        epoch=max(_whole(pulse, "epoch") or 0, num_epochs),
+        epochs=epochs or _planned_epochs(run),
+        step=_whole(pulse, "step"),
+        steps=_whole(pulse, "steps") or None,
         images_per_second=_number(pulse, "images_per_second") if is_active else None,
-        eta_seconds=_number(pulse, "eta_seconds") if is_active else None, updated_seconds_ago=age, why=why,
-        checkpoint=_last_checkpoint(run.checkpoints, now), warnings=tuple(warnings))
+        eta_seconds=_number(pulse, "eta_seconds") if is_active else None,
+        updated_seconds_ago=age,
+        why=why,
+        checkpoint=_last_checkpoint(run.checkpoints, now),
+        warnings=tuple(warnings),
+    )
 
 
-def _state(run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bool) -> tuple[str, str, list[str]]:
+def _state(
+    run: RunDir, pulse: dict[str, Any], age: float | None, *, started: bool
+) -> tuple[str, str, list[str]]:
     """Return the state, why it stopped, and warnings."""
     told, holder, is_alive, is_certain = _text(pulse, "state"), *holder_of(run.path, STALE_SECONDS)
     if told in ACTIVE:
         if is_alive or (age is not None and age <= STALE_SECONDS and not (holder and is_certain)):
             is_old = age is None or age > STALE_SECONDS
-            return told, "", [f"no update for {duration(age or 0)}, but {holder} still holds the run"] if is_old else []
+            return (
+                told,
+                "",
+                (
+                    [f"no update for {duration(age or 0)}, but {holder} still holds the run"]
+                    if is_old
+                    else []
+                ),
+            )
         gone = f"{holder} is dead" if holder else "no job holds it"
-        return "lost", "", [f"{run.path} says {told}, but its last update came {duration(age or 0)} ago and {gone}"]
+        return (
+            "lost",
+            "",
+            [
+                f"{run.path} says {told}, but its last update came {duration(age or 0)} ago and"
+                f" {gone}"
+            ],
+        )
     if is_alive:  # between two starts
         return "starting", "", []
     if told in ("stopped", "failed", "finished"):
@@ -209,7 +287,15 @@ def _planned_epochs(run: RunDir) -> int | None:
     try:
         config = yaml.safe_load(run.config_file.read_text())
         return int(config["train"]["epochs"])
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, yaml.YAMLError):
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        yaml.YAMLError,
+    ):
         return None
 
 
@@ -256,7 +342,11 @@ def _text(record: dict[str, Any], key: str) -> str:
 
 def _command(record: dict[str, Any]) -> tuple[str, ...]:
     words = record.get("command")
-    return tuple(words) if isinstance(words, list) and all(isinstance(word, str) for word in words) else ()
+    return (
+        tuple(words)
+        if isinstance(words, list) and all(isinstance(word, str) for word in words)
+        else ()
+    )
 
 
 def _whole(record: dict[str, Any], key: str) -> int | None:
@@ -266,5 +356,8 @@ def _whole(record: dict[str, Any], key: str) -> int | None:
 
 def _number(record: dict[str, Any], key: str) -> float | None:
     value = record.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN either
+    # no NaN either
+    is_number = (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    )
     return float(value) if is_number and value is not None else None

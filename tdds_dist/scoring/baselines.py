@@ -1,10 +1,11 @@
 """Scores that TDDS is compared with. Pure NumPy; by global index, float32, higher = keep.
 
-Sums over epochs are loops of elementwise operations, in float64: a sample scores bitwise the same alone and in a shard of
-any size (see `tdds`), and a trajectory never exists in float64 as a whole.
+Sums over epochs are loops of elementwise operations, in float64: a sample scores bitwise the same
+alone and in a shard of any size (see `tdds`), and a trajectory never exists in float64 as a whole.
 """
 
-# T epochs, N samples (any number of columns), n some of them, M rows with features, m rows of one class, D features
+# T epochs, N samples (any number of columns), n some of them, M rows with features, m rows of one
+# class, D features
 
 from collections.abc import Callable, Iterator
 
@@ -18,26 +19,32 @@ _COLUMNS = 2**14  # samples looked at together in every window, so that they sta
 
 
 def random(num_samples: int, seed: int) -> np.ndarray:
-    """Return a seeded permutation of 0..N-1 as scores, float32 [N]: every top-M of it is a uniform draw, nested over M."""
+    """Return a seeded permutation of 0..N-1 as scores, float32 [N]: every top-M of it is a uniform
+    draw, nested over M."""
     return np.random.default_rng([seed, num_samples]).permutation(num_samples).astype(np.float32)
 
 
 def forgetting(correct_TN: np.ndarray, never_learned: str = "inf") -> np.ndarray:
-    """Count forgetting events (Toneva et al., ICLR 2019, arXiv 1812.05159): epochs that get wrong what the one before got
-    right.
+    """Count forgetting events (Toneva et al., ICLR 2019, arXiv 1812.05159): epochs that get wrong
+    what the one before got right.
 
-    `correct_TN` float32 [T, N], 1 or 0; returns float32 [N]. Samples that no epoch gets right have no event to count:
-    `inf` ranks them above all others, as data-diet does, with the finite score T (a count never exceeds T / 2); `0` leaves
-    them at 0, as CCS and DeepCore do.
+    `correct_TN` float32 [T, N], 1 or 0; returns float32 [N]. Samples that no epoch gets right have
+    no event to count: `inf` ranks them above all others, as data-diet does, with the finite score T
+    (a count never exceeds T / 2); `0` leaves them at 0, as CCS and DeepCore do.
 
     Raises:
         InputError: fewer than 2 epochs, unknown `never_learned`.
     """
     num_epochs = len(correct_TN)
     if never_learned not in NEVER_LEARNED:
-        raise InputError(f"never_learned={never_learned!r} is unknown; use one of {', '.join(NEVER_LEARNED)}")
+        raise InputError(
+            f"never_learned={never_learned!r} is unknown; use one of {', '.join(NEVER_LEARNED)}"
+        )
     if num_epochs < 2:
-        raise InputError(f"forgetting needs at least 2 epochs to compare, and there are {num_epochs}; train longer")
+        raise InputError(
+            f"forgetting needs at least 2 epochs to compare, and there are {num_epochs}; train"
+            " longer"
+        )
     count_N = np.zeros(correct_TN.shape[1], dtype=np.float32)  # counts are exact
     learned_N = correct_TN[0] > 0
     for t in range(1, num_epochs):
@@ -49,7 +56,8 @@ def forgetting(correct_TN: np.ndarray, never_learned: str = "inf") -> np.ndarray
 
 
 def el2n(el2n_TN: np.ndarray, num_epochs: int = 10) -> np.ndarray:
-    """Compute EL2N (Paul et al., NeurIPS 2021, arXiv 2107.07075): mean of || p - onehot(y) ||_2 over the first epochs.
+    """Compute EL2N (Paul et al., NeurIPS 2021, arXiv 2107.07075): mean of || p - onehot(y) ||_2
+    over the first epochs.
 
     `el2n_TN` float32 [>= num_epochs, N], the norm by epoch; returns float32 [N].
 
@@ -57,16 +65,20 @@ def el2n(el2n_TN: np.ndarray, num_epochs: int = 10) -> np.ndarray:
         InputError: fewer epochs than `num_epochs`, or `num_epochs` below 1.
     """
     if not 1 <= num_epochs <= len(el2n_TN):
-        raise InputError(f"num_epochs={num_epochs} must lie in [1, {len(el2n_TN)}], the epochs there are for EL2N; lower it or "
-                         "train longer")
+        raise InputError(
+            f"num_epochs={num_epochs} must lie in [1, {len(el2n_TN)}], the epochs there are for"
+            " EL2N; lower it or train longer"
+        )
     return _mean_over_epochs(el2n_TN[:num_epochs]).astype(np.float32)
 
 
 def aum(margin_TN: np.ndarray, keep: str = "hardest") -> np.ndarray:
-    """Compute the area under the margin (Pleiss et al., NeurIPS 2020, arXiv 2001.10528): mean over epochs of the margin.
+    """Compute the area under the margin (Pleiss et al., NeurIPS 2020, arXiv 2001.10528): mean over
+    epochs of the margin.
 
-    `margin_TN` float32 [T, N], the label's value minus the largest other; returns float32 [N]. A low margin is hard:
-    `hardest` negates the mean, so that the lowest margins are kept, and `easiest` does not.
+    `margin_TN` float32 [T, N], the label's value minus the largest other; returns float32 [N]. A
+    low margin is hard: `hardest` negates the mean, so that the lowest margins are kept, and
+    `easiest` does not.
 
     Raises:
         InputError: no epoch, unknown `keep`.
@@ -78,10 +90,11 @@ def aum(margin_TN: np.ndarray, keep: str = "hardest") -> np.ndarray:
 
 
 def dyn_unc(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
-    """Compute Dyn-Unc (He et al., CVPR 2024, arXiv 2306.05175): mean over windows of the unbiased std of the label's
-    probability.
+    """Compute Dyn-Unc (He et al., CVPR 2024, arXiv 2306.05175): mean over windows of the unbiased
+    std of the label's probability.
 
-    `p_label_TN` float32 [T, N]; `window` is J, in epochs, and T - J + 1 windows are averaged; returns float32 [N].
+    `p_label_TN` float32 [T, N]; `window` is J, in epochs, and T - J + 1 windows are averaged;
+    returns float32 [N].
 
     Raises:
         InputError: `window` below 2 or above T.
@@ -90,7 +103,8 @@ def dyn_unc(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
 
 
 def dual(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
-    """Compute DUAL (Cho et al., ICML 2025, arXiv 2502.06905): mean over windows of std (1 - mean) of the label's probability.
+    """Compute DUAL (Cho et al., ICML 2025, arXiv 2502.06905): mean over windows of std (1 - mean)
+    of the label's probability.
 
     Uncertainty times difficulty; the std is unbiased. Shapes, `window` and errors as in `dyn_unc`.
     """
@@ -98,24 +112,27 @@ def dual(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
 
 
 def mean_probability(p_label_TN: np.ndarray) -> np.ndarray:
-    """Average the label's probability over epochs, in [0, 1], float32 [N]: what DUAL's Beta sampling looks at."""
+    """Average the label's probability over epochs, in [0, 1], float32 [N]: what DUAL's Beta
+    sampling looks at."""
     return _mean_over_epochs(p_label_TN).astype(np.float32)
 
 
 def moderate(feature_MD: np.ndarray, label_M: np.ndarray) -> np.ndarray:
-    """Compute the Moderate score (Xia et al., ICLR 2023): Euclidean distance to the median of the class, dimension by
-    dimension.
+    """Compute the Moderate score (Xia et al., ICLR 2023): Euclidean distance to the median of the
+    class, dimension by dimension.
 
-    `feature_MD` [M, D], `label_M` int64 [M]: rows in any order, of complete classes, as the median is taken over the rows
-    given. Returns the distance of each row, float32 [M]; the samples to keep are those in the centre of its ranking
-    (`centre` in `coreset.samplers`).
+    `feature_MD` [M, D], `label_M` int64 [M]: rows in any order, of complete classes, as the median
+    is taken over the rows given. Returns the distance of each row, float32 [M]; the samples to keep
+    are those in the centre of its ranking (`centre` in `coreset.samplers`).
 
     Raises:
         InputError: rows without a label.
     """
     if (label_M < 0).any():
-        raise InputError(f"moderate measures the distance to a class, and {int((label_M < 0).sum())} of {len(label_M)} samples "
-                         "have no label; take labels from the dataset")
+        raise InputError(
+            f"moderate measures the distance to a class, and {int((label_M < 0).sum())} of"
+            f" {len(label_M)} samples have no label; take labels from the dataset"
+        )
     distance_M = np.empty(len(label_M), dtype=np.float32)
     by_class_M = np.argsort(label_M, kind="stable")
     _, size = np.unique(label_M, return_counts=True)
@@ -137,8 +154,9 @@ def _mean_over_epochs(value_TN: np.ndarray) -> np.ndarray:
     return total_N / len(value_TN)
 
 
-def _mean_over_windows(value_TN: np.ndarray, window: int,
-                       of_window: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+def _mean_over_windows(
+    value_TN: np.ndarray, window: int, of_window: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
     """Average over windows a function of their (mean, unbiased std), float32 [N]."""
     total_N = np.zeros(value_TN.shape[1])
     for first in range(0, len(total_N), _COLUMNS):
@@ -151,10 +169,14 @@ def _mean_over_windows(value_TN: np.ndarray, window: int,
 def _windows(value_TN: np.ndarray, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (mean, unbiased std) of each run of `window` epochs, float64 [N] each.
 
-    Deviations are taken from the window's own mean: running sums of squares would cancel where a probability hardly moves.
+    Deviations are taken from the window's own mean: running sums of squares would cancel where a
+    probability hardly moves.
     """
     if not 2 <= window <= len(value_TN):
-        raise InputError(f"window={window} must lie in [2, {len(value_TN)}], the epochs there are; lower it or train longer")
+        raise InputError(
+            f"window={window} must lie in [2, {len(value_TN)}], the epochs there are; lower it or"
+            " train longer"
+        )
     for first in range(len(value_TN) - window + 1):
         mean_N = _mean_over_epochs(value_TN[first : first + window])
         squares_N = np.zeros_like(mean_N)

@@ -1,7 +1,8 @@
 """Stage `score`: compute scores from what was recorded, without touching an image.
 
-Reads our trajectory, or a dynamics folder of the authors' code. `score` gives TDDS in any setting, `score_all` every
-score that needs no final model; `final_pass` makes the two that do. Quarantined samples get the lowest score of the others.
+Reads our trajectory, or a dynamics folder of the authors' code. `score` gives TDDS in any setting,
+`score_all` every score that needs no final model; `final_pass` makes the two that do. Quarantined
+samples get the lowest score of the others.
 """
 
 # T epochs, N dataset
@@ -19,7 +20,14 @@ from tdds_dist.console import Progress, log
 from tdds_dist.data.beton import dataset_fingerprint, inspect_beton
 from tdds_dist.data.manifest import check_labels, read_manifest
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import UNKNOWN_LABEL, Fingerprint, Scores, fingerprint, load_scores, save_scores
+from tdds_dist.runs.artifacts import (
+    UNKNOWN_LABEL,
+    Fingerprint,
+    Scores,
+    fingerprint,
+    load_scores,
+    save_scores,
+)
 from tdds_dist.runs.directory import RunDir, move_aside
 from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.official_outputs import Dynamics, is_dynamics
@@ -31,7 +39,8 @@ Recorded = Trajectory | Dynamics
 MODEL_SCORES = ("entropy", "moderate")  # need the final model; see `final_pass`
 
 
-Computed = tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]  # scores [N], what samplers need [N], settings
+# scores [N], what samplers need [N], settings
+Computed = tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,40 +55,61 @@ class Baseline:
 BASELINES = {
     "forgetting": Baseline(
         lambda o: "correct",
-        lambda v, o: (baselines.forgetting(v, o.never_learned), {}, {"never_learned": o.never_learned}),
-        ("never_learned", "num_epochs")),
+        lambda v, o: (
+            baselines.forgetting(v, o.never_learned),
+            {},
+            {"never_learned": o.never_learned},
+        ),
+        ("never_learned", "num_epochs"),
+    ),
     "el2n": Baseline(
         lambda o: "el2n",
         lambda v, o: (baselines.el2n(v, o.el2n_epochs), {}, {"el2n_epochs": o.el2n_epochs}),
-        ("el2n_epochs",)),
+        ("el2n_epochs",),
+    ),
     "aum": Baseline(
         lambda o: "logit_margin" if o.aum_of == "logit" else "p_margin",
         lambda v, o: (baselines.aum(v, o.aum_keep), {}, {"aum_of": o.aum_of, "keep": o.aum_keep}),
-        ("aum_of", "aum_keep", "num_epochs")),
+        ("aum_of", "aum_keep", "num_epochs"),
+    ),
     "dyn_unc": Baseline(
         lambda o: "p_label",
         lambda v, o: (baselines.dyn_unc(v, o.uncertainty_window), {}, {"J": o.uncertainty_window}),
-        ("uncertainty_window", "num_epochs")),
+        ("uncertainty_window", "num_epochs"),
+    ),
     "dual": Baseline(
         lambda o: "p_label",
-        lambda v, o: (baselines.dual(v, o.uncertainty_window), {"p_mean": baselines.mean_probability(v)},
-                      {"J": o.uncertainty_window}),
-        ("uncertainty_window", "num_epochs")),
+        lambda v, o: (
+            baselines.dual(v, o.uncertainty_window),
+            {"p_mean": baselines.mean_probability(v)},
+            {"J": o.uncertainty_window},
+        ),
+        ("uncertainty_window", "num_epochs"),
+    ),
 }
-_IN_NAMES = {"never_learned": "never{}", "el2n_epochs": "T{}", "num_epochs": "T{}", "aum_of": "{}", "aum_keep": "{}",
-             "uncertainty_window": "J{}"}
+_IN_NAMES = {
+    "never_learned": "never{}",
+    "el2n_epochs": "T{}",
+    "num_epochs": "T{}",
+    "aum_of": "{}",
+    "aum_keep": "{}",
+    "uncertainty_window": "J{}",
+}
 
 
 def file_key(key: str, options: Baselines) -> str:
-    """Return the name of a score's file: the key, and every option that it reads and that is not the default."""
+    """Return the name of a score's file: the key, and every option that it reads and that is not
+    the default."""
     default = Baselines()
-    changed = [name for name in BASELINES[key].options if getattr(options, name) != getattr(default, name)]
+    changed = [
+        name for name in BASELINES[key].options if getattr(options, name) != getattr(default, name)
+    ]
     return "_".join([key, *(_IN_NAMES[name].format(getattr(options, name)) for name in changed)])
 
 
 def check_options(key: str, options: Baselines, given: Sequence[str], num_epochs: int) -> int:
-    """Return the number of epochs that a score uses; raise InputError when an option is longer than the `num_epochs` there are,
-    or when the score does not read one of the `given` (`key=value`)."""
+    """Return the number of epochs that a score uses; raise InputError when an option is longer than
+    the `num_epochs` there are, or when the score does not read one of the `given` (`key=value`)."""
     reads = BASELINES[key].options if key in BASELINES else ()
     for option in given:
         name = option.partition("=")[0].removeprefix("score.baselines.")
@@ -88,23 +118,37 @@ def check_options(key: str, options: Baselines, given: Sequence[str], num_epochs
             raise InputError(f"{option} does nothing for score {key}: {what}; leave it out")
     for name in ("el2n_epochs", "num_epochs"):
         if name in reads and getattr(options, name) > num_epochs:
-            raise InputError(f"{name}={getattr(options, name)} is longer than the {num_epochs} recorded epochs; lower it, or "
-                             "collect longer")
+            raise InputError(
+                f"{name}={getattr(options, name)} is longer than the {num_epochs} recorded epochs;"
+                " lower it, or collect longer"
+            )
     looked_at = options.el2n_epochs if key == "el2n" else options.num_epochs or num_epochs
     if "uncertainty_window" in reads and options.uncertainty_window > looked_at:
-        raise InputError(f"uncertainty_window={options.uncertainty_window} is longer than the {looked_at} epochs there are; "
-                         "lower it, or collect longer")
+        raise InputError(
+            f"uncertainty_window={options.uncertainty_window} is longer than the {looked_at} epochs"
+            " there are; lower it, or collect longer"
+        )
     return looked_at
 
 
-def score(source: Path, *, preset: str | None = None, T: int | None = None, K: int | None = None, beta: float | None = None,
-          delta: str = "kl", beton: Path | None = None, out: Path | None = None) -> list[Path]:
+def score(
+    source: Path,
+    *,
+    preset: str | None = None,
+    T: int | None = None,
+    K: int | None = None,
+    beta: float | None = None,
+    delta: str = "kl",
+    beton: Path | None = None,
+    out: Path | None = None,
+) -> list[Path]:
     """Compute TDDS from what was recorded; return the score files.
 
-    `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset default to those that were
-    scored live, where all windows agree; else T defaults to all epochs, K to 10, beta to 0.9, preset to `official`. Without T
-    and K, every window that was scored live. `delta` chooses an ablation of section 5.4 (`ABLATIONS` in `config.scores`).
-    `beton` supplies labels where the source has none.
+    `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset
+    default to those that were scored live, where all windows agree; else T defaults to all epochs,
+    K to 10, beta to 0.9, preset to `official`. Without T and K, every window that was scored live.
+    `delta` chooses an ablation of section 5.4 (`ABLATIONS` in `config.scores`). `beton` supplies
+    labels where the source has none.
 
     Raises:
         InputError: nothing recorded there, epochs missing, settings that do not fit.
@@ -114,16 +158,27 @@ def score(source: Path, *, preset: str | None = None, T: int | None = None, K: i
     if out is not None and Path(out).suffix != ".npz":
         raise InputError(f"--out={out} must end in .npz: it names the one score file")
     if out is not None and len(windows) > 1:
-        raise InputError(f"--out={out} names one file, the run has {len(windows)} windows; choose one with --T and --K")
+        raise InputError(
+            f"--out={out} names one file, the run has {len(windows)} windows; choose one with --T"
+            " and --K"
+        )
     return _score_windows(origin, windows, preset, delta, None if out is None else Path(out))
 
 
-def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] = (), beton: Path | None = None,
-              out: Path | None = None) -> tuple[list[Path], list[str]]:
-    """Compute every score that needs no final model, or those called `keys`; return the files and what could not be computed.
+def score_all(
+    source: Path,
+    keys: Sequence[str] = (),
+    *,
+    options: Sequence[str] = (),
+    beton: Path | None = None,
+    out: Path | None = None,
+) -> tuple[list[Path], list[str]]:
+    """Compute every score that needs no final model, or those called `keys`; return the files and
+    what could not be computed.
 
-    `options` are `key=value` for the config section score.baselines. `out` is a directory, by default scores/ of the run,
-    or the source itself. Files of scores under other than default options carry them in their names.
+    `options` are `key=value` for the config section score.baselines. `out` is a directory, by
+    default scores/ of the run, or the source itself. Files of scores under other than default
+    options carry them in their names.
 
     Raises:
         InputError: as `score`; a key that was asked for by name and cannot be computed.
@@ -131,15 +186,28 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
     origin = _open(Path(source), beton)
     known = ("tdds", "random", *BASELINES)
     if unknown := [key for key in keys if key not in known]:
-        hint = " (they need the final model: `tdds score RUN --final-pass`)" if set(unknown) <= set(MODEL_SCORES) else ""
-        hint = " (it is a way to choose: `tdds select --score ccs`)" if unknown[0] == "ccs" else hint
-        raise InputError(f"score {unknown[0]!r} is not computed from recorded epochs{hint}; use one of {', '.join(known)}")
-    settings = parse_baselines(origin.config.score.baselines if origin.config else Baselines(), options)
+        hint = (
+            " (they need the final model: `tdds score RUN --final-pass`)"
+            if set(unknown) <= set(MODEL_SCORES)
+            else ""
+        )
+        hint = (
+            " (it is a way to choose: `tdds select --score ccs`)" if unknown[0] == "ccs" else hint
+        )
+        raise InputError(
+            f"score {unknown[0]!r} is not computed from recorded epochs{hint}; use one of"
+            f" {', '.join(known)}"
+        )
+    settings = parse_baselines(
+        origin.config.score.baselines if origin.config else Baselines(), options
+    )
     read = {name for key in keys or known if key in BASELINES for name in BASELINES[key].options}
     for option in options:
         if (name := option.partition("=")[0].removeprefix("score.baselines.")) not in read:
-            raise InputError(f"{option} does nothing for {', '.join(keys or known)}; leave it out, or add the score that reads "
-                             f"{name}")
+            raise InputError(
+                f"{option} does nothing for {', '.join(keys or known)}; leave it out, or add the"
+                f" score that reads {name}"
+            )
     folder = Path(out) if out is not None else origin.folder
     if folder.suffix == ".npz" or folder.is_file():
         raise InputError(f"--out={folder} must be a directory: one file per score goes there")
@@ -154,23 +222,39 @@ def score_all(source: Path, keys: Sequence[str] = (), *, options: Sequence[str] 
             except InputError as error:
                 if keys:
                     raise
-                fitting = _fitting(settings, options, origin.recorded.num_epochs) if "is longer than" in str(error) else []
+                fitting = (
+                    _fitting(settings, options, origin.recorded.num_epochs)
+                    if "is longer than" in str(error)
+                    else []
+                )
                 way_out = f": `{command('score', source, '--all', *fitting)}`" if fitting else ""
                 skipped.append(f"{key}: {error}{way_out}")
             bar.advance()
     for key in MODEL_SCORES if not keys else ():
         if not (folder / f"{key}.npz").is_file():
-            skipped.append(f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights")
+            skipped.append(
+                f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a"
+                " run's weights"
+            )
     return paths, skipped
 
 
 def _fitting(settings: Baselines, options: Sequence[str], num_epochs: int) -> list[str]:
-    """Lower the options that are longer than what was recorded to what fits; return None where nothing does."""
-    lowered = {name: num_epochs for name in ("el2n_epochs", "num_epochs") if getattr(settings, name) > num_epochs}
+    """Lower the options that are longer than what was recorded to what fits; return None where
+    nothing does."""
+    lowered = {
+        name: num_epochs
+        for name in ("el2n_epochs", "num_epochs")
+        if getattr(settings, name) > num_epochs
+    }
     looked_at = lowered.get("num_epochs", settings.num_epochs) or num_epochs
     if looked_at < settings.uncertainty_window:
         lowered["uncertainty_window"] = max(2, looked_at // 2)
-    kept = [option for option in options if option.partition("=")[0].removeprefix("score.baselines.") not in lowered]
+    kept = [
+        option
+        for option in options
+        if option.partition("=")[0].removeprefix("score.baselines.") not in lowered
+    ]
     return [*kept, *(f"{name}={value}" for name, value in lowered.items())] if looked_at > 1 else []
 
 
@@ -185,7 +269,9 @@ class _Origin:
     folder: Path
     settings: dict[str, Any]  # provenance for score files, and `quarantined`
 
-    def windows(self, preset: str | None, T: int | None, K: int | None, beta: float | None) -> tuple[list[Window], str]:
+    def windows(
+        self, preset: str | None, T: int | None, K: int | None, beta: float | None
+    ) -> tuple[list[Window], str]:
         """Return the windows to score and their preset, checked against what was recorded."""
         live, live_preset = self._scored_live()
         preset = preset or live_preset
@@ -194,58 +280,101 @@ class _Origin:
             windows = [window if beta is None else replace(window, beta=beta) for window in live]
         if live and beta is None:
             beta = self.config.score.beta if self.config else live[0].beta
-        agreed = {name: values.pop() for name in ("T", "K") if len(values := {getattr(window, name) for window in live}) == 1}
+        agreed = {
+            name: values.pop()
+            for name in ("T", "K")
+            if len(values := {getattr(window, name) for window in live}) == 1
+        }
         T, K = agreed.get("T") if T is None else T, agreed.get("K") if K is None else K
         num_epochs = self.recorded.num_epochs
-        windows = windows or [Window(num_epochs if T is None else T, 10 if K is None else K, 0.9 if beta is None else beta)]
+        windows = windows or [
+            Window(
+                num_epochs if T is None else T,
+                10 if K is None else K,
+                0.9 if beta is None else beta,
+            )
+        ]
         for window in windows:
             check_window(window, preset, num_epochs)
         return list(dict.fromkeys(windows)), preset
 
     def _scored_live(self) -> tuple[list[Window], str]:
-        """Return windows and preset of the run's config, or of the scorer that another training loop had."""
+        """Return windows and preset of the run's config, or of the scorer that another training
+        loop had."""
         if self.config is not None:
             return self.config.windows(), self.config.score.preset
         scored = self.recorded.scored if isinstance(self.recorded, Trajectory) else None
         if scored is None:
             return [], "official"
-        return [Window(window["T"], window["K"], window["beta"]) for window in scored["windows"]], scored["preset"]
+        return [
+            Window(window["T"], window["K"], window["beta"]) for window in scored["windows"]
+        ], scored["preset"]
 
     def quarantine(self, score_N: np.ndarray) -> np.ndarray:
         """Return the scores, those of quarantined samples set to the lowest of the others."""
         return quarantine.set_lowest(score_N, quarantine.noted_in(self.settings))
 
-    def save(self, folder_or_file: Path, key: str, score_N: np.ndarray, settings: dict[str, Any],
-             extra: dict[str, np.ndarray] | None = None) -> Path:
+    def save(
+        self,
+        folder_or_file: Path,
+        key: str,
+        score_N: np.ndarray,
+        settings: dict[str, Any],
+        extra: dict[str, np.ndarray] | None = None,
+    ) -> Path:
         path = folder_or_file if folder_or_file.suffix == ".npz" else folder_or_file / f"{key}.npz"
         if path.exists():
             try:
                 is_imported = load_scores(path).settings.get("source") == "imported"
             except InputError:
-                log.warning(f"{path} is no readable score file; it is moved aside to {move_aside(path)}")
+                log.warning(
+                    f"{path} is no readable score file; it is moved aside to {move_aside(path)}"
+                )
                 is_imported = False
             if is_imported:
-                raise InputError(f"{path} holds imported scores; import them under another --key, or move that file away")
-        save_scores(path, Scores(key, score_N, self.label_N, self.found, settings | {"source": "recorded"} | self.settings,
-                                 extra or {}))
+                raise InputError(
+                    f"{path} holds imported scores; import them under another --key, or move that"
+                    " file away"
+                )
+        save_scores(
+            path,
+            Scores(
+                key,
+                score_N,
+                self.label_N,
+                self.found,
+                settings | {"source": "recorded"} | self.settings,
+                extra or {},
+            ),
+        )
         return path
 
 
 def _open(source: Path, beton: Path | None) -> _Origin:
     if not source.is_dir():
-        raise InputError(f"{source} is not a directory; give a run directory, a trajectory, or a folder of *_Output.npy")
+        raise InputError(
+            f"{source} is not a directory; give a run directory, a trajectory, or a folder of"
+            " *_Output.npy"
+        )
     if is_dynamics(source):
         dynamics = Dynamics(source)
         label_N, found = _labels(dynamics.labels(), dynamics.num_classes, beton)
-        return _Origin(Dynamics(source, None if beton is None else label_N), None, label_N, found, source, {})
+        return _Origin(
+            Dynamics(source, None if beton is None else label_N), None, label_N, found, source, {}
+        )
     run = RunDir(source)
     is_run = run.config_file.is_file()
     trajectory = Trajectory(run.trajectory if is_run else source)
     if is_run and (epochs := (run.read_result() or {}).get("epochs", 0)) > trajectory.num_epochs:
-        raise InputError(f"{trajectory.directory} holds {trajectory.num_epochs} of the {epochs} epochs of this run, which gave "
-                         "it up (score.trajectory=false); its live scores are whole, others need another collection")
+        raise InputError(
+            f"{trajectory.directory} holds {trajectory.num_epochs} of the {epochs} epochs of this"
+            " run, which gave it up (score.trajectory=false); its live scores are whole, others"
+            " need another collection"
+        )
     label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
-    settings: dict[str, Any] = {"epochs": trajectory.num_epochs} | quarantine.noted(trajectory.quarantined)
+    settings: dict[str, Any] = {"epochs": trajectory.num_epochs} | quarantine.noted(
+        trajectory.quarantined
+    )
     if not is_run:
         return _Origin(trajectory, None, label_N, found, source, settings)
     config = parse_config(run.read_config(), str(run.config_file))
@@ -254,15 +383,25 @@ def _open(source: Path, beton: Path | None) -> _Origin:
 
 
 def _read_once(origin: _Origin, keys: Sequence[str], options: Baselines) -> None:
-    """Make the scalars of several scores in one pass over a dynamics folder, whose epochs are large; else do nothing."""
+    """Make the scalars of several scores in one pass over a dynamics folder, whose epochs are
+    large; else do nothing."""
     if isinstance(origin.recorded, Dynamics) and (origin.label_N != UNKNOWN_LABEL).all():
-        scalars = [BASELINES[key].scalar(options) if key in BASELINES else delta_scalar("kl", "official")[0]
-                   for key in keys if key != "random"]
+        scalars = [
+            (
+                BASELINES[key].scalar(options)
+                if key in BASELINES
+                else delta_scalar("kl", "official")[0]
+            )
+            for key in keys
+            if key != "random"
+        ]
         if len(set(scalars)) > 1:
             origin.recorded.prepare(tuple(dict.fromkeys(scalars)), origin.recorded.num_epochs)
 
 
-def _score_windows(origin: _Origin, windows: list[Window], preset: str, delta: str, out: Path | None) -> list[Path]:
+def _score_windows(
+    origin: _Origin, windows: list[Window], preset: str, delta: str, out: Path | None
+) -> list[Path]:
     scalar, absolute = delta_scalar(delta, preset)
     delta_TN = origin.recorded.read(scalar, max(window.T for window in windows))
     delta_TN = np.abs(delta_TN) if absolute else delta_TN
@@ -270,9 +409,14 @@ def _score_windows(origin: _Origin, windows: list[Window], preset: str, delta: s
     for window in windows:
         score_N = origin.quarantine(score_trajectory(delta_TN, window, preset))
         if score_N.min() == score_N.max():
-            log.warning(f"all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing, raise K")
+            log.warning(
+                f"all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing,"
+                " raise K"
+            )
         settings = window_settings(window, preset, delta)
-        paths.append(origin.save(out or origin.folder, window.key(preset, delta), score_N, settings))
+        paths.append(
+            origin.save(out or origin.folder, window.key(preset, delta), score_N, settings)
+        )
     return paths
 
 
@@ -292,14 +436,21 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
     return [origin.save(folder, file_key(key, options), origin.quarantine(score_N), setting, extra)]
 
 
-def _labels(label_N: np.ndarray, num_classes: int, beton: Path | None) -> tuple[np.ndarray, Fingerprint]:
+def _labels(
+    label_N: np.ndarray, num_classes: int, beton: Path | None
+) -> tuple[np.ndarray, Fingerprint]:
     if beton is None:
         return label_N, fingerprint(label_N, num_classes)
     info = inspect_beton(Path(beton))
     if info.num_samples != len(label_N):
-        raise InputError(f"--beton={beton} holds {info.num_samples} samples, the recorded outputs {len(label_N)}; "
-                         "give the file that was trained on")
+        raise InputError(
+            f"--beton={beton} holds {info.num_samples} samples, the recorded outputs"
+            f" {len(label_N)}; give the file that was trained on"
+        )
     check_labels(info, num_classes, read_manifest(Path(beton)))
     if ((label_N != UNKNOWN_LABEL) & (label_N != info.label_N)).any():
-        raise InputError(f"--beton={beton} has other labels than those recorded; give the file that was trained on")
+        raise InputError(
+            f"--beton={beton} has other labels than those recorded; give the file that was"
+            " trained on"
+        )
     return info.label_N, dataset_fingerprint(info, num_classes)

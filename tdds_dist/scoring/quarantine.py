@@ -1,7 +1,7 @@
 """Quarantine: samples that gave NaN or infinite logits are scored lowest, and stand in no coreset.
 
-Owns that rule, the entry `quarantined` in the settings of scores and coresets and in results, quarantine.json of a trajectory,
-and the words of the warnings.
+Owns that rule, the entry `quarantined` in the settings of scores and coresets and in results,
+quarantine.json of a trajectory, and the words of the warnings.
 """
 
 import json
@@ -23,7 +23,8 @@ _NUM_NAMED, _NUM_NAMED_CLASSES = 20, 8
 
 
 def set_lowest(score_N: np.ndarray, quarantined: Collection[int]) -> np.ndarray:
-    """Return a copy in which `quarantined` samples (global indices) have the lowest score of all others.
+    """Return a copy in which `quarantined` samples (global indices) have the lowest score of all
+    others.
 
     Whatever they had before, finite or not; a ranking then prunes them first.
 
@@ -38,20 +39,26 @@ def set_lowest(score_N: np.ndarray, quarantined: Collection[int]) -> np.ndarray:
 
 
 def not_quarantined(num_samples: int, quarantined: Collection[int]) -> np.ndarray:
-    """Return the other samples' global indices, int64 [n], sorted; raise InputError as `set_lowest`."""
+    """Return the other samples' global indices, int64 [n], sorted; raise InputError as
+    `set_lowest`."""
     if outside := [index for index in quarantined if not 0 <= index < num_samples]:
-        raise InputError(f"quarantined sample {outside[0]} is not in [0, {num_samples}); the list is of another dataset, "
-                         "score again")
+        raise InputError(
+            f"quarantined sample {outside[0]} is not in [0, {num_samples}); the list is of another"
+            " dataset, score again"
+        )
     is_left_N = np.ones(num_samples, dtype=bool)
     is_left_N[list(quarantined)] = False
     if not is_left_N.any():
-        raise InputError(f"all {num_samples} samples are quarantined: each gave logits that are not finite, so no score says "
-                         "anything; look for what made training diverge")
+        raise InputError(
+            f"all {num_samples} samples are quarantined: each gave logits that are not finite, so"
+            " no score says anything; look for what made training diverge"
+        )
     return np.flatnonzero(is_left_N)
 
 
 def eligible(scores: Scores) -> np.ndarray:
-    """Return the global indices of the samples that a coreset may keep, int64 [n], sorted; raise InputError as `set_lowest`."""
+    """Return the global indices of the samples that a coreset may keep, int64 [n], sorted; raise
+    InputError as `set_lowest`."""
     return not_quarantined(len(scores.score_N), noted_in(scores.settings))
 
 
@@ -76,8 +83,10 @@ def warning(quarantined: Collection[int]) -> list[str]:
     if not quarantined:
         return []
     more = " ..." if len(quarantined) > _NUM_NAMED else ""
-    return [f"{len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest: global indices "
-            f"{sorted(quarantined)[:_NUM_NAMED]}{more}"]
+    return [
+        f"{len(quarantined)} samples are in quarantine (NaN or infinite logits), scored lowest:"
+        f" global indices {sorted(quarantined)[:_NUM_NAMED]}{more}"
+    ]
 
 
 def coreset_warnings(scores: Scores) -> list[str]:
@@ -86,10 +95,18 @@ def coreset_warnings(scores: Scores) -> list[str]:
     num = len(scores.score_N) - len(rest_n)
     if not num:
         return []
-    warnings = [f"{num} quarantined samples (NaN logits) are in no coreset" if num > 1 else
-                "1 quarantined sample (NaN logits) is in no coreset"]
+    warnings = [
+        (
+            f"{num} quarantined samples (NaN logits) are in no coreset"
+            if num > 1
+            else "1 quarantined sample (NaN logits) is in no coreset"
+        )
+    ]
     if len(gone := np.setdiff1d(label_N[label_N >= 0], label_N[rest_n])):
-        warnings.append(f"all samples of {len(gone)} classes are quarantined (first: {gone[:_NUM_NAMED_CLASSES].tolist()})")
+        warnings.append(
+            f"all samples of {len(gone)} classes are quarantined (first:"
+            f" {gone[:_NUM_NAMED_CLASSES].tolist()})"
+        )
     return warnings
 
 
@@ -97,8 +114,8 @@ def coreset_warnings(scores: Scores) -> list[str]:
 
 
 def read(directory: Path, num_samples: int) -> dict[int, int]:
-    """Return the samples that a trajectory keeps out of scores: global index -> first epoch in which its logits were not
-    finite, by index. Raise InputError when the file is damaged."""
+    """Return the samples that a trajectory keeps out of scores: global index -> first epoch in
+    which its logits were not finite, by index. Raise InputError when the file is damaged."""
     path = directory / FILE
     if not path.exists():
         return {}
@@ -111,7 +128,8 @@ def read(directory: Path, num_samples: int) -> dict[int, int]:
             raise ValueError("epochs must be integers from 0 on")
         if outside := [index for index in found if not 0 <= index < num_samples]:
             raise ValueError(f"sample {outside[0]} is not in [0, {num_samples})")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # not text, not JSON, not of this form
+    # not text, not JSON, not of this form
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error!r}); restore it or collect again") from error
     return dict(sorted(found.items()))
 

@@ -1,12 +1,15 @@
-"""`ShardedScorer`: the state of the score, cut over ranks by global index, updated while training runs.
+"""`ShardedScorer`: the state of the score, cut over ranks by global index, updated while training
+runs.
 
-Each rank owns a contiguous block of global indices. A row (index, label, logits) goes from the rank that visited the
-sample to its owner in one asynchronous all-to-all per step; the owner holds the previous epoch's log-probabilities of
-its samples and needs nothing else to compute the loss difference. State is N x C once, divided by the ranks, instead of
-T x N x C on disk. Nothing in `record` waits for the device: checks write flags that `check` and `end_epoch` read.
+Each rank owns a contiguous block of global indices. A row (index, label, logits) goes from the rank
+that visited the sample to its owner in one asynchronous all-to-all per step; the owner holds the
+previous epoch's log-probabilities of its samples and needs nothing else to compute the loss
+difference. State is N x C once, divided by the ranks, instead of T x N x C on disk. Nothing in
+`record` waits for the device: checks write flags that `check` and `end_epoch` read.
 """
 
-# B rows of a call, C classes, M rows of this rank's shard, N dataset, S steps, W world size, X numbers of a packed row
+# B rows of a call, C classes, M rows of this rank's shard, N dataset, S steps, W world size, X
+# numbers of a packed row
 
 import json
 import warnings
@@ -18,9 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdds_dist.config.scores import DELTA_OF_PRESET, DENSE, Window, check_window, differences_per_window, parse_storage
+from tdds_dist.config.scores import (
+    DELTA_OF_PRESET,
+    DENSE,
+    Window,
+    check_window,
+    differences_per_window,
+    parse_storage,
+)
 from tdds_dist.distributed import collectives, world
-from tdds_dist.distributed.partition import PADDING, EpochOrder, routing_counts, rows_per_shard, shard_bounds
+from tdds_dist.distributed.partition import (
+    PADDING,
+    EpochOrder,
+    routing_counts,
+    rows_per_shard,
+    shard_bounds,
+)
 from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.runs.artifacts import fingerprint
 from tdds_dist.scoring.quarantine import set_lowest
@@ -30,30 +46,45 @@ from tdds_dist.scoring.tdds import average_windows, window_variability
 from tdds_dist.scoring.trajectory import TrajectoryWriter, require_no_trajectory
 
 _NOT_QUARANTINED = -1
-WAITING_NUMBERS = 1 << 15  # logits that are worth the calls of an update; fewer wait for those of the next steps
+# logits that are worth the calls of an update; fewer wait for those of the next steps
+WAITING_NUMBERS = 1 << 15
 _NUM_NAMED = 8  # offending indices named in an error
 _LARGEST_QUARANTINE = 0.01  # share of the samples; beyond it training has diverged
 
 
 def _has_kernel(shard: Shard, device: torch.device) -> bool:
-    """Try whether the kernel of `shard_triton` works here: Triton also needs a C compiler, for the code that starts a kernel.
+    """Try whether the kernel of `shard_triton` works here: Triton also needs a C compiler, for the
+    code that starts a kernel.
     """
-    if device.type != "cuda" or torch.version.cuda is None or not isinstance(shard.previous, DenseRows):
+    if (
+        device.type != "cuda"
+        or torch.version.cuda is None
+        or not isinstance(shard.previous, DenseRows)
+    ):
         return False
     if (problem := _kernel_problem(shard, device)) is not None:
-        warnings.warn(f"scores are updated by plain torch operations, several times slower: the kernel fails ({problem})",
-                      stacklevel=3)
+        warnings.warn(
+            "scores are updated by plain torch operations, several times slower: the kernel fails"
+            f" ({problem})",
+            stacklevel=3,
+        )
     return problem is None
 
 
 def _kernel_problem(shard: Shard, device: torch.device) -> str | None:
-    """Run the kernel on a padding row, which changes nothing in the shard; return the error, or None."""
+    """Run the kernel on a padding row, which changes nothing in the shard; return the error, or
+    None."""
     padding_1 = torch.full((1,), PADDING, dtype=torch.int64, device=device)
     logits_1C = torch.zeros(1, shard.num_classes, device=device)
     try:
         from tdds_dist.scoring import shard_triton  # loads Triton
 
-        shard_triton.update(shard, [Arrived(pack(padding_1, padding_1.clamp(0), logits_1C), torch.float32, 0)], True, False)
+        shard_triton.update(
+            shard,
+            [Arrived(pack(padding_1, padding_1.clamp(0), logits_1C), torch.float32, 0)],
+            True,
+            False,
+        )
     except Exception as error:  # Triton's, the compiler's, the driver's: all kinds
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
@@ -63,43 +94,57 @@ class ShardedScorer:
     """Computes TDDS for several windows during training, in any training loop.
 
     Args:
-        num_samples: N, size of the dataset; global indices are 0 .. N - 1.
-        num_classes: C, width of the logits.
-        windows: the settings (T, K, beta) to score.
-        preset: `official` (the authors' code) or `paper` (the equations); see `scoring.tdds`.
-        device: where logits live and state is kept; default CUDA when available.
-        logp_dtype: precision of the stored log-probabilities, float32 or float16.
-        storage: `dense` keeps those of all classes; `topk:K` the K largest, the label's, and the mean of the others.
-        trajectory: directory to which every epoch's scalars are appended; None keeps no record.
-        trajectory_dtype: precision of the scalars in that directory, float32 or float16. Only float32 gives the same
-            scores again bit by bit.
-        on_nan: NaN or infinite logits of a sample `stop` the run, or put the sample into `quarantine`: it is listed
+        num_samples: N, size of the dataset; global indices are 0 .. N - 1. num_classes: C, width of
+        the logits. windows: the settings (T, K, beta) to score. preset: `official` (the authors'
+        code) or `paper` (the equations); see `scoring.tdds`. device: where logits live and state is
+        kept; default CUDA when available. logp_dtype: precision of the stored log-probabilities,
+        float32 or float16. storage: `dense` keeps those of all classes; `topk:K` the K largest, the
+        label's, and the mean of the others. trajectory: directory to which every epoch's scalars
+        are appended; None keeps no record. trajectory_dtype: precision of the scalars in that
+        directory, float32 or float16. Only float32 gives the same
+            scores again bit by bit. on_nan: NaN or infinite logits of a sample `stop` the run, or
+        put the sample into `quarantine`: it is listed
             (`quarantined`), recorded as zeros from then on, and scored as the lowest of all.
-        resume: the trajectory directory may hold epochs already; `load_state_dict` says which of them count, and without it
+        resume: the trajectory directory may hold epochs already; `load_state_dict` says which of
+        them count, and without it
             none does.
 
-    Protocol: all ranks of the default process group construct it and call `record` equally often per epoch (an empty
-    call counts), then `end_epoch`; without a process group it works alone. When the visit order is known, `expect`
-    spares the exchange of counts.
+    Protocol: all ranks of the default process group construct it and call `record` equally often
+    per epoch (an empty call counts), then `end_epoch`; without a process group it works alone. When
+    the visit order is known, `expect` spares the exchange of counts.
 
     Raises:
         InputError: settings that cannot be scored.
     """
 
     def __init__(
-        self, num_samples: int, num_classes: int, windows: Sequence[Window], preset: str = "official",
-        device: torch.device | str | None = None, *, logp_dtype: torch.dtype = torch.float32, storage: str = DENSE,
-        trajectory: Path | str | None = None, trajectory_dtype: torch.dtype = torch.float32, on_nan: str = "stop",
+        self,
+        num_samples: int,
+        num_classes: int,
+        windows: Sequence[Window],
+        preset: str = "official",
+        device: torch.device | str | None = None,
+        *,
+        logp_dtype: torch.dtype = torch.float32,
+        storage: str = DENSE,
+        trajectory: Path | str | None = None,
+        trajectory_dtype: torch.dtype = torch.float32,
+        on_nan: str = "stop",
         resume: bool = False,
     ):
         if num_samples < 1 or num_classes < 2:
-            raise InputError(f"num_samples={num_samples} must be at least 1 and num_classes={num_classes} at least 2")
+            raise InputError(
+                f"num_samples={num_samples} must be at least 1 and num_classes={num_classes} at"
+                " least 2"
+            )
         if not windows:
             raise InputError("windows=[] scores nothing; give at least one Window(T, K, beta)")
         if logp_dtype not in (torch.float32, torch.float16):
             raise InputError(f"logp_dtype={logp_dtype} must be torch.float32 or torch.float16")
         if trajectory_dtype not in (torch.float32, torch.float16):
-            raise InputError(f"trajectory_dtype={trajectory_dtype} must be torch.float32 or torch.float16")
+            raise InputError(
+                f"trajectory_dtype={trajectory_dtype} must be torch.float32 or torch.float16"
+            )
         if on_nan not in ("stop", "quarantine"):
             raise InputError(f"on_nan={on_nan!r} must be 'stop' or 'quarantine'")
         parse_storage(storage, num_classes)
@@ -114,11 +159,14 @@ class ShardedScorer:
         self._first, self._end = shard_bounds(num_samples, self.world.world_size, self.world.rank)
         self._rows_per_shard = rows_per_shard(num_samples, self.world.world_size)
         self._counts: tuple[list[list[int]], list[list[int]]] | None = None
-        self._by_owner_SB: Tensor | None = None  # with the counts: rows of each step in the order of their owners
+        # with the counts: rows of each step in the order of their owners
+        self._by_owner_SB: Tensor | None = None
         self._pending: tuple[collectives.Exchange, torch.dtype, int] | None = None
         self._arrived: list[Arrived] = []
         self._num_nonfinite = 0  # over all ranks, at the last `check`
-        self._shard = Shard(self._first, self._end, num_classes, storage, logp_dtype, self.world.device)
+        self._shard = Shard(
+            self._first, self._end, num_classes, storage, logp_dtype, self.world.device
+        )
         self._is_fused = _has_kernel(self._shard, self.world.device)
         self._allocate()
         self._trajectory = None
@@ -128,25 +176,38 @@ class ShardedScorer:
                 if self.world.is_main and not resume:
                     require_no_trajectory(Path(trajectory))
             self._trajectory = TrajectoryWriter(
-                trajectory, SCALARS, num_samples, num_classes, self._first, self._end, self.world.is_main,
+                trajectory,
+                SCALARS,
+                num_samples,
+                num_classes,
+                self._first,
+                self._end,
+                self.world.is_main,
                 dtype=str(trajectory_dtype).removeprefix("torch."),
-                scored={"preset": preset, "windows": [asdict(window) for window in self.windows]})
+                scored={"preset": preset, "windows": [asdict(window) for window in self.windows]},
+            )
 
     def _allocate(self) -> None:
         """Allocate the state of this shard that a step does not touch."""
         device, rows = self.world.device, self._shard.num_rows
         num_slots = max(differences_per_window(window, self.preset) for window in self.windows)
-        self._quarantined_M = torch.full((rows,), _NOT_QUARANTINED, dtype=torch.int32, device=device)  # first bad epoch
-        self._delta_KM = torch.zeros(num_slots, rows, device=device)  # slot of the difference into epoch t: t mod K
+        # first bad epoch
+        self._quarantined_M = torch.full(
+            (rows,), _NOT_QUARANTINED, dtype=torch.int32, device=device
+        )
+        # slot of the difference into epoch t: t mod K
+        self._delta_KM = torch.zeros(num_slots, rows, device=device)
         self._average_AM = torch.zeros(len(self.windows), rows, device=device)
 
     # ---- one step
 
     def expect(self, order: EpochOrder, first_step: int = 0) -> None:
-        """Announce the visit order of the epoch that starts now, as `distributed.partition` computes it.
+        """Announce the visit order of the epoch that starts now, as `distributed.partition`
+        computes it.
 
-        Then `record` must be called with exactly those rows, step by step, and neither exchanges counts nor sorts. A resume
-        in the middle of an epoch gives the order of the whole epoch, and the first step that is not recorded yet.
+        Then `record` must be called with exactly those rows, step by step, and neither exchanges
+        counts nor sorts. A resume in the middle of an epoch gives the order of the whole epoch, and
+        the first step that is not recorded yet.
         """
         self.step = first_step
         rank, world_size = self.world.rank, self.world.world_size
@@ -155,8 +216,11 @@ class ShardedScorer:
         if world_size > 1:
             index_SB = order.of_rank(rank, world_size)[1]
             owner_SB = np.where(index_SB == PADDING, rank, index_SB // self._rows_per_shard)
-            by_owner_SB = torch.from_numpy(np.argsort(owner_SB, axis=1, kind="stable").astype(np.int32))
-            self._by_owner_SB = by_owner_SB.to(self.world.device)  # once per epoch, before its first step
+            by_owner_SB = torch.from_numpy(
+                np.argsort(owner_SB, axis=1, kind="stable").astype(np.int32)
+            )
+            # once per epoch, before its first step
+            self._by_owner_SB = by_owner_SB.to(self.world.device)
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch: any rank, any order, each sample once per epoch.
@@ -169,30 +233,46 @@ class ShardedScorer:
         All three may be reused once the device has done what is queued on it (on the CPU: at once).
 
         Raises:
-            ValueError: shapes or dtypes that do not fit. Values are checked later, by `check` or `end_epoch`.
+            ValueError: shapes or dtypes that do not fit. Values are checked later, by `check` or
+            `end_epoch`.
         """
         device = self.world.device
-        if logits_BC.ndim != 2 or logits_BC.shape[1] != self.num_classes or not logits_BC.is_floating_point():
-            raise ValueError(f"logits must be floating point [B, {self.num_classes}], got {logits_BC.dtype} "
-                             f"{tuple(logits_BC.shape)}")
+        if (
+            logits_BC.ndim != 2
+            or logits_BC.shape[1] != self.num_classes
+            or not logits_BC.is_floating_point()
+        ):
+            raise ValueError(
+                f"logits must be floating point [B, {self.num_classes}], got {logits_BC.dtype} "
+                f"{tuple(logits_BC.shape)}"
+            )
         if index_B.shape != label_B.shape or index_B.shape != logits_BC.shape[:1]:
-            raise ValueError(f"index {tuple(index_B.shape)}, logits {tuple(logits_BC.shape)} and label "
-                             f"{tuple(label_B.shape)} must agree in their first axis")
+            raise ValueError(
+                f"index {tuple(index_B.shape)}, logits {tuple(logits_BC.shape)} and label "
+                f"{tuple(label_B.shape)} must agree in their first axis"
+            )
         if index_B.dtype != torch.int64 or label_B.dtype != torch.int64:
-            raise ValueError(f"index and label must be int64, got {index_B.dtype} and {label_B.dtype}")
+            raise ValueError(
+                f"index and label must be int64, got {index_B.dtype} and {label_B.dtype}"
+            )
         self._receive()
-        payload_BX = pack(index_B.to(device, non_blocking=True), label_B.to(device, non_blocking=True),
-                          logits_BC.detach().to(device))
+        payload_BX = pack(
+            index_B.to(device, non_blocking=True),
+            label_B.to(device, non_blocking=True),
+            logits_BC.detach().to(device),
+        )
         by_owner_B, sends, receives = self._routing(index_B)
         if by_owner_B is not None:
             payload_BX = payload_BX.index_select(0, by_owner_B)
         # on their way until the next call, so that backward hides the transfer
-        exchange = collectives.exchange_rows(payload_BX.view(torch.uint8), sends, receives)  # gloo knows no int16
+        # gloo knows no int16
+        exchange = collectives.exchange_rows(payload_BX.view(torch.uint8), sends, receives)
         self._pending = (exchange, logits_BC.dtype, self.step)
         self.step += 1
 
     def _routing(self, index_B: Tensor) -> tuple[Tensor | None, list[int], list[int]]:
-        """Return the rows in the order of their owners (None: as they are), how many go to each rank, how many come from each.
+        """Return the rows in the order of their owners (None: as they are), how many go to each
+        rank, how many come from each.
 
         Padding rows and indices out of range stay here.
         """
@@ -200,8 +280,10 @@ class ShardedScorer:
         if self._counts is not None:
             sends_SW, receives_SW = self._counts
             if self.step >= len(sends_SW) or sum(sends_SW[self.step]) != len(index_B):
-                raise ValueError(f"record call {self.step} of epoch {self.epoch + 1} with {len(index_B)} rows does not "
-                                 "follow the order given to expect()")
+                raise ValueError(
+                    f"record call {self.step} of epoch {self.epoch + 1} with {len(index_B)} rows"
+                    " does not follow the order given to expect()"
+                )
             by_owner_B = None if self._by_owner_SB is None else self._by_owner_SB[self.step]
             return by_owner_B, sends_SW[self.step], receives_SW[self.step]
         if world_size == 1:
@@ -222,7 +304,11 @@ class ShardedScorer:
         if self._arrived and self._arrived[0].dtype != dtype:
             self._write_arrived()
         self._arrived.append(Arrived(exchange.wait().view(BITS[dtype.itemsize]), dtype, step))
-        if self._is_fused or sum(len(part.payload_RX) for part in self._arrived) * self.num_classes >= WAITING_NUMBERS:
+        if (
+            self._is_fused
+            or sum(len(part.payload_RX) for part in self._arrived) * self.num_classes
+            >= WAITING_NUMBERS
+        ):
             self._write_arrived()
 
     def _write_arrived(self) -> None:
@@ -242,7 +328,8 @@ class ShardedScorer:
     # ---- one epoch
 
     def check(self) -> None:
-        """Raise on every rank if any rank saw bad values in this epoch. A collective that reads from the device.
+        """Raise on every rank if any rank saw bad values in this epoch. A collective that reads
+        from the device.
 
         Raises:
             NonFiniteLogitsError: with epoch, first step and global indices.
@@ -251,44 +338,70 @@ class ShardedScorer:
         self._apply_pending()
         rows = self._end - self._first
         is_nonfinite_M = self._shard.nonfinite_M[:rows] > 0
-        counts = collectives.sum_over_ranks(torch.stack([
-            is_nonfinite_M.sum(), (is_nonfinite_M | (self._quarantined_M != _NOT_QUARANTINED)).sum(), self._shard.bad_index,
-            self._shard.bad_label])).tolist()
+        counts = collectives.sum_over_ranks(
+            torch.stack(
+                [
+                    is_nonfinite_M.sum(),
+                    (is_nonfinite_M | (self._quarantined_M != _NOT_QUARANTINED)).sum(),
+                    self._shard.bad_index,
+                    self._shard.bad_label,
+                ]
+            )
+        ).tolist()
         num_nonfinite, num_out, num_bad_index, num_bad_label = counts
         if num_bad_index:
-            raise InputError(f"epoch {self.epoch + 1}: {num_bad_index} recorded indices lie outside [0, {self.num_samples}) "
-                             "and are not -1, or do not follow the order given to expect(); record global indices of the full "
-                             "dataset, as announced", shared=True)
+            raise InputError(
+                f"epoch {self.epoch + 1}: {num_bad_index} recorded indices lie outside [0,"
+                f" {self.num_samples}) and are not -1, or do not follow the order given to"
+                " expect(); record global indices of the full dataset, as announced",
+                shared=True,
+            )
         if num_bad_label:
-            raise InputError(f"epoch {self.epoch + 1}: {num_bad_label} recorded labels lie outside [0, {self.num_classes}); "
-                             "check num_classes and the dataset", shared=True)
-        if num_nonfinite and (not self._quarantines or num_out > _LARGEST_QUARANTINE * self.num_samples):
+            raise InputError(
+                f"epoch {self.epoch + 1}: {num_bad_label} recorded labels lie outside [0,"
+                f" {self.num_classes}); check num_classes and the dataset",
+                shared=True,
+            )
+        if num_nonfinite and (
+            not self._quarantines or num_out > _LARGEST_QUARANTINE * self.num_samples
+        ):
             step = int(collectives.min_over_ranks(self._shard.nonfinite_step.clone()))
             named = self._name_rows(is_nonfinite_M)
-            too_many = (f"; {num_out} samples in all epochs are more than {_LARGEST_QUARANTINE:.0%} of {self.num_samples}, "
-                        "which is the most that may be quarantined" if self._quarantines else "")
+            too_many = (
+                f"; {num_out} samples in all epochs are more than {_LARGEST_QUARANTINE:.0%} of"
+                f" {self.num_samples}, which is the most that may be quarantined"
+                if self._quarantines
+                else ""
+            )
             raise NonFiniteLogitsError(
-                f"epoch {self.epoch + 1}, step {step}: NaN or infinite logits for {num_nonfinite} samples (global indices "
-                f"{named}){too_many}; lower the learning rate, check these images, or put few of them into quarantine (on_nan)",
-                shared=True)
+                f"epoch {self.epoch + 1}, step {step}: NaN or infinite logits for {num_nonfinite}"
+                f" samples (global indices {named}){too_many}; lower the learning rate, check these"
+                " images, or put few of them into quarantine (on_nan)",
+                shared=True,
+            )
         self._num_nonfinite = num_nonfinite
 
     def end_epoch(self) -> None:
         """Close the epoch: verify coverage, append the trajectory, advance windows.
 
         Raises:
-            CoverageError: some sample was not recorded exactly once; names epoch and counts. On every rank.
-            InputError: as `check`.
+            CoverageError: some sample was not recorded exactly once; names epoch and counts. On
+            every rank. InputError: as `check`.
         """
         self.check()
         rows = self._end - self._first
         visits_M = self._shard.visits_M[:rows]
-        missing, repeated = collectives.sum_over_ranks(torch.stack([(visits_M == 0).sum(), (visits_M > 1).sum()])).tolist()
+        missing, repeated = collectives.sum_over_ranks(
+            torch.stack([(visits_M == 0).sum(), (visits_M > 1).sum()])
+        ).tolist()
         if missing or repeated:
             named = self._name_rows(visits_M != 1)
-            raise CoverageError(f"epoch {self.epoch + 1}: of {self.num_samples} samples {missing} were not recorded and "
-                                f"{repeated} more than once (global indices {named}); record every sample exactly once per "
-                                "epoch and give rows that merely fill a batch the index -1", shared=True)
+            raise CoverageError(
+                f"epoch {self.epoch + 1}: of {self.num_samples} samples {missing} were not recorded"
+                f" and {repeated} more than once (global indices {named}); record every sample"
+                " exactly once per epoch and give rows that merely fill a batch the index -1",
+                shared=True,
+            )
         self._quarantine()
         if self._trajectory is not None:
             if self.epoch == 0:
@@ -297,8 +410,12 @@ class ShardedScorer:
                 self._rewind_trajectory(None)
             with collectives.together(self.world):
                 if self.epoch == 0:
-                    self._trajectory.write_labels(self._shard.label_M[:rows].cpu().numpy(), labels_sha256)
-                self._trajectory.append(self.epoch, self._shard.scalars_MF[:rows].T.contiguous().cpu().numpy())
+                    self._trajectory.write_labels(
+                        self._shard.label_M[:rows].cpu().numpy(), labels_sha256
+                    )
+                self._trajectory.append(
+                    self.epoch, self._shard.scalars_MF[:rows].T.contiguous().cpu().numpy()
+                )
         if self.epoch > 0:
             self._advance_windows()
         self._shard.begin_epoch()
@@ -307,13 +424,16 @@ class ShardedScorer:
         self.step = 0
 
     def _quarantine(self) -> None:
-        """Mark the samples whose logits were not finite in this epoch; all marked ones are recorded as zeros."""
+        """Mark the samples whose logits were not finite in this epoch; all marked ones are recorded
+        as zeros."""
         if not self._quarantines:
             return
         rows = self._end - self._first
         is_new_M = (self._shard.nonfinite_M[:rows] > 0) & (self._quarantined_M == _NOT_QUARANTINED)
         self._quarantined_M.masked_fill_(is_new_M, self.epoch)
-        self._shard.scalars_MF[:rows].masked_fill_((self._quarantined_M != _NOT_QUARANTINED)[:, None], 0.0)
+        self._shard.scalars_MF[:rows].masked_fill_(
+            (self._quarantined_M != _NOT_QUARANTINED)[:, None], 0.0
+        )
         if self._num_nonfinite and self._trajectory is not None:
             epoch_of_index = self.quarantined()
             with collectives.together(self.world):
@@ -321,7 +441,8 @@ class ShardedScorer:
                     self._trajectory.write_quarantine(epoch_of_index)
 
     def _advance_windows(self) -> None:
-        """Put this epoch's loss differences into the ring and fold every window that is now full."""
+        """Put this epoch's loss differences into the ring and fold every window that is now
+        full."""
         num_slots, rows = self._delta_KM.shape
         column = SCALARS.index(DELTA_OF_PRESET[self.preset])
         self._delta_KM[self.epoch % num_slots].copy_(self._shard.scalars_MF[:rows, column])
@@ -331,7 +452,9 @@ class ShardedScorer:
             if num_windows < 1 or self.epoch >= window.T:
                 continue
             epochs = range(self.epoch - num_differences + 1, self.epoch + 1)
-            variability_M = window_variability([self._delta_KM[epoch % num_slots] for epoch in epochs], self.preset)
+            variability_M = window_variability(
+                [self._delta_KM[epoch % num_slots] for epoch in epochs], self.preset
+            )
             average_windows(average_M, variability_M, window.beta, num_windows)
 
     # ---- results
@@ -342,33 +465,47 @@ class ShardedScorer:
         return all(self.epoch >= window.T for window in self.windows)
 
     def gather(self) -> dict[Window, Tensor]:
-        """Return the scores by global index, float32 [N] on the CPU, for every window, on every rank. A collective.
+        """Return the scores by global index, float32 [N] on the CPU, for every window, on every
+        rank. A collective.
 
         Raises:
             InputError: a window has not seen its T epochs yet.
         """
         late = [window for window in self.windows if self.epoch < window.T]
         if late:
-            raise InputError(f"{late[0]} needs {late[0].T} epochs, {self.epoch} are recorded; train longer or lower T")
-        score_NA = collectives.all_gather_shards(self._average_AM.T.contiguous(), self.num_samples, self.world).cpu()
+            raise InputError(
+                f"{late[0]} needs {late[0].T} epochs, {self.epoch} are recorded; train longer or"
+                " lower T"
+            )
+        score_NA = collectives.all_gather_shards(
+            self._average_AM.T.contiguous(), self.num_samples, self.world
+        ).cpu()
         scores = {window: score_NA[:, column].clone() for column, window in enumerate(self.windows)}
         if out := sorted(self.quarantined()):
-            return {window: torch.from_numpy(set_lowest(score_N.numpy(), out)) for window, score_N in scores.items()}
+            return {
+                window: torch.from_numpy(set_lowest(score_N.numpy(), out))
+                for window, score_N in scores.items()
+            }
         return scores
 
     def quarantined(self) -> dict[int, int]:
-        """Return the samples in quarantine: global index -> first epoch with NaN or infinite logits; on every rank. A
-        collective."""
+        """Return the samples in quarantine: global index -> first epoch with NaN or infinite
+        logits; on every rank. A collective."""
         if not self._quarantines:
             return {}
-        epoch_N = collectives.all_gather_shards(self._quarantined_M, self.num_samples, self.world).cpu()
+        epoch_N = collectives.all_gather_shards(
+            self._quarantined_M, self.num_samples, self.world
+        ).cpu()
         index = (epoch_N != _NOT_QUARANTINED).nonzero()[:, 0]
         return dict(zip(index.tolist(), epoch_N[index].tolist(), strict=True))
 
     def gather_labels(self) -> Tensor:
-        """Return the recorded class by global index, int64 [N] on the CPU, on every rank. A collective."""
+        """Return the recorded class by global index, int64 [N] on the CPU, on every rank. A
+        collective."""
         rows = self._end - self._first
-        return collectives.all_gather_shards(self._shard.label_M[:rows], self.num_samples, self.world).cpu()
+        return collectives.all_gather_shards(
+            self._shard.label_M[:rows], self.num_samples, self.world
+        ).cpu()
 
     def _labels_sha256(self) -> str:
         return fingerprint(self.gather_labels().numpy(), self.num_classes).labels_sha256
@@ -376,11 +513,12 @@ class ShardedScorer:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that `load_state_dict` needs, also in the middle of an epoch. A collective.
+        """Return everything that `load_state_dict` needs, also in the middle of an epoch. A
+        collective.
 
-        Tables are DTensors cut along the sample axis that share the scorer's memory (plain tensors without a process
-        group): torch.distributed.checkpoint saves them, and loads into those of any number of ranks, as does
-        `runs.checkpoint.Checkpoints`.
+        Tables are DTensors cut along the sample axis that share the scorer's memory (plain tensors
+        without a process group): torch.distributed.checkpoint saves them, and loads into those of
+        any number of ranks, as does `runs.checkpoint.Checkpoints`.
 
         Raises:
             InputError: as `check`: bad values are not kept.
@@ -391,44 +529,69 @@ class ShardedScorer:
     def _state(self) -> dict[str, Tensor]:
         rows = self._end - self._first
         tables = self._shard.tables() | {"quarantined": self._quarantined_M}
-        state = {name: collectives.as_shard(table[:rows], self.num_samples, self.world) for name, table in tables.items()}
+        state = {
+            name: collectives.as_shard(table[:rows], self.num_samples, self.world)
+            for name, table in tables.items()
+        }
         for name, table in (("delta", self._delta_KM), ("average", self._average_AM)):
             state[name] = collectives.as_shard(table, self.num_samples, self.world, dim=1)
-        settings = [[window.T, window.K, window.beta, float(self.preset == "paper")] for window in self.windows]
-        return state | {"position": torch.tensor([self.epoch, self.step]),
-                        "settings": torch.tensor(settings, dtype=torch.float64)}
+        settings = [
+            [window.T, window.K, window.beta, float(self.preset == "paper")]
+            for window in self.windows
+        ]
+        return state | {
+            "position": torch.tensor([self.epoch, self.step]),
+            "settings": torch.tensor(settings, dtype=torch.float64),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state_dict` was taken. A collective.
 
-        What torch.distributed.checkpoint has loaded into this scorer's own `state_dict` is in place already; other tensors
-        are copied. The trajectory loses the epochs that are to be recorded again; those before must be whole.
+        What torch.distributed.checkpoint has loaded into this scorer's own `state_dict` is in place
+        already; other tensors are copied. The trajectory loses the epochs that are to be recorded
+        again; those before must be whole.
 
         Raises:
-            InputError: another dataset or other settings, or a trajectory that is damaged or of something else; on every
-                rank.
+            InputError: another dataset or other settings, or a trajectory that is damaged or of
+                something else; on every rank.
         """
         self._apply_pending()
         mine = self._state()
         with collectives.together(self.world):
             if ({"logp", "topk_logp"} - mine.keys()) & state.keys():
-                raise InputError(f"the state was saved with another storage than {self._shard.storage!r}; resume with the one "
-                                 "it was saved with")
+                raise InputError(
+                    f"the state was saved with another storage than {self._shard.storage!r}; resume"
+                    " with the one it was saved with"
+                )
             if missing := [name for name in mine if name not in state]:
-                raise InputError(f"the state has no {missing[0]!r}; resume with one that ShardedScorer.state_dict made")
+                raise InputError(
+                    f"the state has no {missing[0]!r}; resume with one that"
+                    " ShardedScorer.state_dict made"
+                )
             if not torch.equal(state["settings"], mine["settings"]):
                 was, now = state["settings"].tolist(), mine["settings"].tolist()
-                raise InputError(f"the state was saved with other windows (T, K, beta, preset=paper: {was} instead of {now}); "
-                                 "resume with the settings it was saved with")
+                raise InputError(
+                    f"the state was saved with other windows (T, K, beta, preset=paper: {was}"
+                    f" instead of {now}); resume with the settings it was saved with"
+                )
             for name, table in mine.items():
                 have = state[name]
                 if (have.dtype, have.shape) != (table.dtype, table.shape):
-                    raise InputError(f"the state holds {name!r} as {have.dtype} {tuple(have.shape)}, not {table.dtype} "
-                                     f"{tuple(table.shape)}; resume with the num_samples, num_classes, logp_dtype and "
-                                     "storage it was saved with")
-            quarantined, nonfinite = (collectives.own_rows(state[name]) for name in ("quarantined", "nonfinite"))
-            if not self._quarantines and bool((quarantined != _NOT_QUARANTINED).any() | nonfinite.any()):
-                raise InputError("the state has samples in quarantine; resume with on_nan='quarantine', as it was saved")
+                    raise InputError(
+                        f"the state holds {name!r} as {have.dtype} {tuple(have.shape)}, not"
+                        f" {table.dtype} {tuple(table.shape)}; resume with the num_samples,"
+                        " num_classes, logp_dtype and storage it was saved with"
+                    )
+            quarantined, nonfinite = (
+                collectives.own_rows(state[name]) for name in ("quarantined", "nonfinite")
+            )
+            if not self._quarantines and bool(
+                (quarantined != _NOT_QUARANTINED).any() | nonfinite.any()
+            ):
+                raise InputError(
+                    "the state has samples in quarantine; resume with on_nan='quarantine', as it"
+                    " was saved"
+                )
         for name, table in mine.items():
             into, out_of = collectives.own_rows(table), collectives.own_rows(state[name])
             if name not in ("position", "settings") and into.data_ptr() != out_of.data_ptr():
@@ -449,14 +612,22 @@ class ShardedScorer:
 
     def state_bytes(self) -> int:
         """Return the bytes of per-sample state on this rank's device."""
-        tables = (*self._shard.tables().values(), self._quarantined_M, self._delta_KM, self._average_AM)
+        tables = (
+            *self._shard.tables().values(),
+            self._quarantined_M,
+            self._delta_KM,
+            self._average_AM,
+        )
         return sum(table.numel() * table.element_size() for table in tables)
 
     def _name_rows(self, is_bad_M: Tensor) -> str:
-        """Return the first global indices at which `is_bad_M` holds, over all ranks, as text. A collective."""
+        """Return the first global indices at which `is_bad_M` holds, over all ranks, as text. A
+        collective."""
         found_K = torch.full((_NUM_NAMED,), PADDING, dtype=torch.int64, device=self.world.device)
         bad = is_bad_M.nonzero()[:_NUM_NAMED, 0] + self._first
         found_K[: len(bad)] = bad
-        gathered = collectives.all_gather_shards(found_K, _NUM_NAMED * self.world.world_size, self.world).tolist()
+        gathered = collectives.all_gather_shards(
+            found_K, _NUM_NAMED * self.world.world_size, self.world
+        ).tolist()
         named = [index for index in gathered if index != PADDING][:_NUM_NAMED]
         return json.dumps(named)[1:-1] + (", ..." if len(named) == _NUM_NAMED else "")

@@ -1,9 +1,10 @@
-"""`update` of `shard` as one kernel for CUDA: one program per row that arrived, which reads logits and the previous row once
-and writes the new row once.
+"""`update` of `shard` as one kernel for CUDA: one program per row that arrived, which reads logits
+and the previous row once and writes the new row once.
 
-A program sees its own row only, in an order that depends on C alone, so a row gets the same bits whichever rows arrive with it.
-Up to `ONE_BLOCK` classes everything between the reads and the write stays in registers; of more classes the first block does,
-and the logits of the others are read three times.
+A program sees its own row only, in an order that depends on C alone, so a row gets the same bits
+whichever rows arrive with it. Up to `ONE_BLOCK` classes everything between the reads and the write
+stays in registers; of more classes the first block does, and the logits of the others are read
+three times.
 """
 
 # C classes, R rows received, X numbers of a packed row
@@ -28,7 +29,9 @@ _EPSILON: tl.constexpr = tl.constexpr(OFFICIAL_EPSILON)
 _LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 _PADDING: tl.constexpr = tl.constexpr(PADDING)
 _NUM_SCALARS: tl.constexpr = tl.constexpr(len(SCALARS))
-_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)  # by NumPy, which has no libdevice
+# by NumPy, which has no libdevice
+_INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 def blocks(num_classes: int) -> tuple[int, int]:
     """Return (classes at once, warps) of a program."""
@@ -39,7 +42,8 @@ def blocks(num_classes: int) -> tuple[int, int]:
 
 
 def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarantines: bool) -> None:
-    """Do as `shard.update`, for `DenseRows` and logits of `_DTYPES`; one launch per step that arrived."""
+    """Do as `shard.update`, for `DenseRows` and logits of `_DTYPES`; one launch per step that
+    arrived."""
     assert isinstance(shard.previous, DenseRows)
     num_classes = shard.num_classes
     block, num_warps = blocks(num_classes)
@@ -48,10 +52,26 @@ def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarant
             continue
         with torch.cuda.device_of(payload_RX):
             _update_row[(len(payload_RX),)](
-                payload_RX, payload_RX.view(dtype), shard.previous.logp_MC, shard.scalars_MF, shard.label_M, shard.visits_M,
-                shard.nonfinite_M, shard.bad_index, shard.bad_label, shard.nonfinite_step, shard.first, shard.num_rows, step,
-                C=num_classes, BLOCK=block, PIECES=header_width(dtype) // 2, HAS_PREVIOUS=has_previous, QUARANTINES=quarantines,
-                num_warps=num_warps)
+                payload_RX,
+                payload_RX.view(dtype),
+                shard.previous.logp_MC,
+                shard.scalars_MF,
+                shard.label_M,
+                shard.visits_M,
+                shard.nonfinite_M,
+                shard.bad_index,
+                shard.bad_label,
+                shard.nonfinite_step,
+                shard.first,
+                shard.num_rows,
+                step,
+                C=num_classes,
+                BLOCK=block,
+                PIECES=header_width(dtype) // 2,
+                HAS_PREVIOUS=has_previous,
+                QUARANTINES=quarantines,
+                num_warps=num_warps,
+            )
 
 
 @triton.jit
@@ -59,7 +79,8 @@ def _exp(x):
     if _INTERPRETED:
         return tl.exp(x)
     else:
-        return libdevice.exp(x)  # Triton's own is a few parts in 10^7 off, as much as a small loss difference
+        # Triton's own is a few parts in 10^7 off, as much as a small loss difference
+        return libdevice.exp(x)
 
 
 @triton.jit
@@ -72,7 +93,8 @@ def _log(x):
 
 @triton.jit
 def _int64(pointer, PIECES: tl.constexpr):
-    """Read an int64 that is stored in pieces of the size of a logit, the low ones first; rows need not be aligned to 8 bytes.
+    """Read an int64 that is stored in pieces of the size of a logit, the low ones first; rows need
+    not be aligned to 8 bytes.
     """
     bits: tl.constexpr = 64 // PIECES
     value = tl.load(pointer).to(tl.int64) & ((1 << bits) - 1)
@@ -87,8 +109,20 @@ def _load(logits_ptr, c, C: tl.constexpr):
 
 
 @triton.jit
-def _block(x, c, previous_ptr, largest, log_total, share, label, other, C: tl.constexpr, HAS_PREVIOUS: tl.constexpr):
-    """Write a block of the row; return the summands of its scalars. Beyond the last class probabilities are 0."""
+def _block(
+    x,
+    c,
+    previous_ptr,
+    largest,
+    log_total,
+    share,
+    label,
+    other,
+    C: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr,
+):
+    """Write a block of the row; return the summands of its scalars. Beyond the last class
+    probabilities are 0."""
     logp = x - largest - log_total
     logp = tl.where(logp < _FLOOR, _FLOOR, logp)
     p = _exp(x - largest) * share
@@ -101,14 +135,37 @@ def _block(x, c, previous_ptr, largest, log_total, share, label, other, C: tl.co
         ce = tl.where(is_label, logp - previous, 0.0)
     tl.store(previous_ptr + c, logp.to(previous_ptr.dtype.element_ty), mask=c < C)
     error = p - is_label.to(tl.float32)
-    return (official, paper, ce, tl.where(is_label, p, 0.0), tl.where(c == other, p, 0.0), p * logp, error * error)
+    return (
+        official,
+        paper,
+        ce,
+        tl.where(is_label, p, 0.0),
+        tl.where(c == other, p, 0.0),
+        p * logp,
+        error * error,
+    )
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "step"])
 def _update_row(
-    header_ptr, logits_ptr, previous_ptr, scalars_ptr, label_ptr, visits_ptr, nonfinite_ptr, bad_index_ptr, bad_label_ptr,
-    nonfinite_step_ptr, first, num_rows, step, C: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-    HAS_PREVIOUS: tl.constexpr, QUARANTINES: tl.constexpr,
+    header_ptr,
+    logits_ptr,
+    previous_ptr,
+    scalars_ptr,
+    label_ptr,
+    visits_ptr,
+    nonfinite_ptr,
+    bad_index_ptr,
+    bad_label_ptr,
+    nonfinite_step_ptr,
+    first,
+    num_rows,
+    step,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr,
+    QUARANTINES: tl.constexpr,
 ):
     start_of_row = tl.program_id(0).to(tl.int64) * (2 * PIECES + C)
     index = _int64(header_ptr + start_of_row, PIECES)
@@ -166,14 +223,16 @@ def _update_row(
     # 3 the new row and its scalars
     previous_ptr += row * C
     official_B, paper_B, ce_B, p_label_B, p_other_B, entropy_B, error_B = _block(
-        x, c, previous_ptr, largest, log_total, share, label, other, C, HAS_PREVIOUS)
+        x, c, previous_ptr, largest, log_total, share, label, other, C, HAS_PREVIOUS
+    )
     if C > BLOCK:
         for start in range(BLOCK, C, BLOCK):
             y = _load(logits_ptr, start + c, C)
             if QUARANTINES:
                 y = tl.where(is_nonfinite & (start + c < C), 0.0, y)
             official, paper, ce, p_label, p_other, entropy, error = _block(
-                y, start + c, previous_ptr, largest, log_total, share, label, other, C, HAS_PREVIOUS)
+                y, start + c, previous_ptr, largest, log_total, share, label, other, C, HAS_PREVIOUS
+            )
             official_B += official
             paper_B += paper
             ce_B += ce

@@ -1,12 +1,14 @@
-"""TDDS: window variability and its average over windows (arXiv 2311.13613, Eq. 11 and 12), in both presets.
+"""TDDS: window variability and its average over windows (arXiv 2311.13613, Eq. 11 and 12), in both
+presets.
 
-`official` is what the authors' released code computes (it produced the published numbers); `paper` is what the
-equations say. Loss differences (Eq. 10) are in `sample_stats`. Sums over epochs are written as loops on purpose: a library
-reduction over the first axis changes its summation order with the number of columns, and scores must not depend on
-how many samples share a shard.
+`official` is what the authors' released code computes (it produced the published numbers); `paper`
+is what the equations say. Loss differences (Eq. 10) are in `sample_stats`. Sums over epochs are
+written as loops on purpose: a library reduction over the first axis changes its summation order
+with the number of columns, and scores must not depend on how many samples share a shard.
 """
 
-# M samples (any number of columns), m some of them, D differences per window, T trajectory length in epochs, K window size
+# M samples (any number of columns), m some of them, D differences per window, T trajectory length
+# in epochs, K window size
 
 from collections.abc import Sequence
 
@@ -22,7 +24,8 @@ _COLUMNS = 2**14  # samples scored at once, so that a window's arrays stay in th
 def window_variability(delta_DM: Sequence[Tensor], preset: str) -> Tensor:
     """Compute the variability of the loss differences in one window, Eq. 11; float32 [M].
 
-    `paper`: sum of squared deviations from the mean. `official`: its square root. `delta_DM` is in time order.
+    `paper`: sum of squared deviations from the mean. `official`: its square root. `delta_DM` is in
+    time order.
     """
     num_differences = len(delta_DM)
     total_M = delta_DM[0].clone()
@@ -35,7 +38,9 @@ def window_variability(delta_DM: Sequence[Tensor], preset: str) -> Tensor:
     return squares_M.sqrt() if preset == "official" else squares_M
 
 
-def average_windows(average_M: Tensor, variability_M: Tensor, beta: float, num_windows: int) -> None:
+def average_windows(
+    average_M: Tensor, variability_M: Tensor, beta: float, num_windows: int
+) -> None:
     """Fold the `num_windows`-th window (counted from 1) into the running average, in place, Eq. 12.
 
     R <- beta R_t + (1 - beta) R, started at 0; with beta = 0 the plain mean over windows.
@@ -47,8 +52,9 @@ def average_windows(average_M: Tensor, variability_M: Tensor, beta: float, num_w
 def score_trajectory(delta_TM: np.ndarray, window: Window, preset: str) -> np.ndarray:
     """Compute the score of each sample from its recorded loss differences; float32 [M].
 
-    `delta_TM` float32 [>= T, M]: row t is the difference between epochs t - 1 and t; row 0 is not read. The same
-    operations in the same order as those of `scorer` during training, hence the same bits.
+    `delta_TM` float32 [>= T, M]: row t is the difference between epochs t - 1 and t; row 0 is not
+    read. The same operations in the same order as those of `scorer` during training, hence the same
+    bits.
     """
     check_window(window, preset, len(delta_TM))
     num_differences = differences_per_window(window, preset)

@@ -1,4 +1,5 @@
-"""The parts of a training run, built and checked from its config: files, views, network, optimizer, mixing.
+"""The parts of a training run, built and checked from its config: files, views, network, optimizer,
+mixing.
 
 `open_files` and `preflight` find what would fail at the first step, before anything is written.
 """
@@ -24,9 +25,11 @@ from tdds_dist.training.schedule import training_sizes
 
 
 def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
-    """Raise InputError for a network or a view that would fail at the first step of `rows` images per rank.
+    """Raise InputError for a network or a view that would fail at the first step of `rows` images
+    per rank.
 
-    The network runs on shapes alone (torch's meta device), which costs no memory: once for every size that it may see.
+    The network runs on shapes alone (torch's meta device), which costs no memory: once for every
+    size that it may see.
     """
     views = build_views(config)
     for file, view in zip((train_file, val_file), views, strict=True):
@@ -37,23 +40,36 @@ def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: 
         key = "data.image_size" if size == config.data.image_size else "data.progressive"
         output = _try(model.train(), rows, size, f"model.name={name} cannot train on", key)
         if not isinstance(output, torch.Tensor):
-            raise InputError(f"model.name={name} gives several outputs in training; use a network with one")
+            raise InputError(
+                f"model.name={name} gives several outputs in training; use a network with one"
+            )
     if views[1].size != config.data.image_size:
-        _try(model.eval(), rows, views[1].size, f"model.name={name} cannot evaluate", "data.eval_size")
+        _try(
+            model.eval(),
+            rows,
+            views[1].size,
+            f"model.name={name} cannot evaluate",
+            "data.eval_size",
+        )
 
 
 def _try(model: nn.Module, rows: int, size: int, what: str, key: str) -> Any:
-    """Return the output on images of this size; raise an InputError that says `what` fails, and the key to change."""
+    """Return the output on images of this size; raise an InputError that says `what` fails, and the
+    key to change."""
     try:
         return model(torch.empty(rows, 3, size, size, device="meta"))
     except Exception as error:  # torchvision's networks say in many ways that an image is too small
-        raise InputError(f"{what} {rows} images of {size}x{size} per rank and step ({error}); use another {key}, network, or a "
-                         "larger train.global_batch_size") from error
+        raise InputError(
+            f"{what} {rows} images of {size}x{size} per rank and step ({error}); use another {key},"
+            " network, or a larger train.global_batch_size"
+        ) from error
 
 
-def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
-    """Open the training and evaluation files, check them against the config, and return them with the fingerprint of the
-    labels.
+def open_files(
+    config: Config, decode_some: bool = False
+) -> tuple[BetonInfo, BetonInfo, Fingerprint]:
+    """Open the training and evaluation files, check them against the config, and return them with
+    the fingerprint of the labels.
 
     With `decode_some` a sample of the images is checked as well (one rank is enough for that).
 
@@ -67,8 +83,10 @@ def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, Be
         manifests.append(read_manifest(path))
     classes = [manifest.num_classes for manifest in manifests if manifest is not None]
     if len(classes) == 2 and classes[0] != classes[1]:
-        raise InputError(f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val} {classes[1]}; "
-                         "give two splits of one dataset")
+        raise InputError(
+            f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val}"
+            f" {classes[1]}; give two splits of one dataset"
+        )
     for info, manifest in zip(files, manifests, strict=True):
         check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
         if decode_some:
@@ -77,25 +95,34 @@ def open_files(config: Config, decode_some: bool = False) -> tuple[BetonInfo, Be
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Build SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the config says so."""
+    """Build SGD or AdamW; one-dimensional parameters (norms, biases) without weight decay when the
+    config says so."""
     train = config.train
     everything = list(model.parameters())
     if train.decay_norm_and_bias:
         groups: list[dict[str, Any]] = [{"params": everything, "weight_decay": train.weight_decay}]
     else:
-        groups = [{"params": [p for p in everything if p.ndim > 1], "weight_decay": train.weight_decay},
-                  {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in everything if p.ndim > 1], "weight_decay": train.weight_decay},
+            {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0},
+        ]
     fused = everything[0].is_cuda if train.fused_optimizer is None else train.fused_optimizer
     kind = {"fused": True} if fused else {}  # torch chooses among the others itself
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, **kind)
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, **kind)
+    return torch.optim.SGD(
+        groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, **kind
+    )
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context of a forward pass: `train.amp` on CUDA, float32 elsewhere."""
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp]
-    return nullcontext() if dtype is None or device.type != "cuda" else torch.autocast("cuda", dtype=dtype)
+    return (
+        nullcontext()
+        if dtype is None or device.type != "cuda"
+        else torch.autocast("cuda", dtype=dtype)
+    )
 
 
 def build_mix(config: Config) -> Any:
@@ -110,26 +137,36 @@ def build_mix(config: Config) -> Any:
 
 
 def build_views(config: Config) -> tuple[View, View]:
-    """Build the views of an image in training (from data.progressive's last epoch on) and in evaluation."""
+    """Build the views of an image in training (from data.progressive's last epoch on) and in
+    evaluation."""
     data = config.data
-    train_view = View(data.image_size, data.crop, flip=data.flip, padding=data.padding, scale=(data.scale_min, 1.0))
+    train_view = View(
+        data.image_size,
+        data.crop,
+        flip=data.flip,
+        padding=data.padding,
+        scale=(data.scale_min, 1.0),
+    )
     return train_view, View(data.eval_size or data.image_size, "center", ratio=data.eval_crop_ratio)
 
 
 def set_deterministic(wanted: bool) -> None:
     """Let torch use only algorithms that give the same bits every time, or any."""
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
+        # read when CUDA's linear algebra starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # would only cost
-    torch.backends.cudnn.benchmark = not wanted  # tries algorithms and takes the fastest, which may differ from run to run
+    # tries algorithms and takes the fastest, which may differ from run to run
+    torch.backends.cudnn.benchmark = not wanted
 
 
 _FIRST_CONVOLUTION = {"resnet": "conv1", "shufflenet": "conv1.0", "mobilenet": "features.0.0"}
 
 
 class InputStage(nn.Module):
-    """uint8 images to normalised floats on the device (a quarter of the bytes travel, and it fuses into the model).
+    """uint8 images to normalised floats on the device (a quarter of the bytes travel, and it fuses
+    into the model).
 
     `mean` and `std` are per channel on 0..255.
     """
@@ -148,15 +185,19 @@ class InputStage(nn.Module):
         return ((image.float() - self.mean) * self.scale).contiguous(memory_format=self._format)
 
 
-def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channels_last: bool = True) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, *, cifar_stem: bool = False, channels_last: bool = True
+) -> nn.Module:
     """Build a torchvision classifier with fresh weights (from torch's global generator).
 
     Raises:
         InputError: unknown name, or a stem that the network does not have.
     """
     if name not in zoo.list_models(module=zoo):
-        raise InputError(f"model.name={name!r} is not a torchvision classifier; e.g. resnet18, resnet34, resnet50, swin_t, "
-                         "vgg16_bn, mobilenet_v2, shufflenet_v2_x0_5")
+        raise InputError(
+            f"model.name={name!r} is not a torchvision classifier; e.g. resnet18, resnet34,"
+            " resnet50, swin_t, vgg16_bn, mobilenet_v2, shufflenet_v2_x0_5"
+        )
     model = zoo.get_model(name, weights=None, num_classes=num_classes)
     if cifar_stem:
         _use_cifar_stem(model, name)
@@ -164,7 +205,8 @@ def build_model(name: str, num_classes: int, *, cifar_stem: bool = False, channe
 
 
 def build_on_meta(name: str, num_classes: int, *, cifar_stem: bool = False) -> nn.Module:
-    """Build the network on torch's meta device: shapes, and no memory for its weights. Raise InputError as `build_model`."""
+    """Build the network on torch's meta device: shapes, and no memory for its weights. Raise
+    InputError as `build_model`."""
     try:
         with torch.device("meta"):
             return build_model(name, num_classes, cifar_stem=cifar_stem, channels_last=False)
@@ -173,19 +215,31 @@ def build_on_meta(name: str, num_classes: int, *, cifar_stem: bool = False) -> n
 
 
 def classifier_layer(model: nn.Module, num_classes: int) -> nn.Linear | None:
-    """Return the last linear layer, whose input are the penultimate features; None where the classifier is something else."""
+    """Return the last linear layer, whose input are the penultimate features; None where the
+    classifier is something else."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear and linear[-1].out_features == num_classes else None
 
 
 def _use_cifar_stem(model: Any, name: str) -> None:
-    """Replace the first convolution by one of 3x3 and stride 1, and drop the max-pool, as ResNets on CIFAR have it."""
+    """Replace the first convolution by one of 3x3 and stride 1, and drop the max-pool, as ResNets
+    on CIFAR have it."""
     family = next((family for family in _FIRST_CONVOLUTION if name.startswith(family)), None)
     if family is None:
-        raise InputError(f"model.cifar_stem=true is not known for {name!r}; it is for {', '.join(_FIRST_CONVOLUTION)}")
+        raise InputError(
+            f"model.cifar_stem=true is not known for {name!r}; it is for"
+            f" {', '.join(_FIRST_CONVOLUTION)}"
+        )
     path = _FIRST_CONVOLUTION[family]
     old = model.get_submodule(path)
-    new = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, stride=1, padding=1, bias=old.bias is not None)
+    new = nn.Conv2d(
+        old.in_channels,
+        old.out_channels,
+        kernel_size=3,
+        stride=1,
+        padding=1,
+        bias=old.bias is not None,
+    )
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)

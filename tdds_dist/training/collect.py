@@ -33,20 +33,32 @@ def _warn(config: Config, num_samples: int) -> None:
     """Warn of settings that are allowed and rarely meant."""
     for window in config.windows():
         if differences_per_window(window, config.score.preset) == 1:
-            log.warning(f"K={window.K} leaves one loss difference per window in preset {config.score.preset}, so scores of "
-                        f"T={window.T} will be 0; raise K")
+            log.warning(
+                f"K={window.K} leaves one loss difference per window in preset"
+                f" {config.score.preset}, so scores of T={window.T} will be 0; raise K"
+            )
     if config.train.global_batch_size > num_samples:
-        log.warning(f"train.global_batch_size={config.train.global_batch_size} is larger than the {num_samples} images and "
-                    "repeats some to fill up; lower it")
+        log.warning(
+            f"train.global_batch_size={config.train.global_batch_size} is larger than the"
+            f" {num_samples} images and repeats some to fill up; lower it"
+        )
 
 
-def collect(config: Config, world: World, *, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
-            interruption: Interruption | None = None) -> list[Path]:
-    """Run the stage, or go on with it; return the score files: one per window of the config, and those of the final pass.
+def collect(
+    config: Config,
+    world: World,
+    *,
+    settings: dict[str, Any] | None = None,
+    fresh: bool = False,
+    force: bool = False,
+    interruption: Interruption | None = None,
+) -> list[Path]:
+    """Run the stage, or go on with it; return the score files: one per window of the config, and
+    those of the final pass.
 
-    Every rank calls it. Bad input is found before the first training step and raised on every rank. `settings` are added to
-    the record of how the run was started. A run with a checkpoint goes on, a finished one is
-    left as it is; `fresh` starts over (`force`: also where there is a run).
+    Every rank calls it. Bad input is found before the first training step and raised on every rank.
+    `settings` are added to the record of how the run was started. A run with a checkpoint goes on,
+    a finished one is left as it is; `fresh` starts over (`force`: also where there is a run).
 
     Raises:
         Preempted: `interruption` asked for it; the state is saved.
@@ -54,7 +66,9 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
     run = RunDir(config.run.directory)
     with together(world):
         config.check_collect()
-        rows = per_rank_batch(config.train.global_batch_size, world.world_size, config.train.accumulation)
+        rows = per_rank_batch(
+            config.train.global_batch_size, world.world_size, config.train.accumulation
+        )
         train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
         preflight(config, train_file, val_file, rows)
         setting: dict[str, Any] = {"stage": "collect"} | (settings or {})
@@ -64,9 +78,20 @@ def collect(config: Config, world: World, *, settings: dict[str, Any] | None = N
     with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
         if start.result is not None:
             return [run.scores / name for name in start.result["scores"]]
-        job = Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size,
-                  checkpoints=start.checkpoints, resume=start.resume, interruption=interruption or Interruption(),
-                  pulse=start.pulse, guard=start.guard)
+        job = Job(
+            config,
+            world,
+            run,
+            train_file,
+            val_file,
+            config.train.epochs,
+            config.train.global_batch_size,
+            checkpoints=start.checkpoints,
+            resume=start.resume,
+            interruption=interruption or Interruption(),
+            pulse=start.pulse,
+            guard=start.guard,
+        )
         return _collect(job, fingerprint, start)
 
 
@@ -74,24 +99,39 @@ def observed(job: Job, scorer: ShardedScorer) -> Job:
     """Return the job with a scorer as its observer, as the config asks for it."""
     config = job.config
     stops_early = config.collect.stop_after == "last_window"
-    return replace(job, observer=scorer, clean_view=config.score.view == "clean",
-                   tolerates_nonfinite=config.score.on_nan == "quarantine",
-                   stops_after=max(window.T for window in config.windows()) if stops_early else None)
+    return replace(
+        job,
+        observer=scorer,
+        clean_view=config.score.view == "clean",
+        tolerates_nonfinite=config.score.on_nan == "quarantine",
+        stops_after=max(window.T for window in config.windows()) if stops_early else None,
+    )
 
 
 def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     """Train and score, with the run directory locked."""
     config, world, run, train_file = job.config, job.world, job.run, job.train_file
     scorer = ShardedScorer(
-        train_file.num_samples, config.data.num_classes, config.windows(), config.score.preset, world.device,
-        logp_dtype=getattr(torch, config.score.logp_dtype), storage=config.score.storage,
+        train_file.num_samples,
+        config.data.num_classes,
+        config.windows(),
+        config.score.preset,
+        world.device,
+        logp_dtype=getattr(torch, config.score.logp_dtype),
+        storage=config.score.storage,
         trajectory=run.trajectory if config.score.trajectory else None,
-        trajectory_dtype=getattr(torch, config.score.trajectory_dtype), on_nan=config.score.on_nan,
-        resume=start.resume is not None)
+        trajectory_dtype=getattr(torch, config.score.trajectory_dtype),
+        on_nan=config.score.on_nan,
+        resume=start.resume is not None,
+    )
     if world.is_main:
-        log.info(f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes} classes, "
-                 f"{config.model.name}, {config.train.epochs} epochs, {world.world_size} rank(s) on {world.device.type}, "
-                 f"scorer state {size_text(scorer.state_bytes())} per rank", extra=HEADING)
+        log.info(
+            f"collect {config.run.name}: {train_file.num_samples} images, {config.data.num_classes}"
+            f" classes, {config.model.name}, {config.train.epochs} epochs, {world.world_size}"
+            f" rank(s) on {world.device.type}, scorer state {size_text(scorer.state_bytes())} per"
+            " rank",
+            extra=HEADING,
+        )
         _warn(config, train_file.num_samples)
     result = fit(observed(job, scorer))
 
@@ -107,15 +147,29 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
                 log.warning(warning)
             for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
                 settings = window_settings(window, config.score.preset) | {
-                    "source": "live", "epochs": result["epochs"], "seed": config.run.seed, "world_size": world.world_size}
-                save_scores(path, Scores(window.key(config.score.preset), score_N.numpy(), label_N, fingerprint,
-                                         settings | noted))
+                    "source": "live",
+                    "epochs": result["epochs"],
+                    "seed": config.run.seed,
+                    "world_size": world.world_size,
+                }
+                save_scores(
+                    path,
+                    Scores(
+                        window.key(config.score.preset),
+                        score_N.numpy(),
+                        label_N,
+                        fingerprint,
+                        settings | noted,
+                    ),
+                )
     del scorer  # its table is large, and the final pass needs the device
     if config.score.final_pass:
         start.pulse.beat("scoring")
         if result["epochs"] < result["epochs_planned"]:
-            log.info(f"entropy and moderate are those of the model after {result['epochs']} of "
-                     f"{result['epochs_planned']} epochs")
+            log.info(
+                f"entropy and moderate are those of the model after {result['epochs']} of "
+                f"{result['epochs_planned']} epochs"
+            )
         paths += score_weights(config, world, run, train_file, fingerprint, result | noted)
     start.finish({"stage": "collect", "scores": [path.name for path in paths], **result, **noted})
     return paths
@@ -126,5 +180,7 @@ def _lacks(run: RunDir, found: Checkpoint) -> str:
     num_epochs, reason = whole_epochs(run.trajectory)
     if num_epochs >= found.record["epoch"]:
         return ""
-    return (f"the trajectory is whole for {num_epochs} epochs only, not for its {found.record['epoch']} ({reason}); restore "
-            "it, or go on without one by score.trajectory=false")
+    return (
+        f"the trajectory is whole for {num_epochs} epochs only, not for its {found.record['epoch']}"
+        f" ({reason}); restore it, or go on without one by score.trajectory=false"
+    )

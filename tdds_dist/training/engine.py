@@ -1,12 +1,14 @@
-"""The training loop: DDP at every world size, AMP, evaluation, metrics. It shows every batch of outputs to an `Observer`
-and knows nothing of scores.
+"""The training loop: DDP at every world size, AMP, evaluation, metrics. It shows every batch of
+outputs to an `Observer` and knows nothing of scores.
 
-Losses are sums over real rows divided by the number of real rows of the whole step (known in advance on every rank), so
-that the gradient is that of the mean over the global batch, whatever padding and world size are (but for batch norm: its
-statistics are those of one rank's rows, padding included). Device totals are read at log cadence only.
+Losses are sums over real rows divided by the number of real rows of the whole step (known in
+advance on every rank), so that the gradient is that of the mean over the global batch, whatever
+padding and world size are (but for batch norm: its statistics are those of one rank's rows, padding
+included). Device totals are read at log cadence only.
 """
 
-# B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples
+# B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N
+# dataset, M trained samples
 
 import math
 import time
@@ -29,15 +31,22 @@ from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.training import metrics
 from tdds_dist.training import state as snapshot
-from tdds_dist.training.build import InputStage, autocast, build_mix, build_model, build_optimizer, set_deterministic
+from tdds_dist.training.build import (
+    InputStage,
+    autocast,
+    build_mix,
+    build_model,
+    build_optimizer,
+    set_deterministic,
+)
 from tdds_dist.training.feed import Feed, Pass
 from tdds_dist.training.job import Job, Observer
 from tdds_dist.training.schedule import learning_rate, training_size, training_sizes
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train, from the start or from `job.resume`; return the result record (final and best top-1 and top-5 in percent,
-    images, seconds).
+    """Train, from the start or from `job.resume`; return the result record (final and best top-1
+    and top-5 in percent, images, seconds).
 
     Raises:
         Preempted: asked to leave; the state is saved, on every rank at the same step.
@@ -47,7 +56,8 @@ def fit(job: Job) -> dict[str, Any]:
         with job.interruption.watched():
             result = trainer.run()
     except (Preempted, InputError) as error:
-        if getattr(error, "shared", True):  # all ranks are here; after any other error no rank waits for another
+        # all ranks are here; after any other error no rank waits for another
+        if getattr(error, "shared", True):
             trainer.close()
         raise
     finally:
@@ -58,7 +68,8 @@ def fit(job: Job) -> dict[str, Any]:
 
 
 class Trainer:
-    """Model, optimizer and loaders of a job, and its state between two steps. `feed`: where batches come from."""
+    """Model, optimizer and loaders of a job, and its state between two steps. `feed`: where batches
+    come from."""
 
     def __init__(self, job: Job, feed: Feed | None = None):
         config, world = job.config, job.world
@@ -69,23 +80,39 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.epoch = 0
         self.micro = 0  # forward passes done in this epoch
-        self.totals_3 = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, correct, images of this epoch
+        # loss, correct, images of this epoch
+        self.totals_3 = torch.zeros(3, dtype=torch.float64, device=world.device)
         self._all_rows = torch.tensor(self.rows, device=world.device)
         self.rows_S: list[int] = []  # real ones of each forward pass of this epoch, over all ranks
         self.observer_seconds = 0.0  # host time that the observer took of this epoch
-        self.history: dict[str, Any] = {"record": {}, "best": {}, "epoch_seconds": [], "wall_seconds": [], "resumes": 0,
-                                        "train_seconds": 0.0, "partial": [0.0, 0.0]}
+        self.history: dict[str, Any] = {
+            "record": {},
+            "best": {},
+            "epoch_seconds": [],
+            "wall_seconds": [],
+            "resumes": 0,
+            "train_seconds": 0.0,
+            "partial": [0.0, 0.0],
+        }
         self.last_save = self.started = time.perf_counter()
         self.steps_since_save = 0
         if world.device.type == "cpu":
             torch.set_num_threads(default_workers(world.local_world_size))
         set_deterministic(config.train.deterministic)
         torch.manual_seed(config.run.seed)
-        self.input_stage = InputStage(config.data.mean, config.data.std, config.model.channels_last).to(world.device)
-        model = build_model(config.model.name, config.data.num_classes, cifar_stem=config.model.cifar_stem,
-                            channels_last=config.model.channels_last).to(world.device)
+        self.input_stage = InputStage(
+            config.data.mean, config.data.std, config.model.channels_last
+        ).to(world.device)
+        model = build_model(
+            config.model.name,
+            config.data.num_classes,
+            cifar_stem=config.model.cifar_stem,
+            channels_last=config.model.channels_last,
+        ).to(world.device)
         sizes = training_sizes(config)
-        self.model = collectives.data_parallel(model, world, len(sizes) if config.model.compile else 0)
+        self.model = collectives.data_parallel(
+            model, world, len(sizes) if config.model.compile else 0
+        )
         # From here on every rank draws its own numbers (dropout, mixing).
         torch.manual_seed(self._rank_seed())
         self.optimizer = build_optimizer(model, config)
@@ -103,12 +130,20 @@ class Trainer:
         self._settle()
         if job.resume is not None:
             self._resume(job.resume)
-        self.good_buffers = [buffer.clone() for buffer in model.buffers()] if job.tolerates_nonfinite else []
-        self.screen = metrics.Screen(job.epochs, job.num_samples, job.epochs_run, world.is_main,
-                                     done=self.epoch * job.num_samples + self.micro * self.micro_batch)
+        self.good_buffers = (
+            [buffer.clone() for buffer in model.buffers()] if job.tolerates_nonfinite else []
+        )
+        self.screen = metrics.Screen(
+            job.epochs,
+            job.num_samples,
+            job.epochs_run,
+            world.is_main,
+            done=self.epoch * job.num_samples + self.micro * self.micro_batch,
+        )
 
     def _settle(self) -> None:
-        """Make one pass without effect; compile, where asked to, for the images of the first step."""
+        """Make one pass without effect; compile, where asked to, for the images of the first
+        step."""
         config, job = self.job.config, self.job
         size = training_size(config, job.resume.record["epoch"] if job.resume else 0, job.epochs)
         rows = max(2, self.rows) if config.model.compile else 2
@@ -116,9 +151,11 @@ class Trainer:
         try:
             snapshot.settle_buckets(self.model, self.input_stage(image), self._autocast())
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise InputError(f"model.compile=true: torch.compile fails on model.name={config.model.name} "
-                             f"({' '.join(str(error).split())[:300]}); install what it lacks, or set model.compile=false"
-                             ) from error
+            raise InputError(
+                f"model.compile=true: torch.compile fails on model.name={config.model.name}"
+                f" ({' '.join(str(error).split())[:300]}); install what it lacks, or set"
+                " model.compile=false"
+            ) from error
 
     def _rank_seed(self, *more: int) -> int:
         entropy = [self.job.config.run.seed, self.job.world.rank, *more]
@@ -156,12 +193,18 @@ class Trainer:
                 if job.world.is_main:
                     job.run.append_metrics(record)
                     self.tensorboard.write(record)
-                    line = metrics.epoch_line(record, job.epochs, 0.0 if is_last else remaining_seconds)
+                    line = metrics.epoch_line(
+                        record, job.epochs, 0.0 if is_last else remaining_seconds
+                    )
                     self.screen.progress.tell(line, always=is_last)
             self.epoch, self.micro = self.epoch + 1, 0
             if job.pulse is not None:
-                job.pulse.beat("training", **self._progress(), images_per_second=record["images_per_second"],
-                               eta_seconds=0.0 if is_last else remaining_seconds)
+                job.pulse.beat(
+                    "training",
+                    **self._progress(),
+                    images_per_second=record["images_per_second"],
+                    eta_seconds=0.0 if is_last else remaining_seconds,
+                )
             if is_last:
                 self.save_model("final")
             self._end_of_epoch(is_last)
@@ -175,12 +218,22 @@ class Trainer:
     def _result(self) -> dict[str, Any]:
         job, record, best = self.job, self.history["record"], self.history["best"]
         return {
-            "num_images": job.num_samples, "epochs": self.epoch, "epochs_planned": job.epochs, "seed": job.config.run.seed,
-            "global_batch_size": job.global_batch_size, "steps": record["step"],
-            "final_top1": record["val_top1"], "final_top5": record["val_top5"], "final_loss": record["val_loss"],
-            "best_top1": best["val_top1"], "best_epoch": best["epoch"],
-            "train_seconds": self._train_seconds(), "resumes": self.history["resumes"],
-            "median_images_per_second": job.num_samples / float(np.median(self.history["epoch_seconds"])),
+            "num_images": job.num_samples,
+            "epochs": self.epoch,
+            "epochs_planned": job.epochs,
+            "seed": job.config.run.seed,
+            "global_batch_size": job.global_batch_size,
+            "steps": record["step"],
+            "final_top1": record["val_top1"],
+            "final_top5": record["val_top5"],
+            "final_loss": record["val_loss"],
+            "best_top1": best["val_top1"],
+            "best_epoch": best["epoch"],
+            "train_seconds": self._train_seconds(),
+            "resumes": self.history["resumes"],
+            "median_images_per_second": (
+                job.num_samples / float(np.median(self.history["epoch_seconds"]))
+            ),
         }
 
     def _train_seconds(self) -> float:
@@ -189,7 +242,8 @@ class Trainer:
     # ---- training
 
     def train_epoch(self) -> dict[str, Any]:
-        """Train on the rest of this epoch's samples; return the record of its metrics (over all ranks)."""
+        """Train on the rest of this epoch's samples; return the record of its metrics (over all
+        ranks)."""
         job, train, epoch = self.job, self.job.config.train, self.epoch
         order, batches = self.feed.take(("train", epoch), self.micro)
         step_weight, self.rows_S = step_weights(job, order), order.num_real_S().tolist()
@@ -214,7 +268,10 @@ class Trainer:
                 lr = self._update()
                 if self.step % train.log_every == 0:
                     self._read_totals(epoch, started - seconds_before)
-                self.history["partial"] = [seconds_before + time.perf_counter() - started, self.observer_seconds]
+                self.history["partial"] = [
+                    seconds_before + time.perf_counter() - started,
+                    self.observer_seconds,
+                ]
                 if job.pulse is not None and job.pulse.is_due:
                     self._beat(self.micro / order.num_steps)
                 if not is_last:
@@ -226,13 +283,19 @@ class Trainer:
         loss, top1 = self._read_totals(epoch, time.perf_counter() - epoch_seconds)
         collectives.average_buffers(self.model)
         return {
-            "epoch": epoch, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1,
-            "epoch_seconds": epoch_seconds, "images_per_second": job.num_samples / epoch_seconds,
+            "epoch": epoch,
+            "step": self.step,
+            "lr": lr,
+            "train_loss": loss,
+            "train_top1": top1,
+            "epoch_seconds": epoch_seconds,
+            "images_per_second": job.num_samples / epoch_seconds,
             "memory_bytes": metrics.memory_bytes(job.world.device),
         }
 
     def _look_ahead(self, num_left: int) -> None:
-        """Start what follows when this pass has no more to decode than is on its way, with `num_left` steps to go."""
+        """Start what follows when this pass has no more to decode than is on its way, with
+        `num_left` steps to go."""
         if self.follows is not None and num_left <= BATCHES_AHEAD:
             self.feed.start(self.follows)
             self.follows = None
@@ -252,8 +315,13 @@ class Trainer:
         real_B = None if self.rows_S[self.micro] == self.micro_batch else batch.index >= 0
         if job.tolerates_nonfinite:
             finite_B = torch.isfinite(logits_BC).all(dim=1)
-            real_B, logits_BC = (batch.index >= 0) & finite_B, torch.where(finite_B[:, None], logits_BC, 0.0)
-        loss_B = F.cross_entropy(logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing)
+            real_B, logits_BC = (
+                (batch.index >= 0) & finite_B,
+                torch.where(finite_B[:, None], logits_BC, 0.0),
+            )
+        loss_B = F.cross_entropy(
+            logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing
+        )
         if real_B is not None:
             loss_B = loss_B * real_B
         loss = weighted = loss_B.sum()
@@ -268,7 +336,8 @@ class Trainer:
             self.totals_3 += torch.stack([loss, correct_B.sum(), num_real])
 
     def _observe(self, call: Callable[[Observer], Any]) -> Any:
-        """Return what the observer answers, and count the host seconds that it takes; None where there is no observer."""
+        """Return what the observer answers, and count the host seconds that it takes; None where
+        there is no observer."""
         if self.job.observer is None:
             return None
         started = time.perf_counter()
@@ -278,7 +347,8 @@ class Trainer:
 
     @torch.no_grad()
     def _clean_view(self, image: Tensor) -> Tensor:
-        """Return the outputs on the un-mixed image in evaluation mode; leave batch statistics and random numbers alone."""
+        """Return the outputs on the un-mixed image in evaluation mode; leave batch statistics and
+        random numbers alone."""
         module = self.model.module
         module.eval()
         with self._autocast():
@@ -289,8 +359,13 @@ class Trainer:
     def _update(self) -> float:
         """Make one optimizer step; return its learning rate."""
         train = self.job.config.train
-        lr = learning_rate(self.step, self.job.epochs * self.steps_per_epoch, train.lr, final=train.final_lr,
-                           warmup_steps=round(train.warmup_epochs * self.steps_per_epoch))
+        lr = learning_rate(
+            self.step,
+            self.job.epochs * self.steps_per_epoch,
+            train.lr,
+            final=train.final_lr,
+            warmup_steps=round(train.warmup_epochs * self.steps_per_epoch),
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.job.tolerates_nonfinite:
@@ -305,10 +380,11 @@ class Trainer:
         return lr
 
     def _drop_nonfinite(self) -> None:
-        """Leave out a step whose gradient is not finite (momentum and decay go on), and batch-norm statistics that are not.
+        """Leave out a step whose gradient is not finite (momentum and decay go on), and batch-norm
+        statistics that are not.
 
-        Nothing is read from the device. Gradients are those of all ranks, so all drop the same steps. With loss scaling it is
-        the scaler that skips such steps.
+        Nothing is read from the device. Gradients are those of all ranks, so all drop the same
+        steps. With loss scaling it is the scaler that skips such steps.
         """
         if not self.scaler.is_enabled():
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -320,46 +396,67 @@ class Trainer:
             good.copy_(buffer)
 
     def _read_totals(self, epoch: int, started: float) -> tuple[float, float]:
-        """Return mean loss and top-1 (percent) of the epoch that began at `started`, over all ranks, and show them; wait for
-        the device. Raises when the loss is not finite."""
+        """Return mean loss and top-1 (percent) of the epoch that began at `started`, over all
+        ranks, and show them; wait for the device. Raises when the loss is not finite."""
         loss, correct, images = collectives.sum_over_ranks(self.totals_3.clone()).tolist()
         if not math.isfinite(loss):
             self._observe(lambda observer: observer.check())
-            raise InputError(f"epoch {epoch + 1}, up to step {self.step}: the training loss is not finite; lower train.lr="
-                             f"{self.job.config.train.lr} or add train.warmup_epochs", shared=True)
-        self.screen.figures(loss / images, 100.0 * correct / images, images / (time.perf_counter() - started))
+            raise InputError(
+                f"epoch {epoch + 1}, up to step {self.step}: the training loss is not finite; lower"
+                f" train.lr={self.job.config.train.lr} or add train.warmup_epochs",
+                shared=True,
+            )
+        self.screen.figures(
+            loss / images, 100.0 * correct / images, images / (time.perf_counter() - started)
+        )
         return loss / images, 100.0 * correct / images
 
     # ---- how far we are
 
     def _progress(self) -> dict[str, int]:
         epochs = self.job.epochs_run
-        return {"epoch": self.epoch, "epochs": epochs, "step": self.step, "steps": epochs * self.steps_per_epoch}
+        return {
+            "epoch": self.epoch,
+            "epochs": epochs,
+            "step": self.step,
+            "steps": epochs * self.steps_per_epoch,
+        }
 
     def _epoch_seconds(self) -> float:
-        """Return the seconds of an epoch, evaluation and scoring included: the median so far (0 before the first)."""
-        return float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
+        """Return the seconds of an epoch, evaluation and scoring included: the median so far (0
+        before the first)."""
+        return (
+            float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
+        )
 
     def _beat(self, share: float) -> None:
         """Update status.json when this share of the epoch is done."""
         job, seconds = self.job, self.history["partial"][0]
         assert job.pulse is not None
         epochs_left = job.epochs_run - self.epoch - share
-        job.pulse.beat("training", **self._progress(), images_per_second=share * job.num_samples / seconds,
-                       eta_seconds=epochs_left * (self._epoch_seconds() or seconds / share))
+        job.pulse.beat(
+            "training",
+            **self._progress(),
+            images_per_second=share * job.num_samples / seconds,
+            eta_seconds=epochs_left * (self._epoch_seconds() or seconds / share),
+        )
 
     # ---- leaving and going on
 
     def _between_steps(self) -> None:
-        """Save when it is time, or leave when any rank was asked to; all ranks do so at the same step, one after the request.
+        """Save when it is time, or leave when any rank was asked to; all ranks do so at the same
+        step, one after the request.
         """
         checkpoints = self.job.checkpoints
         is_writing = checkpoints is not None and checkpoints.is_writing
-        asked, due, writing = self.agreement.exchange([bool(self.job.interruption.requested), self._is_time(), is_writing])
+        asked, due, writing = self.agreement.exchange(
+            [bool(self.job.interruption.requested), self._is_time(), is_writing]
+        )
         self.steps_since_save += 1
         if asked:
             self._leave()
-        elif due and self.steps_since_save > 1:  # the answer is one step old, and may be from before the last save
+        # the answer is one step old, and may be from before the last save
+        elif due and self.steps_since_save > 1:
             self._save_checkpoint()
         elif checkpoints is not None and not writing and self.steps_since_save > 1:
             checkpoints.finish()  # a save that failed is said now, on all ranks
@@ -369,24 +466,37 @@ class Trainer:
         self.steps_since_save = 0  # what `exchange` says next is not of this epoch
         asked, _, _ = self.agreement.settle([bool(self.job.interruption.requested), False, False])
         is_due = self._is_time() or self._is_short_of_time()
-        _, due, _ = self.agreement.settle([False, is_due, False])  # that of before the last save does not count
+        # that of before the last save does not count
+        _, due, _ = self.agreement.settle([False, is_due, False])
         if asked:
             self._leave()
         elif is_last or due or (every and self.epoch % every == 0):
             self._save_checkpoint(wait=is_last)
 
     def _is_time(self) -> bool:
-        """Say whether a checkpoint is due by time, by the main rank's clock, which never goes back."""
+        """Say whether a checkpoint is due by time, by the main rank's clock, which never goes
+        back."""
         seconds = self.job.config.checkpoint.every_seconds
-        return bool(self.job.world.is_main and seconds and time.perf_counter() - self.last_save >= seconds)
+        return bool(
+            self.job.world.is_main and seconds and time.perf_counter() - self.last_save >= seconds
+        )
 
     def _is_short_of_time(self) -> bool:
-        """Say whether the next epoch does not fit before the time limit, so that the state is saved early."""
-        return bool(self.job.world.is_main and time.time() + self._epoch_seconds() >= self.job.interruption.leave_at)
+        """Say whether the next epoch does not fit before the time limit, so that the state is saved
+        early."""
+        return bool(
+            self.job.world.is_main
+            and time.time() + self._epoch_seconds() >= self.job.interruption.leave_at
+        )
 
     def _leave(self) -> NoReturn:
         """Save the state and raise Preempted, on every rank."""
-        name = next(filter(None, collectives.gather_objects(self.job.interruption.requested, self.job.world)), "a signal")
+        name = next(
+            filter(
+                None, collectives.gather_objects(self.job.interruption.requested, self.job.world)
+            ),
+            "a signal",
+        )
         failed_before = 0
         if self.job.checkpoints is not None:
             self.job.checkpoints.finish()
@@ -394,9 +504,18 @@ class Trainer:
         self._save_checkpoint(wait=True)
         where = f"epoch {min(self.epoch + 1, self.job.epochs)}, step {self.step}"
         if self.job.checkpoints is None:
-            raise Preempted(f"{name} at {where}; there are no checkpoints, so the run starts over next time", agreed=True)
-        saved = "saved" if self.job.checkpoints.num_failed == failed_before else "NOT saved (see the warning)"
-        raise Preempted(f"{name}: {saved} at {where}; run the same command again to go on", agreed=True)
+            raise Preempted(
+                f"{name} at {where}; there are no checkpoints, so the run starts over next time",
+                agreed=True,
+            )
+        saved = (
+            "saved"
+            if self.job.checkpoints.num_failed == failed_before
+            else "NOT saved (see the warning)"
+        )
+        raise Preempted(
+            f"{name}: {saved} at {where}; run the same command again to go on", agreed=True
+        )
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint, made on this number of ranks or another."""
@@ -406,8 +525,16 @@ class Trainer:
         self.micro = record["steps_of_epoch"] * config.train.accumulation
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
         observed = self._observer_state()
-        snapshot.restore(self.job.checkpoints, checkpoint, self.model, self.optimizer, observed, self.totals_3, self.job.world,
-                         self._rank_seed(self.step))
+        snapshot.restore(
+            self.job.checkpoints,
+            checkpoint,
+            self.model,
+            self.optimizer,
+            observed,
+            self.totals_3,
+            self.job.world,
+            self._rank_seed(self.step),
+        )
         self._observe(lambda observer: observer.load_state_dict(observed))
         if record["scaler"]:  # empty without loss scaling
             self.scaler.load_state_dict(record["scaler"])
@@ -419,12 +546,18 @@ class Trainer:
         self.steps_since_save = 0
         train_seconds = self._train_seconds()
         record = {
-            "epoch": self.epoch, "step": self.step, "steps_of_epoch": -(-self.micro // self.job.config.train.accumulation),
-            "world_size": self.job.world.world_size, "scaler": self.scaler.state_dict(),
-            "history": self.history | {"train_seconds": train_seconds}}
+            "epoch": self.epoch,
+            "step": self.step,
+            "steps_of_epoch": -(-self.micro // self.job.config.train.accumulation),
+            "world_size": self.job.world.world_size,
+            "scaler": self.scaler.state_dict(),
+            "history": self.history | {"train_seconds": train_seconds},
+        }
         best = self.job.run.models / "best.pt"
         files = {"best.pt": best} if self.job.world.is_main and best.is_file() else {}
-        tensors = snapshot.tensors_of(self.model, self.optimizer, self._observer_state(), self.totals_3, self.job.world)
+        tensors = snapshot.tensors_of(
+            self.model, self.optimizer, self._observer_state(), self.totals_3, self.job.world
+        )
         self.job.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
         self.last_save = time.perf_counter()
 
@@ -432,21 +565,29 @@ class Trainer:
         return self._observe(lambda observer: observer.state_dict()) or {}
 
     def _require_finite(self) -> None:
-        """Raise InputError on every rank, rather than save weights from which every resume would fail."""
+        """Raise InputError on every rank, rather than save weights from which every resume would
+        fail."""
         module = self.model.module
-        values = [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+        values = [
+            *module.parameters(),
+            *(buffer for buffer in module.buffers() if buffer.is_floating_point()),
+        ]
         is_finite = torch.isfinite(torch.stack(torch._foreach_norm(values))).all()
         if not collectives.min_over_ranks(is_finite.int()).item():
             self._observe(lambda observer: observer.check())
-            raise InputError(f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite, and are not saved; the "
-                             f"checkpoint before is good. Lower train.lr={self.job.config.train.lr} in a new run, or add "
-                             "train.warmup_epochs", shared=True)
+            raise InputError(
+                f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite, and are not"
+                f" saved; the checkpoint before is good. Lower train.lr={self.job.config.train.lr}"
+                " in a new run, or add train.warmup_epochs",
+                shared=True,
+            )
 
     # ---- evaluation and records
 
     @torch.no_grad()
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Compute loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image counted once."""
+        """Compute loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image
+        counted once."""
         order, batches = self.feed.take(("val", epoch))
         module = self.model.module.eval()
         accuracy = metrics.Accuracy(self.job.world.device)
@@ -458,11 +599,14 @@ class Trainer:
         return accuracy.read()
 
     def save_model(self, name: str) -> None:
-        """Save the weights as models/<name>.pt, a plain state dict that `torch.load(weights_only=True)` reads."""
+        """Save the weights as models/<name>.pt, a plain state dict that
+        `torch.load(weights_only=True)` reads."""
         with collectives.together(self.job.world):
             if self.job.world.is_main:
                 state = self.model.module.state_dict()
-                write_atomically(self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file))
+                write_atomically(
+                    self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file)
+                )
 
     def close(self) -> None:
         """Finish reading and writing, and free the process group. A collective."""
@@ -476,7 +620,8 @@ class Trainer:
 
 
 def step_weights(job: Job, order: EpochOrder) -> list[float]:
-    """Return the factor on the sum of losses of each forward pass: W / rows of its optimizer step, times the batch importance.
+    """Return the factor on the sum of losses of each forward pass: W / rows of its optimizer step,
+    times the batch importance.
 
     DDP averages gradients over ranks, hence the W.
     """

@@ -1,7 +1,9 @@
-"""Batches of training and evaluation for the loop, decoded ahead of need also across the borders of epochs.
+"""Batches of training and evaluation for the loop, decoded ahead of need also across the borders of
+epochs.
 
-An epoch that is started keeps its first few batches ready until it is asked for, so that neither evaluation nor the next epoch
-begins with a wait for images. What is read does not depend on that: orders and sizes are functions of config and epoch.
+An epoch that is started keeps its first few batches ready until it is asked for, so that neither
+evaluation nor the next epoch begins with a wait for images. What is read does not depend on that:
+orders and sizes are functions of config and epoch.
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from tdds_dist.training.build import build_views
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import training_size
 
-Pass = tuple[Literal["train", "val"], int]  # through the images of training or evaluation, in an epoch
+# through the images of training or evaluation, in an epoch
+Pass = tuple[Literal["train", "val"], int]
 
 
 class Feed:
@@ -23,9 +26,17 @@ class Feed:
         data, world = job.config.data, job.world
         workers = data.num_workers or default_workers(world.local_world_size)
         files = {"train": job.train_file, "val": job.val_file}
-        self._loaders = {kind: BetonLoader(file, job.rows, view, device=world.device, num_workers=workers,
-                                           seed=job.config.run.seed)
-                         for (kind, file), view in zip(files.items(), build_views(job.config), strict=True)}
+        self._loaders = {
+            kind: BetonLoader(
+                file,
+                job.rows,
+                view,
+                device=world.device,
+                num_workers=workers,
+                seed=job.config.run.seed,
+            )
+            for (kind, file), view in zip(files.items(), build_views(job.config), strict=True)
+        }
         self._job, self._global_rows = job, job.rows * world.world_size
         self._started: dict[Pass, tuple[EpochOrder, Batches]] = {}
         self._taken: Batches | None = None
@@ -36,7 +47,8 @@ class Feed:
         self._started[which] = order, self._batches(which, order)
 
     def take(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Iterator[Batch]]:
-        """Return the order of a whole pass, and its batches (from `first_step` on, of one that was not started).
+        """Return the order of a whole pass, and its batches (from `first_step` on, of one that was
+        not started).
 
         End the pass that was taken before.
         """
@@ -61,9 +73,17 @@ class Feed:
         job, (kind, epoch) = self._job, which
         if kind == "val":
             return epoch_order(job.val_file.num_samples, self._global_rows, shuffle=False)
-        return epoch_order(job.num_samples, self._global_rows, seed=job.config.run.seed, epoch=epoch, subset=job.subset_M)
+        return epoch_order(
+            job.num_samples,
+            self._global_rows,
+            seed=job.config.run.seed,
+            epoch=epoch,
+            subset=job.subset_M,
+        )
 
     def _batches(self, which: Pass, order: EpochOrder) -> Batches:
         job, (kind, epoch) = self._job, which
         size = training_size(job.config, epoch, job.epochs) if kind == "train" else None
-        return self._loaders[kind].batches(order, rank=job.world.rank, world_size=job.world.world_size, epoch=epoch, size=size)
+        return self._loaders[kind].batches(
+            order, rank=job.world.rank, world_size=job.world.world_size, epoch=epoch, size=size
+        )

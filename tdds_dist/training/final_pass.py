@@ -1,11 +1,14 @@
-"""One pass over the training images with the final model, in evaluation view: the scores that recorded epochs cannot give.
+"""One pass over the training images with the final model, in evaluation view: the scores that
+recorded epochs cannot give.
 
-Entropy needs nothing but its own row. Moderate needs the median of every feature over a class, so each class is kept by
-one rank: a batch's features travel to the owners of their classes, leave the device at once, and wait in host memory
-(ImageNet-1K with 512 features: 2.6 GB divided by the ranks). No rank ever sees all of them.
+Entropy needs nothing but its own row. Moderate needs the median of every feature over a class, so
+each class is kept by one rank: a batch's features travel to the owners of their classes, leave the
+device at once, and wait in host memory (ImageNet-1K with 512 features: 2.6 GB divided by the
+ranks). No rank ever sees all of them.
 """
 
-# B rows per rank and step, C classes, D features, M rows whose classes this rank keeps, N dataset, W world size
+# B rows per rank and step, C classes, D features, M rows whose classes this rank keeps, N dataset,
+# W world size
 
 from collections.abc import Collection
 from pathlib import Path
@@ -28,14 +31,22 @@ from tdds_dist.runs.artifacts import Fingerprint, Scores, require_same_dataset, 
 from tdds_dist.runs.directory import RunDir, any_scores
 from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.sample_stats import log_probabilities
-from tdds_dist.training.build import InputStage, autocast, build_model, build_views, classifier_layer, open_files
+from tdds_dist.training.build import (
+    InputStage,
+    autocast,
+    build_model,
+    build_views,
+    classifier_layer,
+    open_files,
+)
 
 
 def final_pass(directory: Path, world: World) -> list[Path]:
-    """Score a finished run by its final weights (`models/final.pt`); return the score files. Every rank calls it.
+    """Score a finished run by its final weights (`models/final.pt`); return the score files. Every
+    rank calls it.
 
-    Writes `entropy` (of the output, highest kept) and `moderate` (distance of the penultimate features from the median of
-    their class; the centre of the ranking is kept).
+    Writes `entropy` (of the output, highest kept) and `moderate` (distance of the penultimate
+    features from the median of their class; the centre of the ranking is kept).
 
     Raises:
         InputError: not a run, weights missing, or data that does not fit; on every rank.
@@ -45,22 +56,45 @@ def final_pass(directory: Path, world: World) -> list[Path]:
         config = parse_config(run.read_config(), str(run.config_file))
         train_file, _, found = open_files(config)
         if any(run.scores.glob("*.npz")):
-            require_same_dataset(found, any_scores(run.path).fingerprint, f"data.train={train_file.path}")
+            require_same_dataset(
+                found, any_scores(run.path).fingerprint, f"data.train={train_file.path}"
+            )
         result = {"epochs": len(run.read_metrics())} | (run.read_result() or {})
     return score_weights(config, world, run, train_file, found, result)
 
 
-def score_weights(config: Config, world: World, run: RunDir, train_file: BetonInfo, found: Fingerprint,
-                  result: dict[str, Any]) -> list[Path]:
-    """Compute and save the scores by final weights of a run with this result (`epochs`, and who is in quarantine)."""
+def score_weights(
+    config: Config,
+    world: World,
+    run: RunDir,
+    train_file: BetonInfo,
+    found: Fingerprint,
+    result: dict[str, Any],
+) -> list[Path]:
+    """Compute and save the scores by final weights of a run with this result (`epochs`, and who is
+    in quarantine)."""
     values = run_model(config, world, train_file, run)
-    settings = {"source": "final_pass", "view": "evaluation", "epochs": result["epochs"], "seed": config.run.seed,
-                "world_size": world.world_size}
-    return write_scores(run, world, values, train_file, found, settings, quarantine.noted_in(result))
+    settings = {
+        "source": "final_pass",
+        "view": "evaluation",
+        "epochs": result["epochs"],
+        "seed": config.run.seed,
+        "world_size": world.world_size,
+    }
+    return write_scores(
+        run, world, values, train_file, found, settings, quarantine.noted_in(result)
+    )
 
 
-def write_scores(run: RunDir, world: World, values: dict[str, np.ndarray], train_file: BetonInfo, found: Fingerprint,
-                 settings: dict[str, Any], quarantined: Collection[int] = ()) -> list[Path]:
+def write_scores(
+    run: RunDir,
+    world: World,
+    values: dict[str, np.ndarray],
+    train_file: BetonInfo,
+    found: Fingerprint,
+    settings: dict[str, Any],
+    quarantined: Collection[int] = (),
+) -> list[Path]:
     """Save what `run_model` gave, on the main rank; return the paths on every rank.
 
     `quarantined` samples may have values that are not finite; they get the lowest of the others.
@@ -72,23 +106,32 @@ def write_scores(run: RunDir, world: World, values: dict[str, np.ndarray], train
             rest_n = quarantine.not_quarantined(len(score_N), quarantined)
             bad = rest_n[~np.isfinite(score_N[rest_n])]
             if len(bad):
-                raise InputError(f"{key} is not finite for {len(bad)} samples (global indices {bad[:8].tolist()}); the final "
-                                 "weights are damaged or training diverged")
+                raise InputError(
+                    f"{key} is not finite for {len(bad)} samples (global indices"
+                    f" {bad[:8].tolist()}); the final weights are damaged or training diverged"
+                )
         if world.is_main:
             for path, (key, score_N) in zip(paths, values.items(), strict=True):
                 score_N = quarantine.set_lowest(score_N, quarantined)
-                save_scores(path, Scores(key, score_N, train_file.label_N, found, {"score": key} | settings))
+                save_scores(
+                    path, Scores(key, score_N, train_file.label_N, found, {"score": key} | settings)
+                )
     return paths
 
 
 def _read_weights(run: RunDir) -> dict[str, Tensor]:
     path = run.models / "final.pt"
     if not path.is_file():
-        raise InputError(f"{path} does not exist; the final pass needs the weights that `tdds collect` leaves at its end")
+        raise InputError(
+            f"{path} does not exist; the final pass needs the weights that `tdds collect` leaves at"
+            " its end"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch says it in many ways, and at length
-        raise InputError(f"{path} cannot be read ({_start_of(error)}); restore it or collect again") from error
+        raise InputError(
+            f"{path} cannot be read ({_start_of(error)}); restore it or collect again"
+        ) from error
 
 
 def _start_of(error: Exception) -> str:
@@ -96,35 +139,55 @@ def _start_of(error: Exception) -> str:
 
 
 @torch.no_grad()
-def run_model(config: Config, world: World, train_file: BetonInfo, run: RunDir) -> dict[str, np.ndarray]:
-    """Compute scores by the weights that `run` ended with: key -> float32 [N], on every rank. A collective.
+def run_model(
+    config: Config, world: World, train_file: BetonInfo, run: RunDir
+) -> dict[str, np.ndarray]:
+    """Compute scores by the weights that `run` ended with: key -> float32 [N], on every rank. A
+    collective.
 
-    `moderate` is missing where the network has no linear classifier. InputError, on every rank, when the weights are
-    missing or do not fit.
+    `moderate` is missing where the network has no linear classifier. InputError, on every rank,
+    when the weights are missing or do not fit.
     """
     if world.device.type == "cpu":
         torch.set_num_threads(default_workers(world.local_world_size))
     num_classes, model_config = config.data.num_classes, config.model
-    model = build_model(model_config.name, num_classes, cifar_stem=model_config.cifar_stem,
-                        channels_last=model_config.channels_last)
+    model = build_model(
+        model_config.name,
+        num_classes,
+        cifar_stem=model_config.cifar_stem,
+        channels_last=model_config.channels_last,
+    )
     with together(world):
         try:
             model.load_state_dict(_read_weights(run))
         except (RuntimeError, TypeError) as error:
-            raise InputError(f"{run.models / 'final.pt'} does not fit model.name={model_config.name} ({_start_of(error)}); "
-                             "restore the weights of this run or collect again") from error
+            raise InputError(
+                f"{run.models / 'final.pt'} does not fit model.name={model_config.name}"
+                f" ({_start_of(error)}); restore the weights of this run or collect again"
+            ) from error
     model = model.to(world.device).eval()
-    input_stage = InputStage(config.data.mean, config.data.std, model_config.channels_last).to(world.device)
-    rows = max(1, config.train.global_batch_size // (world.world_size * config.train.accumulation))  # any batch will do
+    input_stage = InputStage(config.data.mean, config.data.std, model_config.channels_last).to(
+        world.device
+    )
+    # any batch will do
+    rows = max(1, config.train.global_batch_size // (world.world_size * config.train.accumulation))
     workers = config.data.num_workers or default_workers(world.local_world_size)
-    loader = BetonLoader(train_file, rows, build_views(config)[1], device=world.device, num_workers=workers)
+    loader = BetonLoader(
+        train_file, rows, build_views(config)[1], device=world.device, num_workers=workers
+    )
     order = epoch_order(train_file.num_samples, rows * world.world_size, shuffle=False)
     gatherer = _ByClass(train_file.label_N, world)
-    sends_SW, receives_SW = routing_counts(order, world.rank, world.world_size, train_file.num_samples, gatherer.owner_N)
+    sends_SW, receives_SW = routing_counts(
+        order, world.rank, world.world_size, train_file.num_samples, gatherer.owner_N
+    )
     entropy_N = torch.zeros(train_file.num_samples, device=world.device)
     caught: list[Tensor] = []
     layer = classifier_layer(model, num_classes)
-    hook = layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])) if layer is not None else None
+    hook = (
+        layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        if layer is not None
+        else None
+    )
     batches = loader.batches(order, rank=world.rank, world_size=world.world_size, epoch=0)
     with Progress("final pass", train_file.num_samples, "images", world.is_main) as progress:
         for step, batch in enumerate(batches):
@@ -134,25 +197,35 @@ def run_model(config: Config, world: World, train_file: BetonInfo, run: RunDir) 
             real_B = batch.index >= 0
             entropy_N.index_add_(0, batch.index.clamp_min(0), torch.where(real_B, entropy_B, 0.0))
             if layer is not None:
-                gatherer.add(batch.index, caught.pop().float().flatten(1), sends_SW[step].tolist(), receives_SW[step].tolist())
+                gatherer.add(
+                    batch.index,
+                    caught.pop().float().flatten(1),
+                    sends_SW[step].tolist(),
+                    receives_SW[step].tolist(),
+                )
             progress.advance(int((order.index_SG[step] >= 0).sum()))
     values = {"entropy": collectives.sum_over_ranks(entropy_N).cpu().numpy()}
     if hook is None:
         if world.is_main:
-            log.warning(f"{model_config.name} does not end in a linear layer, so there is no score `moderate`")
+            log.warning(
+                f"{model_config.name} does not end in a linear layer, so there is no score"
+                " `moderate`"
+            )
         return values
     hook.remove()
     distance_N = torch.zeros(train_file.num_samples)
     distance_N[torch.from_numpy(gatherer.index_M)] = torch.from_numpy(gatherer.distances())
-    values["moderate"] = collectives.sum_over_ranks(distance_N.to(world.device)).cpu().numpy()  # one rank has each, others 0
+    # one rank has each, others 0
+    values["moderate"] = collectives.sum_over_ranks(distance_N.to(world.device)).cpu().numpy()
     return values
 
 
 class _ByClass:
     """The features of the classes that this rank keeps.
 
-    Protocol: every rank calls `add` once per step with its own rows and the counts that `routing_counts` gives for
-    `owner_N`; each row arrives at the owner of its class. Padding rows stay and are dropped.
+    Protocol: every rank calls `add` once per step with its own rows and the counts that
+    `routing_counts` gives for `owner_N`; each row arrives at the owner of its class. Padding rows
+    stay and are dropped.
     """
 
     def __init__(self, label_N: np.ndarray, world: World):
@@ -163,16 +236,29 @@ class _ByClass:
         self._rank = world.rank
         self._feature_MD: np.ndarray | None = None
 
-    def add(self, index_B: Tensor, feature_BD: Tensor, sends: list[int], receives: list[int]) -> None:
+    def add(
+        self, index_B: Tensor, feature_BD: Tensor, sends: list[int], receives: list[int]
+    ) -> None:
         """Send this rank's rows to their owners and keep what arrives."""
-        owner_B = torch.where(index_B >= 0, self._owner_on_device_N[index_B.clamp_min(0)], self._rank)
+        owner_B = torch.where(
+            index_B >= 0, self._owner_on_device_N[index_B.clamp_min(0)], self._rank
+        )
         by_owner_B = torch.argsort(owner_B, stable=True)
         header_BX = index_B[by_owner_B, None].view(torch.uint8)
-        payload_BX = torch.cat([header_BX, feature_BD[by_owner_B].contiguous().view(torch.uint8)], dim=1)
+        payload_BX = torch.cat(
+            [header_BX, feature_BD[by_owner_B].contiguous().view(torch.uint8)], dim=1
+        )
         payload_RX = collectives.exchange_rows(payload_BX, sends, receives).wait().cpu()
         index_R = payload_RX[:, :8].reshape(-1).view(torch.int64).numpy()
         num_features = feature_BD.shape[1]
-        feature_RD = payload_RX[:, 8:].reshape(-1).view(torch.float32).view(len(index_R), num_features).numpy()  # R may be 0
+        # R may be 0
+        feature_RD = (
+            payload_RX[:, 8:]
+            .reshape(-1)
+            .view(torch.float32)
+            .view(len(index_R), num_features)
+            .numpy()
+        )
         if self._feature_MD is None:
             self._feature_MD = np.zeros((len(self.index_M), num_features), dtype=np.float32)
         real_R = index_R >= 0

@@ -1,7 +1,8 @@
-"""The task of the training loop (`Job`), and the interface of what watches it (`Observer`); between `engine` and the stages."""
+"""The task of the training loop (`Job`), and the interface of what watches it (`Observer`); between
+`engine` and the stages."""
 
-# B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N dataset, M trained samples,
-# S forward passes of an epoch, W ranks
+# B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N
+# dataset, M trained samples, S forward passes of an epoch, W ranks
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ class Observer(Protocol):
         """Start an epoch of this order, at `first_step` when it is resumed."""
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
-        """Take the outputs of one forward pass; index -1 marks padding. Must not wait for the device."""
+        """Take the outputs of one forward pass; index -1 marks padding. Must not wait for the
+        device."""
 
     def check(self) -> None:
         """Raise what is wrong with the values seen so far; may wait for the device."""
@@ -37,7 +39,8 @@ class Observer(Protocol):
         """Close the epoch."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps of it, sharded or replicated. A collective; raises as `check` does."""
+        """Return what a checkpoint keeps of it, sharded or replicated. A collective; raises as
+        `check` does."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from there. A collective."""
@@ -47,8 +50,9 @@ class Observer(Protocol):
 class Job:
     """One training run.
 
-    `subset_M` int64 restricts it to these global indices. `importance_N` float32 by global index weighs the loss as
-    `importance` says: `sample` weighs each sample by its own, `batch` by the mean over its global batch.
+    `subset_M` int64 restricts it to these global indices. `importance_N` float32 by global index
+    weighs the loss as `importance` says: `sample` weighs each sample by its own, `batch` by the
+    mean over its global batch.
     """
 
     config: Config
@@ -59,7 +63,8 @@ class Job:
     epochs: int
     global_batch_size: int
     observer: Observer | None = None
-    clean_view: bool = False  # the observer is shown outputs of the unmixed images in evaluation mode
+    # the observer is shown outputs of the unmixed images in evaluation mode
+    clean_view: bool = False
     tolerates_nonfinite: bool = False  # rows and steps that are not finite are left out of training
     subset_M: np.ndarray | None = None
     importance_N: np.ndarray | None = None
@@ -69,7 +74,8 @@ class Job:
     resume: Checkpoint | None = None
     interruption: Interruption = field(default_factory=Interruption)
     pulse: Pulse | None = None
-    guard: Callable[[], None] = lambda: None  # asked on the main rank before an epoch's results are written; raises InputError
+    # asked on the main rank before an epoch's results are written; raises InputError
+    guard: Callable[[], None] = lambda: None
 
     @property
     def epochs_run(self) -> int:
@@ -79,7 +85,9 @@ class Job:
     @property
     def rows(self) -> int:
         """Return the rows per rank and forward pass."""
-        return per_rank_batch(self.global_batch_size, self.world.world_size, self.config.train.accumulation)
+        return per_rank_batch(
+            self.global_batch_size, self.world.world_size, self.config.train.accumulation
+        )
 
     @property
     def num_samples(self) -> int:

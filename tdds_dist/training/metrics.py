@@ -1,4 +1,5 @@
-"""Metrics of an epoch: accuracy on the evaluation file, memory, one line for people, scalars for TensorBoard."""
+"""Metrics of an epoch: accuracy on the evaluation file, memory, one line for people, scalars for
+TensorBoard."""
 
 # B rows of this rank and forward pass, C classes, k best guesses
 
@@ -14,38 +15,54 @@ from tdds_dist.console import Progress
 from tdds_dist.distributed import collectives
 from tdds_dist.text import duration
 
-OBSERVER_SHARE = "scoring_share"  # key of an epoch's record: the part of its seconds that the observer took
+# key of an epoch's record: the part of its seconds that the observer took
+OBSERVER_SHARE = "scoring_share"
 
 
 class Accuracy:
     """Loss and top-1 and top-5 accuracy; summed on the device without a wait until `read`."""
 
     def __init__(self, device: torch.device):
-        self._totals_4 = torch.zeros(4, dtype=torch.float64, device=device)  # loss, right, among the best five, images
+        # loss, right, among the best five, images
+        self._totals_4 = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, logits_BC: Tensor, label_B: Tensor, real_B: Tensor) -> None:
         """Count the rows that `real_B` marks."""
         top_Bk = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == label_B[:, None]
         loss_B = F.cross_entropy(logits_BC, label_B, reduction="none")
-        self._totals_4 += torch.stack([(loss_B * real_B).sum(), (top_Bk[:, 0] & real_B).sum(),
-                                       (top_Bk.any(dim=1) & real_B).sum(), real_B.sum()])
+        self._totals_4 += torch.stack(
+            [
+                (loss_B * real_B).sum(),
+                (top_Bk[:, 0] & real_B).sum(),
+                (top_Bk.any(dim=1) & real_B).sum(),
+                real_B.sum(),
+            ]
+        )
 
     def read(self) -> dict[str, float]:
         """Return mean loss, and percent, over all ranks. A collective that waits for the device."""
         loss, top1, top5, images = collectives.sum_over_ranks(self._totals_4).tolist()
-        return {"val_loss": loss / images, "val_top1": 100.0 * top1 / images, "val_top5": 100.0 * top5 / images}
+        return {
+            "val_loss": loss / images,
+            "val_top1": 100.0 * top1 / images,
+            "val_top5": 100.0 * top5 / images,
+        }
 
 
 class Screen:
-    """The one bar of a training, over all its epochs, with what was last read of it. Reads nothing from the device itself.
+    """The one bar of a training, over all its epochs, with what was last read of it. Reads nothing
+    from the device itself.
 
-    epochs: of the schedule; epochs_run: after which it will end; done: images that an earlier start has seen.
+    epochs: of the schedule; epochs_run: after which it will end; done: images that an earlier start
+    has seen.
     """
 
     def __init__(self, epochs: int, num_samples: int, epochs_run: int, visible: bool, done: int):
         self._epochs, self._figures = epochs, ""
         self._epoch = f"epoch {min(done // num_samples + 1, epochs)}/{epochs}"
-        self.progress = Progress("training", epochs_run * num_samples, "", visible, done, self._epoch)
+        self.progress = Progress(
+            "training", epochs_run * num_samples, "", visible, done, self._epoch
+        )
 
     def begin_epoch(self, epoch: int) -> None:
         """Show that epoch `epoch`, counted from 0, starts or goes on."""
@@ -71,7 +88,8 @@ class Screen:
 
 
 class TensorBoard:
-    """The numbers of epochs as TensorBoard scalars; nothing is imported or made before the first."""
+    """The numbers of epochs as TensorBoard scalars; nothing is imported or made before the
+    first."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -105,5 +123,8 @@ def epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) ->
     """Write an epoch's record as a line for the screen and the log."""
     evaluation = f"val top-1 {record['val_top1']:5.2f} %  " if "val_top1" in record else ""
     eta = f"  {duration(remaining_seconds)} left" if remaining_seconds else ""
-    return (f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1 "
-            f"{record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f} images/s{eta}")
+    return (
+        f"epoch {record['epoch'] + 1:3d}/{epochs}  loss {record['train_loss']:.4f}  train top-1"
+        f" {record['train_top1']:5.2f} %  {evaluation}{record['images_per_second']:.0f}"
+        f" images/s{eta}"
+    )

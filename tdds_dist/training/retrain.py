@@ -23,14 +23,25 @@ from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
 
 
-def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, importance: str | None = None,
-            name: str | None = None, settings: dict[str, Any] | None = None, fresh: bool = False, force: bool = False,
-            interruption: Interruption | None = None) -> RunDir:
+def retrain(
+    config: Config,
+    world: World,
+    coreset_file: Path,
+    strategy: str,
+    *,
+    importance: str | None = None,
+    name: str | None = None,
+    settings: dict[str, Any] | None = None,
+    fresh: bool = False,
+    force: bool = False,
+    interruption: Interruption | None = None,
+) -> RunDir:
     """Run the stage, or go on with it; return its run directory, `<run.dir>/retrain/<name>`.
 
-    Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with strategy, importance and
-    seed by default. `settings` are added to the record of how the run was started and of what came out. A run
-    with a checkpoint goes on, a finished one is left as it is; `fresh` starts over (`force`: also where there is a run).
+    Every rank calls it. `importance` defaults to the config's; `name` is the coreset file's with
+    strategy, importance and seed by default. `settings` are added to the record of how the run was
+    started and of what came out. A run with a checkpoint goes on, a finished one is left as it is;
+    `fresh` starts over (`force`: also where there is a run).
 
     Raises:
         Preempted: `interruption` asked for it; the state is saved.
@@ -41,9 +52,16 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
         require_same_dataset(coreset.fingerprint, fingerprint, str(coreset_file))
         _check_importance(coreset, importance, coreset_file)
-        run, resolved, setting = resolve(config, coreset, coreset_file, strategy, importance, name, world.world_size)
+        run, resolved, setting = resolve(
+            config, coreset, coreset_file, strategy, importance, name, world.world_size
+        )
         epochs, global_batch_size = resolved.train.epochs, resolved.train.global_batch_size
-        preflight(config, train_file, val_file, global_batch_size // world.world_size // config.train.accumulation)
+        preflight(
+            config,
+            train_file,
+            val_file,
+            global_batch_size // world.world_size // config.train.accumulation,
+        )
         setting |= settings or {}
         data = {}
         if world.is_main:
@@ -55,46 +73,102 @@ def retrain(config: Config, world: World, coreset_file: Path, strategy: str, *, 
         importance_N[coreset.index_M] = coreset.importance_M
         if world.is_main:
             _announce(config, run, coreset, strategy, importance, epochs, global_batch_size, world)
-        job = Job(config, world, run, train_file, val_file, epochs, global_batch_size, subset_M=coreset.index_M,
-                  importance_N=importance_N, importance=importance, checkpoints=start.checkpoints, resume=start.resume,
-                  interruption=interruption or Interruption(), pulse=start.pulse, guard=start.guard)
+        job = Job(
+            config,
+            world,
+            run,
+            train_file,
+            val_file,
+            epochs,
+            global_batch_size,
+            subset_M=coreset.index_M,
+            importance_N=importance_N,
+            importance=importance,
+            checkpoints=start.checkpoints,
+            resume=start.resume,
+            interruption=interruption or Interruption(),
+            pulse=start.pulse,
+            guard=start.guard,
+        )
         start.finish(setting | fit(job))
     return run
 
 
-def resolve(config: Config, coreset: Coreset, coreset_file: Path, strategy: str, importance: str, name: str | None = None,
-            world_size: int = 1) -> tuple[RunDir, Config, dict[str, Any]]:
-    """Return the directory of a retraining, its config with the epochs of the strategy and the batch of the pruning rate, and
-    what else decides its result. Raise InputError when the ranks cannot share the batch, or the name is not a folder's."""
+def resolve(
+    config: Config,
+    coreset: Coreset,
+    coreset_file: Path,
+    strategy: str,
+    importance: str,
+    name: str | None = None,
+    world_size: int = 1,
+) -> tuple[RunDir, Config, dict[str, Any]]:
+    """Return the directory of a retraining, its config with the epochs of the strategy and the
+    batch of the pruning rate, and what else decides its result. Raise InputError when the ranks
+    cannot share the batch, or the name is not a folder's."""
     rate = coreset.pruning_rate
     factor = batch_size_factor(rate, config.retrain.batch_size_rule)
-    rows = per_rank_batch(config.train.global_batch_size, world_size, config.train.accumulation, factor)
+    rows = per_rank_batch(
+        config.train.global_batch_size, world_size, config.train.accumulation, factor
+    )
     epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
     name = _checked(name or retrain_name(Path(coreset_file), strategy, importance, config.run.seed))
     run = RunDir(RunDir(config.run.directory).retrain / name)
-    setting = {"stage": "retrain", "strategy": strategy, "importance": importance, "score_key": coreset.score_key,
-               "pruning_rate": rate, "coreset": str(coreset_file), "coreset_settings": coreset.settings,
-               "coreset_sha256": _sha256(coreset), "method": coreset.method, "model": config.model.name}
+    setting = {
+        "stage": "retrain",
+        "strategy": strategy,
+        "importance": importance,
+        "score_key": coreset.score_key,
+        "pruning_rate": rate,
+        "coreset": str(coreset_file),
+        "coreset_settings": coreset.settings,
+        "coreset_sha256": _sha256(coreset),
+        "method": coreset.method,
+        "model": config.model.name,
+    }
     changes = {"epochs": epochs, "global_batch_size": rows * world_size * config.train.accumulation}
-    resolved = config.model_copy(update={"train": config.train.model_copy(update=changes),
-                                         "run": config.run.model_copy(update={"dir": str(run.path)})})
+    resolved = config.model_copy(
+        update={
+            "train": config.train.model_copy(update=changes),
+            "run": config.run.model_copy(update={"dir": str(run.path)}),
+        }
+    )
     return run, resolved, setting
 
 
-def _announce(config: Config, run: RunDir, coreset: Coreset, strategy: str, importance: str, epochs: int,
-              global_batch_size: int, world: World) -> None:
+def _announce(
+    config: Config,
+    run: RunDir,
+    coreset: Coreset,
+    strategy: str,
+    importance: str,
+    epochs: int,
+    global_batch_size: int,
+    world: World,
+) -> None:
     """Announce the training, and warn of what may surprise about it."""
-    base = f"retrain.epochs={config.retrain.epochs}" if config.retrain.epochs else f"train.epochs={config.train.epochs}"
-    log.info(f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples} images, {epochs} epochs "
-             f"(Strategy-{strategy} of {base}), batch {global_batch_size}, importance {importance}, {world.world_size} rank(s)",
-             extra=HEADING)
+    base = (
+        f"retrain.epochs={config.retrain.epochs}"
+        if config.retrain.epochs
+        else f"train.epochs={config.train.epochs}"
+    )
+    log.info(
+        f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples}"
+        f" images, {epochs} epochs (Strategy-{strategy} of {base}), batch {global_batch_size},"
+        f" importance {importance}, {world.world_size} rank(s)",
+        extra=HEADING,
+    )
     mean = float(coreset.importance_M.mean())
     if importance != "none" and mean > 2.0:
-        log.warning(f"importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain with --importance "
-                    "none, or select by a score of preset official")
+        log.warning(
+            f"importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain"
+            " with --importance none, or select by a score of preset official"
+        )
     if global_batch_size > len(coreset.index_M):
-        log.warning(f"a batch of {global_batch_size} is larger than the {len(coreset.index_M)} images and repeats some to "
-                    "fill up; lower train.global_batch_size")
+        log.warning(
+            f"a batch of {global_batch_size} is larger than the {len(coreset.index_M)} images and"
+            " repeats some to fill up; lower train.global_batch_size"
+        )
 
 
 def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
@@ -102,14 +176,19 @@ def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
         return
     values = coreset.importance_M
     if not np.isfinite(values).all() or values.min() < 0 or values.max() <= 0:
-        raise InputError(f"{path}: importance must be finite, not negative, and somewhere positive; "
-                         "retrain with --importance none or select again")
+        raise InputError(
+            f"{path}: importance must be finite, not negative, and somewhere positive; "
+            "retrain with --importance none or select again"
+        )
 
 
 def _checked(name: str) -> str:
     """Return the name; raise InputError unless it names a folder and leads nowhere else."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):
-        raise InputError(f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or digit")
+        raise InputError(
+            f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or"
+            " digit"
+        )
     return name
 
 

@@ -1,7 +1,9 @@
-"""The state of training as named tensors, for a checkpoint, and back: network, optimizer, observer, and what differs by rank.
+"""The state of training as named tensors, for a checkpoint, and back: network, optimizer, observer,
+and what differs by rank.
 
-Names: `model/...` and `optimizer/<parameter>/...` are the same on all ranks, `observer/...` may be sharded, `rank00001/...` is
-of one rank alone. What is not a tensor goes into the checkpoint's record (`engine`).
+Names: `model/...` and `optimizer/<parameter>/...` are the same on all ranks, `observer/...` may be
+sharded, `rank00001/...` is of one rank alone. What is not a tensor goes into the checkpoint's
+record (`engine`).
 """
 
 from contextlib import AbstractContextManager
@@ -16,9 +18,15 @@ from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints
 Replicas = nn.parallel.DistributedDataParallel
 
 
-def tensors_of(model: Replicas, optimizer: torch.optim.Optimizer, observed: dict[str, Tensor], totals: Tensor,
-               world: World) -> dict[str, Tensor]:
-    """Return everything between two steps. `observed` is the observer's state, `totals` are sums of this rank."""
+def tensors_of(
+    model: Replicas,
+    optimizer: torch.optim.Optimizer,
+    observed: dict[str, Tensor],
+    totals: Tensor,
+    world: World,
+) -> dict[str, Tensor]:
+    """Return everything between two steps. `observed` is the observer's state, `totals` are sums of
+    this rank."""
     tensors = {}
     for name, parameter in model.module.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
@@ -30,7 +38,8 @@ def tensors_of(model: Replicas, optimizer: torch.optim.Optimizer, observed: dict
 
 
 def _of_rank(rank: int, model: Replicas, totals: Tensor, world: World) -> dict[str, Tensor]:
-    """Return the state that differs between ranks within an epoch: batch-norm statistics, random numbers, sums of metrics."""
+    """Return the state that differs between ranks within an epoch: batch-norm statistics, random
+    numbers, sums of metrics."""
     own = {f"buffer/{name}": buffer for name, buffer in model.module.named_buffers()}
     own |= {"random": torch.get_rng_state(), "totals": totals}
     if world.device.type == "cuda":
@@ -38,12 +47,21 @@ def _of_rank(rank: int, model: Replicas, totals: Tensor, world: World) -> dict[s
     return {f"rank{rank:05d}/{name}": value for name, value in own.items()}
 
 
-def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, optimizer: torch.optim.Optimizer,
-            observed: dict[str, Tensor], totals: Tensor, world: World, new_seed: int) -> None:
-    """Put the state of a checkpoint in place, made on this number of ranks or another; also into `observed`. A collective.
+def restore(
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint,
+    model: Replicas,
+    optimizer: torch.optim.Optimizer,
+    observed: dict[str, Tensor],
+    totals: Tensor,
+    world: World,
+    new_seed: int,
+) -> None:
+    """Put the state of a checkpoint in place, made on this number of ranks or another; also into
+    `observed`. A collective.
 
-    On another number of ranks everybody gets the mean of the batch-norm statistics (as at the end of an epoch), the main rank
-    all sums, and every rank random numbers from its `new_seed`.
+    On another number of ranks everybody gets the mean of the batch-norm statistics (as at the end
+    of an epoch), the main rank all sums, and every rank random numbers from its `new_seed`.
 
     Raises:
         InputError: the checkpoint is of another network, optimizer or observer; on every rank.
@@ -57,14 +75,26 @@ def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, o
         if kind == "optimizer" and parameter_name in parameters:
             parameter = parameters[parameter_name]
             # Step counters stay on the CPU, but for fused kernels.
-            device = parameter.device if like.ndim or optimizer.defaults["fused"] else torch.device("cpu")
+            device = (
+                parameter.device
+                if like.ndim or optimizer.defaults["fused"]
+                else torch.device("cpu")
+            )
             shaped = parameter.detach() if like.shape == parameter.shape else like
-            tensors[name] = optimizer.state[parameter][key] = torch.empty_like(shaped, dtype=like.dtype, device=device)
+            tensors[name] = optimizer.state[parameter][key] = torch.empty_like(
+                shaped, dtype=like.dtype, device=device
+            )
     tensors |= {f"observer/{name}": value for name, value in observed.items()}
     num_ranks = checkpoint.record["world_size"]
     same_ranks = num_ranks == world.world_size
-    of_ranks = [{name: value.clone() for name, value in _of_rank(rank, model, totals, world).items() if name in kept}
-                for rank in ([world.rank] if same_ranks else range(num_ranks))]
+    of_ranks = [
+        {
+            name: value.clone()
+            for name, value in _of_rank(rank, model, totals, world).items()
+            if name in kept
+        }
+        for rank in ([world.rank] if same_ranks else range(num_ranks))
+    ]
     for part in of_ranks:
         tensors |= part
     checkpoints.load(checkpoint, tensors)
@@ -82,16 +112,25 @@ def restore(checkpoints: Checkpoints, checkpoint: Checkpoint, model: Replicas, o
 
 
 def _mean(values: list[Tensor]) -> Tensor:
-    return sum(values[1:], start=values[0]) / len(values) if values[0].is_floating_point() else values[0]
+    return (
+        sum(values[1:], start=values[0]) / len(values)
+        if values[0].is_floating_point()
+        else values[0]
+    )
 
 
 def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextManager[Any]) -> None:
-    """Make one forward and backward pass without effect on `sample` (at least two images), forward under `autocast`.
+    """Make one forward and backward pass without effect on `sample` (at least two images), forward
+    under `autocast`.
 
-    DDP sorts its buckets anew after the first backward pass, which changes the order of sums from three ranks on; so that a
-    resumed run sums as an uninterrupted one does, no run trains with unsorted buckets.
+    DDP sorts its buckets anew after the first backward pass, which changes the order of sums from
+    three ranks on; so that a resumed run sums as an uninterrupted one does, no run trains with
+    unsorted buckets.
     """
-    random, random_cuda = torch.get_rng_state(), torch.cuda.get_rng_state() if sample.is_cuda else None
+    random, random_cuda = (
+        torch.get_rng_state(),
+        (torch.cuda.get_rng_state() if sample.is_cuda else None),
+    )
     kept = [buffer.clone() for buffer in model.module.buffers()]
     model.train()
     with autocast:

@@ -1,4 +1,5 @@
-"""`benchmarks.offline` and what it compares with: the same scores by both ways; no time is judged."""
+"""`benchmarks.offline` and what it compares with: the same scores by both ways; no time is
+judged."""
 
 import json
 import mmap
@@ -15,18 +16,37 @@ from tdds_dist.scoring.offline import score
 
 pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).parents[1] / "golden" / "tdds_official_digits.npz"
-TINY = ["--num-samples", "500", "--num-classes", "5", "--epochs", "12", "--repetitions", "1", "--cold-repetitions", "1"]
+TINY = [
+    "--num-samples",
+    "500",
+    "--num-classes",
+    "5",
+    "--epochs",
+    "12",
+    "--repetitions",
+    "1",
+    "--cold-repetitions",
+    "1",
+]
 
 
-@pytest.mark.parametrize("size", [Size(300, 20, 12, 5), Size(50, 3, 4, 4), Size(200, 40, 6, 2), Size(1, 2, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [Size(300, 20, 12, 5), Size(50, 3, 4, 4), Size(200, 40, 6, 2), Size(1, 2, 3, 3)],
+    ids=str,
+)
 def test_windowed_scores_are_ours(tmp_path: Path, size: Size) -> None:
     folder = tmp_path / "outputs"
     write_dynamics(folder, size)
-    path, = score(folder, preset="official", T=size.T, K=size.K, beta=0.9, out=tmp_path / "ours.npz")
+    (path,) = score(
+        folder, preset="official", T=size.T, K=size.K, beta=0.9, out=tmp_path / "ours.npz"
+    )
     ours_N = load_scores(path).score_N
     windowed_N = windowed_scores(folder, size.T, size.K)
     assert windowed_N.dtype == np.float32
-    np.testing.assert_allclose(windowed_N, ours_N, rtol=0, atol=1e-5 * max(float(np.abs(ours_N).mean()), 1.0))
+    np.testing.assert_allclose(
+        windowed_N, ours_N, rtol=0, atol=1e-5 * max(float(np.abs(ours_N).mean()), 1.0)
+    )
     assert (size.K == 2) == (not ours_N.any()), "one difference does not vary, others do"
 
 
@@ -37,7 +57,9 @@ def test_windowed_scores_are_the_authors(tmp_path: Path, T: int, K: int, beta: f
             np.save(tmp_path / f"{epoch}_Output.npy", golden["logits"][epoch])
             np.save(tmp_path / f"{epoch}_Index.npy", golden["index"][epoch])
         want_N = golden[f"score_T{T}_K{K}_beta{beta:g}"]
-    np.testing.assert_allclose(windowed_scores(tmp_path, T, K, beta), want_N, rtol=0, atol=1e-5 * float(want_N.mean()))
+    np.testing.assert_allclose(
+        windowed_scores(tmp_path, T, K, beta), want_N, rtol=0, atol=1e-5 * float(want_N.mean())
+    )
 
 
 def test_peak_of_memory_counts_from_the_reset() -> None:
@@ -52,7 +74,10 @@ def test_peak_of_memory_counts_from_the_reset() -> None:
 
 def test_benchmark_runs_both_ways_and_every_key(tmp_path: Path) -> None:
     sizes, threads = ["2000x50x6x4", "300x20x5x5"], torch.get_num_threads()
-    assert main([*TINY, "--threads", "2", "--sizes", *sizes, "--out", str(tmp_path), "--name", "tiny"]) == 0
+    assert (
+        main([*TINY, "--threads", "2", "--sizes", *sizes, "--out", str(tmp_path), "--name", "tiny"])
+        == 0
+    )
     torch.set_num_threads(threads)  # which other tests share
     result = json.loads((tmp_path / "offline_tiny.json").read_text())
     first, second = result["rows"]
@@ -66,10 +91,20 @@ def test_benchmark_runs_both_ways_and_every_key(tmp_path: Path) -> None:
     (windowed,), (ours,) = first["runs"]["windowed"], first["runs"]["tdds score"]
     assert windowed["peak_bytes"] > first["output_bytes"], "it holds all epochs"
     metrics, label = result["metrics"], "tdds score N=2,000 C=50 T=6 K=4"
-    assert metrics[f"{label}, times faster"]["value"] == pytest.approx(windowed["seconds"] / ours["seconds"])
-    assert metrics[f"{label}, times smaller"]["value"] == pytest.approx(windowed["peak_bytes"] / max(ours["peak_bytes"], 1))
+    assert metrics[f"{label}, times faster"]["value"] == pytest.approx(
+        windowed["seconds"] / ours["seconds"]
+    )
+    assert metrics[f"{label}, times smaller"]["value"] == pytest.approx(
+        windowed["peak_bytes"] / max(ours["peak_bytes"], 1)
+    )
     assert [f"trajectory N=500 T=12 {key}, s" in metrics for key in (*KEYS, "all")] == [True] * 8
     assert result["trajectory"]["trajectory_bytes"] > 500 * 9 * 12 * 4
     page = (tmp_path / "offline_tiny.md").read_text()
-    for said in ("| dual ", "page cache", "storage delivered at least", "NumPy's operations use one core", "Not measured"):
+    for said in (
+        "| dual ",
+        "page cache",
+        "storage delivered at least",
+        "NumPy's operations use one core",
+        "Not measured",
+    ):
         assert said in page, said

@@ -1,4 +1,5 @@
-"""`benchmarks.report` makes the run that it says, and reports what it measured; no time is judged."""
+"""`benchmarks.report` makes the run that it says, and reports what it measured; no time is
+judged."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,17 @@ from tdds_dist.report.scores import origin
 from tests.system.browser.chromium import find
 
 pytestmark = pytest.mark.slow
-SMALL = ["--num-samples", "400", "--num-classes", "8", "--num-pictures", "16", "--epochs", "3", "--repetitions"]
+SMALL = [
+    "--num-samples",
+    "400",
+    "--num-classes",
+    "8",
+    "--num-pictures",
+    "16",
+    "--epochs",
+    "3",
+    "--repetitions",
+]
 
 
 def test_images_share_pixels_but_not_bytes(tmp_path: Path) -> None:
@@ -28,7 +39,9 @@ def test_images_share_pixels_but_not_bytes(tmp_path: Path) -> None:
     assert len(set(info.data_ptr_N.tolist())) == 103
     images = read_images(info.path, range(103), info)
     assert {image.shape for image in images} == {(256, 256, 3)}
-    assert [image.tobytes() for image in images] == [images[number % 16].tobytes() for number in range(103)]
+    assert [image.tobytes() for image in images] == [
+        images[number % 16].tobytes() for number in range(103)
+    ]
     assert min(image.std() for image in images) > 50, "noise"
 
 
@@ -36,8 +49,15 @@ def test_the_run_has_what_the_report_reads(tmp_path: Path) -> None:
     facts = read_facts(write_run(tmp_path, 400, 8, 16, 3))
     assert facts.problems == []
     assert set(facts.scores) == set(KEYS)
-    info, manifest = inspect_beton(tmp_path / "train.beton"), read_manifest(tmp_path / "train.beton")
-    assert {scores.fingerprint for scores in facts.scores.values()} == {dataset_fingerprint(info, 8)} == {manifest.fingerprint}
+    info, manifest = (
+        inspect_beton(tmp_path / "train.beton"),
+        read_manifest(tmp_path / "train.beton"),
+    )
+    assert (
+        {scores.fingerprint for scores in facts.scores.values()}
+        == {dataset_fingerprint(info, 8)}
+        == {manifest.fingerprint}
+    )
     assert manifest.noisy_N.any()
     cuts = [(*origin(facts, coreset), coreset) for coreset in facts.coresets.values()]
     assert len(cuts) == len(KEYS) * len(RATES)
@@ -46,8 +66,14 @@ def test_the_run_has_what_the_report_reads(tmp_path: Path) -> None:
     assert all(sub.result["final_top1"] for sub in facts.retrained)
 
 
-def test_benchmark_measures_the_command_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "open_page", lambda page, repetitions: [{"load": 0.5, "sheets": 0.75, "filter": 0.125}])
+def test_benchmark_measures_the_command_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        report,
+        "open_page",
+        lambda page, repetitions: [{"load": 0.5, "sheets": 0.75, "filter": 0.125}],
+    )
     assert main([*SMALL, "1", "--out", str(tmp_path), "--name", "small"]) == 0
     result = json.loads((tmp_path / "report_small.json").read_text())
     metrics, held = result["metrics"], result["held"]
@@ -60,7 +86,9 @@ def test_benchmark_measures_the_command_and_the_page(tmp_path: Path, monkeypatch
     page = (tmp_path / "report_small.md").read_text()
     assert f"The page holds {held['images']} images of 8 classes" in page
     assert "0.75|0.75|" in page.replace(" ", ""), "columns are as wide as the slowest figure"
-    result["metrics"] = {name: found for name, found in metrics.items() if name.startswith(("build", "page"))}
+    result["metrics"] = {
+        name: found for name, found in metrics.items() if name.startswith(("build", "page"))
+    }
     assert "No Chromium" in report.as_markdown(result)
     assert "No Chromium" not in page
 
@@ -70,7 +98,8 @@ def test_a_page_is_opened(tmp_path: Path) -> None:
     if find() is None:
         pytest.skip("no Chromium found: tests/system/browser/install.sh")
     page = build_report([write_run(tmp_path, 400, 8, 16, 3)], tmp_path / "report.html")
-    with ThreadPoolExecutor(1) as thread:  # Playwright allows one browser in a thread, and that of other tests is open
+    # Playwright allows one browser in a thread, and that of other tests is open
+    with ThreadPoolExecutor(1) as thread:
         runs = thread.submit(open_page, page, 2).result()
     assert len(runs) == 2
     assert all(0 < run["load"] <= run["sheets"] for run in runs)

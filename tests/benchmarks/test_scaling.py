@@ -8,13 +8,37 @@ import numpy as np
 import pytest
 
 from benchmarks.ranks import run_on_ranks
-from benchmarks.scaling import DTYPES, Assumptions, host_limit, main, measure_order, model, payload_bytes
+from benchmarks.scaling import (
+    DTYPES,
+    Assumptions,
+    host_limit,
+    main,
+    measure_order,
+    model,
+    payload_bytes,
+)
 from tdds_dist.distributed.partition import PADDING, epoch_order, rows_per_shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 RANKS = [1, 2, 3, 4]
-TINY = ["--ranks", *map(str, RANKS), "--num-classes", "10", "33", "--rows", "24", "--steps", "5", "--repetitions", "1",
-        "--orders", "5000", "20000", "--order-ranks", "4"]
+TINY = [
+    "--ranks",
+    *map(str, RANKS),
+    "--num-classes",
+    "10",
+    "33",
+    "--rows",
+    "24",
+    "--steps",
+    "5",
+    "--repetitions",
+    "1",
+    "--orders",
+    "5000",
+    "20000",
+    "--order-ranks",
+    "4",
+]
 GIVEN = Assumptions(24, 4, 4, 8, 450.0, 50.0, 130.0, 3.6, 10.0, 35.0)
 
 
@@ -23,16 +47,24 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("scaling")
     assert main([*TINY, "--out", str(folder), "--name", "tiny"]) == 0
     page = (folder / "scaling_tiny.md").read_text()
-    assert page.index("## Measured: routing") < page.index("## Measured: the order") < page.index("## Modelled, not measured")
+    assert (
+        page.index("## Measured: routing")
+        < page.index("## Measured: the order")
+        < page.index("## Modelled, not measured")
+    )
     for said in ("130 us", "3.6 us", "450 GB/s", "50 GB/s", "35 ms", "gloo", "10^9", "no source"):
         assert said in page, said
     return json.loads((folder / "scaling_tiny.json").read_text())
 
 
 def leaving(world_size: int) -> tuple[float, float]:
-    """Rows that leave a rank per step, and messages, by a loop over the last epoch: means over ranks and steps."""
+    """Rows that leave a rank per step, and messages, by a loop over the last epoch: means over
+    ranks and steps."""
     num_samples, steps = world_size * 24 * 5 - 1, 5
-    order, shard = epoch_order(num_samples, world_size * 24, epoch=1), rows_per_shard(num_samples, world_size)
+    order, shard = (
+        epoch_order(num_samples, world_size * 24, epoch=1),
+        rows_per_shard(num_samples, world_size),
+    )
     rows = messages = 0
     for rank in range(world_size):
         for index_B in order.of_rank(rank, world_size)[1]:
@@ -44,13 +76,20 @@ def leaving(world_size: int) -> tuple[float, float]:
 
 def test_a_step_moves_what_the_formula_and_the_model_say(result: dict[str, Any]) -> None:
     cases = [(row["world_size"], row["num_classes"], row["logits"]) for row in result["rows"]]
-    assert cases == [(W, C, dtype) for W in RANKS for C in (10, 33) for dtype in ("float32", "float16")]
+    assert cases == [
+        (W, C, dtype) for W in RANKS for C in (10, 33) for dtype in ("float32", "float16")
+    ]
     for row in result["rows"]:
         W, logit_bytes = row["world_size"], DTYPES[row["logits"]].itemsize
         row_bytes = row["num_classes"] * logit_bytes + 16
         assert row["bytes_per_step"] == row["formula_bytes"] == 24 * row_bytes
-        assert row["calls_per_step"] == {"all_to_all_single": 1.0, "all_reduce": 0.0, "all_gather_into_tensor": 0.0,
-                                         "all_gather_object": 0.0, "barrier": 0.0}
+        assert row["calls_per_step"] == {
+            "all_to_all_single": 1.0,
+            "all_reduce": 0.0,
+            "all_gather_into_tensor": 0.0,
+            "all_gather_object": 0.0,
+            "barrier": 0.0,
+        }
         assert row["calls_at_epoch_end"]["all_to_all_single"] == 0
         assert row["calls_at_epoch_end"]["all_reduce"] >= 2, "values and coverage are agreed upon"
         rows, messages = leaving(W)
@@ -61,10 +100,17 @@ def test_a_step_moves_what_the_formula_and_the_model_say(result: dict[str, Any])
 
         case = model(W, W * 24 * 5 - 1, row["num_classes"], replace(GIVEN, logit_bytes=logit_bytes))
         assert (case["step_bytes"], case["steps"]) == (row["bytes_per_step"], row["steps"])
-        assert case["sent_bytes"] == pytest.approx(row["sent_bytes"], rel=0.15), "owners are drawn, the model has their mean"
+        assert case["sent_bytes"] == pytest.approx(row["sent_bytes"], rel=0.15), (
+            "owners are drawn, the model has their mean"
+        )
         assert case["messages"] == pytest.approx(row["messages"], rel=0.01)
         one_row_more = 1.0 + 2.0 / (24 * 5)  # the scorer's tables have a row for padding
-        assert row["modelled_state_bytes"] <= row["state_bytes"] <= one_row_more * row["modelled_state_bytes"]
+        assert (
+            row["modelled_state_bytes"]
+            <= row["state_bytes"]
+            <= one_row_more * row["modelled_state_bytes"]
+        )
+
 
 def test_model_by_hand() -> None:
     """16 ranks in two nodes, 24 rows each, 10 classes: 56 bytes a row, 1.5 rows for each rank."""
@@ -84,12 +130,23 @@ def test_model_by_hand() -> None:
     assert case["checkpoint_bytes"] == 3840 * per_sample
     assert case["counts_bytes"] == 4 * 8 * 10 * 16
     lone = model(1, 1000, 10, GIVEN)
-    assert (lone["sent_bytes"], lone["messages"], lone["step_seconds"]) == (0.0, 0.0, pytest.approx(130e-6))
+    assert (lone["sent_bytes"], lone["messages"], lone["step_seconds"]) == (
+        0.0,
+        0.0,
+        pytest.approx(130e-6),
+    )
 
 
 def test_host_limit_scales_the_largest() -> None:
-    orders = [{"num_samples": size, "order_seconds": size / 1e7, "counts_seconds": size / 1e7, "peak_bytes": 60.0 * size}
-              for size in (10**6, 10**7)]
+    orders = [
+        {
+            "num_samples": size,
+            "order_seconds": size / 1e7,
+            "counts_seconds": size / 1e7,
+            "peak_bytes": 60.0 * size,
+        }
+        for size in (10**6, 10**7)
+    ]
     orders[0]["peak_bytes"] = 1e12  # must not be looked at
     found = host_limit(orders, 960.0, 8)
     assert found["seconds_at_1e9"] == pytest.approx(200.0)
@@ -98,7 +155,8 @@ def test_host_limit_scales_the_largest() -> None:
 
 
 def test_memory_of_an_order_counts_what_is_kept() -> None:
-    found, = run_on_ranks(1, measure_order, 400_000, 1000, 4)  # here, memory that earlier tests gave back would be used again
+    # here, memory that earlier tests gave back would be used again
+    (found,) = run_on_ranks(1, measure_order, 400_000, 1000, 4)
     assert found["kept_bytes"] == 2 * 8 * 400_000 + 2 * 8 * 400 * 4
     assert found["peak_bytes"] > 0.9 * found["kept_bytes"]
     assert np.isfinite([found["order_seconds"], found["counts_seconds"]]).all()

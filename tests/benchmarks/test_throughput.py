@@ -1,4 +1,5 @@
-"""The throughput benchmark runs all of its loops for real, on the same images, and draws the right conclusions from blocks."""
+"""The throughput benchmark runs all of its loops for real, on the same images, and draws the right
+conclusions from blocks."""
 
 import functools
 import json
@@ -29,26 +30,46 @@ def measure_watched(evidence, setting, folder, run):
     def look(bench, variant):
         models = [bench.trainer.model, *(loop._model for loop in bare)]
         closures = [bench.blocks[name].__closure__ for name in ("tdds", "all")]
-        scorers = [next(cell.cell_contents.scorer for cell in cells if hasattr(cell.cell_contents, "scorer"))
-                   for cells in closures]
+        scorers = [
+            next(
+                cell.cell_contents.scorer for cell in cells if hasattr(cell.cell_contents, "scorer")
+            )
+            for cells in closures
+        ]
 
         def state():
-            return ([torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models],
-                    [scorer.epoch for scorer in scorers], len(list((run / "trajectory").glob("epoch_*"))))
+            return (
+                [
+                    torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+                    for model in models
+                ],
+                [scorer.epoch for scorer in scorers],
+                len(list((run / "trajectory").glob("epoch_*"))),
+            )
 
         weights, epochs, num_files = state()
         block = timed(bench, variant)
         weights_after, epochs_after, num_files_after = state()
-        notes.append({
-            "variant": variant, "trained": [not torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True)],
-            "finite": all(bool(torch.isfinite(weight).all()) for weight in weights_after),
-            "recorded": [b - a for a, b in zip(epochs, epochs_after, strict=True)], "files": num_files_after - num_files,
-            "resident": bench.tap.is_resident, "waited": block["wait_seconds"] > 0})
+        notes.append(
+            {
+                "variant": variant,
+                "trained": [
+                    not torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True)
+                ],
+                "finite": all(bool(torch.isfinite(weight).all()) for weight in weights_after),
+                "recorded": [b - a for a, b in zip(epochs, epochs_after, strict=True)],
+                "files": num_files_after - num_files,
+                "resident": bench.tap.is_resident,
+                "waited": block["wait_seconds"] > 0,
+            }
+        )
         return block
 
     BareLoop.__init__, Bench.timed = remember, look
     found = measure_rank(setting, folder, run)
-    (Path(evidence) / f"{setting.num_ranks}_{os.environ['RANK']}.json").write_text(json.dumps(notes))
+    (Path(evidence) / f"{setting.num_ranks}_{os.environ['RANK']}.json").write_text(
+        json.dumps(notes)
+    )
     return found
 
 
@@ -58,12 +79,39 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("throughput")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TDDS_CPUS_PER_RANK", "1")
-        patch.setattr(throughput, "measure_rank", functools.update_wrapper(
-            functools.partial(measure_watched, str(folder)), measure_watched))
-        assert throughput.main(["--setting", f"{NETWORK},32,4,20,{NUM_IMAGES}", "--ranks", "1", "2", "--rounds", str(ROUNDS),
-                                "--device", "cpu", "--out", str(folder), "--name", "tiny"]) == 0
+        patch.setattr(
+            throughput,
+            "measure_rank",
+            functools.update_wrapper(
+                functools.partial(measure_watched, str(folder)), measure_watched
+            ),
+        )
+        assert (
+            throughput.main(
+                [
+                    "--setting",
+                    f"{NETWORK},32,4,20,{NUM_IMAGES}",
+                    "--ranks",
+                    "1",
+                    "2",
+                    "--rounds",
+                    str(ROUNDS),
+                    "--device",
+                    "cpu",
+                    "--out",
+                    str(folder),
+                    "--name",
+                    "tiny",
+                ]
+            )
+            == 0
+        )
     notes = {path.stem: json.loads(path.read_text()) for path in folder.glob("?_?.json")}
-    return json.loads((folder / "throughput_tiny.json").read_text()), (folder / "throughput_tiny.md").read_text(), notes
+    return (
+        json.loads((folder / "throughput_tiny.json").read_text()),
+        (folder / "throughput_tiny.md").read_text(),
+        notes,
+    )
 
 
 def test_all_variants_see_the_same_images_in_the_same_rounds(result):
@@ -72,21 +120,27 @@ def test_all_variants_see_the_same_images_in_the_same_rounds(result):
     for row in numbers["rows"]:
         assert row["images"] == dict.fromkeys(VARIANTS, NUM_IMAGES)
         assert {variant: len(rates) for variant, rates in row["rates"].items()} == {
-            variant: ROUNDS if variant in PAIRED else 1 for variant in VARIANTS}
+            variant: ROUNDS if variant in PAIRED else 1 for variant in VARIANTS
+        }
         assert min(min(rates) for rates in row["rates"].values()) > 0
         assert row["peak_bytes"] > 2e8, "Python, torch and FFCV alone"
         assert 0.2 < row["peak_bytes"] / row["planned_bytes"] < 5
 
 
 def test_every_block_does_what_its_name_says(result):
-    """Weights move in the loops that train, scorers and the trajectory advance where they should, and only there."""
+    """Weights move in the loops that train, scorers and the trajectory advance where they should,
+    and only there."""
     _, _, notes = result
     assert sorted(notes) == ["1_0", "2_0", "2_1"]
     for of_rank in notes.values():
         assert {note["variant"] for note in of_rank} == set(VARIANTS)
         for note in of_rank:
             variant = note["variant"]
-            assert note["trained"] == [variant in LOOPS, variant == "minimal", variant == "folder"], variant
+            assert note["trained"] == [
+                variant in LOOPS,
+                variant == "minimal",
+                variant == "folder",
+            ], variant
             assert note["recorded"] == [variant == "tdds", variant in ("all", "scorer")], variant
             assert (note["files"] > 0) == (variant in ("all", "scorer")), variant
             assert note["waited"] == (variant in LOOPS), variant
@@ -100,11 +154,17 @@ def test_metrics_and_page(result):
     for row in numbers["rows"]:
         label, metrics = row["label"], numbers["metrics"]
         off = metrics[f"{label}: our loop, scoring off, images/s"]
-        assert (off["value"], off["better"], off["relative"]) == (statistics.median(row["rates"]["off"]), "higher", False)
+        assert (off["value"], off["better"], off["relative"]) == (
+            statistics.median(row["rates"]["off"]),
+            "higher",
+            False,
+        )
         ratio = metrics[f"{label}: TDDS and trajectory / scoring off"]
-        assert (ratio["min"], ratio["max"]) == (*sorted(row["ratios"]["TDDS and trajectory / scoring off"]),)
+        assert (ratio["min"], ratio["max"]) == (
+            *sorted(row["ratios"]["TDDS and trajectory / scoring off"]),
+        )
         assert metrics[f"{label}: peak memory"]["value"] == row["peak_bytes"]
-        section = page[page.index(f"## {label}"):]
+        section = page[page.index(f"## {label}") :]
         assert f"**the {row['limit']} is the limit**" in section
         for target in row["targets"]:
             line = next(line for line in section.splitlines() if target["ratio"] in line)
@@ -116,26 +176,51 @@ def test_metrics_and_page(result):
 
 
 SETTING = Setting("resnet18", 32, 4, 5, 8, num_ranks=2, rounds=2)
-SECONDS = {"off": 2.0, "off again": 2.0, "tdds": 2.1, "all": 2.5, "minimal": 1.9, "model": 1.0, "folder": 4.0, "loader": 1.5,
-           "ffcv": 1.4, "scorer": 0.4}
+SECONDS = {
+    "off": 2.0,
+    "off again": 2.0,
+    "tdds": 2.1,
+    "all": 2.5,
+    "minimal": 1.9,
+    "model": 1.0,
+    "folder": 4.0,
+    "loader": 1.5,
+    "ffcv": 1.4,
+    "scorer": 0.4,
+}
 
 
 def blocks(seconds, images=4):
-    return [{"variant": variant, "round": number, "seconds": seconds[variant] * (1 + number), "images": images,
-             "wait_seconds": 0.5} for number in range(2) for variant in order_of(number)]
+    return [
+        {
+            "variant": variant,
+            "round": number,
+            "seconds": seconds[variant] * (1 + number),
+            "images": images,
+            "wait_seconds": 0.5,
+        }
+        for number in range(2)
+        for variant in order_of(number)
+    ]
 
 
 def ranks_with(first, second, **options):
-    return [{"blocks": blocks(seconds, **options), "peak_bytes": peak, "threads": 1}
-            for seconds, peak in ((first, 100), (second, 300))]
+    return [
+        {"blocks": blocks(seconds, **options), "peak_bytes": peak, "threads": 1}
+        for seconds, peak in ((first, 100), (second, 300))
+    ]
 
 
 def test_a_block_takes_as_long_as_its_slowest_rank():
-    row = throughput.summarise(SETTING, ranks_with(SECONDS, SECONDS | {"off": 1.0, "all": 3.0}), 200.0)
+    row = throughput.summarise(
+        SETTING, ranks_with(SECONDS, SECONDS | {"off": 1.0, "all": 3.0}), 200.0
+    )
     assert row["rates"]["off"] == [8 / 2.0, 8 / 4.0]
     assert row["ratios"]["TDDS and trajectory / scoring off"] == pytest.approx([2 / 3, 2 / 3])
     # blocks of round 1 took twice as long, and the model was in round 0 only
-    assert row["shares"] == pytest.approx({"model": 1 / 4.5, "loading": 2 / 4.5, "scoring": 1.5 / 4.5})
+    assert row["shares"] == pytest.approx(
+        {"model": 1 / 4.5, "loading": 2 / 4.5, "scoring": 1.5 / 4.5}
+    )
     assert (row["peak_bytes"], row["planned_bytes"]) == (300, 200.0)
     assert row["waiting"] == pytest.approx((0.5 / 2 + 0.5 / 4) / 2)
 
@@ -146,7 +231,9 @@ def test_the_slowest_part_alone_is_the_limit(limit):
     assert throughput.summarise(SETTING, ranks_with(seconds, seconds), 1.0)["limit"] == limit
 
 
-@pytest.mark.parametrize(("device", "met"), [("cpu", [True, False, True]), ("cuda", [False, False, True])])
+@pytest.mark.parametrize(
+    ("device", "met"), [("cpu", [True, False, True]), ("cuda", [False, False, True])]
+)
 def test_targets_depend_on_the_device(device, met):
     seconds = SECONDS | {"tdds": 2.05, "all": 2.1, "minimal": 1.97}
     setting = Setting("resnet18", 32, 4, 5, 8, num_ranks=2, rounds=2, device=device)
@@ -171,8 +258,23 @@ def test_every_round_has_the_pairs_and_they_take_turns():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path):
-    assert throughput.main(["--setting", "resnet18,96,8,10,64", "--ranks", "1", "--rounds", "2", "--out", str(tmp_path),
-                            "--name", "gpu"]) == 0
+    assert (
+        throughput.main(
+            [
+                "--setting",
+                "resnet18,96,8,10,64",
+                "--ranks",
+                "1",
+                "--rounds",
+                "2",
+                "--out",
+                str(tmp_path),
+                "--name",
+                "gpu",
+            ]
+        )
+        == 0
+    )
     row = json.loads((tmp_path / "throughput_gpu.json").read_text())["rows"][0]
     assert row["device"] == "cuda"
     assert row["images"] == dict.fromkeys(paired_loops.VARIANTS, 64)

@@ -1,4 +1,5 @@
-"""The command line as a user meets it: the whole flow under torchrun, and one clear line with exit code 2 for bad input."""
+"""The command line as a user meets it: the whole flow under torchrun, and one clear line with exit
+code 2 for bad input."""
 
 import json
 import os
@@ -24,9 +25,18 @@ from tdds_dist.runs.directory import RunDir
 
 def tdds(*arguments, ranks=1):
     """Run `tdds` in processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return subprocess.run([sys.executable, *launcher, "-m", "tdds_dist", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "tdds_dist", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
 
 
 def done(*arguments):
@@ -50,14 +60,24 @@ WINDOWS = ["tdds_official_T3_K2_beta0.9", "tdds_official_T4_K3_beta0.9"]
 
 @pytest.fixture(scope="module")
 def finished(finished_run, tmp_path_factory):
-    """A collection on 2 ranks through torchrun, as it was before anything else was done with it; its run directory, its config,
-    and what it printed."""
+    """A collection on 2 ranks through torchrun, as it was before anything else was done with it;
+    its run directory, its config, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     names = [*WINDOWS, "entropy", "moderate"]
-    shutil.copytree(finished_run.run, folder / "run", ignore=lambda directory, files: [
-        name for name in files if name in ("retrain", "coresets") or (name.endswith(".npz") and Path(name).stem not in names)])
-    for source, target in ((finished_run.config, folder / "config.yaml"),
-                           (finished_run.run / "config.yaml", folder / "run/config.yaml")):
+    shutil.copytree(
+        finished_run.run,
+        folder / "run",
+        ignore=lambda directory, files: [
+            name
+            for name in files
+            if name in ("retrain", "coresets")
+            or (name.endswith(".npz") and Path(name).stem not in names)
+        ],
+    )
+    for source, target in (
+        (finished_run.config, folder / "config.yaml"),
+        (finished_run.run / "config.yaml", folder / "run/config.yaml"),
+    ):
         target.write_text(source.read_text().replace(str(finished_run.run), str(folder / "run")))
     return folder / "run", folder / "config.yaml", finished_run.said
 
@@ -72,14 +92,22 @@ def test_collect_leaves_scores_records_and_the_next_command(finished):
     assert [path.stem for path in sorted(run.scores.iterdir())] == ["entropy", "moderate", *WINDOWS]
     for name in WINDOWS:
         scores = load_scores(run.scores / f"{name}.npz")
-        assert (scores.key, scores.score_N.dtype, scores.score_N.shape) == (name, np.float32, (120,))
+        assert (scores.key, scores.score_N.dtype, scores.score_N.shape) == (
+            name,
+            np.float32,
+            (120,),
+        )
         assert np.isfinite(scores.score_N).all()
         assert sorted(np.unique(scores.label_N)) == list(range(10))
-    assert len(run.read_metrics()) == 4  # ended after the last window, not after the 5 epochs of the schedule
+    # ended after the last window, not after the 5 epochs of the schedule
+    assert len(run.read_metrics()) == 4
     assert run.read_result()["epochs_planned"] == 5
     assert run.read_env()["world_size"] == 2
     assert "epoch   4/5" in run.log_file.read_text()
-    assert (said["stdout"].count("next: tdds select"), said["stderr"].count("epoch   4/5")) == (1, 1), "only rank 0 speaks"
+    assert (said["stdout"].count("next: tdds select"), said["stderr"].count("epoch   4/5")) == (
+        1,
+        1,
+    ), "only rank 0 speaks"
     assert "\x1b" not in said["stdout"] + said["stderr"]
     assert "\r" not in said["stderr"]
 
@@ -95,7 +123,20 @@ def test_score_recomputes_the_live_scores_bitwise_or_another_preset(finished, tm
         again = load_scores(path)
         assert (again.key, again.settings["source"]) == (name, "recorded")
         assert again.score_N.tobytes() == live[name].tobytes()
-    done("score", folder, "--preset", "paper", "--T", "4", "--K", "3", "--beta", "0", "--out", tmp_path / "p.npz")
+    done(
+        "score",
+        folder,
+        "--preset",
+        "paper",
+        "--T",
+        "4",
+        "--K",
+        "3",
+        "--beta",
+        "0",
+        "--out",
+        tmp_path / "p.npz",
+    )
     scores = load_scores(tmp_path / "p.npz")
     assert scores.key == "tdds_paper_T4_K3_beta0"
     assert (scores.score_N >= 0).all()
@@ -135,21 +176,44 @@ def test_retrain_on_a_coreset(finished, finished_run, strategy, epochs):
     folder, config, _ = finished
     run = finished_run.retrained
     if strategy == "P":
-        done("retrain", config, "--coreset", finished_run.coreset, "--strategy", "P", "train.eval_every=100")
+        done(
+            "retrain",
+            config,
+            "--coreset",
+            finished_run.coreset,
+            "--strategy",
+            "P",
+            "train.eval_every=100",
+        )
         run = RunDir(folder).retrain / f"{finished_run.coreset.stem}_P_batch_seed0"
-    expected = {"num_images": 24, "epochs": epochs, "global_batch_size": 12, "importance": "batch", "steps": epochs * 2}
+    expected = {
+        "num_images": 24,
+        "epochs": epochs,
+        "global_batch_size": 12,
+        "importance": "batch",
+        "steps": epochs * 2,
+    }
     assert expected.items() <= RunDir(run).read_result().items()
-    assert {"epochs": epochs, "global_batch_size": 12}.items() <= RunDir(run).read_config()["train"].items()
+    assert {"epochs": epochs, "global_batch_size": 12}.items() <= RunDir(run).read_config()[
+        "train"
+    ].items()
 
 
 @pytest.mark.distributed
 def test_score_all_and_score_key(finished, tmp_path, capsys):
-    """What does not fit into 4 epochs is said, and can be had with options; nothing in the run changes."""
+    """What does not fit into 4 epochs is said, and can be had with options; nothing in the run
+    changes."""
     folder, _, _ = finished
     always = {*WINDOWS, "random", "forgetting", "aum"}
     for name, options, keys in (
-            ("all", ["--all"], always), ("two", ["--score", "aum", "--score", "forgetting"], {"aum", "forgetting"}),
-            ("more", ["--all", "el2n_epochs=3", "uncertainty_window=3"], always | {"el2n_T3", "dyn_unc_J3", "dual_J3"})):
+        ("all", ["--all"], always),
+        ("two", ["--score", "aum", "--score", "forgetting"], {"aum", "forgetting"}),
+        (
+            "more",
+            ["--all", "el2n_epochs=3", "uncertainty_window=3"],
+            always | {"el2n_T3", "dyn_unc_J3", "dual_J3"},
+        ),
+    ):
         done("score", folder, *options, "--out", tmp_path / name)
         said = capsys.readouterr()
         assert {path.stem for path in (tmp_path / name).iterdir()} == keys
@@ -158,10 +222,15 @@ def test_score_all_and_score_key(finished, tmp_path, capsys):
             assert f"`tdds score {folder} --all el2n_epochs=4 uncertainty_window=2`" in said.err
             assert f"next: tdds select {tmp_path}/all/{WINDOWS[0]}.npz --pruning-rate" in said.out
     for key in ("aum", "forgetting"):
-        one, other = (load_scores(tmp_path / name / f"{key}.npz").score_N for name in ("two", "all"))
+        one, other = (
+            load_scores(tmp_path / name / f"{key}.npz").score_N for name in ("two", "all")
+        )
         assert one.tobytes() == other.tobytes()
     done("score", folder, "--all", "--json", "--out", tmp_path / "all")
-    assert any(text.startswith("not computed: el2n") for text in json.loads(capsys.readouterr().out)["warnings"])
+    assert any(
+        text.startswith("not computed: el2n")
+        for text in json.loads(capsys.readouterr().out)["warnings"]
+    )
 
 
 @pytest.mark.distributed
@@ -174,7 +243,16 @@ def test_export_import_and_compare(finished, tmp_path, capsys):
     assert load_scores(tmp_path / "back.npz").score_N.tobytes() == scores.score_N.tobytes()
     done("select", folder, "--pruning-rate", "0.5", "--out", tmp_path / "half.npz")
     images = RunDir(folder).read_config()["data"]["train"]
-    done("export", tmp_path / "half.npz", "--format", "paths", "--beton", images, "--out", tmp_path / "half.txt")
+    done(
+        "export",
+        tmp_path / "half.npz",
+        "--format",
+        "paths",
+        "--beton",
+        images,
+        "--out",
+        tmp_path / "half.txt",
+    )
     assert len((tmp_path / "half.txt").read_text().split()) == 60
     capsys.readouterr()
     done("compare", folder, "--pruning-rates", "0.5", "--out", tmp_path / "compare.csv")
@@ -186,51 +264,91 @@ def test_export_import_and_compare(finished, tmp_path, capsys):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("words", "said"), [
-    # the data and the network of a config; each leaves nothing behind
-    ("collect CONFIG train.accumulation=7", "train.accumulation=7; use 21 or 28"),
-    ("collect CONFIG data.train=SHORT", "short.beton"),
-    ("collect CONFIG data.num_classes=9", "data.num_classes"), ("collect CONFIG data.num_classes=11", "data.num_classes"),
-    ("collect CONFIG data.train=BIG", "data."),
-    ("collect CONFIG data.train=BIG data.val=BIG data.num_classes=5", "data.crop=resized"),
-    ("collect CONFIG model.name=resnet99", "not a torchvision classifier"),
-    ("collect CONFIG model.name=alexnet", "cannot train on 24 images of 32x32"),
-    ("collect CONFIG model.name=googlenet", "several outputs"),
-    ("collect CONFIG train.global_batch_size=1", "cannot train on 1 images"),
-    # what is no run
-    ("score FOLDER/none", "not a directory"), ("score FOLDER", "no meta.json"),
-    ("select FOLDER --pruning-rate 1.0", "[0, 1)"), ("select FOLDER --pruning-rate 0.5", "not a run directory"),
-    ("report FOLDER", "not a run directory"), ("write nonsense FOLDER/x.beton", "synthetic:N,CLASSES,SIZE"),
-    # options that do not fit the run, exclude each other or do nothing
-    ("score RUN --preset paper --T 4 --K 4", "T=4"),
-    ("score RUN --T 5 --K 2", "T=5 is longer than the 4 epochs there are"),
-    ("score RUN --all --score aum", "--all and --score exclude each other"),
-    ("score RUN --all --T 3", "--T belongs to `tdds score` without --all and --score"),
-    ("score RUN --score tdds --beta 0", "--beta belongs to `tdds score` without --all and --score"),
-    ("score RUN el2n_epochs=3", "el2n_epochs=3 is an option of --all and --score KEY"),
-    ("score RUN --score entropy", "`tdds score RUN --final-pass`"),
-    ("score RUN --score nonsense", "score 'nonsense' is not computed from recorded epochs"),
-    ("score RUN --all el2n_epoch=3", "the nearest valid key is 'el2n_epochs'"),
-    ("score RUN --all --out x.npz", "must be a directory"),
-    ("select RUN --pruning-rate 0.5 --num-strata 20", "--num-strata does nothing with sampler top"),
-    ("select RUN --pruning-rate 0.5 --sampler ccs --c-d 2", "--c-d does nothing with sampler ccs"),
-    ("select RUN --pruning-rate 0.5 --sampler beta --hard-cutoff-rate 0.1",
-     "--hard-cutoff-rate does nothing with sampler beta"),
-    ("select RUN --pruning-rate 0.5 --score ccs --sampler top", "--score ccs means sampler ccs"),
-    ("select RUN --pruning-rate 0.5 --score dual", "has no score 'dual'; it has tdds, random, "),
-    ("select RUN --pruning-rate 80", "80 % is 0.8"),
-    ("select RUN --pruning-rate 0.5 --score dual_beta", "use --score dual --sampler beta"),
-    ("select RUN --pruning-rate 0.5 --score tdds_official_T3", "--score tdds_official_T3_K2_beta0.9 is the nearest"),
-    ("select RUN --pruning-rate 0.5 --score el2n", "--all` computes every score"),
-    ("export RUN --format paths", "paths"), ("compare RUN --pruning-rates 1.5", "1.5"),
-    ("retrain CONFIG --coreset CORESET --strategy E data.train=VAL", "belongs to another dataset"),
-])
-def test_bad_input_is_one_line_and_leaves_nothing(finished, finished_run, betons, config_file, tmp_path, capsys, words, said):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        # the data and the network of a config; each leaves nothing behind
+        ("collect CONFIG train.accumulation=7", "train.accumulation=7; use 21 or 28"),
+        ("collect CONFIG data.train=SHORT", "short.beton"),
+        ("collect CONFIG data.num_classes=9", "data.num_classes"),
+        ("collect CONFIG data.num_classes=11", "data.num_classes"),
+        ("collect CONFIG data.train=BIG", "data."),
+        ("collect CONFIG data.train=BIG data.val=BIG data.num_classes=5", "data.crop=resized"),
+        ("collect CONFIG model.name=resnet99", "not a torchvision classifier"),
+        ("collect CONFIG model.name=alexnet", "cannot train on 24 images of 32x32"),
+        ("collect CONFIG model.name=googlenet", "several outputs"),
+        ("collect CONFIG train.global_batch_size=1", "cannot train on 1 images"),
+        # what is no run
+        ("score FOLDER/none", "not a directory"),
+        ("score FOLDER", "no meta.json"),
+        ("select FOLDER --pruning-rate 1.0", "[0, 1)"),
+        ("select FOLDER --pruning-rate 0.5", "not a run directory"),
+        ("report FOLDER", "not a run directory"),
+        ("write nonsense FOLDER/x.beton", "synthetic:N,CLASSES,SIZE"),
+        # options that do not fit the run, exclude each other or do nothing
+        ("score RUN --preset paper --T 4 --K 4", "T=4"),
+        ("score RUN --T 5 --K 2", "T=5 is longer than the 4 epochs there are"),
+        ("score RUN --all --score aum", "--all and --score exclude each other"),
+        ("score RUN --all --T 3", "--T belongs to `tdds score` without --all and --score"),
+        (
+            "score RUN --score tdds --beta 0",
+            "--beta belongs to `tdds score` without --all and --score",
+        ),
+        ("score RUN el2n_epochs=3", "el2n_epochs=3 is an option of --all and --score KEY"),
+        ("score RUN --score entropy", "`tdds score RUN --final-pass`"),
+        ("score RUN --score nonsense", "score 'nonsense' is not computed from recorded epochs"),
+        ("score RUN --all el2n_epoch=3", "the nearest valid key is 'el2n_epochs'"),
+        ("score RUN --all --out x.npz", "must be a directory"),
+        (
+            "select RUN --pruning-rate 0.5 --num-strata 20",
+            "--num-strata does nothing with sampler top",
+        ),
+        (
+            "select RUN --pruning-rate 0.5 --sampler ccs --c-d 2",
+            "--c-d does nothing with sampler ccs",
+        ),
+        (
+            "select RUN --pruning-rate 0.5 --sampler beta --hard-cutoff-rate 0.1",
+            "--hard-cutoff-rate does nothing with sampler beta",
+        ),
+        (
+            "select RUN --pruning-rate 0.5 --score ccs --sampler top",
+            "--score ccs means sampler ccs",
+        ),
+        (
+            "select RUN --pruning-rate 0.5 --score dual",
+            "has no score 'dual'; it has tdds, random, ",
+        ),
+        ("select RUN --pruning-rate 80", "80 % is 0.8"),
+        ("select RUN --pruning-rate 0.5 --score dual_beta", "use --score dual --sampler beta"),
+        (
+            "select RUN --pruning-rate 0.5 --score tdds_official_T3",
+            "--score tdds_official_T3_K2_beta0.9 is the nearest",
+        ),
+        ("select RUN --pruning-rate 0.5 --score el2n", "--all` computes every score"),
+        ("export RUN --format paths", "paths"),
+        ("compare RUN --pruning-rates 1.5", "1.5"),
+        (
+            "retrain CONFIG --coreset CORESET --strategy E data.train=VAL",
+            "belongs to another dataset",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    finished, finished_run, betons, config_file, tmp_path, capsys, words, said
+):
     short = tmp_path / "short.beton"
     short.write_bytes(betons["train"].read_bytes()[:-100])
     (tmp_path / "empty").mkdir()
-    places = {"CONFIG": config_file, "FOLDER": tmp_path / "empty", "RUN": finished[0], "SHORT": short, "BIG": betons["big"],
-              "VAL": betons["val"], "CORESET": finished_run.coreset}
+    places = {
+        "CONFIG": config_file,
+        "FOLDER": tmp_path / "empty",
+        "RUN": finished[0],
+        "SHORT": short,
+        "BIG": betons["big"],
+        "VAL": betons["val"],
+        "CORESET": finished_run.coreset,
+    }
     for name, path in places.items():
         words = re.sub(rf"\b{name}\b", str(path), words)
     before = sorted(tmp_path.rglob("*"))
@@ -244,23 +362,40 @@ CLUSTER = Path(__file__).parents[2] / "configs/clusters/local.yaml"
 @pytest.mark.distributed
 def test_what_is_refused_early_does_not_wait_for_torch(config_file, finished, tmp_path):
     """torch takes seconds to load, a missing file is seen at once, and help is given at once."""
-    retrain, scores = ["retrain", config_file, "--strategy", "E", "--coreset"], next(RunDir(finished[0]).scores.iterdir())
+    retrain, scores = (
+        ["retrain", config_file, "--strategy", "E", "--coreset"],
+        next(RunDir(finished[0]).scores.iterdir()),
+    )
     said = {
         ("collect", "none.yaml"): "does not exist",
         ("collect", config_file, "train.lrr=1"): "nearest valid key is 'train.lr'",
         ("collect", config_file, "data.val=none.beton"): "data.val=",
-        ("collect", config_file, f"data.train={tmp_path}"):
-            f"`tdds write imagefolder:{tmp_path} data/NAME.beton --split train`",
+        (
+            "collect",
+            config_file,
+            f"data.train={tmp_path}",
+        ): f"`tdds write imagefolder:{tmp_path} data/NAME.beton --split train`",
         ("collect", config_file, "train.mixup=0.5"): "set score.view=clean",
         ("collect", config_file, "score.windows=[{T: 3, K: 5}]"): "K=5 must lie in [2, 3] for T=3",
-        ("collect", config_file, "score.windows=[{T: 9, K: 5}]"): "T=9 is longer than train.epochs=3",
-        ("collect", CLUSTER): f"a cluster file, not the config of a run; `tdds submit CONFIG.yaml --cluster {CLUSTER}`",
-        (*retrain, "none.npz"): "does not exist", (*retrain, scores): "expected 'coreset'",
+        (
+            "collect",
+            config_file,
+            "score.windows=[{T: 9, K: 5}]",
+        ): "T=9 is longer than train.epochs=3",
+        ("collect", CLUSTER): (
+            "a cluster file, not the config of a run; `tdds submit CONFIG.yaml --cluster"
+            f" {CLUSTER}`"
+        ),
+        (*retrain, "none.npz"): "does not exist",
+        (*retrain, scores): "expected 'coreset'",
         ("experiment", "none.yaml"): "does not exist",
     }
     commands = [[str(word) for word in words] for words in said]
-    code = ("import sys; from tdds_dist.__main__ import COMMANDS, main; from tdds_dist.cli.parser import build_parser\n"
-            f"build_parser(COMMANDS).format_help(); print([main(words) for words in {commands}], 'torch' in sys.modules)")
+    code = (
+        "import sys; from tdds_dist.__main__ import COMMANDS, main; from tdds_dist.cli.parser"
+        " import build_parser\nbuild_parser(COMMANDS).format_help(); print([main(words) for words"
+        f" in {commands}], 'torch' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == f"{[2] * len(said)} False", found.stderr
     for line, (words, part) in zip(found.stderr.splitlines(), said.items(), strict=True):
@@ -274,7 +409,7 @@ def test_what_is_hardly_meant_is_said_and_divergence_is_one_line(config_file, ca
     said = capsys.readouterr().err
     assert "warning: train.global_batch_size=144 is larger than the 120 images" in said
     assert "warning: K=2 leaves one loss difference per window" in said
-    line, = (line for line in said.splitlines() if "error: " in line)
+    (line,) = (line for line in said.splitlines() if "error: " in line)
     assert "epoch 2, step 1: the weights are not finite" in line
     assert "Traceback" not in said
 
@@ -285,19 +420,26 @@ def test_an_unfinished_run_says_how_far_it_came(config_file, capsys, tmp_path):
     run.config_file.write_text(config_file.read_text())
     run.metrics_file.write_text('{"epoch": 1}\n')
     assert "has not finished (1 of 3 epochs); start it again" in refused(
-        capsys, "select", run.path, "--score", "el2n", "--pruning-rate", "0.5")
+        capsys, "select", run.path, "--score", "el2n", "--pruning-rate", "0.5"
+    )
 
 
 def test_plan_warns_of_a_batch_that_repeats_images(config_file, capsys):
-    assert main(["plan", str(config_file), "train.global_batch_size=144", "--gpus", "2", "--json"]) == 0
-    warning, = json.loads(capsys.readouterr().out)["warnings"]
+    assert (
+        main(["plan", str(config_file), "train.global_batch_size=144", "--gpus", "2", "--json"])
+        == 0
+    )
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
     assert "larger than the 120 images" in warning
     assert warning.endswith("train.global_batch_size=120 fits")
 
 
 def test_words_are_not_guessed_but_suggested(capsys):
-    for words, said in ((["colect", "x"], "the nearest is collect"), (["score", "x", "--al"], "unrecognized arguments: --al"),
-                        (["export", "x", "--format", "cvs"], "the nearest is csv")):
+    for words, said in (
+        (["colect", "x"], "the nearest is collect"),
+        (["score", "x", "--al"], "unrecognized arguments: --al"),
+        (["export", "x", "--format", "cvs"], "the nearest is csv"),
+    ):
         with pytest.raises(SystemExit):
             main(words)
         assert said in capsys.readouterr().err
@@ -307,7 +449,12 @@ def test_words_are_not_guessed_but_suggested(capsys):
 def test_a_pipe_that_nobody_reads_changes_no_exit_code(words):
     read, write = os.pipe()
     os.close(read)
-    left = subprocess.run([sys.executable, "-m", "tdds_dist", *words], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    left = subprocess.run(
+        [sys.executable, "-m", "tdds_dist", *words],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
     os.close(write)
     assert left.returncode == 2
     assert left.stderr.count(b"\n") == 1, left.stderr
@@ -346,23 +493,36 @@ def test_a_run_directory_is_not_overwritten(finished, capsys):
 def test_ranks_that_do_not_divide_the_batch_say_so_once(config_file):
     ended = tdds("collect", config_file, "train.global_batch_size=25", ranks=2)
     assert ended.returncode != 0
-    assert ended.stderr.count("train.global_batch_size=25 is not divisible by world_size=2; use 24 or 26") == 1
+    assert (
+        ended.stderr.count(
+            "train.global_batch_size=25 is not divisible by world_size=2; use 24 or 26"
+        )
+        == 1
+    )
     assert "tdds_dist/cli/main.py" not in ended.stderr  # no traceback of ours
 
 
 def test_one_rank_sees_the_error_of_another():
     from tests.ranks import run_ranks
 
-    texts = ["data.train=/x is missing", "cannot read or write (no room); free space, or choose another run.dir"]
+    texts = [
+        "data.train=/x is missing",
+        "cannot read or write (no room); free space, or choose another run.dir",
+    ]
     for text, *others in zip(texts, *run_ranks(3, _only_rank_one_fails), strict=True):
-        assert others == [("InputError", text + " (found on rank 1)" * (rank != 1)) for rank in range(3)]
+        assert others == [
+            ("InputError", text + " (found on rank 1)" * (rank != 1)) for rank in range(3)
+        ]
 
 
 def _only_rank_one_fails(rank):
     from tdds_dist.errors import InputError
     from tests.ranks import catch
 
-    return [catch(_check_together, rank, error) for error in (InputError("data.train=/x is missing"), OSError("no room"))]
+    return [
+        catch(_check_together, rank, error)
+        for error in (InputError("data.train=/x is missing"), OSError("no room"))
+    ]
 
 
 def _check_together(rank, error):
@@ -376,8 +536,12 @@ def _check_together(rank, error):
 
 def test_a_terminated_write_leaves_nothing(tmp_path):
     out = tmp_path / "x.beton"
-    process = subprocess.Popen([sys.executable, "-m", "tdds_dist", "write", "synthetic:5000,3,256", str(out), "--json"],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tdds_dist", "write", "synthetic:5000,3,256", str(out), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -392,15 +556,26 @@ def test_a_terminated_write_leaves_nothing(tmp_path):
 # ---- how a stage closes: for people, quietly, as JSON
 
 
-STAGES = {  # words behind the stage, and what is written; {run}, {config}, {coreset}, {out} and {beton} are filled in
-    "write": ("synthetic:40,4,16 {out}/x.beton --num-workers 1", ["{out}/x.beton", "{out}/x.manifest.json"]),
+# words behind the stage, and what is written; {run}, {config}, {coreset}, {out} and {beton} are
+# filled in
+STAGES = {
+    "write": (
+        "synthetic:40,4,16 {out}/x.beton --num-workers 1",
+        ["{out}/x.beton", "{out}/x.manifest.json"],
+    ),
     "check": ("{beton}", []),
     "plan": ("{config}", None),
-    "collect": ("{config}", ["{run}/scores/tdds_official_T3_K2_beta0.9.npz", "{run}/models/final.pt"]),
+    "collect": (
+        "{config}",
+        ["{run}/scores/tdds_official_T3_K2_beta0.9.npz", "{run}/models/final.pt"],
+    ),
     "score": ("{run} --score aum --out {out}", ["{out}/aum.npz"]),
     "score --final-pass": ("{run}", ["{run}/scores/entropy.npz", "{run}/scores/moderate.npz"]),
     "select": ("{run} --pruning-rate 0.5 --out {out}/half.npz", ["{out}/half.npz"]),
-    "retrain": ("{config} --coreset {coreset} --strategy E --name said retrain.epochs=1", ["{run}/retrain/said"]),
+    "retrain": (
+        "{config} --coreset {coreset} --strategy E --name said retrain.epochs=1",
+        ["{run}/retrain/said"],
+    ),
     "compare": ("{run} --out {out}/c.csv", ["{out}/c.csv"]),
     "export": ("{run} --format csv --out {out}/s.csv", ["{out}/s.csv"]),
     "import": ("{out}/in.csv --key aum --out {out}/back.npz", ["{out}/back.npz"]),
@@ -409,12 +584,20 @@ STAGES = {  # words behind the stage, and what is written; {run}, {config}, {cor
     "status": ("{run}", None),
     "logs": ("{run}", None),
 }
-NEXT = {"write": "tdds write synthetic:40,4,16", "collect": "tdds select {run} --pruning-rate 0.5 0.8",
-        "score": "tdds select {out}/aum.npz --pruning-rate 0.5",
-        "score --final-pass": "tdds select {run} --pruning-rate 0.5 --score entropy",
-        "select": "torchrun --nproc-per-node 2 -m tdds_dist retrain {run}/config.yaml --coreset {out}/half.npz --strategy E",
-        "retrain": "tdds report {run}", "import": "tdds select {out}/back.npz", "report": "open {out}/r.html",
-        "submit": "tdds status {run}"}
+NEXT = {
+    "write": "tdds write synthetic:40,4,16",
+    "collect": "tdds select {run} --pruning-rate 0.5 0.8",
+    "score": "tdds select {out}/aum.npz --pruning-rate 0.5",
+    "score --final-pass": "tdds select {run} --pruning-rate 0.5 --score entropy",
+    "select": (
+        "torchrun --nproc-per-node 2 -m tdds_dist retrain {run}/config.yaml --coreset"
+        " {out}/half.npz --strategy E"
+    ),
+    "retrain": "tdds report {run}",
+    "import": "tdds select {out}/back.npz",
+    "report": "open {out}/r.html",
+    "submit": "tdds status {run}",
+}
 
 
 @pytest.fixture
@@ -422,8 +605,17 @@ def stage_words(finished, finished_run, betons, tmp_path):
     folder, config, _ = finished
     (tmp_path / "in.csv").write_text("index,score\n0,0.5\n1,0.25\n")
     (tmp_path / "cluster.yaml").write_text("{executor: local, time_minutes: 5}")
-    places = {"run": folder, "config": config, "coreset": finished_run.coreset, "out": tmp_path, "beton": betons["train"]}
-    return lambda stage: ([*stage.split(), *(word.format(**places) for word in STAGES[stage][0].split())], places)
+    places = {
+        "run": folder,
+        "config": config,
+        "coreset": finished_run.coreset,
+        "out": tmp_path,
+        "beton": betons["train"],
+    }
+    return lambda stage: (
+        [*stage.split(), *(word.format(**places) for word in STAGES[stage][0].split())],
+        places,
+    )
 
 
 @pytest.mark.distributed
@@ -443,7 +635,8 @@ def test_json_is_one_object_and_all_there_is(finished, stage_words, capfd, stage
         assert data["stage"] == words[0]
         assert data["exit_code"] == 0
     if wrote is not None:
-        files = data["there"] if stage == "collect" else data["wrote"]  # that run was finished before
+        # that run was finished before
+        files = data["there"] if stage == "collect" else data["wrote"]
         assert {path.format(**places) for path in wrote} <= {file["path"] for file in files}
         assert all(file["bytes"] == size(Path(file["path"])) > 0 for file in files)
         assert bool(data["wrote"]) == (stage not in ("check", "collect"))
@@ -455,7 +648,9 @@ def test_json_is_one_object_and_all_there_is(finished, stage_words, capfd, stage
     if stage in NEXT:
         assert data["next"].startswith(NEXT[stage].format(**places))
     if stage in ("collect", "retrain"):
-        result = RunDir(places["run"] / "retrain/said" if stage == "retrain" else places["run"]).read_result()
+        result = RunDir(
+            places["run"] / "retrain/said" if stage == "retrain" else places["run"]
+        ).read_result()
         assert data["numbers"]["final_top1"] == result["final_top1"]
         assert data["numbers"]["epochs"] == result["epochs"] == (1 if stage == "retrain" else 4)
         assert data["numbers"]["memory_bytes"] > 2**20
@@ -463,7 +658,11 @@ def test_json_is_one_object_and_all_there_is(finished, stage_words, capfd, stage
 
 
 def size(path):
-    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    return sum(
+        file.stat().st_size
+        for file in (path.rglob("*") if path.is_dir() else [path])
+        if file.is_file()
+    )
 
 
 @pytest.mark.distributed
@@ -472,7 +671,8 @@ def test_quiet_stages_say_nothing_but_what_was_asked_for(finished, stage_words, 
     words, _ = stage_words(stage)
     assert main([*words, "--quiet"]) == 0
     captured = capfd.readouterr()
-    assert bool(captured.out) == (stage in ("plan", "submit", "status", "logs"))  # submit: its dry run
+    # submit: its dry run
+    assert bool(captured.out) == (stage in ("plan", "submit", "status", "logs"))
     assert [line for line in captured.err.splitlines() if not line.startswith("warning: ")] == []
 
 
@@ -503,7 +703,12 @@ def test_manner_may_stand_before_or_behind(finished, capsys, tmp_path):
     done(*select)
     capsys.readouterr()
     printed = []
-    for words in (["--json", *select], [*select, "--json"], [select[0], "--json", *select[1:]], ["--quiet", *select, "--json"]):
+    for words in (
+        ["--json", *select],
+        [*select, "--json"],
+        [select[0], "--json", *select[1:]],
+        ["--quiet", *select, "--json"],
+    ):
         assert main(words) == 0
         captured = capsys.readouterr()
         printed.append(captured.out)
@@ -515,40 +720,68 @@ def test_errors_are_json_too(capsys, monkeypatch, tmp_path, config_file):
     for words in (["collect", "none.yaml"], ["select", str(tmp_path), "--pruning-rate", "2"]):
         assert main([*words, "--json"]) == 2
         captured = capsys.readouterr()
-        line, = captured.err.splitlines()
+        (line,) = captured.err.splitlines()
         assert json.loads(captured.out) == {"error": line, "exit_code": 2}
     with pytest.raises(SystemExit):
         main(["select", "--json"])
-    assert "are required: RUN|SCORES.npz, --pruning-rate" in json.loads(capsys.readouterr().out)["error"]
+    assert (
+        "are required: RUN|SCORES.npz, --pruning-rate"
+        in json.loads(capsys.readouterr().out)["error"]
+    )
     monkeypatch.setattr("tdds_dist.config.run.load_config", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
         main(["plan", str(config_file), "--json"])
-    assert json.loads(capsys.readouterr().out) == {"error": "ZeroDivisionError: division by zero", "exit_code": 1}
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "ZeroDivisionError: division by zero",
+        "exit_code": 1,
+    }
 
 
 @pytest.mark.distributed
 def test_only_rank_0_speaks(finished, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     for manner in ([], ["--json"]):
-        assert main(["select", str(finished[0]), "--pruning-rate", "0.5", "--out", str(tmp_path / "c.npz"), *manner]) == 0
+        assert (
+            main(
+                [
+                    "select",
+                    str(finished[0]),
+                    "--pruning-rate",
+                    "0.5",
+                    "--out",
+                    str(tmp_path / "c.npz"),
+                    *manner,
+                ]
+            )
+            == 0
+        )
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.distributed
 def test_several_rates_in_one_go(finished, capsys, tmp_path):
     folder, _, _ = finished
-    assert main(["select", str(folder), "--pruning-rate", "0.5", "0.8", "0.5", "--score", "moderate"]) == 0
+    assert (
+        main(["select", str(folder), "--pruning-rate", "0.5", "0.8", "0.5", "--score", "moderate"])
+        == 0
+    )
     out = capsys.readouterr().out
     for rate, num in (("0.5", 60), ("0.8", 24)):
         assert f"wrote {folder}/coresets/moderate_p{rate}.npz" in out
         assert f"kept at {rate}: {num} of 120 images by moderate" in out
         assert len(load_coreset(folder / f"coresets/moderate_p{rate}.npz").index_M) == num
     assert out.count("wrote ") == 2
-    line = refused(capsys, "select", folder, "--pruning-rate", "0.5", "0.8", "--out", tmp_path / "x.npz")
+    line = refused(
+        capsys, "select", folder, "--pruning-rate", "0.5", "0.8", "--out", tmp_path / "x.npz"
+    )
     assert "names one file, and there are 2 pruning rates" in line
     assert not (tmp_path / "x.npz").exists()
-    assert "must lie in [0, 1)" in refused(capsys, "select", folder, "--score", "random", "--pruning-rate", "0.31", "1.0")
-    assert not list((folder / "coresets").glob("random*_p0.31.npz")), "all are made before one is written"
+    assert "must lie in [0, 1)" in refused(
+        capsys, "select", folder, "--score", "random", "--pruning-rate", "0.31", "1.0"
+    )
+    assert not list((folder / "coresets").glob("random*_p0.31.npz")), (
+        "all are made before one is written"
+    )
 
 
 @pytest.mark.distributed
@@ -562,9 +795,15 @@ def test_another_coreset_is_not_overwritten(finished, capsys, tmp_path):
     captured = capsys.readouterr()
     assert "wrote " not in captured.out
     assert f"there is {out}" in captured.out
-    for words, changed in ((["0.3"], "pruning_rate was 0.5, now 0.3"), (["0.5", "--seed", "1"], "seed was 0, now 1")):
+    for words, changed in (
+        (["0.3"], "pruning_rate was 0.5, now 0.3"),
+        (["0.5", "--seed", "1"], "seed was 0, now 1"),
+    ):
         line = refused(capsys, *select, *words)
-        assert f"{out} holds another coreset, 60 images by random ({changed}); choose another name with --out, or" in line
+        assert (
+            f"{out} holds another coreset, 60 images by random ({changed}); choose another name"
+            " with --out, or" in line
+        )
     assert out.read_bytes() == before
     assert main([*select, "0.3", "--force"]) == 0
     (aside,) = tmp_path.glob("before-*")
@@ -582,8 +821,12 @@ def on_a_terminal(*words, **environment):
     """What `tdds` shows on a terminal of 100 columns, and its exit code."""
     outer, inner = pty.openpty()
     termios.tcsetwinsize(inner, (40, 100))
-    process = subprocess.Popen([sys.executable, "-m", "tdds_dist", *map(str, words)], stdout=inner, stderr=inner,
-                               env={**os.environ, "TERM": "xterm", "NO_COLOR": "", **environment})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tdds_dist", *map(str, words)],
+        stdout=inner,
+        stderr=inner,
+        env={**os.environ, "TERM": "xterm", "NO_COLOR": "", **environment},
+    )
     os.close(inner)
     shown = b""
     while True:
@@ -600,7 +843,9 @@ def on_a_terminal(*words, **environment):
 
 @pytest.mark.distributed
 def test_bars_and_colours_are_for_terminals(finished, tmp_path):
-    shown, code = on_a_terminal("score", finished[0], "--score", "aum", "--score", "forgetting", "--out", tmp_path)
+    shown, code = on_a_terminal(
+        "score", finished[0], "--score", "aum", "--score", "forgetting", "--out", tmp_path
+    )
     assert code == 0
     assert "\x1b[32mwrote\x1b[0m" in shown
     assert "\x1b[1mnext:\x1b[0m tdds select" in shown
@@ -612,9 +857,15 @@ def test_bars_and_colours_are_for_terminals(finished, tmp_path):
 
 
 def interrupted(words, is_time):
-    """Send Ctrl-C to a process of `tdds` when it is time; its exit code and the last line it said."""
-    process = subprocess.Popen([sys.executable, "-m", "tdds_dist", *map(str, words)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """Send Ctrl-C to a process of `tdds` when it is time; its exit code and the last line it
+    said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tdds_dist", *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 60
     while not is_time():
         assert process.poll() is None, process.stderr.read()
@@ -633,8 +884,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config_file, tmp_path, capsys):
     code, line = interrupted(words, lambda: len(run.read_metrics()) > 1)
     assert code == 75
     assert line.startswith("tdds collect: SIGINT: saved at epoch ")
-    assert line.endswith(f"run the same command again to go on: tdds collect {config_file} train.epochs=300 "
-                         "'score.windows=[{T: 3, K: 2}]'")
+    assert line.endswith(
+        f"run the same command again to go on: tdds collect {config_file} train.epochs=300 "
+        "'score.windows=[{T: 3, K: 2}]'"
+    )
     assert list(run.checkpoints.iterdir())
     assert json.loads(run.status_file.read_text())["state"] == "stopped"
 
@@ -642,19 +895,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(config_file, tmp_path, capsys):
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     words = ["write", "synthetic:5000,3,256", tmp_path / "x.beton", "--num-workers", "1"]
-    code, line = interrupted(words, lambda: any(file.stat().st_size > 2**20 for file in tmp_path.iterdir()))
+    code, line = interrupted(
+        words, lambda: any(file.stat().st_size > 2**20 for file in tmp_path.iterdir())
+    )
     assert code == 130
-    assert line == ("tdds write: interrupted; nothing half-written was left; the same command starts over: tdds write "
-                    f"synthetic:5000,3,256 {tmp_path}/x.beton --num-workers 1")
+    assert (
+        line
+        == "tdds write: interrupted; nothing half-written was left; the same command starts over:"
+        f" tdds write synthetic:5000,3,256 {tmp_path}/x.beton --num-workers 1"
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_the_device_is_read_at_log_cadence_only(config_file, monkeypatch):
-    """The bar shows what was read anyway: 3 epochs of 5 steps, with log_every=2, are 7 looks and one at the end of each."""
+    """The bar shows what was read anyway: 3 epochs of 5 steps, with log_every=2, are 7 looks and
+    one at the end of each."""
     from tdds_dist.training.engine import Trainer
 
     looks, read = [], Trainer._read_totals
-    monkeypatch.setattr(Trainer, "_read_totals", lambda trainer, *rest: looks.append(trainer.step) or read(trainer, *rest))
+    monkeypatch.setattr(
+        Trainer,
+        "_read_totals",
+        lambda trainer, *rest: looks.append(trainer.step) or read(trainer, *rest),
+    )
     monkeypatch.setenv("TDDS_PROGRESS_SECONDS", "0")
     done("collect", config_file, "train.log_every=2")
     assert looks == [2, 4, 5, 6, 8, 10, 10, 12, 14, 15]
@@ -668,9 +931,22 @@ def test_help_lists_every_stage_once_in_the_usual_order(capsys):
         main(["--help"])
     assert leaving.value.code == 0
     text = capsys.readouterr().out
-    listed = [line.split()[0] for line in text.split("examples:")[0].splitlines() if line[:2] == "  " and line[2].isalpha()]
+    listed = [
+        line.split()[0]
+        for line in text.split("examples:")[0].splitlines()
+        if line[:2] == "  " and line[2].isalpha()
+    ]
     assert sorted(listed) == sorted(build_parser(COMMANDS)._subparsers._group_actions[0].choices)
-    assert listed[:8] == ["write", "check", "plan", "collect", "score", "select", "retrain", "report"]
+    assert listed[:8] == [
+        "write",
+        "check",
+        "plan",
+        "collect",
+        "score",
+        "select",
+        "retrain",
+        "report",
+    ]
     assert text.index("examples:") > text.index("  logs ")
     assert max(map(len, text.splitlines())) <= 130
 
@@ -686,19 +962,42 @@ def test_the_version(capsys):
 
 def test_every_stage_explains_itself():
     stages = build_parser(COMMANDS)._subparsers._group_actions[0].choices
-    assert list(stages) == ["write", "check", "plan", "collect", "score", "select", "retrain", "compare", "experiment",
-                            "export", "import", "report", "submit", "status", "logs"]
+    assert list(stages) == [
+        "write",
+        "check",
+        "plan",
+        "collect",
+        "score",
+        "select",
+        "retrain",
+        "compare",
+        "experiment",
+        "export",
+        "import",
+        "report",
+        "submit",
+        "status",
+        "logs",
+    ]
     for name, stage in stages.items():
         assert stage.description, name
         for action in stage._actions:
-            assert action.help or action.dest in ("source", "out", "config", "runs", "coreset", "beton"), (name, action.dest)
+            assert action.help or action.dest in (
+                "source",
+                "out",
+                "config",
+                "runs",
+                "coreset",
+                "beton",
+            ), (name, action.dest)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path):
-    """Digits, 12 epochs: batch norm sees other batches on 2 ranks than on 1, so scores differ; less than between seeds."""
+    """Digits, 12 epochs: batch norm sees other batches on 2 ranks than on 1, so scores differ; less
+    than between seeds."""
     from scipy.stats import spearmanr
 
     root = Path(__file__).resolve().parents[2]
@@ -711,7 +1010,9 @@ def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path)
                     f"data.train={tmp_path}/train.beton", f"data.val={tmp_path}/val.beton", "train.eval_every=9",
                     "train.epochs=12", "score.windows=[{T: 12, K: 10}]", ranks=ranks)  # fmt: skip
         assert done.returncode == 0, done.stderr
-        score[ranks, seed] = load_scores(folder / "scores" / "tdds_official_T12_K10_beta0.9.npz").score_N
+        score[ranks, seed] = load_scores(
+            folder / "scores" / "tdds_official_T12_K10_beta0.9.npz"
+        ).score_N
     ranks_differ = spearmanr(score[1, 0], score[2, 0])[0]
     seeds_differ = spearmanr(score[2, 0], score[2, 1])[0]
     print(f"rank correlation: 1 and 2 ranks {ranks_differ:.3f}, two seeds {seeds_differ:.3f}")

@@ -1,4 +1,5 @@
-"""The schema of a run: every shipped config loads, and what is wrong is one line that names key, rule and way out."""
+"""The schema of a run: every shipped config loads, and what is wrong is one line that names key,
+rule and way out."""
 
 import copy
 import datetime
@@ -16,11 +17,23 @@ assert CONFIGS
 
 MINIMAL = {
     "run": {"name": "tiny"},
-    "data": {"train": "a.beton", "val": "b.beton", "num_classes": 10, "image_size": 32, "crop": "pad",
-             "mean": [1.0, 2.0, 3.0], "std": [4.0, 5.0, 6.0]},
+    "data": {
+        "train": "a.beton",
+        "val": "b.beton",
+        "num_classes": 10,
+        "image_size": 32,
+        "crop": "pad",
+        "mean": [1.0, 2.0, 3.0],
+        "std": [4.0, 5.0, 6.0],
+    },
     "model": {"name": "resnet18"},
     "train": {"epochs": 30, "global_batch_size": 64, "lr": 0.1},
-    "score": {"windows": [{"T": 30, "K": 10, "pruning_rates": [0.0, 0.3]}, {"T": 20, "K": 5, "pruning_rates": [0.7]}]},
+    "score": {
+        "windows": [
+            {"T": 30, "K": 10, "pruning_rates": [0.0, 0.3]},
+            {"T": 20, "K": 5, "pruning_rates": [0.7]},
+        ]
+    },
 }
 
 
@@ -53,7 +66,8 @@ def file(tmp_path) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config(path):
-    """Loads, may be collected, serves every rate it names, opens with a header, and survives a round trip."""
+    """Loads, may be collected, serves every rate it names, opens with a header, and survives a
+    round trip."""
     config = load_config(path)
     config.check_collect()
     for setting in config.score.windows:
@@ -74,8 +88,15 @@ def test_minimal_config_and_its_defaults(file):
 
 
 def test_round_trip_through_yaml(file):
-    config = load_config(file, ["retrain.batch_size_rule={0.5: 0.5}", "score.windows=[{T: 4, K: 2, beta: 0.0}]",
-                                "train.betas=[0.8, 0.9]", "run.dir=x/y"])
+    config = load_config(
+        file,
+        [
+            "retrain.batch_size_rule={0.5: 0.5}",
+            "score.windows=[{T: 4, K: 2, beta: 0.0}]",
+            "train.betas=[0.8, 0.9]",
+            "run.dir=x/y",
+        ],
+    )
     assert config.retrain.batch_size_rule == {0.5: 0.5}
     plain = to_dict(config)
     assert parse_config(plain) == config
@@ -128,54 +149,133 @@ def growing(**changes: object) -> dict[str, object]:
     return {"data.crop": "resized", "data.progressive": GROWING | changes}
 
 
-UNKNOWN = [("trian", "train"), ("train.epoch", "epochs"), ("train.batch_size", "global_batch_size"),
-           ("data.num_class", "num_classes"), ("train.nestrov", "nesterov"), ("score.window", "windows"),
-           ("score.windows.0.pruning_rate", "pruning_rates"), ("score.windows.1.k", "K"), ("score.windows.0.t", "T"),
-           ("retrain.importence", "importance"), ("run.nam", "name"), ("collect.stop", "stop_after"), ("model.Name", "name"),
-           ("data.eval_crop", "eval_crop_ratio")]
+UNKNOWN = [
+    ("trian", "train"),
+    ("train.epoch", "epochs"),
+    ("train.batch_size", "global_batch_size"),
+    ("data.num_class", "num_classes"),
+    ("train.nestrov", "nesterov"),
+    ("score.window", "windows"),
+    ("score.windows.0.pruning_rate", "pruning_rates"),
+    ("score.windows.1.k", "K"),
+    ("score.windows.0.t", "T"),
+    ("retrain.importence", "importance"),
+    ("run.nam", "name"),
+    ("collect.stop", "stop_after"),
+    ("model.Name", "name"),
+    ("data.eval_crop", "eval_crop_ratio"),
+]
 MISSING = ["run", "data.train", "train.lr", "score.windows", "score.windows.0.K", "model.name"]
 WRONG_VALUE = {  # a wrong type, or outside the range
-    "train.lr": ["fast", "0.1", True, None, 0, -0.1, NAN], "train.epochs": [3.0, "30", True, 0], "train.nesterov": [1, "yes"],
-    "train.optimizer": ["lion"], "train.momentum": [1.0], "train.fused_optimizer": ["auto"], "model.compile": ["yes"],
-    "data.crop": ["squash"], "data.num_classes": [1], "data.scale_min": [0.0], "run.seed": [-1],
-    "run.name": [5, "../up", "", datetime.date(2024, 1, 5)], "score.preset": ["papre"], "score.beta": [1.5],
-    "score.windows.0.T": [0], "score.windows.0.beta": [-0.1], "score.logp_dtype": ["bfloat16"],
-    "retrain.batch_size_rule": [[0.5]]}
+    "train.lr": ["fast", "0.1", True, None, 0, -0.1, NAN],
+    "train.epochs": [3.0, "30", True, 0],
+    "train.nesterov": [1, "yes"],
+    "train.optimizer": ["lion"],
+    "train.momentum": [1.0],
+    "train.fused_optimizer": ["auto"],
+    "model.compile": ["yes"],
+    "data.crop": ["squash"],
+    "data.num_classes": [1],
+    "data.scale_min": [0.0],
+    "run.seed": [-1],
+    "run.name": [5, "../up", "", datetime.date(2024, 1, 5)],
+    "score.preset": ["papre"],
+    "score.beta": [1.5],
+    "score.windows.0.T": [0],
+    "score.windows.0.beta": [-0.1],
+    "score.logp_dtype": ["bfloat16"],
+    "retrain.batch_size_rule": [[0.5]],
+}
 WRONG_SHAPE = {  # or numbers that are not finite
-    "data.mean": [[1.0, 2.0], 5.0, [NAN] * 3], "data.std": [[1.0, 2.0, "x"], [NAN] * 3, [INF] * 3], "train": [5, None, []],
-    "score.windows": [[], {"T": 3}, [5]], "score.windows.0.pruning_rates": [0.3], "retrain.batch_size_rule": [{"half": 0.5}],
-    "train.lr": [INF], "train.weight_decay": [INF], "run.timeout_seconds": [INF]}
+    "data.mean": [[1.0, 2.0], 5.0, [NAN] * 3],
+    "data.std": [[1.0, 2.0, "x"], [NAN] * 3, [INF] * 3],
+    "train": [5, None, []],
+    "score.windows": [[], {"T": 3}, [5]],
+    "score.windows.0.pruning_rates": [0.3],
+    "retrain.batch_size_rule": [{"half": 0.5}],
+    "train.lr": [INF],
+    "train.weight_decay": [INF],
+    "run.timeout_seconds": [INF],
+}
 RULES = [
-    ({"train.lr": DELETED, "train.learning_rate": 0.05},
-     "unknown key 'train.learning_rate'; the nearest valid key is 'train.lr'"),
-    ({"score.windows": [{"T": 20, "K": 21}]},
-     r"K=21 must lie in \[\d, 20\] for T=20 and preset 'official'; lower K or raise T"),
-    ({"score.windows": [{"T": 20, "K": 20}], "score.preset": "paper"},
-     r"K=20 must lie in \[\d, 19\] for T=20 and preset 'paper'"),
-    ({"score.windows.1.pruning_rates": [0.5, 1.0]}, r"score\.windows: pruning_rates=\[1\.0\] must lie in \[0, 1\)"),
+    (
+        {"train.lr": DELETED, "train.learning_rate": 0.05},
+        "unknown key 'train.learning_rate'; the nearest valid key is 'train.lr'",
+    ),
+    (
+        {"score.windows": [{"T": 20, "K": 21}]},
+        r"K=21 must lie in \[\d, 20\] for T=20 and preset 'official'; lower K or raise T",
+    ),
+    (
+        {"score.windows": [{"T": 20, "K": 20}], "score.preset": "paper"},
+        r"K=20 must lie in \[\d, 19\] for T=20 and preset 'paper'",
+    ),
+    (
+        {"score.windows.1.pruning_rates": [0.5, 1.0]},
+        r"score\.windows: pruning_rates=\[1\.0\] must lie in \[0, 1\)",
+    ),
     ({"score.windows.1.pruning_rates": [-0.1]}, r"pruning_rates=\[-0\.1\] must lie in \[0, 1\)"),
-    ({"train.momentum": 0.0}, r"train\.nesterov=true needs momentum; set train\.momentum=0\.9 or train\.nesterov=false"),
+    (
+        {"train.momentum": 0.0},
+        r"train\.nesterov=true needs momentum; set train\.momentum=0\.9 or train\.nesterov=false",
+    ),
     ({"train.warmup_epochs": 30.0}, r"train\.warmup_epochs=30 must be less than train\.epochs=30"),
     ({"data.std": [1.0, 0.0, 1.0]}, r"data\.std=\(1\.0, 0\.0, 1\.0\) must be positive"),
-    (growing() | {"data.crop": "pad"},
-     r"data\.progressive resizes images, and data\.crop=pad does not; use data\.crop=resized, or leave"),
-    (growing(start_size=33), r"start_size=33 is larger than data\.image_size=32.*lower the first or raise the second"),
+    (
+        growing() | {"data.crop": "pad"},
+        (
+            r"data\.progressive resizes images, and data\.crop=pad does not; use"
+            r" data\.crop=resized, or leave"
+        ),
+    ),
+    (
+        growing(start_size=33),
+        r"start_size=33 is larger than data\.image_size=32.*lower the first or raise the second",
+    ),
     (growing(from_epoch=20), r"from_epoch=20 must be less than to_epoch=20"),
-    (growing(to_epoch=30), r"to_epoch=30 must be less than train\.epochs=30 \(the last epoch is 29\).*lower it"),
-    (growing(start_size=7), r"data\.progressive\.start_size=7"), (growing(multiple=0), r"data\.progressive\.multiple=0"),
+    (
+        growing(to_epoch=30),
+        r"to_epoch=30 must be less than train\.epochs=30 \(the last epoch is 29\).*lower it",
+    ),
+    (growing(start_size=7), r"data\.progressive\.start_size=7"),
+    (growing(multiple=0), r"data\.progressive\.multiple=0"),
     (growing(until=3), r"unknown key 'data\.progressive\.until'"),
-    ({"data.progressive": {"start_size": 16}}, r"key .data\.progressive\.from_epoch. is missing; from_epoch"),
-    (growing() | {"data.eval_size": 7}, r"data\.eval_size=7 must be at least 8, or 0 for data\.image_size=32"),
+    (
+        {"data.progressive": {"start_size": 16}},
+        r"key .data\.progressive\.from_epoch. is missing; from_epoch",
+    ),
+    (
+        growing() | {"data.eval_size": 7},
+        r"data\.eval_size=7 must be at least 8, or 0 for data\.image_size=32",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "match"), [
-    *(({key: 1}, rf"^my\.yaml: unknown key '{key}'; the nearest valid key is "
-                 rf"'{'.'.join([*key.split('.')[:-1], nearest])}' \(valid: .*{nearest}") for key, nearest in UNKNOWN),
-    *(({key: DELETED}, rf"^my\.yaml: key '{key}' is missing; \S") for key in MISSING),
-    *(({key: value}, rf"^my\.yaml: {key}=.*: .*; \S") for key, values in WRONG_VALUE.items() for value in values),
-    *(({key: value}, rf"^my\.yaml: (key ')?{key}\b") for key, values in WRONG_SHAPE.items() for value in values),
-    *RULES])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        *(
+            (
+                {key: 1},
+                rf"^my\.yaml: unknown key '{key}'; the nearest valid key is "
+                rf"'{'.'.join([*key.split('.')[:-1], nearest])}' \(valid: .*{nearest}",
+            )
+            for key, nearest in UNKNOWN
+        ),
+        *(({key: DELETED}, rf"^my\.yaml: key '{key}' is missing; \S") for key in MISSING),
+        *(
+            ({key: value}, rf"^my\.yaml: {key}=.*: .*; \S")
+            for key, values in WRONG_VALUE.items()
+            for value in values
+        ),
+        *(
+            ({key: value}, rf"^my\.yaml: (key ')?{key}\b")
+            for key, values in WRONG_SHAPE.items()
+            for value in values
+        ),
+        *RULES,
+    ],
+)
 def test_what_is_wrong_is_one_line(changes, match):
     with pytest.raises(InputError, match=match) as caught:
         parse_config(changed(changes), "my.yaml")
@@ -190,11 +290,24 @@ def test_keys_that_are_not_text():
 # ---- windows, and what only a collection refuses
 
 
-@pytest.mark.parametrize(("wrong", "right", "match"), [
-    ({"score.windows": [{"T": 31, "K": 10}]}, {"score.windows": [{"T": 30, "K": 10}]},
-     r"score\.windows: T=31 is longer than train\.epochs=30; lower T or train"),
-    *(({key: 0.8}, {key: 0.8, "score.view": "clean"}, r"train\.mixup and train\.cutmix .*set score\.view=clean")
-      for key in ("train.mixup", "train.cutmix"))])
+@pytest.mark.parametrize(
+    ("wrong", "right", "match"),
+    [
+        (
+            {"score.windows": [{"T": 31, "K": 10}]},
+            {"score.windows": [{"T": 30, "K": 10}]},
+            r"score\.windows: T=31 is longer than train\.epochs=30; lower T or train",
+        ),
+        *(
+            (
+                {key: 0.8},
+                {key: 0.8, "score.view": "clean"},
+                r"train\.mixup and train\.cutmix .*set score\.view=clean",
+            )
+            for key in ("train.mixup", "train.cutmix")
+        ),
+    ],
+)
 def test_what_cannot_be_scored_is_refused_by_a_collection(wrong, right, match):
     with pytest.raises(InputError, match=match):
         parse_config(changed(wrong)).check_collect()
@@ -213,20 +326,40 @@ def test_window_of_a_pruning_rate():
     assert config.window_for(0) == Window(30, 10, 0.9)
     assert config.window_for(0.1 + 0.2) == Window(30, 10, 0.9), "0.3 up to rounding"
     assert config.window_for(0.7) == Window(20, 5, 0.5)
-    with pytest.raises(InputError, match=r"serves pruning_rate=0\.5 \(served: \[0\.0, 0\.3, 0\.7\]\); add .*--score"):
+    with pytest.raises(
+        InputError,
+        match=r"serves pruning_rate=0\.5 \(served: \[0\.0, 0\.3, 0\.7\]\); add .*--score",
+    ):
         config.window_for(0.5)
 
 
 # ---- files and overrides
 
 
-@pytest.mark.parametrize(("content", "match"), [
-    (None, r"other\.yaml does not exist"), ("a folder", r"other\.yaml does not exist"),
-    *((content, r"other\.yaml must hold the sections run, data, model, train, score")
-      for content in (b"", b"- 1\n- 2\n", b"just text", b"5")),
-    *((content, r"other\.yaml") for content in (
-        b"run: [1,", b"a: b: c", b"\xff\xfe\x00\x01", b"run: {name: 'x", b"\tx: 1", b"{[1]: 2}", b"x: 2024-13-45",
-        b"x: !!int abc"))])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, r"other\.yaml does not exist"),
+        ("a folder", r"other\.yaml does not exist"),
+        *(
+            (content, r"other\.yaml must hold the sections run, data, model, train, score")
+            for content in (b"", b"- 1\n- 2\n", b"just text", b"5")
+        ),
+        *(
+            (content, r"other\.yaml")
+            for content in (
+                b"run: [1,",
+                b"a: b: c",
+                b"\xff\xfe\x00\x01",
+                b"run: {name: 'x",
+                b"\tx: 1",
+                b"{[1]: 2}",
+                b"x: 2024-13-45",
+                b"x: !!int abc",
+            )
+        ),
+    ],
+)
 def test_a_file_that_holds_no_config(tmp_path, content, match):
     path = tmp_path / "other.yaml"
     if content == "a folder":
@@ -238,10 +371,16 @@ def test_a_file_that_holds_no_config(tmp_path, content, match):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("payload", [
-    '!!python/object/apply:os.system ["touch {trap}"]', "!!python/object/apply:os.mkdir [{trap}]",
-    "!!python/name:os.system", "!!python/object/new:os.mkdir [{trap}]", "!!python/module:os",
-])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        '!!python/object/apply:os.system ["touch {trap}"]',
+        "!!python/object/apply:os.mkdir [{trap}]",
+        "!!python/name:os.system",
+        "!!python/object/new:os.mkdir [{trap}]",
+        "!!python/module:os",
+    ],
+)
 def test_yaml_tags_are_refused_and_not_executed(tmp_path, file, payload):
     trap = tmp_path / "trap"
     text = payload.format(trap=trap)
@@ -255,9 +394,17 @@ def test_yaml_tags_are_refused_and_not_executed(tmp_path, file, payload):
 
 
 def test_overrides_of_nested_keys(file):
-    config = load_config(file, [
-        "train.lr=0.5", "collect.stop_after=last_window", "train.nesterov=false", "data.mean=[7, 8, 9.5]",
-        "score.windows=[{T: 3, K: 2, pruning_rates: [0.9]}]", "train.lr=0.25"])
+    config = load_config(
+        file,
+        [
+            "train.lr=0.5",
+            "collect.stop_after=last_window",
+            "train.nesterov=false",
+            "data.mean=[7, 8, 9.5]",
+            "score.windows=[{T: 3, K: 2, pruning_rates: [0.9]}]",
+            "train.lr=0.25",
+        ],
+    )
     assert config.train.lr == 0.25, "the last one wins"
     assert config.collect.stop_after == "last_window"
     assert config.train.nesterov is False
@@ -266,21 +413,27 @@ def test_overrides_of_nested_keys(file):
     assert config.train.epochs == 30, "neighbours stay"
 
 
-@pytest.mark.parametrize(("override", "match"), [
-    ("train.lr", r"override 'train\.lr' must look like section\.key=value"),
-    ("", r"override '' must look like"),
-    ("--lr", r"override '--lr' must look like"),
-    ("train.lr.x=1", r"override 'train\.lr\.x' goes through something that is not a section"),
-    ("score.windows.0.T=5", r"override 'score\.windows\.0\.T' goes through something that is not a section"),
-    ("train.lr=[1", r"override 'train\.lr=\[1': the value is not YAML"),
-    ("run.name=2024-13-45", r"override 'run\.name=2024-13-45': the value is not YAML"),
-    ("train.lr=fast", r"train\.lr='fast'"),
-    ("train.lrr=1", r"unknown key 'train\.lrr'; the nearest valid key is 'train\.lr'"),
-    ("trian.lr=1", r"unknown key 'trian'; the nearest valid key is 'train'"),
-    ("=1", r"unknown key ''"),
-    ("train.lr=", r"train\.lr=None"),
-    ("train=5", r"train=5: .*it has the keys epochs"),
-])
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("train.lr", r"override 'train\.lr' must look like section\.key=value"),
+        ("", r"override '' must look like"),
+        ("--lr", r"override '--lr' must look like"),
+        ("train.lr.x=1", r"override 'train\.lr\.x' goes through something that is not a section"),
+        (
+            "score.windows.0.T=5",
+            r"override 'score\.windows\.0\.T' goes through something that is not a section",
+        ),
+        ("train.lr=[1", r"override 'train\.lr=\[1': the value is not YAML"),
+        ("run.name=2024-13-45", r"override 'run\.name=2024-13-45': the value is not YAML"),
+        ("train.lr=fast", r"train\.lr='fast'"),
+        ("train.lrr=1", r"unknown key 'train\.lrr'; the nearest valid key is 'train\.lr'"),
+        ("trian.lr=1", r"unknown key 'trian'; the nearest valid key is 'train'"),
+        ("=1", r"unknown key ''"),
+        ("train.lr=", r"train\.lr=None"),
+        ("train=5", r"train=5: .*it has the keys epochs"),
+    ],
+)
 def test_override_that_does_not_fit(file, override, match):
     with pytest.raises(InputError, match=match):
         load_config(file, [override])

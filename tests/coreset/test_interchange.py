@@ -1,4 +1,5 @@
-"""Export and import: what each format holds, that scores and coresets survive the way out and back, the authors' pair."""
+"""Export and import: what each format holds, that scores and coresets survive the way out and back,
+the authors' pair."""
 
 import json
 from dataclasses import replace
@@ -36,13 +37,16 @@ from tests.make import refused, scores, select
 
 N = 120
 RATES = (0.0, 0.3, 0.5, 0.8)
-AWKWARD = np.float32(7.038531e-26)  # its shortest text, read in double precision and rounded, is its neighbour
+# its shortest text, read in double precision and rounded, is its neighbour
+AWKWARD = np.float32(7.038531e-26)
 
 
 def some_scores(label_N: np.ndarray, key: str = FIRST, settings: dict | None = None) -> Scores:
     """Half of the scores in ties, and some whose text is delicate."""
     rng = np.random.default_rng(7)
-    score_N = np.concatenate([rng.integers(0, 4, N // 2), rng.exponential(size=N - N // 2)]).astype(np.float32)
+    score_N = np.concatenate([rng.integers(0, 4, N // 2), rng.exponential(size=N - N // 2)]).astype(
+        np.float32
+    )
     score_N[-4:] = [AWKWARD, 0.1, 1e-40, 3e38]
     score_N = rng.permutation(score_N)
     T, K = int(key.split("_T")[1][0]) if "_T" in key else 3, 2
@@ -63,13 +67,17 @@ def score_file(tmp_path: Path, label_N: np.ndarray) -> Path:
 
 @pytest.fixture
 def run(config_file: Path, tmp_path: Path, label_N: np.ndarray) -> Path:
-    """A run with two windows and a coreset of the first; its config serves the rates 0, 0.5 and 0.8."""
+    """A run with two windows and a coreset of the first; its config serves the rates 0, 0.5 and
+    0.8."""
     path = tmp_path / "run"
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump(to_dict(load_config(config_file))))
     first = some_scores(label_N)
     save_scores(path / "scores" / f"{FIRST}.npz", first)
-    save_scores(path / "scores" / f"{SECOND}.npz", replace(some_scores(label_N, SECOND), score_N=first.score_N[::-1].copy()))
+    save_scores(
+        path / "scores" / f"{SECOND}.npz",
+        replace(some_scores(label_N, SECOND), score_N=first.score_N[::-1].copy()),
+    )
     select(path, 0.5, score=FIRST)
     return path
 
@@ -86,31 +94,52 @@ def test_csv_of_a_run(run, betons, label_N):
     paths, notes = export(run, "csv")
     assert (paths, notes) == ([run / "export" / "scores.csv"], [])
     rows = read_csv(paths[0])
-    flags = {key: [f"keep_{key}_p{rate}" for rate in ("0", "0.5", "0.8")] for key in (FIRST, SECOND)}
-    assert list(rows[0]) == ["index", "path", "label", *(name for key in (SECOND, FIRST)
-                                                         for name in (key, f"rank_{key}", *flags[key]))]
+    flags = {
+        key: [f"keep_{key}_p{rate}" for rate in ("0", "0.5", "0.8")] for key in (FIRST, SECOND)
+    }
+    assert list(rows[0]) == [
+        "index",
+        "path",
+        "label",
+        *(name for key in (SECOND, FIRST) for name in (key, f"rank_{key}", *flags[key])),
+    ]
     assert [int(row["index"]) for row in rows] == list(range(N))
     assert [row["path"] for row in rows] == read_manifest(betons["train"]).path
     assert [int(row["label"]) for row in rows] == label_N.tolist()
     for key in (FIRST, SECOND):
         scores = load_scores(run / "scores" / f"{key}.npz")
-        assert np.array([float(row[key]) for row in rows]).astype(np.float32).tobytes() == scores.score_N.tobytes()
+        assert (
+            np.array([float(row[key]) for row in rows]).astype(np.float32).tobytes()
+            == scores.score_N.tobytes()
+        )
         rank_N = np.array([int(row[f"rank_{key}"]) for row in rows])
         assert sorted(rank_N) == list(range(1, N + 1))
         for num in range(1, N + 1):
-            np.testing.assert_array_equal(np.flatnonzero(rank_N <= num), samplers.top(scores.score_N, num, 0))
+            np.testing.assert_array_equal(
+                np.flatnonzero(rank_N <= num), samplers.top(scores.score_N, num, 0)
+            )
         for name, rate in zip(flags[key], (0.0, 0.5, 0.8), strict=True):
-            np.testing.assert_array_equal([i for i in range(N) if rows[i][name] == "True"], choose(scores, rate))
+            np.testing.assert_array_equal(
+                [i for i in range(N) if rows[i][name] == "True"], choose(scores, rate)
+            )
 
 
 def test_cells_of_csv_are_short_and_exact():
-    values = np.array([AWKWARD, 0.1, 1 / 3, -0.0, 1e-45, 3.4028235e38, 16777216, np.nan], dtype=np.float32)
+    values = np.array(
+        [AWKWARD, 0.1, 1 / 3, -0.0, 1e-45, 3.4028235e38, 16777216, np.nan], dtype=np.float32
+    )
     cells = export_module._cells(values)
     assert cells[1:] == ["0.1", "0.33333334", "-0.0", "1e-45", "3.4028235e+38", "1.6777216e+07", ""]
-    assert np.array([float(cell) for cell in cells[:-1]]).astype(np.float32).tobytes() == values[:-1].tobytes()
+    assert (
+        np.array([float(cell) for cell in cells[:-1]]).astype(np.float32).tobytes()
+        == values[:-1].tobytes()
+    )
     bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
     bits = bits[np.isfinite(bits)]
-    assert np.array([float(cell) for cell in export_module._cells(bits)]).astype(np.float32).tobytes() == bits.tobytes()
+    assert (
+        np.array([float(cell) for cell in export_module._cells(bits)]).astype(np.float32).tobytes()
+        == bits.tobytes()
+    )
 
 
 def test_parquet_of_a_run_is_the_csv_with_types_and_settings(run, monkeypatch):
@@ -119,20 +148,25 @@ def test_parquet_of_a_run_is_the_csv_with_types_and_settings(run, monkeypatch):
     assert notes == []
     table = pyarrow.parquet.read_table(path)
     assert pyarrow.parquet.ParquetFile(path).num_row_groups == 3
-    assert {str(table.schema.field(name).type) for name in ("index", "label", f"rank_{FIRST}")} == {"int64"}
+    assert {str(table.schema.field(name).type) for name in ("index", "label", f"rank_{FIRST}")} == {
+        "int64"
+    }
     types = [str(table.schema.field(name).type) for name in ("path", FIRST, f"keep_{FIRST}_p0.25")]
     assert types == ["string", "float", "bool"]
     scores = load_scores(run / "scores" / f"{FIRST}.npz")
     assert table[FIRST].to_numpy().tobytes() == scores.score_N.tobytes()
-    np.testing.assert_array_equal(np.flatnonzero(table[f"keep_{FIRST}_p0.25"].to_numpy()), choose(scores, 0.25))
+    np.testing.assert_array_equal(
+        np.flatnonzero(table[f"keep_{FIRST}_p0.25"].to_numpy()), choose(scores, 0.25)
+    )
     meta = json.loads(table.schema.metadata[b"tdds"])
     assert meta["settings"][FIRST] == scores.settings
     assert meta["fingerprint"] == vars(scores.fingerprint)
     assert meta["pruning_rates"] == [0.25]
     (as_csv,), _ = export(run, "csv", pruning_rates=[0.25])
     assert table.column_names == list(read_csv(as_csv)[0])
-    assert [str(value) for value in table[f"keep_{FIRST}_p0.25"].to_pylist()] == [row[f"keep_{FIRST}_p0.25"]
-                                                                                  for row in read_csv(as_csv)]
+    assert [str(value) for value in table[f"keep_{FIRST}_p0.25"].to_pylist()] == [
+        row[f"keep_{FIRST}_p0.25"] for row in read_csv(as_csv)
+    ]
 
 
 def test_a_score_file_alone_has_no_paths_and_says_so(score_file, betons):
@@ -140,11 +174,13 @@ def test_a_score_file_alone_has_no_paths_and_says_so(score_file, betons):
     assert path == score_file.with_suffix(".csv")
     assert list(read_csv(path)[0])[:3] == ["index", "label", FIRST]
     assert [name for name in read_csv(path)[0] if name.startswith("keep")] == [
-        f"keep_{FIRST}_p{rate}" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)]
+        f"keep_{FIRST}_p{rate}" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)
+    ]
     assert len(notes) == 1
     assert "no column path" in notes[0]
     assert "give --beton FILE" in notes[0]
-    (path,), notes = export(score_file, "csv", betons["train"].parent, beton=betons["train"])  # a folder
+    # a folder
+    (path,), notes = export(score_file, "csv", betons["train"].parent, beton=betons["train"])
     assert (path, notes) == (betons["train"].parent / f"{FIRST}.csv", [])
     assert "path" in read_csv(path)[0]
 
@@ -164,7 +200,9 @@ def test_a_run_whose_images_are_elsewhere(run, betons):
     (path,), notes = export(run, "csv")
     assert "path" not in read_csv(path)[0]
     assert "data.train=/nowhere/train.beton" in notes[0]
-    with pytest.raises(InputError, match=r"paths .* not known: data\.train=/nowhere.*give --beton FILE"):
+    with pytest.raises(
+        InputError, match=r"paths .* not known: data\.train=/nowhere.*give --beton FILE"
+    ):
         export(next((run / "coresets").glob("*.npz")), "paths")
     assert export(run, "csv", run / "with_paths.csv", beton=betons["train"])[1] == []
 
@@ -175,10 +213,17 @@ def test_columns_of_noise_on_purpose(run, betons, tmp_path):
     manifest = read_manifest(betons["train"])
     true_label_N = (manifest.label_N + (np.arange(N) % 3 == 0)) % 10
     kind = ["fog" if i % 5 == 0 else "" for i in range(N)]
-    write_manifest(tmp_path / "noisy.manifest.json", replace(manifest, true_label_N=true_label_N, corruption=kind))
+    write_manifest(
+        tmp_path / "noisy.manifest.json",
+        replace(manifest, true_label_N=true_label_N, corruption=kind),
+    )
     for kind_of_file in ("csv", "parquet"):
         (path,), _ = export(run, kind_of_file, beton=beton)
-        rows = read_csv(path) if kind_of_file == "csv" else pyarrow.parquet.read_table(path).to_pylist()
+        rows = (
+            read_csv(path)
+            if kind_of_file == "csv"
+            else pyarrow.parquet.read_table(path).to_pylist()
+        )
         assert [int(row["true_label"]) for row in rows] == true_label_N.tolist()
         assert [row["corruption"] for row in rows] == kind
 
@@ -195,12 +240,18 @@ def test_table_of_a_coreset(run, kind, label_N):
     else:
         rows = pyarrow.parquet.read_table(path).to_pylist()
         meta = json.loads(pyarrow.parquet.read_schema(path).metadata[b"tdds"])
-        assert (meta["score_key"], meta["pruning_rate"], meta["settings"]) == (FIRST, 0.5, coreset.settings)
+        assert (meta["score_key"], meta["pruning_rate"], meta["settings"]) == (
+            FIRST,
+            0.5,
+            coreset.settings,
+        )
     assert list(rows[0]) == ["index", "path", "label", "keep", "importance"]
     assert [int(row["label"]) for row in rows] == label_N.tolist()
     assert [i for i in range(N) if rows[i]["keep"]] == coreset.index_M.tolist()
     assert [i for i in range(N) if rows[i]["importance"] is not None] == coreset.index_M.tolist()
-    found_M = np.array([rows[i]["importance"] for i in coreset.index_M], dtype=np.float64).astype(np.float32)
+    found_M = np.array([rows[i]["importance"] for i in coreset.index_M], dtype=np.float64).astype(
+        np.float32
+    )
     assert found_M.tobytes() == coreset.importance_M.tobytes()
 
 
@@ -211,7 +262,12 @@ def test_moderate_is_kept_from_the_centre_in_tables(score_file, label_N):
     kept = [i for i in range(N) if rows[i]["keep_moderate_p0.5"] == "True"]
     np.testing.assert_array_equal(kept, samplers.centre(scores.score_N, 60))
     assert kept != samplers.top(scores.score_N, 60).tolist()
-    refused(r"'moderate' does not keep what ranks highest.*give a coreset", export, score_file, "official")
+    refused(
+        r"'moderate' does not keep what ranks highest.*give a coreset",
+        export,
+        score_file,
+        "official",
+    )
 
 
 # ---- kept samples
@@ -226,7 +282,9 @@ def test_paths_of_a_coreset_and_of_scores(run, betons):
     assert path.read_text().splitlines() == [path_N[i] for i in coreset.index_M]
     (path,), _ = export(run / "scores" / f"{FIRST}.npz", "paths", pruning_rates=[0.8])
     assert path == run / "scores" / f"{FIRST}_p0.8.txt"
-    assert path.read_text().splitlines() == [path_N[i] for i in choose(load_scores(run / "scores" / f"{FIRST}.npz"), 0.8)]
+    assert path.read_text().splitlines() == [
+        path_N[i] for i in choose(load_scores(run / "scores" / f"{FIRST}.npz"), 0.8)
+    ]
 
 
 def test_torch_subset(run):
@@ -236,31 +294,48 @@ def test_torch_subset(run):
     assert path == source.with_suffix(".pt")
     found = torch.load(path, weights_only=True)
     assert sorted(found) == ["importance", "index", "num_samples"]
-    assert (found["index"].dtype, found["importance"].dtype, found["num_samples"]) == (torch.int64, torch.float32, N)
+    assert (found["index"].dtype, found["importance"].dtype, found["num_samples"]) == (
+        torch.int64,
+        torch.float32,
+        N,
+    )
     assert found["index"].tolist() == coreset.index_M.tolist()
     assert found["importance"].numpy().tobytes() == coreset.importance_M.tobytes()
-    assert len(torch.utils.data.Subset(torch.utils.data.TensorDataset(torch.arange(N)), found["index"])) == 60
+    assert (
+        len(
+            torch.utils.data.Subset(torch.utils.data.TensorDataset(torch.arange(N)), found["index"])
+        )
+        == 60
+    )
     (path,), notes = export(run / "scores" / f"{FIRST}.npz", "torch-subset", pruning_rates=[0.9])
     want, warnings = make_coreset(load_scores(run / "scores" / f"{FIRST}.npz"), 0.9)
     assert notes == warnings
-    assert torch.load(path, weights_only=True)["importance"].numpy().tobytes() == want.importance_M.tobytes()
+    assert (
+        torch.load(path, weights_only=True)["importance"].numpy().tobytes()
+        == want.importance_M.tobytes()
+    )
 
 
 def test_a_run_with_one_score_goes_to_export(run):
     (run / "scores" / f"{SECOND}.npz").unlink()
-    for kind, name in (("paths", f"{FIRST}_p0.5.txt"), ("torch-subset", f"{FIRST}_p0.5.pt"),
-                       ("official", "data_mask_win2_ep3.npy")):
+    for kind, name in (
+        ("paths", f"{FIRST}_p0.5.txt"),
+        ("torch-subset", f"{FIRST}_p0.5.pt"),
+        ("official", "data_mask_win2_ep3.npy"),
+    ):
         assert export(run, kind, pruning_rates=[0.5])[0][0] == run / "export" / name
 
 
 # ---- the authors' pair
 
 
-def authors_loader(mask: np.ndarray, sorted_score: np.ndarray, rate: float) -> tuple[np.ndarray, dict[int, float]]:
+def authors_loader(
+    mask: np.ndarray, sorted_score: np.ndarray, rate: float
+) -> tuple[np.ndarray, dict[int, float]]:
     """What data_subset.py of the authors trains on: kept indices and the weight of each sample."""
     score = (sorted_score - min(sorted_score)) / (max(sorted_score) - min(sorted_score))
     weight = {i: float(score[np.where(mask == i)].item()) for i in range(len(mask))}
-    return mask[int(rate * len(mask)):], weight
+    return mask[int(rate * len(mask)) :], weight
 
 
 def read_pair(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -282,26 +357,40 @@ def test_official_pair_of_scores(score_file):
     np.testing.assert_array_equal(score_N, np.sort(scores.score_N))
     np.testing.assert_array_equal(scores.score_N[mask_N], score_N)
     for num in range(1, N + 1):
-        np.testing.assert_array_equal(np.sort(mask_N[N - num:]), samplers.top(scores.score_N, num, 0))
+        np.testing.assert_array_equal(
+            np.sort(mask_N[N - num :]), samplers.top(scores.score_N, num, 0)
+        )
     assert len(notes) == len(RATES)
     for note, rate in zip(notes, RATES, strict=True):
         kept, weight = authors_loader(mask_N, score_N, rate_in(note))
         coreset, _ = make_coreset(scores, rate)
         np.testing.assert_array_equal(np.sort(kept), coreset.index_M)
-        np.testing.assert_allclose([weight[i] for i in coreset.index_M], coreset.importance_M, atol=1e-6)
+        np.testing.assert_allclose(
+            [weight[i] for i in coreset.index_M], coreset.importance_M, atol=1e-6
+        )
 
 
 def test_official_names(score_file, label_N, tmp_path):
     """Only the authors' own computation gets the authors' name."""
     tdds = {"score": "tdds", "preset": "official", "T": 30, "K": 10, "beta": 0.9}
-    for key, settings, suffix in (("a", tdds, "win10_ep30"), ("el2n", {"score": "el2n"}, "el2n"),
-                                  ("b", tdds | {"preset": "paper"}, "b"), ("c", tdds | {"delta": "ce"}, "c")):
+    for key, settings, suffix in (
+        ("a", tdds, "win10_ep30"),
+        ("el2n", {"score": "el2n"}, "el2n"),
+        ("b", tdds | {"preset": "paper"}, "b"),
+        ("c", tdds | {"delta": "ce"}, "c"),
+    ):
         save_scores(score_file, some_scores(label_N, key, settings))
         assert [path.name for path in export(score_file, "official", tmp_path)[0]] == [
-            f"data_mask_{suffix}.npy", f"score_{suffix}.npy"]
+            f"data_mask_{suffix}.npy",
+            f"score_{suffix}.npy",
+        ]
 
 
-@pytest.mark.parametrize("options", [{}, {"class_balanced": True}, {"score": "random"}], ids=["top", "balanced", "random"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"class_balanced": True}, {"score": "random"}],
+    ids=["top", "balanced", "random"],
+)
 def test_official_pair_of_a_coreset(run, options):
     source, _ = select(run, 0.7, **{"score": FIRST, "class_balanced": False} | options)
     coreset = load_coreset(source)
@@ -311,20 +400,35 @@ def test_official_pair_of_a_coreset(run, options):
     kept, weight = authors_loader(mask_N, score_N, rate_in(notes[0]))
     np.testing.assert_array_equal(np.sort(kept), coreset.index_M)
     largest = coreset.importance_M.max()
-    np.testing.assert_allclose([weight[i] for i in coreset.index_M], coreset.importance_M / largest, atol=1e-6)
+    np.testing.assert_allclose(
+        [weight[i] for i in coreset.index_M], coreset.importance_M / largest, atol=1e-6
+    )
     assert sum(weight[i] for i in set(range(N)) - set(coreset.index_M.tolist())) == 0
     assert len(notes) == 1 + (largest != 1)
 
 
 def test_official_pair_of_importances_beyond_one_says_that_they_are_scaled(tmp_path, label_N):
-    coreset = Coreset(np.array([3, 5, 90]), np.array([7, 0, 2], dtype=np.float32), "x", 0.975, fingerprint(label_N, 10), {})
+    coreset = Coreset(
+        np.array([3, 5, 90]),
+        np.array([7, 0, 2], dtype=np.float32),
+        "x",
+        0.975,
+        fingerprint(label_N, 10),
+        {},
+    )
     save_coreset(tmp_path / "c.npz", coreset)
     paths, notes = export(tmp_path / "c.npz", "official")
     mask_N, score_N = read_pair(paths)
     assert (mask_N[-3:].tolist(), score_N[-3:].tolist()) == ([5, 90, 3], [0, 2, 7])
     assert "0 to 7" in notes[1]
-    for importance, message in (([1, -1, 2], "importance -1 is below the 0"), ([0, 0, 0], r"all 120 values are 0.*range")):
-        save_coreset(tmp_path / "c.npz", replace(coreset, importance_M=np.array(importance, dtype=np.float32)))
+    for importance, message in (
+        ([1, -1, 2], "importance -1 is below the 0"),
+        ([0, 0, 0], r"all 120 values are 0.*range"),
+    ):
+        save_coreset(
+            tmp_path / "c.npz",
+            replace(coreset, importance_M=np.array(importance, dtype=np.float32)),
+        )
         refused(message, export, tmp_path / "c.npz", "official")
 
 
@@ -335,7 +439,13 @@ def test_subset_rate_keeps_what_it_should():
             assert int(float(repr(rate)) * num_samples) == num_samples - num_kept
     rng = np.random.default_rng(0)
     for num_samples in (50_000, 1_281_167, 2**31 - 1):
-        for num_kept in [1, 2, num_samples - 1, num_samples, *rng.integers(1, num_samples, 2000).tolist()]:
+        for num_kept in [
+            1,
+            2,
+            num_samples - 1,
+            num_samples,
+            *rng.integers(1, num_samples, 2000).tolist(),
+        ]:
             assert int(subset_rate(num_samples, num_kept) * num_samples) == num_samples - num_kept
     assert int(0.29 * 100) == 28  # why there is such a function
     for num_kept in (0, 11, -1):
@@ -359,7 +469,9 @@ def test_csv_there_and_back(run, tmp_path, betons):
     for key in (FIRST, SECOND):
         want = load_scores(run / "scores" / f"{key}.npz")
         for options in ({}, {"beton": betons["train"]}, {"run": run}):
-            found = load_scores(import_scores(table, key=key, out=tmp_path / "new" / "file.npz", **options))
+            found = load_scores(
+                import_scores(table, key=key, out=tmp_path / "new" / "file.npz", **options)
+            )
             same_coresets(found, want)
             assert found.key == key
             assert found.fingerprint == want.fingerprint
@@ -375,7 +487,10 @@ def test_what_a_sampler_needs_beside_the_score_comes_along(score_file, label_N):
     found = load_scores(import_scores(table, key="dual"))
     assert found.extra["p_mean"].tobytes() == p_mean_N.tobytes()
     (table,), _ = export(score_file, "parquet")
-    assert pyarrow.parquet.read_table(table)["extra_dual_p_mean"].to_numpy().tobytes() == p_mean_N.tobytes()
+    assert (
+        pyarrow.parquet.read_table(table)["extra_dual_p_mean"].to_numpy().tobytes()
+        == p_mean_N.tobytes()
+    )
 
 
 def test_official_there_and_back(run, tmp_path):
@@ -387,18 +502,28 @@ def test_official_there_and_back(run, tmp_path):
         assert path == (run / "scores" if options else tmp_path) / "win2_ep3.npz"
         found = load_scores(path)
         same_coresets(found, want)
-        assert found.settings == {"score": "tdds", "preset": "official", "T": 3, "K": 2, "source": "imported",
-                                  "file": "score_win2_ep3.npy"}
+        assert found.settings == {
+            "score": "tdds",
+            "preset": "official",
+            "T": 3,
+            "K": 2,
+            "source": "imported",
+            "file": "score_win2_ep3.npy",
+        }
     np.testing.assert_array_equal(found.label_N, want.label_N)
     again, _ = export(path, "official", tmp_path / "again")
     assert [file.read_bytes() for file in again] == [file.read_bytes() for file in paths]
 
 
 def test_coresets_are_made_of_imported_scores(run, tmp_path):
-    table = write_rows(tmp_path / "mine.csv", "index,score", *(f"{i},{(i * 7) % N}" for i in range(N)))
+    table = write_rows(
+        tmp_path / "mine.csv", "index,score", *(f"{i},{(i * 7) % N}" for i in range(N))
+    )
     assert import_scores(table, run=run) == run / "scores" / "mine.npz"
     path, _ = select(run, 0.9, score="mine")
-    np.testing.assert_array_equal(load_coreset(path).index_M, [i for i in range(N) if (i * 7) % N >= 108])
+    np.testing.assert_array_equal(
+        load_coreset(path).index_M, [i for i in range(N) if (i * 7) % N >= 108]
+    )
 
 
 # ---- import, by hand
@@ -406,7 +531,9 @@ def test_coresets_are_made_of_imported_scores(run, tmp_path):
 
 def test_literal_csv(tmp_path):
     table = tmp_path / "my scores.csv"
-    table.write_bytes(b"\xef\xbb\xbfnote, index ,score,label\r\n\"a,b\",2,.5,1\r\n,0,-1e-3, 0\r\n\r\nx,1,7,2\r\n")
+    table.write_bytes(
+        b'\xef\xbb\xbfnote, index ,score,label\r\n"a,b",2,.5,1\r\n,0,-1e-3, 0\r\n\r\nx,1,7,2\r\n'
+    )
     refused(r"key='my scores' must start with a letter or digit", import_scores, table)
     path = import_scores(table, key="mine")
     assert path == tmp_path / "mine.npz"
@@ -432,7 +559,12 @@ def test_paths_instead_of_indices(run, betons, tmp_path):
         assert load_scores(import_scores(table, **options)).score_N.tolist() == list(range(N))
     refused(r"column path but none named index, and no manifest.*--beton", import_scores, table)
     write_rows(table, "path,score", "elsewhere/1.png,0", *(f"{path_N[i]},{i}" for i in range(1, N)))
-    refused(r"by_path\.csv, line 2: path='elsewhere/1\.png' is not in .*manifest\.json", import_scores, table, run=run)
+    refused(
+        r"by_path\.csv, line 2: path='elsewhere/1\.png' is not in .*manifest\.json",
+        import_scores,
+        table,
+        run=run,
+    )
     write_rows(table, "index,path,score", *(f"{i},{path_N[i - i % 2]},{i}" for i in range(N)))
     refused(r"line 3: path=.*, but sample 1 is ", import_scores, table, run=run)
 
@@ -446,7 +578,9 @@ def test_literal_official_pair(tmp_path):
     assert (found.key, found.settings["T"], found.settings["K"]) == ("win10_ep30", 30, 10)
     (tmp_path / "data_mask_win10_ep30.npy").rename(tmp_path / "order.npy")
     (tmp_path / "score_win10_ep30.npy").rename(tmp_path / "el2n.npy")
-    refused(r"el2n\.npy is not named score_.*give --data-mask", import_scores, tmp_path / "el2n.npy")
+    refused(
+        r"el2n\.npy is not named score_.*give --data-mask", import_scores, tmp_path / "el2n.npy"
+    )
     path = import_scores(tmp_path / "el2n.npy", data_mask=tmp_path / "order.npy")
     assert (path.name, load_scores(path).settings["score"]) == ("el2n.npz", "el2n")
 
@@ -466,10 +600,16 @@ CSV_ERRORS = [
     (["index,score", "0,1", "1,nan"], r"line 3: score=nan must be a finite float32 \(1 such"),
     (["index,score", "0,1", "1,1e39"], r"line 3: score=1e39 must be a finite float32"),
     (["index,score", "0,1", "1.0,1"], r"line 3: index='1\.0' must be a whole number"),
-    (["index,score", "0,1", "99999999999999999999,1"], r"line 3: index='9+' must be a whole number"),
+    (
+        ["index,score", "0,1", "99999999999999999999,1"],
+        r"line 3: index='9+' must be a whole number",
+    ),
     (["index,score", "1,1", "2,1"], r"line 3: index=2 is outside \[0, 2\)"),
     (["index,score", "-1,1", "0,1"], r"line 2: index=-1 is outside"),
-    (["index,score", "0,1", "2,1", "0,3"], r"line 4: index=0 stands there a second time, and index 1 is missing"),
+    (
+        ["index,score", "0,1", "2,1", "0,3"],
+        r"line 4: index=0 stands there a second time, and index 1 is missing",
+    ),
     (["index,score,label", "0,1,-2"], r"line 2: label=-2 must be 0 or more"),
     (["index,score,label", "0,1,cat"], r"line 2: label='cat' must be a whole number"),
 ]
@@ -490,11 +630,23 @@ def test_a_file_that_is_no_text(tmp_path):
 
 def test_scores_of_another_dataset(run, betons, tmp_path, label_N):
     table = write_rows(tmp_path / "s.csv", "index,score", "0,1", "1,2")
-    for options, where in (({"beton": betons["val"]}, "val.beton 50"), ({"run": run}, "train.beton 120")):
+    for options, where in (
+        ({"beton": betons["val"]}, "val.beton 50"),
+        ({"run": run}, "train.beton 120"),
+    ):
         refused(rf"s\.csv has 2 rows, .*{where} samples", import_scores, table, **options)
-    write_rows(table, "index,label,score", *(f"{i},{(label_N[i] + (i == 3)) % 10},1" for i in range(N)))
-    refused(r"line 5: label=\d, but sample 3 of .* has \d \(1 such rows\)", import_scores, table, run=run)
-    refused(r"raw\.beton belongs to another dataset", import_scores, table, run=run, beton=betons["raw"])
+    write_rows(
+        table, "index,label,score", *(f"{i},{(label_N[i] + (i == 3)) % 10},1" for i in range(N))
+    )
+    refused(
+        r"line 5: label=\d, but sample 3 of .* has \d \(1 such rows\)",
+        import_scores,
+        table,
+        run=run,
+    )
+    refused(
+        r"raw\.beton belongs to another dataset", import_scores, table, run=run, beton=betons["raw"]
+    )
 
 
 def test_labels_of_a_run_whose_images_are_elsewhere(run, tmp_path, label_N):
@@ -505,7 +657,12 @@ def test_labels_of_a_run_whose_images_are_elsewhere(run, tmp_path, label_N):
     np.testing.assert_array_equal(load_scores(import_scores(table, run=run)).label_N, label_N)
     for path in (run / "scores").iterdir():
         path.unlink()
-    refused(r"holds no scores, and its data\.train=/nowhere.*give --beton FILE", import_scores, table, run=run)
+    refused(
+        r"holds no scores, and its data\.train=/nowhere.*give --beton FILE",
+        import_scores,
+        table,
+        run=run,
+    )
 
 
 def test_names_that_mean_something_else(run, tmp_path):
@@ -514,9 +671,13 @@ def test_names_that_mean_something_else(run, tmp_path):
         refused(rf"key='{key}' has a meaning of its own", import_scores, table, key=key, run=run)
     for key in ("../x", "a/b", ".hidden", "a b"):
         refused("it names a file", import_scores, table, key=key, run=run)
-    with pytest.raises(InputError, match=rf"{FIRST}\.npz holds scores that were computed here; choose another --key"):
+    with pytest.raises(
+        InputError,
+        match=rf"{FIRST}\.npz holds scores that were computed here; choose another --key",
+    ):
         import_scores(table, key=FIRST, run=run)
-    assert import_scores(table, key="mine", run=run) == import_scores(table, key="mine", run=run)  # once more is fine
+    # once more is fine
+    assert import_scores(table, key="mine", run=run) == import_scores(table, key="mine", run=run)
 
 
 OFFICIAL_ERRORS = [
@@ -546,10 +707,18 @@ def test_a_pair_of_another_size_or_half_of_one(run, tmp_path):
     np.save(tmp_path / "score_a.npy", np.arange(3.0))
     refused(r"data_mask_a\.npy cannot be read", import_scores, tmp_path / "score_a.npy")
     np.save(tmp_path / "data_mask_a.npy", np.arange(3))
-    refused(r"score_a\.npy has 3 values, .*train\.beton 120 samples", import_scores, tmp_path / "score_a.npy", run=run)
+    refused(
+        r"score_a\.npy has 3 values, .*train\.beton 120 samples",
+        import_scores,
+        tmp_path / "score_a.npy",
+        run=run,
+    )
     refused(r"data_mask_a\.npy is not named score_", import_scores, tmp_path / "data_mask_a.npy")
     with pytest.raises(InputError, match=r"data_mask=.* but .*s\.csv is a CSV file"):
-        import_scores(write_rows(tmp_path / "s.csv", "index,score", "0,1"), data_mask=tmp_path / "data_mask_a.npy")
+        import_scores(
+            write_rows(tmp_path / "s.csv", "index,score", "0,1"),
+            data_mask=tmp_path / "data_mask_a.npy",
+        )
 
 
 def test_exports_that_do_not_fit(run, score_file, betons, tmp_path, label_N):
@@ -557,12 +726,32 @@ def test_exports_that_do_not_fit(run, score_file, betons, tmp_path, label_N):
     cases = [
         (score_file, "xml", {}, r"kind='xml' is unknown; use one of parquet, csv"),
         (score_file, "csv", {"pruning_rates": [1.0]}, r"pruning_rate=1\.0 must lie in \[0, 1\)"),
-        (run, "paths", {"pruning_rates": [0.5]}, rf"holds 2 scores \({SECOND}, {FIRST}\), and paths takes one"),
+        (
+            run,
+            "paths",
+            {"pruning_rates": [0.5]},
+            rf"holds 2 scores \({SECOND}, {FIRST}\), and paths takes one",
+        ),
         (run, "official", {}, r"holds 2 scores .* official takes one"),
         (score_file, "torch-subset", {}, r"pruning_rates=\[\]: torch-subset .* needs exactly one"),
-        (score_file, "paths", {"pruning_rates": [0.5, 0.8]}, r"pruning_rates=\[0\.5, 0\.8\]: paths .* needs exactly one"),
-        (score_file, "paths", {"pruning_rates": [0.5]}, r"paths .* not known: .* does not lie in a run; give --beton FILE"),
-        (coreset, "paths", {"pruning_rates": [0.5]}, r"is a coreset, made at pruning_rate=0\.5; leave pruning rates out"),
+        (
+            score_file,
+            "paths",
+            {"pruning_rates": [0.5, 0.8]},
+            r"pruning_rates=\[0\.5, 0\.8\]: paths .* needs exactly one",
+        ),
+        (
+            score_file,
+            "paths",
+            {"pruning_rates": [0.5]},
+            r"paths .* not known: .* does not lie in a run; give --beton FILE",
+        ),
+        (
+            coreset,
+            "paths",
+            {"pruning_rates": [0.5]},
+            r"is a coreset, made at pruning_rate=0\.5; leave pruning rates out",
+        ),
         (score_file, "csv", {"beton": betons["val"]}, r"belongs to another dataset"),
         (coreset, "paths", {"beton": betons["raw"]}, r"belongs to another dataset"),
         (score_file.with_name("no.npz"), "csv", {}, r"no\.npz does not exist"),
@@ -574,9 +763,18 @@ def test_exports_that_do_not_fit(run, score_file, betons, tmp_path, label_N):
         refused(message, export, source, kind, **options)
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "plain.beton").write_bytes(betons["train"].read_bytes())
-    refused(r"plain\.manifest\.json does not exist", export, coreset, "paths", beton=tmp_path / "plain.beton")
+    refused(
+        r"plain\.manifest\.json does not exist",
+        export,
+        coreset,
+        "paths",
+        beton=tmp_path / "plain.beton",
+    )
     scores = some_scores(label_N)
-    for value, message in ((2, r"all 120 values are 2"), (np.nan, r"120 values that are not finite")):
+    for value, message in (
+        (2, r"all 120 values are 2"),
+        (np.nan, r"120 values that are not finite"),
+    ):
         save_scores(score_file, replace(scores, score_N=np.full(N, value)))
         refused(message, export, score_file, "official")
 
@@ -598,6 +796,11 @@ def test_a_column_of_an_exported_table_under_a_name_of_its_own(run, tmp_path):
     key = next((run / "scores").glob("*.npz")).stem
     path = import_scores(table, key="mine", column=key, run=run)
     assert path == run / "scores" / "mine.npz"
-    assert load_scores(path).score_N.tobytes() == load_scores(run / "scores" / f"{key}.npz").score_N.tobytes()
-    with pytest.raises(InputError, match=r"none named other; name the one with the scores by --column"):
+    assert (
+        load_scores(path).score_N.tobytes()
+        == load_scores(run / "scores" / f"{key}.npz").score_N.tobytes()
+    )
+    with pytest.raises(
+        InputError, match=r"none named other; name the one with the scores by --column"
+    ):
         import_scores(table, key="mine", column="other", run=run)

@@ -36,7 +36,9 @@ SELECTORS = {  # each as pick(score_N, num, seed)
     "top": top,
     "centre": centre,
     "ccs": lambda score_N, num, seed: ccs(score_N, num, num_strata=7, seed=seed),
-    "beta": lambda score_N, num, seed: beta_sample(score_N, score_N / (1 + score_N), num, 0.5, seed=seed),
+    "beta": lambda score_N, num, seed: beta_sample(
+        score_N, score_N / (1 + score_N), num, 0.5, seed=seed
+    ),
 }
 
 
@@ -65,7 +67,9 @@ def test_top_keeps_the_highest(scores, data):
     score_N = np.array(scores, dtype=np.float32)
     kept = top(score_N, num, seed)
     assert sorted(score_N[kept]) == sorted(scores)[-num:]
-    assert set(top(score_N, num - 1, seed).tolist()) <= set(kept.tolist()), "coresets of one score are nested"
+    assert set(top(score_N, num - 1, seed).tolist()) <= set(kept.tolist()), (
+        "coresets of one score are nested"
+    )
 
 
 LABELS = st.lists(st.integers(1, 40), min_size=1, max_size=8)  # class sizes, often 1
@@ -75,7 +79,12 @@ def test_empty_classes():
     label_N = np.array([4, 4, 0, 7, 2, -1])
     assert empty_classes(np.array([0, 2]), label_N).tolist() == [2, 7]
     assert empty_classes(np.arange(6), label_N).tolist() == []
-    assert empty_classes(np.array([5]), label_N).tolist() == [0, 2, 4, 7], "an unknown label is no class"
+    assert empty_classes(np.array([5]), label_N).tolist() == [
+        0,
+        2,
+        4,
+        7,
+    ], "an unknown label is no class"
 
 
 # ---- any selector
@@ -117,7 +126,9 @@ def test_per_class_asks_each_class_for_its_quota(selector, class_sizes, data):
     def pick(member_m, quota):
         positions = SELECTORS[selector](score_N[member_m], quota, 1)
         (label,) = set(label_N[member_m].tolist())
-        assert member_m.tolist() == np.flatnonzero(label_N == label).tolist(), "whole classes, in order"
+        assert member_m.tolist() == np.flatnonzero(label_N == label).tolist(), (
+            "whole classes, in order"
+        )
         assert quota > 0
         wanted.extend(member_m[positions].tolist())
         return positions
@@ -142,7 +153,9 @@ def test_centre_drops_both_ends(scores, data):
     assert sorted(score_N[centre(score_N, num)].tolist()) == oracles.centre(scores, num)
 
 
-@pytest.mark.parametrize(("num_samples", "num"), [(10, 4), (100, 30), (101, 51), (200, 150), (8, 8)])
+@pytest.mark.parametrize(
+    ("num_samples", "num"), [(10, 4), (100, 30), (101, 51), (200, 150), (8, 8)]
+)
 def test_centre_is_the_published_rule(num_samples, num):
     """By shares it is exact where as many are dropped at either end."""
     score_N = np.random.default_rng(1).random(num_samples).astype(np.float32)
@@ -163,11 +176,21 @@ def test_stratum_budgets(counts, data):
     assert budget_S.tolist() == oracles.stratum_budgets(counts, num)
     assert budget_S.sum() == num, "nothing is left unassigned"
     assert (budget_S <= counts).all()
-    assert stratum_budgets(np.array([1, 5, 20, 3]), 16).tolist() == [1, 5, 7, 3], "by hand: shares 16/4, 15/3, 12/2, then 7"
+    assert stratum_budgets(np.array([1, 5, 20, 3]), 16).tolist() == [
+        1,
+        5,
+        7,
+        3,
+    ], "by hand: shares 16/4, 15/3, 12/2, then 7"
 
 
 @PROPERTY
-@given(st.one_of(TIED_SCORES, ANY_SCORES), st.integers(1, 8), st.sampled_from([0.0, 0.1, 0.3, 0.6]), st.data())
+@given(
+    st.one_of(TIED_SCORES, ANY_SCORES),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.1, 0.3, 0.6]),
+    st.data(),
+)
 def test_ccs_draws_each_budget_from_its_stratum(scores, num_strata, cutoff, data):
     score_N = np.array(scores, dtype=np.float32)
     rest = sorted(scores)[: len(scores) - round(cutoff * len(scores))]
@@ -176,13 +199,23 @@ def test_ccs_draws_each_budget_from_its_stratum(scores, num_strata, cutoff, data
     num = data.draw(st.integers(1, len(rest)))
     kept = score_N[ccs(score_N, num, num_strata=num_strata, hard_cutoff_rate=cutoff)].tolist()
     counts = oracles.stratum_counts(rest, rest[0], rest[-1], num_strata)
-    assert oracles.stratum_counts(kept, rest[0], rest[-1], num_strata) == oracles.stratum_budgets(counts, num)
+    assert oracles.stratum_counts(kept, rest[0], rest[-1], num_strata) == oracles.stratum_budgets(
+        counts, num
+    )
 
 
 def test_ccs_options_change_the_draw():
     score_N = np.random.default_rng(0).gamma(1.0, size=2000).astype(np.float32)
-    draws = [ccs(score_N, 400, **options).tobytes() for options in (
-        {}, {"seed": 1}, {"num_strata": 5}, {"hard_cutoff_rate": 0.1}, {"num_strata": 50, "hard_cutoff_rate": 0.0, "seed": 0})]
+    draws = [
+        ccs(score_N, 400, **options).tobytes()
+        for options in (
+            {},
+            {"seed": 1},
+            {"num_strata": 5},
+            {"hard_cutoff_rate": 0.1},
+            {"num_strata": 50, "hard_cutoff_rate": 0.0, "seed": 0},
+        )
+    ]
     assert draws[0] == draws[4], "the defaults"
     assert len(set(draws)) == 4
 
@@ -196,10 +229,12 @@ def test_cutoff_drops_exactly_the_hardest(cutoff):
 
 
 def test_ccs_is_uniform_inside_a_stratum():
-    """Six samples in one stratum, also those of equal score, two of them kept: each in a third of the draws."""
+    """Six samples in one stratum, also those of equal score, two of them kept: each in a third of
+    the draws."""
     score_N = np.array([0, 1, 2, 2, 3, 3], dtype=np.float32)
     draws = [ccs(score_N, 2, num_strata=1, seed=seed) for seed in range(3000)]
-    assert np.bincount(np.concatenate(draws)) / 3000 == pytest.approx(1 / 3, abs=0.04)  # 4.6 standard deviations
+    # 4.6 standard deviations
+    assert np.bincount(np.concatenate(draws)) / 3000 == pytest.approx(1 / 3, abs=0.04)
 
 
 @PROPERTY
@@ -211,7 +246,9 @@ def test_cutoff_that_leaves_too_few_names_one_that_works(num_samples, percent, d
     if num <= num_samples - round(cutoff * num_samples):
         assert len(ccs(score_N, num, hard_cutoff_rate=cutoff)) == num
         return
-    with pytest.raises(InputError, match=rf"hard_cutoff_rate={cutoff} leaves .* of {num_samples} .* {num} to keep") as error:
+    with pytest.raises(
+        InputError, match=rf"hard_cutoff_rate={cutoff} leaves .* of {num_samples} .* {num} to keep"
+    ) as error:
         ccs(score_N, num, hard_cutoff_rate=cutoff)
     largest = float(str(error.value).partition("at most ")[2].split()[0])
     assert len(ccs(score_N, num, hard_cutoff_rate=largest)) == num
@@ -221,8 +258,17 @@ def test_cutoff_that_leaves_too_few_names_one_that_works(num_samples, percent, d
 def test_default_cutoff_and_batch_size_follow_the_pruning_rate():
     """Steps at 0.8 and 0.9, also where a rate is off by a rounding error."""
     rule = {0.9: 0.25, 0.8: 0.5}  # in any order
-    wanted = {0.0: (0, 1), 0.7: (0, 1), 0.799: (0, 1), 0.8: (0.2, 0.5), 0.1 + 0.7: (0.2, 0.5), 0.85: (0.2, 0.5),
-              0.9: (0.3, 0.25), 1 - 0.1: (0.3, 0.25), 0.99: (0.3, 0.25)}
+    wanted = {
+        0.0: (0, 1),
+        0.7: (0, 1),
+        0.799: (0, 1),
+        0.8: (0.2, 0.5),
+        0.1 + 0.7: (0.2, 0.5),
+        0.85: (0.2, 0.5),
+        0.9: (0.3, 0.25),
+        1 - 0.1: (0.3, 0.25),
+        0.99: (0.3, 0.25),
+    }
     for rate, values in wanted.items():
         assert (default_hard_cutoff(rate), batch_size_factor(rate, rule)) == values, rate
     assert batch_size_factor(0.95, {}) == 1.0
@@ -231,7 +277,9 @@ def test_default_cutoff_and_batch_size_follow_the_pruning_rate():
 # ---- DUAL's Beta sampling
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(15.0, 1.0), (8.0, 8.0), (15.9, 0.1), (1.0, 15.0), (11.3, 4.7)])
+@pytest.mark.parametrize(
+    ("alpha", "beta"), [(15.0, 1.0), (8.0, 8.0), (15.9, 0.1), (1.0, 15.0), (11.3, 4.7)]
+)
 def test_density_of_the_beta_distribution(alpha, beta):
     p_N = np.linspace(0.01, 0.99, 99)
     want_N = [oracles.beta_density(p, alpha, beta) for p in p_N.tolist()]
@@ -242,13 +290,20 @@ def test_density_of_the_beta_distribution(alpha, beta):
 
 
 @PROPERTY
-@given(st.integers(1, 40), st.integers(0, 1000), st.sampled_from([0.0, 0.3, 0.5, 0.9]), st.sampled_from([1.0, 4.0, 11.0]))
+@given(
+    st.integers(1, 40),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 0.3, 0.5, 0.9]),
+    st.sampled_from([1.0, 4.0, 11.0]),
+)
 def test_beta_parameters(num_samples, seed, rate, c_d):
     rng = np.random.default_rng(seed)
     score_N = rng.permutation(num_samples).astype(np.float32)
     p_mean_N = rng.random(num_samples, dtype=np.float32)
     found = beta_parameters(p_mean_N, score_N, rate, c_d)
-    assert found == pytest.approx(oracles.beta_parameters(p_mean_N.tolist(), score_N.tolist(), rate, c_d), rel=1e-6)
+    assert found == pytest.approx(
+        oracles.beta_parameters(p_mean_N.tolist(), score_N.tolist(), rate, c_d), rel=1e-6
+    )
     alpha, beta = beta_parameters(np.ones(num_samples), score_N, rate, c_d)
     assert 0 < beta < 1e-5, "certain samples leave a distribution all the same"
     assert alpha + beta == 16
@@ -259,8 +314,10 @@ def test_weighted_draw_meets_its_probabilities():
     score_N = np.array([1.0, 0.5, 2.0, 0.2, 0.7], dtype=np.float32)
     p_mean_N = np.array([0.3, 0.5, 0.4, 0.7, 0.6], dtype=np.float32)
     alpha, beta = oracles.beta_parameters(p_mean_N.tolist(), score_N.tolist(), 0.5, 2.0)
-    weights = [oracles.beta_density(p, alpha, beta) * score
-               for p, score in zip(p_mean_N.tolist(), score_N.tolist(), strict=True)]
+    weights = [
+        oracles.beta_density(p, alpha, beta) * score
+        for p, score in zip(p_mean_N.tolist(), score_N.tolist(), strict=True)
+    ]
     want = oracles.inclusion_probabilities(weights, 2)
     draws = [beta_sample(score_N, p_mean_N, 2, 0.5, c_d=2.0, seed=seed) for seed in range(4000)]
     frequency = np.bincount(np.concatenate(draws), minlength=5) / 4000
@@ -283,18 +340,43 @@ def test_samples_of_weight_zero_come_last():
 ONES, RAMP, NAN = np.ones(5, dtype=np.float32), np.arange(10.0, dtype=np.float32), float("nan")
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    *((partial(num_kept, 100, rate), rf"pruning_rate={rate} must lie in \[0, 1\)")
-      for rate in (-0.1, 1.0, 1.5, 30, NAN, float("inf"))),
-    (partial(num_kept, 4, 0.9), r"pruning_rate=0\.9 keeps none of 4 samples; lower it"),
-    (partial(per_class, lambda member_m, quota: np.arange(quota), np.array([0, 1, -1]), 2), r"needs labels.*--beton"),
-    *((partial(ccs, RAMP, 1, hard_cutoff_rate=rate), rf"hard_cutoff_rate={rate} must lie in")
-      for rate in (-0.1, 1.0, NAN)),
-    *((partial(ccs, RAMP, 1, num_strata=num), rf"num_strata={num} must be at least 1") for num in (0, -1)),
-    *((partial(beta_sample, ONES, ONES / 2, 2, rate), rf"pruning_rate={rate} must lie in \[0, 1\)") for rate in (1.0, -0.1)),
-    *((partial(beta_sample, ONES, ONES / 2, 2, 0.5, c_d=c_d), rf"c_d={c_d} must be positive") for c_d in (0.0, -1.0, NAN)),
-    (partial(beta_sample, ONES - 1.5, ONES / 2, 1, 0.5), r"score -0\.5 is below 0.*such as dual"),
-])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        *(
+            (partial(num_kept, 100, rate), rf"pruning_rate={rate} must lie in \[0, 1\)")
+            for rate in (-0.1, 1.0, 1.5, 30, NAN, float("inf"))
+        ),
+        (partial(num_kept, 4, 0.9), r"pruning_rate=0\.9 keeps none of 4 samples; lower it"),
+        (
+            partial(per_class, lambda member_m, quota: np.arange(quota), np.array([0, 1, -1]), 2),
+            r"needs labels.*--beton",
+        ),
+        *(
+            (partial(ccs, RAMP, 1, hard_cutoff_rate=rate), rf"hard_cutoff_rate={rate} must lie in")
+            for rate in (-0.1, 1.0, NAN)
+        ),
+        *(
+            (partial(ccs, RAMP, 1, num_strata=num), rf"num_strata={num} must be at least 1")
+            for num in (0, -1)
+        ),
+        *(
+            (
+                partial(beta_sample, ONES, ONES / 2, 2, rate),
+                rf"pruning_rate={rate} must lie in \[0, 1\)",
+            )
+            for rate in (1.0, -0.1)
+        ),
+        *(
+            (partial(beta_sample, ONES, ONES / 2, 2, 0.5, c_d=c_d), rf"c_d={c_d} must be positive")
+            for c_d in (0.0, -1.0, NAN)
+        ),
+        (
+            partial(beta_sample, ONES - 1.5, ONES / 2, 1, 0.5),
+            r"score -0\.5 is below 0.*such as dual",
+        ),
+    ],
+)
 def test_what_cannot_be_chosen_is_refused(call, words):
     with pytest.raises(InputError, match=words):
         call()
@@ -310,7 +392,11 @@ def test_min_max():
     assert scaled.tolist() == [0.0, 0.5, 1.0, 0.5]
     assert score_N.tolist() == [-3, 1, 5, 1]
     assert min_max(np.full(4, 7, dtype=np.float32)).tolist() == [1.0] * 4
-    assert min_max(np.array([-3e38, 0, 3e38], dtype=np.float32)).tolist() == [0.0, 0.5, 1.0], "the range exceeds float32"
+    assert min_max(np.array([-3e38, 0, 3e38], dtype=np.float32)).tolist() == [
+        0.0,
+        0.5,
+        1.0,
+    ], "the range exceeds float32"
 
 
 def test_random_is_a_seeded_permutation():
@@ -324,16 +410,22 @@ def test_random_is_a_seeded_permutation():
 # ---- schedule
 
 
-@pytest.mark.parametrize(("total", "peak", "final"), [(1, 0.1, 0.0), (7, 0.1, 0.0), (300, 0.5, 0.01), (999, 1e-3, 0.0)])
+@pytest.mark.parametrize(
+    ("total", "peak", "final"), [(1, 0.1, 0.0), (7, 0.1, 0.0), (300, 0.5, 0.01), (999, 1e-3, 0.0)]
+)
 def test_learning_rate_is_torchs_cosine(total, peak, final):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=final)
     for step in range(total):
-        assert learning_rate(step, total, peak, final=final) == pytest.approx(cosine.get_last_lr()[0], abs=1e-9 * peak)
+        assert learning_rate(step, total, peak, final=final) == pytest.approx(
+            cosine.get_last_lr()[0], abs=1e-9 * peak
+        )
         optimizer.step()
         cosine.step()
     for step in (total, 5 * total):
-        assert learning_rate(step, total, peak, final=final) == pytest.approx(final), "past the end it stays"
+        assert learning_rate(step, total, peak, final=final) == pytest.approx(final), (
+            "past the end it stays"
+        )
     assert learning_rate(3, 3, 0.1, warmup_steps=3) == pytest.approx(0.1)
 
 
@@ -342,13 +434,21 @@ def test_warm_up_meets_the_cosine(total, warmup):
     rates = [learning_rate(step, total, 0.4, warmup_steps=warmup) for step in range(total)]
     assert rates[:warmup] == pytest.approx([0.4 * step / warmup for step in range(1, warmup + 1)])
     cosine = [learning_rate(step, total - warmup, 0.4) for step in range(total - warmup)]
-    assert rates[warmup:] == pytest.approx(cosine), "it fits into what the warm-up left, without a jump"
+    assert rates[warmup:] == pytest.approx(cosine), (
+        "it fits into what the warm-up left, without a jump"
+    )
     assert cosine == sorted(cosine, reverse=True)
 
 
 def test_strategy_epochs():
     assert [retrain_epochs(200, rate, "E") for rate in (0.0, 0.3, 0.9)] == [200, 200, 200]
-    assert [retrain_epochs(200, rate, "P") for rate in (0.0, 0.3, 0.5, 0.7, 0.9)] == [200, 286, 400, 667, 2000]
+    assert [retrain_epochs(200, rate, "P") for rate in (0.0, 0.3, 0.5, 0.7, 0.9)] == [
+        200,
+        286,
+        400,
+        667,
+        2000,
+    ]
     for rate in np.arange(0, 0.96, 0.05):
         assert abs(retrain_epochs(60, rate, "P") * (1 - rate) - 60) <= 0.5
     with pytest.raises(ValueError, match=r"'X' must be one of E, P"):

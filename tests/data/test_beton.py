@@ -1,4 +1,5 @@
-"""`.beton` files: round trips, what the inspector refuses, and that nothing half-written is left."""
+"""`.beton` files: round trips, what the inspector refuses, and that nothing half-written is
+left."""
 
 import json
 import multiprocessing
@@ -37,7 +38,13 @@ from tdds_dist.data.beton import (
     stored_bytes,
 )
 from tdds_dist.data.check import check, quick_check
-from tdds_dist.data.manifest import check_labels, check_paths, manifest_path, read_manifest, write_manifest
+from tdds_dist.data.manifest import (
+    check_labels,
+    check_paths,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from tdds_dist.data.sources import Source, open_source, with_corruption, with_label_noise
 from tdds_dist.data.writer import write_beton
 from tdds_dist.errors import InputError
@@ -76,10 +83,12 @@ def patch(path: Path, offset: int, array: np.ndarray) -> None:
 
 @contextmanager
 def edited(path: Path, part: str) -> Iterator[np.ndarray]:
-    """One of the tables of a file, written back after it was changed: `header`, `fields`, `metadata` or `allocations`."""
+    """One of the tables of a file, written back after it was changed: `header`, `fields`,
+    `metadata` or `allocations`."""
     header = np.fromfile(path, HEADER, 1)[0]
     dtype, count, offset = {
-        "header": (HEADER, 1, 0), "fields": (DESCRIPTOR, 2, HEADER.itemsize),
+        "header": (HEADER, 1, 0),
+        "fields": (DESCRIPTOR, 2, HEADER.itemsize),
         "metadata": (METADATA, int(header["num_samples"]), METADATA_START),
         "allocations": (ALLOCATION, -1, int(header["alloc_table_ptr"])),
     }[part]
@@ -107,10 +116,17 @@ def imagefolder(folder: Path) -> str:
     return f"imagefolder:{folder}"
 
 
-@pytest.mark.parametrize(("spec", "write_mode", "modes"), [
-    ("digits", "jpg", {JPG}), ("synthetic:100,7,40", "raw", {RAW}), ("imagefolder", "proportion", {JPG, RAW})])
+@pytest.mark.parametrize(
+    ("spec", "write_mode", "modes"),
+    [
+        ("digits", "jpg", {JPG}),
+        ("synthetic:100,7,40", "raw", {RAW}),
+        ("imagefolder", "proportion", {JPG, RAW}),
+    ],
+)
 def test_round_trip(tmp_path, monkeypatch, spec, write_mode, modes):
-    monkeypatch.setattr(beton, "IMAGES_PER_READ", 8)  # several parts, so that threads share the CRCs
+    # several parts, so that threads share the CRCs
+    monkeypatch.setattr(beton, "IMAGES_PER_READ", 8)
     spec = imagefolder(tmp_path / "images") if spec == "imagefolder" else spec
     source = open_source(spec, "val" if spec == "digits" else "train", subset=40)
     written = write(source, tmp_path / "new/x.beton", write_mode=write_mode, quality=80)
@@ -128,13 +144,30 @@ def test_round_trip(tmp_path, monkeypatch, spec, write_mode, modes):
 
     manifest = read_manifest(info.path)
     np.testing.assert_array_equal(manifest.label_N, source.label_N)
-    assert vars(replace(manifest, label_N=written.label_N, crc32_N=written.crc32_N)) == vars(written)
-    assert (manifest.path, manifest.class_names, manifest.split) == (source.path, source.class_names, source.split)
-    assert manifest.settings == {"write_mode": write_mode, "quality": 80, "max_resolution": None, "subset": 40}
-    assert manifest.image_size == (max(image.shape[0] for image in images), max(image.shape[1] for image in images))
+    assert vars(replace(manifest, label_N=written.label_N, crc32_N=written.crc32_N)) == vars(
+        written
+    )
+    assert (manifest.path, manifest.class_names, manifest.split) == (
+        source.path,
+        source.class_names,
+        source.split,
+    )
+    assert manifest.settings == {
+        "write_mode": write_mode,
+        "quality": 80,
+        "max_resolution": None,
+        "subset": 40,
+    }
+    assert manifest.image_size == (
+        max(image.shape[0] for image in images),
+        max(image.shape[1] for image in images),
+    )
     assert manifest.beton_bytes == info.path.stat().st_size
     content = info.path.read_bytes()
-    crc_N = [zlib.crc32(content[ptr : ptr + size]) for ptr, size in zip(info.data_ptr_N, info.size_N, strict=True)]
+    crc_N = [
+        zlib.crc32(content[ptr : ptr + size])
+        for ptr, size in zip(info.data_ptr_N, info.size_N, strict=True)
+    ]
     assert len(set(crc_N)) == 40
     assert manifest.crc32_N.dtype == np.uint32
     for found in (manifest.crc32_N, crc32_of_images(info, 1), crc32_of_images(info, 3)):
@@ -148,11 +181,17 @@ def test_ffcvs_own_reader_agrees(betons):
     assert reader.metadata_type == METADATA
     assert (reader.num_samples, reader.field_names) == (info.num_samples, info.field_names)
     image_N = reader.metadata["f0"]
-    for ours, theirs in ((info.label_N, reader.metadata["f1"]), (info.width_N, image_N["width"]),
-                         (info.height_N, image_N["height"]), (info.mode_N, image_N["mode"]),
-                         (info.data_ptr_N, image_N["data_ptr"])):
+    for ours, theirs in (
+        (info.label_N, reader.metadata["f1"]),
+        (info.width_N, image_N["width"]),
+        (info.height_N, image_N["height"]),
+        (info.mode_N, image_N["mode"]),
+        (info.data_ptr_N, image_N["data_ptr"]),
+    ):
         np.testing.assert_array_equal(ours, theirs)
-    size = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
+    size = dict(
+        zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True)
+    )
     assert info.size_N.tolist() == [size[ptr] for ptr in info.data_ptr_N.tolist()]
     assert sorted(reader.alloc_table["sample_id"]) == list(range(120))
 
@@ -168,16 +207,36 @@ def test_ffcvs_own_writer_and_all_its_fields_are_understood(tmp_path):
 
         def __getitem__(self, index: np.int64) -> tuple[object, ...]:
             i = int(index)
-            return (0.5, {"a": i}, np.full((16 + i, 20, 3), 4 * i, np.uint8), np.zeros(3, np.float32), i, 7 * i,
-                    np.arange(i % 3, dtype=np.uint8))
+            return (
+                0.5,
+                {"a": i},
+                np.full((16 + i, 20, 3), 4 * i, np.uint8),
+                np.zeros(3, np.float32),
+                i,
+                7 * i,
+                np.arange(i % 3, dtype=np.uint8),
+            )
 
-    fields = {"weight": FloatField(), "note": JSONField(), "picture": RGBImageField("jpg"),
-              "box": NDArrayField(np.dtype("float32"), (3,)), "label": IntField(), "row": IntField(), "blob": BytesField()}
-    DatasetWriter(str(tmp_path / "x.beton"), fields, num_workers=1).from_indexed_dataset(Samples(), chunksize=10)
+    fields = {
+        "weight": FloatField(),
+        "note": JSONField(),
+        "picture": RGBImageField("jpg"),
+        "box": NDArrayField(np.dtype("float32"), (3,)),
+        "label": IntField(),
+        "row": IntField(),
+        "blob": BytesField(),
+    }
+    DatasetWriter(str(tmp_path / "x.beton"), fields, num_workers=1).from_indexed_dataset(
+        Samples(), chunksize=10
+    )
     info = inspect_beton(tmp_path / "x.beton")
-    assert (info.image_field, info.label_field, info.field_names) == ("picture", "label", list(fields))
+    assert (info.image_field, info.label_field, info.field_names) == (
+        "picture",
+        "label",
+        list(fields),
+    )
     assert info.label_N.tolist() == list(range(30))
-    image, = read_images(info.path, [21], info)
+    (image,) = read_images(info.path, [21], info)
     assert image.shape == (37, 20, 3)
     assert np.abs(image.astype(int) - 84).max() < 4
     assert read_manifest(info.path) is None
@@ -187,13 +246,16 @@ def test_ffcvs_own_writer_and_all_its_fields_are_understood(tmp_path):
 
 
 def test_large_images_are_scaled_and_fit_their_page(tmp_path):
-    image = np.full((2000, 1500, 3), (250, 120, 3), np.uint8)  # 9 MB as raw pixels, more than FFCV's default page
+    # 9 MB as raw pixels, more than FFCV's default page
+    image = np.full((2000, 1500, 3), (250, 120, 3), np.uint8)
     source = replace(open_source("synthetic:2,1,8"), reader=lambda i: image)
     assert write(source, tmp_path / "raw.beton", write_mode="raw").image_size == (2000, 1500)
     np.testing.assert_array_equal(read_images(tmp_path / "raw.beton", [1])[0], image)
     manifest = write(source, tmp_path / "small.beton", max_resolution=100)
     assert (manifest.image_size, manifest.settings["max_resolution"]) == ((100, 75), 100)
-    assert np.abs(read_images(tmp_path / "small.beton", [0])[0].astype(int) - (250, 120, 3)).max() < 6
+    assert (
+        np.abs(read_images(tmp_path / "small.beton", [0])[0].astype(int) - (250, 120, 3)).max() < 6
+    )
 
 
 def test_the_number_of_workers_changes_no_image_and_noise_survives(tmp_path, capfd, monkeypatch):
@@ -201,21 +263,34 @@ def test_the_number_of_workers_changes_no_image_and_noise_survives(tmp_path, cap
     clean = open_source("synthetic:200,4,16", subset=130)
     source = noisy(clean, 0.2, 7)
     for name, num_workers in (("one", 1), ("again", 1), ("three", 3)):
-        write(source, tmp_path / f"{name}.beton", num_workers=num_workers, write_mode="proportion", progress=name == "three")
+        write(
+            source,
+            tmp_path / f"{name}.beton",
+            num_workers=num_workers,
+            write_mode="proportion",
+            progress=name == "three",
+        )
     shown = capfd.readouterr().err
     for part in ("write", "checksums"):
         assert shown.count(f"{part}: 100 %, 130 of 130 images") == 1
     assert "\r" not in shown
     for suffix in ("beton", "manifest.json"):
-        assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"again.{suffix}").read_bytes()
-    records = [json.loads(manifest_path(tmp_path / name).read_text()) for name in ("one.beton", "three.beton")]
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (
+            tmp_path / f"again.{suffix}"
+        ).read_bytes()
+    records = [
+        json.loads(manifest_path(tmp_path / name).read_text())
+        for name in ("one.beton", "three.beton")
+    ]
     for record in records:
         del record["beton_bytes"]  # every worker ends with a partly empty page
     assert records[0] == records[1]
     one, three = (inspect_beton(tmp_path / name) for name in ("one.beton", "three.beton"))
     assert (one.data_ptr_N != three.data_ptr_N).any()
     assert content_sha256(one) == content_sha256(three), "where an image lies is not content"
-    for i, (image, same) in enumerate(zip(*(read_images(info.path, range(130)) for info in (one, three)), strict=True)):
+    for i, (image, same) in enumerate(
+        zip(*(read_images(info.path, range(130)) for info in (one, three)), strict=True)
+    ):
         np.testing.assert_array_equal(image, same)
         if one.mode_N[i] == RAW:
             np.testing.assert_array_equal(image, source.read(i))
@@ -223,11 +298,23 @@ def test_the_number_of_workers_changes_no_image_and_noise_survives(tmp_path, cap
 
     manifest = read_manifest(three.path)
     assert manifest.corruption == source.corruption
-    for ours, theirs in ((manifest.true_label_N, clean.label_N), (manifest.label_N, source.label_N),
-                         (three.label_N, source.label_N), (manifest.noisy_N, source.label_N != clean.label_N)):
+    for ours, theirs in (
+        (manifest.true_label_N, clean.label_N),
+        (manifest.label_N, source.label_N),
+        (three.label_N, source.label_N),
+        (manifest.noisy_N, source.label_N != clean.label_N),
+    ):
         np.testing.assert_array_equal(ours, theirs)
     assert (manifest.noisy_N.dtype, manifest.noisy_N.sum()) == (bool, 26)
-    assert manifest.settings.items() >= {"subset": 130, "label_noise": 0.2, "corrupt": 0.2, "noise_seed": 7}.items()
+    assert (
+        manifest.settings.items()
+        >= {
+            "subset": 130,
+            "label_noise": 0.2,
+            "corrupt": 0.2,
+            "noise_seed": 7,
+        }.items()
+    )
     check_labels(three, 4, manifest)
     assert dataset_fingerprint(three, 4) == fingerprint(source.label_N, 4)
     assert manifest.labels_sha256 == fingerprint(source.label_N, 4).labels_sha256
@@ -236,13 +323,20 @@ def test_the_number_of_workers_changes_no_image_and_noise_survives(tmp_path, cap
 
 def test_importing_beton_does_not_import_ffcv():
     code = "import sys, tdds_dist.data.beton; print({'ffcv', 'numba', 'torch'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
 # --- writing that fails ---
 
 
-def refused_writing(source: Source, folder: Path, match: str, name: str = "x.beton", **settings: object) -> None:
+def refused_writing(
+    source: Source, folder: Path, match: str, name: str = "x.beton", **settings: object
+) -> None:
     """Writing is refused in these words, and leaves nothing behind."""
     before = left_behind(folder)
     with pytest.raises(InputError, match=match):
@@ -263,12 +357,25 @@ def test_bad_images_are_named(tmp_path):
     (tmp_path / "images/cat/07.png").write_bytes(b"this is no image")
     os.truncate(tmp_path / "images/cat/40.png", 40)
     source = open_source(f"imagefolder:{tmp_path / 'images'}")
-    refused_writing(source, tmp_path, r"2 images .*'cat/07.png': Unidentified.*'cat/40.png'.*repair or remove")
-    not_encodable = {36: np.zeros((4, 4), np.uint8), 38: np.zeros((4, 4, 3), np.float32), 39: np.zeros((1, 70000, 3), np.uint8)}
-    refused_writing(broken(open_source("synthetic:40,2,16"), not_encodable), tmp_path,
-                    r"3 images .*train/0000036.*train/0000038.*train/0000039", write_mode="raw")
-    refused_writing(replace(open_source("synthetic:100000,2,16"), reader=lambda i: 1 // 0), tmp_path,
-                    r"1\d\d\+ images .*ZeroDivisionError")  # stops early
+    refused_writing(
+        source, tmp_path, r"2 images .*'cat/07.png': Unidentified.*'cat/40.png'.*repair or remove"
+    )
+    not_encodable = {
+        36: np.zeros((4, 4), np.uint8),
+        38: np.zeros((4, 4, 3), np.float32),
+        39: np.zeros((1, 70000, 3), np.uint8),
+    }
+    refused_writing(
+        broken(open_source("synthetic:40,2,16"), not_encodable),
+        tmp_path,
+        r"3 images .*train/0000036.*train/0000038.*train/0000039",
+        write_mode="raw",
+    )
+    refused_writing(
+        replace(open_source("synthetic:100000,2,16"), reader=lambda i: 1 // 0),
+        tmp_path,
+        r"1\d\d\+ images .*ZeroDivisionError",
+    )  # stops early
 
 
 @pytest.mark.timeout(60)
@@ -316,10 +423,15 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path):
 @pytest.mark.timeout(60)
 def test_a_full_disk_ends_the_writing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, limits[1]))  # a write beyond it fails like one on a full disk
+    # a write beyond it fails like one on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, limits[1]))
     try:
-        refused_writing(open_source("synthetic:400,2,64"), tmp_path, r"cannot write .*File too large.*free space",
-                        write_mode="raw")
+        refused_writing(
+            open_source("synthetic:400,2,64"),
+            tmp_path,
+            r"cannot write .*File too large.*free space",
+            write_mode="raw",
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -335,12 +447,18 @@ def test_an_existing_file_is_overwritten_only_on_request(tmp_path):
     assert left_behind(tmp_path) == ["x.beton", "x.manifest.json"]
 
 
-@pytest.mark.parametrize(("name", "settings", "message"), [
-    ("x.ffcv", {}, "must end in .beton"), ("x.beton", {"write_mode": "png"}, "jpg, proportion, raw"),
-    ("x.beton", {"quality": 0}, "quality=0"), ("x.beton", {"max_resolution": 0}, "max_resolution=0"),
-    ("x.beton", {"num_workers": 0}, "num_workers=0"), ("a file/y.beton", {}, "cannot write"),
-    ("x.beton", {"path": ["ok", "a\nb"]}, "must be relative.*rename the file"),
-])
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("x.ffcv", {}, "must end in .beton"),
+        ("x.beton", {"write_mode": "png"}, "jpg, proportion, raw"),
+        ("x.beton", {"quality": 0}, "quality=0"),
+        ("x.beton", {"max_resolution": 0}, "max_resolution=0"),
+        ("x.beton", {"num_workers": 0}, "num_workers=0"),
+        ("a file/y.beton", {}, "cannot write"),
+        ("x.beton", {"path": ["ok", "a\nb"]}, "must be relative.*rename the file"),
+    ],
+)
 def test_impossible_requests_are_refused(tmp_path, name, settings, message):
     (tmp_path / "a file").write_text("where a folder should be")
     source = open_source("synthetic:2,1,8")
@@ -356,13 +474,33 @@ HALF_TABLE = 60 * ALLOCATION.itemsize
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("damage", [
-    *(lambda content, keep=keep: content[:keep]
-      for keep in (0, 1, 23, 24, 500, METADATA_START + 100, 1 << 20, (2 << 20) + 50, -HALF_TABLE, -24, -1)),
-    lambda content: content[:-HALF_TABLE] + bytes(HALF_TABLE),
-    lambda content: content[: METADATA_START + 240] + bytes(240) + content[METADATA_START + 480 :],
-    lambda content: content[:2] + RNG.bytes(HEADER.itemsize - 2) + content[HEADER.itemsize :],
-    lambda content: RNG.bytes(5000)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            lambda content, keep=keep: content[:keep]
+            for keep in (
+                0,
+                1,
+                23,
+                24,
+                500,
+                METADATA_START + 100,
+                1 << 20,
+                (2 << 20) + 50,
+                -HALF_TABLE,
+                -24,
+                -1,
+            )
+        ),
+        lambda content: content[:-HALF_TABLE] + bytes(HALF_TABLE),
+        lambda content: (
+            content[: METADATA_START + 240] + bytes(240) + content[METADATA_START + 480 :]
+        ),
+        lambda content: content[:2] + RNG.bytes(HEADER.itemsize - 2) + content[HEADER.itemsize :],
+        lambda content: RNG.bytes(5000),
+    ],
+)
 def test_a_file_that_is_not_whole_is_refused(copy, damage):
     copy.write_bytes(damage(copy.read_bytes()))
     with pytest.raises(InputError, match=NOT_WHOLE):
@@ -375,22 +513,35 @@ def test_what_is_no_file_is_refused(tmp_path, name):
         inspect_beton(tmp_path / name)
 
 
-@pytest.mark.parametrize(("part", "column", "row", "value", "message"), [
-    ("header", "version", 0, 3, "format version 3 instead of 2"), ("header", "num_samples", 0, 119, "header corrupted"),
-    ("header", "num_samples", 0, 0, "0 samples"), ("header", "num_samples", 0, 2**64 - 1, "header corrupted"),
-    ("header", "num_fields", 0, 0, "0 fields"), ("header", "num_fields", 0, 1, "exactly one"),
-    ("header", "num_fields", 0, 3, NOT_WHOLE), ("header", "num_fields", 0, 65535, "."),
-    ("header", "alloc_table_ptr", 0, 0, "not a finished file"),
-    ("header", "alloc_table_ptr", 0, 2**64 - 1, "header corrupted"),
-    ("fields", "type_id", 0, 1, "exactly one RGB image field"), ("fields", "type_id", 0, 0, "exactly one RGB image field"),
-    ("fields", "type_id", 1, 0, "exactly one int"), ("fields", "type_id", 1, 255, "custom type 255"),
-    ("fields", "type_id", 1, 77, "custom type 77"),
-    ("metadata", "data_ptr", 17, 12345, "1 images, the first of them 17, are not in"),
-    ("metadata", "data_ptr", 17, 2**64 - 1, "not in"), ("metadata", "width", 3, 0, "image 3"),
-    ("metadata", "mode", 119, 7, "image 119"), ("metadata", "mode", 5, RAW, "image 5"),
-    ("allocations", "ptr", 40, 5, "allocation table"), ("allocations", "ptr", 40, 2**64 - 1, "allocation table"),
-    ("allocations", "size", 40, 2**63, "allocation table"), ("allocations", "size", 40, 0, "allocation table"),
-])
+@pytest.mark.parametrize(
+    ("part", "column", "row", "value", "message"),
+    [
+        ("header", "version", 0, 3, "format version 3 instead of 2"),
+        ("header", "num_samples", 0, 119, "header corrupted"),
+        ("header", "num_samples", 0, 0, "0 samples"),
+        ("header", "num_samples", 0, 2**64 - 1, "header corrupted"),
+        ("header", "num_fields", 0, 0, "0 fields"),
+        ("header", "num_fields", 0, 1, "exactly one"),
+        ("header", "num_fields", 0, 3, NOT_WHOLE),
+        ("header", "num_fields", 0, 65535, "."),
+        ("header", "alloc_table_ptr", 0, 0, "not a finished file"),
+        ("header", "alloc_table_ptr", 0, 2**64 - 1, "header corrupted"),
+        ("fields", "type_id", 0, 1, "exactly one RGB image field"),
+        ("fields", "type_id", 0, 0, "exactly one RGB image field"),
+        ("fields", "type_id", 1, 0, "exactly one int"),
+        ("fields", "type_id", 1, 255, "custom type 255"),
+        ("fields", "type_id", 1, 77, "custom type 77"),
+        ("metadata", "data_ptr", 17, 12345, "1 images, the first of them 17, are not in"),
+        ("metadata", "data_ptr", 17, 2**64 - 1, "not in"),
+        ("metadata", "width", 3, 0, "image 3"),
+        ("metadata", "mode", 119, 7, "image 119"),
+        ("metadata", "mode", 5, RAW, "image 5"),
+        ("allocations", "ptr", 40, 5, "allocation table"),
+        ("allocations", "ptr", 40, 2**64 - 1, "allocation table"),
+        ("allocations", "size", 40, 2**63, "allocation table"),
+        ("allocations", "size", 40, 0, "allocation table"),
+    ],
+)
 def test_a_corrupted_number_is_refused(copy, part, column, row, value, message):
     with edited(copy, part) as table:
         (table["f0"] if part == "metadata" else table)[column][row] = value
@@ -430,8 +581,12 @@ def write_imagenet_sized(path: Path) -> int:
     metadata["f0"]["data_ptr"] = start + order * image_bytes
     metadata["f1"] = order % 1000
     table["ptr"], table["size"] = metadata["f0"]["data_ptr"], image_bytes
-    for offset, part in ((0, header), (HEADER.itemsize, fields), (METADATA_START, metadata),
-                         (int(header["alloc_table_ptr"][0]), table)):
+    for offset, part in (
+        (0, header),
+        (HEADER.itemsize, fields),
+        (METADATA_START, metadata),
+        (int(header["alloc_table_ptr"][0]), table),
+    ):
         patch(path, offset, part)
     return num_samples
 
@@ -458,15 +613,23 @@ def test_imagenet_size_takes_seconds(tmp_path):
 
 def test_labels_are_checked_against_the_number_of_classes(copy, betons):
     info, manifest = inspect_beton(betons["train"]), read_manifest(betons["train"])
-    assert dataset_fingerprint(info, 10) == fingerprint(open_source("digits", subset=120).label_N, 10)
+    assert dataset_fingerprint(info, 10) == fingerprint(
+        open_source("digits", subset=120).label_N, 10
+    )
     first = int(np.flatnonzero(info.label_N >= 9)[0])
     for known in (manifest, None):
         check_labels(info, 10, known)
-        with pytest.raises(InputError, match=rf"sample {first} has label 9, outside \[0, 9\).*set data.num_classes"):
+        with pytest.raises(
+            InputError, match=rf"sample {first} has label 9, outside \[0, 9\).*set data.num_classes"
+        ):
             check_labels(info, 9, known)
-        with pytest.raises(InputError, match=r"data.num_classes=11, but .* has 10 classes; set data.num_classes=10"):
+        with pytest.raises(
+            InputError, match=r"data.num_classes=11, but .* has 10 classes; set data.num_classes=10"
+        ):
             check_labels(info, 11, known)
-    more = replace(manifest, num_classes=12, labels_sha256=fingerprint(info.label_N, 12).labels_sha256)
+    more = replace(
+        manifest, num_classes=12, labels_sha256=fingerprint(info.label_N, 12).labels_sha256
+    )
     check_labels(info, 12, more)  # classes that the file lacks are known from its manifest
     check_labels(info, 12, None, complete=False)
     with edited(copy, "metadata") as metadata:
@@ -475,10 +638,16 @@ def test_labels_are_checked_against_the_number_of_classes(copy, betons):
         check_labels(inspect_beton(copy), 10)
 
 
-@pytest.mark.parametrize("change", [lambda label_N: (label_N + 1) % 10,
-                                    lambda label_N: label_N + (np.arange(120) == 7) * (1 << 40)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda label_N: (label_N + 1) % 10,
+        lambda label_N: label_N + (np.arange(120) == 7) * (1 << 40),
+    ],
+)
 def test_labels_of_another_file_are_refused(copy, betons, change):
-    """Also where damage makes one label larger than any class: no reason to set another number of classes."""
+    """Also where damage makes one label larger than any class: no reason to set another number of
+    classes."""
     with edited(copy, "metadata") as metadata:
         metadata["f1"] = change(metadata["f1"])
     with pytest.raises(InputError, match=r"labels are not those of .*manifest.json"):
@@ -490,10 +659,25 @@ def test_labels_of_another_file_are_refused(copy, betons, change):
 
 def test_a_clean_manifest_has_the_keys_it_always_had(betons, copy):
     record = json.loads(manifest_path(betons["train"]).read_text())
-    assert list(record) == ["format", "source", "split", "num_samples", "num_classes", "class_names", "beton_bytes",
-                            "labels_sha256", "settings", "image_size", "columns"]
+    assert list(record) == [
+        "format",
+        "source",
+        "split",
+        "num_samples",
+        "num_classes",
+        "class_names",
+        "beton_bytes",
+        "labels_sha256",
+        "settings",
+        "image_size",
+        "columns",
+    ]
     assert record["format"] == "tdds-manifest-1"
-    assert {key: len(column) for key, column in record["columns"].items()} == {"path": 120, "label": 120, "crc32": 120}
+    assert {key: len(column) for key, column in record["columns"].items()} == {
+        "path": 120,
+        "label": 120,
+        "crc32": 120,
+    }
     manifest = read_manifest(betons["train"])
     assert (manifest.true_label_N, manifest.corruption, manifest.noisy_N) == (None, None, None)
     write_manifest(manifest_path(copy), replace(manifest, crc32_N=None))  # as older ones
@@ -503,29 +687,56 @@ def test_a_clean_manifest_has_the_keys_it_always_had(betons, copy):
 
 @pytest.fixture
 def record_of(copy, betons):
-    """Writes the manifest of the copy, with all columns there can be and some keys or columns changed."""
+    """Writes the manifest of the copy, with all columns there can be and some keys or columns
+    changed."""
     whole = json.loads(manifest_path(betons["train"]).read_text())
-    columns = whole["columns"] | {"true_label": [0] * 120, "corruption": ["fog"] * 120, "crc32": [0] * 119 + [2**32 - 1]}
+    columns = whole["columns"] | {
+        "true_label": [0] * 120,
+        "corruption": ["fog"] * 120,
+        "crc32": [0] * 119 + [2**32 - 1],
+    }
 
     def write_record(**changes: object) -> None:
-        record = whole | {"columns": columns | {key: value for key, value in changes.items() if key in columns}}
+        record = whole | {
+            "columns": columns | {key: value for key, value in changes.items() if key in columns}
+        }
         record |= {key: value for key, value in changes.items() if key not in columns}
         manifest_path(copy).write_text(json.dumps(record))
 
     write_record.columns = columns
     write_record()
     read = read_manifest(copy)
-    assert (read.corruption, read.crc32_N[-1], read.true_label_N.tolist()) == (["fog"] * 120, 2**32 - 1, [0] * 120)
+    assert (read.corruption, read.crc32_N[-1], read.true_label_N.tolist()) == (
+        ["fog"] * 120,
+        2**32 - 1,
+        [0] * 120,
+    )
     return write_record
 
 
 NOT_WHOLE_MANIFEST = r"is not a whole manifest .*remove it"
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("path", "/etc/passwd"), ("path", "../x.png"), ("path", 3), ("label", 10), ("label", -1), ("label", 1e300), ("label", None),
-    ("true_label", 10), ("true_label", -1), ("corruption", "rain"), ("corruption", None), ("corruption", []),
-    ("crc32", -1), ("crc32", 2**32), ("crc32", 2**70)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("path", "/etc/passwd"),
+        ("path", "../x.png"),
+        ("path", 3),
+        ("label", 10),
+        ("label", -1),
+        ("label", 1e300),
+        ("label", None),
+        ("true_label", 10),
+        ("true_label", -1),
+        ("corruption", "rain"),
+        ("corruption", None),
+        ("corruption", []),
+        ("crc32", -1),
+        ("crc32", 2**32),
+        ("crc32", 2**70),
+    ],
+)
 def test_a_damaged_entry_of_a_manifest_is_refused(copy, record_of, key, value):
     column = record_of.columns[key]
     record_of(**{key: [*column[:2], value, *column[3:]]})
@@ -533,20 +744,50 @@ def test_a_damaged_entry_of_a_manifest_is_refused(copy, record_of, key, value):
         read_manifest(copy)
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("format", "other"), ("num_samples", "120"), ("num_classes", 9), ("class_names", "0123456789"), ("labels_sha256", ""),
-    ("image_size", [1]), ("columns", []), ("settings", []), ("surplus", 1),
-    *(("true_label", value) for value in ([0] * 119, [0] * 121, [[0]] * 120, ["cat"] * 120, [None] * 120, 3)),
-    *(("corruption", value) for value in ([""] * 119, "f" * 120, 3)),
-    *(("crc32", value) for value in ([0] * 119, [0] * 121, [], [0.5] * 120, ["1"] * 120, [None] * 120, [True] * 120,
-                                     [[0]] * 120, 3, "crc", {}))])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", "other"),
+        ("num_samples", "120"),
+        ("num_classes", 9),
+        ("class_names", "0123456789"),
+        ("labels_sha256", ""),
+        ("image_size", [1]),
+        ("columns", []),
+        ("settings", []),
+        ("surplus", 1),
+        *(
+            ("true_label", value)
+            for value in ([0] * 119, [0] * 121, [[0]] * 120, ["cat"] * 120, [None] * 120, 3)
+        ),
+        *(("corruption", value) for value in ([""] * 119, "f" * 120, 3)),
+        *(
+            ("crc32", value)
+            for value in (
+                [0] * 119,
+                [0] * 121,
+                [],
+                [0.5] * 120,
+                ["1"] * 120,
+                [None] * 120,
+                [True] * 120,
+                [[0]] * 120,
+                3,
+                "crc",
+                {},
+            )
+        ),
+    ],
+)
 def test_a_damaged_key_or_column_of_a_manifest_is_refused(copy, record_of, key, value):
     record_of(**{key: value})
     with pytest.raises(InputError, match=NOT_WHOLE_MANIFEST):
         read_manifest(copy)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"\xff", b'{"format": "tdds-manifest-1"', b"null", b"[" * 100000])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{}", b"\xff", b'{"format": "tdds-manifest-1"', b"null", b"[" * 100000]
+)
 def test_a_manifest_that_is_no_record_is_refused(copy, text):
     manifest_path(copy).write_bytes(text)
     with pytest.raises(InputError, match=NOT_WHOLE_MANIFEST):
@@ -562,11 +803,29 @@ def test_a_manifest_of_another_file_is_refused(copy, record_of):
         read_manifest(copy)
 
 
-@pytest.mark.parametrize(("path", "is_good"), [
-    ("a/b.jpg", True), ("a..b/c:d.jpg", True), ("ü/ß 日本.jpg", True), ("a/...jpg", True), ("ab:c", True), ("\x7f", True),
-    ("/a", False), ("C:a", False), ("a\\b", False), ("../a", False), ("a/../b", False), ("a/..", False), ("..", False),
-    ("a\nb", False), ("a\0", False), ("\n", False), ("", False), ("a\n", False),
-])
+@pytest.mark.parametrize(
+    ("path", "is_good"),
+    [
+        ("a/b.jpg", True),
+        ("a..b/c:d.jpg", True),
+        ("ü/ß 日本.jpg", True),
+        ("a/...jpg", True),
+        ("ab:c", True),
+        ("\x7f", True),
+        ("/a", False),
+        ("C:a", False),
+        ("a\\b", False),
+        ("../a", False),
+        ("a/../b", False),
+        ("a/..", False),
+        ("..", False),
+        ("a\nb", False),
+        ("a\0", False),
+        ("\n", False),
+        ("", False),
+        ("a\n", False),
+    ],
+)
 def test_every_path_of_many_is_looked_at(path, is_good):
     for place in range(3):
         paths = ["x/1.jpg", "y.jpg"]

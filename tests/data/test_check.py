@@ -1,4 +1,5 @@
-"""`tdds check`: every damaged image is found and named by its global index, and nothing ends in a crash."""
+"""`tdds check`: every damaged image is found and named by its global index, and nothing ends in a
+crash."""
 
 import io
 import os
@@ -27,7 +28,8 @@ from tests.data.test_beton import METADATA, METADATA_START, edited, patch, zero_
 
 @pytest.fixture
 def copy_of(betons, tmp_path):
-    """Copies a file of `betons`, with its manifest unless told otherwise, to be damaged; gives its info as it was."""
+    """Copies a file of `betons`, with its manifest unless told otherwise, to be damaged; gives its
+    info as it was."""
 
     def copy(name: str, with_manifest: bool = True) -> BetonInfo:
         path = tmp_path / "copy.beton"
@@ -76,10 +78,14 @@ def test_a_sound_file_is_said_to_be_sound(copy_of, name, with_manifest, capsys):
     num = info.num_samples
     assert main(["check", str(info.path)]) == 0
     printed = capsys.readouterr()
-    line, = printed.out.splitlines()
+    (line,) = printed.out.splitlines()
     assert f"{num} of {num} images checked" in line
     assert "images/s" in line
-    crc = f"{num} with the CRC-32 of the manifest" if with_manifest else "no CRC-32 to compare with (no manifest)"
+    crc = (
+        f"{num} with the CRC-32 of the manifest"
+        if with_manifest
+        else "no CRC-32 to compare with (no manifest)"
+    )
     assert line.endswith(f": {num} decoded, {crc}")
     assert "error" not in printed.err
     quick(info.path)
@@ -87,9 +93,13 @@ def test_a_sound_file_is_said_to_be_sound(copy_of, name, with_manifest, capsys):
 
 def test_images_of_many_sizes_and_both_modes_are_sound(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (*rng.integers(1, 70, 2), 3), dtype=np.uint8) for _ in range(200)]
+    images = [
+        rng.integers(0, 256, (*rng.integers(1, 70, 2), 3), dtype=np.uint8) for _ in range(200)
+    ]
     source = replace(open_source("synthetic:200,4,16"), reader=lambda i: images[i])
-    write_beton(source, tmp_path / "x.beton", write_mode="proportion", num_workers=2, progress=False)
+    write_beton(
+        source, tmp_path / "x.beton", write_mode="proportion", num_workers=2, progress=False
+    )
     for images_at_once in (512, 7):
         monkeypatch.setattr(check_module, "CHUNK_IMAGES", images_at_once)
         result = check(tmp_path / "x.beton", progress=False)
@@ -128,7 +138,7 @@ def test_a_damaged_jpeg_is_named(copy_of, damage, capsys):
     assert "crc" in reasons.split(",")
     assert "61 of 61 images checked" in summary
     assert "60 with the CRC-32" in summary
-    error, = (line for line in printed.err.splitlines() if "error" in line)
+    (error,) = (line for line in printed.err.splitlines() if "error" in line)
     assert "1 of 61 images are damaged, at global indices [17] (1 by crc" in error
     assert "repair these images in the source" in error
     with pytest.raises(InputError, match=r"1 of 61 images are damaged, at global indices \[17\]"):
@@ -150,7 +160,9 @@ def test_a_changed_raw_pixel_is_found_by_its_crc_alone(copy_of):
     info = copy_of("raw")
     patch(info.path, int(info.data_ptr_N[40]) + 1234, np.zeros(1, np.uint8))
     assert faults(info) == {40: ["crc"]}
-    with pytest.raises(InputError, match=r"1 of 97 images are damaged, at global indices \[40\] \(1 by crc\)"):
+    with pytest.raises(
+        InputError, match=r"1 of 97 images are damaged, at global indices \[40\] \(1 by crc\)"
+    ):
         quick(info.path)
     write_manifest(manifest_path(info.path), replace(read_manifest(info.path), crc32_N=None))
     result = check(info.path, progress=False)
@@ -167,7 +179,9 @@ def test_crc_finds_every_single_changed_byte_of_a_jpeg(copy_of):
         data[at] ^= rng.integers(1, 256, len(at)).astype(np.uint8)
         data.tofile(info.path)
         found = faults(info)
-        assert sorted(index for index, reasons in found.items() if "crc" in reasons) == list(range(61))
+        assert sorted(index for index, reasons in found.items() if "crc" in reasons) == list(
+            range(61)
+        )
         found_by_decoder += sum(len(reasons) > 1 for reasons in found.values())
     assert 0.1 < found_by_decoder / (20 * 61) < 0.7  # so it takes the CRC
 
@@ -179,11 +193,15 @@ def test_images_that_changed_places_are_found(copy_of):
     assert faults(info) == {5: ["crc"], 50: ["crc"]}
 
 
-@pytest.mark.parametrize(("key", "value"), [("width", 79), ("height", 40), ("width", 65535), ("height", 160), (None, 72)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("width", 79), ("height", 40), ("width", 65535), ("height", 160), (None, 72)]
+)
 def test_a_jpeg_of_another_size_than_its_metadata_says_is_found(copy_of, key, value):
     info = copy_of("big", with_manifest=False)
     if key is None:  # the JPEG itself states another height
-        data = np.fromfile(info.path, np.uint8, int(info.size_N[8]), offset=int(info.data_ptr_N[8])).tobytes()
+        data = np.fromfile(
+            info.path, np.uint8, int(info.size_N[8]), offset=int(info.data_ptr_N[8])
+        ).tobytes()
         at = data.index(b"\xff\xc0") + 5
         assert data[at : at + 4] == bytes([0, 80, 0, 80])
         patch(info.path, int(info.data_ptr_N[8]) + at + 1, np.full(1, value, np.uint8))
@@ -200,14 +218,19 @@ def test_all_bad_images_are_found_and_fifty_are_listed(copy_of, monkeypatch, num
     monkeypatch.setattr(check_module, "CHUNK_IMAGES", 9)
     info, bad = copy_of("train"), [*range(0, 110, 2), 111, 113, 119]
     spoil(info, bad)
-    assert check(info.path, num_workers=num_workers, progress=False).faults == {i: ["crc", "decode"] for i in bad}
+    assert check(info.path, num_workers=num_workers, progress=False).faults == {
+        i: ["crc", "decode"] for i in bad
+    }
     assert main(["check", str(info.path), "--num-workers", str(num_workers)]) == 2
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert [int(line.split("\t")[0]) for line in lines[:50]] == bad[:50]
     assert lines[50] == "... and 8 more"
     assert "62 decoded, 62 with the CRC-32" in lines[51]
-    assert "58 of 120 images are damaged, at global indices [0, 2, 4, 6, 8, 10, 12, 14] ..." in printed.err
+    assert (
+        "58 of 120 images are damaged, at global indices [0, 2, 4, 6, 8, 10, 12, 14] ..."
+        in printed.err
+    )
 
 
 # ---- anything else that is wrong: one line and exit code 2
@@ -215,12 +238,16 @@ def test_all_bad_images_are_found_and_fifty_are_listed(copy_of, monkeypatch, num
 
 def other_crcs(info: BetonInfo) -> None:
     manifest = read_manifest(info.path)
-    write_manifest(manifest_path(info.path), replace(manifest, crc32_N=manifest.crc32_N ^ np.uint32(1)))
+    write_manifest(
+        manifest_path(info.path), replace(manifest, crc32_N=manifest.crc32_N ^ np.uint32(1))
+    )
 
 
 def other_manifest(info: BetonInfo) -> None:
     manifest = read_manifest(info.path)
-    write_manifest(manifest_path(info.path), replace(manifest, beton_bytes=manifest.beton_bytes + 1))
+    write_manifest(
+        manifest_path(info.path), replace(manifest, beton_bytes=manifest.beton_bytes + 1)
+    )
 
 
 def other_label(info: BetonInfo) -> None:
@@ -234,16 +261,23 @@ def negative_labels(info: BetonInfo) -> None:
         metadata["f1"] = -7
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (other_crcs, "none of 97 images has the CRC-32"), (other_crcs, "manifest of another file"),
-    (other_manifest, "describes 97 samples"), (other_label, "labels are not those of"),
-    (negative_labels, "sample 0 has label -7"), (lambda info: info.path.unlink(), "does not exist"),
-    (lambda info: os.truncate(info.path, info.num_bytes // 2), "is not a whole .beton file")])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (other_crcs, "none of 97 images has the CRC-32"),
+        (other_crcs, "manifest of another file"),
+        (other_manifest, "describes 97 samples"),
+        (other_label, "labels are not those of"),
+        (negative_labels, "sample 0 has label -7"),
+        (lambda info: info.path.unlink(), "does not exist"),
+        (lambda info: os.truncate(info.path, info.num_bytes // 2), "is not a whole .beton file"),
+    ],
+)
 def test_what_else_is_wrong_is_one_line(copy_of, damage, words, capsys):
     info = copy_of("raw")
     damage(info)
     assert main(["check", str(info.path)]) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tdds check: error: ")
     assert words in line
     with pytest.raises(InputError, match=words):
@@ -263,9 +297,15 @@ def test_every_bit_of_a_record_that_matters_is_guarded(copy_of, name):
     record = METADATA_START + 20 * METADATA.itemsize
     unused = range(13, 16)  # padding of the record
     table_start = int(np.fromfile(info.path, HEADER, 1)["alloc_table_ptr"][0])
-    row = np.fromfile(info.path, ALLOCATION, offset=table_start)["ptr"].tolist().index(info.data_ptr_N[20])
+    row = (
+        np.fromfile(info.path, ALLOCATION, offset=table_start)["ptr"]
+        .tolist()
+        .index(info.data_ptr_N[20])
+    )
     entry = table_start + row * ALLOCATION.itemsize + 8  # ptr and size; sample_id is not used
-    for at in [record + byte for byte in range(24) if byte not in unused] + list(range(entry, entry + 16)):
+    for at in [record + byte for byte in range(24) if byte not in unused] + list(
+        range(entry, entry + 16)
+    ):
         before = np.fromfile(info.path, np.uint8, 1, offset=at)
         for bit in range(8):
             patch(info.path, at, before ^ np.uint8(1 << bit))
@@ -279,8 +319,13 @@ def test_random_damage_never_ends_in_anything_but_an_input_error(copy_of):
     info, rng = copy_of("big", with_manifest=False), np.random.default_rng(0)
     content, said = info.path.read_bytes(), []
     table = len(content) - info.num_samples * ALLOCATION.itemsize
-    regions = [(0, 24), (24, METADATA_START), (METADATA_START, METADATA_START + 61 * 24), (table, len(content)),
-               (int(info.data_ptr_N.min()), int((info.data_ptr_N + info.size_N).max()))]
+    regions = [
+        (0, 24),
+        (24, METADATA_START),
+        (METADATA_START, METADATA_START + 61 * 24),
+        (table, len(content)),
+        (int(info.data_ptr_N.min()), int((info.data_ptr_N + info.size_N).max())),
+    ]
     for round_number in range(150):
         first, end = regions[round_number % len(regions)]
         at = int(rng.integers(first, end))
@@ -303,7 +348,10 @@ def test_the_quick_check_takes_the_first_the_last_and_some_between(copy_of, monk
     for index in (0, 119):
         info = copy_of("train")
         spoil(info, [index])
-        with pytest.raises(InputError, match=rf"1 of 2 checked images are damaged, at global indices \[{index}\].*names all"):
+        with pytest.raises(
+            InputError,
+            match=rf"1 of 2 checked images are damaged, at global indices \[{index}\].*names all",
+        ):
             quick(info.path, num=1)
     info = copy_of("train")
     spoil(info, range(1, 119))
@@ -332,8 +380,16 @@ def test_the_quick_check_looks_at_the_file_as_it_is_now(copy_of):
 # ---- the header of a JPEG
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"x" * 500}, {"exif": b"Exif\0\0" + bytes(90)},
-                                     {"quality": 1, "subsampling": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"comment": b"x" * 500},
+        {"exif": b"Exif\0\0" + bytes(90)},
+        {"quality": 1, "subsampling": 2},
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_the_stated_size_is_that_of_pillow(options, mode):
     buffer = io.BytesIO()
@@ -342,11 +398,26 @@ def test_the_stated_size_is_that_of_pillow(options, mode):
     assert jpeg_size(data) == (300, 37)
     assert jpeg_size(data[:2] + b"\xff" + data[2:]) == (300, 37)  # a fill byte
     for marker in (0xC4, 0xC8, 0xCC):  # among those of frames, but none
-        assert jpeg_size(data[:2] + bytes([0xFF, marker, 0, 9]) + b"\x08\0\1\0\1xx" + data[2:]) == (300, 37)
+        assert jpeg_size(data[:2] + bytes([0xFF, marker, 0, 9]) + b"\x08\0\1\0\1xx" + data[2:]) == (
+            300,
+            37,
+        )
     assert all(jpeg_size(data[:end]) in (None, (300, 37)) for end in range(len(data)))
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + bytes(50), bytes(100),
-                                  b"\xff\xd8" + b"\xff\xe0\0\0" * 30, b"\xff\xd8" + b"\xff" * 100, b"\xff" * 100])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        b"\xff\xd8",
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n" + bytes(50),
+        bytes(100),
+        b"\xff\xd8" + b"\xff\xe0\0\0" * 30,
+        b"\xff\xd8" + b"\xff" * 100,
+        b"\xff" * 100,
+    ],
+)
 def test_what_is_no_jpeg_has_no_size(data):
     assert jpeg_size(data) is None

@@ -15,17 +15,34 @@ def draws(seed: int = 0) -> np.random.Generator:
 
 
 def pattern(name: str, height: int, width: int, contrast: int) -> np.ndarray:
-    """A uint8 [H, W, 3] image that some blur, some coarser grid or some colour could leave as it is."""
+    """A uint8 [H, W, 3] image that some blur, some coarser grid or some colour could leave as it
+    is."""
     row, column = np.indices((height, width))
-    mask_HW = {"upper half": row < height // 2, "left half": column < width // 2, "rows": row % 2, "columns": column % 2,
-               "checkerboard": (row + column) % 2, "diagonals": (row + column) % 3 == 0,
-               "other diagonals": (row - column) % 3 == 0, "pixels of 4": (row // 4 + column // 4) % 2,
-               "a dot": (row == 5) & (column == 2)}[name]
+    mask_HW = {
+        "upper half": row < height // 2,
+        "left half": column < width // 2,
+        "rows": row % 2,
+        "columns": column % 2,
+        "checkerboard": (row + column) % 2,
+        "diagonals": (row + column) % 3 == 0,
+        "other diagonals": (row - column) % 3 == 0,
+        "pixels of 4": (row // 4 + column // 4) % 2,
+        "a dot": (row == 5) & (column == 2),
+    }[name]
     return np.repeat((100 + contrast * mask_HW).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-PATTERNS = ("upper half", "left half", "rows", "columns", "checkerboard", "diagonals", "other diagonals", "pixels of 4",
-            "a dot")
+PATTERNS = (
+    "upper half",
+    "left half",
+    "rows",
+    "columns",
+    "checkerboard",
+    "diagonals",
+    "other diagonals",
+    "pixels of 4",
+    "a dot",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +62,9 @@ def test_every_kind_changes_every_image_and_keeps_its_form(kind, shape):
 @pytest.mark.parametrize("spec", ["digits", "synthetic:1,1,32", "synthetic:1,1,500"])
 def test_the_change_is_one_that_a_person_sees(kind, spec):
     image = open_source(spec).read(0)[:375]
-    changed = [np.abs(corrupt(image, kind, draws(seed)).astype(int) - image).mean() for seed in range(6)]
+    changed = [
+        np.abs(corrupt(image, kind, draws(seed)).astype(int) - image).mean() for seed in range(6)
+    ]
     assert min(changed) > 5  # levels of 255, over the whole image
 
 
@@ -65,14 +84,17 @@ def test_noise_and_occlusion_show_on_a_plain_image(level):
 
 
 def test_noise_has_its_strength_and_no_offset():
-    change = corrupt(np.full((100, 100, 3), 128, np.uint8), "gaussian_noise", draws()).astype(float) - 128
+    change = (
+        corrupt(np.full((100, 100, 3), 128, np.uint8), "gaussian_noise", draws()).astype(float)
+        - 128
+    )
     assert abs(change.mean()) < 1
     assert 38 < change.std() < 42
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (375, 500), (8, 64)])
 def test_an_occlusion_is_one_rectangle_of_one_colour(shape):
-    image = open_source("synthetic:1,1,500").read(0)[:shape[0], :shape[1]]
+    image = open_source("synthetic:1,1,500").read(0)[: shape[0], : shape[1]]
     places = set()
     for seed in range(10):
         out = corrupt(image, "occlusion", draws(seed))
@@ -80,7 +102,8 @@ def test_an_occlusion_is_one_rectangle_of_one_colour(shape):
         top, bottom, left, right = row.min(), row.max() + 1, column.min(), column.max() + 1
         assert len(np.unique(out[top:bottom, left:right].reshape(-1, 3), axis=0)) == 1
         for extent, side in ((bottom - top, shape[0]), (right - left, shape[1])):
-            assert 0.3 * side - 2 <= extent <= 0.6 * side + 1  # a pixel may have had the colour before
+            # a pixel may have had the colour before
+            assert 0.3 * side - 2 <= extent <= 0.6 * side + 1
         places.add((int(top), int(left)))
     assert len(places) > 3
 
@@ -115,14 +138,18 @@ def test_a_motion_blur_draws_a_dot_out_into_a_line(side):
         spread = np.linalg.svd(np.stack([row - row.mean(), column - column.mean()]))
         length = np.hypot(np.ptp(row), np.ptp(column))
         assert 0.15 * side - 2 <= length <= 0.25 * side + 2
-        assert spread.S[1] <= 0.5 * np.sqrt(len(row))  # half a pixel beside the line, root mean square
+        # half a pixel beside the line, root mean square
+        assert spread.S[1] <= 0.5 * np.sqrt(len(row))
         angles.append(np.arctan2(*spread.U[:, 0]) % np.pi)
     assert np.ptp(angles) > 1.5
 
 
 def test_what_cannot_be_corrupted_is_refused():
     image = np.zeros((20, 20, 3), np.uint8)
-    with pytest.raises(InputError, match=r"'rain' is unknown; use one of gaussian_noise, occlusion, .*fog, motion_blur"):
+    with pytest.raises(
+        InputError,
+        match=r"'rain' is unknown; use one of gaussian_noise, occlusion, .*fog, motion_blur",
+    ):
         corrupt(image, "rain", draws())
     with pytest.raises(InputError, match=r"7 x 20 pixels is too small .*at least 8, remove it"):
         corrupt(image[:, :7], "fog", draws())
@@ -134,21 +161,64 @@ def test_what_cannot_be_corrupted_is_refused():
 BY_KIND = "(3 gaussian_noise, 3 occlusion, 2 resolution, 2 fog, 2 motion_blur)"
 
 
-@pytest.mark.parametrize(("options", "settings", "note", "warned"), [
-    ("", {}, "", False),
-    ("--label-noise 0.1 --corrupt 0.2 --seed 3", {"label_noise": 0.1, "corrupt": 0.2, "noise_seed": 3},
-     f"noise (seed 3): 6 labels changed, 12 images corrupted {BY_KIND}", False),
-    ("--split val --corrupt 0.2", {"corrupt": 0.2, "noise_seed": 0},
-     f"noise (seed 0): 0 labels changed, 12 images corrupted {BY_KIND}", True)])
-def test_the_command_adds_noise_and_says_how_much(tmp_path, capsys, options, settings, note, warned):
+@pytest.mark.parametrize(
+    ("options", "settings", "note", "warned"),
+    [
+        ("", {}, "", False),
+        (
+            "--label-noise 0.1 --corrupt 0.2 --seed 3",
+            {"label_noise": 0.1, "corrupt": 0.2, "noise_seed": 3},
+            f"noise (seed 3): 6 labels changed, 12 images corrupted {BY_KIND}",
+            False,
+        ),
+        (
+            "--split val --corrupt 0.2",
+            {"corrupt": 0.2, "noise_seed": 0},
+            f"noise (seed 0): 0 labels changed, 12 images corrupted {BY_KIND}",
+            True,
+        ),
+    ],
+)
+def test_the_command_adds_noise_and_says_how_much(
+    tmp_path, capsys, options, settings, note, warned
+):
     """Noise on images for evaluation is warned of; without noise nothing is said of it."""
     out = tmp_path / "x.beton"
-    assert main(["write", "synthetic:100,4,16", str(out), "--subset", "60", "--num-workers", "1", *options.split()]) == 0
+    assert (
+        main(
+            [
+                "write",
+                "synthetic:100,4,16",
+                str(out),
+                "--subset",
+                "60",
+                "--num-workers",
+                "1",
+                *options.split(),
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
-    assert [line for line in shown.out.splitlines() if line.startswith("noise")] == [note] * bool(note)
-    assert ("warning: images for evaluation should stay clean" in shown.err) == ("warning" in shown.err) == warned
+    assert [line for line in shown.out.splitlines() if line.startswith("noise")] == [note] * bool(
+        note
+    )
+    assert (
+        ("warning: images for evaluation should stay clean" in shown.err)
+        == ("warning" in shown.err)
+        == warned
+    )
     manifest, split = read_manifest(out), "val" if "val" in options else "train"
-    assert manifest.settings == {"write_mode": "jpg", "quality": 90, "max_resolution": None, "subset": 60} | settings
+    assert (
+        manifest.settings
+        == {
+            "write_mode": "jpg",
+            "quality": 90,
+            "max_resolution": None,
+            "subset": 60,
+        }
+        | settings
+    )
     expected = open_source("synthetic:100,4,16", split, subset=60)
     expected = with_label_noise(expected, settings.get("label_noise", 0), 3)
     expected = with_corruption(expected, settings.get("corrupt", 0), settings.get("noise_seed", 0))

@@ -1,4 +1,5 @@
-"""The FFCV loader: exact coverage, pixels that depend on nothing but (seed, epoch, index), and faults that surface."""
+"""The FFCV loader: exact coverage, pixels that depend on nothing but (seed, epoch, index), and
+faults that surface."""
 
 import math
 import threading
@@ -22,7 +23,18 @@ def loader_of(path, *arguments, **options):
     return BetonLoader(inspect_beton(path), *arguments, **options)
 
 
-def read_epoch(path, view, *, global_batch=12, world_size=1, epoch=0, seed=0, workers=1, shuffle=True, subset=None):
+def read_epoch(
+    path,
+    view,
+    *,
+    global_batch=12,
+    world_size=1,
+    epoch=0,
+    seed=0,
+    workers=1,
+    shuffle=True,
+    subset=None,
+):
     """Images and labels by global index, and how often each was seen, over all ranks in turn."""
     info = inspect_beton(path)
     num = info.num_samples if subset is None else len(subset)
@@ -40,17 +52,26 @@ def read_epoch(path, view, *, global_batch=12, world_size=1, epoch=0, seed=0, wo
     return images, labels, seen
 
 
-@pytest.mark.parametrize(("world_size", "per_rank", "epoch"), [
-    (1, 1, 0), (1, 32, 1), (2, 5, 1), (3, 1, 1), (3, 32, 0), (3, 100, 0)])
+@pytest.mark.parametrize(
+    ("world_size", "per_rank", "epoch"),
+    [(1, 1, 0), (1, 32, 1), (2, 5, 1), (3, 1, 1), (3, 32, 0), (3, 100, 0)],
+)
 def test_every_index_exactly_once(betons, world_size, per_rank, epoch):
     _, labels, seen = read_epoch(
-        betons["raw"], View(32), global_batch=per_rank * world_size, world_size=world_size, epoch=epoch)
+        betons["raw"],
+        View(32),
+        global_batch=per_rank * world_size,
+        world_size=world_size,
+        epoch=epoch,
+    )
     assert (seen == 1).all()
     assert np.array_equal(labels, inspect_beton(betons["raw"]).label_N)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4))])
+@pytest.mark.parametrize(
+    "world_size", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4))]
+)
 def test_every_index_exactly_once_on_real_ranks(betons, world_size):
     """N below, at and around multiples of the number of ranks, and a batch larger than the data."""
     for cases in run_ranks(world_size, _indices_of_rank, world_size, betons["raw"]):
@@ -61,23 +82,40 @@ def test_every_index_exactly_once_on_real_ranks(betons, world_size):
 
 
 def _indices_of_rank(rank, world_size, path):
-    """On this rank, for each case: (N, rows per rank, batches seen, indices gathered from all ranks)."""
+    """On this rank, for each case: (N, rows per rank, batches seen, indices gathered from all
+    ranks)."""
     from tdds_dist.distributed import collectives, world
 
     cases = []
-    for num in sorted({1, max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 97}):
+    for num in sorted(
+        {1, max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 97}
+    ):
         for per_rank in (1, 10):
             order = epoch_order(num, per_rank * world_size, epoch=4, subset=np.arange(num))
             loader = loader_of(path, per_rank, View(32))
-            batches = [batch.index for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=4)]
-            gathered = collectives.gather_objects(torch.cat(batches).tolist(), world.current_world("cpu"))
-            cases.append((num, per_rank, len(batches), [index for part in gathered for index in part if index >= 0]))
+            batches = [
+                batch.index
+                for batch in loader.batches(order, rank=rank, world_size=world_size, epoch=4)
+            ]
+            gathered = collectives.gather_objects(
+                torch.cat(batches).tolist(), world.current_world("cpu")
+            )
+            cases.append(
+                (
+                    num,
+                    per_rank,
+                    len(batches),
+                    [index for part in gathered for index in part if index >= 0],
+                )
+            )
     return cases
 
 
 def test_a_subset_is_visited_once_and_nothing_else(betons):
     subset = np.array([3, 4, 50, 96, 11])
-    _, _, seen = read_epoch(betons["raw"], View(32), global_batch=4, world_size=2, subset=np.sort(subset))
+    _, _, seen = read_epoch(
+        betons["raw"], View(32), global_batch=4, world_size=2, subset=np.sort(subset)
+    )
     assert np.flatnonzero(seen).tolist() == sorted(subset)
     assert seen.max() == 1
 
@@ -94,7 +132,11 @@ VIEWS = {"pad": View(32, "pad", flip=True, padding=4), "resized": View(24, "resi
 def test_augmentation_depends_on_seed_epoch_and_index_only(betons, crop):
     path = betons["raw" if crop == "pad" else "big"]
     images, _, _ = read_epoch(path, VIEWS[crop])
-    for other in ({"workers": 2}, {"world_size": 3}, {"global_batch": 50, "world_size": 2, "workers": 2}):
+    for other in (
+        {"workers": 2},
+        {"world_size": 3},
+        {"global_batch": 50, "world_size": 2, "workers": 2},
+    ):
         assert np.array_equal(images, read_epoch(path, VIEWS[crop], **other)[0]), other
     for other in ({"epoch": 1}, {"seed": 1}):
         differ = (images != read_epoch(path, VIEWS[crop], **other)[0]).any(axis=(1, 2, 3))
@@ -104,16 +146,21 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(betons, crop):
 def test_pad_crop_is_a_shift_with_black_border_and_a_fair_flip(betons):
     originals = np.stack(read_images(betons["raw"], range(97)))
     padded = np.pad(originals, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    views = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))  # [N, 9, 9, 3, 32, 32]
+    # [N, 9, 9, 3, 32, 32]
+    views = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))
     found = []
     for epoch in range(3):
         images, _, _ = read_epoch(betons["raw"], VIEWS["pad"], epoch=epoch, global_batch=97)
         for image, view in zip(images.transpose(0, 3, 1, 2), views, strict=True):
-            places = [(*place, flip) for flip in (1, -1)
-                      for place in np.argwhere((view == image[..., ::flip]).all(axis=(2, 3, 4)))]
+            places = [
+                (*place, flip)
+                for flip in (1, -1)
+                for place in np.argwhere((view == image[..., ::flip]).all(axis=(2, 3, 4)))
+            ]
             assert len(places) == 1
             found += places
-    assert {y for y, _, _ in found} == {x for _, x, _ in found} == set(range(9))  # 291 draws, both ends included
+    # 291 draws, both ends included
+    assert {y for y, _, _ in found} == {x for _, x, _ in found} == set(range(9))
     assert 0.35 < np.mean([flip == 1 for *_, flip in found]) < 0.65
 
 
@@ -131,14 +178,21 @@ def test_random_resized_crop_follows_torchvision(betons):
     torch.manual_seed(0)
     blank = torch.zeros(3, 300, 400)
     boxes = [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
-    for ours, theirs in [(areas, [h * w / 120_000 for _, _, h, w in boxes]), (ratios, [w / h for _, _, h, w in boxes])]:
+    for ours, theirs in [
+        (areas, [h * w / 120_000 for _, _, h, w in boxes]),
+        (ratios, [w / h for _, _, h, w in boxes]),
+    ]:
         for quantile in (0.1, 0.5, 0.9):
-            assert np.quantile(ours, quantile) == pytest.approx(np.quantile(theirs, quantile), abs=0.03)
+            assert np.quantile(ours, quantile) == pytest.approx(
+                np.quantile(theirs, quantile), abs=0.03
+            )
 
 
 def test_batches_are_channels_last_and_the_last_one_is_full(betons):
     order = epoch_order(97, 20)
-    batches = list(loader_of(betons["raw"], 20, View(32)).batches(order, rank=0, world_size=1, epoch=0))
+    batches = list(
+        loader_of(betons["raw"], 20, View(32)).batches(order, rank=0, world_size=1, epoch=0)
+    )
     assert len(batches) == 5
     for batch in batches:
         assert batch.image.shape == (20, 3, 32, 32)
@@ -171,8 +225,13 @@ def test_a_size_of_its_own_is_that_of_a_loader_made_for_it(betons, view):
     first = next(under_way).image.clone()
     for size in (40, 9, None):
         same = loader_of(betons["big"], 10, replace(view, size=size or 24))
-        whole = [batch.image.clone() for batch in same.batches(order, rank=0, world_size=1, epoch=1)]
-        found = [batch.image.clone() for batch in loader.batches(order, rank=0, world_size=1, epoch=1, size=size)]
+        whole = [
+            batch.image.clone() for batch in same.batches(order, rank=0, world_size=1, epoch=1)
+        ]
+        found = [
+            batch.image.clone()
+            for batch in loader.batches(order, rank=0, world_size=1, epoch=1, size=size)
+        ]
         assert found[0].shape == (10, 3, size or 24, size or 24)
         assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
     rest = [first] + [batch.image.clone() for batch in under_way]
@@ -183,9 +242,14 @@ def test_two_epochs_of_one_loader_at_once(betons):
     """The next epoch is started before this one is over: each keeps its own augmentation."""
     loader = loader_of(betons["raw"], 10, VIEWS["pad"])
     orders = [epoch_order(97, 10, epoch=epoch) for epoch in (0, 1)]
-    alone = [[b.image.clone() for b in loader.batches(order, rank=0, world_size=1, epoch=epoch)]
-             for epoch, order in enumerate(orders)]
-    both = [loader.batches(order, rank=0, world_size=1, epoch=epoch) for epoch, order in enumerate(orders)]
+    alone = [
+        [b.image.clone() for b in loader.batches(order, rank=0, world_size=1, epoch=epoch)]
+        for epoch, order in enumerate(orders)
+    ]
+    both = [
+        loader.batches(order, rank=0, world_size=1, epoch=epoch)
+        for epoch, order in enumerate(orders)
+    ]
     for expected in zip(*alone, strict=True):
         for image, batches in zip(expected, both, strict=True):
             assert torch.equal(image, next(batches).image)
@@ -195,8 +259,12 @@ def test_two_epochs_of_one_loader_at_once(betons):
 def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch):
     """As many batches as fit, and no more until one is taken."""
     started, load_batch = [], decode.load_batch
-    monkeypatch.setattr(decode, "load_batch", lambda *arguments: (started.append(1), load_batch(*arguments)))
-    batches = loader_of(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    monkeypatch.setattr(
+        decode, "load_batch", lambda *arguments: (started.append(1), load_batch(*arguments))
+    )
+    batches = loader_of(betons["raw"], 10, View(32)).batches(
+        epoch_order(97, 10), rank=0, world_size=1, epoch=0
+    )
     _wait_for(lambda: len(started) == BATCHES_AHEAD + 1)
     time.sleep(0.3)
     assert len(started) == BATCHES_AHEAD + 1
@@ -206,7 +274,9 @@ def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch
 
 
 def test_what_is_closed_has_no_more_batches(betons):
-    batches = loader_of(betons["raw"], 10, View(32)).batches(epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+    batches = loader_of(betons["raw"], 10, View(32)).batches(
+        epoch_order(97, 10), rank=0, world_size=1, epoch=0
+    )
     first = next(batches).index.clone()
     assert (first >= 0).all()
     before = [thread for thread in threading.enumerate() if isinstance(thread, EpochIterator)]
@@ -290,7 +360,11 @@ def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
             return 0.5, i % 3, np.full((16, 16, 3), 10 * i, dtype=np.uint8)
 
     path = tmp_path / "foreign.beton"
-    fields = {"weight": FloatField(), "target": IntField(), "picture": RGBImageField(write_mode="raw")}
+    fields = {
+        "weight": FloatField(),
+        "target": IntField(),
+        "picture": RGBImageField(write_mode="raw"),
+    }
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(Foreign())
     images, labels, seen = read_epoch(path, View(16), global_batch=4)
     assert seen.tolist() == [1] * 7
@@ -302,13 +376,16 @@ def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
 
 
 def cuda_tests(function):
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(function))
+    return pytest.mark.cuda(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(function)
+    )
 
 
 @cuda_tests
 def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
-    """The device lags seconds behind the host, which may not wait for it while it takes all batches of an epoch: copies run
-    beside the computation, and what a step reads is not written over, on the host or on the device."""
+    """The device lags seconds behind the host, which may not wait for it while it takes all batches
+    of an epoch: copies run beside the computation, and what a step reads is not written over, on
+    the host or on the device."""
     expected = torch.from_numpy(np.stack(read_images(betons["raw"], range(97))))
     order = epoch_order(97, 4)
     loader = loader_of(betons["raw"], 4, View(32), device="cuda")
@@ -321,7 +398,9 @@ def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
             for _ in range(20):
                 large = large @ large * 1e-4
             # Freed at once on the host, and used by what is queued.
-            sums.append((batch.index.clone(), batch.label.clone(), batch.image.double().sum(dim=(1, 2, 3))))
+            sums.append(
+                (batch.index.clone(), batch.label.clone(), batch.image.double().sum(dim=(1, 2, 3)))
+            )
             del batch
         done.record()
         assert not done.query(), "the host waited for the device"
@@ -333,7 +412,9 @@ def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
     for index, label, total in sums:
         real = (index >= 0).cpu()
         assert torch.equal(label.cpu()[real], label_N[index.cpu()[real]].long())
-        assert torch.equal(total.cpu()[real], expected[index.cpu()[real]].double().sum(dim=(1, 2, 3)))
+        assert torch.equal(
+            total.cpu()[real], expected[index.cpu()[real]].double().sum(dim=(1, 2, 3))
+        )
 
 
 @cuda_tests
@@ -352,7 +433,8 @@ def test_on_cuda_batches_are_on_the_device_as_the_network_wants_them(betons):
 @cuda_tests
 def test_on_cuda_buffers_are_pinned(betons):
     batches = loader_of(betons["raw"], 10, View(32), device="cuda").batches(
-        epoch_order(97, 10), rank=0, world_size=1, epoch=0)
+        epoch_order(97, 10), rank=0, world_size=1, epoch=0
+    )
     next(batches)
     thread = next(thread for thread in threading.enumerate() if isinstance(thread, EpochIterator))
     for buffers in thread.memory_allocations["operation"].values():

@@ -11,11 +11,19 @@ import pytest
 from PIL import Image
 
 from tdds_dist.data.corruptions import KINDS
-from tdds_dist.data.sources import Source, open_source, stratified_pick, with_corruption, with_label_noise
+from tdds_dist.data.sources import (
+    Source,
+    open_source,
+    stratified_pick,
+    with_corruption,
+    with_label_noise,
+)
 from tdds_dist.errors import InputError
 
 
-def save(path: Path, mode: str = "RGB", size: tuple[int, int] = (9, 7), color: object = None) -> None:
+def save(
+    path: Path, mode: str = "RGB", size: tuple[int, int] = (9, 7), color: object = None
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color).save(path)  # type: ignore[arg-type]
 
@@ -24,19 +32,47 @@ FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES
 ARCHIVE = r"download https://\S+python.tar.gz and unpack it with `tar"
 
 
-@pytest.mark.parametrize(("files", "spec", "options", "match"), [
-    *(((), spec, {}, FORMS) for spec in ("", "imagenet", "imagefolder:", "cifar10", "digits:x", "synthetic", "synthetic:")),
-    *(((), f"synthetic:{rest}", {}, "such as synthetic:10000,10,64")
-      for rest in ("10", "10,2", "10,2,x", "0,1,32", "2,3,32", "10,2,4")),
-    ((), "digits", {"split": "test"}, r"split='test'.*train, val"),
-    *(((), "digits", {"split": "val", "subset": subset}, rf"subset={subset} .*360") for subset in (0, -1, 361)),
-    ((), "cifar10:DIR", {}, ARCHIVE), ((), "cifar100:DIR", {}, ARCHIVE),
-    ((), "imagefolder:DIR/missing", {}, "is not a directory"), ((), "imagefolder:DIR", {}, "no class folders"),
-    (("cat/1.png", "dog/"), "imagefolder:DIR", {}, "dog holds no image"),
-    (("train/cat/1.png",), "imagefolder:DIR", {"split": "val"}, "has train/ but no val/"),
-    *((("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"), "imagefolder:DIR", {"split": split}, r"same classes.*dog")
-      for split in ("train", "val")),
-])
+@pytest.mark.parametrize(
+    ("files", "spec", "options", "match"),
+    [
+        *(
+            ((), spec, {}, FORMS)
+            for spec in (
+                "",
+                "imagenet",
+                "imagefolder:",
+                "cifar10",
+                "digits:x",
+                "synthetic",
+                "synthetic:",
+            )
+        ),
+        *(
+            ((), f"synthetic:{rest}", {}, "such as synthetic:10000,10,64")
+            for rest in ("10", "10,2", "10,2,x", "0,1,32", "2,3,32", "10,2,4")
+        ),
+        ((), "digits", {"split": "test"}, r"split='test'.*train, val"),
+        *(
+            ((), "digits", {"split": "val", "subset": subset}, rf"subset={subset} .*360")
+            for subset in (0, -1, 361)
+        ),
+        ((), "cifar10:DIR", {}, ARCHIVE),
+        ((), "cifar100:DIR", {}, ARCHIVE),
+        ((), "imagefolder:DIR/missing", {}, "is not a directory"),
+        ((), "imagefolder:DIR", {}, "no class folders"),
+        (("cat/1.png", "dog/"), "imagefolder:DIR", {}, "dog holds no image"),
+        (("train/cat/1.png",), "imagefolder:DIR", {"split": "val"}, "has train/ but no val/"),
+        *(
+            (
+                ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"),
+                "imagefolder:DIR",
+                {"split": split},
+                r"same classes.*dog",
+            )
+            for split in ("train", "val")
+        ),
+    ],
+)
 def test_what_is_no_source_is_refused(tmp_path, files, spec, options, match):
     for name in files:
         if name.endswith("/"):
@@ -94,17 +130,34 @@ def test_an_imagefolder_has_the_order_of_torchvision(tmp_path):
 
 
 def test_a_split_folder_is_used_and_stays_in_the_path(tmp_path):
-    for name in ("train/cat/1.png", "train/dog/1.png", "train/dog/2.png", "val/cat/1.png", "val/dog/1.png"):
+    for name in (
+        "train/cat/1.png",
+        "train/dog/1.png",
+        "train/dog/2.png",
+        "val/cat/1.png",
+        "val/dog/1.png",
+    ):
         save(tmp_path / name)
-    assert open_source(f"imagefolder:{tmp_path}").path == ["train/cat/1.png", "train/dog/1.png", "train/dog/2.png"]
+    assert open_source(f"imagefolder:{tmp_path}").path == [
+        "train/cat/1.png",
+        "train/dog/1.png",
+        "train/dog/2.png",
+    ]
     assert open_source(f"imagefolder:{tmp_path}", "val").path == ["val/cat/1.png", "val/dog/1.png"]
 
 
-@pytest.mark.parametrize(("mode", "name", "color", "rgb"), [
-    ("L", "x.png", 100, (100, 100, 100)), ("P", "x.png", 0, (0, 0, 0)), ("1", "x.png", 1, (255, 255, 255)),
-    ("RGBA", "x.png", (10, 20, 30, 0), (10, 20, 30)), ("LA", "x.png", (50, 9), (50, 50, 50)),
-    ("CMYK", "x.jpg", (0, 255, 255, 0), (255, 0, 0)), ("I;16", "x.png", 0x8001, (128, 128, 128)),
-])
+@pytest.mark.parametrize(
+    ("mode", "name", "color", "rgb"),
+    [
+        ("L", "x.png", 100, (100, 100, 100)),
+        ("P", "x.png", 0, (0, 0, 0)),
+        ("1", "x.png", 1, (255, 255, 255)),
+        ("RGBA", "x.png", (10, 20, 30, 0), (10, 20, 30)),
+        ("LA", "x.png", (50, 9), (50, 50, 50)),
+        ("CMYK", "x.jpg", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", "x.png", 0x8001, (128, 128, 128)),
+    ],
+)
 def test_every_pixel_format_becomes_rgb(tmp_path, mode, name, color, rgb):
     save(tmp_path / "a" / name, mode, color=color)
     image = open_source(f"imagefolder:{tmp_path}").read(0)
@@ -195,7 +248,9 @@ def test_stratified_pick_gives_every_class_its_share(count):
 # --- noise on purpose ---
 
 
-@pytest.mark.parametrize(("rate", "changed"), [(0.2, 200), (0.0004, 0), (0.0006, 1), (0.123, 123), (0.9996, 1000)])
+@pytest.mark.parametrize(
+    ("rate", "changed"), [(0.2, 200), (0.0004, 0), (0.0006, 1), (0.123, 123), (0.9996, 1000)]
+)
 def test_label_noise_changes_exactly_its_share_of_the_labels(rate, changed):
     clean = open_source("synthetic:1000,4,8")
     noisy = with_label_noise(clean, rate, 5)
@@ -217,10 +272,16 @@ def test_label_noise_is_symmetric():
     assert np.abs(num_CC[~np.eye(4, dtype=bool)] - 500).max() < 80  # 64
 
 
-@pytest.mark.parametrize(("rate", "counts"), [
-    (0.2, [40, 40, 40, 40, 40]), (0.2031, [41, 41, 41, 40, 40]), (0.002, [1, 1, 0, 0, 0]), (0.9999, [200] * 5),
-    (0.0004, [0] * 5),
-])
+@pytest.mark.parametrize(
+    ("rate", "counts"),
+    [
+        (0.2, [40, 40, 40, 40, 40]),
+        (0.2031, [41, 41, 41, 40, 40]),
+        (0.002, [1, 1, 0, 0, 0]),
+        (0.9999, [200] * 5),
+        (0.0004, [0] * 5),
+    ],
+)
 def test_corruption_takes_exactly_its_share_in_equal_parts(rate, counts):
     clean = open_source("synthetic:1000,4,8")
     source = with_corruption(clean, rate, 5)
@@ -239,8 +300,12 @@ def test_noise_depends_on_seed_and_index_only():
     clean = open_source("synthetic:300,4,16")
     one, again, other = (both(clean, 0.4, seed) for seed in (1, 1, 2))
     assert (one.label_N.tolist(), one.corruption) == (again.label_N.tolist(), again.corruption)
-    shared = [i for i in range(300)
-              if one.corruption[i] == other.corruption[i] and one.corruption[i] in ("gaussian_noise", "fog")]
+    shared = [
+        i
+        for i in range(300)
+        if one.corruption[i] == other.corruption[i]
+        and one.corruption[i] in ("gaussian_noise", "fog")
+    ]
     assert shared  # the other kinds have few outcomes at 16 pixels
     images = {i: one.read(i) for i in range(300)}
     for i in reversed(range(300)):  # in another order
@@ -253,7 +318,9 @@ def test_noise_depends_on_seed_and_index_only():
 
 def test_two_images_of_one_kind_are_corrupted_differently():
     same = np.full((16, 16, 3), 100, np.uint8)
-    source = with_corruption(replace(open_source("synthetic:20,2,16"), reader=lambda i: same), 0.5, 0)
+    source = with_corruption(
+        replace(open_source("synthetic:20,2,16"), reader=lambda i: same), 0.5, 0
+    )
     for kind in ("gaussian_noise", "occlusion", "fog"):  # a plain image shows no blur
         first, second = (i for i in range(20) if source.corruption[i] == kind)
         assert (source.read(first) != source.read(second)).any()
@@ -264,7 +331,9 @@ def test_less_noise_is_part_of_more():
     less, more = both(clean, 0.1, 3), both(clean, 0.3, 3)
     changed = less.label_N != clean.label_N
     np.testing.assert_array_equal(less.label_N[changed], more.label_N[changed])
-    assert {(i, kind) for i, kind in enumerate(less.corruption) if kind} < set(enumerate(more.corruption))
+    assert {(i, kind) for i, kind in enumerate(less.corruption) if kind} < set(
+        enumerate(more.corruption)
+    )
 
 
 def test_labels_and_images_are_drawn_apart():
@@ -294,10 +363,17 @@ def test_no_noise_leaves_the_source_alone():
 
 
 @pytest.mark.parametrize("add", [with_label_noise, with_corruption])
-@pytest.mark.parametrize(("rate", "seed", "message"), [
-    (1, 0, r"=1 must be a share in \[0, 1\); use"), (-0.1, 0, "=-0.1 must be a share"), (float("nan"), 0, "=nan must be"),
-    (20, 0, "=20 must be"), (0.1, -1, "seed=-1 of .* between 0 and 4294967295; choose"), (0.1, 2**32, "seed=4294967296 of"),
-])
+@pytest.mark.parametrize(
+    ("rate", "seed", "message"),
+    [
+        (1, 0, r"=1 must be a share in \[0, 1\); use"),
+        (-0.1, 0, "=-0.1 must be a share"),
+        (float("nan"), 0, "=nan must be"),
+        (20, 0, "=20 must be"),
+        (0.1, -1, "seed=-1 of .* between 0 and 4294967295; choose"),
+        (0.1, 2**32, "seed=4294967296 of"),
+    ],
+)
 def test_impossible_noise_is_refused(add, rate, seed, message):
     with pytest.raises(InputError, match=message):
         add(open_source("synthetic:10,2,8"), rate, seed)
@@ -305,11 +381,17 @@ def test_impossible_noise_is_refused(add, rate, seed, message):
 
 def test_noise_that_the_manifest_could_not_describe_is_refused():
     source = open_source("synthetic:10,2,8")
-    with pytest.raises(InputError, match=r"label_noise=0.2 needs another class .* has 1; use a source"):
+    with pytest.raises(
+        InputError, match=r"label_noise=0.2 needs another class .* has 1; use a source"
+    ):
         with_label_noise(open_source("synthetic:10,1,8"), 0.2, 0)
-    with pytest.raises(InputError, match=r"label_noise=0.3 comes on top of label_noise=0.2.*start from the clean"):
+    with pytest.raises(
+        InputError, match=r"label_noise=0.3 comes on top of label_noise=0.2.*start from the clean"
+    ):
         with_label_noise(with_label_noise(source, 0.2, 0), 0.3, 0)
     with pytest.raises(InputError, match=r"corrupt=0.3 comes on top of corrupt=0.2"):
         with_corruption(with_corruption(source, 0.2, 0), 0.3, 0)
-    with pytest.raises(InputError, match=r"seed=2 of corrupt must be the noise_seed=1 .*use that seed"):
+    with pytest.raises(
+        InputError, match=r"seed=2 of corrupt must be the noise_seed=1 .*use that seed"
+    ):
         with_corruption(with_label_noise(source, 0.2, 1), 0.2, 2)

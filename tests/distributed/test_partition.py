@@ -1,4 +1,5 @@
-"""Visit order, ownership and routing: every sample exactly once, at every world size, checked by looping over ranks."""
+"""Visit order, ownership and routing: every sample exactly once, at every world size, checked by
+looping over ranks."""
 
 import re
 from itertools import chain, product
@@ -31,7 +32,7 @@ def sizes(world_size: int) -> list[int]:
 def owner_of(index: int, num_samples: int, world_size: int) -> int:
     """The one rank whose bounds hold the index, by looking at all of them."""
     bounds = [shard_bounds(num_samples, world_size, rank) for rank in range(world_size)]
-    found, = (rank for rank, (first, end) in enumerate(bounds) if first <= index < end)
+    (found,) = (rank for rank, (first, end) in enumerate(bounds) if first <= index < end)
     return found
 
 
@@ -41,13 +42,16 @@ def owner_of(index: int, num_samples: int, world_size: int) -> int:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_union_over_ranks_is_every_sample_once(world_size, shuffle):
-    """Padding is in the last step only, spread evenly over the ranks, and reads a sample that exists."""
+    """Padding is in the last step only, spread evenly over the ranks, and reads a sample that
+    exists."""
     W = world_size
     for N, B in product(sizes(W), PER_RANK_BATCHES):
         order = epoch_order(N, W * B, seed=3, epoch=5, shuffle=shuffle)
         assert order.num_steps == -(-N // (W * B))
         assert (order.index_SG[:-1] != PADDING).all()
-        assert order.num_real_S().tolist() == [W * B] * (order.num_steps - 1) + [N - W * B * (order.num_steps - 1)]
+        assert order.num_real_S().tolist() == [W * B] * (order.num_steps - 1) + [
+            N - W * B * (order.num_steps - 1)
+        ]
         assert ((order.sample_SG >= 0) & (order.sample_SG < N)).all()
         real, real_in_last_step = [], []
         for rank in range(W):
@@ -74,15 +78,22 @@ def test_the_same_samples_meet_at_every_world_size(num_samples):
 
 
 def test_every_seed_and_epoch_has_its_own_order():
-    """Also epoch 0 of different seeds, and pairs with equal products or sums; the global batch plays no part."""
-    orders = {(seed, epoch): epoch_order(97, 8, seed=seed, epoch=epoch) for seed in range(5) for epoch in range(5)}
+    """Also epoch 0 of different seeds, and pairs with equal products or sums; the global batch
+    plays no part."""
+    orders = {
+        (seed, epoch): epoch_order(97, 8, seed=seed, epoch=epoch)
+        for seed in range(5)
+        for epoch in range(5)
+    }
     assert len({order.sample_SG.tobytes() for order in orders.values()}) == len(orders)
     for (seed, epoch), order in orders.items():
         again = epoch_order(97, 8, seed=seed, epoch=epoch)
         np.testing.assert_array_equal(again.sample_SG, order.sample_SG)
         for batch in (1, 8, 96, 97, 98, 1000):
             other = epoch_order(97, batch, seed=seed, epoch=epoch)
-            np.testing.assert_array_equal(other.index_SG.reshape(-1)[:97], order.index_SG.reshape(-1)[:97])
+            np.testing.assert_array_equal(
+                other.index_SG.reshape(-1)[:97], order.index_SG.reshape(-1)[:97]
+            )
     np.testing.assert_array_equal(epoch_order(97, 97, shuffle=False).sample_SG[0], np.arange(97))
 
 
@@ -109,7 +120,9 @@ def test_resume_continues_the_same_order():
 
 @pytest.mark.parametrize(("num_samples", "global_batch_size"), [(0, 4), (-1, 4), (4, 0)])
 def test_nothing_to_order(num_samples, global_batch_size):
-    with pytest.raises(ValueError, match=f"num_samples={num_samples} and global_batch_size={global_batch_size}"):
+    with pytest.raises(
+        ValueError, match=f"num_samples={num_samples} and global_batch_size={global_batch_size}"
+    ):
         epoch_order(num_samples, global_batch_size)
 
 
@@ -122,13 +135,22 @@ def test_shards_tile_the_dataset(world_size):
         bounds = [shard_bounds(N, world_size, rank) for rank in range(world_size)]
         assert [0, *(end for _, end in bounds)] == [*(first for first, _ in bounds), N]
         assert all(0 <= end - first <= rows_per_shard(N, world_size) for first, end in bounds)
-        assert all(owner_of(index, N, world_size) == index // rows_per_shard(N, world_size) for index in range(N))
+        assert all(
+            owner_of(index, N, world_size) == index // rows_per_shard(N, world_size)
+            for index in range(N)
+        )
 
 
 @pytest.mark.parametrize("W", WORLD_SIZES)
 def test_classes_are_dealt_evenly(W):
     generator = np.random.default_rng(W)
-    for size_C in ([1], [100, 1, 1, 1], [7] * 10, [0, 5, 0, 3, 9], *(generator.geometric(0.02, 12) for _ in range(20))):
+    for size_C in (
+        [1],
+        [100, 1, 1, 1],
+        [7] * 10,
+        [0, 5, 0, 3, 9],
+        *(generator.geometric(0.02, 12) for _ in range(20)),
+    ):
         label_N = generator.permutation(np.repeat(np.arange(len(size_C)), size_C))
         owner_C = class_owners(label_N, W)
         assert (owner_C.shape, owner_C.dtype) == ((len(size_C),), np.int64)
@@ -136,19 +158,28 @@ def test_classes_are_dealt_evenly(W):
         assert len(load_W) == W
         assert load_W.sum() == len(label_N)
         assert max(load_W) - min(load_W) <= max(size_C), "within the largest class"
-        np.testing.assert_array_equal(class_owners(label_N[::-1], W), owner_C, "every rank computes the same")
+        np.testing.assert_array_equal(
+            class_owners(label_N[::-1], W), owner_C, "every rank computes the same"
+        )
 
 
 # ---- what is sent where
 
 
 def counted_by_hand(order: EpochOrder, W: int, N: int, owner_N: np.ndarray | None) -> np.ndarray:
-    """Rows that go from rank s to rank d at each step, [S, W, W], row by row; to their shard, or to given owners."""
+    """Rows that go from rank s to rank d at each step, [S, W, W], row by row; to their shard, or to
+    given owners."""
     sent_SWW = np.zeros((order.num_steps, W, W), dtype=np.int64)
     for source in range(W):
         for step, index_B in enumerate(order.of_rank(source, W)[1]):
             for index in index_B.tolist():
-                owner = source if index == PADDING else owner_of(index, N, W) if owner_N is None else owner_N[index]
+                owner = (
+                    source
+                    if index == PADDING
+                    else owner_of(index, N, W)
+                    if owner_N is None
+                    else owner_N[index]
+                )
                 sent_SWW[step, source, owner] += 1
     return sent_SWW
 
@@ -156,9 +187,11 @@ def counted_by_hand(order: EpochOrder, W: int, N: int, owner_N: np.ndarray | Non
 @pytest.mark.parametrize("owners", ["shards", "drawn"])
 @pytest.mark.parametrize("W", WORLD_SIZES)
 def test_routing_counts(W, owners):
-    """Against counting by hand, and that senders and receivers agree, on every row including padding.
+    """Against counting by hand, and that senders and receivers agree, on every row including
+    padding.
 
-    Where owners are drawn some ranks own much and some nothing, and the last sample's is not the default."""
+    Where owners are drawn some ranks own much and some nothing, and the last sample's is not the
+    default."""
     for N, B in product(sizes(W), (1, 3)):
         owner_N = np.random.default_rng([W, N, B]).integers(0, W, N) if owners == "drawn" else None
         order = epoch_order(N, W * B, seed=N, epoch=B)
@@ -197,16 +230,23 @@ def test_uneven_batch_names_the_nearest_even_ones(world_size, accumulation):
         assert f"world_size={world_size}" in message
         assert ("accumulation" in message) == (accumulation > 1)
         batches, _, ranks = message.split("; use ")[1].partition(", or start ")
-        numbers = [[int(number) for number in re.findall(r"\d+", part)] for part in (batches, ranks)]
+        numbers = [
+            [int(number) for number in re.findall(r"\d+", part)] for part in (batches, ranks)
+        ]
         below = batch - batch % parts
         assert numbers[0] == [number for number in (below, below + parts) if number]
-        assert numbers[1] == [size for size in range(1, 2 * world_size + 1) if batch % (size * accumulation) == 0]
+        assert numbers[1] == [
+            size for size in range(1, 2 * world_size + 1) if batch % (size * accumulation) == 0
+        ]
 
 
 def test_a_scaled_batch_names_values_of_the_key_itself():
     """At p = 0.9 a quarter of the batch must still be dealt out evenly."""
     assert per_rank_batch(128, 8, factor=0.25) == 4
-    with pytest.raises(InputError, match=r"batch_size=40 x 0\.25 \(retrain\.batch_size_rule\) .* world_size=8; use 32 or 64, "
-                       r"or start 1 or 2 or 5 or 10 ranks \(a run that goes on keeps its batch\)$"):
+    with pytest.raises(
+        InputError,
+        match=r"batch_size=40 x 0\.25 \(retrain\.batch_size_rule\) .* world_size=8; use 32 or 64, "
+        r"or start 1 or 2 or 5 or 10 ranks \(a run that goes on keeps its batch\)$",
+    ):
         per_rank_batch(40, 8, factor=0.25)
     assert per_rank_batch(32, 8, factor=0.25) == 1

@@ -61,7 +61,11 @@ def imagenet(*overrides, network="resnet34"):
 
 def case_of(config, num_samples, num_ranks=1, **pipeline):
     """Without retrainings unless `pipeline` says of what."""
-    cells = pipeline_cells(config.model_copy(update={"pipeline": Pipeline(**pipeline)})) if pipeline else ()
+    cells = (
+        pipeline_cells(config.model_copy(update={"pipeline": Pipeline(**pipeline)}))
+        if pipeline
+        else ()
+    )
     return Case(config, Images(num_samples, "given", 100), num_ranks, tuple(cells))
 
 
@@ -71,13 +75,19 @@ def value(lines, label):
 
 
 def storage_bytes(tensors):
-    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum(
+        {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors
+        }.values()
+    )
 
 
 def tables_of(scorer):
     """All tensors of a scorer, also those in what it consists of."""
     owners = [scorer, scorer._shard, scorer._shard.previous]
-    return [item for owner in owners for item in vars(owner).values() if isinstance(item, torch.Tensor)]
+    return [
+        item for owner in owners for item in vars(owner).values() if isinstance(item, torch.Tensor)
+    ]
 
 
 # ---- the scorer
@@ -85,38 +95,63 @@ def tables_of(scorer):
 
 ONE_WINDOW = "score.windows=[{T: 3, K: 2}]"
 TWO_WINDOWS = "score.windows=[{T: 3, K: 3}, {T: 2, K: 2}]"
-SAME_WINDOW_TWICE = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}, {T: 3, K: 2, pruning_rates: [0.8]}]"
+SAME_WINDOW_TWICE = (
+    "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}, {T: 3, K: 2, pruning_rates: [0.8]}]"
+)
 
 
-@pytest.mark.parametrize("overrides", [
-    [ONE_WINDOW], [TWO_WINDOWS], [SAME_WINDOW_TWICE], [ONE_WINDOW, "score.preset=paper"],
-    [TWO_WINDOWS, "score.logp_dtype=float16"], [ONE_WINDOW, "score.storage=topk:3"],
-    [ONE_WINDOW, "score.storage=topk:9", "data.num_classes=40000", "score.logp_dtype=float16"],
-    [ONE_WINDOW, "data.num_classes=257", "score.on_nan=quarantine"],
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [ONE_WINDOW],
+        [TWO_WINDOWS],
+        [SAME_WINDOW_TWICE],
+        [ONE_WINDOW, "score.preset=paper"],
+        [TWO_WINDOWS, "score.logp_dtype=float16"],
+        [ONE_WINDOW, "score.storage=topk:3"],
+        [ONE_WINDOW, "score.storage=topk:9", "data.num_classes=40000", "score.logp_dtype=float16"],
+        [ONE_WINDOW, "data.num_classes=257", "score.on_nan=quarantine"],
+    ],
+)
 @pytest.mark.parametrize(("num_samples", "world_size"), [(97, 1), (97, 3), (10, 3), (5, 4), (1, 1)])
-def test_scorer_bytes_are_those_of_a_real_scorer(tiny, monkeypatch, overrides, num_samples, world_size):
+def test_scorer_bytes_are_those_of_a_real_scorer(
+    tiny, monkeypatch, overrides, num_samples, world_size
+):
     config = tiny(*overrides)
     for rank in range(world_size):
         world = World(rank, rank, world_size, world_size, torch.device("cpu"))
         monkeypatch.setattr(distributed, "current_world", lambda device=None, world=world: world)
-        scorer = ShardedScorer(num_samples, config.data.num_classes, config.windows(), config.score.preset, "cpu",
-                               logp_dtype=getattr(torch, config.score.logp_dtype), on_nan=config.score.on_nan,
-                               storage=config.score.storage)
+        scorer = ShardedScorer(
+            num_samples,
+            config.data.num_classes,
+            config.windows(),
+            config.score.preset,
+            "cpu",
+            logp_dtype=getattr(torch, config.score.logp_dtype),
+            on_nan=config.score.on_nan,
+            storage=config.score.storage,
+        )
         real = storage_bytes(tables_of(scorer))
         predicted = footprint.scorer_bytes(config, num_samples, world_size, rank)
         assert sum(predicted.values()) == real == scorer.state_bytes() + 3 * 8
-        assert predicted["previous log-probabilities"] == storage_bytes(scorer._shard.previous.tables().values())
+        assert predicted["previous log-probabilities"] == storage_bytes(
+            scorer._shard.previous.tables().values()
+        )
         assert predicted["ring of loss differences"] == scorer._delta_KM.untyped_storage().nbytes()
         assert predicted["averages over windows"] == scorer._average_AM.untyped_storage().nbytes()
-        assert predicted["scalars of this epoch"] == scorer._shard.scalars_MF.untyped_storage().nbytes()
+        assert (
+            predicted["scalars of this epoch"]
+            == scorer._shard.scalars_MF.untyped_storage().nbytes()
+        )
 
 
 def pending_bytes(rank, world_size, rows, num_classes, dtype):
     """Buffers of one routed step."""
     scorer = ShardedScorer(200, num_classes, [Window(3, 2)], device="cpu")
     index_B = torch.arange(rank, 200, world_size)[:rows]
-    scorer.record(index_B, torch.zeros(rows, num_classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64))
+    scorer.record(
+        index_B, torch.zeros(rows, num_classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    )
     exchange = scorer._pending[0]
     return exchange._sent_BX.nbytes, exchange._received_RX.nbytes
 
@@ -133,7 +168,9 @@ def test_routing_buffers_are_those_of_a_real_step(dtype):
 
 
 @pytest.mark.parametrize("kind", ["dense", "topk"])
-@pytest.mark.parametrize(("rows", "num_classes"), [(64, 1000), (256, 100), (1024, 10), (24, 10), (8, 9000)])
+@pytest.mark.parametrize(
+    ("rows", "num_classes"), [(64, 1000), (256, 100), (1024, 10), (24, 10), (8, 9000)]
+)
 def test_recording_takes_no_more_than_planned(rows, num_classes, kind):
     storage = kind if kind == "dense" else f"topk:{max(1, num_classes // 10)}"
     num_samples = rows * max(4, 2 * WAITING_NUMBERS // (rows * num_classes))
@@ -147,7 +184,9 @@ def test_recording_takes_no_more_than_planned(rows, num_classes, kind):
     for arguments in batches:
         scorer.record(*arguments)
     scorer.end_epoch()
-    with footprint._Alive([*tables_of(scorer), *(tensor for arguments in batches for tensor in arguments)]) as alive:
+    with footprint._Alive(
+        [*tables_of(scorer), *(tensor for arguments in batches for tensor in arguments)]
+    ) as alive:
         for arguments in batches:
             scorer.record(*arguments)
         scorer._apply_pending()
@@ -165,8 +204,10 @@ def network_and_batch(name, rows, image_size, device="cpu", num_classes=10):
         return model, image, torch.zeros(rows, dtype=torch.int64)
 
 
-@pytest.mark.parametrize(("name", "rows", "image_size"), [
-    ("resnet18", 3, 64), ("shufflenet_v2_x0_5", 8, 32), ("swin_t", 2, 64)])
+@pytest.mark.parametrize(
+    ("name", "rows", "image_size"),
+    [("resnet18", 3, 64), ("shufflenet_v2_x0_5", 8, 32), ("swin_t", 2, 64)],
+)
 def test_activations_on_shapes_are_those_of_a_real_step(name, rows, image_size):
     saved, peak, output = footprint.step_bytes(*network_and_batch(name, rows, image_size))
     on_meta = footprint.step_bytes(*network_and_batch(name, rows, image_size, "meta"))
@@ -185,10 +226,12 @@ class Small(nn.Sequential):
 def test_mixed_precision_keeps_16_bits_for_backward():
     rows = 5
     image = torch.empty(rows, 8, device="meta")
-    kept = {"input": rows * 8, "relu": rows * 16, "weights": 16 * 4}  # the first layer's weight is not needed for backward
+    # the first layer's weight is not needed for backward
+    kept = {"input": rows * 8, "relu": rows * 16, "weights": 16 * 4}
     plain = footprint._saved_on_cuda(Small().to("meta"), image, amp=False)
     mixed = footprint._saved_on_cuda(Small().to("meta"), image, amp=True)
-    assert plain == (4 * kept["relu"], 4)  # the input is no activation, and weights lie in the parameters
+    # the input is no activation, and weights lie in the parameters
+    assert plain == (4 * kept["relu"], 4)
     assert mixed == (2 * sum(kept.values()), 2)
     assert not torch.is_autocast_enabled("cuda")
 
@@ -201,20 +244,33 @@ def test_on_cuda_dropout_keeps_a_byte_per_value(tiny):
     assert on_cpu.parameters == on_gpu.parameters
 
 
-@pytest.mark.parametrize(("overrides", "per_parameter"), [
-    ([], 1), (["train.momentum=0.0", "train.nesterov=false"], 0), (["train.optimizer=adamw"], 2)])
-def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(tiny, overrides, per_parameter):
+@pytest.mark.parametrize(
+    ("overrides", "per_parameter"),
+    [([], 1), (["train.momentum=0.0", "train.nesterov=false"], 0), (["train.optimizer=adamw"], 2)],
+)
+def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(
+    tiny, overrides, per_parameter
+):
     config = tiny(*overrides)
     model, image, label = network_and_batch(config.model.name, 4, 32)
     optimizer = build_optimizer(model, config)
     nn.functional.cross_entropy(model(image), label).backward()
     gradients = storage_bytes(parameter.grad for parameter in model.parameters())
     optimizer.step()
-    state = [item for entry in optimizer.state.values() for item in entry.values() if item is not None and item.ndim]
+    state = [
+        item
+        for entry in optimizer.state.values()
+        for item in entry.values()
+        if item is not None and item.ndim
+    ]
     network = footprint.network_of(config, 4)
     assert network.parameters == gradients == storage_bytes(model.parameters())
     assert network.buffers == storage_bytes(model.buffers())
-    assert footprint.optimizer_bytes(config.train, network.parameters) == storage_bytes(state) == per_parameter * gradients
+    assert (
+        footprint.optimizer_bytes(config.train, network.parameters)
+        == storage_bytes(state)
+        == per_parameter * gradients
+    )
     lines = budget.memory_lines(case_of(config, 100))
     assert value(lines, "gradients") == value(lines, "parameters") == gradients
     assert value(lines, "optimizer state") == storage_bytes(state)
@@ -242,33 +298,57 @@ def test_memory_is_the_sum_of_its_lines(tiny, device):
     assert len(parts) == 14 + 2 * (device == "cuda")
     if device == "cuda":
         assert value(lines, "CUDA, NCCL, workspaces") == 1_000_000_000
-        assert value(lines, "margin") == math.ceil(0.05 * (total - value(lines, "margin") - 1_000_000_000))
+        assert value(lines, "margin") == math.ceil(
+            0.05 * (total - value(lines, "margin") - 1_000_000_000)
+        )
     else:
         assert "margin" not in [line.label for line in lines]
-        good = budget.memory_lines(case_of(tiny("score.on_nan=quarantine"), 50_000, 2))  # keeps good buffers
+        # keeps good buffers
+        good = budget.memory_lines(case_of(tiny("score.on_nan=quarantine"), 50_000, 2))
         assert value(good, "network's buffers") == 2 * value(lines, "network's buffers") > 0
 
 
 def test_what_is_needed_outside_of_steps_counts_where_it_is_more(tiny):
     config = tiny("model.name=vgg11", "train.global_batch_size=2", "score.final_pass=false")
     lines = budget.memory_lines(case_of(config, 100))
-    step = sum(value(lines, label) for label in ("images of a batch", "activations kept for backward",
-                                                 "work of forward and backward", "routing buffers and recording"))
-    assert value(lines, "more than that outside of steps") == max(0, value(lines, "parameters") - step)
+    step = sum(
+        value(lines, label)
+        for label in (
+            "images of a batch",
+            "activations kept for backward",
+            "work of forward and backward",
+            "routing buffers and recording",
+        )
+    )
+    assert value(lines, "more than that outside of steps") == max(
+        0, value(lines, "parameters") - step
+    )
     many = budget.memory_lines(case_of(tiny("train.global_batch_size=2"), 3_000_000))
     assert value(many, "more than that outside of steps") > 36 * 3_000_000
     # The final pass: 12 bytes per image of all ranks, where the others' state was.
     spread = budget.memory_lines(case_of(tiny("train.global_batch_size=256"), 30_000_000, 128))
     network = footprint.network_of(tiny(), 2)
-    without = sum(footprint.scorer_bytes(tiny(), 30_000_000, 128).values()) + 2 * network.parameters + network.buffers
+    without = (
+        sum(footprint.scorer_bytes(tiny(), 30_000_000, 128).values())
+        + 2 * network.parameters
+        + network.buffers
+    )
     assert value(spread, "more than that outside of steps") == 12 * 30_000_000 - without
 
 
 def test_imagenet_numbers():
     lines = budget.memory_lines(case_of(imagenet(), IMAGENET, 8))
     assert round(lines[0].value / 1e6) == 641
-    assert round(value(budget.memory_lines(case_of(imagenet("score.logp_dtype=float16"), IMAGENET, 8)),
-                       "previous log-probabilities") / 1e6) == 320
+    assert (
+        round(
+            value(
+                budget.memory_lines(case_of(imagenet("score.logp_dtype=float16"), IMAGENET, 8)),
+                "previous log-probabilities",
+            )
+            / 1e6
+        )
+        == 320
+    )
     assert rows_per_shard(IMAGENET, 8) == 160_146
 
 
@@ -308,7 +388,8 @@ score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{T: 2, K: 2, prun
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def collected(request, raw_config, tmp_path_factory):
-    """A finished collection: its run directory, the number of ranks, and the most bytes that one copied to host memory."""
+    """A finished collection: its run directory, the number of ranks, and the most bytes that one
+    copied to host memory."""
     run, num_ranks = tmp_path_factory.mktemp("collected") / "run", request.param
     arguments = str(raw_config), [f"run.dir={run}"]
     if num_ranks > 1:
@@ -329,7 +410,9 @@ def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
     lines = budget.disk_lines(case)
     blocks = list((folder / "trajectory").rglob("*.npy"))
     assert len(blocks) == num_ranks * (3 + 1)
-    assert sum(block.stat().st_size for block in blocks) - 128 * len(blocks) == value(lines, "trajectory")
+    assert sum(block.stat().st_size for block in blocks) - 128 * len(blocks) == value(
+        lines, "trajectory"
+    )
     checkpoints = sorted((folder / "checkpoints").iterdir())
     assert len(checkpoints) == 2  # checkpoint.keep
     for checkpoint in checkpoints:
@@ -346,25 +429,36 @@ def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
 
 def test_the_total_on_disk_is_what_lies_there_at_once(raw_config):
     config = load_config(raw_config)
-    case = replace(case_of(config, 0, 2, strategies=("E", "P"), seeds=(0, 1)), images=budget.read_images(config, None))
+    case = replace(
+        case_of(config, 0, 2, strategies=("E", "P"), seeds=(0, 1)),
+        images=budget.read_images(config, None),
+    )
     lines = budget.disk_lines(case)
     get = partial(value, lines)
     assert get("models of retrainings") == 8 * get("models")
     assert get("coresets") == 4 * 12 * (97 - 48) + 4 * 12 * (97 - 78)
     collecting = get("checkpoints while collecting")
-    retraining = get("coresets") + get("models of retrainings") + get("checkpoints while retraining")
-    assert lines[-1].value == get("trajectory") + get("scores") + get("models") + max(collecting, retraining)
+    retraining = (
+        get("coresets") + get("models of retrainings") + get("checkpoints while retraining")
+    )
+    assert lines[-1].value == get("trajectory") + get("scores") + get("models") + max(
+        collecting, retraining
+    )
     few = budget.disk_lines(replace(case, cells=()))
     assert value(few, "checkpoints while retraining") == 0
     assert few[-1].value < lines[-1].value
-    at_once = load_config(raw_config, ["checkpoint.asynchronous=false"])  # takes the largest table to host memory, not all
+    # takes the largest table to host memory, not all
+    at_once = load_config(raw_config, ["checkpoint.asynchronous=false"])
     assert footprint.staged_bytes(at_once, footprint.network_of(at_once, 12), 97, 2) == 49 * 5 * 4
 
 
 def test_every_rank_has_statistics_of_its_own_in_a_checkpoint(tiny):
     network = footprint.network_of(tiny(), 12)
-    one, eight = (footprint.checkpoint_bytes(tiny(), network, 1000, num_ranks) for num_ranks in (1, 8))
-    own_tensors = network.num_buffers + 2 + 8  # random numbers and sums, and its rows of eight tables
+    one, eight = (
+        footprint.checkpoint_bytes(tiny(), network, 1000, num_ranks) for num_ranks in (1, 8)
+    )
+    # random numbers and sums, and its rows of eight tables
+    own_tensors = network.num_buffers + 2 + 8
     assert eight - one == 7 * (network.buffers + 5056 + own_tensors * footprint._TENSOR_FILE_BYTES)
 
 
@@ -410,15 +504,25 @@ def test_host_memory(tiny, betons):
     lines = budget.host_lines(case)
     get = partial(value, lines)
     loader = BetonLoader(inspect_beton(betons["train"]), 12, View(32, "pad"))
-    with_buffers = next(iter(loader.batches(epoch_order(24, 24, shuffle=False), rank=0, world_size=2, epoch=0)))
+    with_buffers = next(
+        iter(loader.batches(epoch_order(24, 24, shuffle=False), rank=0, world_size=2, epoch=0))
+    )
     assert get("decoded batches") == 2 * 12 * (5 * (32 * 32 * 3 + 9) + 32 * 32 * 3)
     assert with_buffers.image.shape == (12, 3, 32, 32)
     label_N = inspect_beton(betons["train"]).label_N
-    most = max(len(_ByClass(label_N, World(rank, rank, 2, 2, torch.device("cpu"))).index_M) for rank in range(2))
+    most = max(
+        len(_ByClass(label_N, World(rank, rank, 2, 2, torch.device("cpu"))).index_M)
+        for rank in range(2)
+    )
     assert get("features of the final pass") == most * 1024 * 4
     assert get("memory of training") == budget.memory_lines(case)[-1].value
-    assert get("total") == (get("process") + get("index of the images") + get("decoded batches") + get("memory of training")
-                            + max(get("checkpoint under way"), get("features of the final pass")))
+    assert get("total") == (
+        get("process")
+        + get("index of the images")
+        + get("decoded batches")
+        + get("memory of training")
+        + max(get("checkpoint under way"), get("features of the final pass"))
+    )
     on_gpu = budget.host_lines(case.with_config("run", device="cuda"))
     assert "memory of training" not in [line.label for line in on_gpu]
     without = budget.host_lines(case.with_config("score", final_pass=False))
@@ -441,16 +545,27 @@ def test_expected_routing_is_that_of_real_orders():
     num_samples, batch, num_ranks = 5000, 40, 4
     sends_SW, _ = routing_counts(epoch_order(num_samples, batch, seed=0), 1, num_ranks, num_samples)
     others = sends_SW.sum() - sends_SW[:, 1].sum()
-    assert others / len(sends_SW) == pytest.approx(batch / num_ranks * (num_ranks - 1) / num_ranks, rel=0.05)
+    assert others / len(sends_SW) == pytest.approx(
+        batch / num_ranks * (num_ranks - 1) / num_ranks, rel=0.05
+    )
 
 
 def test_trainings_follow_strategies_rates_and_seeds():
-    case = case_of(imagenet(), IMAGENET, 8, pruning_rates=(0.5, 0.9), strategies=("E", "P"), seeds=(0, 1))
+    case = case_of(
+        imagenet(), IMAGENET, 8, pruning_rates=(0.5, 0.9), strategies=("E", "P"), seeds=(0, 1)
+    )
     collection, *rest = list_trainings(case)
-    assert (collection.num_images, collection.epochs, collection.global_batch_size) == (IMAGENET, 30, 256)
+    assert (collection.num_images, collection.epochs, collection.global_batch_size) == (
+        IMAGENET,
+        30,
+        256,
+    )
     assert len(rest) == 8
     by_name = {training.name: training for training in rest}
-    assert (by_name["retrain p=0.5 E seed 1"].num_images, by_name["retrain p=0.5 E seed 1"].epochs) == (640_583, 60)
+    assert (
+        by_name["retrain p=0.5 E seed 1"].num_images,
+        by_name["retrain p=0.5 E seed 1"].epochs,
+    ) == (640_583, 60)
     assert by_name["retrain p=0.9 P seed 0"].epochs == 600
     assert by_name["retrain p=0.9 P seed 0"].global_batch_size == 64
     assert by_name["retrain p=0.9 P seed 0"].images_seen == 600 * 128_117
@@ -461,19 +576,32 @@ def test_retrainings_are_those_of_the_pipeline(tiny):
     def names(*overrides, **more):
         return [training.name for training in plan(tiny(*overrides), **more).trainings]
 
-    assert names() == ["collect", "retrain p=0.5 E", "retrain p=0.8 E"]  # p = 0 is served, and collected
+    # p = 0 is served, and collected
+    assert names() == ["collect", "retrain p=0.5 E", "retrain p=0.8 E"]
     assert names(strategies=["P"]) == ["collect", "retrain p=0.5 P", "retrain p=0.8 P"]
     assert names("pipeline.strategies=[P]") == names(strategies=["P"])
-    assert names("pipeline.scores=[tdds, random]", "pipeline.pruning_rates=[0.7]", "pipeline.seeds=[3, 5]") == ["collect", *(
-        f"retrain {score} p=0.7 E seed {seed}" for seed in (3, 5) for score in ("tdds", "random"))]
+    assert names(
+        "pipeline.scores=[tdds, random]", "pipeline.pruning_rates=[0.7]", "pipeline.seeds=[3, 5]"
+    ) == [
+        "collect",
+        *(
+            f"retrain {score} p=0.7 E seed {seed}"
+            for seed in (3, 5)
+            for score in ("tdds", "random")
+        ),
+    ]
 
 
 def test_hours_from_a_given_speed():
-    found = plan(imagenet(), num_ranks=8, num_samples=IMAGENET, images_per_second=10_000, disk_bytes=1e12).as_json()
+    found = plan(
+        imagenet(), num_ranks=8, num_samples=IMAGENET, images_per_second=10_000, disk_bytes=1e12
+    ).as_json()
     collection, *rest = found["trainings"]
     assert collection["hours"] == pytest.approx(IMAGENET * 30 / 10_000 / 3600)
     assert collection["rank_hours"] == pytest.approx(8 * collection["hours"])
-    assert [training["name"] for training in rest] == [f"retrain p={rate} E" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)]
+    assert [training["name"] for training in rest] == [
+        f"retrain p={rate} E" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)
+    ]
     assert found["run"]["steps_per_epoch"] == 5005
     assert found["run"]["rows_per_rank_and_forward_pass"] == 32
 
@@ -482,7 +610,9 @@ def test_hours_from_a_given_speed():
 def test_hours_from_an_earlier_run(raw_config, collected):
     folder, num_ranks, _ = collected
     config = load_config(raw_config, [f"run.dir={folder}"])
-    median = float(np.median([record["images_per_second"] for record in RunDir(folder).read_metrics()]))
+    median = float(
+        np.median([record["images_per_second"] for record in RunDir(folder).read_metrics()])
+    )
     own = plan(config, num_ranks=num_ranks)
     given = plan(load_config(raw_config), num_ranks=2 * num_ranks, measured_in=folder)
     assert own.as_json()["time"]["images_per_second"] == pytest.approx(median)
@@ -490,15 +620,22 @@ def test_hours_from_an_earlier_run(raw_config, collected):
     assert f"times {2 * num_ranks} / {num_ranks} ranks" in given.as_text()
     assert "times" not in own.as_text().split("images per second")[1].split("\n")[0]
     other = load_config(raw_config, [f"run.dir={folder}", "model.name=resnet18"])
-    with pytest.raises(InputError, match=r"was measured with model.name=shufflenet_v2_x0_5; give a run of this config"):
+    with pytest.raises(
+        InputError,
+        match=r"was measured with model.name=shufflenet_v2_x0_5; give a run of this config",
+    ):
         plan(other, measured_in=folder)
     text = plan(other).as_text()
-    assert re.search(r"images per second +unknown +.*/run was measured with model.name=shufflenet_v2_x0_5", text)
+    assert re.search(
+        r"images per second +unknown +.*/run was measured with model.name=shufflenet_v2_x0_5", text
+    )
 
 
 def test_without_a_speed_it_says_how_to_give_one(tiny):
     found = plan(tiny())
-    assert re.search(r"images per second +unknown +give --images-per-second X, or --from RUN", found.as_text())
+    assert re.search(
+        r"images per second +unknown +give --images-per-second X, or --from RUN", found.as_text()
+    )
     assert found.as_json()["trainings"][0]["hours"] is None
 
 
@@ -506,18 +643,42 @@ def test_without_a_speed_it_says_how_to_give_one(tiny):
 
 
 BAD_INPUT = [
-    (["model.name=alexnet", "data.image_size=16"], {}, r"alexnet cannot train on 24 images of 16x16 per rank and step"),
-    (["model.name=inception_v3", "data.image_size=299", "train.global_batch_size=2"], {"num_samples": 10}, "several outputs"),
+    (
+        ["model.name=alexnet", "data.image_size=16"],
+        {},
+        r"alexnet cannot train on 24 images of 16x16 per rank and step",
+    ),
+    (
+        ["model.name=inception_v3", "data.image_size=299", "train.global_batch_size=2"],
+        {"num_samples": 10},
+        "several outputs",
+    ),
     ([], {"images_per_second": 1.0, "measured_in": Path("x")}, "exclude each other"),
-    *(([], {"images_per_second": speed}, "must be positive") for speed in (0.0, -1.0, math.inf, math.nan)),
+    *(
+        ([], {"images_per_second": speed}, "must be positive")
+        for speed in (0.0, -1.0, math.inf, math.nan)
+    ),
     (["data.num_classes=11"], {}, "data.num_classes=11, but .* has 10 classes"),
-    (["data.train=missing.beton"], {}, "data.train=missing.beton does not exist.*give --num-samples N"),
+    (
+        ["data.train=missing.beton"],
+        {},
+        "data.train=missing.beton does not exist.*give --num-samples N",
+    ),
     *(([], {"num_samples": num}, "--num-samples") for num in (0, -1)),
     ([], {"num_ranks": 0}, "--gpus=0 must be at least 1"),
     (["train.epochs=2"], {}, "T=3 is longer than train.epochs=2"),
-    ([], {"num_ranks": 5}, "train.global_batch_size=24 is not divisible by world_size=5; use 20 or 25"),
-    ([], {"num_ranks": 8}, r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"),  # that of p = 0.8 is 12
-    ([], {"num_ranks": 12}, r"cannot train on 1 images of 32x32 per rank and step \(Expected more than 1 value"),
+    (
+        [],
+        {"num_ranks": 5},
+        "train.global_batch_size=24 is not divisible by world_size=5; use 20 or 25",
+    ),
+    # that of p = 0.8 is 12
+    ([], {"num_ranks": 8}, r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"),
+    (
+        [],
+        {"num_ranks": 12},
+        r"cannot train on 1 images of 32x32 per rank and step \(Expected more than 1 value",
+    ),
     (CPU, {"gpu_memory_bytes": 8e9}, r"--gpu-memory=\d+ means nothing with run.device=cpu"),
     (CPU, {"disk_bytes": 1e4}, r"of disk, more than 10 kB \(--disk\)"),
     ([], {"measured_in": Path("nowhere")}, "nowhere does not exist"),
@@ -531,9 +692,17 @@ def test_what_has_no_plan_is_one_line(tiny, overrides, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("overrides", "num_ranks"), [
-    (["retrain.batch_size_rule={}"], 8), (["pipeline.pruning_rates=[0.5]"], 8), (["pipeline.pruning_rates=[0.5]"], 12)])
-def test_what_the_retrainings_of_this_pipeline_need_is_all_that_is_asked(tiny, overrides, num_ranks):
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks"),
+    [
+        (["retrain.batch_size_rule={}"], 8),
+        (["pipeline.pruning_rates=[0.5]"], 8),
+        (["pipeline.pruning_rates=[0.5]"], 12),
+    ],
+)
+def test_what_the_retrainings_of_this_pipeline_need_is_all_that_is_asked(
+    tiny, overrides, num_ranks
+):
     assert plan(tiny(*overrides), num_ranks=num_ranks).num_ranks == num_ranks
 
 
@@ -543,8 +712,10 @@ def test_the_beton_says_the_number_of_images(tiny):
     assert plan(tiny("data.train=missing.beton"), num_samples=7).as_json()["run"]["images"] == 7
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "rates"), [
-    (24, 1, (0.5, 0.8)), (48, 2, (0.9,)), (10, 1, ()), (7, 1, (0.8,))])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "rates"),
+    [(24, 1, (0.5, 0.8)), (48, 2, (0.9,)), (10, 1, ()), (7, 1, (0.8,))],
+)
 def test_the_short_test_of_batches_agrees_with_the_long_one(tiny, batch, accumulation, rates):
     config = tiny(f"train.global_batch_size={batch}", f"train.accumulation={accumulation}")
     for num_ranks in range(1, batch + 2):
@@ -563,7 +734,8 @@ def test_the_short_test_of_batches_agrees_with_the_long_one(tiny, batch, accumul
 
 
 def check_refusal(tiny, *overrides, **arguments):
-    """None when it fits; else how an error names options, and these, after each was tried as it is typed."""
+    """None when it fits; else how an error names options, and these, after each was tried as it is
+    typed."""
     try:
         plan(tiny(*overrides), **arguments)
         return None
@@ -574,15 +746,28 @@ def check_refusal(tiny, *overrides, **arguments):
     if kind == "no":
         part, largest = part.split(" the largest part is ")
         assert re.search(r"^[a-zA-Z ,-]+ \([\d.]+ [kMGT]?B\)", largest)
-        kind = "together" if part.startswith("option makes it fit alone, several may together: ") else "none"
+        kind = (
+            "together"
+            if part.startswith("option makes it fit alone, several may together: ")
+            else "none"
+        )
         part = part.removeprefix("option makes it fit alone, several may together: ")
     ways = re.findall(r"(score[^ ]+|--gpus \d+|train[^ ]+|checkpoint[^ ]+) \(([^()]+)\)", part)
     assert bool(ways) == (kind != "none"), message
     there_is = {} if kind == "use" else {"gpu_memory_bytes": 1e15, "disk_bytes": 1e15}
     for option, numbers in ways:
-        gpus = {"num_ranks": int(option.removeprefix("--gpus "))} if option.startswith("--gpus ") else {}
-        found = plan(tiny(*overrides, *([] if gpus else [option])), **arguments | there_is | gpus).as_json()
-        planned = {"GPU": found["memory_per_rank"]["total_bytes"], "disk": found["disk"]["total_when_fullest_bytes"]}
+        gpus = (
+            {"num_ranks": int(option.removeprefix("--gpus "))}
+            if option.startswith("--gpus ")
+            else {}
+        )
+        found = plan(
+            tiny(*overrides, *([] if gpus else [option])), **arguments | there_is | gpus
+        ).as_json()
+        planned = {
+            "GPU": found["memory_per_rank"]["total_bytes"],
+            "disk": found["disk"]["total_when_fullest_bytes"],
+        }
         for number in numbers.split(", "):
             assert number.startswith(size(planned[number.split()[-1]]) + " "), (number, planned)
     return kind, [re.split("[= ]", option)[0] for option, _ in ways]
@@ -593,10 +778,24 @@ def test_every_way_out_of_too_little_memory_fits(tiny):
     """Also the mildest: fewer GPUs or forward passes would not do."""
     named, outcomes = set(), {"fits": 0, "use": 0, "together": 0}
     for num_samples, num_ranks, memory, amp in itertools.product(
-            (10_000, 400_000, 3_000_000), (1, 2, 4), (1.02e9, 1.24e9, 1.3e9, 1.6e9, 4e9), ("none", "bf16")):
+        (10_000, 400_000, 3_000_000),
+        (1, 2, 4),
+        (1.02e9, 1.24e9, 1.3e9, 1.6e9, 4e9),
+        ("none", "bf16"),
+    ):
         found = check_refusal(
-            tiny, *GPU, "model.name=resnet18", "data.image_size=96", "train.global_batch_size=48", f"train.amp={amp}",
-            "data.num_classes=400", num_ranks=num_ranks, num_samples=num_samples, gpu_memory_bytes=memory, disk_bytes=1e13)
+            tiny,
+            *GPU,
+            "model.name=resnet18",
+            "data.image_size=96",
+            "train.global_batch_size=48",
+            f"train.amp={amp}",
+            "data.num_classes=400",
+            num_ranks=num_ranks,
+            num_samples=num_samples,
+            gpu_memory_bytes=memory,
+            disk_bytes=1e13,
+        )
         outcomes[found[0] if found else "fits"] += 1
         named.update(found[1] if found else [])
     assert named == {"score.logp_dtype", "--gpus", "train.accumulation", "train.amp"}
@@ -604,24 +803,39 @@ def test_every_way_out_of_too_little_memory_fits(tiny):
 
 
 def test_the_smallest_number_of_gpus_is_named(tiny):
-    config = tiny(*GPU, "model.name=resnet18", "train.global_batch_size=48", "data.num_classes=1000",
-                  "retrain.batch_size_rule={}")
+    config = tiny(
+        *GPU,
+        "model.name=resnet18",
+        "train.global_batch_size=48",
+        "data.num_classes=1000",
+        "retrain.batch_size_rule={}",
+    )
     arguments = {"num_samples": 3_000_000, "disk_bytes": 1e13}
-    needs = {num: budget.memory_lines(case_of(config, 3_000_000, num))[-1].value for num in (1, 2, 3, 4, 6, 8, 12, 16, 24)}
+    needs = {
+        num: budget.memory_lines(case_of(config, 3_000_000, num))[-1].value
+        for num in (1, 2, 3, 4, 6, 8, 12, 16, 24)
+    }
     assert sorted(needs.values(), reverse=True) == list(needs.values())
     for num, less in ((1, 2), (8, 12)):
         with pytest.raises(InputError) as caught:
             plan(config, gpu_memory_bytes=needs[num] - 1, **arguments)
         assert f"--gpus {less} (" in str(caught.value)
-        plan(config, num_ranks=num, gpu_memory_bytes=needs[num], **arguments)  # exactly enough is enough
+        # exactly enough is enough
+        plan(config, num_ranks=num, gpu_memory_bytes=needs[num], **arguments)
 
 
 @pytest.mark.slow
 def test_a_batch_too_small_for_a_retraining_is_no_way_out(tiny):
-    """On 12 GPUs the batch of p = 0.8 leaves one row each, of which batch norm knows no variance."""
+    """On 12 GPUs the batch of p = 0.8 leaves one row each, of which batch norm knows no
+    variance."""
     config = tiny(*GPU, "data.num_classes=1000")
     needs = {num: budget.memory_lines(case_of(config, 9_000_000, num))[-1].value for num in (8, 12)}
-    arguments = {"num_ranks": 6, "num_samples": 9_000_000, "disk_bytes": 1e13, "gpu_memory_bytes": sum(needs.values()) / 2}
+    arguments = {
+        "num_ranks": 6,
+        "num_samples": 9_000_000,
+        "disk_bytes": 1e13,
+        "gpu_memory_bytes": sum(needs.values()) / 2,
+    }
     with pytest.raises(InputError) as caught:
         plan(config, **arguments)
     assert "--gpus" not in str(caught.value)
@@ -632,20 +846,43 @@ def test_a_batch_too_small_for_a_retraining_is_no_way_out(tiny):
 def test_every_way_out_of_too_little_disk_fits(tiny):
     named, outcomes = set(), {"fits": 0, "use": 0, "together": 0}
     for num_samples, disk, keep, dtype in itertools.product(
-            (1000, 1_000_000), (4e7, 4e8, 6e8, 7.5e8, 9e8, 1.2e9), (2, 5), ("float32", "float16")):
-        found = check_refusal(tiny, *GPU, f"checkpoint.keep={keep}", f"score.trajectory_dtype={dtype}", "train.epochs=12",
-                              num_samples=num_samples, disk_bytes=disk)
+        (1000, 1_000_000), (4e7, 4e8, 6e8, 7.5e8, 9e8, 1.2e9), (2, 5), ("float32", "float16")
+    ):
+        found = check_refusal(
+            tiny,
+            *GPU,
+            f"checkpoint.keep={keep}",
+            f"score.trajectory_dtype={dtype}",
+            "train.epochs=12",
+            num_samples=num_samples,
+            disk_bytes=disk,
+        )
         outcomes[found[0] if found else "fits"] += 1
         named.update(found[1] if found else [])
-    assert named == {"score.trajectory_dtype", "score.trajectory", "checkpoint.keep", "score.logp_dtype"}
-    assert check_refusal(tiny, *GPU, "score.logp_dtype=float16", "score.trajectory=false", disk_bytes=1e6) == ("none", [])
+    assert named == {
+        "score.trajectory_dtype",
+        "score.trajectory",
+        "checkpoint.keep",
+        "score.logp_dtype",
+    }
+    assert check_refusal(
+        tiny, *GPU, "score.logp_dtype=float16", "score.trajectory=false", disk_bytes=1e6
+    ) == ("none", [])
     assert min(outcomes.values()) >= 2, outcomes
 
 
 def test_too_little_of_both_is_mended_together(tiny):
-    overrides = [*GPU, "model.name=resnet18", "data.num_classes=1000", "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]"]
+    overrides = [
+        *GPU,
+        "model.name=resnet18",
+        "data.num_classes=1000",
+        "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]",
+    ]
     arguments = {"num_samples": 1_000_000, "gpu_memory_bytes": 4e9, "disk_bytes": 12.2e9}
-    with pytest.raises(InputError, match=r"needs [\d.]+ GB per GPU, more than 4 GB \(--gpu-memory\) and [\d.]+ GB of disk, m"):
+    with pytest.raises(
+        InputError,
+        match=r"needs [\d.]+ GB per GPU, more than 4 GB \(--gpu-memory\) and [\d.]+ GB of disk, m",
+    ):
         plan(tiny(*overrides), **arguments)
     assert check_refusal(tiny, *overrides, **arguments) == ("use", ["score.logp_dtype"])
 
@@ -668,7 +905,9 @@ def test_a_visible_gpu_and_the_free_disk_are_the_limits(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     with pytest.raises(InputError, match=r"more than 1 MB \(Small GPU here"):
         plan(tiny(*GPU, "model.name=resnet18"))
-    assert plan(tiny(*GPU), gpu_memory_bytes=8e9).as_json()["memory_per_rank"]["there_is_bytes"] == 8e9
+    assert (
+        plan(tiny(*GPU), gpu_memory_bytes=8e9).as_json()["memory_per_rank"]["there_is_bytes"] == 8e9
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(InputError, match=r"of disk, more than 1 kB \(free in"):
         plan(tiny(*CPU))
@@ -677,12 +916,19 @@ def test_a_visible_gpu_and_the_free_disk_are_the_limits(tiny, monkeypatch):
 # ---- text, JSON, command line
 
 
-@pytest.mark.parametrize("options", [{"num_ranks": 2}, {"images_per_second": 321.5, "strategies": ("E", "P")}])
+@pytest.mark.parametrize(
+    "options", [{"num_ranks": 2}, {"images_per_second": 321.5, "strategies": ("E", "P")}]
+)
 def test_text_and_json_have_the_same_numbers(tiny, options):
     found = plan(tiny(*GPU), **options)
     numbers, text = json.loads(json.dumps(found.as_json())), found.as_text()
     shown = re.findall(r"^  (\S.*?) {2,}([\d.,]+ ?[kMGT]?B?|unknown)(?:   |$)", text, flags=re.M)
-    in_json = {key: number for section in numbers.values() if isinstance(section, dict) for key, number in section.items()}
+    in_json = {
+        key: number
+        for section in numbers.values()
+        if isinstance(section, dict)
+        for key, number in section.items()
+    }
     factors = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
     num_compared = 0
     for label, number in shown:
@@ -694,22 +940,56 @@ def test_text_and_json_have_the_same_numbers(tiny, options):
             assert number == "unknown"
         elif label != "there is":
             digits, unit = re.fullmatch(r"([\d.,]+) ?(\w*)", number).groups()
-            assert float(digits.replace(",", "")) * factors[unit] == pytest.approx(expected, rel=6e-4, abs=0.5), label
+            assert float(digits.replace(",", "")) * factors[unit] == pytest.approx(
+                expected, rel=6e-4, abs=0.5
+            ), label
         num_compared += 1
     assert num_compared > 30
     for training in numbers["trainings"]:
         row = next(line for line in text.splitlines() if line.startswith(f"  {training['name']} "))
         words = row.removeprefix(f"  {training['name']} ").split()
         assert [int(word.replace(",", "")) for word in words[:4]] == [
-            training["num_images"], training["epochs"], training["global_batch_size"], training["images_seen"]]
+            training["num_images"],
+            training["epochs"],
+            training["global_batch_size"],
+            training["images_seen"],
+        ]
         hours = [training["hours"], training["rank_hours"]]
         assert words[4:] == ["unknown" if number is None else f"{number:,.2f}" for number in hours]
 
 
-@pytest.mark.parametrize(("text", "number"), [
-    ("80GB", 80e9), ("79.6GiB", 79.6 * 2**30), ("80000MB", 80e9), ("80000000000", 80e9), ("1 TiB", 2**40), ("5kB", 5e3),
-    ("7B", 7), ("2KiB", 2048), ("3MiB", 3 * 2**20), (None, None),
-    *((bad, InputError) for bad in ("", "GB", "80gb", "80 Gigs", "-5GB", "0", "0GB", "1e9", "80GB!", "8,0GB", "80Gb", "nan"))])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("80GB", 80e9),
+        ("79.6GiB", 79.6 * 2**30),
+        ("80000MB", 80e9),
+        ("80000000000", 80e9),
+        ("1 TiB", 2**40),
+        ("5kB", 5e3),
+        ("7B", 7),
+        ("2KiB", 2048),
+        ("3MiB", 3 * 2**20),
+        (None, None),
+        *(
+            (bad, InputError)
+            for bad in (
+                "",
+                "GB",
+                "80gb",
+                "80 Gigs",
+                "-5GB",
+                "0",
+                "0GB",
+                "1e9",
+                "80GB!",
+                "8,0GB",
+                "80Gb",
+                "nan",
+            )
+        ),
+    ],
+)
 def test_sizes_are_read_strictly(text, number):
     if number is InputError:
         with pytest.raises(InputError, match=r"--disk=.* is not a size; write it like 80GB"):
@@ -720,22 +1000,48 @@ def test_sizes_are_read_strictly(text, number):
 
 def test_sizes_for_people():
     assert [size(number) for number in (0, 999, 1000, 640_588_000, 80e9, 2.5e12)] == [
-        "0 B", "999 B", "1 kB", "640.6 MB", "80 GB", "2.5 TB"]
+        "0 B",
+        "999 B",
+        "1 kB",
+        "640.6 MB",
+        "80 GB",
+        "2.5 TB",
+    ]
 
 
 def test_the_command(config_file, capsys):
-    assert main(["plan", str(config_file), "run.device=cuda", "--gpus", "2", "--gpu-memory", "8GB", "--json"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                str(config_file),
+                "run.device=cuda",
+                "--gpus",
+                "2",
+                "--gpu-memory",
+                "8GB",
+                "--json",
+            ]
+        )
+        == 0
+    )
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["run"]["ranks"] == 2
     assert numbers["memory_per_rank"]["there_is_bytes"] == 8e9
-    assert main(["plan", str(config_file), "--strategies", "E", "P", "--images-per-second", "100"]) == 0
+    assert (
+        main(["plan", str(config_file), "--strategies", "E", "P", "--images-per-second", "100"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "retrain p=0.8 P" in printed
     assert "retrain p=0 " not in printed  # the collection trains on everything
-    for words, part in ((["run.device=cuda", "--gpu-memory", "lots"], "--gpu-memory='lots' is not a size"),
-                        (["run.device=cuda", "--gpu-memory", ""], "--gpu-memory='' is not a size"),
-                        (["--disk", "10kB"], "of disk, more than 10 kB (--disk)"), (["--gpus", "7"], "world_size=7"),
-                        (["--from", "nowhere"], "nowhere does not exist")):
+    for words, part in (
+        (["run.device=cuda", "--gpu-memory", "lots"], "--gpu-memory='lots' is not a size"),
+        (["run.device=cuda", "--gpu-memory", ""], "--gpu-memory='' is not a size"),
+        (["--disk", "10kB"], "of disk, more than 10 kB (--disk)"),
+        (["--gpus", "7"], "world_size=7"),
+        (["--from", "nowhere"], "nowhere does not exist"),
+    ):
         assert main(["plan", str(config_file), *words]) == 2
         error = capsys.readouterr().err
         assert part in error

@@ -1,4 +1,5 @@
-"""What a submission consists of: names, commands, what is done already. No job is started, no file of a run is real."""
+"""What a submission consists of: names, commands, what is done already. No job is started, no file
+of a run is real."""
 
 import json
 import os
@@ -54,13 +55,22 @@ def finish(step):
 
 def coresets(select):
     """Files that a select stage writes."""
-    return [Path(command[command.index("--out") + 1]) for command in select.steps[0].commands if command[0] == "select"]
+    return [
+        Path(command[command.index("--out") + 1])
+        for command in select.steps[0].commands
+        if command[0] == "select"
+    ]
 
 
 def make_coresets(select):
     for path in coresets(select):
         options = {"aum_of": "logit"} if path.name.startswith(("aum", "ccs")) else {}
-        save_coreset(path, Coreset(np.arange(2), np.ones(2, np.float32), "any", 0.5, Fingerprint(4, 2, "0"), options))
+        save_coreset(
+            path,
+            Coreset(
+                np.arange(2), np.ones(2, np.float32), "any", 0.5, Fingerprint(4, 2, "0"), options
+            ),
+        )
 
 
 def finish_all(stages):
@@ -83,38 +93,90 @@ def test_the_plain_pipeline(run):
     stages, config = plan(run), config_of(run)
     assert list(stages) == ["collect", "select", "retrain", "report"]
     assert stages["collect"].steps == (
-        Step("collect", (("collect", "frozen.yaml"),), str(run), task=Task("collect", run, config)),)
+        Step("collect", (("collect", "frozen.yaml"),), str(run), task=Task("collect", run, config)),
+    )
     assert stages["report"].steps == (Step("report", (("report", str(run)),), str(run)),)
     (select,) = stages["select"].steps
     assert (select.title, select.directory) == ("3 coresets", str(run))
     assert select.commands[1] == (
-        "select", str(run), "--pruning-rate", "0.5", "--score", "tdds_official_T12_K3_beta0.9", "--seed", "3",
-        "--out", f"{run}/coresets/tdds_p0.5.npz")
+        "select",
+        str(run),
+        "--pruning-rate",
+        "0.5",
+        "--score",
+        "tdds_official_T12_K3_beta0.9",
+        "--seed",
+        "3",
+        "--out",
+        f"{run}/coresets/tdds_p0.5.npz",
+    )
     assert [command[5] for command in select.commands] == [
-        "tdds_official_T6_K2_beta0.9", "tdds_official_T12_K3_beta0.9", "tdds_official_T6_K2_beta0.9"]  # 0.3, 0.5, 0.8
+        # 0.3, 0.5, 0.8
+        "tdds_official_T6_K2_beta0.9",
+        "tdds_official_T12_K3_beta0.9",
+        "tdds_official_T6_K2_beta0.9",
+    ]
     retrain = stages["retrain"]
-    assert [step.title for step in retrain.steps] == [f"tdds_p{rate}_E_batch_seed3" for rate in (0.3, 0.5, 0.8)]
+    assert [step.title for step in retrain.steps] == [
+        f"tdds_p{rate}_E_batch_seed3" for rate in (0.3, 0.5, 0.8)
+    ]
     assert [step.task.pruning_rate for step in retrain.steps] == [0.3, 0.5, 0.8]
     name = "tdds_p0.5_E_batch_seed3"
     assert retrain.steps[1] == Step(
         name,
-        (("retrain", "frozen.yaml", "--coreset", f"{run}/coresets/tdds_p0.5.npz", "--strategy", "E", "--importance", "batch",
-          "--name", "tdds_p0.5_E_batch_seed3", "run.seed=3"),),
+        (
+            (
+                "retrain",
+                "frozen.yaml",
+                "--coreset",
+                f"{run}/coresets/tdds_p0.5.npz",
+                "--strategy",
+                "E",
+                "--importance",
+                "batch",
+                "--name",
+                "tdds_p0.5_E_batch_seed3",
+                "run.seed=3",
+            ),
+        ),
         f"{run}/retrain/{name}",
-        task=Task("tdds p=0.5 E, seed 3", run / "retrain" / name, config, run / "coresets/tdds_p0.5.npz", "E", "batch", name,
-                  0.5, BUILT_IN_METHODS["tdds"], {"row": "tdds"}))
+        task=Task(
+            "tdds p=0.5 E, seed 3",
+            run / "retrain" / name,
+            config,
+            run / "coresets/tdds_p0.5.npz",
+            "E",
+            "batch",
+            name,
+            0.5,
+            BUILT_IN_METHODS["tdds"],
+            {"row": "tdds"},
+        ),
+    )
 
 
 def test_scores_rates_strategies_and_seeds_multiply(run):
-    stages = plan(run, "pipeline.scores=[tdds, random, ccs]", "pipeline.pruning_rates=[0.5, 0.8]",
-                  "pipeline.strategies=[E, P]", "pipeline.seeds=[0, 7]")
+    stages = plan(
+        run,
+        "pipeline.scores=[tdds, random, ccs]",
+        "pipeline.pruning_rates=[0.5, 0.8]",
+        "pipeline.strategies=[E, P]",
+        "pipeline.seeds=[0, 7]",
+    )
     names = [step.title for step in stages["retrain"].steps]
     assert len(names) == len(set(names)) == 24
     assert set(names) == {
         f"{score}_p{rate}_{strategy}_{'batch' if score == 'tdds' else 'none'}_seed{seed}"
-        for score, rate, strategy, seed in product(("tdds", "random", "ccs"), (0.5, 0.8), "EP", (0, 7))}
+        for score, rate, strategy, seed in product(
+            ("tdds", "random", "ccs"), (0.5, 0.8), "EP", (0, 7)
+        )
+    }
     assert stages["select"].steps[0].title == "6 coresets"
-    used = {command[command.index("--coreset") + 1] for step in stages["retrain"].steps for command in step.commands}
+    used = {
+        command[command.index("--coreset") + 1]
+        for step in stages["retrain"].steps
+        for command in step.commands
+    }
     assert used == {str(path) for path in coresets(stages["select"])}
     for step in stages["retrain"].steps:
         assert step.commands[0][-1] == f"run.seed={step.title[-1]}"
@@ -123,29 +185,44 @@ def test_scores_rates_strategies_and_seeds_multiply(run):
 
 @pytest.mark.parametrize("importance", ["none", "batch", "sample"])
 def test_importance_is_for_tdds_alone(run, importance):
-    stages = plan(run, "pipeline.scores=[tdds, el2n, random, ccs]", "pipeline.pruning_rates=[0.5]",
-                  f"retrain.importance={importance}")
-    said = {step.title.split("_")[0]: step.commands[0][step.commands[0].index("--importance") + 1]
-            for step in stages["retrain"].steps}
+    stages = plan(
+        run,
+        "pipeline.scores=[tdds, el2n, random, ccs]",
+        "pipeline.pruning_rates=[0.5]",
+        f"retrain.importance={importance}",
+    )
+    said = {
+        step.title.split("_")[0]: step.commands[0][step.commands[0].index("--importance") + 1]
+        for step in stages["retrain"].steps
+    }
     assert said == {"tdds": importance, "el2n": "none", "random": "none", "ccs": "none"}
 
 
 def test_every_score_is_computed_once_and_only_where_it_is_not_there(run):
-    """tdds comes with the collection, random from a seed, entropy and moderate with the final pass."""
-    stages = plan(run, f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]", "pipeline.pruning_rates=[0.5, 0.8]")
+    """tdds comes with the collection, random from a seed, entropy and moderate with the final
+    pass."""
+    stages = plan(
+        run, f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]", "pipeline.pruning_rates=[0.5, 0.8]"
+    )
     (select,) = stages["select"].steps
     scores = [command for command in select.commands if command[0] == "score"]
     assert [command[3] for command in scores] == ["forgetting", "el2n", "aum", "dyn_unc", "dual"]
     assert scores[1][2:] == ("--score", "el2n", "el2n_epochs=10")
     assert len(select.commands) == len(scores) + 2 * len(BUILT_IN_METHODS)
     ccs = next(command for command in select.commands if "ccs_p0.5" in command[-1])
-    assert ccs[ccs.index("--score"):ccs.index("--seed")] == ("--score", "aum", "--sampler", "ccs")
-    assert "score" not in [command[0] for command in plan(run, "pipeline.scores=[tdds, random, moderate]")[
-        "select"].steps[0].commands]
+    assert ccs[ccs.index("--score") : ccs.index("--seed")] == ("--score", "aum", "--sampler", "ccs")
+    assert "score" not in [
+        command[0]
+        for command in (
+            plan(run, "pipeline.scores=[tdds, random, moderate]")["select"].steps[0].commands
+        )
+    ]
 
 
 SETTINGS = [
-    (), ("pipeline.scores=[tdds, random]",), (f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]",),
+    (),
+    ("pipeline.scores=[tdds, random]",),
+    (f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]",),
     ("pipeline.pruning_rates=[0.5]", "pipeline.strategies=[P, E]", "pipeline.seeds=[0, 1, 2]"),
     ("score.preset=paper", "pipeline.scores=[tdds, dual_beta]"),
     ("pipeline.scores=[random]", "pipeline.pruning_rates=[0.05, 0.333, 0.999]"),
@@ -159,10 +236,16 @@ def test_every_command_parses(run, overrides):
         for step in stage.steps:
             for command in step.commands:
                 options = parser.parse(command)
-                assert options.stage == command[0] in ("collect", "score", "select", "retrain", "report")
+                assert (
+                    options.stage
+                    == command[0]
+                    in ("collect", "score", "select", "retrain", "report")
+                )
                 if options.stage == "retrain":
                     assert options.overrides == [command[-1]]
-                    assert f"{options.config.parent / options.name}".endswith(Path(step.directory).name)
+                    assert f"{options.config.parent / options.name}".endswith(
+                        Path(step.directory).name
+                    )
                 if options.stage == "select":
                     assert options.out in coresets(Stage("select", (step,)))
                     assert 0 < options.pruning_rate[0] < 1
@@ -178,42 +261,94 @@ def test_options_of_scores_are_those_of_this_config_and_not_of_the_collection(ru
     assert waiting(other) == {"select": 1, "retrain": 2, "report": 1}
     commands = other["select"].steps[0].commands
     assert commands[0][2:5] == ("--score", "aum", "aum_of=probability")
-    assert [command[command.index("--score") + 1] for command in commands[1:]] == ["aum_probability"] * 2
-    assert all("--force" in command for command in commands[1:]), "those that are there are of other options"
+    assert [command[command.index("--score") + 1] for command in commands[1:]] == [
+        "aum_probability"
+    ] * 2
+    assert all("--force" in command for command in commands[1:]), (
+        "those that are there are of other options"
+    )
     coresets(stages["select"])[0].unlink()
     again = plan(run, *settings)["select"].steps[0].commands[1:]
-    assert not any("--force" in command for command in again), "one is missing, the other is what is asked for"
+    assert not any("--force" in command for command in again), (
+        "one is missing, the other is what is asked for"
+    )
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("score.baselines.el2n_epochs=13", "el2n: el2n_epochs=13 is longer than the 12 recorded epochs"),
-    ("score.baselines.uncertainty_window=13", "dyn_unc: uncertainty_window=13 is longer than the 12 epochs"),
-])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "score.baselines.el2n_epochs=13",
+            "el2n: el2n_epochs=13 is longer than the 12 recorded epochs",
+        ),
+        (
+            "score.baselines.uncertainty_window=13",
+            "dyn_unc: uncertainty_window=13 is longer than the 12 epochs",
+        ),
+    ],
+)
 def test_a_score_that_the_collection_cannot_give_is_refused_before_it(run, override, said):
     with pytest.raises(InputError, match=f"^pipeline.scores: {said}"):
         plan(run, "pipeline.scores=[tdds, el2n, dyn_unc]", override)
 
 
 def test_a_rate_that_no_window_serves(run):
-    with pytest.raises(InputError, match=r"pipeline.pruning_rates has 0.6, which no window of score.windows serves; add it"):
+    with pytest.raises(
+        InputError,
+        match=r"pipeline.pruning_rates has 0.6, which no window of score.windows serves; add it",
+    ):
         plan(run, "pipeline.pruning_rates=[0.6]")
-    assert len(plan(run, "pipeline.scores=[random]", "pipeline.pruning_rates=[0.6]")["retrain"].steps) == 1
+    assert (
+        len(plan(run, "pipeline.scores=[random]", "pipeline.pruning_rates=[0.6]")["retrain"].steps)
+        == 1
+    )
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["score.windows=[{T: 3, K: 2}]"], "no window of score.windows serves a pruning rate; set pipeline.pruning_rates"),
-    (["score.windows=[{T: 3, K: 2, pruning_rates: [0.0]}]"], "no window of score.windows serves a pruning rate"),
-    (["score.windows=[{T: 13, K: 2, pruning_rates: [0.5]}]"], "T=13 is longer than train.epochs=12"),
-    (["pipeline.scores=[moderate]", "score.final_pass=false"], "moderate needs score.final_pass=true; switch it on"),
-    (["pipeline.scores=[tdds, entropy]", "score.final_pass=false"], "entropy needs score.final_pass=true"),
-    (["pipeline.scores=[ccs]", "score.trajectory=false"], "ccs is scored from the trajectory; set score.trajectory=true"),
-    (["pipeline.scores=[dual_beta]", "score.trajectory=false"], "dual_beta is scored from the trajectory"),
-    (["pipeline.scores=[tdss]"], "pipeline.scores: 'tdss' is not known; use some of tdds, random"),
-    (["pipeline.scores=[]"], "pipeline.scores"), (["pipeline.strategies=[Q]"], "pipeline.strategies"),
-    (["pipeline.pruning_rates=[0.0]"], "must lie between 0 and 1"), (["pipeline.pruning_rates=[1.0]"], "must lie between"),
-    (["pipeline.seeds=[-1]"], "must not be negative"), (["pipeline.seeds=[1, 1]"], "holds a value twice"),
-    (["pipeline.scores=[tdds, tdds]"], "holds a value twice"), (["pipeline.strategies=[E, E]"], "holds a value twice"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["score.windows=[{T: 3, K: 2}]"],
+            "no window of score.windows serves a pruning rate; set pipeline.pruning_rates",
+        ),
+        (
+            ["score.windows=[{T: 3, K: 2, pruning_rates: [0.0]}]"],
+            "no window of score.windows serves a pruning rate",
+        ),
+        (
+            ["score.windows=[{T: 13, K: 2, pruning_rates: [0.5]}]"],
+            "T=13 is longer than train.epochs=12",
+        ),
+        (
+            ["pipeline.scores=[moderate]", "score.final_pass=false"],
+            "moderate needs score.final_pass=true; switch it on",
+        ),
+        (
+            ["pipeline.scores=[tdds, entropy]", "score.final_pass=false"],
+            "entropy needs score.final_pass=true",
+        ),
+        (
+            ["pipeline.scores=[ccs]", "score.trajectory=false"],
+            "ccs is scored from the trajectory; set score.trajectory=true",
+        ),
+        (
+            ["pipeline.scores=[dual_beta]", "score.trajectory=false"],
+            "dual_beta is scored from the trajectory",
+        ),
+        (
+            ["pipeline.scores=[tdss]"],
+            "pipeline.scores: 'tdss' is not known; use some of tdds, random",
+        ),
+        (["pipeline.scores=[]"], "pipeline.scores"),
+        (["pipeline.strategies=[Q]"], "pipeline.strategies"),
+        (["pipeline.pruning_rates=[0.0]"], "must lie between 0 and 1"),
+        (["pipeline.pruning_rates=[1.0]"], "must lie between"),
+        (["pipeline.seeds=[-1]"], "must not be negative"),
+        (["pipeline.seeds=[1, 1]"], "holds a value twice"),
+        (["pipeline.scores=[tdds, tdds]"], "holds a value twice"),
+        (["pipeline.strategies=[E, E]"], "holds a value twice"),
+    ],
+)
 def test_what_cannot_run_is_refused_in_one_line(run, overrides, message):
     with pytest.raises(InputError) as caught:
         plan(run, *overrides)
@@ -238,7 +373,7 @@ def test_a_new_run_has_everything_before_it(run):
     assert waiting(stages) == {"collect": 1, "select": 1, "retrain": 12, "report": 1}
 
 
-@pytest.mark.parametrize("content", ["", "{", "not json", "{\"epochs\": 1"])
+@pytest.mark.parametrize("content", ["", "{", "not json", '{"epochs": 1'])
 def test_a_damaged_result_is_none(run, content):
     stages = plan(run)
     finish_all(stages)
@@ -254,8 +389,10 @@ RETRAININGS = {"none": (), "some": (0, 2), "all": (0, 1, 2)}
 REPORTS = ("none", "old", "new")
 
 
-@pytest.mark.parametrize(("has_result", "has_coresets", "retrained", "report"), list(product(
-    (False, True), ("none", "some", "all"), RETRAININGS, REPORTS)))
+@pytest.mark.parametrize(
+    ("has_result", "has_coresets", "retrained", "report"),
+    list(product((False, True), ("none", "some", "all"), RETRAININGS, REPORTS)),
+)
 def test_what_is_done_is_skipped(run, has_result, has_coresets, retrained, report):
     stages = plan(run)
     run.mkdir()
@@ -273,8 +410,11 @@ def test_what_is_done_is_skipped(run, has_result, has_coresets, retrained, repor
         os.utime(run / "report.html", (when, when))
     left = waiting(plan(run))
     assert ("collect" in left) == (not has_result)
-    # with every retraining done nobody needs the coresets; while the collection is to run, they are of something else
-    assert ("select" in left) == (not has_result or not (has_coresets == "all" or retrained == "all"))
+    # with every retraining done nobody needs the coresets; while the collection is to run, they are
+    # of something else
+    assert ("select" in left) == (
+        not has_result or not (has_coresets == "all" or retrained == "all")
+    )
     assert left.get("retrain", 0) == 3 - len(RETRAININGS[retrained])
     everything = has_result and retrained == "all"
     assert ("report" in left) == (not (everything and report == "new"))
@@ -296,7 +436,9 @@ def test_a_report_is_made_anew_when_any_result_is_newer(run):
 def test_more_seeds_later_run_only_those(run):
     finish_all(plan(run))
     later = plan(run, "pipeline.seeds=[3, 4]")
-    assert [step.title for step in later["retrain"].waiting] == [f"tdds_p{rate}_E_batch_seed4" for rate in (0.3, 0.5, 0.8)]
+    assert [step.title for step in later["retrain"].waiting] == [
+        f"tdds_p{rate}_E_batch_seed4" for rate in (0.3, 0.5, 0.8)
+    ]
     assert waiting(later) == {"retrain": 3, "report": 1}
     another = plan(run, "pipeline.scores=[tdds, random]")
     assert waiting(another) == {"select": 1, "retrain": 3, "report": 1}
@@ -307,9 +449,13 @@ def pipelines(draw):
     def some(values, least=1):
         return draw(st.lists(st.sampled_from(values), unique=True, min_size=least, max_size=3))
 
-    return [f"pipeline.scores=[{', '.join(some(list(BUILT_IN_METHODS)))}]",
-            f"pipeline.pruning_rates={some([0.3, 0.5, 0.8], 0)}", f"pipeline.strategies=[{', '.join(some(['E', 'P']))}]",
-            f"pipeline.seeds={some([0, 1, 5], 0)}", f"retrain.importance={draw(st.sampled_from(['none', 'batch', 'sample']))}"]
+    return [
+        f"pipeline.scores=[{', '.join(some(list(BUILT_IN_METHODS)))}]",
+        f"pipeline.pruning_rates={some([0.3, 0.5, 0.8], 0)}",
+        f"pipeline.strategies=[{', '.join(some(['E', 'P']))}]",
+        f"pipeline.seeds={some([0, 1, 5], 0)}",
+        f"retrain.importance={draw(st.sampled_from(['none', 'batch', 'sample']))}",
+    ]
 
 
 @settings(deadline=None, max_examples=40)
@@ -327,8 +473,11 @@ def test_planning_again_plans_what_is_missing_and_after_that_nothing(overrides, 
             finish(stages["retrain"].steps[number])
         again = plan(run, *overrides)
         assert [step.directory for step in again["retrain"].waiting] == [
-            directory for number, directory in enumerate(directories) if number not in done]
-        assert [step.commands for step in again["retrain"].steps] == [step.commands for step in stages["retrain"].steps]
+            directory for number, directory in enumerate(directories) if number not in done
+        ]
+        assert [step.commands for step in again["retrain"].steps] == [
+            step.commands for step in stages["retrain"].steps
+        ]
         assert again["report"].waiting
         assert not again["collect"].waiting
         assert not again["select"].waiting
@@ -346,12 +495,26 @@ def test_every_stage_and_rate_must_be_able_to_share_its_batch(run):
     config = config_of(run)
     for num_ranks in (1, 2, 3, 4, 6, 12):
         check_batch(config, Cluster(**slurm, ranks_per_node=num_ranks), stages)
-    for num_ranks, message in ((5, "collect on 5 ranks: train.global_batch_size=24 is not divisible by world_size=5"),
-                               (8, "retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5")):
+    for num_ranks, message in (
+        (5, "collect on 5 ranks: train.global_batch_size=24 is not divisible by world_size=5"),
+        (8, "retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5"),
+    ):
         with pytest.raises(InputError, match=message):
             check_batch(config, Cluster(**slurm, ranks_per_node=num_ranks), stages)
-    check_batch(config, Cluster(**slurm, ranks_per_node=8, stages={"retrain": {"ranks_per_node": 4}}), stages)
+    check_batch(
+        config,
+        Cluster(**slurm, ranks_per_node=8, stages={"retrain": {"ranks_per_node": 4}}),
+        stages,
+    )
     check_batch(config, Cluster(**slurm, ranks_per_node=8), [collect_stage(config, FROZEN)])
     with pytest.raises(InputError, match=r"retrain at pruning rate 0\.3 on 10 ranks"):
-        check_batch(config, Cluster(**slurm, nodes=2, ranks_per_node=4, stages={"retrain": {"ranks_per_node": 5}}), stages)
-    check_batch(config, Cluster(**slurm, stages={"select": {"ranks_per_node": 7}, "report": {"ranks_per_node": 7}}), stages)
+        check_batch(
+            config,
+            Cluster(**slurm, nodes=2, ranks_per_node=4, stages={"retrain": {"ranks_per_node": 5}}),
+            stages,
+        )
+    check_batch(
+        config,
+        Cluster(**slurm, stages={"select": {"ranks_per_node": 7}, "report": {"ranks_per_node": 7}}),
+        stages,
+    )

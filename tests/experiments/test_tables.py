@@ -20,50 +20,108 @@ from tests.make import csv_rows, write_header
 TDDS, RANDOM, CCS = (BUILT_IN_METHODS[name] for name in ("tdds", "random", "ccs"))
 
 
-def make_plan(tmp_path: Path, train: str = "data/cifar10_train.beton", network: str = "resnet18", num_classes: int = 10,
-              **changes: object) -> Experiment:
+def make_plan(
+    tmp_path: Path,
+    train: str = "data/cifar10_train.beton",
+    network: str = "resnet18",
+    num_classes: int = 10,
+    **changes: object,
+) -> Experiment:
     config = make_config(
-        run={"name": "c"}, model={"name": network}, data={"train": train, "num_classes": num_classes},
-        train={"epochs": 30, "global_batch_size": 100}, score={"windows": [{"T": 30, "K": 10}]})
+        run={"name": "c"},
+        model={"name": network},
+        data={"train": train, "num_classes": num_classes},
+        train={"epochs": 30, "global_batch_size": 100},
+        score={"windows": [{"T": 30, "K": 10}]},
+    )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    return Experiment.model_validate({
-        "name": "hand", "config": str(tmp_path / "c.yaml"), "overrides": ("train.epochs=20",), "dir": str(tmp_path / "hand"),
-        "methods": (TDDS, RANDOM), "pruning_rates": (0.3, 0.5), "seeds": (0, 1, 2)} | changes)
+    return Experiment.model_validate(
+        {
+            "name": "hand",
+            "config": str(tmp_path / "c.yaml"),
+            "overrides": ("train.epochs=20",),
+            "dir": str(tmp_path / "hand"),
+            "methods": (TDDS, RANDOM),
+            "pruning_rates": (0.3, 0.5),
+            "seeds": (0, 1, 2),
+        }
+        | changes
+    )
 
 
 # What `Coreset.method` says of the methods below; the others are called as their score.
-KEYS = {"half": "ccs_aum_strata20", "ccs": "ccs_aum", "tdds_ce": "tdds_official_T70_K10_beta0.9_ce", "el2n_slow": "el2n_T20",
-        "tdds_other": "tdds_official_T30_K10_beta0.9", "tdds_theirs": "tdds_official_T70_K10_beta0.9"}
+KEYS = {
+    "half": "ccs_aum_strata20",
+    "ccs": "ccs_aum",
+    "tdds_ce": "tdds_official_T70_K10_beta0.9_ce",
+    "el2n_slow": "el2n_T20",
+    "tdds_other": "tdds_official_T30_K10_beta0.9",
+    "tdds_theirs": "tdds_official_T70_K10_beta0.9",
+}
 
 
-def outcomes_of(plan: Experiment, top1: dict[tuple[str, float], list[float | None]], **changes: str) -> list[CellResult]:
-    """One outcome per method, rate and seed; None where there is no result. Cells that `top1` leaves out are not done."""
+def outcomes_of(
+    plan: Experiment, top1: dict[tuple[str, float], list[float | None]], **changes: str
+) -> list[CellResult]:
+    """One outcome per method, rate and seed; None where there is no result. Cells that `top1`
+    leaves out are not done."""
     found = []
     for method in plan.methods:
         for rate in plan.pruning_rates:
-            for seed, value in zip(plan.seeds, top1.get((method.name, rate), [None] * len(plan.seeds)), strict=True):
-                result = None if value is None else {"num_images": round(50000 * (1 - rate)), "epochs": 20, "final_top1": value,
-                                                     "best_top1": value + 1, "train_seconds": 360.0}
-                fields = {"strategy": "E", "network": "", "importance": "batch" if method.score_key == "tdds" else "none"}
+            for seed, value in zip(
+                plan.seeds, top1.get((method.name, rate), [None] * len(plan.seeds)), strict=True
+            ):
+                result = (
+                    None
+                    if value is None
+                    else {
+                        "num_images": round(50000 * (1 - rate)),
+                        "epochs": 20,
+                        "final_top1": value,
+                        "best_top1": value + 1,
+                        "train_seconds": 360.0,
+                    }
+                )
+                fields = {
+                    "strategy": "E",
+                    "network": "",
+                    "importance": "batch" if method.score_key == "tdds" else "none",
+                }
                 key = KEYS.get(method.name, method.name)
-                found.append(CellResult(method, rate, seed=seed, result=result, key=key, **(fields | changes)))
+                found.append(
+                    CellResult(
+                        method, rate, seed=seed, result=result, key=key, **(fields | changes)
+                    )
+                )
     return found
 
 
-def collections_of(plan: Experiment, top1: list[float | None], epochs: int = 20) -> dict[int, RunDir]:
+def collections_of(
+    plan: Experiment, top1: list[float | None], epochs: int = 20
+) -> dict[int, RunDir]:
     """A collection per seed with this accuracy; None where it is not done."""
     runs = {seed: RunDir(plan.directory / f"seed{seed}") for seed in plan.seeds}
     for run, value in zip(runs.values(), top1, strict=True):
         if value is not None:
             run.start({}, {"stage": "collect"}, world_size=2, device="cpu")
-            run.write_result({"final_top1": value, "epochs": epochs, "epochs_planned": 20, "train_seconds": 720.0})
+            run.write_result(
+                {
+                    "final_top1": value,
+                    "epochs": epochs,
+                    "epochs_planned": 20,
+                    "train_seconds": 720.0,
+                }
+            )
     return runs
 
 
 def lines_of(text: str) -> list[list[str]]:
     """Cells of every table line, without the rules."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
-            if line.startswith("|") and not line.startswith("|--")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|") and not line.startswith("|--")
+    ]
 
 
 def rows_of(plan: Experiment) -> list[dict[str, str]]:
@@ -78,10 +136,17 @@ def test_mean_and_sample_standard_deviation():
 
 
 def test_the_table(tmp_path):
-    """90, 92, 97: mean 93, deviations -3, -1, 4, so sqrt(26 / 2) = 3.61. Published numbers below their method."""
+    """90, 92, 97: mean 93, deviations -3, -1, 4, so sqrt(26 / 2) = 3.61. Published numbers below
+    their method."""
     plan = make_plan(tmp_path)
-    outcomes = outcomes_of(plan, {("tdds", 0.3): [90.0, 92.0, 97.0], ("tdds", 0.5): [80.0, None, 81.0],
-                                  ("random", 0.3): [None, None, 50.254]})
+    outcomes = outcomes_of(
+        plan,
+        {
+            ("tdds", 0.3): [90.0, 92.0, 97.0],
+            ("tdds", 0.5): [80.0, None, 81.0],
+            ("random", 0.3): [None, None, 50.254],
+        },
+    )
     text = write_tables(plan, outcomes, collections_of(plan, [94.0, 95.0, 96.5]))
     assert text == (plan.directory / "table.md").read_text()
     assert lines_of(text) == [
@@ -89,10 +154,15 @@ def test_the_table(tmp_path):
         ["tdds, importance batch", "93.00 ± 3.61", "80.50 ± 0.71 (2 of 3)"],
         ["*tdds, published*", "*95.47*", "*95.21*"],
         ["random", "50.25 (1 of 3)", "–"],
-        ["*random, published*", "*94.58*", "*93.38*"]]
-    assert "Full data: 95.17 ± 1.26 (3 seeds; published: 95.23)." in text  # deviations -7/6, -1/6, 8/6: sqrt(114/36/2)
+        ["*random, published*", "*94.58*", "*93.38*"],
+    ]
+    # deviations -7/6, -1/6, 8/6: sqrt(114/36/2)
+    assert "Full data: 95.17 ± 1.26 (3 seeds; published: 95.23)." in text
     assert text.startswith("# hand\n")
-    assert "resnet18, 20 epochs, batch 100, data/cifar10_train.beton; seeds 0, 1, 2; 6 of 12 retrainings done." in text
+    assert (
+        "resnet18, 20 epochs, batch 100, data/cifar10_train.beton; seeds 0, 1, 2; 6 of 12"
+        " retrainings done." in text
+    )
     assert "cpu, 2 rank(s) per run" in text
     assert "1 h 12 min of training in 0 s" in text  # 6 x 360 s + 3 x 720 s
     assert "## Strategy-E\n" in text
@@ -108,7 +178,9 @@ def test_hours_of_all_invocations_and_what_is_not_done_yet(tmp_path):
     assert "Full data" not in text
     assert lines_of(text)[1] == ["tdds, importance batch", "–", "–"]
     assert [row["final_top1"] for row in rows_of(plan)] == [""] * 12
-    (plan.directory / "times.jsonl").write_text("".join(json.dumps({"seconds": seconds}) + "\n" for seconds in (3600, 1800)))
+    (plan.directory / "times.jsonl").write_text(
+        "".join(json.dumps({"seconds": seconds}) + "\n" for seconds in (3600, 1800))
+    )
     text = write_tables(plan, outcomes_of(plan, {}), collections_of(plan, [94.0, None, None]))
     assert "12 min 0 s of training in 1 h 30 min" in text
     assert "Full data: 94.00 (1 seed; published: 95.23)." in text
@@ -116,9 +188,13 @@ def test_hours_of_all_invocations_and_what_is_not_done_yet(tmp_path):
 
 def test_collections_that_stopped_early_say_nothing_about_the_full_data(tmp_path):
     plan = make_plan(tmp_path)
-    text = write_tables(plan, outcomes_of(plan, {}), collections_of(plan, [94.0, 95.0, None], epochs=15))
-    assert ("Collections stopped before the end of their schedule, so they give no accuracy on the full data; published: "
-            "95.23.") in text
+    text = write_tables(
+        plan, outcomes_of(plan, {}), collections_of(plan, [94.0, 95.0, None], epochs=15)
+    )
+    assert (
+        "Collections stopped before the end of their schedule, so they give no accuracy on the full"
+        " data; published: 95.23." in text
+    )
     assert "Full data" not in text
 
 
@@ -127,15 +203,34 @@ def test_csv_has_one_line_per_retraining(tmp_path):
     plan = make_plan(tmp_path, methods=(TDDS, half), seeds=(0, 1), pruning_rates=(0.3,))
     outcomes = outcomes_of(plan, {("tdds", 0.3): [90.0, None], ("half", 0.3): [70.5, 71.5]})
     write_tables(plan, outcomes, collections_of(plan, [None, None]))
-    assert (plan.directory / "cells.csv").read_text() == "\n".join([
-        ",".join(CSV_COLUMNS),
-        "tdds,tdds,,batch,,E,0.3,0,35000,20,90.0,91.0,360.0,95.47,,",
-        "tdds,tdds,,batch,,E,0.3,1,,,,,,95.47,,",
-        "half,aum,ccs,none,,E,0.3,0,35000,20,70.5,71.5,360.0,,,",
-        "half,aum,ccs,none,,E,0.3,1,35000,20,71.5,72.5,360.0,,,", ""])
-    assert CSV_COLUMNS == ("method", "score", "sampler", "importance", "network", "strategy", "pruning_rate", "seed",
-                           "num_images", "epochs", "final_top1", "best_top1", "train_seconds", "published_top1",
-                           "wrong_labels_kept", "corrupted_kept")
+    assert (plan.directory / "cells.csv").read_text() == "\n".join(
+        [
+            ",".join(CSV_COLUMNS),
+            "tdds,tdds,,batch,,E,0.3,0,35000,20,90.0,91.0,360.0,95.47,,",
+            "tdds,tdds,,batch,,E,0.3,1,,,,,,95.47,,",
+            "half,aum,ccs,none,,E,0.3,0,35000,20,70.5,71.5,360.0,,,",
+            "half,aum,ccs,none,,E,0.3,1,35000,20,71.5,72.5,360.0,,,",
+            "",
+        ]
+    )
+    assert CSV_COLUMNS == (
+        "method",
+        "score",
+        "sampler",
+        "importance",
+        "network",
+        "strategy",
+        "pruning_rate",
+        "seed",
+        "num_images",
+        "epochs",
+        "final_top1",
+        "best_top1",
+        "train_seconds",
+        "published_top1",
+        "wrong_labels_kept",
+        "corrupted_kept",
+    )
 
 
 # ---- what stands beside ours
@@ -150,52 +245,91 @@ def published_rows(plan: Experiment, **changes: str) -> set[str]:
 
 
 def test_variants_have_no_published_row(tmp_path):
-    """Whatever a row is called, its coresets say what it is. The paper's window at 30 % is (70, 10), and it weighs."""
-    methods = [Method(name=name, score="tdds" if name.startswith("tdds") else "el2n") for name in
-               ("tdds_ce", "el2n_slow", "tdds_other", "tdds_theirs")]
+    """Whatever a row is called, its coresets say what it is. The paper's window at 30 % is (70,
+    10), and it weighs."""
+    methods = [
+        Method(name=name, score="tdds" if name.startswith("tdds") else "el2n")
+        for name in ("tdds_ce", "el2n_slow", "tdds_other", "tdds_theirs")
+    ]
     plan = make_plan(tmp_path, methods=(*methods, CCS, Method(name="aum")), pruning_rates=(0.3,))
     assert published_rows(plan) == {"*aum, published*", "*tdds_theirs, published*"}
     assert published_rows(make_plan(tmp_path), importance="none") == {"*random, published*"}
 
 
 def test_strategy_p_has_its_own_numbers(tmp_path):
-    plan = make_plan(tmp_path, methods=(TDDS, CCS, BUILT_IN_METHODS["el2n"]), strategies=("P",), pruning_rates=(0.5, 0.9))
+    plan = make_plan(
+        tmp_path,
+        methods=(TDDS, CCS, BUILT_IN_METHODS["el2n"]),
+        strategies=("P",),
+        pruning_rates=(0.5, 0.9),
+    )
     text = write_tables(plan, outcomes_of(plan, {}, strategy="P"), collections_of(plan, [None] * 3))
     assert "## Strategy-P\n" in text
     printed = [line for line in lines_of(text) if "published" in line[0]]
     assert printed == [["*tdds, published*", "*95.66*", "–"], ["*ccs, published*", "*95.04*", "–"]]
 
 
-@pytest.mark.parametrize(("changes", "expected"), [  # which table belongs to which images and network: test_report
-    ({"train": "data/cifar100.beton", "num_classes": 100}, True), ({"num_classes": 100}, False),
-    ({"network": "vgg16_bn"}, False), ({"train": "imagenet.beton", "num_classes": 1000, "network": "resnet34",
-                                        "pruning_rates": (0.7,)}, True)])
+# which table belongs to which images and network: test_report
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": "data/cifar100.beton", "num_classes": 100}, True),
+        ({"num_classes": 100}, False),
+        ({"network": "vgg16_bn"}, False),
+        (
+            {
+                "train": "imagenet.beton",
+                "num_classes": 1000,
+                "network": "resnet34",
+                "pruning_rates": (0.7,),
+            },
+            True,
+        ),
+    ],
+)
 def test_published_rows_are_for_the_papers_images_and_network(tmp_path, changes, expected):
     plan = make_plan(tmp_path, **changes)
-    assert published_rows(plan) == ({"*tdds, published*", "*random, published*"} if expected else set())
+    assert published_rows(plan) == (
+        {"*tdds, published*", "*random, published*"} if expected else set()
+    )
 
 
 def test_another_network_has_a_table_of_its_own(tmp_path):
     """Coresets of ResNet-18, trained on with another network: nothing of the paper's Table 1."""
     plan = make_plan(tmp_path)
     runs = collections_of(plan, [None] * 3)
-    outcomes = [*outcomes_of(plan, {("tdds", 0.3): [90.0, 92.0, 97.0]}),
-                *outcomes_of(plan, {("tdds", 0.3): [60.0, 60.0, 60.0]}, network="vgg16")]
+    outcomes = [
+        *outcomes_of(plan, {("tdds", 0.3): [90.0, 92.0, 97.0]}),
+        *outcomes_of(plan, {("tdds", 0.3): [60.0, 60.0, 60.0]}, network="vgg16"),
+    ]
     text = write_tables(plan, outcomes, runs)
     own, other = text.split("## Strategy-E, retrained with vgg16\n")
     assert "93.00 ± 3.61" in own
     assert "60.00 ± 0.00" in other
     assert "published" in own.split("## Strategy-E\n")[1]
     assert "published" not in other
-    assert {row["published_top1"] != "" for row in rows_of(plan) if row["network"] == "vgg16"} == {False}
+    assert {row["published_top1"] != "" for row in rows_of(plan) if row["network"] == "vgg16"} == {
+        False
+    }
 
 
 @pytest.mark.parametrize("kind", ["clean", "labels", "images", "part"])
 def test_images_that_were_changed_or_left_out_have_no_published_row(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(published, "CIFAR10", replace(published.CIFAR10, num_images=21 if kind == "part" else 20))
+    monkeypatch.setattr(
+        published, "CIFAR10", replace(published.CIFAR10, num_images=21 if kind == "part" else 20)
+    )
     path, label_N = tmp_path / "some_train.beton", np.arange(20) % 10
-    true_label_N = np.where(np.arange(20) < 4, (label_N + 1) % 10, label_N) if kind == "labels" else None
-    write_header(path, label_N, 10, true_label_N, ["noise"] * 2 + [""] * 18 if kind == "images" else None, source="cifar10")
+    true_label_N = (
+        np.where(np.arange(20) < 4, (label_N + 1) % 10, label_N) if kind == "labels" else None
+    )
+    write_header(
+        path,
+        label_N,
+        10,
+        true_label_N,
+        ["noise"] * 2 + [""] * 18 if kind == "images" else None,
+        source="cifar10",
+    )
     assert bool(published_rows(make_plan(tmp_path, train=str(path)))) == (kind == "clean")
 
 
@@ -203,15 +337,27 @@ def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
     plan = make_plan(tmp_path)
     outcomes = outcomes_of(plan, {})
     assert "Wrong labels" not in write_tables(plan, outcomes, collections_of(plan, [None] * 3))
-    shares = {("tdds", 0.3): [0.5, 0.6, 0.7], ("tdds", 0.5): [0.25, 0.25, 0.25], ("random", 0.3): [0.7, None, None],
-              ("random", 0.5): [None] * 3}
-    outcomes = [replace(outcome, wrong_labels_kept=shares[outcome.method.name, outcome.pruning_rate][outcome.seed])
-                for outcome in outcomes]
+    shares = {
+        ("tdds", 0.3): [0.5, 0.6, 0.7],
+        ("tdds", 0.5): [0.25, 0.25, 0.25],
+        ("random", 0.3): [0.7, None, None],
+        ("random", 0.5): [None] * 3,
+    }
+    outcomes = [
+        replace(
+            outcome,
+            wrong_labels_kept=shares[outcome.method.name, outcome.pruning_rate][outcome.seed],
+        )
+        for outcome in outcomes
+    ]
     other = [replace(outcome, network="vgg16", wrong_labels_kept=0.99) for outcome in outcomes]
     text = write_tables(plan, outcomes + other, collections_of(plan, [None] * 3))
     table = lines_of(text.split("## Wrong labels in the coreset")[1])
-    assert table == [["percent of them kept, images removed", "30 %", "50 %"], ["tdds", "60.0 ± 10.0", "25.0 ± 0.0"],
-                     ["random", "70.0", "–"]]
+    assert table == [
+        ["percent of them kept, images removed", "30 %", "50 %"],
+        ["tdds", "60.0 ± 10.0", "25.0 ± 0.0"],
+        ["random", "70.0", "–"],
+    ]
     assert "Corrupted" not in text
     assert [row["wrong_labels_kept"] for row in rows_of(plan)][:3] == ["0.5", "0.6", "0.7"]
     assert {row["corrupted_kept"] for row in rows_of(plan)} == {""}

@@ -1,6 +1,8 @@
-"""Make runs_of_0_1_0.tar.xz: run directories of version 0.1.0, for tests/test_older_runs.py. Was run with commit b33b127:
+"""Make runs_of_0_1_0.tar.xz: run directories of version 0.1.0, for tests/test_older_runs.py. Was
+run with commit b33b127:
 
-    cd $(mktemp -d) && PYTHONPATH=CHECKOUT OMP_NUM_THREADS=1 python THIS_FILE, and keep runs_of_0_1_0.tar.xz from there.
+    cd $(mktemp -d) && PYTHONPATH=CHECKOUT OMP_NUM_THREADS=1 python THIS_FILE, and keep
+    runs_of_0_1_0.tar.xz from there.
 
 data/, config.yaml, table.yaml   40 and 20 digits, a config, an experiment of three methods
 runs/finished                    a collection, its coreset, a finished retraining and one stopped by SIGTERM
@@ -36,24 +38,36 @@ train: {epochs: 4, global_batch_size: 10, lr: 0.1, deterministic: true}
 score: {windows: [{T: 4, K: 3, pruning_rates: [0.5]}, {T: 3, K: 3, pruning_rates: [0.8]}]}
 checkpoint: {asynchronous: false}
 """
-TABLE = "{name: table, config: config.yaml, methods: [tdds, moderate, random], pruning_rates: [0.5]}\n"
+TABLE = (
+    "{name: table, config: config.yaml, methods: [tdds, moderate, random], pruning_rates: [0.5]}\n"
+)
 
 
 def tiny_network(*, weights: None = None, num_classes: int = 10) -> nn.Module:
     """Build a network of 314 parameters, so that checkpoints are small."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+        nn.Conv2d(3, 4, 3, stride=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, num_classes),
+    )
 
 
 tiny_network.__module__ = "torchvision.models.tiny"  # as far as `list_models` knows
 register_model()(tiny_network)
 
 
-def in_this_process(items: list[Any], work: Callable[[Any], Any], jobs: int) -> Iterator[tuple[Any, Any]]:
+def in_this_process(
+    items: list[Any], work: Callable[[Any], Any], jobs: int
+) -> Iterator[tuple[Any, Any]]:
     """Do what `run_in_processes` does without processes, which would not know the network."""
     for item in items:
-        with redirect_stdout(sys.stdout), redirect_stderr(sys.stderr):  # `work` replaces them for good
+        # `work` replaces them for good
+        with redirect_stdout(sys.stdout), redirect_stderr(sys.stderr):
             outcome = work(item)
         yield item, outcome
 
@@ -90,7 +104,8 @@ def stop() -> None:
 
 
 def interrupt_second_retraining(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Leave the first of the tasks that are retrainings alone, and end the second in its second epoch."""
+    """Leave the first of the tasks that are retrainings alone, and end the second in its second
+    epoch."""
     numbers = iter(range(2))
 
     def interrupted(task: Any) -> Any:
@@ -110,8 +125,19 @@ def main() -> None:
     Path("config.yaml").write_text(CONFIG)
     Path("table.yaml").write_text(TABLE)
     for split, num in (("train", "40"), ("val", "20")):
-        run("write", "digits", f"data/{split}.beton", "--split", split, "--subset", num, "--write-mode", "raw",
-            "--num-workers", "1")
+        run(
+            "write",
+            "digits",
+            f"data/{split}.beton",
+            "--split",
+            split,
+            "--subset",
+            num,
+            "--write-mode",
+            "raw",
+            "--num-workers",
+            "1",
+        )
     retrain = "retrain", "config.yaml", "run.dir=runs/finished", "--coreset", CORESET, "--strategy"
     run("collect", "config.yaml", "run.dir=runs/finished")
     run("score", "runs/finished", "--score", "el2n", "el2n_epochs=2")
@@ -127,18 +153,25 @@ def main() -> None:
     shutil.copytree("runs", "before")
     run("collect", "config.yaml", "run.dir=runs/unfinished")
     for file in Path("runs/finished/scores").glob("tdds_*.npz"):
-        a, b = (np.load(folder / file.name)["score"] for folder in (file.parent, Path("runs/unfinished/scores")))
+        a, b = (
+            np.load(folder / file.name)["score"]
+            for folder in (file.parent, Path("runs/unfinished/scores"))
+        )
         assert a.tobytes() == b.tobytes(), file
     run("experiment", "table.yaml")
-    losses = {file.parent.name: json.loads(file.read_text())["final_loss"]
-              for file in Path("runs/table/seed0/retrain").glob("*/result.json")}
+    losses = {
+        file.parent.name: json.loads(file.read_text())["final_loss"]
+        for file in Path("runs/table/seed0/retrain").glob("*/result.json")
+    }
     expected = {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "final_loss": losses}
     Path("expected.json").write_text(json.dumps(expected, indent=2) + "\n")
     shutil.rmtree("runs")
     Path("before").rename("runs")
     with tarfile.open("runs_of_0_1_0.tar.xz", "w:xz", preset=9) as archive:
         for name in ("expected.json", "config.yaml", "table.yaml", "runs", "data"):
-            archive.add(name, filter=lambda file: file.replace(uid=0, gid=0, uname="", gname="", deep=False))
+            archive.add(
+                name, filter=lambda file: file.replace(uid=0, gid=0, uname="", gname="", deep=False)
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Lists of jobs, ends of ranks, and what squeue, sacct and the process table are understood to say.
 
-The outputs are those of SLURM 22.05, taken from a real cluster; squeue and sacct themselves are stand-ins that print them.
+The outputs are those of SLURM 22.05, taken from a real cluster; squeue and sacct themselves are
+stand-ins that print them.
 """
 
 import json
@@ -39,7 +40,9 @@ def job(job_id, **values):
 
 
 def end(kind, **values):
-    return EndRecord(**{"kind": kind, "host": "n2", "message": "ZeroDivisionError: division by zero", **values})
+    return EndRecord(
+        **{"kind": kind, "host": "n2", "message": "ZeroDivisionError: division by zero", **values}
+    )
 
 
 @pytest.fixture
@@ -47,13 +50,19 @@ def slurm(tmp_path, monkeypatch):
     """Puts commands on PATH that print what they are given; None leaves one out."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if not Path("/usr/bin/squeue").exists() else str(folder))
+    monkeypatch.setenv(
+        "PATH", f"{folder}:/usr/bin:/bin" if not Path("/usr/bin/squeue").exists() else str(folder)
+    )
 
     def put(squeue="", sacct="", *, script=""):
         for name, text in (("squeue", squeue), ("sacct", sacct)):
             if text is not None:
                 (folder / f"{name}.txt").write_text(text)
-                lines = ["#!/bin/sh", f'echo "$0 $@" >> {folder}/calls', script or f"exec /bin/cat {folder}/{name}.txt"]
+                lines = [
+                    "#!/bin/sh",
+                    f'echo "$0 $@" >> {folder}/calls',
+                    script or f"exec /bin/cat {folder}/{name}.txt",
+                ]
                 (folder / name).write_text("\n".join(lines) + "\n")
                 (folder / name).chmod(0o755)
 
@@ -65,7 +74,15 @@ def queue_line(job_id, state, *, restarts=0, elapsed="0:00", code=0, nodes="", r
     return f"{job_id:<64}|{state:<24}|{restarts:<12}|{elapsed:<24}|{code:<12}|{nodes:<256}|{reason:<256}\n"
 
 
-def account_line(job_id, state, *, submit="2026-11-21T15:18:41", elapsed="00:00:00", code="0:0", nodes="None assigned"):
+def account_line(
+    job_id,
+    state,
+    *,
+    submit="2026-11-21T15:18:41",
+    elapsed="00:00:00",
+    code="0:0",
+    nodes="None assigned",
+):
     return f"{job_id}|{state}|{submit}|{elapsed}|{code}|{nodes}\n"
 
 
@@ -73,8 +90,18 @@ def account_line(job_id, state, *, submit="2026-11-21T15:18:41", elapsed="00:00:
 
 
 def test_jobs_come_back_as_they_were_appended(tmp_path):
-    first = {"time": 1.5, "submission": "20261121-150102", "id": "123_0", "executor": "slurm", "stage": "retrain",
-             "name": "retrain-tiny", "title": "tdds_p0.5", "after": ["122"], "num_ranks": 2, "directory": "/runs/x"}
+    first = {
+        "time": 1.5,
+        "submission": "20261121-150102",
+        "id": "123_0",
+        "executor": "slurm",
+        "stage": "retrain",
+        "name": "retrain-tiny",
+        "title": "tdds_p0.5",
+        "after": ["122"],
+        "num_ranks": 2,
+        "directory": "/runs/x",
+    }
     append_job(tmp_path / "jobs", first)
     append_job(tmp_path / "jobs", JobRecord(id="124", submission="later"))
     found = read_jobs(tmp_path / "jobs")
@@ -82,14 +109,18 @@ def test_jobs_come_back_as_they_were_appended(tmp_path):
     assert found[0].host
     assert found[0].log_dir == tmp_path / "jobs"
     assert [job.id for job in latest_submission(found)] == ["124"]
-    assert "log_dir" not in json.loads((tmp_path / "jobs" / "jobs.jsonl").read_text().splitlines()[0])
+    assert "log_dir" not in json.loads(
+        (tmp_path / "jobs" / "jobs.jsonl").read_text().splitlines()[0]
+    )
 
 
 def test_damaged_lines_are_left_out_and_do_not_take_the_next_one_along(tmp_path):
     append_job(tmp_path, {"id": "1"})
     with (tmp_path / "jobs.jsonl").open("a") as file:
-        file.write('[]\nnull\n{"time": 3}\n{"id": 7}\n{"id": ""}\n{"id": "1,\\u0000"}\n{"id": "8", "after": "7"}\n'
-                   '{"id": "9", "new": 1}\n{"id": "10", "ti')
+        file.write(
+            '[]\nnull\n{"time": 3}\n{"id": 7}\n{"id": ""}\n{"id": "1,\\u0000"}\n{"id": "8",'
+            ' "after": "7"}\n{"id": "9", "new": 1}\n{"id": "10", "ti'
+        )
     append_job(tmp_path, {"id": "2"})
     assert [job.id for job in read_jobs(tmp_path)] == ["1", "9", "2"]
     assert read_jobs(tmp_path / "none") == []
@@ -112,34 +143,70 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path):
 
 
 def test_ends_of_all_ranks_of_one_job_only(tmp_path):
-    append_end(tmp_path, "12", {"time": 3.0, "restart": 1, "rank": 10, "host": "n2", "kind": "lost", "message": "m",
-                                "traceback": ""})
+    append_end(
+        tmp_path,
+        "12",
+        {
+            "time": 3.0,
+            "restart": 1,
+            "rank": 10,
+            "host": "n2",
+            "kind": "lost",
+            "message": "m",
+            "traceback": "",
+        },
+    )
     append_end(tmp_path, "12", end("failed", time=2.0, rank=5))
     append_end(tmp_path, "12_3", end("refused", time=1.0))
     (tmp_path / "12_6_end.jsonl").write_text('{"kind": "fai')
-    assert [(found.rank, found.kind) for found in read_ends(tmp_path, "12")] == [(5, "failed"), (10, "lost")]
+    assert [(found.rank, found.kind) for found in read_ends(tmp_path, "12")] == [
+        (5, "failed"),
+        (10, "lost"),
+    ]
     assert [found.kind for found in read_ends(tmp_path, "12_3")] == ["refused"]
     assert read_ends(tmp_path / "none", "12") == []
 
 
-@pytest.mark.parametrize(("ends", "cause"), [
-    ([], None),
-    ([("resume", 0, 1.0, 0), ("requeued", 1, 2.0, 0)], None),
-    ([("lost", 0, 1.0, 0), ("refused", 1, 2.0, 0), ("failed", 2, 3.0, 0), ("failed", 3, 2.5, 0)], 3),
-    ([("lost", 0, 1.0, 0), ("refused", 1, 2.0, 0)], 1),
-    ([("lost", 0, 2.0, 0), ("lost", 1, 1.0, 0)], 1),
-    ([("failed", 0, 1.0, 0), ("lost", 1, 2.0, 1)], 1),  # what happened before the restart explains nothing
-    ([("failed", 0, 1.0, 0), ("resume", 1, 2.0, 1)], None),
-])
+@pytest.mark.parametrize(
+    ("ends", "cause"),
+    [
+        ([], None),
+        ([("resume", 0, 1.0, 0), ("requeued", 1, 2.0, 0)], None),
+        (
+            [
+                ("lost", 0, 1.0, 0),
+                ("refused", 1, 2.0, 0),
+                ("failed", 2, 3.0, 0),
+                ("failed", 3, 2.5, 0),
+            ],
+            3,
+        ),
+        ([("lost", 0, 1.0, 0), ("refused", 1, 2.0, 0)], 1),
+        ([("lost", 0, 2.0, 0), ("lost", 1, 1.0, 0)], 1),
+        # what happened before the restart explains nothing
+        ([("failed", 0, 1.0, 0), ("lost", 1, 2.0, 1)], 1),
+        ([("failed", 0, 1.0, 0), ("resume", 1, 2.0, 1)], None),
+    ],
+)
 def test_first_cause(ends, cause):
     found = first_cause(EndRecord(kind, rank, at, restart) for kind, rank, at, restart in ends)
     assert (found.rank if found else None) == cause
 
 
 def test_log_files_by_rank_also_of_arrays(tmp_path):
-    for name in ("12_0_log.err", "12_10_log.err", "12_0_log.out", "12_3_0_log.err", "112_7_log.err", "12_0_log.err.old"):
+    for name in (
+        "12_0_log.err",
+        "12_10_log.err",
+        "12_0_log.out",
+        "12_3_0_log.err",
+        "112_7_log.err",
+        "12_0_log.err.old",
+    ):
         (tmp_path / name).touch()
-    assert log_files(tmp_path, "12", "err") == {0: tmp_path / "12_0_log.err", 10: tmp_path / "12_10_log.err"}
+    assert log_files(tmp_path, "12", "err") == {
+        0: tmp_path / "12_0_log.err",
+        10: tmp_path / "12_10_log.err",
+    }
     assert list(log_files(tmp_path, "12_3", "err")) == [0]
     assert list(log_files(tmp_path, "12", "out")) == [0]
 
@@ -169,11 +236,15 @@ def test_jobs_of_a_retraining_are_found_with_its_run(tmp_path):
 
 
 def test_states_of_a_real_cluster(slurm):
-    slurm(queue_line("2", "FAILED", code=512, nodes="n1", reason="NonZeroExitCode")
-          + queue_line("8", "RUNNING", elapsed="1-02:03:04", nodes="n[1-2]")
-          + queue_line("10", "PENDING", reason="Dependency"),
-          account_line("1", "COMPLETED", elapsed="00:10:02", nodes="n1") + account_line("2", "FAILED", code="2:0", nodes="n1")
-          + account_line("8", "RUNNING") + account_line("14", "CANCELLED by 1000", elapsed="00:00:06", nodes="n1"))
+    slurm(
+        queue_line("2", "FAILED", code=512, nodes="n1", reason="NonZeroExitCode")
+        + queue_line("8", "RUNNING", elapsed="1-02:03:04", nodes="n[1-2]")
+        + queue_line("10", "PENDING", reason="Dependency"),
+        account_line("1", "COMPLETED", elapsed="00:10:02", nodes="n1")
+        + account_line("2", "FAILED", code="2:0", nodes="n1")
+        + account_line("8", "RUNNING")
+        + account_line("14", "CANCELLED by 1000", elapsed="00:00:06", nodes="n1"),
+    )
     states = job_states([job(job_id) for job_id in ("1", "2", "8", "10", "14", "15")])
     assert states["1"] == JobState("finished", "", 0, "00:10:02", "n1", 0)
     assert states["2"] == JobState("failed", "NonZeroExitCode", 0, "00:00:00", "n1", 2)
@@ -183,27 +254,57 @@ def test_states_of_a_real_cluster(slurm):
     assert states["15"] == JobState("unknown", "SLURM does not know it any more")
 
 
-@pytest.mark.parametrize(("queue", "account", "expected"), [
-    *((code, None, expected) for code, expected in ((0, 0), (512, 2), (19200, 75), (9, 137), (4021, 181))),
-    *((None, code, expected) for code, expected in (("2:0", 2), ("75:0", 75), ("0:9", 137), ("0:53", 181), ("", None)))])
+@pytest.mark.parametrize(
+    ("queue", "account", "expected"),
+    [
+        *(
+            (code, None, expected)
+            for code, expected in ((0, 0), (512, 2), (19200, 75), (9, 137), (4021, 181))
+        ),
+        *(
+            (None, code, expected)
+            for code, expected in (
+                ("2:0", 2),
+                ("75:0", 75),
+                ("0:9", 137),
+                ("0:53", 181),
+                ("", None),
+            )
+        ),
+    ],
+)
 def test_either_alone_knows_exit_codes(slurm, queue, account, expected):
-    slurm(None if queue is None else queue_line("2", "FAILED", code=queue, elapsed="2:03"),
-          None if account is None else account_line("2", "FAILED", code=account, elapsed="00:02:03"))
+    slurm(
+        None if queue is None else queue_line("2", "FAILED", code=queue, elapsed="2:03"),
+        None if account is None else account_line("2", "FAILED", code=account, elapsed="00:02:03"),
+    )
     assert job_states([job("2")])["2"] == JobState("failed", "", 0, "00:02:03", "", expected)
 
 
 def test_sacct_alone_knows_what_waits_and_runs(slurm):
-    slurm(None, account_line("9_[2-3%2]", "PENDING") + account_line("9_0", "RUNNING", nodes="n1", elapsed="00:01:00"))
+    slurm(
+        None,
+        account_line("9_[2-3%2]", "PENDING")
+        + account_line("9_0", "RUNNING", nodes="n1", elapsed="00:01:00"),
+    )
     states = job_states([job("9_0"), job("9_2"), job("9_3")])
     assert [states[f"9_{task}"].state for task in (0, 2, 3)] == ["running", "pending", "pending"]
     assert states["9_2"].nodes == ""
     assert states["9_0"].nodes == "n1"
 
 
-@pytest.mark.parametrize(("shown", "tasks"), [
-    ("9_[0-3%2]", [0, 1, 2, 3]), ("9_[1,3-4]", [1, 3, 4]), ("9_[0-6:3]", [0, 3, 6]), ("9_[5]", [5]), ("9_[1-2,7-...]", [1, 2]),
-    ("9_[1-2,7", [1, 2]), ("9_4", [4]),
-])
+@pytest.mark.parametrize(
+    ("shown", "tasks"),
+    [
+        ("9_[0-3%2]", [0, 1, 2, 3]),
+        ("9_[1,3-4]", [1, 3, 4]),
+        ("9_[0-6:3]", [0, 3, 6]),
+        ("9_[5]", [5]),
+        ("9_[1-2,7-...]", [1, 2]),
+        ("9_[1-2,7", [1, 2]),
+        ("9_4", [4]),
+    ],
+)
 def test_array_ids_in_one_line(slurm, shown, tasks):
     slurm(queue_line(shown, "PENDING", reason="JobArrayTaskLimit"))
     states = job_states([job(f"9_{task}") for task in range(8)])
@@ -212,33 +313,66 @@ def test_array_ids_in_one_line(slurm, shown, tasks):
 
 def test_a_requeued_job_counts_its_restarts_and_shows_the_last_one(slurm):
     before = account_line("13", "REQUEUED", elapsed="00:00:06", nodes="n2")
-    again = account_line("13", "NODE_FAIL", submit="2026-11-21T15:18:47", elapsed="00:01:00", nodes="n1")
-    last = account_line("13", "COMPLETED", submit="2026-11-21T15:20:00", elapsed="00:02:00", nodes="n3")
+    again = account_line(
+        "13", "NODE_FAIL", submit="2026-11-21T15:18:47", elapsed="00:01:00", nodes="n1"
+    )
+    last = account_line(
+        "13", "COMPLETED", submit="2026-11-21T15:20:00", elapsed="00:02:00", nodes="n3"
+    )
     slurm("", before + last + again)  # in whatever order
     assert job_states([job("13")])["13"] == JobState("finished", "", 2, "00:02:00", "n3", 0)
-    slurm(queue_line("13", "PENDING", restarts=1, reason="BeginTime"),
-          before + account_line("13", "PENDING", submit="2026-11-21T15:18:47"))
+    slurm(
+        queue_line("13", "PENDING", restarts=1, reason="BeginTime"),
+        before + account_line("13", "PENDING", submit="2026-11-21T15:18:47"),
+    )
     state = job_states([job("13")])["13"]
     assert state == JobState("requeued", "BeginTime", 1)
-    assert explain(job("13"), [job("13")], {"13": state})[0] == "requeued, waiting for its start time (BeginTime)"
+    assert (
+        explain(job("13"), [job("13")], {"13": state})[0]
+        == "requeued, waiting for its start time (BeginTime)"
+    )
 
 
 def test_restarts_that_accounting_does_not_list_count_too(slurm):
     slurm(queue_line("13", "COMPLETED", restarts=2), account_line("13", "COMPLETED"))
     assert job_states([job("13")])["13"].restarts == 2
-    slurm("", account_line("13", "FAILED", submit="2021-01-01T00:00:00", code="1:0") + account_line("13", "COMPLETED"))
-    assert job_states([job("13")])["13"].restarts == 0  # a job of years ago with the same number is another
+    slurm(
+        "",
+        account_line("13", "FAILED", submit="2021-01-01T00:00:00", code="1:0")
+        + account_line("13", "COMPLETED"),
+    )
+    # a job of years ago with the same number is another
+    assert job_states([job("13")])["13"].restarts == 0
 
 
 UNREACHABLE = "error: Unable to contact slurm controller"
 
 
-@pytest.mark.parametrize(("queue", "account", "script", "reason"), [
-    *((text, text, "", None) for text in ("\n\n", "garbage", "|||||||||\n", "13|\n", "13|RUNNING|x|y|z|\n", "\x00\xff" * 5000)),
-    (queue_line("13", "EXPEDITING"), "", "", "EXPEDITING"),  # of a later SLURM
-    ("", "", "", "SLURM does not know it any more"), (None, None, "", "squeue is not here; sacct is not here"),
-    ("", "", f"echo slurm: warning >&2; echo '{UNREACHABLE}' >&2; exit 1",
-     f"squeue failed: {UNREACHABLE}; sacct failed: {UNREACHABLE}")])
+@pytest.mark.parametrize(
+    ("queue", "account", "script", "reason"),
+    [
+        *(
+            (text, text, "", None)
+            for text in (
+                "\n\n",
+                "garbage",
+                "|||||||||\n",
+                "13|\n",
+                "13|RUNNING|x|y|z|\n",
+                "\x00\xff" * 5000,
+            )
+        ),
+        (queue_line("13", "EXPEDITING"), "", "", "EXPEDITING"),  # of a later SLURM
+        ("", "", "", "SLURM does not know it any more"),
+        (None, None, "", "squeue is not here; sacct is not here"),
+        (
+            "",
+            "",
+            f"echo slurm: warning >&2; echo '{UNREACHABLE}' >&2; exit 1",
+            f"squeue failed: {UNREACHABLE}; sacct failed: {UNREACHABLE}",
+        ),
+    ],
+)
 def test_what_slurm_does_not_tell_is_unknown(slurm, queue, account, script, reason):
     slurm(queue, account, script=script)
     state = job_states([job("13")])["13"]
@@ -264,7 +398,10 @@ def test_slurm_that_hangs_costs_the_time_out_once_and_leaves_no_process(slurm, t
     assert state.reason == "squeue did not answer within 1 s; sacct did not answer within 1 s"
     deadline = time.monotonic() + 10
     for pid in (tmp_path / "pids").read_text().split():
-        while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        while (
+            Path(f"/proc/{pid}").exists()
+            and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        ):
             assert time.monotonic() < deadline, f"{pid} lives"
             time.sleep(0.05)
 
@@ -292,7 +429,12 @@ def test_what_the_ranks_left_tells_where_the_scheduler_does_not(slurm, tmp_path)
     append_end(tmp_path, "3", end("refused", time=SUBMITTED + 60))
     append_end(tmp_path, "4", end("requeued", time=SUBMITTED + 60))
     states = job_states(jobs)
-    assert [states[job_id].state for job_id in "1234"] == ["finished", "unknown", "failed", "unknown"]
+    assert [states[job_id].state for job_id in "1234"] == [
+        "finished",
+        "unknown",
+        "failed",
+        "unknown",
+    ]
     assert (states["3"].exit_code, states["3"].elapsed) == (2, "00:01:00")
 
 
@@ -319,17 +461,21 @@ def test_local_job_runs_as_long_as_its_process(tmp_path):
         local = job(str(process.pid), executor="local", time=time.time() - 5, log_dir=tmp_path)
         assert job_states([local])[local.id].state == "running"
         assert job_states([local])[local.id].elapsed.startswith("00:00:0")
-        earlier = replace(local, time=time.time() - 3600)  # that one is gone, another has its number
+        # that one is gone, another has its number
+        earlier = replace(local, time=time.time() - 3600)
         assert job_states([earlier])[local.id].state == "failed"
         waiting = replace(local, after=("1",))
         assert job_states([waiting])[local.id] == JobState("pending", "Dependency")
         (tmp_path / f"{local.id}_0_log.err").touch()
         assert job_states([waiting])[local.id].state == "running"
         elsewhere = replace(local, host="another")
-        assert job_states([elsewhere])[local.id] == JobState("unknown", "its process is on another; ask there")
+        assert job_states([elsewhere])[local.id] == JobState(
+            "unknown", "its process is on another; ask there"
+        )
         process.kill()
         deadline = time.monotonic() + 10
-        while job_states([local])[local.id].state == "running":  # a zombie until its parent asks: it does not run
+        # a zombie until its parent asks: it does not run
+        while job_states([local])[local.id].state == "running":
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert job_states([local])[local.id].reason == "its process is gone and left no result"
@@ -338,10 +484,17 @@ def test_local_job_runs_as_long_as_its_process(tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize(("results", "kinds", "state", "code"), [
-    ([("success", None)], [], "finished", 0), ([("error", "Traceback")], [], "failed", 1), ([], ["failed"], "failed", 1),
-    ([], ["refused", "lost"], "failed", 2), ([], ["resume"], "failed", 75), ([], ["lost"], "failed", 1),
-])
+@pytest.mark.parametrize(
+    ("results", "kinds", "state", "code"),
+    [
+        ([("success", None)], [], "finished", 0),
+        ([("error", "Traceback")], [], "failed", 1),
+        ([], ["failed"], "failed", 1),
+        ([], ["refused", "lost"], "failed", 2),
+        ([], ["resume"], "failed", 75),
+        ([], ["lost"], "failed", 1),
+    ],
+)
 def test_local_job_that_ended(tmp_path, results, kinds, state, code):
     for rank, result in enumerate(results):
         put_result(tmp_path, "99999999", rank, result)
@@ -354,34 +507,48 @@ def test_local_job_that_ended(tmp_path, results, kinds, state, code):
 # ---- words
 
 
-@pytest.mark.parametrize(("state", "text"), [
-    (JobState("pending"), "waiting"),
-    (JobState("pending", "Priority"), "waiting for its turn (Priority)"),
-    (JobState("pending", "Resources"), "waiting for free nodes (Resources)"),
-    (JobState("pending", "BeginTime"), "waiting for its start time (BeginTime)"),
-    (JobState("pending", "QOSMaxJobsPerUserLimit"), "waiting (QOSMaxJobsPerUserLimit)"),
-    (JobState("pending", "JobHeldUser"), "held, `scontrol release` frees it (JobHeldUser)"),
-    (JobState("pending", "Dependency"), "waiting for others"),
-    (JobState("pending", "DependencyNeverSatisfied"),
-     "never starts because a job that it waits for failed (DependencyNeverSatisfied)"),
-    (JobState("requeued"), "requeued, waiting"),
-    (JobState("running"), "running"),
-    (JobState("suspended"), "suspended"),
-    (JobState("finished", exit_code=0), "finished"),
-    (JobState("failed", exit_code=1), "failed (exit code 1)"),
-    (JobState("failed", exit_code=2), "refused its input (exit code 2)"),
-    (JobState("failed", exit_code=75), "left when it was asked to, its state is saved (exit code 75)"),
-    (JobState("failed", exit_code=137), "failed (signal 9)"),
-    (JobState("failed", exit_code=181), "failed (signal 53): its log files could not be written where it ran"),
-    (JobState("failed", "its process is gone and left no result"), "failed, its process is gone and left no result"),
-    (JobState("cancelled", "by 1000"), "cancelled by user 1000"),
-    (JobState("cancelled"), "cancelled"),
-    (JobState("timeout"), "met its time limit"),
-    (JobState("node_fail"), "lost a node"),
-    (JobState("out_of_memory"), "ran out of memory"),
-    (JobState("preempted"), "was preempted"),
-    (JobState("unknown", "sacct is not here"), "unknown (sacct is not here)"),
-])
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        (JobState("pending"), "waiting"),
+        (JobState("pending", "Priority"), "waiting for its turn (Priority)"),
+        (JobState("pending", "Resources"), "waiting for free nodes (Resources)"),
+        (JobState("pending", "BeginTime"), "waiting for its start time (BeginTime)"),
+        (JobState("pending", "QOSMaxJobsPerUserLimit"), "waiting (QOSMaxJobsPerUserLimit)"),
+        (JobState("pending", "JobHeldUser"), "held, `scontrol release` frees it (JobHeldUser)"),
+        (JobState("pending", "Dependency"), "waiting for others"),
+        (
+            JobState("pending", "DependencyNeverSatisfied"),
+            "never starts because a job that it waits for failed (DependencyNeverSatisfied)",
+        ),
+        (JobState("requeued"), "requeued, waiting"),
+        (JobState("running"), "running"),
+        (JobState("suspended"), "suspended"),
+        (JobState("finished", exit_code=0), "finished"),
+        (JobState("failed", exit_code=1), "failed (exit code 1)"),
+        (JobState("failed", exit_code=2), "refused its input (exit code 2)"),
+        (
+            JobState("failed", exit_code=75),
+            "left when it was asked to, its state is saved (exit code 75)",
+        ),
+        (JobState("failed", exit_code=137), "failed (signal 9)"),
+        (
+            JobState("failed", exit_code=181),
+            "failed (signal 53): its log files could not be written where it ran",
+        ),
+        (
+            JobState("failed", "its process is gone and left no result"),
+            "failed, its process is gone and left no result",
+        ),
+        (JobState("cancelled", "by 1000"), "cancelled by user 1000"),
+        (JobState("cancelled"), "cancelled"),
+        (JobState("timeout"), "met its time limit"),
+        (JobState("node_fail"), "lost a node"),
+        (JobState("out_of_memory"), "ran out of memory"),
+        (JobState("preempted"), "was preempted"),
+        (JobState("unknown", "sacct is not here"), "unknown (sacct is not here)"),
+    ],
+)
 def test_every_state_in_words(tmp_path, state, text):
     found = job("1", log_dir=tmp_path)
     said, blamed = explain(found, [found], {"1": state})
@@ -390,11 +557,23 @@ def test_every_state_in_words(tmp_path, state, text):
 
 
 def test_dependants_name_the_job_that_failed_first(tmp_path):
-    jobs = [job("1", log_dir=tmp_path), job("2", after=("1",)), job("3_0", after=("2",)), job("3_1", after=("2",)),
-            job("4", after=("3",)), job("5", after=("4",))]
+    jobs = [
+        job("1", log_dir=tmp_path),
+        job("2", after=("1",)),
+        job("3_0", after=("2",)),
+        job("3_1", after=("2",)),
+        job("4", after=("3",)),
+        job("5", after=("4",)),
+    ]
     cancelled = JobState("cancelled", "by 0")
-    states = {"1": JobState("failed", exit_code=1), "2": cancelled, "3_0": cancelled, "3_1": cancelled, "4": cancelled,
-              "5": JobState("pending", "DependencyNeverSatisfied")}
+    states = {
+        "1": JobState("failed", exit_code=1),
+        "2": cancelled,
+        "3_0": cancelled,
+        "3_1": cancelled,
+        "4": cancelled,
+        "5": JobState("pending", "DependencyNeverSatisfied"),
+    }
     for found in jobs[1:5]:
         assert explain(found, jobs, states) == ("cancelled because job 1 (name1) failed", jobs[0])
     assert explain(jobs[5], jobs, states) == ("never starts because job 1 (name1) failed", jobs[0])
@@ -406,14 +585,23 @@ def test_dependants_name_the_job_that_failed_first(tmp_path):
 
 def test_a_parent_that_failed_explains_more_than_one_that_was_cancelled():
     jobs = [job("1"), job("2"), job("3", after=("1", "2"))]
-    states = {"1": JobState("cancelled", "by 1000"), "2": JobState("node_fail"), "3": JobState("cancelled")}
+    states = {
+        "1": JobState("cancelled", "by 1000"),
+        "2": JobState("node_fail"),
+        "3": JobState("cancelled"),
+    }
     assert explain(jobs[2], jobs, states)[0] == "cancelled because job 2 (name2) lost a node"
 
 
 def test_dependants_that_wait_name_what_still_runs():
     jobs = [job("1"), job("2"), job("3_0"), job("3_1"), job("4", after=("1", "2", "3"))]
-    states = {"1": JobState("finished"), "2": JobState("running"), "3_0": JobState("pending"), "3_1": JobState("running"),
-              "4": JobState("pending", "Dependency")}
+    states = {
+        "1": JobState("finished"),
+        "2": JobState("running"),
+        "3_0": JobState("pending"),
+        "3_1": JobState("running"),
+        "4": JobState("pending", "Dependency"),
+    }
     assert explain(jobs[4], jobs, states)[0] == "waiting for 2 (name2), 3 (name3_0)"
 
 

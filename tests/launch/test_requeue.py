@@ -1,4 +1,5 @@
-"""What a job does around the ranks of `tdds`: how they find each other, what they are told, and what happens when they end.
+"""What a job does around the ranks of `tdds`: how they find each other, what they are told, and
+what happens when they end.
 
 No SLURM: its variables are set by hand, the files of the ranks are real.
 """
@@ -31,9 +32,21 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Job 12 of SLURM, and whatever is set afterwards goes again."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SUBMITIT_", "TDDS_"))}
-    for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME",
-                "NCCL_SOCKET_IFNAME"):
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SLURM_", "SUBMITIT_", "TDDS_"))
+    }
+    for key in (
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+    ):
         kept.pop(key, None)
     before = dict(os.environ)
     os.environ.clear()
@@ -44,8 +57,19 @@ def environment(monkeypatch):
 
 
 def end(folder, kind, *, rank=0, restart=0, job="12", **fields):
-    append_end(folder, job, {"kind": kind, "rank": rank, "restart": restart, "time": time.time(), "host": f"node{rank}",
-                             "message": f"{kind} it said", **fields})
+    append_end(
+        folder,
+        job,
+        {
+            "kind": kind,
+            "rank": rank,
+            "restart": restart,
+            "time": time.time(),
+            "host": f"node{rank}",
+            "message": f"{kind} it said",
+            **fields,
+        },
+    )
 
 
 def done(folder, *ranks, job="12", outcome="success"):
@@ -72,7 +96,9 @@ def naps(monkeypatch):
         naps.append(seconds)
         naps.then()
 
-    monkeypatch.setattr(requeue, "time", SimpleNamespace(time=time.time, monotonic=lambda: sum(naps), sleep=sleep))
+    monkeypatch.setattr(
+        requeue, "time", SimpleNamespace(time=time.time, monotonic=lambda: sum(naps), sleep=sleep)
+    )
     return naps
 
 
@@ -91,7 +117,8 @@ def test_when_every_rank_is_done_the_job_is_whatever_srun_says(tmp_path, capsys,
 
 
 def test_success_that_a_rank_knows_nothing_of_is_none(tmp_path, capsys, naps):
-    """srun leaves with 0 when its step was aborted. A file of another node may take a while to be seen."""
+    """srun leaves with 0 when its step was aborted. A file of another node may take a while to be
+    seen."""
     done(tmp_path, 0, 1, 3)
     done(tmp_path, 2, job="1")
     assert ended(tmp_path, 0) == REQUEUE
@@ -112,36 +139,53 @@ def test_a_rank_that_raised_is_not_done(tmp_path, naps):
     assert ended(tmp_path, 1, num_ranks=1) == 1
 
 
-@pytest.mark.parametrize(("kinds", "left", "told"), [
-    # The earliest of the most telling kind, whatever the exit code of srun.
-    ("lost0 failed1 refused2", None, "failed on rank 1 (node1): failed it said"),
-    ("lost0 refused1", None, "refused on rank 1 (node1): refused it said"),
-    ("lost1 lost3 failed2 failed0", None, "failed on rank 2 (node2): failed it said"),
-    ("resume0 failed1", None, "failed on rank 1 (node1): failed it said"),
-    # What rank 0 has queued again, or only saved, is left alone.
-    ("requeued0", None, ""), ("lost1 requeued0", None, ""), ("failed1 requeued0", None, ""), ("resume0", 75, ""),
-    ("resume0 resume1", 75, ""), ("requeue0", REQUEUE, ""),
-    # Ranks that lost each other or said nothing are queued again.
-    ("resume0 lost1", REQUEUE, "queued again: rank 1 (node1): lost it said"),
-    ("lost0 lost1", REQUEUE, "queued again: rank 0 (node0): lost it said"),
-    ("lost1", REQUEUE, "queued again: rank 1 (node1): lost it said"),
-    ("", REQUEUE, "queued again: ranks ended without a word (srun: {code})"),
-])
+@pytest.mark.parametrize(
+    ("kinds", "left", "told"),
+    [
+        # The earliest of the most telling kind, whatever the exit code of srun.
+        ("lost0 failed1 refused2", None, "failed on rank 1 (node1): failed it said"),
+        ("lost0 refused1", None, "refused on rank 1 (node1): refused it said"),
+        ("lost1 lost3 failed2 failed0", None, "failed on rank 2 (node2): failed it said"),
+        ("resume0 failed1", None, "failed on rank 1 (node1): failed it said"),
+        # What rank 0 has queued again, or only saved, is left alone.
+        ("requeued0", None, ""),
+        ("lost1 requeued0", None, ""),
+        ("failed1 requeued0", None, ""),
+        ("resume0", 75, ""),
+        ("resume0 resume1", 75, ""),
+        ("requeue0", REQUEUE, ""),
+        # Ranks that lost each other or said nothing are queued again.
+        ("resume0 lost1", REQUEUE, "queued again: rank 1 (node1): lost it said"),
+        ("lost0 lost1", REQUEUE, "queued again: rank 0 (node0): lost it said"),
+        ("lost1", REQUEUE, "queued again: rank 1 (node1): lost it said"),
+        ("", REQUEUE, "queued again: ranks ended without a word (srun: {code})"),
+    ],
+)
 def test_what_becomes_of_a_job_by_what_its_ranks_said(tmp_path, capsys, kinds, left, told):
     for word in kinds.split():
         end(tmp_path, word[:-1], rank=int(word[-1]))
     for code in (1, 2, 137):
         assert ended(tmp_path, code) == (left or code)
-        assert capsys.readouterr().err == (f"tdds: job 12 {told.format(code=code)}\n" if told else "")
+        assert capsys.readouterr().err == (
+            f"tdds: job 12 {told.format(code=code)}\n" if told else ""
+        )
     failures = [path.read_text().splitlines() for path in tmp_path.glob("12_failures.jsonl")]
     assert bool(failures) == told.startswith("queued again")
     if failures:
-        assert json.loads(failures[0][-1])["what"] == told.format(code=137).removeprefix("queued again: ")
+        assert json.loads(failures[0][-1])["what"] == told.format(code=137).removeprefix(
+            "queued again: "
+        )
 
 
 def test_the_traceback_is_printed_once(tmp_path, capsys):
     for rank in (2, 0, 1):
-        end(tmp_path, "failed", rank=rank, message=f"ZeroDivisionError: {rank}", traceback=f"Traceback\n  of rank {rank}\n")
+        end(
+            tmp_path,
+            "failed",
+            rank=rank,
+            message=f"ZeroDivisionError: {rank}",
+            traceback=f"Traceback\n  of rank {rank}\n",
+        )
     assert ended(tmp_path) == 1
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1
@@ -166,7 +210,10 @@ def test_tasks_of_an_array_do_not_read_each_other(tmp_path, capsys, monkeypatch)
     for other in ("12", "12_0", "12_11", "15", "1"):
         end(tmp_path, "refused", job=other)
     assert ended(tmp_path) == REQUEUE
-    assert capsys.readouterr().err == "tdds: job 12_1 queued again: ranks ended without a word (srun: 1)\n"
+    assert (
+        capsys.readouterr().err
+        == "tdds: job 12_1 queued again: ranks ended without a word (srun: 1)\n"
+    )
     assert [path.name for path in tmp_path.glob("*_failures.jsonl")] == ["12_1_failures.jsonl"]
     end(tmp_path, "failed", job="12_1", rank=12)
     assert ended(tmp_path) == 1
@@ -196,12 +243,18 @@ def test_failures_in_a_row_without_a_new_checkpoint_are_counted(tmp_path, listed
     assert "gave up" not in capsys.readouterr().err
     assert ended(tmp_path, 137) == 137
     error = capsys.readouterr().err
-    assert error == ("tdds: job 12 gave up: ranks ended without a word (srun: 137). That is failure 4 in a row without a new "
-                     "checkpoint (requeue_failures=3); submit again to go on\n")
+    assert (
+        error
+        == "tdds: job 12 gave up: ranks ended without a word (srun: 137). That is failure 4 in a"
+        " row without a new checkpoint (requeue_failures=3); submit again to go on\n"
+    )
     (found,) = read_ends(tmp_path, "12")
     assert (found.kind, found.restart) == ("lost", 0)
     assert found.message.startswith("gave up: ranks ended without a word")
-    progress = [json.loads(line)["progress"] for line in (tmp_path / "12_failures.jsonl").read_text().splitlines()]
+    progress = [
+        json.loads(line)["progress"]
+        for line in (tmp_path / "12_failures.jsonl").read_text().splitlines()
+    ]
     assert progress == ["", "", "", *["step_0000000005"] * 3, *["step_0000000010"] * 4]
 
 
@@ -209,7 +262,13 @@ def test_what_is_no_checkpoint_is_no_progress(tmp_path, listed):
     """And how many failures are forgiven is the cluster file's to say."""
     assert ended(tmp_path, 3, 0) == 3
     assert ended(tmp_path, 3, 2) == REQUEUE
-    for name in ("step_0000000005.damaged", "step_0000000007.abandoned", "step_x", "step_", "other"):
+    for name in (
+        "step_0000000005.damaged",
+        "step_0000000007.abandoned",
+        "step_x",
+        "step_",
+        "other",
+    ):
         (listed / "checkpoints" / name).mkdir(parents=True)
     checkpoint(listed.parent / "other", 5)
     assert ended(tmp_path, 3, 2) == 3
@@ -220,11 +279,15 @@ def test_a_job_that_is_not_listed_has_no_progress(tmp_path, monkeypatch):
     checkpoint(tmp_path, 5)
     monkeypatch.chdir(tmp_path)
     assert [ended(tmp_path, 1, 1) for _ in range(2)] == [REQUEUE, 1]
-    assert json.loads((tmp_path / "12_failures.jsonl").read_text().splitlines()[0])["progress"] == ""
+    assert (
+        json.loads((tmp_path / "12_failures.jsonl").read_text().splitlines()[0])["progress"] == ""
+    )
 
 
 def test_damaged_lines_of_ranks_and_jobs_are_passed_over(tmp_path, listed, capsys):
-    (tmp_path / "12_0_end.jsonl").write_bytes(b'\xff\xfe\x00{"kind": "fai\n{"kind": 3}\n[]\nnull\n{"rank": 1}\n{"kind": "lo')
+    (tmp_path / "12_0_end.jsonl").write_bytes(
+        b'\xff\xfe\x00{"kind": "fai\n{"kind": 3}\n[]\nnull\n{"rank": 1}\n{"kind": "lo'
+    )
     with (tmp_path / "jobs.jsonl").open("ab") as file:
         file.write(b'{"id": \n\xff\n{"id": 12}\n{"id": "12", "dir')
     (tmp_path / "12_x_end.jsonl").write_text('{"kind": "failed"}\n')
@@ -233,12 +296,15 @@ def test_damaged_lines_of_ranks_and_jobs_are_passed_over(tmp_path, listed, capsy
     assert ended(tmp_path) == REQUEUE
     assert "without a word" in capsys.readouterr().err
     assert json.loads((tmp_path / "12_failures.jsonl").read_text())["progress"] == "step_0000000005"
-    end(tmp_path, "failed", rank=0, message="whole")  # the writer that was killed had no end of line
+    # the writer that was killed had no end of line
+    end(tmp_path, "failed", rank=0, message="whole")
     assert ended(tmp_path) == 1
     assert "failed on rank 0 (node0): whole" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("left", [b'{"time": 1.0, "progr', b"\xff\xfe\n", b"{}\n", b"[1]\n", b'{"progress": ""}\nnull\n'])
+@pytest.mark.parametrize(
+    "left", [b'{"time": 1.0, "progr', b"\xff\xfe\n", b"{}\n", b"[1]\n", b'{"progress": ""}\nnull\n']
+)
 def test_a_damaged_count_of_failures_does_not_end_the_job(tmp_path, left):
     (tmp_path / "12_failures.jsonl").write_bytes(left)
     assert ended(tmp_path) == REQUEUE
@@ -248,23 +314,36 @@ def test_a_damaged_count_of_failures_does_not_end_the_job(tmp_path, left):
 
 
 def run_sbatch_file(folder, code, *, shown="", after=None, variables=(), **cluster):
-    """Run the file with stand-ins for srun and scontrol; what it returned, and what scontrol was told. With `after`, a stand-in
-    for launch.requeue leaves with that code."""
+    """Run the file with stand-ins for srun and scontrol; what it returned, and what scontrol was
+    told. With `after`, a stand-in for launch.requeue leaves with that code."""
     told, log_dir, bin_ = folder / "scontrol.txt", folder / "log dir", folder / "bin"
     told.unlink(missing_ok=True)
     log_dir.mkdir(exist_ok=True)
     bin_.mkdir(exist_ok=True)
     srun = f'echo "srun: TDDS_JOB_STARTED=$TDDS_JOB_STARTED SETUP=$SETUP"; exit {code}'
-    for name, body in {"srun": srun, "scontrol": f'echo "$@" >>{told}; echo "{shown}"', "python": f"exit {after}"}.items():
+    for name, body in {
+        "srun": srun,
+        "scontrol": f'echo "$@" >>{told}; echo "{shown}"',
+        "python": f"exit {after}",
+    }.items():
         (bin_ / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_ / name).chmod(0o755)
-    cluster = Cluster(executor="slurm", time_minutes=5, venv=None if after is None else str(folder), **cluster)
+    cluster = Cluster(
+        executor="slurm", time_minutes=5, venv=None if after is None else str(folder), **cluster
+    )
     script = folder / "job.sh"
     script.write_text(sbatch_text(cluster, "name", log_dir, 1))
     if code == 0:
         done(log_dir, *range(cluster.num_ranks))
     environment = os.environ | dict(variables) | {"PATH": f"{bin_}:{os.environ['PATH']}"}
-    left = subprocess.run(["bash", str(script)], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    left = subprocess.run(
+        ["bash", str(script)],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return left, told.read_text() if told.exists() else ""
 
 
@@ -282,10 +361,18 @@ def test_the_sbatch_file_leaves_with_what_the_ranks_left_with(tmp_path):
     assert left.stderr == "tdds: job 12 refused on rank 0 (node0): refused it said\n"
 
 
-@pytest.mark.parametrize(("shown", "queued"), [
-    ("JobId=12 PreemptTime=2099-01-01T00:00:00 X=1", True), ("JobId=12 PreemptTime=2001-01-01T00:00:00 X=1", False),
-    ("JobId=12 PreemptTime=None X=1", False), ("", False)])
-def test_a_job_that_left_because_it_was_preempted_in_this_start_is_queued_again(tmp_path, shown, queued):
+@pytest.mark.parametrize(
+    ("shown", "queued"),
+    [
+        ("JobId=12 PreemptTime=2099-01-01T00:00:00 X=1", True),
+        ("JobId=12 PreemptTime=2001-01-01T00:00:00 X=1", False),
+        ("JobId=12 PreemptTime=None X=1", False),
+        ("", False),
+    ],
+)
+def test_a_job_that_left_because_it_was_preempted_in_this_start_is_queued_again(
+    tmp_path, shown, queued
+):
     left, told = run_sbatch_file(tmp_path, 143, shown=shown, after=75)
     assert ("requeue 12" in told) == queued
     assert left.returncode == (REQUEUE if queued else 75)
@@ -293,8 +380,11 @@ def test_a_job_that_left_because_it_was_preempted_in_this_start_is_queued_again(
 
 def test_the_sbatch_file_queues_itself_again(tmp_path):
     """A task of an array by its own number: that of the array would be all of it."""
-    left, told = run_sbatch_file(tmp_path, 137, variables={"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12",
-                                                                     "SLURM_ARRAY_TASK_ID": "3"})
+    left, told = run_sbatch_file(
+        tmp_path,
+        137,
+        variables={"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"},
+    )
     assert told == "requeue 15\n"
     assert left.returncode == REQUEUE
     assert "job 12_3 queued again" in left.stderr
@@ -305,7 +395,11 @@ def test_the_sbatch_file_queues_itself_again(tmp_path):
 
 def test_ports_of_neighbours_and_restarts_differ_and_stay_below_those_of_the_system():
     numbers = [*range(1, 400), 12767, 12768, 12769, 67_043_328, 2**32 - 1]
-    ports = {(job, restart): rendezvous.rendezvous_port(job, restart) for job in numbers for restart in range(40)}
+    ports = {
+        (job, restart): rendezvous.rendezvous_port(job, restart)
+        for job in numbers
+        for restart in range(40)
+    }
     assert all(20000 <= port < 32768 for port in ports.values())
     for job in numbers:
         assert len({ports[job, restart] for restart in range(40)}) == 40
@@ -313,7 +407,10 @@ def test_ports_of_neighbours_and_restarts_differ_and_stay_below_those_of_the_sys
         near = [(other, restart) for other in range(job, job + 50) for restart in range(4)]
         assert len({ports[key] for key in near}) == len(near)
     first = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    assert max(ports.values()) < int(first.read_text().split()[0]) or int(first.read_text().split()[0]) != 32768
+    assert (
+        max(ports.values()) < int(first.read_text().split()[0])
+        or int(first.read_text().split()[0]) != 32768
+    )
 
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1", "0.0.0.0"])
@@ -327,7 +424,8 @@ def test_a_port_that_somebody_listens_on_is_not_free(address, reuse):
         assert not rendezvous.is_free(port)
         client = socket.create_connection(("127.0.0.1", port))
         server, _ = holder.accept()
-    server.close()  # first: waits in TIME_WAIT, which keeps nobody from listening who does as torch does
+    # first: waits in TIME_WAIT, which keeps nobody from listening who does as torch does
+    server.close()
     client.close()
     assert rendezvous.is_free(port) or not reuse
 
@@ -346,7 +444,8 @@ def test_the_interface_that_leads_to_a_host(monkeypatch):
     for host in ("127.0.0.1", "localhost", "127.0.0.2"):
         assert rendezvous.interface_to(host) == "lo"
     names = {name for _, name in socket.if_nameindex()}
-    assert rendezvous.interface_to("192.0.2.1") in names | {None}  # for documentation: wherever the default route leads
+    # for documentation: wherever the default route leads
+    assert rendezvous.interface_to("192.0.2.1") in names | {None}
     monkeypatch.setattr(rendezvous, "_RESOLVE_SECONDS", 0.0)
     assert rendezvous.interface_to("no-such-host.invalid") is None
 
@@ -364,7 +463,9 @@ def test_an_unknown_host_is_asked_for_again_and_then_given_up(monkeypatch):
     monkeypatch.setattr(rendezvous.socket, "socket", Asking)
     clock = [0.0]
     monkeypatch.setattr(rendezvous.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(rendezvous.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(
+        rendezvous.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    )
     wanted = 1000
     assert rendezvous.interface_to("node7") is None
     assert set(asked) == {"node7"}
@@ -384,29 +485,57 @@ def a_task(folder, commands=(("collect", "x.yaml"),), **options):
 def test_a_task_is_pickled_and_back_without_torch(tmp_path):
     """It is unpickled by submitit before anything else runs; only `__call__` may take its time."""
     path = tmp_path / "task.pkl"
-    path.write_bytes(cloudpickle.dumps(a_task(tmp_path, (("collect", "a"), ("report", "b")), cpus_per_rank=4, interface="ib0")))
-    program = ("import pickle, sys; task = pickle.load(open(sys.argv[1], 'rb')); import launch.submit, launch.requeue; "
-               "print(task.__dict__ | {'heavy': sorted({'torch', 'ffcv', 'torchvision'} & sys.modules.keys())})")
-    said = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, cwd=REPOSITORY,
-                          timeout=60)
+    path.write_bytes(
+        cloudpickle.dumps(
+            a_task(tmp_path, (("collect", "a"), ("report", "b")), cpus_per_rank=4, interface="ib0")
+        )
+    )
+    program = (
+        "import pickle, sys; task = pickle.load(open(sys.argv[1], 'rb')); import launch.submit,"
+        " launch.requeue; print(task.__dict__ | {'heavy': sorted({'torch', 'ffcv', 'torchvision'} &"
+        " sys.modules.keys())})"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=60,
+    )
     assert said.returncode == 0, said.stderr
     assert eval(said.stdout) == {
-        "commands": [["collect", "a"], ["report", "b"]], "log_dir": str(tmp_path), "time_minutes": 60, "grace_seconds": 90,
-        "cpus_per_rank": 4, "interface": "ib0", "heavy": []}
+        "commands": [["collect", "a"], ["report", "b"]],
+        "log_dir": str(tmp_path),
+        "time_minutes": 60,
+        "grace_seconds": 90,
+        "cpus_per_rank": 4,
+        "interface": "ib0",
+        "heavy": [],
+    }
     assert len(path.read_bytes()) < 2000  # by reference
 
 
 def slurm_rank(rank, num_ranks=4, nodes=2, job="12", **variables):
     local = num_ranks // nodes
-    os.environ.update({
-        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": job, "SLURM_NTASKS": str(num_ranks), "SLURM_JOB_NUM_NODES": str(nodes),
-        "SLURM_NODEID": str(rank // local), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % local),
-        "SLURM_JOB_NODELIST": "node[1-2]" if nodes == 2 else "node1", **variables})
+    os.environ.update(
+        {
+            "SUBMITIT_EXECUTOR": "slurm",
+            "SLURM_JOB_ID": job,
+            "SLURM_NTASKS": str(num_ranks),
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_NODEID": str(rank // local),
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank % local),
+            "SLURM_JOB_NODELIST": "node[1-2]" if nodes == 2 else "node1",
+            **variables,
+        }
+    )
 
 
 @pytest.fixture
 def described(tmp_path, monkeypatch):
-    """A function that describes a rank of SLURM to itself; what hosts are reached by is a stand-in."""
+    """A function that describes a rank of SLURM to itself; what hosts are reached by is a
+    stand-in."""
     asked = []
 
     def interface(host):
@@ -426,15 +555,34 @@ def described(tmp_path, monkeypatch):
 
 
 def test_a_rank_knows_its_place(described):
-    os.environ |= {"RANK": "9", "WORLD_SIZE": "9", "MASTER_PORT": "1", "MASTER_ADDR": "elsewhere"}  # of another shell
+    # of another shell
+    os.environ |= {"RANK": "9", "WORLD_SIZE": "9", "MASTER_PORT": "1", "MASTER_ADDR": "elsewhere"}
     stage = described(3, variables={"SLURM_RESTART_COUNT": "2"})
-    assert {key: os.environ[key] for key in (
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TDDS_JOB",
-        "TDDS_LOCK_WAIT_SECONDS")} == {
-        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
-        "MASTER_PORT": str(rendezvous.rendezvous_port(12, 2)), "TDDS_JOB": "12", "TDDS_LOCK_WAIT_SECONDS": "180"}
+    assert {
+        key: os.environ[key]
+        for key in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "TDDS_JOB",
+            "TDDS_LOCK_WAIT_SECONDS",
+        )
+    } == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": str(rendezvous.rendezvous_port(12, 2)),
+        "TDDS_JOB": "12",
+        "TDDS_LOCK_WAIT_SECONDS": "180",
+    }
     assert (stage.job_id, stage.rank, stage.restart, stage.is_slurm) == ("12", 3, 2, True)
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] != "1"  # all of the node's
+    # all of the node's
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] != "1"
     assert "TDDS_CPUS_PER_RANK" not in os.environ
     described(0, cpus_per_rank=8)
     assert os.environ["TDDS_CPUS_PER_RANK"] == "8"
@@ -446,11 +594,25 @@ def test_all_ranks_meet_at_one_port_and_the_next_start_at_another(described):
         for rank in range(4):
             described(rank, variables={"SLURM_RESTART_COUNT": restart})
             places.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
-    assert places == [("node1", str(rendezvous.rendezvous_port(12, restart))) for restart in range(3) for _ in range(4)]
-    stage = described(1, 4, 2, "15", variables={"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3",
-                                                "SLURM_RESTART_COUNT": "0"})
+    assert places == [
+        ("node1", str(rendezvous.rendezvous_port(12, restart)))
+        for restart in range(3)
+        for _ in range(4)
+    ]
+    stage = described(
+        1,
+        4,
+        2,
+        "15",
+        variables={
+            "SLURM_ARRAY_JOB_ID": "12",
+            "SLURM_ARRAY_TASK_ID": "3",
+            "SLURM_RESTART_COUNT": "0",
+        },
+    )
     assert stage.job_id == os.environ["TDDS_JOB"] == "12_3"
-    assert os.environ["MASTER_PORT"] == str(rendezvous.rendezvous_port(15, 0))  # a port of its own for a task of an array
+    # a port of its own for a task of an array
+    assert os.environ["MASTER_PORT"] == str(rendezvous.rendezvous_port(15, 0))
 
 
 def test_a_rank_leaves_before_its_time_limit(described):
@@ -468,14 +630,20 @@ def test_a_rank_leaves_before_its_time_limit(described):
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-@pytest.mark.parametrize(("rank", "interface", "before", "told", "asked"), [
-    (1, None, {}, ("eth7", "eth7"), ["node2"]),  # this is the first node
-    (2, None, {}, ("eth7", "eth7"), ["node1"]),  # other nodes ask for the way to the first
-    (1, None, {"NCCL_SOCKET_IFNAME": "ib"}, ("eth7", "ib"), ["node2"]),
-    (1, None, dict.fromkeys(VARIABLES, "x"), ("x", "x"), ["node2"]), (1, "ib0", {}, ("ib0", "ib0"), []),
-    (1, "ib0", {"GLOO_SOCKET_IFNAME": "x", "NCCL_SOCKET_IFNAME": "ib"}, ("ib0", "ib0"), []),
-])
-def test_what_is_set_stays_unless_the_cluster_file_says_otherwise(described, rank, interface, before, told, asked):
+@pytest.mark.parametrize(
+    ("rank", "interface", "before", "told", "asked"),
+    [
+        (1, None, {}, ("eth7", "eth7"), ["node2"]),  # this is the first node
+        (2, None, {}, ("eth7", "eth7"), ["node1"]),  # other nodes ask for the way to the first
+        (1, None, {"NCCL_SOCKET_IFNAME": "ib"}, ("eth7", "ib"), ["node2"]),
+        (1, None, dict.fromkeys(VARIABLES, "x"), ("x", "x"), ["node2"]),
+        (1, "ib0", {}, ("ib0", "ib0"), []),
+        (1, "ib0", {"GLOO_SOCKET_IFNAME": "x", "NCCL_SOCKET_IFNAME": "ib"}, ("ib0", "ib0"), []),
+    ],
+)
+def test_what_is_set_stays_unless_the_cluster_file_says_otherwise(
+    described, rank, interface, before, told, asked
+):
     described(rank, variables=before, interface=interface)
     assert tuple(os.environ[key] for key in VARIABLES) == told
     assert described.asked == asked
@@ -526,12 +694,20 @@ def test_rank_0_says_so_when_the_port_is_taken(described, leaving, tmp_path, cap
 
 
 def test_what_a_kill_left_of_a_save_is_cleared_by_rank_0(described, tmp_path):
-    for name in ("12_submitted.pkl.save_tmp", "12_0_result.pkl.save_tmp", "123_submitted.pkl.save_tmp", "12_submitted.pkl"):
+    for name in (
+        "12_submitted.pkl.save_tmp",
+        "12_0_result.pkl.save_tmp",
+        "123_submitted.pkl.save_tmp",
+        "12_submitted.pkl",
+    ):
         (tmp_path / name).touch()
     described(1)
     assert len(list(tmp_path.iterdir())) == 4
     described(0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["123_submitted.pkl.save_tmp", "12_submitted.pkl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "123_submitted.pkl.save_tmp",
+        "12_submitted.pkl",
+    ]
 
 
 def test_checkpoint_is_the_same_task_and_asks_nobody(tmp_path, monkeypatch):
@@ -541,17 +717,37 @@ def test_checkpoint_is_the_same_task_and_asks_nobody(tmp_path, monkeypatch):
     def collective(*_, **__):
         raise AssertionError("a collective in a signal handler")
 
-    for name in ("barrier", "all_reduce", "all_gather", "all_gather_object", "broadcast", "gather_object", "all_to_all_single"):
+    for name in (
+        "barrier",
+        "all_reduce",
+        "all_gather",
+        "all_gather_object",
+        "broadcast",
+        "gather_object",
+        "all_to_all_single",
+    ):
         monkeypatch.setattr(dist, name, collective)
     slurm_rank(0, 1, 1)
-    before = a_task(tmp_path, (("collect", "a", "train.lr=1"), ("report", "b")), interface="ib0", cpus_per_rank=2)
+    before = a_task(
+        tmp_path,
+        (("collect", "a", "train.lr=1"), ("report", "b")),
+        interface="ib0",
+        cpus_per_rank=2,
+    )
     before._describe_rank()
     again = before.checkpoint()
     assert isinstance(again, DelayedSubmission)
     assert (again.args, again.kwargs) == ((), {})
     after_ = pickle.loads(cloudpickle.dumps(again)).function
     assert isinstance(after_, StageTask)
-    for key in ("commands", "log_dir", "time_minutes", "grace_seconds", "cpus_per_rank", "interface"):
+    for key in (
+        "commands",
+        "log_dir",
+        "time_minutes",
+        "grace_seconds",
+        "cpus_per_rank",
+        "interface",
+    ):
         assert getattr(after_, key) == getattr(before, key)
 
 
@@ -586,13 +782,24 @@ def test_commands_run_one_after_the_other(outcomes, leaving, tmp_path):
     assert read_ends(tmp_path, "12") == []
 
 
-@pytest.mark.parametrize(("result", "code", "kind"), [
-    ((2, "tdds collect: error: bad"), 2, "refused"), ((1, "tdds collect: error: lost"), 1, "lost"),
-    ((2, f"tdds collect: error: runs/a {IN_USE} pid 3 on node7"), 2, "lost"),  # which ends some day
-    ((130, "tdds collect: interrupted"), 130, "failed"), (ZeroDivisionError("x"), 1, "failed"),
-    ((2, ""), 2, None),  # rank 0 says it for all
-])
-def test_a_command_that_fails_ends_the_rank_and_is_written_down(outcomes, leaving, tmp_path, capsys, result, code, kind):
+@pytest.mark.parametrize(
+    ("result", "code", "kind"),
+    [
+        ((2, "tdds collect: error: bad"), 2, "refused"),
+        ((1, "tdds collect: error: lost"), 1, "lost"),
+        (
+            (2, f"tdds collect: error: runs/a {IN_USE} pid 3 on node7"),
+            2,
+            "lost",
+        ),  # which ends some day
+        ((130, "tdds collect: interrupted"), 130, "failed"),
+        (ZeroDivisionError("x"), 1, "failed"),
+        ((2, ""), 2, None),  # rank 0 says it for all
+    ],
+)
+def test_a_command_that_fails_ends_the_rank_and_is_written_down(
+    outcomes, leaving, tmp_path, capsys, result, code, kind
+):
     slurm_rank(2, SLURM_RESTART_COUNT="3")
     outcomes.results += [(0, ""), result, (0, "")]
     with pytest.raises(Left) as left:
@@ -614,7 +821,9 @@ def test_a_command_that_fails_ends_the_rank_and_is_written_down(outcomes, leavin
         assert "ZeroDivisionError: x" in found.traceback
 
 
-def test_a_log_folder_that_cannot_be_written_changes_no_exit_code(outcomes, leaving, tmp_path, capsys):
+def test_a_log_folder_that_cannot_be_written_changes_no_exit_code(
+    outcomes, leaving, tmp_path, capsys
+):
     slurm_rank(0, 1, 1)
     (tmp_path / "file").touch()
     outcomes.results += [(2, "bad")]
@@ -625,7 +834,8 @@ def test_a_log_folder_that_cannot_be_written_changes_no_exit_code(outcomes, leav
 
 @pytest.fixture
 def handler(monkeypatch):
-    """Instead of submitit's handler of SIGUSR2: it notes that it was asked, and leaves as it is told."""
+    """Instead of submitit's handler of SIGUSR2: it notes that it was asked, and leaves as it is
+    told."""
     asked = []
 
     def handle(number, frame):
@@ -640,7 +850,9 @@ def handler(monkeypatch):
     signal.signal(signal.SIGUSR2, before)
 
 
-def test_a_rank_that_left_alone_and_unsaved_counts_as_lost(outcomes, leaving, handler, monkeypatch, tmp_path):
+def test_a_rank_that_left_alone_and_unsaved_counts_as_lost(
+    outcomes, leaving, handler, monkeypatch, tmp_path
+):
     """srun ends ranks that still start by SIGTERM when another has died: nobody asked for that."""
     slurm_rank(0)
     asked_to_leave(outcomes, monkeypatch, signal.SIGTERM, saved="not saved here")
@@ -650,8 +862,11 @@ def test_a_rank_that_left_alone_and_unsaved_counts_as_lost(outcomes, leaving, ha
     assert ended(tmp_path, 137) == REQUEUE
 
 
-def asked_to_leave(outcomes, monkeypatch, *signals, leave_at=None, elsewhere="", saved="saved at epoch 1, step 2"):
-    """By signals here, by the end of its time, or by what another rank was told (the lowest rank with a reason says it)."""
+def asked_to_leave(
+    outcomes, monkeypatch, *signals, leave_at=None, elsewhere="", saved="saved at epoch 1, step 2"
+):
+    """By signals here, by the end of its time, or by what another rank was told (the lowest rank
+    with a reason says it)."""
     from tdds_dist.cli import main
 
     def outcome(command, interruption):
@@ -665,20 +880,30 @@ def asked_to_leave(outcomes, monkeypatch, *signals, leave_at=None, elsewhere="",
     monkeypatch.setattr(main, "outcome", outcome)
 
 
-@pytest.mark.parametrize(("signals", "leave_at", "result", "left", "kind"), [
-    ((signal.SIGUSR2,), None, SystemExit(-1), -1, "requeued"), ((signal.SIGUSR2,), None, SystemExit(144), 144, "requeued"),
-    ((signal.SIGTERM, signal.SIGUSR2), None, SystemExit(-1), -1, "requeued"), ((), 0.0, SystemExit(-1), -1, "requeued"),
-    ((signal.SIGTERM,), None, SystemExit(-1), 75, "resume"), ((signal.SIGTERM,), 0.0, SystemExit(-1), 75, "resume"),
-    ((signal.SIGUSR2,), None, UncompletedJobError("timed-out too many times"), 75, "resume"),
-    ((signal.SIGUSR2,), None, FileNotFoundError("no scontrol in a container"), 75, "requeue"),
-    ((signal.SIGINT,), None, SystemExit(-1), 75, "resume"),
-    # By another rank: the signal may not have come here yet, and clocks differ.
-    ("SIGUSR2", None, SystemExit(-1), -1, "requeued"), ("time limit", None, SystemExit(-1), -1, "requeued"),
-    ("SIGTERM", None, SystemExit(-1), 75, "resume"), ("SIGINT", None, SystemExit(-1), 75, "resume"),
-])
+@pytest.mark.parametrize(
+    ("signals", "leave_at", "result", "left", "kind"),
+    [
+        ((signal.SIGUSR2,), None, SystemExit(-1), -1, "requeued"),
+        ((signal.SIGUSR2,), None, SystemExit(144), 144, "requeued"),
+        ((signal.SIGTERM, signal.SIGUSR2), None, SystemExit(-1), -1, "requeued"),
+        ((), 0.0, SystemExit(-1), -1, "requeued"),
+        ((signal.SIGTERM,), None, SystemExit(-1), 75, "resume"),
+        ((signal.SIGTERM,), 0.0, SystemExit(-1), 75, "resume"),
+        ((signal.SIGUSR2,), None, UncompletedJobError("timed-out too many times"), 75, "resume"),
+        ((signal.SIGUSR2,), None, FileNotFoundError("no scontrol in a container"), 75, "requeue"),
+        ((signal.SIGINT,), None, SystemExit(-1), 75, "resume"),
+        # By another rank: the signal may not have come here yet, and clocks differ.
+        ("SIGUSR2", None, SystemExit(-1), -1, "requeued"),
+        ("time limit", None, SystemExit(-1), -1, "requeued"),
+        ("SIGTERM", None, SystemExit(-1), 75, "resume"),
+        ("SIGINT", None, SystemExit(-1), 75, "resume"),
+    ],
+)
 def test_rank_0_has_the_job_queued_again_unless_it_was_cancelled(
-        outcomes, leaving, handler, monkeypatch, tmp_path, signals, leave_at, result, left, kind):
-    """SIGTERM alone is `scancel`; SIGUSR2 the time limit or a preemption; the end of its time it sees itself."""
+    outcomes, leaving, handler, monkeypatch, tmp_path, signals, leave_at, result, left, kind
+):
+    """SIGTERM alone is `scancel`; SIGUSR2 the time limit or a preemption; the end of its time it
+    sees itself."""
     slurm_rank(0, 1, 1)
     handler.result = result
     here, elsewhere = ((), signals) if isinstance(signals, str) else (signals, "")
@@ -686,14 +911,20 @@ def test_rank_0_has_the_job_queued_again_unless_it_was_cancelled(
     with pytest.raises(Left) as found:
         a_task(tmp_path)()
     assert found.value.args == (left,)
-    assert handler.asked == ([] if kind == "resume" and signal.SIGUSR2 not in here else [signal.SIGUSR2])
+    assert handler.asked == (
+        [] if kind == "resume" and signal.SIGUSR2 not in here else [signal.SIGUSR2]
+    )
     (record,) = read_ends(tmp_path, "12")
     assert record.kind == kind
     assert "saved" in record.message
-    assert ("not queued again (timed-out too many times)" in record.message) == isinstance(result, UncompletedJobError)
+    assert ("not queued again (timed-out too many times)" in record.message) == isinstance(
+        result, UncompletedJobError
+    )
 
 
-def test_a_second_signal_while_rank_0_waits_for_it(outcomes, leaving, handler, monkeypatch, tmp_path):
+def test_a_second_signal_while_rank_0_waits_for_it(
+    outcomes, leaving, handler, monkeypatch, tmp_path
+):
     """Preemption is SIGTERM, and SIGUSR2 a moment later."""
     slurm_rank(0, 1, 1)
     asked_to_leave(outcomes, monkeypatch, signal.SIGTERM)
@@ -704,7 +935,8 @@ def test_a_second_signal_while_rank_0_waits_for_it(outcomes, leaving, handler, m
 
 
 def test_the_other_ranks_leave_in_peace(outcomes, leaving, handler, monkeypatch, tmp_path):
-    """srun ends all ranks when one leaves with another code: rank 0 has not queued the job again then."""
+    """srun ends all ranks when one leaves with another code: rank 0 has not queued the job again
+    then."""
     slurm_rank(1)
     asked_to_leave(outcomes, monkeypatch, signal.SIGUSR2)
     with pytest.raises(Left, match="0"):

@@ -1,7 +1,9 @@
-"""Submission: cluster files, what is checked before, what SLURM is handed, and real jobs of this machine.
+"""Submission: cluster files, what is checked before, what SLURM is handed, and real jobs of this
+machine.
 
-No SLURM is needed: stand-ins for its commands keep what they are given. `tests/golden/sbatch_<cluster>.txt` holds the sbatch
-files of a pipeline for each cluster file that is shipped. After a change that is meant,
+No SLURM is needed: stand-ins for its commands keep what they are given.
+`tests/golden/sbatch_<cluster>.txt` holds the sbatch files of a pipeline for each cluster file that
+is shipped. After a change that is meant,
 
     TDDS_WRITE_GOLDEN=1 .venv/bin/pytest tests/launch/test_submit.py -k golden
 
@@ -43,7 +45,11 @@ STAGES = ("collect", "select", "retrain", "report")
 CLUSTERS = REPOSITORY / "configs" / "clusters"
 GOLDEN = REPOSITORY / "tests" / "golden"
 SHIPPED = sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
-ON_SLURM = [name for name in SHIPPED if yaml.safe_load((CLUSTERS / f"{name}.yaml").read_text())["executor"] == "slurm"]
+ON_SLURM = [
+    name
+    for name in SHIPPED
+    if yaml.safe_load((CLUSTERS / f"{name}.yaml").read_text())["executor"] == "slurm"
+]
 ONE_RANK = "{executor: local, time_minutes: 5}"
 SLURM = "{executor: slurm, time_minutes: 5}"
 
@@ -55,7 +61,9 @@ def write(path, text):
 
 @pytest.fixture
 def submit(config_file, tmp_path, capfd):
-    """`tdds submit` of the small config: a function that returns the exit code and keeps what it printed as `out` and `err`."""
+    """`tdds submit` of the small config: a function that returns the exit code and keeps what it
+    printed as `out` and `err`."""
+
     def submit(*words, cluster=SLURM):
         path = cluster if isinstance(cluster, Path) else write(tmp_path / "cluster.yaml", cluster)
         capfd.readouterr()
@@ -70,7 +78,10 @@ def submit(config_file, tmp_path, capfd):
 def coreset(tmp_path):
     """At pruning rate 0.8."""
     path = tmp_path / "mine.npz"
-    save_coreset(path, Coreset(np.arange(24), np.ones(24, np.float32), "random", 0.8, Fingerprint(120, 10, "")))
+    save_coreset(
+        path,
+        Coreset(np.arange(24), np.ones(24, np.float32), "random", 0.8, Fingerprint(120, 10, "")),
+    )
     return path
 
 
@@ -89,11 +100,15 @@ def test_shipped_cluster_files_load_for_every_stage(name):
             assert part.gpus_per_node in (0, part.ranks_per_node)
         for key, value in cluster.stages.get(stage, {}).items():
             assert getattr(part, key) == value
-    assert f"configs/clusters/{name}.yaml" in (CLUSTERS / f"{name}.yaml").read_text()  # how to use it
+    # how to use it
+    assert f"configs/clusters/{name}.yaml" in (CLUSTERS / f"{name}.yaml").read_text()
 
 
 def test_every_key_of_a_cluster_file_has_its_sentence():
-    assert all(field.description and field.description.endswith(".") for field in Cluster.model_fields.values())
+    assert all(
+        field.description and field.description.endswith(".")
+        for field in Cluster.model_fields.values()
+    )
 
 
 def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
@@ -101,34 +116,71 @@ def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
                stages: {retrain: {nodes: 1, setup: [b, c], time_minutes: 30}, select: {ranks_per_node: 2, extra: {}}}}"""
     cluster = load_cluster(write(tmp_path / "cluster.yaml", text))
     collect, select, retrain, report = (cluster.for_stage(stage) for stage in STAGES)
-    assert (collect.num_ranks, retrain.num_ranks, select.num_ranks, report.num_ranks) == (32, 8, 2, 1)
+    assert (collect.num_ranks, retrain.num_ranks, select.num_ranks, report.num_ranks) == (
+        32,
+        8,
+        2,
+        1,
+    )
     assert (collect.setup, retrain.setup, report.setup) == (("a",), ("b", "c"), ("a",))
     assert (collect.extra, select.extra) == ({"nice": 1}, {})
     assert [part.gpus_per_node for part in (collect, select, retrain, report)] == [8, 0, 8, 0]
     assert [part.time_minutes for part in (collect, select, retrain, report)] == [60, 60, 30, 60]
 
 
-BAD_CLUSTERS = [  # a whole file, or keys beside executor=slurm and time_minutes=5; words of the message
+# a whole file, or keys beside executor=slurm and time_minutes=5; words of the message
+BAD_CLUSTERS = [
     ("partion: gpu", "unknown key 'partion'; the nearest valid key is 'partition'"),
     ("{executor: slurm}", "key 'time_minutes' is missing; Time limit of a job"),
-    ("{executor: pbs, time_minutes: 5}", "executor='pbs': input should be 'slurm' or 'local'; slurm: sbatch and srun"),
+    (
+        "{executor: pbs, time_minutes: 5}",
+        "executor='pbs': input should be 'slurm' or 'local'; slurm: sbatch and srun",
+    ),
     ("nodes: '2'", "nodes='2': input should be a valid integer; Nodes of the job"),
     ("ranks_per_node: 0", "ranks_per_node=0: input should be greater than"),
     ("partition: a b", "partition='a b': "),
     ("setup: export A=1", "setup='export A=1': input should be a valid tuple"),
     ("setup: [1]", "setup.0=1: input should be a valid string"),
-    ("{executor: local, time_minutes: 5, nodes: 2}", "nodes=2 needs executor=slurm; executor=local is this machine, set"),
-    ("ranks_per_node: 4, gpus_per_node: 2",
-     "gpus_per_node=2 is fewer than ranks_per_node=4; every rank needs its own, set ranks_per_node=2"),
-    ("{executor: slurm, time_minutes: 2, grace_seconds: 60}",
-     "grace_seconds=60 leaves less than a minute of time_minutes=2; lower the first or raise the second"),
-    ("{executor: slurm, time_minutes: 2}", "grace_seconds=90 leaves less than a minute of time_minutes=2"),
+    (
+        "{executor: local, time_minutes: 5, nodes: 2}",
+        "nodes=2 needs executor=slurm; executor=local is this machine, set",
+    ),
+    (
+        "ranks_per_node: 4, gpus_per_node: 2",
+        (
+            "gpus_per_node=2 is fewer than ranks_per_node=4; every rank needs its own, set"
+            " ranks_per_node=2"
+        ),
+    ),
+    (
+        "{executor: slurm, time_minutes: 2, grace_seconds: 60}",
+        (
+            "grace_seconds=60 leaves less than a minute of time_minutes=2; lower the first or raise"
+            " the second"
+        ),
+    ),
+    (
+        "{executor: slurm, time_minutes: 2}",
+        "grace_seconds=90 leaves less than a minute of time_minutes=2",
+    ),
     ("grace_seconds: 9", "grace_seconds=9: input should be greater than"),
     ("log_dir: 3", "log_dir=3: input should be a valid string; Where logs"),
     ("memory_gb: 0", "memory_gb=0: input should be greater than 0; Memory per node"),
     ("requeue_failures: -1", "requeue_failures=-1: input should be greater"),
-    *((f"extra: {{{key}: x}}", f"extra: {key} is set by tdds; leave it out")
-      for key in ("output", "--error", "job-name", "array", "dependency", "signal", "requeue", "no-requeue", "open-mode")),
+    *(
+        (f"extra: {{{key}: x}}", f"extra: {key} is set by tdds; leave it out")
+        for key in (
+            "output",
+            "--error",
+            "job-name",
+            "array",
+            "dependency",
+            "signal",
+            "requeue",
+            "no-requeue",
+            "open-mode",
+        )
+    ),
     ("extra: [exclusive]", "extra=('exclusive',): input should be a valid dictionary"),
     ("extra: {gres: [gpu]}", "extra.gres.str=('gpu',): input should be a valid"),
     ("stages: {train: {nodes: 1}}", "stages.train='train': input should be 'collect', 'select'"),
@@ -136,15 +188,34 @@ BAD_CLUSTERS = [  # a whole file, or keys beside executor=slurm and time_minutes
     ("stages: {retrain: {node: 1}}", "stages.retrain: unknown key 'node'; the nearest"),
     ("stages: {retrain: {nodes: 0}}", "stages.retrain: nodes=0: input should be greater"),
     ("stages: {report: {time_minutes: 1}}", "stages.report: grace_seconds=90 leaves less"),
-    ("stages: {select: {gpus_per_node: 1, ranks_per_node: 2}}",
-     "stages.select: gpus_per_node=1 is fewer than ranks_per_node=2"),
-    ("{executor: local, time_minutes: 5, stages: {retrain: {nodes: 2}}}", "stages.retrain: nodes=2 needs executor=slurm"),
-    *((f"stages: {{retrain: {{{key}: {value}}}}}",
-       f"stages.retrain: {key} is the same for all stages; set it outside of stages")
-      for key, value in (("executor", "local"), ("log_dir", "x"), ("stages", "{}"))),
+    (
+        "stages: {select: {gpus_per_node: 1, ranks_per_node: 2}}",
+        "stages.select: gpus_per_node=1 is fewer than ranks_per_node=2",
+    ),
+    (
+        "{executor: local, time_minutes: 5, stages: {retrain: {nodes: 2}}}",
+        "stages.retrain: nodes=2 needs executor=slurm",
+    ),
+    *(
+        (
+            f"stages: {{retrain: {{{key}: {value}}}}}",
+            f"stages.retrain: {key} is the same for all stages; set it outside of stages",
+        )
+        for key, value in (("executor", "local"), ("log_dir", "x"), ("stages", "{}"))
+    ),
     ("stages: {retrain: {extra: {signal: x}}}", "stages.retrain: extra: signal is set by"),
-    *((f"extra: {{{key}: 7}}", key) for key in (  # would take back what the file says
-        "job_name", "no_requeue", "kill_on_invalid_dep", "nodes", "time", "ntasks_per_node", "mem")),
+    *(
+        (f"extra: {{{key}: 7}}", key)
+        for key in (  # would take back what the file says
+            "job_name",
+            "no_requeue",
+            "kill_on_invalid_dep",
+            "nodes",
+            "time",
+            "ntasks_per_node",
+            "mem",
+        )
+    ),
     ("[slurm]", "must hold keys of a cluster: executor, "),
     ("{executor: [", "is not plain YAML"),
 ]
@@ -154,7 +225,11 @@ BAD_CLUSTERS = [  # a whole file, or keys beside executor=slurm and time_minutes
 def test_bad_cluster_file_is_one_line(tmp_path, text, message):
     path = tmp_path / "cluster.yaml"
     with pytest.raises(InputError) as caught:
-        load_cluster(write(path, text if text[0] in "{[" else f"{{executor: slurm, time_minutes: 5, {text}}}"))
+        load_cluster(
+            write(
+                path, text if text[0] in "{[" else f"{{executor: slurm, time_minutes: 5, {text}}}"
+            )
+        )
     said = str(caught.value)
     assert message in said
     assert str(path) in said
@@ -175,41 +250,107 @@ def test_cluster_file_that_is_not_there_or_not_text(tmp_path):
 RETRAIN = ["--stage", "retrain", "--coreset", "CORESET", "--strategy", "E"]
 COLLECT = ["--stage", "collect"]
 BAD_INPUT = [
-    ("{executor: local, time_minutes: 5, ranks_per_node: 5}", COLLECT,
-     "collect on 5 ranks: train.global_batch_size=24 is not divisible by world_size=5; use 20 or 25"),
-    ("{executor: slurm, time_minutes: 5, nodes: 2, ranks_per_node: 8}", COLLECT,
-     "collect on 16 ranks: train.global_batch_size=24 is not divisible by world_size=16"),
-    ("{executor: slurm, time_minutes: 5, ranks_per_node: 8}", ["--stage", "pipeline"],
-     "retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5 (retrain.batch_size_rule)"),
-    ("{executor: slurm, time_minutes: 5, stages: {retrain: {ranks_per_node: 7}}}", [],
-     "retrain at pruning rate 0.5 on 7 ranks: train.global_batch_size=24 is not"),
-    ("{executor: slurm, time_minutes: 5, ranks_per_node: 8}", RETRAIN, "retrain at pruning rate 0.8 on 8 ranks"),
-    ("{executor: slurm, time_minutes: 5, gpus_per_node: 1, stages: {retrain: {gpus_per_node: 0}}}", ["run.device=cuda"],
-     "the cluster file asks for no GPU"),
+    (
+        "{executor: local, time_minutes: 5, ranks_per_node: 5}",
+        COLLECT,
+        (
+            "collect on 5 ranks: train.global_batch_size=24 is not divisible by world_size=5; use"
+            " 20 or 25"
+        ),
+    ),
+    (
+        "{executor: slurm, time_minutes: 5, nodes: 2, ranks_per_node: 8}",
+        COLLECT,
+        "collect on 16 ranks: train.global_batch_size=24 is not divisible by world_size=16",
+    ),
+    (
+        "{executor: slurm, time_minutes: 5, ranks_per_node: 8}",
+        ["--stage", "pipeline"],
+        (
+            "retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5"
+            " (retrain.batch_size_rule)"
+        ),
+    ),
+    (
+        "{executor: slurm, time_minutes: 5, stages: {retrain: {ranks_per_node: 7}}}",
+        [],
+        "retrain at pruning rate 0.5 on 7 ranks: train.global_batch_size=24 is not",
+    ),
+    (
+        "{executor: slurm, time_minutes: 5, ranks_per_node: 8}",
+        RETRAIN,
+        "retrain at pruning rate 0.8 on 8 ranks",
+    ),
+    (
+        (
+            "{executor: slurm, time_minutes: 5, gpus_per_node: 1, stages: {retrain: {gpus_per_node:"
+            " 0}}}"
+        ),
+        ["run.device=cuda"],
+        "the cluster file asks for no GPU",
+    ),
     ("NONE", [], "cluster.yaml does not exist; configs/clusters/ holds examples"),
-    *((ONE_RANK, words, message) for words, message in (
-        ([*COLLECT, "train.leraning_rate=1"], "unknown key 'train.leraning_rate'"),
-        (["train.epochs=2"], "T=3 is longer than train.epochs=2"),
-        ([*COLLECT, "--strategy", "E"], "--strategy belongs to --stage retrain; leave it out of --stage"),
-        (["--name", "x"], "--name belongs to --stage retrain; leave it out of --stage pipeline"),
-        (["--stage", "retrain", "--strategy", "E"], "--stage retrain needs --coreset; see `tdds submit --help`"),
-        (["--stage", "retrain", "--coreset", "CORESET"], "--stage retrain needs --strategy"),
-        (["--stage", "retrain", "--coreset", "no.npz", "--strategy", "E"], "no.npz does not exist"),
-        (["--stage", "retrain", "--coreset", __file__, "--strategy", "E"], __file__),
-        ([*COLLECT, "run.device=cuda"], "the cluster file asks for no GPU; set gpus_per_node or run.device"),
-        ([*RETRAIN, "train.accumulation=7"], "is not divisible by world_size=1 x "),
-        (["pipeline.scores=[moderate]", "score.final_pass=false"], "moderate needs score.final_pass=true; switch it on"),
-        (["pipeline.scores=[el2n]", "score.trajectory=false"], "el2n is scored from the trajectory; set score.traject"),
-        (["score.windows=[{T: 3, K: 2}]"], "no window of score.windows serves a pruning rate; set pipeline.pruning_"),
-        (["pipeline.pruning_rates=[0.7]"], "pipeline.pruning_rates has 0.7, which no window of score.windows serves"))),
+    *(
+        (ONE_RANK, words, message)
+        for words, message in (
+            ([*COLLECT, "train.leraning_rate=1"], "unknown key 'train.leraning_rate'"),
+            (["train.epochs=2"], "T=3 is longer than train.epochs=2"),
+            (
+                [*COLLECT, "--strategy", "E"],
+                "--strategy belongs to --stage retrain; leave it out of --stage",
+            ),
+            (
+                ["--name", "x"],
+                "--name belongs to --stage retrain; leave it out of --stage pipeline",
+            ),
+            (
+                ["--stage", "retrain", "--strategy", "E"],
+                "--stage retrain needs --coreset; see `tdds submit --help`",
+            ),
+            (["--stage", "retrain", "--coreset", "CORESET"], "--stage retrain needs --strategy"),
+            (
+                ["--stage", "retrain", "--coreset", "no.npz", "--strategy", "E"],
+                "no.npz does not exist",
+            ),
+            (["--stage", "retrain", "--coreset", __file__, "--strategy", "E"], __file__),
+            (
+                [*COLLECT, "run.device=cuda"],
+                "the cluster file asks for no GPU; set gpus_per_node or run.device",
+            ),
+            ([*RETRAIN, "train.accumulation=7"], "is not divisible by world_size=1 x "),
+            (
+                ["pipeline.scores=[moderate]", "score.final_pass=false"],
+                "moderate needs score.final_pass=true; switch it on",
+            ),
+            (
+                ["pipeline.scores=[el2n]", "score.trajectory=false"],
+                "el2n is scored from the trajectory; set score.traject",
+            ),
+            (
+                ["score.windows=[{T: 3, K: 2}]"],
+                "no window of score.windows serves a pruning rate; set pipeline.pruning_",
+            ),
+            (
+                ["pipeline.pruning_rates=[0.7]"],
+                "pipeline.pruning_rates has 0.7, which no window of score.windows serves",
+            ),
+        )
+    ),
 ]
 
 
 @pytest.mark.parametrize(("cluster", "words", "message"), BAD_INPUT)
-def test_bad_input_is_refused_before_anything_is_written(submit, coreset, tmp_path, cluster, words, message):
+def test_bad_input_is_refused_before_anything_is_written(
+    submit, coreset, tmp_path, cluster, words, message
+):
     words = [coreset if word == "CORESET" else word for word in words]
     for also in ([], ["--dry-run"]):
-        assert submit(*words, *also, cluster=tmp_path / "cluster.yaml" if cluster == "NONE" else cluster) == 2
+        assert (
+            submit(
+                *words, *also, cluster=tmp_path / "cluster.yaml" if cluster == "NONE" else cluster
+            )
+            == 2
+        )
         assert submit.err.startswith("tdds submit: error: ")
         assert message in submit.err
         assert (submit.err.count("\n"), submit.out) == (1, "")
@@ -225,8 +366,24 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(submit):
 
 def test_retrain_batch_may_fit_by_the_batch_size_rule(submit, coreset):
     """24 is not divisible by 18 ranks, but a coreset at 0.8 may bring it down to 18."""
-    cluster, rule = "{executor: slurm, time_minutes: 5, ranks_per_node: 18}", "retrain.batch_size_rule={0.8: 0.75}"
-    assert submit(rule, "--dry-run", "--stage", "retrain", "--coreset", coreset, "--strategy", "P", cluster=cluster) == 0
+    cluster, rule = (
+        "{executor: slurm, time_minutes: 5, ranks_per_node: 18}",
+        "retrain.batch_size_rule={0.8: 0.75}",
+    )
+    assert (
+        submit(
+            rule,
+            "--dry-run",
+            "--stage",
+            "retrain",
+            "--coreset",
+            coreset,
+            "--strategy",
+            "P",
+            cluster=cluster,
+        )
+        == 0
+    )
     assert submit(rule, "--dry-run", *COLLECT, cluster=cluster) == 2
 
 
@@ -241,11 +398,16 @@ class Slurm:
         folder.mkdir()
         self.queue("")
         for name, body in {
-            "srun": "exit 1", "scontrol": "exit 1", "sacct": "exit 1", "scancel": 'echo "$@" >>scancel.txt',
+            "srun": "exit 1",
+            "scontrol": "exit 1",
+            "sacct": "exit 1",
+            "scancel": 'echo "$@" >>scancel.txt',
             "squeue": "cat squeue.txt",
-            "sbatch": 'n=$(($(cat number.txt 2>/dev/null || echo 0) + 1)); echo $n >number.txt; env >$n.env\n'
-                      'if [ "$n" = "$(cat refused.txt 2>/dev/null)" ]; then cat said.txt >&2; exit 1; fi\n'
-                      'cp "$1" $n.sh; echo "Submitted batch job $((4241 + n))"',
+            "sbatch": (
+                "n=$(($(cat number.txt 2>/dev/null || echo 0) + 1)); echo $n >number.txt; env"
+                ' >$n.env\nif [ "$n" = "$(cat refused.txt 2>/dev/null)" ]; then cat said.txt >&2;'
+                ' exit 1; fi\ncp "$1" $n.sh; echo "Submitted batch job $((4241 + n))"'
+            ),
         }.items():
             write(folder / name, f"#!/bin/sh\ncd {folder}\n{body}\n").chmod(0o755)
 
@@ -256,7 +418,10 @@ class Slurm:
 
     def queue(self, text):
         """What squeue says: per job `id STATE`."""
-        lines = [f"{job}|{state}|0|0:01|0||Priority" for job, state in (line.split() for line in text.splitlines())]
+        lines = [
+            f"{job}|{state}|0|0:01|0||Priority"
+            for job, state in (line.split() for line in text.splitlines())
+        ]
         write(self.folder / "squeue.txt", "\n".join(lines))
 
     @property
@@ -295,7 +460,15 @@ EIGHT_RANKS = "train.global_batch_size=32"  # half of it at pruning rate 0.8
 
 @pytest.mark.parametrize("name", ON_SLURM)
 def test_golden_sbatch_files(submit, tmp_path, name):
-    assert submit("--dry-run", EIGHT_RANKS, "pipeline.scores=[tdds, random, ccs]", cluster=CLUSTERS / f"{name}.yaml") == 0
+    assert (
+        submit(
+            "--dry-run",
+            EIGHT_RANKS,
+            "pipeline.scores=[tdds, random, ccs]",
+            cluster=CLUSTERS / f"{name}.yaml",
+        )
+        == 0
+    )
     files = printed_files(submit.out)
     assert list(files) == list(STAGES)
     text = "".join(f"======== {stage}\n{file}\n" for stage, file in files.items())
@@ -307,25 +480,54 @@ def test_golden_sbatch_files(submit, tmp_path, name):
 
 
 def test_every_golden_file_is_of_a_cluster_that_is_shipped():
-    assert sorted(path.name for path in GOLDEN.glob("sbatch_*.txt")) == [f"sbatch_{name}.txt" for name in ON_SLURM]
+    assert sorted(path.name for path in GOLDEN.glob("sbatch_*.txt")) == [
+        f"sbatch_{name}.txt" for name in ON_SLURM
+    ]
 
 
 EVERYTHING = {
-    "executor": "slurm", "nodes": 2, "ranks_per_node": 3, "cpus_per_rank": 5, "memory_gb": 0.5, "time_minutes": 30,
-    "partition": "p1", "account": "acc", "qos": "high", "constraint": "a100&ib", "grace_seconds": 77, "requeue_failures": 9,
-    "extra": {"exclusive": True, "reservation": "main tenance", "overcommit": False, "--nice": 100}, "array_parallelism": 1,
-    "setup": ["module load 'cuda 12'", "export A=\"$HOME\""], "venv": "/envs/t d", "container": "apptainer exec --nv x.sif",
-    "interface": "ib0", "cpu_bind": "cores",
-    "stages": {"retrain": {"nodes": 1, "setup": [], "memory_gb": 3}, "select": {"partition": "cpu", "extra": {}}}}
+    "executor": "slurm",
+    "nodes": 2,
+    "ranks_per_node": 3,
+    "cpus_per_rank": 5,
+    "memory_gb": 0.5,
+    "time_minutes": 30,
+    "partition": "p1",
+    "account": "acc",
+    "qos": "high",
+    "constraint": "a100&ib",
+    "grace_seconds": 77,
+    "requeue_failures": 9,
+    "extra": {"exclusive": True, "reservation": "main tenance", "overcommit": False, "--nice": 100},
+    "array_parallelism": 1,
+    "setup": ["module load 'cuda 12'", 'export A="$HOME"'],
+    "venv": "/envs/t d",
+    "container": "apptainer exec --nv x.sif",
+    "interface": "ib0",
+    "cpu_bind": "cores",
+    "stages": {
+        "retrain": {"nodes": 1, "setup": [], "memory_gb": 3},
+        "select": {"partition": "cpu", "extra": {}},
+    },
+}
 
 
 def flags_of(text):
-    return sorted(line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH "))
+    return sorted(
+        line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH ")
+    )
 
 
 def test_sbatch_file_has_everything_that_the_cluster_file_says(submit, tmp_path, slurm):
-    """And what is printed is what is handed over, but for the ids of jobs, which only SLURM knows."""
-    words, cluster = ["train.global_batch_size=48", "pipeline.scores=[tdds, random]"], yaml.safe_dump(EVERYTHING)
+    """And what is printed is what is handed over, but for the ids of jobs, which only SLURM
+    knows."""
+    words, cluster = (
+        [
+            "train.global_batch_size=48",
+            "pipeline.scores=[tdds, random]",
+        ],
+        yaml.safe_dump(EVERYTHING),
+    )
     assert submit(*words, "--dry-run", cluster=cluster) == 0
     assert slurm.handed == []
     assert not (tmp_path / "run").exists()
@@ -334,27 +536,59 @@ def test_sbatch_file_has_everything_that_the_cluster_file_says(submit, tmp_path,
     for number, (stage, handed) in enumerate(zip(STAGES, slurm.handed, strict=True)):
         before = f"--dependency='afterok:<id of {STAGES[number - 1]}>'"
         assert (before in printed[stage]) == (number > 0)
-        assert handed.strip("\n") == printed[stage].replace(before, f"--dependency=afterok:{4242 + number - 1}")
+        assert handed.strip("\n") == printed[stage].replace(
+            before, f"--dependency=afterok:{4242 + number - 1}"
+        )
         assert ("--array=" in handed) == (stage == "retrain")
         assert ("kill-on-invalid-dep=yes" in handed) == ("--dependency" in handed) == (number > 0)
     collect, select, retrain, _ = slurm.handed
     folder = tmp_path / "run" / "jobs"
     python = "apptainer exec --nv x.sif '/envs/t d/bin/python'"
-    assert flags_of(collect) == sorted([
-        "account=acc", "constraint='a100&ib'", "cpus-per-task=5", f"error={folder}/%j_0_log.err", "exclusive",
-        "job-name=collect-tiny", "mem=512MB", "nice=100", "nodes=2", "ntasks-per-node=3", "open-mode=append",
-        f"output={folder}/%j_0_log.out", "partition=p1", "qos=high", "requeue", "reservation='main tenance'",
-        "signal=USR2@77", "time=30"])
-    assert "\nexport TDDS_JOB_STARTED=$(date +%s)\nmodule load 'cuda 12'\nexport A=\"$HOME\"\nset +eu  # " in collect
+    assert flags_of(collect) == sorted(
+        [
+            "account=acc",
+            "constraint='a100&ib'",
+            "cpus-per-task=5",
+            f"error={folder}/%j_0_log.err",
+            "exclusive",
+            "job-name=collect-tiny",
+            "mem=512MB",
+            "nice=100",
+            "nodes=2",
+            "ntasks-per-node=3",
+            "open-mode=append",
+            f"output={folder}/%j_0_log.out",
+            "partition=p1",
+            "qos=high",
+            "requeue",
+            "reservation='main tenance'",
+            "signal=USR2@77",
+            "time=30",
+        ]
+    )
+    assert (
+        "\nexport TDDS_JOB_STARTED=$(date +%s)\nmodule load 'cuda 12'\nexport A=\"$HOME\"\nset"
+        " +eu  # " in collect
+    )
     (srun,) = (line for line in collect.splitlines() if line.startswith("srun "))
     for word in ("--kill-on-bad-exit=1", "--cpus-per-task=5", "--cpu-bind=cores"):
         assert f" {word} " in srun
     assert re.search(r" --wait=[1-9]\d* ", srun)
     assert srun.endswith(f" {python} -u -m submitit.core._submit {folder}")
-    assert f"\ncode=$?\n{python} -m launch.requeue {folder} $code 6 9; code=$?\nif [ $code -eq 75 ]; then\n" in collect
-    assert collect.endswith('\nfi\n[ $code -ne 77 ] || scontrol requeue "$SLURM_JOB_ID"\nexit $code')
-    assert {"nodes=1", "ntasks-per-node=3", "mem=3GB", "array=0-3%1",
-            f"output={folder}/%A_%a_0_log.out"} <= set(flags_of(retrain))
+    assert (
+        f"\ncode=$?\n{python} -m launch.requeue {folder} $code 6 9; code=$?\nif [ $code -eq 75 ];"
+        " then\n" in collect
+    )
+    assert collect.endswith(
+        '\nfi\n[ $code -ne 77 ] || scontrol requeue "$SLURM_JOB_ID"\nexit $code'
+    )
+    assert {
+        "nodes=1",
+        "ntasks-per-node=3",
+        "mem=3GB",
+        "array=0-3%1",
+        f"output={folder}/%A_%a_0_log.out",
+    } <= set(flags_of(retrain))
     assert "module load" not in retrain
     assert {"nodes=1", "ntasks-per-node=1", "partition=cpu", "mem=512MB"} <= set(flags_of(select))
     assert "exclusive" not in flags_of(select)
@@ -368,21 +602,41 @@ def test_sbatch_file_asks_for_nothing_that_is_not_said(submit, tmp_path, slurm):
     assert submit(*COLLECT, f"run.dir={tmp_path}/a b") == 0
     (text,) = slurm.handed
     assert text.strip("\n") == printed["collect"]
-    assert flags_of(text) == sorted([
-        "cpus-per-task=1", f"error='{folder}/%j_0_log.err'", "job-name=collect-tiny", "nodes=1", "ntasks-per-node=1",
-        "open-mode=append", f"output='{folder}/%j_0_log.out'", "requeue", "signal=USR2@90", "time=5"])
+    assert flags_of(text) == sorted(
+        [
+            "cpus-per-task=1",
+            f"error='{folder}/%j_0_log.err'",
+            "job-name=collect-tiny",
+            "nodes=1",
+            "ntasks-per-node=1",
+            "open-mode=append",
+            f"output='{folder}/%j_0_log.out'",
+            "requeue",
+            "signal=USR2@90",
+            "time=5",
+        ]
+    )
     assert f" {sys.executable} -u -m submitit.core._submit '{folder}'\n" in text
     assert f"-m launch.requeue '{folder}' $code" in text
     assert "wckey" not in text
 
 
-@pytest.mark.parametrize(("venv", "container", "python"), [
-    (None, None, sys.executable), ("/e", None, "/e/bin/python"), (None, "docker run x", "docker run x python3"),
-    ("/e", "docker run x", "docker run x /e/bin/python"), ("~/env", None, "/home/x/env/bin/python"),
-    ("$HOME/env", None, "/home/x/env/bin/python")])
+@pytest.mark.parametrize(
+    ("venv", "container", "python"),
+    [
+        (None, None, sys.executable),
+        ("/e", None, "/e/bin/python"),
+        (None, "docker run x", "docker run x python3"),
+        ("/e", "docker run x", "docker run x /e/bin/python"),
+        ("~/env", None, "/home/x/env/bin/python"),
+        ("$HOME/env", None, "/home/x/env/bin/python"),
+    ],
+)
 def test_the_python_of_the_jobs(monkeypatch, venv, container, python):
     monkeypatch.setenv("HOME", "/home/x")
-    assert Cluster(executor="slurm", time_minutes=5, venv=venv, container=container).python == python
+    assert (
+        Cluster(executor="slurm", time_minutes=5, venv=venv, container=container).python == python
+    )
 
 
 def test_every_stage_waits_for_the_one_before_and_is_listed(submit, tmp_path, slurm):
@@ -390,21 +644,36 @@ def test_every_stage_waits_for_the_one_before_and_is_listed(submit, tmp_path, sl
     run, listed = tmp_path / "run", read_jobs(tmp_path / "run" / "jobs")
     names = ["tdds_p0.5_E_batch_seed0", "tdds_p0.8_E_batch_seed0"]
     assert [(job.id, job.stage, job.after, job.num_ranks) for job in listed] == [
-        ("4242", "collect", (), 8), ("4243", "select", ("4242",), 1), ("4244_0", "retrain", ("4243",), 8),
-        ("4244_1", "retrain", ("4243",), 8), ("4245", "report", ("4244",), 1)]
+        ("4242", "collect", (), 8),
+        ("4243", "select", ("4242",), 1),
+        ("4244_0", "retrain", ("4243",), 8),
+        ("4244_1", "retrain", ("4243",), 8),
+        ("4245", "report", ("4244",), 1),
+    ]
     assert len({job.submission for job in listed}) == 1
     assert {(job.executor, job.host) for job in listed} == {("slurm", socket.gethostname())}
-    assert [Path(job.directory) for job in listed] == [run, run, *(run / "retrain" / name for name in names), run]
+    assert [Path(job.directory) for job in listed] == [
+        run,
+        run,
+        *(run / "retrain" / name for name in names),
+        run,
+    ]
     assert [job.title for job in listed if job.stage == "retrain"] == names
     assert "submitted jobs 4242, 4243, 4244, 4245 (5 with the elements of arrays)\n" in submit.out
     assert f"tdds status {run}\n" in submit.out
     assert "scancel 4242 4243 4244 4245\n" in submit.out
-    assert re.search(r"retrain +2 +0  1 node\(s\) x 8 rank\(s\), 8 GPUs per node, at most 1440 minutes", submit.out)
+    assert re.search(
+        r"retrain +2 +0  1 node\(s\) x 8 rank\(s\), 8 GPUs per node, at most 1440 minutes",
+        submit.out,
+    )
     (frozen,) = (run / "jobs").glob("*.yaml")
     cluster = load_cluster(CLUSTERS / "gpu.yaml")
     for job in listed:  # what each job will run is there, under its id
         task = DelayedSubmission.load(run / "jobs" / f"{job.id}_submitted.pkl")
-        assert (task._timeout_min, task._timeout_countdown) == (cluster.for_stage(job.stage).time_minutes, 100)
+        assert (task._timeout_min, task._timeout_countdown) == (
+            cluster.for_stage(job.stage).time_minutes,
+            100,
+        )
         assert isinstance(task.function, StageTask)
         assert task.function.cpus_per_rank == 8
         assert task.function.commands[0][0] in (job.stage, "score")
@@ -415,38 +684,65 @@ def test_every_stage_waits_for_the_one_before_and_is_listed(submit, tmp_path, sl
 @pytest.fixture
 def finish(config_file):
     """Leaves what a collection leaves that is done, or a retraining on this coreset."""
+
     def finish(coreset=None, name=""):
         config = load_config(config_file)
         run, setting = RunDir(config.run.directory), {"stage": "collect"}
         if coreset is not None:
-            run, config, setting = resolve(config, load_coreset(coreset), coreset, "E", "batch", name)
+            run, config, setting = resolve(
+                config, load_coreset(coreset), coreset, "E", "batch", name
+            )
         run.start(to_dict(config), setting, 1, "cpu")
         write(run.result_file, "{}")
 
     return finish
 
 
-def test_what_is_done_is_not_submitted_and_nothing_waits_for_it(submit, tmp_path, slurm, coreset, finish):
+def test_what_is_done_is_not_submitted_and_nothing_waits_for_it(
+    submit, tmp_path, slurm, coreset, finish
+):
     run = tmp_path / "run"
     finish()
     finish(coreset, "tdds_p0.8_E_batch_seed0")
     assert submit() == 0
     assert [(job.stage, job.after) for job in read_jobs(run / "jobs")] == [
-        ("select", ()), ("retrain", ("4242",)), ("report", ("4243",))]
+        ("select", ()),
+        ("retrain", ("4242",)),
+        ("report", ("4243",)),
+    ]
     assert "--array" not in "".join(slurm.handed)
     slurm.queue("4242 COMPLETED\n4243 COMPLETED\n4244 COMPLETED")
     finish(coreset, "tdds_p0.5_E_batch_seed0")
     (run / "report.html").touch()
     assert submit() == 0
-    assert submit.out == f"everything is done: collect, select, 2 x retrain, report; the page: {run}/report.html\n"
+    assert (
+        submit.out == "everything is done: collect, select, 2 x retrain, report; the page:"
+        f" {run}/report.html\n"
+    )
     assert len(slurm.handed) == 3
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("train.lr=0.5", "train.lr was 0.05, now 0.5"), ("retrain.epochs=7", "train.epochs was 3, now 7"),
-    ("", "tdds_p0.8_E_batch_seed0 was trained before the collection that is there now had finished; remove it"),
-    ("train.log_every=3", ""), ("pipeline.seeds=[0, 1]", ""), ("score.on_nan=quarantine", ""), ("run.timeout_seconds=9.0", "")])
-def test_what_is_done_with_other_settings_is_not_taken_for_done(submit, tmp_path, slurm, coreset, finish, override, message):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=0.5", "train.lr was 0.05, now 0.5"),
+        ("retrain.epochs=7", "train.epochs was 3, now 7"),
+        (
+            "",
+            (
+                "tdds_p0.8_E_batch_seed0 was trained before the collection that is there now had"
+                " finished; remove it"
+            ),
+        ),
+        ("train.log_every=3", ""),
+        ("pipeline.seeds=[0, 1]", ""),
+        ("score.on_nan=quarantine", ""),
+        ("run.timeout_seconds=9.0", ""),
+    ],
+)
+def test_what_is_done_with_other_settings_is_not_taken_for_done(
+    submit, tmp_path, slurm, coreset, finish, override, message
+):
     run, name = tmp_path / "run", "tdds_p0.8_E_batch_seed0"
     finish()
     (run / "coresets").mkdir()
@@ -471,8 +767,15 @@ def test_one_retraining(submit, tmp_path, slurm, coreset):
     expected = [("batch", "mine_P_batch_seed0", 0), ("sample", "other", 4)]
     for job, (importance, name, seed) in zip(read_jobs(run / "jobs"), expected, strict=True):
         assert job.directory == str(run / "retrain" / name)
-        options = parser.parse(DelayedSubmission.load(run / "jobs" / f"{job.id}_submitted.pkl").function.commands[0])
-        assert (options.importance, options.name, options.coreset, options.strategy) == (importance, name, coreset, "P")
+        options = parser.parse(
+            DelayedSubmission.load(run / "jobs" / f"{job.id}_submitted.pkl").function.commands[0]
+        )
+        assert (options.importance, options.name, options.coreset, options.strategy) == (
+            importance,
+            name,
+            coreset,
+            "P",
+        )
         assert load_config(options.config, options.overrides).run.seed == seed
 
 
@@ -494,12 +797,20 @@ def test_frozen_config_is_the_config(submit, config_file, tmp_path, slurm):
 
 
 @pytest.mark.parametrize(("number", "cancelled"), [(1, []), (2, ["4242"]), (4, ["4242 4243 4244"])])
-def test_a_stage_that_is_refused_takes_those_before_with_it(submit, tmp_path, slurm, number, cancelled):
-    slurm.refuse(number, "sbatch: error: something first\nsbatch: error: Batch job submission failed: Invalid qos")
+def test_a_stage_that_is_refused_takes_those_before_with_it(
+    submit, tmp_path, slurm, number, cancelled
+):
+    slurm.refuse(
+        number,
+        "sbatch: error: something first\nsbatch: error: Batch job submission failed: Invalid qos",
+    )
     assert submit() == 2
     *passed_on, ours = submit.err.splitlines()
-    assert ours == (f"tdds submit: error: the scheduler refused {STAGES[number - 1]}-tiny (something first; Batch job "
-                    "submission failed: Invalid qos); adapt the cluster file")
+    assert (
+        ours
+        == f"tdds submit: error: the scheduler refused {STAGES[number - 1]}-tiny (something first;"
+        " Batch job submission failed: Invalid qos); adapt the cluster file"
+    )
     assert all(line.startswith("sbatch: error: ") for line in passed_on)  # by submitit
     assert slurm.cancelled == cancelled
     assert read_jobs(tmp_path / "run" / "jobs") == []  # so that the next try is not refused
@@ -511,7 +822,10 @@ def test_a_refusal_is_one_line_whatever_sbatch_says(submit, slurm, said):
     slurm.refuse(1, said)
     assert submit() == 2
     *passed_on, ours = submit.err.splitlines()
-    assert re.fullmatch(r"tdds submit: error: the scheduler refused collect-tiny \(.*\); adapt the cluster file", ours)
+    assert re.fullmatch(
+        r"tdds submit: error: the scheduler refused collect-tiny \(.*\); adapt the cluster file",
+        ours,
+    )
     assert passed_on in ([], said.splitlines()[:1])  # by submitit
 
 
@@ -529,7 +843,13 @@ def test_without_slurm_or_with_half_of_it_is_one_line(submit, slurm, monkeypatch
 
 def test_a_submission_from_inside_a_job_says_nothing_of_that_job(submit, slurm, monkeypatch):
     """sbatch would take SBATCH_* for options, and pass SLURM_* on."""
-    inside = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "64", "SBATCH_PARTITION": "debug", "SLURM_CONF": "/etc/x.conf", "RANK": "0"}
+    inside = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "64",
+        "SBATCH_PARTITION": "debug",
+        "SLURM_CONF": "/etc/x.conf",
+        "RANK": "0",
+    }
     for key, value in inside.items():
         monkeypatch.setenv(key, value)
     assert submit(*COLLECT) == 0
@@ -546,17 +866,27 @@ def test_a_submission_from_inside_a_job_says_nothing_of_that_job(submit, slurm, 
 # ---- submitted twice
 
 
-@pytest.mark.parametrize(("queue", "num_active"), [
-    ("4242 RUNNING\n4243 PENDING\n4244_[0-1] PENDING\n4245 PENDING", 5), ("4242 PENDING", 1),
-    ("4242 FAILED\n4243 PENDING", 1), ("4242 COMPLETING", 1),
-    ("4242 FAILED\n4243 CANCELLED\n4244_0 CANCELLED\n4244_1 CANCELLED\n4245 CANCELLED", 0)])
-def test_a_run_whose_jobs_are_queued_or_running_is_not_submitted_again(submit, slurm, queue, num_active):
+@pytest.mark.parametrize(
+    ("queue", "num_active"),
+    [
+        ("4242 RUNNING\n4243 PENDING\n4244_[0-1] PENDING\n4245 PENDING", 5),
+        ("4242 PENDING", 1),
+        ("4242 FAILED\n4243 PENDING", 1),
+        ("4242 COMPLETING", 1),
+        ("4242 FAILED\n4243 CANCELLED\n4244_0 CANCELLED\n4244_1 CANCELLED\n4245 CANCELLED", 0),
+    ],
+)
+def test_a_run_whose_jobs_are_queued_or_running_is_not_submitted_again(
+    submit, slurm, queue, num_active
+):
     assert submit() == 0
     slurm.queue(queue)
     assert submit() == (2 if num_active else 0)
     assert len(slurm.handed) == (4 if num_active else 8)
     if num_active:
-        assert submit.err.startswith(f"tdds submit: error: {num_active} jobs of this run are queued or running (424")
+        assert submit.err.startswith(
+            f"tdds submit: error: {num_active} jobs of this run are queued or running (424"
+        )
         assert "wait for them, or stop them with scancel 424" in submit.err
         assert submit.err.count("\n") == 1
 
@@ -583,7 +913,10 @@ def test_other_work_in_the_same_run_may_be_submitted(submit, slurm, coreset):
 
 def test_a_log_folder_elsewhere_is_found_from_the_run(submit, tmp_path, slurm, monkeypatch):
     run, logs = tmp_path / "run", tmp_path / "logs" / "tiny"
-    assert submit(*COLLECT, cluster=f"{{executor: slurm, time_minutes: 5, log_dir: {tmp_path}/logs}}") == 0
+    assert (
+        submit(*COLLECT, cluster=f"{{executor: slurm, time_minutes: 5, log_dir: {tmp_path}/logs}}")
+        == 0
+    )
     assert (run / "jobs.path").read_text() == f"{logs}\n"
     assert log_dir_of(run) == logs
     assert [job.id for job in read_jobs(logs)] == ["4242"]
@@ -603,8 +936,13 @@ def test_a_log_folder_elsewhere_is_found_from_the_run(submit, tmp_path, slurm, m
 def test_missing_data_is_a_warning(submit, slurm):
     """The nodes may see what the login node does not."""
     missing = [*COLLECT, "data.train=/scratch/no.beton"]
-    for words, files in ((["--dry-run"], "data.train=/scratch/no.beton"), (["data.val=/scratch/neither.beton"],
-                         "data.train=/scratch/no.beton and data.val=/scratch/neither.beton")):
+    for words, files in (
+        (["--dry-run"], "data.train=/scratch/no.beton"),
+        (
+            ["data.val=/scratch/neither.beton"],
+            "data.train=/scratch/no.beton and data.val=/scratch/neither.beton",
+        ),
+    ):
         assert submit(*missing, *words) == 0
         assert submit.err == f"warning: {files} not found on this machine; the nodes must have it\n"
     slurm.queue("4242 CANCELLED")
@@ -615,15 +953,22 @@ def test_missing_data_is_a_warning(submit, slurm):
 def test_overrides_stand_before_and_after_options(config_file, tmp_path, slurm):
     cluster = ["--cluster", str(write(tmp_path / "c.yaml", SLURM))]
     config, late = ["train.lr=0.5", str(config_file)], ["run.seed=9", "pipeline.seeds=[1, 2]"]
-    orders = [[*reversed(config), *cluster, "train.epochs=4", *COLLECT, *late],
-              [*cluster, *reversed(config), "train.epochs=4", *COLLECT, *late],
-              [config[1], *cluster, *COLLECT, config[0], "train.epochs=4", *late]]
+    orders = [
+        [*reversed(config), *cluster, "train.epochs=4", *COLLECT, *late],
+        [*cluster, *reversed(config), "train.epochs=4", *COLLECT, *late],
+        [config[1], *cluster, *COLLECT, config[0], "train.epochs=4", *late],
+    ]
     for number, order in enumerate(orders):
         run = tmp_path / str(number)
         assert program.main(["submit", *order, f"run.dir={run}"]) == 0
         (frozen,) = (run / "jobs").glob("collect-*.yaml")
         found = load_config(frozen)
-        assert (found.train.lr, found.train.epochs, found.run.seed, found.pipeline.seeds) == (0.5, 4, 9, (1, 2))
+        assert (found.train.lr, found.train.epochs, found.run.seed, found.pipeline.seeds) == (
+            0.5,
+            4,
+            9,
+            (1, 2),
+        )
 
 
 # ---- waiting
@@ -633,7 +978,9 @@ def test_overrides_stand_before_and_after_options(config_file, tmp_path, slurm):
 def patient(slurm, monkeypatch):
     """What happens between two looks of `--wait`, one after the other."""
     happens = []
-    clock = SimpleNamespace(time=time.time, strftime=time.strftime, sleep=lambda seconds: happens.pop(0)())
+    clock = SimpleNamespace(
+        time=time.time, strftime=time.strftime, sleep=lambda seconds: happens.pop(0)()
+    )
     monkeypatch.setattr(launch.submit, "time", clock)
     yield happens
     assert happens == []
@@ -641,23 +988,46 @@ def patient(slurm, monkeypatch):
 
 def test_wait_follows_the_jobs(submit, slurm, patient):
     slurm.queue("4242 PENDING")
-    patient += [lambda: slurm.queue("4242 RUNNING"), lambda: slurm.queue("4242 RUNNING"), lambda: slurm.queue("4242 COMPLETED")]
+    patient += [
+        lambda: slurm.queue("4242 RUNNING"),
+        lambda: slurm.queue("4242 RUNNING"),
+        lambda: slurm.queue("4242 COMPLETED"),
+    ]
     assert submit(*COLLECT, "--wait") == 0
     assert [line for line in submit.out.splitlines() if line.startswith("collect-tiny")] == [
-        f"collect-tiny 4242 (collect): {state}" for state in ("pending", "running", "finished")]
+        f"collect-tiny 4242 (collect): {state}" for state in ("pending", "running", "finished")
+    ]
 
 
-@pytest.mark.parametrize(("kinds", "code", "said"), [
-    (["refused"], 2, "rank 0 on node0: refused it said\n"),
-    (["lost", "failed", "lost"], 1, "rank 1 on node1: failed it said\n"),
-    (["", "", "lost"], 1, "rank 2 on node2: lost it said\n"), ([], 1, "")])
-def test_wait_leaves_with_the_outcome_and_names_the_rank_that_failed(submit, tmp_path, slurm, patient, kinds, code, said):
+@pytest.mark.parametrize(
+    ("kinds", "code", "said"),
+    [
+        (["refused"], 2, "rank 0 on node0: refused it said\n"),
+        (["lost", "failed", "lost"], 1, "rank 1 on node1: failed it said\n"),
+        (["", "", "lost"], 1, "rank 2 on node2: lost it said\n"),
+        ([], 1, ""),
+    ],
+)
+def test_wait_leaves_with_the_outcome_and_names_the_rank_that_failed(
+    submit, tmp_path, slurm, patient, kinds, code, said
+):
     def fail():
-        slurm.queue("4242 FAILED\n4243 CANCELLED\n4244_0 CANCELLED\n4244_1 CANCELLED\n4245 CANCELLED")
+        slurm.queue(
+            "4242 FAILED\n4243 CANCELLED\n4244_0 CANCELLED\n4244_1 CANCELLED\n4245 CANCELLED"
+        )
         for rank, kind in enumerate(kinds):
             if kind:
-                append_end(tmp_path / "run" / "jobs", "4242", {
-                    "kind": kind, "rank": rank, "time": time.time(), "host": f"node{rank}", "message": f"{kind} it said"})
+                append_end(
+                    tmp_path / "run" / "jobs",
+                    "4242",
+                    {
+                        "kind": kind,
+                        "rank": rank,
+                        "time": time.time(),
+                        "host": f"node{rank}",
+                        "message": f"{kind} it said",
+                    },
+                )
 
     slurm.queue("4242 RUNNING\n4243 PENDING\n4244_[0-1] PENDING\n4245 PENDING")
     patient.append(fail)
@@ -672,7 +1042,12 @@ def test_wait_leaves_with_the_outcome_and_names_the_rank_that_failed(submit, tmp
 @pytest.fixture
 def quiet(monkeypatch):
     """Few cores are shared; and a leftover of the shell that must not reach the job."""
-    for key, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "MASTER_PORT": "1"}.items():
+    for key, value in {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(key, value)
     for key in [key for key in os.environ if key.startswith(("SLURM_", "SUBMITIT_", "TDDS_"))]:
         monkeypatch.delenv(key)
@@ -683,10 +1058,17 @@ SHORT = ["train.epochs=2", "score.windows=[{T: 2, K: 2, pruning_rates: [0.5]}]"]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("num_ranks", "code", "said"), [
-    (1, 2, "rank 0: tdds collect: error: bad\n"),
-    (3, 1, "rank 1: ZeroDivisionError: the cause, on 1\nTraceback")])  # rank 0 loses the others before they have written why
-def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(submit, quiet, monkeypatch, num_ranks, code, said):
+@pytest.mark.parametrize(
+    ("num_ranks", "code", "said"),
+    [
+        (1, 2, "rank 0: tdds collect: error: bad\n"),
+        # rank 0 loses the others before they have written why
+        (3, 1, "rank 1: ZeroDivisionError: the cause, on 1\nTraceback"),
+    ],
+)
+def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(
+    submit, quiet, monkeypatch, num_ranks, code, said
+):
     class Hurt(StageTask):
         def __call__(self):
             import time
@@ -699,14 +1081,20 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(submit, quiet,
                 while len(read_ends(Path(self.log_dir), self.job_id)) < self.rank:
                     time.sleep(0.05)
                 if self.rank == 0:
-                    return (1, "tdds collect: error: rank 1 ended") if num_ranks > 1 else (2, "tdds collect: error: bad")
+                    return (
+                        (1, "tdds collect: error: rank 1 ended")
+                        if num_ranks > 1
+                        else (2, "tdds collect: error: bad")
+                    )
                 raise ZeroDivisionError(f"the cause, on {self.rank}")
 
             cli.outcome = outcome
             super().__call__()
 
     monkeypatch.setattr(launch.submit, "StageTask", Hurt)
-    cluster = f"{{executor: local, time_minutes: 5, ranks_per_node: {num_ranks}, setup: [export A=1]}}"
+    cluster = (
+        f"{{executor: local, time_minutes: 5, ranks_per_node: {num_ranks}, setup: [export A=1]}}"
+    )
     assert submit(*COLLECT, "--wait", cluster=cluster) == code
     assert submit.err.startswith(f"collect failed: collect: {said}")
     assert submit.err.count("Traceback") == num_ranks // 3
@@ -716,6 +1104,7 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(submit, quiet,
 @pytest.mark.distributed
 def test_a_rank_that_cannot_even_start_is_a_failure(submit, quiet, monkeypatch):
     """submitit writes a result of exceptions too."""
+
     class Broken(StageTask):
         def __call__(self):
             raise ImportError("no module named tdds_dist")
@@ -732,8 +1121,10 @@ def test_a_local_job_in_the_background_is_not_submitted_again(submit, tmp_path, 
     try:
         assert f"collect: collect is process {job.id}, log " in submit.out
         assert submit(*COLLECT, cluster=cluster) == 2
-        assert (f"1 jobs of this run are queued or running ({job.id}); wait for them, or stop them with kill -TERM {job.id}"
-                in submit.err)
+        assert (
+            f"1 jobs of this run are queued or running ({job.id}); wait for them, or stop them with"
+            f" kill -TERM {job.id}" in submit.err
+        )
     finally:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -753,19 +1144,36 @@ def test_the_whole_pipeline_here_and_again(submit, tmp_path, quiet):
     def submitted():
         """Lines about what was done."""
         assert submit(*words, cluster=LOCAL) == 0, submit.err
-        return [line.removesuffix(" is done") for line in submit.out.splitlines() if line.endswith(" is done")]
+        return [
+            line.removesuffix(" is done")
+            for line in submit.out.splitlines()
+            if line.endswith(" is done")
+        ]
 
-    assert submitted() == ["collect: collect", "select: 2 coresets", *(f"retrain: {name}" for name in names), "report: report"]
+    assert submitted() == [
+        "collect: collect",
+        "select: 2 coresets",
+        *(f"retrain: {name}" for name in names),
+        "report: report",
+    ]
     listed = read_jobs(run / "jobs")
     assert [(job.stage, job.num_ranks) for job in listed] == [
-        ("collect", 2), ("select", 1), ("retrain", 2), ("retrain", 2), ("report", 1)]
+        ("collect", 2),
+        ("select", 1),
+        ("retrain", 2),
+        ("retrain", 2),
+        ("report", 1),
+    ]
     for folder, epochs in ((run, 2), *((run / "retrain" / name, 2) for name in names)):
         assert json.loads((folder / "result.json").read_text())["epochs"] == epochs
         assert RunDir(folder).read_env()["world_size"] == 2
     scores = load_scores(run / "scores" / "tdds_official_T2_K2_beta0.9.npz").score_N
     assert scores.shape == (120,)
     assert np.isfinite(scores).all()
-    assert sorted(path.name for path in (run / "coresets").iterdir()) == ["random_p0.5.npz", "tdds_p0.5.npz"]
+    assert sorted(path.name for path in (run / "coresets").iterdir()) == [
+        "random_p0.5.npz",
+        "tdds_p0.5.npz",
+    ]
     assert (run / "report.html").is_file()
     collect = listed[0].id
     assert list(log_files(run / "jobs", collect, "err")) == [0, 1]
@@ -773,10 +1181,16 @@ def test_the_whole_pipeline_here_and_again(submit, tmp_path, quiet):
     assert (status_of(run)["state"], status_of(run)["job"]) == ("finished", collect)
 
     assert submitted() == []
-    assert submit.out == f"everything is done: collect, select, 2 x retrain, report; the page: {run}/report.html\n"
+    assert (
+        submit.out == "everything is done: collect, select, 2 x retrain, report; the page:"
+        f" {run}/report.html\n"
+    )
     assert len(read_jobs(run / "jobs")) == 5
 
-    other, report = run / "retrain" / names[1] / "result.json", (run / "report.html").stat().st_mtime_ns
+    other, report = (
+        run / "retrain" / names[1] / "result.json",
+        (run / "report.html").stat().st_mtime_ns,
+    )
     before = other.read_text(), (run / "result.json").stat().st_mtime_ns
     shutil.rmtree(run / "retrain" / names[0])
     assert submitted() == [f"retrain: {names[0]}", "report: report"]
@@ -789,8 +1203,13 @@ def test_the_whole_pipeline_here_and_again(submit, tmp_path, quiet):
 # ---- asked to leave
 
 
-LONG = ["train.deterministic=true", "train.epochs=6", "score.windows=[{T: 6, K: 3}]", "score.final_pass=false",
-        "data.num_workers=1"]
+LONG = [
+    "train.deterministic=true",
+    "train.epochs=6",
+    "score.windows=[{T: 6, K: 3}]",
+    "score.final_pass=false",
+    "data.num_workers=1",
+]
 
 
 def status_of(run):
@@ -812,12 +1231,19 @@ def until_epoch(run, epoch, is_alive, deadline=90.0):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_local_job_that_is_preempted_is_queued_again_and_comes_to_the_same(submit, config_file, tmp_path, quiet):
+def test_a_local_job_that_is_preempted_is_queued_again_and_comes_to_the_same(
+    submit, config_file, tmp_path, quiet
+):
     """submitit's local controller starts it again on exit code 144."""
     run = tmp_path / "run"
     words = ["submit", str(config_file), "--cluster", str(LOCAL), *COLLECT, "--wait", *LONG]
-    process = subprocess.Popen([sys.executable, "-m", "tdds_dist", *words], cwd=REPOSITORY, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tdds_dist", *words],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         os.kill(until_epoch(run, 2, lambda: process.poll() is None), signal.SIGUSR2)
         out, _ = process.communicate(timeout=200)
@@ -841,22 +1267,38 @@ def test_a_local_job_that_is_preempted_is_queued_again_and_comes_to_the_same(sub
 
 def test_torchrun_script_starts_a_stage(tmp_path):
     """On one rank per visible GPU: stand-ins for nvidia-smi and torchrun."""
-    script = write(tmp_path / "torchrun.sh", (REPOSITORY / "launch" / "torchrun.sh").read_text())  # away from .venv
+    # away from .venv
+    script = write(tmp_path / "torchrun.sh", (REPOSITORY / "launch" / "torchrun.sh").read_text())
     gpus = "printf 'GPU 0: A\\n  MIG 1g: x\\nGPU 1: A\\nGPU 2: A\\n'"
-    for name, body in {"nvidia-smi": gpus, "torchrun": 'echo "$OMP_NUM_THREADS" "$@"', "nproc": "echo 12"}.items():
+    for name, body in {
+        "nvidia-smi": gpus,
+        "torchrun": 'echo "$OMP_NUM_THREADS" "$@"',
+        "nproc": "echo 12",
+    }.items():
         write(tmp_path / name, f"#!/bin/sh\n{body}\n").chmod(0o755)
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("RANKS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANKS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    }
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
 
     def started(*words, **changes):
-        done = subprocess.run(["bash", str(script), *words], env=environment | changes, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", str(script), *words], env=environment | changes, capture_output=True, text=True
+        )
         return done.returncode, done.stdout.strip()
 
-    for changes, threads, ranks in (({}, 4, 3), ({"CUDA_VISIBLE_DEVICES": "0,2"}, 6, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 12, 1),
-                                    ({"RANKS": "4", "OMP_NUM_THREADS": "2"}, 2, 4)):
+    for changes, threads, ranks in (
+        ({}, 4, 3),
+        ({"CUDA_VISIBLE_DEVICES": "0,2"}, 6, 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 12, 1),
+        ({"RANKS": "4", "OMP_NUM_THREADS": "2"}, 2, 4),
+    ):
         assert started("collect", "a b", **changes) == (
-            0, f"{threads} --standalone --nproc-per-node {ranks} -m tdds_dist collect a b")
+            0,
+            f"{threads} --standalone --nproc-per-node {ranks} -m tdds_dist collect a b",
+        )
     assert started() == (2, "")
 
 
@@ -864,6 +1306,11 @@ def test_torchrun_script_starts_a_stage(tmp_path):
 @pytest.mark.distributed
 def test_torchrun_script_of_this_checkout():
     script = str(REPOSITORY / "launch" / "torchrun.sh")
-    done = subprocess.run([script, "collect", "--help"], env=os.environ | {"RANKS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [script, "collect", "--help"],
+        env=os.environ | {"RANKS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "usage: tdds collect" in done.stdout

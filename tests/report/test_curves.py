@@ -1,4 +1,5 @@
-"""Accuracy, curves, throughput and provenance on the report page, of one run, several runs and experiments."""
+"""Accuracy, curves, throughput and provenance on the report page, of one run, several runs and
+experiments."""
 
 import json
 import math
@@ -25,33 +26,71 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from playwright.sync_api import Page as BrowserPage
 
+
 def learn(run: RunDir, num_epochs: int, final: float, seed: int, speed: float = 600.0) -> None:
     """Metrics of a training that ends at `final`."""
     random = np.random.default_rng([seed, num_epochs, int(final)])
     for epoch in range(num_epochs):
         share = 1 - math.exp(-6 * (epoch + 1) / num_epochs)
-        run.append_metrics({
-            "epoch": epoch, "step": epoch, "lr": 0.1, "train_loss": 2.3 * (1.02 - share) + 0.02 * random.random(),
-            "val_top1": final * share + random.normal(0, 0.4),
-            "images_per_second": speed * (0.3 if epoch == 0 else 1) + 9 * random.random(), "epoch_seconds": 2.0,
-            "scoring_share": 0.01 + 0.002 * random.random(), "memory_bytes": 10**9 + epoch * 10**6})
+        run.append_metrics(
+            {
+                "epoch": epoch,
+                "step": epoch,
+                "lr": 0.1,
+                "train_loss": 2.3 * (1.02 - share) + 0.02 * random.random(),
+                "val_top1": final * share + random.normal(0, 0.4),
+                "images_per_second": speed * (0.3 if epoch == 0 else 1) + 9 * random.random(),
+                "epoch_seconds": 2.0,
+                "scoring_share": 0.01 + 0.002 * random.random(),
+                "memory_bytes": 10**9 + epoch * 10**6,
+            }
+        )
 
 
-def write_experiment(path: Path, methods: tuple[str, ...] = ("tdds", "random"), rates: tuple[float, ...] = (0.5, 0.8),
-                     seeds: tuple[int, ...] = (0, 1, 2), num_epochs: int = 3) -> Path:
-    """An experiment directory as `tdds experiment` leaves it; final top-1 is 90 + seed - method's number - 10 rate."""
+def write_experiment(
+    path: Path,
+    methods: tuple[str, ...] = ("tdds", "random"),
+    rates: tuple[float, ...] = (0.5, 0.8),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    num_epochs: int = 3,
+) -> Path:
+    """An experiment directory as `tdds experiment` leaves it; final top-1 is 90 + seed - method's
+    number - 10 rate."""
     for seed in seeds:
-        run = start(path / f"seed{seed}", "train.beton", run={"name": f"{path.name}_seed{seed}", "seed": seed})
+        run = start(
+            path / f"seed{seed}",
+            "train.beton",
+            run={"name": f"{path.name}_seed{seed}", "seed": seed},
+        )
         learn(run, num_epochs, 95.0, seed)
         finish(run, final=95.0 + seed)
         for number, method in enumerate(methods):
             for rate in rates:
                 final = 90.0 + seed - number - 10 * rate
-                setting = {"stage": "retrain", "strategy": "E", "importance": "batch" if method == "tdds" else "none",
-                           "score_key": method, "pruning_rate": rate, "row": method, "method": method}
-                sub = start(run.retrain / f"{method}_p{rate:g}_E_none_seed{seed}", "train.beton", stage=setting)
+                setting = {
+                    "stage": "retrain",
+                    "strategy": "E",
+                    "importance": "batch" if method == "tdds" else "none",
+                    "score_key": method,
+                    "pruning_rate": rate,
+                    "row": method,
+                    "method": method,
+                }
+                sub = start(
+                    run.retrain / f"{method}_p{rate:g}_E_none_seed{seed}",
+                    "train.beton",
+                    stage=setting,
+                )
                 learn(sub, num_epochs, final, seed, 400 * (1.2 - rate))
-                finish(sub, round(60 * (1 - rate)), final, **setting, seed=seed, best_top1=final + 0.5, epochs=num_epochs)
+                finish(
+                    sub,
+                    round(60 * (1 - rate)),
+                    final,
+                    **setting,
+                    seed=seed,
+                    best_top1=final + 0.5,
+                    epochs=num_epochs,
+                )
     (path / "times.jsonl").write_text('{"finished": "2026-01-01", "seconds": 60}\n')
     return path
 
@@ -90,7 +129,11 @@ def test_an_experiment_is_its_collections_by_seed(tmp_path):
         start(path / f"seed{seed}")
     (path / "times.jsonl").touch()
     assert [run.path.name for run in find_runs([path])] == ["seed0", "seed2", "seed10"]
-    assert [run.path.name for run in find_runs([path / "seed2", path])] == ["seed2", "seed0", "seed10"], "each once"
+    assert [run.path.name for run in find_runs([path / "seed2", path])] == [
+        "seed2",
+        "seed0",
+        "seed10",
+    ], "each once"
 
 
 def test_errors_name_the_way_out(tmp_path):
@@ -113,9 +156,14 @@ def test_seeds_are_averaged_over_the_runs_of_an_experiment(table, tmp_path):
     assert page.row("tdds E, batch", 9)[1:] == ["85.00 −10.00", "82.00 −13.00"]
     by_itself = [page.row("tdds E, batch", number) for number in range(3, 6)]
     assert [(row[2], row[3], row[6]) for row in by_itself] == [
-        (str(seed), f"{85 + seed}.00", f"table_seed{seed}/retrain/tdds_p0.5_E_none_seed{seed}") for seed in range(3)]
+        (str(seed), f"{85 + seed}.00", f"table_seed{seed}/retrain/tdds_p0.5_E_none_seed{seed}")
+        for seed in range(3)
+    ]
     page.check_references()
-    assert len([attrs for tag, attrs in page.tags if tag == "a" and attrs["href"].startswith("#")]) > 20
+    assert (
+        len([attrs for tag, attrs in page.tags if tag == "a" and attrs["href"].startswith("#")])
+        > 20
+    )
     assert page.text.count('<details class="run">') == 3
 
 
@@ -135,7 +183,10 @@ def test_runs_of_other_settings_are_not_averaged(experiment, tmp_path):
     config = run.read_config()
     run.config_file.write_text(json.dumps(config | {"train": config["train"] | {"lr": 0.7}}))
     rows = summary_rows([read_facts(run) for run in find_runs([experiment])])
-    found = {(row["runs"], row["score"], row["pruning_rate"]): (row["final_top1"], row["difference"]) for row in rows}
+    found = {
+        (row["runs"], row["score"], row["pruning_rate"]): (row["final_top1"], row["difference"])
+        for row in rows
+    }
     assert found["table_seed0, table_seed2", "tdds", 0.5] == (86.0, -10.0)
     assert found["table_seed1", "tdds", 0.5] == (86.0, -10.0)
     assert found["table_seed1", "full data", 0.0][0] == 96.0
@@ -156,7 +207,10 @@ def test_runs_of_other_images_stay_apart(tmp_path):
         run.write_env(run.read_env() | {"data": {"train": "12", "val": "34"}})
     assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [2]
     runs[1].write_env(runs[1].read_env() | {"data": {"train": "12", "val": "56"}})
-    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [1, 1], "another evaluation"
+    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [
+        1,
+        1,
+    ], "another evaluation"
 
 
 def test_the_terminal_shows_one_table_per_data_set(table, tmp_path):
@@ -181,64 +235,154 @@ def test_the_command_takes_an_experiment(experiment, capsys):
 # ---- the matrix and its sentence
 
 
-def row(score: str, rate: float, final: float | None, strategy: str = "E", epochs: int = 30,
-        **others: object) -> dict[str, object]:
-    return {"name": "retrain", "score": score, "score_name": score, "strategy": strategy, "importance": "none",
-            "variant": "", "pruning_rate": rate, "num_images": 10, "epochs": epochs, "seeds": [0],
-            "final_top1": final, "best_top1": final, "final_top1_std": None, "best_top1_std": None, "difference": None,
-            "is_reference": False, "published": None, "status": "finished", "runs": "", "values": [{"seed": 0}], **others}
+def row(
+    score: str,
+    rate: float,
+    final: float | None,
+    strategy: str = "E",
+    epochs: int = 30,
+    **others: object,
+) -> dict[str, object]:
+    return {
+        "name": "retrain",
+        "score": score,
+        "score_name": score,
+        "strategy": strategy,
+        "importance": "none",
+        "variant": "",
+        "pruning_rate": rate,
+        "num_images": 10,
+        "epochs": epochs,
+        "seeds": [0],
+        "final_top1": final,
+        "best_top1": final,
+        "final_top1_std": None,
+        "best_top1_std": None,
+        "difference": None,
+        "is_reference": False,
+        "published": None,
+        "status": "finished",
+        "runs": "",
+        "values": [{"seed": 0}],
+        **others,
+    }
 
 
 def test_the_best_of_a_column_is_marked_among_its_like():
-    found = matrix([row("tdds", 0.5, 80.001), row("random", 0.5, 80.004), row("el2n", 0.5, 70.0), row("tdds", 0.5, 90.0, "P"),
-                    row("aum", 0.5, 95.0, "P"), row("tdds on other", 0.5, 99.0), row("aum", 0.8, 50.0)])
+    found = matrix(
+        [
+            row("tdds", 0.5, 80.001),
+            row("random", 0.5, 80.004),
+            row("el2n", 0.5, 70.0),
+            row("tdds", 0.5, 90.0, "P"),
+            row("aum", 0.5, 95.0, "P"),
+            row("tdds on other", 0.5, 99.0),
+            row("aum", 0.8, 50.0),
+        ]
+    )
     assert found["rates"] == [0.5, 0.8]
     best = [[cell and cell["is_best"] for cell in line["cells"]] for line in found["lines"]]
     assert [(line["name"], line["detail"][0]) for line in found["lines"]] == [
-        ("tdds", "E"), ("random", "E"), ("el2n", "E"), ("tdds", "P"), ("aum", "P"), ("tdds on other", "E"), ("aum", "E")]
-    assert best == [[True, None], [True, None], [False, None], [False, None], [True, None], [False, None], [None, False]]
+        ("tdds", "E"),
+        ("random", "E"),
+        ("el2n", "E"),
+        ("tdds", "P"),
+        ("aum", "P"),
+        ("tdds on other", "E"),
+        ("aum", "E"),
+    ]
+    assert best == [
+        [True, None],
+        [True, None],
+        [False, None],
+        [False, None],
+        [True, None],
+        [False, None],
+        [None, False],
+    ]
 
 
 def test_other_epochs_are_another_line():
-    found = matrix([row("tdds", 0.5, 80.0), row("tdds", 0.5, 85.0, epochs=60), row("tdds", 0.8, 70.0, epochs=60)])
-    shown = {line["detail"]: [cell and cell["final_top1"] for cell in line["cells"]] for line in found["lines"]}
-    assert shown == {"E, none, 30 epochs": [80.0, None], "E, none, 60 epochs": [85.0, None], "E, none": [None, 70.0]}
+    found = matrix(
+        [
+            row("tdds", 0.5, 80.0),
+            row("tdds", 0.5, 85.0, epochs=60),
+            row("tdds", 0.8, 70.0, epochs=60),
+        ]
+    )
+    shown = {
+        line["detail"]: [cell and cell["final_top1"] for cell in line["cells"]]
+        for line in found["lines"]
+    }
+    assert shown == {
+        "E, none, 30 epochs": [80.0, None],
+        "E, none, 60 epochs": [85.0, None],
+        "E, none": [None, 70.0],
+    }
 
 
 @pytest.mark.parametrize(("rates", "asked"), [((0.3, 0.8, 0.9), "80"), ((0.3, 0.5), "50")])
 def test_the_sentence_is_about_80_percent_where_it_can_be(rates, asked):
     full = row("full data", 0.0, 95.0, is_reference=True)
-    rows = [full, *(row(score, rate, 95 + change, difference=change) for rate in rates
-                    for score, change in (("tdds", 0.25), ("random", -4.5)))]
-    assert sentence(rows) == (
-        f"The full data gives a top-1 of 95.00 %. Removing {asked} % of the images gains 0.25 points with tdds, up to 95.25 %; "
-        "it costs 4.50 points with random, down to 90.50 %.")
+    rows = [
+        full,
+        *(
+            row(score, rate, 95 + change, difference=change)
+            for rate in rates
+            for score, change in (("tdds", 0.25), ("random", -4.5))
+        ),
+    ]
+    assert (
+        sentence(rows)
+        == f"The full data gives a top-1 of 95.00 %. Removing {asked} % of the images gains 0.25"
+        " points with tdds, up to 95.25 %; it costs 4.50 points with random, down to 90.50 %."
+    )
     many = [*rows, *(row(score, rates[-1], 1.0) for score in ("aum", "el2n", "dual"))]
     assert "aum" not in sentence(many)
     assert finding([full]) is None
 
 
 def sentence(rows: list[dict[str, object]]) -> str:
-    return (finding(rows) or "").replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
+    return (
+        (finding(rows) or "")
+        .replace("\N{NO-BREAK SPACE}", " ")
+        .replace("\N{NON-BREAKING HYPHEN}", "-")
+    )
 
 
 def test_the_sentence_never_leaves_out_random():
-    many = [row("tdds", 0.8, 70.0, strategy, importance=importance) for strategy in "EP"
-            for importance in ("batch", "none", "sample")]
+    many = [
+        row("tdds", 0.8, 70.0, strategy, importance=importance)
+        for strategy in "EP"
+        for importance in ("batch", "none", "sample")
+    ]
     many = [row("tdds_official_T9_K9_beta0.9_ce", 0.8, 60.0), *many, row("random", 0.8, 75.0)]
-    assert sentence(many) == ("With 80 % of the images removed, top-1 is 70.00 % with tdds (importance batch); 70.00 % with "
-                              "tdds (importance none); 70.00 % with tdds (importance sample); 75.00 % with random.")
-    assert "with el2n" in sentence([row(f"el2n_T{number}", 0.8, 70.0, score_name="el2n") for number in range(5)])
+    assert (
+        sentence(many)
+        == "With 80 % of the images removed, top-1 is 70.00 % with tdds (importance batch); 70.00 %"
+        " with tdds (importance none); 70.00 % with tdds (importance sample); 75.00 % with"
+        " random."
+    )
+    assert "with el2n" in sentence(
+        [row(f"el2n_T{number}", 0.8, 70.0, score_name="el2n") for number in range(5)]
+    )
 
 
 def test_the_sentence_names_what_differs_alone():
-    rows = [row("full data", 0.0, 95.0, is_reference=True), row("tdds", 0.8, 95.001, difference=0.001),
-            row("tdds", 0.8, 90.0, "P", difference=-5.0), row("tdds", 0.8, 91.0, "P", 60, difference=-4.0),
-            row("tdds", 0.8, 85.0, difference=-10.0, variant="train.lr=0.02")]
-    assert sentence(rows).split(". ", 1)[1] == (
-        "Removing 80 % of the images costs nothing with tdds (Strategy-E), at 95.00 %; it costs 5.00 points with tdds "
-        "(Strategy-P, 30 epochs), down to 90.00 %; it costs 4.00 points with tdds (Strategy-P, 60 epochs), down to 91.00 %; "
-        "it costs 10.00 points with tdds (Strategy-E, train.lr=0.02), down to 85.00 %.")
+    rows = [
+        row("full data", 0.0, 95.0, is_reference=True),
+        row("tdds", 0.8, 95.001, difference=0.001),
+        row("tdds", 0.8, 90.0, "P", difference=-5.0),
+        row("tdds", 0.8, 91.0, "P", 60, difference=-4.0),
+        row("tdds", 0.8, 85.0, difference=-10.0, variant="train.lr=0.02"),
+    ]
+    assert (
+        sentence(rows).split(". ", 1)[1]
+        == "Removing 80 % of the images costs nothing with tdds (Strategy-E), at 95.00 %; it costs"
+        " 5.00 points with tdds (Strategy-P, 30 epochs), down to 90.00 %; it costs 4.00 points"
+        " with tdds (Strategy-P, 60 epochs), down to 91.00 %; it costs 10.00 points with tdds"
+        " (Strategy-E, train.lr=0.02), down to 85.00 %."
+    )
 
 
 # ---- trainings that are no seeds of each other
@@ -256,25 +400,46 @@ def test_other_settings_and_repeated_seeds_are_no_seeds(tmp_path):
     run = start(tmp_path / "run", "train.beton")
     log(run)
     finish(run)
-    for name, seed, final in (("a", 0, 80.0), ("b", 1, 82.0), ("other", 0, 60.0), ("again", 0, 70.0)):
+    for name, seed, final in (
+        ("a", 0, 80.0),
+        ("b", 1, 82.0),
+        ("other", 0, 60.0),
+        ("again", 0, 70.0),
+    ):
         sub = retraining(run, TDDS, 0.5, seed, final, name=name)
         sub.write_env(sub.read_env() | {"started": f"2026-01-0{2 if name == 'again' else 1}"})
     change(RunDir(run.retrain / "other"), lr=0.02)
-    change(retraining(run, TDDS, 0.8, 0, 50.0, name="less"), global_batch_size=10)  # follows from the pruning rate
+    # follows from the pruning rate
+    change(retraining(run, TDDS, 0.8, 0, 50.0, name="less"), global_batch_size=10)
     rows = summary_rows([read_facts(run)])[1:]
-    assert [(row["pruning_rate"], row["variant"], row["seeds"], row["final_top1"]) for row in rows] == [
-        (0.5, "", [0, 1], 81.0), (0.5, "repeated as again", [0], 70.0), (0.5, "train.lr=0.02", [0], 60.0), (0.8, "", [0], 50.0)]
+    assert [
+        (row["pruning_rate"], row["variant"], row["seeds"], row["final_top1"]) for row in rows
+    ] == [
+        (0.5, "", [0, 1], 81.0),
+        (0.5, "repeated as again", [0], 70.0),
+        (0.5, "train.lr=0.02", [0], 60.0),
+        (0.8, "", [0], 50.0),
+    ]
     assert [line["detail"] for line in matrix(rows)["lines"]] == [
-        "E, none", "E, none, repeated as again", "E, none, train.lr=0.02"]
+        "E, none",
+        "E, none, repeated as again",
+        "E, none, train.lr=0.02",
+    ]
     assert re.search(r"none +train.lr=0.02 +50 %", format_summary(rows))
     chart = accuracy_chart(rows, {"tdds": 1})
     assert [(line.label, line.y, line.marker) for line in chart["legend"]] == [
-        ("tdds (Strategy-E)", [81.0, 50.0], "o"), ("tdds (Strategy-E, repeated as again)", [70.0], "s"),
-        ("tdds (Strategy-E, train.lr=0.02)", [60.0], "^")]
+        ("tdds (Strategy-E)", [81.0, 50.0], "o"),
+        ("tdds (Strategy-E, repeated as again)", [70.0], "s"),
+        ("tdds (Strategy-E, train.lr=0.02)", [60.0], "^"),
+    ]
     curves = curve_charts([read_facts(run)], {"tdds": 1})
     assert "tdds (E, none): mean of 2" in curves["charts"][0]
     assert {line.label for line in curves["legend"]} == {
-        "full data, collection", "tdds (E, none)", "tdds (E, none, repeated as again)", "tdds (E, none, train.lr=0.02)"}
+        "full data, collection",
+        "tdds (E, none)",
+        "tdds (E, none, repeated as again)",
+        "tdds (E, none, train.lr=0.02)",
+    }
     page = make.page_of([run], tmp_path / "report.html")
     assert page.row("tdds E, none, train.lr=0.02")[1] == "60.00 −30.00 1 seed"
 
@@ -284,11 +449,19 @@ def test_other_epochs_are_other_lines_in_the_charts(tmp_path):
     log(run)
     retraining(run, TDDS, 0.5, 0, 80.0, name="short")
     change(retraining(run, TDDS, 0.5, 0, 60.0, name="long"), epochs=6)
-    chart, curves = accuracy_chart(summary_rows([read_facts(run)]), {"tdds": 1}), curve_charts([read_facts(run)], {"tdds": 1})
+    chart, curves = (
+        accuracy_chart(summary_rows([read_facts(run)]), {"tdds": 1}),
+        curve_charts([read_facts(run)], {"tdds": 1}),
+    )
     assert [(line.label, line.x) for line in chart["legend"]] == [
-        ("tdds (Strategy-E, 3 epochs)", [50.0]), ("tdds (Strategy-E, 6 epochs)", [50.0])]
+        ("tdds (Strategy-E, 3 epochs)", [50.0]),
+        ("tdds (Strategy-E, 6 epochs)", [50.0]),
+    ]
     assert [line.label for line in curves["legend"]] == [
-        "full data, collection", "tdds (E, none, 6 epochs)", "tdds (E, none, 3 epochs)"]
+        "full data, collection",
+        "tdds (E, none, 6 epochs)",
+        "tdds (E, none, 3 epochs)",
+    ]
     assert not curves["has_seeds"]
 
 
@@ -299,7 +472,10 @@ def test_a_retraining_of_unknown_rate_is_not_the_full_data(tmp_path):
         sub = retraining(run, TDDS, 0.5, 0, None, name=name)
         sub.write_env({})
     found = matrix(summary_rows([read_facts(run)]))
-    assert [(row["name"], row["variant"]) for row in found["unknown"]] == [("mine", ""), ("yours", "")]
+    assert [(row["name"], row["variant"]) for row in found["unknown"]] == [
+        ("mine", ""),
+        ("yours", ""),
+    ]
     assert [row["name"] for row in found["full"]] == ["collect"]
     page = make.page_of([run], tmp_path / "report.html")
     assert page.row("mine")[1] == "1 of 3 epochs; no file says its pruning rate"
@@ -320,13 +496,21 @@ def drawn(svg: str) -> dict[str, int]:
 def test_curves_count_from_one_and_are_grouped_by_rate(table):
     found = [read_facts(run) for run in find_runs([table])]
     curves = curve_charts(found, {"tdds": 1, "random": 0})
-    assert [line.label for line in curves["legend"]] == ["full data, collection", "tdds (E, batch)", "random (E, none)"]
+    assert [line.label for line in curves["legend"]] == [
+        "full data, collection",
+        "tdds (E, batch)",
+        "random (E, none)",
+    ]
     assert [list(line.x) for line in curves["legend"]] == [[1, 2, 3]] * 3
     assert curves["legend"][0].slot not in [line.slot for line in curves["legend"][1:]]
     assert len(curves["charts"]) == 4  # two rates, top-1 and loss
-    assert [drawn(svg) for svg in curves["charts"]] == [{"c0": 4, "c1": 4, "c2": 4}] * 4  # three seeds and their mean
+    # three seeds and their mean
+    assert [drawn(svg) for svg in curves["charts"]] == [{"c0": 4, "c1": 4, "c2": 4}] * 4
     value = [read_facts(RunDir(table / f"seed{seed}")).retrained for seed in range(3)]
-    ends = [next(sub for sub in subs if sub.name.startswith("tdds_p0.5")).metrics[-1]["val_top1"] for subs in value]
+    ends = [
+        next(sub for sub in subs if sub.name.startswith("tdds_p0.5")).metrics[-1]["val_top1"]
+        for subs in value
+    ]
     assert f"tdds (E, batch) {np.mean(ends):.4g}" in curves["charts"][0]
     assert curves["has_seeds"]
     single = curve_charts(found[:1], {"tdds": 1, "random": 0})
@@ -337,7 +521,9 @@ def test_unfinished_trainings_are_not_in_the_mean(experiment):
     sub = RunDir(experiment / "seed2/retrain/tdds_p0.5_E_none_seed2")
     sub.result_file.unlink()
     sub.metrics_file.write_text(sub.metrics_file.read_text().splitlines()[0] + "\n")
-    curves = curve_charts([read_facts(run) for run in find_runs([experiment])], {"tdds": 1, "random": 0})
+    curves = curve_charts(
+        [read_facts(run) for run in find_runs([experiment])], {"tdds": 1, "random": 0}
+    )
     assert [list(line.x) for line in curves["legend"]][1] == [1, 2, 3]
     assert "tdds (E, batch): mean of 2" in curves["charts"][0]
     assert "tdds (E, batch): mean of 3" in curves["charts"][2]
@@ -350,7 +536,10 @@ def test_settings_that_look_alike_get_markers(tmp_path):
     retraining(run, "random", 0.5, 0, 80.0)
     curves = curve_charts([read_facts(run)], {"tdds": 1, "random": 0})
     assert {line.label: line.marker for line in curves["legend"]} == {
-        "tdds (E, batch)": "s", "tdds (E, none)": "o", "random (E, none)": ""}
+        "tdds (E, batch)": "s",
+        "tdds (E, none)": "o",
+        "random (E, none)": "",
+    }
 
 
 # ---- throughput and provenance
@@ -365,12 +554,31 @@ def test_throughput_by_epoch_with_resumes_marked(tmp_path):
     assert [line.label for line in charts["legend"]] == ["collection", "50 % removed (mean of 2)"]
     assert [list(line.y) for line in charts["legend"]] == [[100.0, 4321.0, 4321.0]] * 2
     assert len(charts["charts"]) == 2, "no memory was recorded"
-    assert "scoring share of the collection (%) by epoch. Medians: collection 1.25." in charts["charts"][1]
+    assert (
+        "scoring share of the collection (%) by epoch. Medians: collection 1.25."
+        in charts["charts"][1]
+    )
     unmarked = charts["charts"][0]
-    run.write_env(run.read_env() | {"resumes": [
-        {"started": "2026-02-03T04:05:06+0000", "epoch": 1, "step": 7, "world_size": 4, "device": "cpu", "commit": "abc",
-         "notes": ["rank 1 was <lost>"]}]})
-    run.write_env(run.read_env() | {"resumes": [*run.read_env()["resumes"], {"started": "2026-02-03T04:05:06+0000"}]})
+    run.write_env(
+        run.read_env()
+        | {
+            "resumes": [
+                {
+                    "started": "2026-02-03T04:05:06+0000",
+                    "epoch": 1,
+                    "step": 7,
+                    "world_size": 4,
+                    "device": "cpu",
+                    "commit": "abc",
+                    "notes": ["rank 1 was <lost>"],
+                }
+            ]
+        }
+    )
+    run.write_env(
+        run.read_env()
+        | {"resumes": [*run.read_env()["resumes"], {"started": "2026-02-03T04:05:06+0000"}]}
+    )
     charts = speed_charts(read_facts(run))
     assert charts["resumes"] == [2], "of the other entry it is not known"
     assert charts["charts"][0].count("<path") > unmarked.count("<path")
@@ -383,7 +591,9 @@ def test_throughput_by_epoch_with_resumes_marked(tmp_path):
 
 def test_provenance_can_be_read(tmp_path):
     run = start(tmp_path / "run", "train.beton")
-    run.write_env(run.read_env() | {"command": ["tdds", "collect", "my config.yaml"], "commit": "abc"})
+    run.write_env(
+        run.read_env() | {"command": ["tdds", "collect", "my config.yaml"], "commit": "abc"}
+    )
     sub = retraining(run, TDDS, 0.5, 0, 80.0)
     sub.write_env(sub.read_env() | {"commit": "def"})
     page = make.page_of([run], tmp_path / "report.html")
@@ -409,7 +619,9 @@ def opened(report: Path, browser: "Browser") -> "Iterator[BrowserPage]":
 
 def column(opened: "BrowserPage", table: str, number: int) -> list[str]:
     """The first words of a column's cells, from top to bottom."""
-    texts = opened.locator(f"{table} tbody:not(.whole-data) tr > :nth-child({number + 1})").all_inner_texts()
+    texts = opened.locator(
+        f"{table} tbody:not(.whole-data) tr > :nth-child({number + 1})"
+    ).all_inner_texts()
     return [text.split()[0] for text in texts]
 
 
@@ -431,29 +643,44 @@ def test_tables_sort_below_the_full_data_by_what_cells_mean(opened):
         opened.locator(f"{seed0} thead button").nth(2).click()
         assert column(opened, seed0, 2) == ["82.00", "–"]
     for table in opened.locator(".matrix").all():
-        assert table.evaluate("table => table.parentElement.scrollWidth - table.parentElement.clientWidth") == 0
+        assert (
+            table.evaluate(
+                "table => table.parentElement.scrollWidth - table.parentElement.clientWidth"
+            )
+            == 0
+        )
     opened.locator(singles).locator("thead button").first.click()
     assert opened.locator(singles).locator("tbody th").first.inner_text().startswith("full data")
-    order = opened.evaluate("""cells => {
+    order = opened.evaluate(
+        """cells => {
       const table = document.createElement("table");
       table.append(document.createElement("tbody"));
       for (const cell of cells) table.tBodies[0].insertRow().insertCell().textContent = cell;
       sort(table, 0, false);
       return [...table.rows].map(row => row.textContent);
-    }""", ["1,000", "−2.5", "9.5 ± 0.1", "–", "", "12 %", "+0.5"])
+    }""",
+        ["1,000", "−2.5", "9.5 ± 0.1", "–", "", "12 %", "+0.5"],
+    )
     assert order == ["−2.5", "+0.5", "9.5 ± 0.1", "12 %", "1,000", "–", ""]
 
 
 @pytest.mark.browser
 def test_a_name_in_a_legend_shows_its_curves_alone(opened):
     def shown(place: str) -> set[str]:
-        return set(opened.locator(f"{place} [data-series]").evaluate_all(
-            "found => found.filter(curve => curve.style.display !== 'none').map(curve => curve.dataset.series)"))
+        return set(
+            opened.locator(f"{place} [data-series]").evaluate_all(
+                "found => found.filter(curve => curve.style.display !== 'none').map(curve =>"
+                " curve.dataset.series)"
+            )
+        )
 
     names, curves = opened.locator("#p0-curves ~ figure .legend button"), "#p0-curves ~ figure svg"
     assert shown(curves) == {"c0", "c1", "c2"}
-    for press, left, pressed in ((1, {"c1"}, ["false", "true", "false"]), (2, {"c1", "c2"}, ["false", "true", "true"]),
-                                 (1, {"c2"}, ["false", "false", "true"])):
+    for press, left, pressed in (
+        (1, {"c1"}, ["false", "true", "false"]),
+        (2, {"c1", "c2"}, ["false", "true", "true"]),
+        (1, {"c2"}, ["false", "false", "true"]),
+    ):
         names.nth(press).click()
         assert shown(curves) == left
         assert [names.nth(number).get_attribute("aria-pressed") for number in range(3)] == pressed
@@ -472,9 +699,14 @@ def test_without_scripts_nothing_invites_a_press(report, browser):
     page = browser.new_page(java_script_enabled=False)
     page.goto(report.as_uri())
     assert page.get_by_text("Press a name").count() == 2
-    assert not any(found.is_visible() for found in page.get_by_text(re.compile("[Pp]ress a (name|column)")).all())
+    assert not any(
+        found.is_visible()
+        for found in page.get_by_text(re.compile("[Pp]ress a (name|column)")).all()
+    )
     button = page.locator("#p0 .matrix thead button").first
-    style = button.evaluate("button => [getComputedStyle(button, '::after').content, getComputedStyle(button).cursor]")
+    style = button.evaluate(
+        "button => [getComputedStyle(button, '::after').content, getComputedStyle(button).cursor]"
+    )
     assert style[0] in ("none", "normal")
     assert style[1] != "pointer"
     page.close()

@@ -1,4 +1,5 @@
-"""The images of the report: which ones are in the page, their thumbnails within a budget, and each of them once."""
+"""The images of the report: which ones are in the page, their thumbnails within a budget, and each
+of them once."""
 
 import dataclasses
 import json
@@ -20,10 +21,20 @@ from tdds_dist.report.page import build_report
 from tdds_dist.report.read import Facts, read_facts
 from tdds_dist.report.scores import Origins, origin
 from tdds_dist.runs.artifacts import fingerprint
-from tests.make import EVIL_CLASS, EVIL_PATH, NUM_CLASSES, NUM_IMAGES, add_scores, coreset, start, write_images
+from tests.make import (
+    EVIL_CLASS,
+    EVIL_PATH,
+    NUM_CLASSES,
+    NUM_IMAGES,
+    add_scores,
+    coreset,
+    start,
+    write_images,
+)
 
 if TYPE_CHECKING:
     pass
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,8 +47,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "large.beton", 256)
 
 
-def facts_of(folder: Path, beton: Path, scores: dict[str, np.ndarray], rates: tuple[float, ...] = ()) -> tuple[Facts, Origins]:
-    """Facts of a run with these scores [N], each with its top as coresets at these pruning rates."""
+def facts_of(
+    folder: Path, beton: Path, scores: dict[str, np.ndarray], rates: tuple[float, ...] = ()
+) -> tuple[Facts, Origins]:
+    """Facts of a run with these scores [N], each with its top as coresets at these pruning
+    rates."""
     run = start(folder, beton)
     for key, score_N in scores.items():
         add_scores(run, key, inspect_beton(beton).label_N, rates, score_N)
@@ -47,15 +61,24 @@ def facts_of(folder: Path, beton: Path, scores: dict[str, np.ndarray], rates: tu
 
 def rendered(shown: dict[str, Any]) -> str:
     """The section as it stands in the page."""
-    page = jinja2.Environment(loader=jinja2.PackageLoader("tdds_dist.report", "templates"), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("tdds_dist.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     page.filters["count"] = lambda value: f"{value:,}"
-    return page.get_template("images.html.j2").render(s={"sheets": shown, "main": "tdds", "noise": None}, id="r0", h=2)
+    return page.get_template("images.html.j2").render(
+        s={"sheets": shown, "main": "tdds", "noise": None}, id="r0", h=2
+    )
 
 
 def store_of(text: str) -> dict[str, Any]:
     """What the script finds."""
-    found = re.findall(r'<script type="application/json" class="image-store">(.*?)</script>', text, re.DOTALL)
+    found = re.findall(
+        r'<script type="application/json" class="image-store">(.*?)</script>', text, re.DOTALL
+    )
     assert len(found) == 1
     return json.loads(found[0])
 
@@ -69,14 +92,17 @@ def ranks(score_N: np.ndarray) -> np.ndarray:
 # ---- which images
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 10, 100, 144])  # 144: as many golden steps nearly end where they began
+# 144: as many golden steps nearly end where they began
+@pytest.mark.parametrize("num_classes", [1, 2, 10, 100, 144])
 def test_sample_is_spread_over_classes_and_ranks(num_classes):
     rng = np.random.default_rng(3)
     label_N = rng.permutation(np.repeat(np.arange(num_classes), 500))
     score_N = rng.gamma(1.0, 1.0, len(label_N))
     sample = spread(score_N, label_N)
     assert len(sample) == len(set(sample)) >= 390
-    assert set(label_N[sample[:num_classes]]) == set(range(num_classes)), "first one image of every class"
+    assert set(label_N[sample[:num_classes]]) == set(range(num_classes)), (
+        "first one image of every class"
+    )
     num_C = np.bincount(label_N[sample], minlength=num_classes)
     assert num_C.min() >= 0.97 * num_C.max() - 1
     for label in range(num_classes):
@@ -85,7 +111,9 @@ def test_sample_is_spread_over_classes_and_ranks(num_classes):
         gaps = np.diff([-1, *np.sort(ranks(score_N[members])[shown]), 500])
         assert gaps.max() <= 3 * 500 / (shown.sum() + 1), "no large part of the ranking is left out"
     across = ranks(score_N)[sample[:num_classes]] / len(label_N)
-    assert num_classes < 10 or across.std() > 0.2, "the first images of the classes are not all of one rank"
+    assert num_classes < 10 or across.std() > 0.2, (
+        "the first images of the classes are not all of one rank"
+    )
 
 
 def test_sample_of_uneven_classes_and_odd_scores():
@@ -103,36 +131,67 @@ def test_sample_of_uneven_classes_and_odd_scores():
 
 
 def test_images_that_say_most_come_first():
-    found = [Sheet("highest", [9, 8, 7]), Sheet("lowest", [0, 1, 2]),
-             Sheet("below", [3, 4, 5], 0.5, 6.0), Sheet("above", [6, 7], 0.5, 6.0)]
+    found = [
+        Sheet("highest", [9, 8, 7]),
+        Sheet("lowest", [0, 1, 2]),
+        Sheet("below", [3, 4, 5], 0.5, 6.0),
+        Sheet("above", [6, 7], 0.5, 6.0),
+    ]
     assert by_need(found) == [9, 0, 5, 6, 8, 1, 4, 7, 2, 3]
 
 
 def test_sheets_of_every_plain_cut(tiny, tmp_path):
     score_N = np.random.default_rng(0).permutation(NUM_IMAGES).astype(float)
     facts, origins = facts_of(tmp_path / "run", tiny, {"tdds": score_N}, (0.0, 0.3, 0.5, 0.8))
-    odd = facts.coresets["odd"] = coreset("tdds", 0.6, np.arange(1, NUM_IMAGES, 2), facts.scores["tdds"].label_N)
+    odd = facts.coresets["odd"] = coreset(
+        "tdds", 0.6, np.arange(1, NUM_IMAGES, 2), facts.scores["tdds"].label_N
+    )
     found = score_sheets(facts, "tdds", origins | {"odd": origin(facts, odd)}, 6)
     by_score = np.argsort(score_N).tolist()
     assert [(sheet.kind, sheet.rate, sheet.cut) for sheet in found] == [
-        ("highest", None, None), ("lowest", None, None), ("below", 0.8, 48), ("above", 0.8, 48),
-        ("below", 0.6, 36), ("above", 0.6, 36),  # the score's own top, not the other selection that there is
-        ("below", 0.5, 30), ("above", 0.5, 30), ("below", 0.3, 18), ("above", 0.3, 18)]
-    assert [sheet.index for sheet in found[:4]] == [by_score[:-7:-1], by_score[:6], by_score[45:48], by_score[48:51]]
+        ("highest", None, None),
+        ("lowest", None, None),
+        ("below", 0.8, 48),
+        ("above", 0.8, 48),
+        # the score's own top, not the other selection that there is
+        ("below", 0.6, 36),
+        ("above", 0.6, 36),
+        ("below", 0.5, 30),
+        ("above", 0.5, 30),
+        ("below", 0.3, 18),
+        ("above", 0.3, 18),
+    ]
+    assert [sheet.index for sheet in found[:4]] == [
+        by_score[:-7:-1],
+        by_score[:6],
+        by_score[45:48],
+        by_score[48:51],
+    ]
 
 
 def test_every_score_is_cut_at_the_rates_of_all_coresets(tiny, tmp_path):
     rng = np.random.default_rng(0)
-    scores = {key: rng.permutation(NUM_IMAGES).astype(float) for key in ("tdds", "el2n", "moderate", "aum")}
+    scores = {
+        key: rng.permutation(NUM_IMAGES).astype(float)
+        for key in ("tdds", "el2n", "moderate", "aum")
+    }
     scores["aum"][3] = np.nan
     facts, _ = facts_of(tmp_path / "run", tiny, scores)
     facts.coresets["tdds_p0.5"] = coreset("tdds", 0.5, np.arange(30), facts.scores["tdds"].label_N)
-    rates = {name: [(sheet.kind, sheet.rate, sheet.cut) for sheet in score_sheets(facts, name, {}, 6)[2:]] for name in scores}
+    rates = {
+        name: [
+            (sheet.kind, sheet.rate, sheet.cut) for sheet in score_sheets(facts, name, {}, 6)[2:]
+        ]
+        for name in scores
+    }
     assert rates["el2n"] == [("below", 0.5, 30), ("above", 0.5, 30)]
     assert rates["moderate"] == [], "two cuts"
     assert rates["aum"] == [], "not finite"
     by_score = np.argsort(scores["el2n"]).tolist()
-    assert [sheet.index for sheet in score_sheets(facts, "el2n", {}, 6)[2:]] == [by_score[27:30], by_score[30:33]]
+    assert [sheet.index for sheet in score_sheets(facts, "el2n", {}, 6)[2:]] == [
+        by_score[27:30],
+        by_score[30:33],
+    ]
 
 
 @pytest.mark.browser
@@ -145,7 +204,11 @@ def test_a_filter_puts_what_fits_first_and_nan_comes_last(tiny, tmp_path, browse
     page.goto(build_report([facts.run], tmp_path / "report.html", num_thumbnails=2).as_uri())
     section = page.locator("section.images")
     heads = section.locator("h3")
-    assert heads.all_inner_texts() == ["Highest scores: kept longest", "Lowest scores: removed first", "A sample of all images"]
+    assert heads.all_inner_texts() == [
+        "Highest scores: kept longest",
+        "Lowest scores: removed first",
+        "A sample of all images",
+    ]
     section.locator(".sheet-more").click()
     shown = section.locator(".everything b").all_inner_texts()
     assert shown == [f"{value:.4g}" for value in np.sort(score_N)]  # NumPy puts NaN last as well
@@ -155,17 +218,23 @@ def test_a_filter_puts_what_fits_first_and_nan_comes_last(tiny, tmp_path, browse
     section.locator(".filter-class").select_option(str(label))
     texts = heads.all_inner_texts()
     assert texts[0] == f"The {in_class_N.sum()} images in this page that fit, lowest score first"
-    assert section.locator(".everything b").all_inner_texts() == [f"{value:.4g}" for value in np.sort(score_N[in_class_N])]
+    assert section.locator(".everything b").all_inner_texts() == [
+        f"{value:.4g}" for value in np.sort(score_N[in_class_N])
+    ]
     assert len(texts) == 1 + section.locator(".sheets ul").count()
-    assert all(each.locator("img").count() for each in section.locator(".sheets ul").all()), "no group is empty"
+    assert all(each.locator("img").count() for each in section.locator(".sheets ul").all()), (
+        "no group is empty"
+    )
     section.locator(".filter-low").fill("1000")
     section.locator(".filter-high").fill("1001")
     assert heads.all_inner_texts() == ["No image in this page fits the filters"]
     section.locator(".filter-reset").click()
     assert heads.all_inner_texts()[-1] == "A sample of all images"
-    tops = page.evaluate("[...document.querySelectorAll('.choices label')].filter(each => !each.hidden && each.offsetParent)"
-                         ".map(each => [each.parentNode === document.querySelector('.filter-class').closest('p'),"
-                         " each.getBoundingClientRect().top])")
+    tops = page.evaluate(
+        "[...document.querySelectorAll('.choices label')].filter(each => !each.hidden &&"
+        " each.offsetParent).map(each => [each.parentNode ==="
+        " document.querySelector('.filter-class').closest('p'), each.getBoundingClientRect().top])"
+    )
     assert len({top for is_filter, top in tops if is_filter}) == 1
     page.close()
 
@@ -177,7 +246,9 @@ def test_nan_scores_are_in_no_sheet(tiny, tmp_path):
     highest, lowest = score_sheets(facts, "tdds", origins, 3)
     assert (highest.index, lowest.index) == ([58, 57, 56], [1, 2, 3])
     text = rendered(sheets(facts, "tdds", origins, 3))
-    assert next(image["scores"] for image in store_of(text)["images"] if image["index"] == 58) == ["inf"]
+    assert next(image["scores"] for image in store_of(text)["images"] if image["index"] == 58) == [
+        "inf"
+    ]
 
 
 # ---- thumbnails
@@ -205,7 +276,9 @@ def test_thumbnails_shrink_until_they_fit(large):
         assert {max(picture(uri).size) for uri in uris.values()} == {side}
     uris, _ = thumbnails(info, range(NUM_IMAGES - 1, -1, -1), sizes[80] // 2)
     assert sizes[80] // 3 < sum(map(len, uris.values())) <= sizes[80] // 2
-    assert list(uris) == list(range(NUM_IMAGES - 1, NUM_IMAGES - 1 - len(uris), -1)), "what does not fit is at the end"
+    assert list(uris) == list(range(NUM_IMAGES - 1, NUM_IMAGES - 1 - len(uris), -1)), (
+        "what does not fit is at the end"
+    )
     assert thumbnails(info, [], 100) == ({}, [])
     assert thumbnails(info, [3], 0) == ({}, [])
 
@@ -242,32 +315,54 @@ def test_a_damaged_image_is_left_out(large, tmp_path):
 
 def test_every_thumbnail_stands_in_the_page_once(tiny, tmp_path):
     rng = np.random.default_rng(1)
-    scores = {"tdds": np.arange(NUM_IMAGES), "el2n": rng.random(NUM_IMAGES), "random": rng.random(NUM_IMAGES)}
+    scores = {
+        "tdds": np.arange(NUM_IMAGES),
+        "el2n": rng.random(NUM_IMAGES),
+        "random": rng.random(NUM_IMAGES),
+    }
     facts, origins = facts_of(tmp_path / "run", tiny, scores, (0.5, 0.8))
     text = rendered(sheets(facts, "tdds", origins, 40))
     store = store_of(text)
     uris = re.findall(r'"(data:image/[^"]*)"', text)
     assert len(uris) == NUM_IMAGES == len(store["images"])
     images = re.findall(r'<img src="(data:[^"]*)" data-index="(\d+)"', text)
-    assert len(images) == len({index for _, index in images}), "also where two sheets without scripts show it"
+    assert len(images) == len({index for _, index in images}), (
+        "also where two sheets without scripts show it"
+    )
     in_store = {image["index"]: image["src"] for image in store["images"] if image["src"]}
     assert {*in_store, *(int(index) for _, index in images)} == set(range(NUM_IMAGES))
     assert not {*in_store} & {int(index) for _, index in images}
     expected, _ = thumbnails(inspect_beton(tiny), range(NUM_IMAGES), 10**9)
-    assert in_store | {int(index): uri for uri, index in images} == expected, "each index has its own picture"
+    assert in_store | {int(index): uri for uri, index in images} == expected, (
+        "each index has its own picture"
+    )
     assert text.count("shown above") == 40 + 40 + 20 + 12 - NUM_IMAGES
 
-    assert [score["name"] for score in store["scores"]] == ["tdds", "el2n"], "the order of a random score says nothing"
+    assert [score["name"] for score in store["scores"]] == [
+        "tdds",
+        "el2n",
+    ], "the order of a random score says nothing"
     for place, score in enumerate(store["scores"]):
-        assert [sheet["rate"] for sheet in score["sheets"]] == [None, None, "80 %", "80 %", "50 %", "50 %"]
+        assert [sheet["rate"] for sheet in score["sheets"]] == [
+            None,
+            None,
+            "80 %",
+            "80 %",
+            "50 %",
+            "50 %",
+        ]
         for image in store["images"]:
-            assert image["scores"][place] == f"{np.float32(scores[score['name']][image['index']]):.4g}"
+            assert (
+                image["scores"][place] == f"{np.float32(scores[score['name']][image['index']]):.4g}"
+            )
 
 
 @pytest.fixture
 def plain(tiny: Path, tmp_path: Path) -> tuple[Facts, Origins]:
     """Two scores in the order of the images."""
-    return facts_of(tmp_path / "run", tiny, dict.fromkeys(("tdds", "moderate"), np.arange(NUM_IMAGES)))
+    return facts_of(
+        tmp_path / "run", tiny, dict.fromkeys(("tdds", "moderate"), np.arange(NUM_IMAGES))
+    )
 
 
 def test_names_cannot_leave_the_store(plain):
@@ -289,19 +384,33 @@ def test_known_noise_can_be_chosen_and_the_centre_is_not_called_removed(plain, t
     noisy = {image["index"]: image for image in store["images"] if image["true_class"] is not None}
     assert sorted(noisy) == np.flatnonzero(facts.manifest.noisy_N).tolist()
     names = facts.manifest.class_names
-    assert all(image["true_class"] == names[facts.manifest.true_label_N[index]] != image["class_name"] == names[image["label"]]
-               for index, image in noisy.items())
+    assert all(
+        image["true_class"]
+        == names[facts.manifest.true_label_N[index]]
+        != image["class_name"]
+        == names[image["label"]]
+        for index, image in noisy.items()
+    )
     corrupted = [image["index"] for image in store["images"] if image["corruption"]]
     assert sorted(corrupted) == np.flatnonzero(facts.manifest.corrupted_N).tolist()
     assert [[sheet["head"] for sheet in score["sheets"]] for score in store["scores"]] == [
-        ["Highest scores: kept longest", "Lowest scores: removed first"], ["Highest scores", "Lowest scores"]]
-    facts, origins = facts_of(tmp_path / "other", write_images(tmp_path / "clean.beton"), {"tdds": np.arange(NUM_IMAGES)})
+        ["Highest scores: kept longest", "Lowest scores: removed first"],
+        ["Highest scores", "Lowest scores"],
+    ]
+    facts, origins = facts_of(
+        tmp_path / "other", write_images(tmp_path / "clean.beton"), {"tdds": np.arange(NUM_IMAGES)}
+    )
     assert store_of(rendered(sheets(facts, "tdds", origins, 4)))["known"] == []
 
 
 def test_budget_is_kept_and_shared_by_sheets_and_classes(large, tmp_path):
     rng = np.random.default_rng(1)
-    facts, origins = facts_of(tmp_path / "run", large, {key: rng.random(NUM_IMAGES) for key in ("tdds", "el2n", "aum")}, (0.5,))
+    facts, origins = facts_of(
+        tmp_path / "run",
+        large,
+        {key: rng.random(NUM_IMAGES) for key in ("tdds", "el2n", "aum")},
+        (0.5,),
+    )
     uris, _ = thumbnails(inspect_beton(large), range(NUM_IMAGES), 10**9, (112,))
     budget = sum(map(len, uris.values())) * 30 // NUM_IMAGES
     shown = sheets(facts, "tdds", origins, 10, budget)
@@ -317,15 +426,28 @@ def test_budget_is_kept_and_shared_by_sheets_and_classes(large, tmp_path):
     for score in store["scores"]:
         for sheet in score["sheets"]:
             assert sheet["note"].startswith(f"{len(sheet['index'])} images")
-    assert {index for score in store["scores"] for sheet in score["sheets"] for index in sheet["index"]} <= {
-        image["index"] for image in store["images"]}
+    assert {
+        index for score in store["scores"] for sheet in score["sheets"] for index in sheet["index"]
+    } <= {image["index"] for image in store["images"]}
 
 
 def test_runs_share_the_budget_of_the_page(large, tmp_path, monkeypatch):
-    facts = [facts_of(tmp_path / name, large, {"tdds": np.arange(NUM_IMAGES)})[0] for name in ("a", "b")]
+    facts = [
+        facts_of(tmp_path / name, large, {"tdds": np.arange(NUM_IMAGES)})[0] for name in ("a", "b")
+    ]
     monkeypatch.setattr("tdds_dist.report.page.BUDGET_BYTES", 500_000)
-    sizes = [sum(map(len, re.findall(r'"(data:image/[^"]*)"', build_report(runs, tmp_path / "report.html").read_text())))
-             for runs in ([facts[0].run], [facts[0].run, facts[1].run])]
+    sizes = [
+        sum(
+            map(
+                len,
+                re.findall(
+                    r'"(data:image/[^"]*)"',
+                    build_report(runs, tmp_path / "report.html").read_text(),
+                ),
+            )
+        )
+        for runs in ([facts[0].run], [facts[0].run, facts[1].run])
+    ]
     assert max(sizes) <= 500_000
     assert min(sizes) > 300_000
 
@@ -334,6 +456,10 @@ def test_scores_of_other_labels_are_left_out(plain):
     facts, origins = plain
     found = facts.scores["moderate"]
     other_N = (found.label_N + 1) % NUM_CLASSES
-    facts.scores["moderate"] = dataclasses.replace(found, label_N=other_N, fingerprint=fingerprint(other_N, NUM_CLASSES))
-    assert [score["name"] for score in sheets(facts, "tdds", origins, 4)["store"]["scores"]] == ["tdds"]
+    facts.scores["moderate"] = dataclasses.replace(
+        found, label_N=other_N, fingerprint=fingerprint(other_N, NUM_CLASSES)
+    )
+    assert [score["name"] for score in sheets(facts, "tdds", origins, 4)["store"]["scores"]] == [
+        "tdds"
+    ]
     assert "another dataset" in sheets(facts, "moderate", origins, 4)["note"]

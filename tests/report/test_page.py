@@ -28,7 +28,18 @@ from tdds_dist.report.results import format_summary, summary_rows
 from tdds_dist.runs.artifacts import save_coreset
 from tdds_dist.runs.directory import RunDir
 from tests import make
-from tests.make import NUM_CLASSES, NUM_IMAGES, TDDS, Page, add_scores, finish, log, refused, retraining, start
+from tests.make import (
+    NUM_CLASSES,
+    NUM_IMAGES,
+    TDDS,
+    Page,
+    add_scores,
+    finish,
+    log,
+    refused,
+    retraining,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +59,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory, beton: Path, label_N: np.ndar
     log(run)
     finish(run)
     add_scores(run, TDDS, label_N, (0.5, 0.8))
-    add_scores(run, "random", label_N, (0.5,), np.random.default_rng(0).random(NUM_IMAGES, np.float32))
-    save_coreset(run.coresets / "odd.npz", make.coreset(TDDS, 0.7, np.arange(1, NUM_IMAGES, 2), label_N))
+    add_scores(
+        run, "random", label_N, (0.5,), np.random.default_rng(0).random(NUM_IMAGES, np.float32)
+    )
+    save_coreset(
+        run.coresets / "odd.npz", make.coreset(TDDS, 0.7, np.arange(1, NUM_IMAGES, 2), label_N)
+    )
     retraining(run, TDDS, 0, 0, 91.5)
     for seed, final in enumerate((80.0, 81.0, 85.0)):
         retraining(run, TDDS, 0.5, seed, final, importance="batch")
@@ -63,7 +78,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory, beton: Path, label_N: np.ndar
 def page(demo: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Page:
     """The page about `demo` and a run that only started."""
     folder = tmp_path_factory.mktemp("page")
-    return Page(build_report([demo, start(folder / "other")], folder / "report.html", num_thumbnails=4))
+    return Page(
+        build_report([demo, start(folder / "other")], folder / "report.html", num_thumbnails=4)
+    )
 
 
 @pytest.fixture
@@ -80,7 +97,12 @@ def page_of(tmp_path: Path, *runs: RunDir) -> Page:
 
 
 def test_the_page_loads_nothing_is_small_and_refers_to_itself(page):
-    links = [attrs[name] for _, attrs in page.tags for name in ("src", "href", "srcset", "data") if name in attrs]
+    links = [
+        attrs[name]
+        for _, attrs in page.tags
+        for name in ("src", "href", "srcset", "data")
+        if name in attrs
+    ]
     assert links
     assert all(link.startswith(("#", "data:")) for link in links)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page.text))
@@ -104,35 +126,61 @@ def test_numbers_come_from_results(page):
     assert page.row("full data retrained", 1)[1:5] == ["0 %", "91.50", "reference", "92.00"]
     # mean of 80, 81, 85 is 82; sample standard deviation sqrt((4 + 1 + 9) / 2) = 2.6458
     assert page.row("tdds E, batch")[1:] == ["82.00 ± 2.65 −9.50", "1 of 3 epochs"]  # the matrix
-    assert page.row("tdds E, batch", 1)[1:] == ["50 %", "82.00 ± 2.65", "−9.50", "82.50 ± 2.65", "30", "3", "0, 1, 2"]
+    assert page.row("tdds E, batch", 1)[1:] == [
+        "50 %",
+        "82.00 ± 2.65",
+        "−9.50",
+        "82.50 ± 2.65",
+        "30",
+        "3",
+        "0, 1, 2",
+    ]
     assert page.row("random E, none")[1:] == ["77.25 −14.25 1 seed", "–"]
     assert page.row("random E, none", 1)[1:5] == ["50 %", "77.25", "−14.25", "77.75"]
     assert [page.row("tdds E, batch", number)[1:5] for number in (3, 4, 5)] == [  # each by itself
-        ["50 %", "0", "80.00", "80.50"], ["50 %", "1", "81.00", "81.50"], ["50 %", "2", "85.00", "85.50"]]
-    assert "costs 9.50 points with tdds (importance batch), down to 82.00\N{NO-BREAK SPACE}%" in page.text
+        ["50 %", "0", "80.00", "80.50"],
+        ["50 %", "1", "81.00", "81.50"],
+        ["50 %", "2", "85.00", "85.50"],
+    ]
+    assert (
+        "costs 9.50 points with tdds (importance batch), down to 82.00\N{NO-BREAK SPACE}%"
+        in page.text
+    )
     speed = next(row for row in page.rows if row[0] == "collect")
-    assert speed == ["collect", "4,321", "1 min 15 s", "–", "1.25 %", "1.5 s", "3", "2", "0"]  # first epoch left out
+    # first epoch left out
+    assert speed == ["collect", "4,321", "1 min 15 s", "–", "1.25 %", "1.5 s", "3", "2", "0"]
     assert "Published" not in page.text
     assert "expected at random" not in page.text  # the images are clean
     assert "<small>on 2 ranks, by torchrun</small>" in page.text
 
 
 def test_unfinished_runs_are_shown(page, demo):
-    assert "tdds E, batch | 80 % | unfinished, 1 of 3 epochs" in [" | ".join(row[:3]) for row in page.rows]
+    assert "tdds E, batch | 80 % | unfinished, 1 of 3 epochs" in [
+        " | ".join(row[:3]) for row in page.rows
+    ]
     assert page.row("el2n E, none", 1)[1:3] == ["80 %", "unfinished, 1 of 3 epochs"]
     assert "tdds 80 %, E, batch, seed 0 (unfinished)" in page.text
-    row = next(row for row in summary_rows([read_facts(demo)]) if row["name"] == f"{TDDS}_p0.8_E_batch_seed0")
+    row = next(
+        row
+        for row in summary_rows([read_facts(demo)])
+        if row["name"] == f"{TDDS}_p0.8_E_batch_seed0"
+    )
     assert row["final_top1"] is None
 
 
 def test_names_are_escaped_and_images_shown(page):
     assert make.EVIL_CLASS not in page.text
-    assert page.text.count("&lt;script&gt;alert(&#34;class&#34;)&lt;/script&gt;") >= 2  # table; what loses most
+    # table; what loses most
+    assert page.text.count("&lt;script&gt;alert(&#34;class&#34;)&lt;/script&gt;") >= 2
     assert make.EVIL_PATH not in page.text
     assert any(attrs.get("title") == make.EVIL_PATH for _, attrs in page.tags)
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 4 + 4 + 2 + 2  # highest, lowest, below and above the cut at the largest pruning rate
-    assert all(image["class"] == "pixelated" and image["src"].startswith("data:image/png") for image in images)
+    # highest, lowest, below and above the cut at the largest pruning rate
+    assert len(images) == 4 + 4 + 2 + 2
+    assert all(
+        image["class"] == "pixelated" and image["src"].startswith("data:image/png")
+        for image in images
+    )
     numbers = [int(re.match(r"Image (\d+),", image["alt"])[1]) for image in images]
     assert numbers == [59, 58, 57, 56, 0, 1, 2, 3, 46, 47, 48, 49]  # 80 % of 60 removed: 0..47
 
@@ -144,7 +192,11 @@ def test_class_table_and_cuts(page, beton, label_N):
     assert row[1] == str(int((label_N == 1).sum()))
     assert row[head.index("tdds 50 %")] == f"{kept:.1f}"
     # the lowest kept score; another choice than the top; a random rank is no score
-    assert [page.row(name)[3] for name in (f"{TDDS}_p0.5", "odd", "random_p0.5")] == ["0.5", "not a plain cut", "–"]
+    assert [page.row(name)[3] for name in (f"{TDDS}_p0.5", "odd", "random_p0.5")] == [
+        "0.5",
+        "not a plain cut",
+        "–",
+    ]
     assert 'aria-label="Histogram of 60' in page.text
     assert "Cuts: 50 % removed below 0.5, 80 % removed below 0.8." in page.text
 
@@ -178,7 +230,9 @@ def known_noise(page: Page) -> list[str]:
 
 
 def test_known_noise_is_said_and_shown(tmp_path):
-    manifest = make.manifest_of(make.write_images(tmp_path / "noisy.beton", label_noise=0.2, corrupt=0.3))
+    manifest = make.manifest_of(
+        make.write_images(tmp_path / "noisy.beton", label_noise=0.2, corrupt=0.3)
+    )
     run = start(tmp_path / "noisy", tmp_path / "noisy.beton")
     said = ["12 of 60 labels changed, 18 images corrupted"]
     assert known_noise(page_of(tmp_path, run)) == said, "before there are scores"
@@ -187,18 +241,27 @@ def test_known_noise_is_said_and_shown(tmp_path):
     assert known_noise(page) == said, "before there are coresets"
     assert "Wrong labels kept" not in page.text
     expected, captions = [], []
-    for number, (label, true_label, kind) in enumerate(zip(manifest.label_N, manifest.true_label_N, manifest.corruption,
-                                                           strict=True)):
-        shown = manifest.class_names[label] + (f", really {manifest.class_names[true_label]}" if label != true_label else "")
+    for number, (label, true_label, kind) in enumerate(
+        zip(manifest.label_N, manifest.true_label_N, manifest.corruption, strict=True)
+    ):
+        shown = manifest.class_names[label] + (
+            f", really {manifest.class_names[true_label]}" if label != true_label else ""
+        )
         corrupted = f", corrupted ({kind.replace('_', ' ')})" if kind else ""
-        expected.append(f"Image {number}, {shown}{corrupted}, score {np.float32(number) / np.float32(NUM_IMAGES):.4g}")
+        expected.append(
+            f"Image {number}, {shown}{corrupted}, score"
+            f" {np.float32(number) / np.float32(NUM_IMAGES):.4g}"
+        )
         captions += [shown] if label != true_label else []
         captions += [kind.replace("_", " ")] if kind else []
     shown = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
     assert shown == expected[::-1]  # the lowest are the same: said, not shown
     assert page.text.count("shown above") == NUM_IMAGES
-    shown_as_bad = [html.unescape(text) for text in re.findall(r'<span class="bad"[^>]*>(.*?)</span>', page.text)]
-    assert shown_as_bad[len(captions):] == captions  # of the sheet of the lowest
+    shown_as_bad = [
+        html.unescape(text)
+        for text in re.findall(r'<span class="bad"[^>]*>(.*?)</span>', page.text)
+    ]
+    assert shown_as_bad[len(captions) :] == captions  # of the sheet of the lowest
     assert len(captions) == 12 + 18
 
     add_scores(run, TDDS, manifest.label_N, (0.5,))
@@ -211,25 +274,46 @@ def test_known_noise_is_said_and_shown(tmp_path):
     assert row[head.index("Corrupted kept")] == f"{100 * kept_corrupted / 18:.4g} %"
 
 
-@pytest.mark.parametrize(("label_noise", "corrupt", "shift", "said"), [
-    (0.2, 0, 0, ["12 of 60 labels changed"]), (0, 0.3, 0, ["18 of 60 images corrupted"]), (0.2, 0.3, 1, []),
-])
+@pytest.mark.parametrize(
+    ("label_noise", "corrupt", "shift", "said"),
+    [
+        (0.2, 0, 0, ["12 of 60 labels changed"]),
+        (0, 0.3, 0, ["18 of 60 images corrupted"]),
+        (0.2, 0.3, 1, []),
+    ],
+)
 def test_only_known_noise_of_the_same_labels_is_said(label_noise, corrupt, shift, said, tmp_path):
-    manifest = make.manifest_of(make.write_images(tmp_path / "train.beton", label_noise=label_noise, corrupt=corrupt))
+    manifest = make.manifest_of(
+        make.write_images(tmp_path / "train.beton", label_noise=label_noise, corrupt=corrupt)
+    )
     run = start(tmp_path / "run", tmp_path / "train.beton")
     add_scores(run, TDDS, (manifest.label_N + shift) % NUM_CLASSES, (0.5,))
     page = page_of(tmp_path, run)
     assert known_noise(page) == said
-    assert [words in page.text for words in ("What the manifest knows", "what the manifest knows", ", really ", ", corrupted (")
-            ] == [bool(said), bool(said), bool(said and label_noise), bool(said and corrupt)]
+    assert [
+        words in page.text
+        for words in (
+            "What the manifest knows",
+            "what the manifest knows",
+            ", really ",
+            ", corrupted (",
+        )
+    ] == [bool(said), bool(said), bool(said and label_noise), bool(said and corrupt)]
 
 
 # ---- what is damaged, missing or of other images
 
 
-@pytest.mark.parametrize(("shift", "train", "said"), [
-    (0, "moved/train.beton", "moved/train.beton is no longer there"), (1, None, "belongs to another dataset")])
-def test_images_that_are_not_those_of_the_scores_are_not_shown(shift, train, said, run, beton, tmp_path, label_N):
+@pytest.mark.parametrize(
+    ("shift", "train", "said"),
+    [
+        (0, "moved/train.beton", "moved/train.beton is no longer there"),
+        (1, None, "belongs to another dataset"),
+    ],
+)
+def test_images_that_are_not_those_of_the_scores_are_not_shown(
+    shift, train, said, run, beton, tmp_path, label_N
+):
     run.config_file.write_text(run.config_file.read_text().replace(str(beton), train or str(beton)))
     if shift:
         add_scores(run, TDDS, (label_N + shift) % NUM_CLASSES, (0.5, 0.8))
@@ -245,7 +329,9 @@ def test_damaged_files_and_those_of_other_images_are_named_and_left_out(run, tmp
     with speaking(quiet=True) as warnings:
         page = page_of(tmp_path, run)
     assert [re.split(" belongs| is", sentence)[0] for sentence in warnings] == [
-        str(run.path / name) for name in ("scores/el2n.npz", "scores/aum.npz", "coresets/aum_p0.5.npz")]
+        str(run.path / name)
+        for name in ("scores/el2n.npz", "scores/aum.npz", "coresets/aum_p0.5.npz")
+    ]
     assert capsys.readouterr().err.count("warning: ") == 3
     assert "el2n.npz is not a scores file" in page.text
     assert page.text.count("num_samples 40 instead of 60") == 2
@@ -253,12 +339,14 @@ def test_damaged_files_and_those_of_other_images_are_named_and_left_out(run, tmp
     assert not any(row[0].startswith("aum") for row in page.rows if row)
 
 
-@pytest.mark.parametrize("content", [None, b"{}", b"[1]", b"{\"epoch\": 0}", b"\xff{"])
+@pytest.mark.parametrize("content", [None, b"{}", b"[1]", b'{"epoch": 0}', b"\xff{"])
 def test_records_may_be_missing_or_damaged(content, run, beton, tmp_path):
     names = ("env.json", "train.manifest.json", "metrics.jsonl", "result.json")
     for suffix in (".beton", ".manifest.json"):
         (tmp_path / f"train{suffix}").write_bytes(beton.with_name(f"train{suffix}").read_bytes())
-    run.config_file.write_text(run.config_file.read_text().replace(str(beton), str(tmp_path / "train.beton")))
+    run.config_file.write_text(
+        run.config_file.read_text().replace(str(beton), str(tmp_path / "train.beton"))
+    )
     folders = [tmp_path, run.path, *(sub.path for sub in run.retrain_runs())]
     for path in [folder / name for folder in folders for name in names if (folder / name).exists()]:
         path.unlink()
@@ -267,7 +355,10 @@ def test_records_may_be_missing_or_damaged(content, run, beton, tmp_path):
     page = page_of(tmp_path, run)
     assert page.row(f"{TDDS}_p0.5")
     is_damaged = content in (b"[1]", b"\xff{")
-    said = {name: f"{name} is damaged" in page.text for name in ("env.json", "metrics.jsonl", "result.json")}
+    said = {
+        name: f"{name} is damaged" in page.text
+        for name in ("env.json", "metrics.jsonl", "result.json")
+    }
     assert said == {"env.json": is_damaged, "metrics.jsonl": False, "result.json": is_damaged}
     assert ("train.manifest.json is not a whole" in page.text) == (content is not None)
     assert "Undefined" not in page.text
@@ -286,7 +377,9 @@ def test_of_two_scores_the_one_of_the_run_stays(tmp_path, beton, label_N):
 def test_names_need_not_be_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     source = open_source(f"synthetic:{NUM_IMAGES},{NUM_CLASSES},16")
-    source = dataclasses.replace(source, class_names=[name, *source.class_names[1:]], name=f"imagefolder:/data/{name}")
+    source = dataclasses.replace(
+        source, class_names=[name, *source.class_names[1:]], name=f"imagefolder:/data/{name}"
+    )
     write_beton(source, tmp_path / "train.beton", num_workers=1, progress=False)
     run = start(tmp_path / "run", tmp_path / "train.beton")
     add_scores(run, TDDS, source.label_N, (0.5,))
@@ -308,7 +401,8 @@ def test_progress_is_shown_where_it_takes_long(run, tmp_path, monkeypatch, capsy
 
 def test_scores_are_in_one_order(tmp_path, beton, label_N):
     run = start(tmp_path / "run", beton)
-    first, second = (f"tdds_official_T{num_epochs}_K10_beta0.9" for num_epochs in (30, 20))  # as this config has them
+    # as this config has them
+    first, second = (f"tdds_official_T{num_epochs}_K10_beta0.9" for num_epochs in (30, 20))
     config = to_dict(load_config(Path(__file__).parents[2] / "configs/digits.yaml"))
     config["data"] |= {"train": str(beton), "num_classes": NUM_CLASSES}
     run.write_start(config, run.read_env())
@@ -328,11 +422,18 @@ def test_a_run_that_only_started(tmp_path):
     page = page_of(tmp_path, run)
     assert page.row("full data collection")[1] == "unfinished, 0 of 3 epochs"
     assert page.row("full data collection run")[2] == "unfinished, 0 of 3 epochs"
-    for sentence in ("No epoch has finished yet", "No scores have been written yet", "No scores yet"):
+    for sentence in (
+        "No epoch has finished yet",
+        "No scores have been written yet",
+        "No scores yet",
+    ):
         assert sentence in page.text
     log(run, val=False)  # epochs without validation
     page = page_of(tmp_path, run)
-    assert ("training loss by epoch" in page.text, "validation top-1 (%) by epoch" in page.text) == (True, False)
+    assert (
+        "training loss by epoch" in page.text,
+        "validation top-1 (%) by epoch" in page.text,
+    ) == (True, False)
 
 
 def test_errors_name_the_way_out(tmp_path):
@@ -343,14 +444,40 @@ def test_errors_name_the_way_out(tmp_path):
 
 def test_summary_table_text(demo):
     rows = summary_rows([read_facts(demo)])
-    assert [row["score_name"] for row in rows] == ["full data", "full data", "tdds", "random", "tdds", "el2n"]
-    assert [row["score"] for row in rows] == ["full data", "full data", TDDS, "random", TDDS, "el2n"]
+    assert [row["score_name"] for row in rows] == [
+        "full data",
+        "full data",
+        "tdds",
+        "random",
+        "tdds",
+        "el2n",
+    ]
+    assert [row["score"] for row in rows] == [
+        "full data",
+        "full data",
+        TDDS,
+        "random",
+        TDDS,
+        "el2n",
+    ]
     assert [row["is_reference"] for row in rows] == [False, True, False, False, False, False]
     lines = format_summary(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert "published" not in lines[0]
-    assert re.split(r"  +", lines[4]) == ["retrain", "tdds", "E", "batch", "50 %", "30", "3", "3", "82.00 ± 2.65",
-                                          "82.50 ± 2.65", "-9.50", "finished"]
+    assert re.split(r"  +", lines[4]) == [
+        "retrain",
+        "tdds",
+        "E",
+        "batch",
+        "50 %",
+        "30",
+        "3",
+        "3",
+        "82.00 ± 2.65",
+        "82.50 ± 2.65",
+        "-9.50",
+        "finished",
+    ]
     right = {line.index("%") for line in lines[2:]}
     assert len(right) == 1  # aligned
     json.dumps(rows)  # plain values
@@ -365,21 +492,31 @@ def test_collection_run_is_the_reference_without_a_full_retraining(tmp_path):
     assert rows[0]["difference"] is None
     assert (rows[1]["difference"], rows[1]["strategy"]) == (-1.0, "P")
     assert "status" not in format_summary(rows).splitlines()[0]
-    run.write_result(run.read_result() | {"epochs_planned": 200})  # collection ended with the last window
+    # collection ended with the last window
+    run.write_result(run.read_result() | {"epochs_planned": 200})
     rows = summary_rows([read_facts(run)])
     assert rows[0]["status"] == "stopped after 3 of 200 epochs"
     assert not any(row["is_reference"] for row in rows)
     assert page_of(tmp_path, run).row("full data", 1)[2:5] == [
-        "95.00", "stopped after 3 of 200 epochs", "96.00"]
+        "95.00",
+        "stopped after 3 of 200 epochs",
+        "96.00",
+    ]
 
 
 def test_settings_that_compete_keep_their_full_names(tmp_path):
     run = start(tmp_path / "run", "train.beton")
     retraining(run, TDDS, 0.5, 0, 80.0)
-    retraining(run, make.SHORT, 0.7, 0, 70.0)  # the paper's way: another window for another pruning rate
+    # the paper's way: another window for another pruning rate
+    retraining(run, make.SHORT, 0.7, 0, 70.0)
     assert [row["score_name"] for row in summary_rows([read_facts(run)])[1:]] == ["tdds", "tdds"]
-    retraining(run, TDDS, 0.5, 0, 82.0, name="balanced", class_balanced=True)  # no second seed of the first
-    assert [row["score_name"] for row in summary_rows([read_facts(run)])[1:]] == ["tdds", "tdds_balanced", "tdds"]
+    # no second seed of the first
+    retraining(run, TDDS, 0.5, 0, 82.0, name="balanced", class_balanced=True)
+    assert [row["score_name"] for row in summary_rows([read_facts(run)])[1:]] == [
+        "tdds",
+        "tdds_balanced",
+        "tdds",
+    ]
     assert [row["final_top1"] for row in summary_rows([read_facts(run)])[1:]] == [80.0, 82.0, 70.0]
     retraining(run, TDDS.replace("official", "paper"), 0.5, 0, 81.0)
     names = [row["score_name"] for row in summary_rows([read_facts(run)])[1:]]
@@ -387,16 +524,22 @@ def test_settings_that_compete_keep_their_full_names(tmp_path):
     assert page_of(tmp_path, run).row(TDDS)
 
 
-@pytest.mark.parametrize(("name", "num_classes", "model", "expected"), [
-    ("cifar10_train.beton", 10, "resnet18", "CIFAR-10"),
-    ("data/CIFAR-100/train.beton", 100, "resnet18", "CIFAR-100"),
-    ("cifar100.beton", 10, "resnet18", "CIFAR-10"),  # the number of classes decides
-    ("imagenet.beton", 1000, "resnet34", "ResNet-34"),
-    ("imagenet.beton", 1000, "swin_t", "Swin-T"),
-    ("imagenette.beton", 10, "resnet34", None), ("digits.beton", 10, "resnet18", None),
-    ("cifar10_train.beton", 10, "vgg16_bn", None), ("cifar10_train.beton", 10, "resnet34", None),
-    ("imagenet.beton", 1000, "resnet50", None), ("imagenet.beton", 1000, "swin_b", None),
-])
+@pytest.mark.parametrize(
+    ("name", "num_classes", "model", "expected"),
+    [
+        ("cifar10_train.beton", 10, "resnet18", "CIFAR-10"),
+        ("data/CIFAR-100/train.beton", 100, "resnet18", "CIFAR-100"),
+        ("cifar100.beton", 10, "resnet18", "CIFAR-10"),  # the number of classes decides
+        ("imagenet.beton", 1000, "resnet34", "ResNet-34"),
+        ("imagenet.beton", 1000, "swin_t", "Swin-T"),
+        ("imagenette.beton", 10, "resnet34", None),
+        ("digits.beton", 10, "resnet18", None),
+        ("cifar10_train.beton", 10, "vgg16_bn", None),
+        ("cifar10_train.beton", 10, "resnet34", None),
+        ("imagenet.beton", 1000, "resnet50", None),
+        ("imagenet.beton", 1000, "swin_b", None),
+    ],
+)
 def test_published_table_of_a_dataset(name, num_classes, model, expected):
     table = find_table(name, num_classes, model)
     assert table is None if expected is None else expected in (table.dataset, table.network)
@@ -408,11 +551,19 @@ def test_published_numbers_stand_beside_ours(tmp_path):
     retraining(run, "tdds", 0.9, 0, 12.34, importance="batch")
     retraining(run, "tdds", 0.9, 0, 23.45, strategy="P", importance="batch")
     retraining(run, "tdds", 0.9, 0, 11.0)  # the paper weighs
-    retraining(run, "tdds_official_T30_K10_beta0.9_ce", 0.9, 0, 10.0, importance="batch")  # an ablation is not the method
+    # an ablation is not the method
+    retraining(run, "tdds_official_T30_K10_beta0.9_ce", 0.9, 0, 10.0, importance="batch")
     rows = summary_rows([read_facts(run)])
-    by_score = {(row["score"], row["strategy"], row["importance"]): row["published"] for row in rows}
-    assert by_score == {("full data", None, None): 95.23, ("tdds", "E", "batch"): 85.46, ("tdds", "P", "batch"): None,
-                        ("tdds", "E", "none"): None, ("tdds_official_T30_K10_beta0.9_ce", "E", "batch"): None}
+    by_score = {
+        (row["score"], row["strategy"], row["importance"]): row["published"] for row in rows
+    }
+    assert by_score == {
+        ("full data", None, None): 95.23,
+        ("tdds", "E", "batch"): 85.46,
+        ("tdds", "P", "batch"): None,
+        ("tdds", "E", "none"): None,
+        ("tdds_official_T30_K10_beta0.9_ce", "E", "batch"): None,
+    }
     assert "published" in format_summary(rows).splitlines()[0]
     page = page_of(tmp_path, run)
     assert page.row("tdds E, batch")[1:] == ["12.34 −77.66 paper 85.46"]
@@ -420,28 +571,42 @@ def test_published_numbers_stand_beside_ours(tmp_path):
     assert "published, not ours" in page.text
     part = start(tmp_path / "part", "data/cifar10.beton", 10)
     finish(part)
-    assert [row["published"] for row in summary_rows([read_facts(part)])] == [None], "on a part of the images"
+    assert [row["published"] for row in summary_rows([read_facts(part)])] == [None], (
+        "on a part of the images"
+    )
     assert base_key("tdds_T90_K10") == "tdds"
     assert base_key("tddsx") == "tddsx"
 
 
 def test_texts_of_charts_are_escaped_and_odd_charts_drawn():
-    lines = [charts.Line("a <b> & $x$", (0, 1, 2), (1.0, 10.0, 100.0), 3, error=(0, 0.1, 0), marker="s")]
+    lines = [
+        charts.Line("a <b> & $x$", (0, 1, 2), (1.0, 10.0, 100.0), 3, error=(0, 0.1, 0), marker="s")
+    ]
     svg = charts.line_chart(lines, "y", "x", 'an "alt"', full=50.0, may_be_log=True)
     assert "a &lt;b&gt; &amp; $x$" in svg  # the title of the line
     assert 'aria-label="an &quot;alt&quot;"' in svg
     assert "(log axis)" in svg
     two, one = Bins(np.array([0.0, 1.0, 2.0])), Bins(np.array([0.0, 1.0]))
-    density = charts.density_map(np.eye(2), two, two, [("<80 %>", 1.0)], [("50 %", 2)], 3, "x", "y", 'an "alt"')
+    density = charts.density_map(
+        np.eye(2), two, two, [("<80 %>", 1.0)], [("50 %", 2)], 3, "x", "y", 'an "alt"'
+    )
     assert "&lt;80 %&gt;" in density
     assert 'aria-label="an &quot;alt&quot;"' in density
-    for each in (svg, density, charts.histogram(np.array([3]), one, [], 3, "score", "alt"),
-                 charts.histogram(np.ones(2), two, [charts.Strip("all", np.array([np.nan, 1]))], 3, "score", "alt"),
-                 charts.line_chart([charts.Line("l", range(9999), range(9999), 1)], "y", "x", "")):
+    for each in (
+        svg,
+        density,
+        charts.histogram(np.array([3]), one, [], 3, "score", "alt"),
+        charts.histogram(
+            np.ones(2), two, [charts.Strip("all", np.array([np.nan, 1]))], 3, "score", "alt"
+        ),
+        charts.line_chart([charts.Line("l", range(9999), range(9999), 1)], "y", "x", ""),
+    ):
         check_svg(each)
 
 
 def test_import_is_light():
-    code = ("import sys, tdds_dist.report.page; "
-            "sys.exit(any(name in sys.modules for name in ('matplotlib', 'jinja2', 'PIL', 'ffcv', 'torch')))")
+    code = (
+        "import sys, tdds_dist.report.page; sys.exit(any(name in sys.modules for name in"
+        " ('matplotlib', 'jinja2', 'PIL', 'ffcv', 'torch')))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,5 @@
-"""The report's sections on scores: bins, histograms, maps, agreement, classes and noise, against loops and `tdds compare`."""
+"""The report's sections on scores: bins, histograms, maps, agreement, classes and noise, against
+loops and `tdds compare`."""
 
 import dataclasses
 import re
@@ -20,10 +21,30 @@ from tdds_dist.report.agreement import agreement_section, between_section
 from tdds_dist.report.charts import LARGEST_RATIO, Bins, bins_of
 from tdds_dist.report.page import build_report
 from tdds_dist.report.read import Facts, read_facts
-from tdds_dist.report.scores import class_table, kept_range, main_score, noise_table, origin, score_facts
+from tdds_dist.report.scores import (
+    class_table,
+    kept_range,
+    main_score,
+    noise_table,
+    origin,
+    score_facts,
+)
 from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, save_coreset
 from tdds_dist.runs.directory import RunDir
-from tests.make import NUM_CLASSES, SHORT, TDDS, Page, add_scores, csv_rows, finish, page_of, save, scores, start, write_header
+from tests.make import (
+    NUM_CLASSES,
+    SHORT,
+    TDDS,
+    Page,
+    add_scores,
+    csv_rows,
+    finish,
+    page_of,
+    save,
+    scores,
+    start,
+    write_header,
+)
 from tests.make import coreset as coreset_of
 
 KEYS = (TDDS, SHORT, "random", "forgetting", "el2n", "aum", "moderate", "dual")
@@ -33,17 +54,26 @@ Drawn = list[dict[str, Any]]
 
 
 def scores_of(key: str, seed: int = 0) -> Scores:
-    """Scores that agree in part; TDDS is skewed, forgetting counts, dual comes with its mean probability."""
+    """Scores that agree in part; TDDS is skewed, forgetting counts, dual comes with its mean
+    probability."""
     random = np.random.default_rng([seed, len(key), ord(key[0])])
-    base_N = np.random.default_rng(1).gamma(1, 1, NUM_SAMPLES) + 0.3 * random.normal(size=NUM_SAMPLES)
-    base_N = {"random": random.normal(size=NUM_SAMPLES), "tdds": np.exp(3 * base_N), "dual": np.abs(base_N) / 9,
-              "forgetting": np.round(np.abs(base_N))}.get(base_key(key), base_N)
+    base_N = np.random.default_rng(1).gamma(1, 1, NUM_SAMPLES) + 0.3 * random.normal(
+        size=NUM_SAMPLES
+    )
+    base_N = {
+        "random": random.normal(size=NUM_SAMPLES),
+        "tdds": np.exp(3 * base_N),
+        "dual": np.abs(base_N) / 9,
+        "forgetting": np.round(np.abs(base_N)),
+    }.get(base_key(key), base_N)
     extra = {"p_mean": random.random(NUM_SAMPLES).astype(np.float32)} if key == "dual" else {}
     settings = {"score": base_key(key), "preset": "official", "keep": "hardest"}
     return scores(key, base_N, LABEL_N, settings=settings, **extra)
 
 
-def with_scores(path: Path, keys: tuple[str, ...] = KEYS, seed: int = 0, rates: tuple[float, ...] = (0.5, 0.8)) -> RunDir:
+def with_scores(
+    path: Path, keys: tuple[str, ...] = KEYS, seed: int = 0, rates: tuple[float, ...] = (0.5, 0.8)
+) -> RunDir:
     run = start(path, score={"windows": []})
     save(run.scores, *(scores_of(key, seed) for key in keys))
     for rate in rates:
@@ -51,7 +81,9 @@ def with_scores(path: Path, keys: tuple[str, ...] = KEYS, seed: int = 0, rates: 
     return run
 
 
-def add_coreset(run: RunDir, key: str, rate: float, name: str | None = None, **options: Any) -> Coreset:
+def add_coreset(
+    run: RunDir, key: str, rate: float, name: str | None = None, **options: Any
+) -> Coreset:
     coreset, _ = make_coreset(scores_of(key), rate, **options)
     save_coreset(run.coresets / f"{name or key}_p{rate:g}.npz", coreset)
     return coreset
@@ -101,29 +133,44 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Drawn]]:
 def loop_count(score_N: np.ndarray, bins: Bins) -> list[int]:
     counts = [0] * len(bins)
     for score in score_N:
-        inside = [number for number, (low, high) in enumerate(pairwise(bins.edge)) if low <= score < high]
+        inside = [
+            number for number, (low, high) in enumerate(pairwise(bins.edge)) if low <= score < high
+        ]
         counts[inside[0] if inside else 0 if score < bins.edge[0] else len(bins) - 1] += 1
     return counts
 
 
-@pytest.mark.parametrize("kind", ["normal", "skewed", "zeros", "tails", "whole", "never learned", "constant", "two"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "skewed", "zeros", "tails", "whole", "never learned", "constant", "two"]
+)
 def test_every_score_has_a_bin(kind):
     random = np.random.default_rng(0)
-    score_N = {"normal": random.normal(size=3000), "skewed": np.exp(3 * random.normal(size=3000)),
-               "zeros": np.maximum(0, np.exp(3 * random.normal(size=3000)) - 1), "tails": random.standard_t(1, 3000),
-               "whole": random.poisson(3, 3000), "never learned": np.append(random.poisson(3, 2999), 200),
-               "constant": np.full(5, 0.25), "two": np.array([-1.5, 7.25])}[kind].astype(np.float32)
+    score_N = {
+        "normal": random.normal(size=3000),
+        "skewed": np.exp(3 * random.normal(size=3000)),
+        "zeros": np.maximum(0, np.exp(3 * random.normal(size=3000)) - 1),
+        "tails": random.standard_t(1, 3000),
+        "whole": random.poisson(3, 3000),
+        "never learned": np.append(random.poisson(3, 2999), 200),
+        "constant": np.full(5, 0.25),
+        "two": np.array([-1.5, 7.25]),
+    }[kind].astype(np.float32)
     bins = bins_of(score_N, 60)
     assert 1 <= len(bins) <= 61
     assert (np.diff(bins.edge) > 0).all()
     count_B = np.bincount(bins.place(score_N), minlength=len(bins))
     assert count_B.tolist() == loop_count(score_N, bins)
-    assert (bins.is_log, bins.is_whole) == (kind in ("skewed", "zeros"), kind in ("whole", "never learned"))
+    assert (bins.is_log, bins.is_whole) == (
+        kind in ("skewed", "zeros"),
+        kind in ("whole", "never learned"),
+    )
     below, above = bins.beyond(score_N)
     assert below == sum(score < bins.edge[0] for score in score_N)
     assert above == sum(score > bins.edge[-1] for score in score_N)
     assert above <= 4
-    assert below <= (0.05 * 3000 if bins.is_log and kind == "skewed" else 1600 if bins.is_log else 4)
+    assert below <= (
+        0.05 * 3000 if bins.is_log and kind == "skewed" else 1600 if bins.is_log else 4
+    )
 
 
 def test_tails_do_not_take_the_axis():
@@ -146,9 +193,18 @@ def test_tails_do_not_take_the_axis():
 # ---- histograms
 
 
-@pytest.mark.parametrize(("kept", "expected"), [
-    ([4, 5], (3, np.inf)), ([2, 4, 5], (2, np.inf)),  # of two equal ones the first
-    (range(6), (0, np.inf)), ([1, 2, 3], (1, 2)), ([1, 2], (1, 2)), ([1, 4], None), ([0, 1], (0, 1))])
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        ([4, 5], (3, np.inf)),
+        ([2, 4, 5], (2, np.inf)),  # of two equal ones the first
+        (range(6), (0, np.inf)),
+        ([1, 2, 3], (1, 2)),
+        ([1, 2], (1, 2)),
+        ([1, 4], None),
+        ([0, 1], (0, 1)),
+    ],
+)
 def test_kept_range_by_hand(kept, expected):
     assert kept_range(np.array([0.0, 1, 2, 2, 3, 4], np.float32), np.array(kept)) == expected
     assert kept_range(np.array([np.nan, 1, 2], np.float32), np.array([2])) is None
@@ -157,32 +213,58 @@ def test_kept_range_by_hand(kept, expected):
 def test_strips_say_how_much_of_each_bin_a_coreset_keeps(tmp_path, drawn):
     run = with_scores(tmp_path / "run")
     chosen: list[tuple[str, dict[str, Any]]] = [
-        ("aum", {"sampler": "ccs"}), ("dual", {"sampler": "beta"}), ("moderate", {}), ("moderate", {"sampler": "top"}),
-        ("el2n", {"class_balanced": True}), ("forgetting", {})]
+        ("aum", {"sampler": "ccs"}),
+        ("dual", {"sampler": "beta"}),
+        ("moderate", {}),
+        ("moderate", {"sampler": "top"}),
+        ("el2n", {"class_balanced": True}),
+        ("forgetting", {}),
+    ]
     for key, options in chosen:
         add_coreset(run, key, 0.5, f"{key}_{options.get('sampler', '')}", **options)
     facts = read_facts(run)
     found = {name: score_facts(facts, name, origins_of(facts), 1) for name in facts.scores}
     asked = {re.split(" score", chart["x_title"])[0]: chart for chart in drawn["histogram"]}
-    assert [*asked] == [name for name in facts.scores if name != "random"], "every score has one, random has none"
+    assert [*asked] == [name for name in facts.scores if name != "random"], (
+        "every score has one, random has none"
+    )
     assert found["random"]["chart"] is None
     labels = {name: [strip.label for strip in chart["strips"]] for name, chart in asked.items()}
-    assert labels == {TDDS: ["50 %", "80 %"], SHORT: [], "forgetting": ["50 %"], "el2n": ["balanced 50 %"],
-                      "aum": ["ccs 50 %"], "moderate": ["50 %", "50 %"], "dual": ["beta 50 %"]}
-    coresets = {"aum": "aum_ccs_p0.5", "dual": "dual_beta_p0.5", "el2n": "el2n__p0.5", "forgetting": "forgetting__p0.5"}
+    assert labels == {
+        TDDS: ["50 %", "80 %"],
+        SHORT: [],
+        "forgetting": ["50 %"],
+        "el2n": ["balanced 50 %"],
+        "aum": ["ccs 50 %"],
+        "moderate": ["50 %", "50 %"],
+        "dual": ["beta 50 %"],
+    }
+    coresets = {
+        "aum": "aum_ccs_p0.5",
+        "dual": "dual_beta_p0.5",
+        "el2n": "el2n__p0.5",
+        "forgetting": "forgetting__p0.5",
+    }
     for name, coreset in coresets.items():
         score_N, kept = facts.scores[name].score_N, {*facts.coresets[coreset].index_M.tolist()}
         bins, (strip,) = asked[name]["bins"], asked[name]["strips"]
         assert asked[name]["count_B"].tolist() == loop_count(score_N, bins)
-        kept_B = loop_count(np.array([score for index, score in enumerate(score_N) if index in kept]), bins)
-        expected = [k / n if n else np.nan for k, n in zip(kept_B, asked[name]["count_B"], strict=True)]
+        kept_B = loop_count(
+            np.array([score for index, score in enumerate(score_N) if index in kept]), bins
+        )
+        expected = [
+            k / n if n else np.nan for k, n in zip(kept_B, asked[name]["count_B"], strict=True)
+        ]
         np.testing.assert_allclose(strip.share_B, expected)
     cut = facts.scores[TDDS].score_N[facts.coresets[f"{TDDS}_p0.5"].index_M].min()
     assert asked[TDDS]["strips"][0].cuts == [cut]
     centre, top = asked["moderate"]["strips"]
     assert (len(centre.cuts), len(top.cuts)) == (2, 1)
     assert asked["aum"]["strips"][0].cuts == asked["el2n"]["strips"][0].cuts == []
-    said = f"50 % keeps {centre.cuts[0]:.3g} to {centre.cuts[1]:.3g}, 50 % removed below {top.cuts[0]:.3g}."
+    said = (
+        f"50 % keeps {centre.cuts[0]:.3g} to {centre.cuts[1]:.3g}, 50 % removed below"
+        f" {top.cuts[0]:.3g}."
+    )
     assert said in asked["moderate"]["alt"]
     assert [name for name in found if found[name].get("has_draws")] == ["el2n", "aum", "dual"]
     assert asked[TDDS]["bins"].is_log
@@ -192,9 +274,14 @@ def test_strips_say_how_much_of_each_bin_a_coreset_keeps(tmp_path, drawn):
 def test_captions_say_what_is_kept_and_what_is_not_drawn(tmp_path):
     run = with_scores(tmp_path / "run", (TDDS, "moderate"))
     page = build_report([run], tmp_path / "report.html").read_text()
-    figures = re.findall(r'<figure class="chart">\s*(<svg.*?</svg>\s*<figcaption>.*?)</figcaption>',
-                         page.split('id="r0-scores"')[1], re.DOTALL)
-    plain, centre = (next(text for text in figures if f"<b>{name}</b>" in text) for name in (TDDS, "moderate"))
+    figures = re.findall(
+        r'<figure class="chart">\s*(<svg.*?</svg>\s*<figcaption>.*?)</figcaption>',
+        page.split('id="r0-scores"')[1],
+        re.DOTALL,
+    )
+    plain, centre = (
+        next(text for text in figures if f"<b>{name}</b>" in text) for name in (TDDS, "moderate")
+    )
     assert "moderate score (centre of the ranking = keep)" in centre
     assert "Cuts: none. The centre of the ranking is kept by default." in centre  # the alt text
     assert "higher = keep" not in centre
@@ -209,9 +296,18 @@ def test_captions_say_what_is_kept_and_what_is_not_drawn(tmp_path):
 
 def test_captions_say_what_lies_beyond_the_axis(tmp_path):
     run, label_N = start(tmp_path / "run"), np.arange(4000) % NUM_CLASSES
-    add_scores(run, "el2n", label_N, score_N=np.append(np.linspace(0, 1, 3997), [50, 60, np.inf]).astype(np.float32))
+    add_scores(
+        run,
+        "el2n",
+        label_N,
+        score_N=np.append(np.linspace(0, 1, 3997), [50, 60, np.inf]).astype(np.float32),
+    )
     text = build_report([run], tmp_path / "report.html").read_text()
-    assert re.search(r"highest 60\. The first bin also holds \d below .*? The last bin also holds \d above (0\.999|1)\.", text)
+    assert re.search(
+        r"highest 60\. The first bin also holds \d below .*? The last bin also holds \d above"
+        r" (0\.999|1)\.",
+        text,
+    )
     assert "1 images have a score that is not finite" in text
 
 
@@ -223,32 +319,53 @@ def test_matrices_are_those_of_compare(full, tmp_path):
     section = section_of(full)
     assert [matrix["rate"] for matrix in section["matrices"]] == [None, 0.5, 0.8]
     assert [matrix["chance"] for matrix in section["matrices"]] == [0, 0.5, 0.2]
-    cells = {(matrix["rate"], a, b): cell for matrix in section["matrices"]
-             for a, _, row in matrix["rows"] for (b, _, _), cell in zip(matrix["rows"], row, strict=True)}
-    rows = [row for row in csv_rows(tmp_path / "compare.csv") if row["table"] in ("spearman", "overlap")]
+    cells = {
+        (matrix["rate"], a, b): cell
+        for matrix in section["matrices"]
+        for a, _, row in matrix["rows"]
+        for (b, _, _), cell in zip(matrix["rows"], row, strict=True)
+    }
+    rows = [
+        row for row in csv_rows(tmp_path / "compare.csv") if row["table"] in ("spearman", "overlap")
+    ]
     assert len(rows) == 28 * 3
     for row in rows:
         rate, value = float(row["pruning_rate"] or 0) or None, float(row["value"])
-        text = f"{round(value, 2) + 0.0:.2f}".replace("-", "−") if rate is None else f"{100 * value:.0f}"
+        text = (
+            f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+            if rate is None
+            else f"{100 * value:.0f}"
+        )
         chance = 0 if rate is None else 1 - rate
         tint = (value - chance) / (1 - chance if value >= chance else chance or 1)
         for a, b in ((row["score_a"], row["score_b"]), (row["score_b"], row["score_a"])):
             assert cells[rate, a, b] == (text, pytest.approx(tint, abs=0.006))
     assert [key for key, _, _ in section["matrices"][0]["rows"]] == [SHORT, TDDS, *KEYS[2:]]
     assert all(cells[rate, key, key] is None for rate in (None, 0.5, 0.8) for key in KEYS)
-    values = {(row["score_a"], row["score_b"]): float(row["value"]) for row in rows if row["table"] == "spearman"}
+    values = {
+        (row["score_a"], row["score_b"]): float(row["value"])
+        for row in rows
+        if row["table"] == "spearman"
+    }
     names = {key: name for key, name, _ in section["matrices"][0]["rows"]}
-    expected = [tuple(names[key] for key in end(values, key=values.__getitem__)) for end in (max, min)]
+    expected = [
+        tuple(names[key] for key in end(values, key=values.__getitem__)) for end in (max, min)
+    ]
     assert [ends[:2] for ends in section["matrices"][0]["ends"]] == expected
 
 
 def test_matrix_on_the_page(tmp_path):
     run = with_scores(tmp_path / "run")
-    save(run.scores, dataclasses.replace(scores_of("own"), score_N=np.full(NUM_SAMPLES, np.inf, np.float32)))
+    save(
+        run.scores,
+        dataclasses.replace(scores_of("own"), score_N=np.full(NUM_SAMPLES, np.inf, np.float32)),
+    )
     page = page_of([run], tmp_path / "report.html")
     rows = [row for row in page.rows if row[0] == "forgetting" and len(row) == 9]
     assert [row[4] for row in rows] == ["1", "100", "100"]  # the diagonal, of each matrix
-    assert "By chance two coresets of this size have 20 % in common" in re.sub("<.?b>", "", page.text)
+    assert "By chance two coresets of this size have 20 % in common" in re.sub(
+        "<.?b>", "", page.text
+    )
     assert "Left out, because they are not finite or of other labels: own." in page.text
     lone = page_of([with_scores(tmp_path / "lone", ("el2n",))], tmp_path / "lone.html")
     assert "one score only" in lone.text
@@ -257,7 +374,13 @@ def test_matrix_on_the_page(tmp_path):
 
 
 def test_rates_are_those_of_the_coresets_or_the_usual_ones(tmp_path):
-    assert section_of(with_scores(tmp_path / "none", rates=()))["rates"] == [0.3, 0.5, 0.7, 0.8, 0.9]
+    assert section_of(with_scores(tmp_path / "none", rates=()))["rates"] == [
+        0.3,
+        0.5,
+        0.7,
+        0.8,
+        0.9,
+    ]
     assert section_of(with_scores(tmp_path / "some", rates=(0.8, 0.35)))["rates"] == [0.35, 0.8]
     run, label_N = start(tmp_path / "tiny"), np.arange(4)
     add_scores(run, "el2n", label_N, score_N=np.arange(4, dtype=np.float32))
@@ -266,17 +389,28 @@ def test_rates_are_those_of_the_coresets_or_the_usual_ones(tmp_path):
 
 def test_between_runs_is_that_of_compare(tmp_path):
     keys = (TDDS, "forgetting", "el2n")
-    runs = [with_scores(tmp_path / f"seed{seed}", keys[: 3 - (seed == 2)], seed) for seed in range(3)]
+    runs = [
+        with_scores(tmp_path / f"seed{seed}", keys[: 3 - (seed == 2)], seed) for seed in range(3)
+    ]
     compare([run.path for run in runs], pruning_rates=(0.5, 0.8), out=tmp_path / "compare.csv")
     (group,) = between_section([(run.path.name, section_of(run)) for run in runs]) or []
     assert group["names"] == ["seed0", "seed1", "seed2"]
     assert group["rates"] == [(0.5, 0.5), (0.8, 0.2)]
-    assert [(key, pairs) for key, _, pairs, _ in group["rows"]] == [(TDDS, 3), ("forgetting", 3), ("el2n", 1)]
+    assert [(key, pairs) for key, _, pairs, _ in group["rows"]] == [
+        (TDDS, 3),
+        ("forgetting", 3),
+        ("el2n", 1),
+    ]
     rows = [row for row in csv_rows(tmp_path / "compare.csv") if row["run_a"] != row["run_b"]]
     for key, _, _, spreads in group["rows"]:
-        for table, rate, spread in zip(("spearman", "overlap", "overlap"), ("", "0.5", "0.8"), spreads, strict=True):
-            values = [float(row["value"]) for row in rows
-                      if (row["table"], row["score_a"], row["pruning_rate"]) == (table, key, rate)]
+        for table, rate, spread in zip(
+            ("spearman", "overlap", "overlap"), ("", "0.5", "0.8"), spreads, strict=True
+        ):
+            values = [
+                float(row["value"])
+                for row in rows
+                if (row["table"], row["score_a"], row["pruning_rate"]) == (table, key, rate)
+            ]
             assert spread == pytest.approx((np.mean(values), min(values), max(values)), rel=1e-6)
     text = page_of(runs, tmp_path / "report.html").text
     mean, low, high = (f"{100 * value:.1f}" for value in group["rows"][0][3][1])
@@ -303,22 +437,36 @@ def test_between_runs_of_other_data_or_other_rates(tmp_path):
 def test_maps_count_every_image_and_cut_where_select_cuts(full, drawn):
     section = section_of(full)
     assert [(of["name"], [chart["y"] for chart in of["maps"]]) for of in section["maps"]] == [
-        ("tdds_T2", ["forgetting", "aum"]), ("tdds_T3", ["forgetting", "aum"])]
+        ("tdds_T2", ["forgetting", "aum"]),
+        ("tdds_T3", ["forgetting", "aum"]),
+    ]
     x_N, y_N = scores_of(TDDS).score_N, scores_of("forgetting").score_N
     chart = drawn["density_map"][2]
     count_YX = np.zeros(chart["count_YX"].shape, int)
     for x, y in zip(x_N, y_N, strict=True):
-        count_YX[chart["y_bins"].place(np.array([y]))[0], chart["x_bins"].place(np.array([x]))[0]] += 1
+        count_YX[
+            chart["y_bins"].place(np.array([y]))[0], chart["x_bins"].place(np.array([x]))[0]
+        ] += 1
     np.testing.assert_array_equal(chart["count_YX"], count_YX)
     assert count_YX.sum() == NUM_SAMPLES
     assert len({*loop_count(y_N, chart["y_bins"])}) > 1
-    kept = {rate: [choose(scores_of(key), rate) for key in (TDDS, "forgetting")] for rate in (0.5, 0.8)}
+    kept = {
+        rate: [choose(scores_of(key), rate) for key in (TDDS, "forgetting")] for rate in (0.5, 0.8)
+    }
     assert chart["x_cuts"] == [(f"{100 * rate:g} %", x_N[kept[rate][0]].min()) for rate in kept]
-    assert [cut for _, cut in chart["y_cuts"]] == sorted({y_N[kept[rate][1]].min() for rate in kept})
+    assert [cut for _, cut in chart["y_cuts"]] == sorted(
+        {y_N[kept[rate][1]].min() for rate in kept}
+    )
     a, b = ({*index_M.tolist()} for index_M in kept[0.8])
-    corners = {place: num for place, _, num, _, _ in section["maps"][1]["maps"][0]["corners"]["corners"]}
-    assert corners == {"top right": len(a & b), "bottom left": NUM_SAMPLES - len(a | b),
-                       "top left": len(b - a), "bottom right": len(a - b)}
+    corners = {
+        place: num for place, _, num, _, _ in section["maps"][1]["maps"][0]["corners"]["corners"]
+    }
+    assert corners == {
+        "top right": len(a & b),
+        "bottom left": NUM_SAMPLES - len(a | b),
+        "top left": len(b - a),
+        "bottom right": len(a - b),
+    }
 
 
 def test_maps_need_another_score(tmp_path):
@@ -335,9 +483,15 @@ def test_maps_need_another_score(tmp_path):
 def write_noisy(path: Path, num_wrong: int, num_corrupted: int) -> Manifest:
     """60 images with this many wrong labels and corrupted images."""
     random = np.random.default_rng(0)
-    true_label_N, label_N, kind_N = np.arange(60) % NUM_CLASSES, np.arange(60) % NUM_CLASSES, np.full(60, "", dtype="<U9")
+    true_label_N, label_N, kind_N = (
+        np.arange(60) % NUM_CLASSES,
+        np.arange(60) % NUM_CLASSES,
+        np.full(60, "", dtype="<U9"),
+    )
     label_N[random.permutation(60)[:num_wrong]] += 1
-    kind_N[random.permutation(60)[:num_corrupted]] = np.resize(["fog", "fog", "occlusion"], num_corrupted)
+    kind_N[random.permutation(60)[:num_corrupted]] = np.resize(
+        ["fog", "fog", "occlusion"], num_corrupted
+    )
     return write_header(path, label_N % NUM_CLASSES, NUM_CLASSES, true_label_N, kind_N.tolist())
 
 
@@ -347,7 +501,13 @@ def noisy(tmp_path: Path) -> tuple[RunDir, Manifest]:
     manifest = write_noisy(tmp_path / "noisy.beton", 12, 18)
     run = start(tmp_path / "noisy", tmp_path / "noisy.beton", score={"windows": []})
     add_scores(run, TDDS, manifest.label_N, (0.5, 0.8))
-    add_scores(run, "forgetting", manifest.label_N, (0.5,), np.round(np.linspace(9, 0, 60)).astype(np.float32))
+    add_scores(
+        run,
+        "forgetting",
+        manifest.label_N,
+        (0.5,),
+        np.round(np.linspace(9, 0, 60)).astype(np.float32),
+    )
     return run, manifest
 
 
@@ -357,24 +517,41 @@ def test_noise_that_is_kept_by_hand(noisy, tmp_path):
     table = noise_table(facts, slots_of(facts))
     kinds = sorted({kind for kind in manifest.corruption if kind})
     assert [kind for kind, *_ in table["columns"]] == [
-        "wrong labels", "corrupted images", *(kind.replace("_", " ") for kind in kinds)]
+        "wrong labels",
+        "corrupted images",
+        *(kind.replace("_", " ") for kind in kinds),
+    ]
     for name, head, rate, expected, kept in table["rows"]:
         index = [*load_coreset(run.coresets / f"{name}.npz").index_M]
-        bad = [manifest.noisy_N.tolist(), [kind != "" for kind in manifest.corruption],
-               *([each == kind for each in manifest.corruption] for kind in kinds)]
+        bad = [
+            manifest.noisy_N.tolist(),
+            [kind != "" for kind in manifest.corruption],
+            *([each == kind for each in manifest.corruption] for kind in kinds),
+        ]
         for is_bad, (share, part) in zip(bad, kept, strict=True):
             assert share == pytest.approx(sum(is_bad[i] for i in index) / sum(is_bad))
             assert part == pytest.approx(sum(is_bad[i] for i in index) / len(index))
-        assert (expected, head) == (pytest.approx(1 - rate), f"{name.split('_')[0]} {100 * rate:g} %")
+        assert (expected, head) == (
+            pytest.approx(1 - rate),
+            f"{name.split('_')[0]} {100 * rate:g} %",
+        )
     assert len(table["rows"]) == 3
     lines = {line.label: (line.x, line.y) for line in table["charts"][0]["legend"]}
     assert [*lines] == ["tdds", "forgetting", "expected at random"]
     assert lines["expected at random"] == ([50, 80], pytest.approx([50, 20]))
-    assert lines["tdds"][1] == pytest.approx([100 * kept[0][0] for name, *_, kept in table["rows"] if "tdds" in name])
+    assert lines["tdds"][1] == pytest.approx(
+        [100 * kept[0][0] for name, *_, kept in table["rows"] if "tdds" in name]
+    )
     page = page_of([run], tmp_path / "report.html")
     head, row = next(row for row in page.rows if "Of the coreset" in row), page.row("tdds 80 %")
     assert [" ".join(cell.split()) for cell in head[:6]] == [
-        "Coreset", "Removed", "At random", "Wrong labelsof 12", "Of the coreset", "Corrupted imagesof 18"]
+        "Coreset",
+        "Removed",
+        "At random",
+        "Wrong labelsof 12",
+        "Of the coreset",
+        "Corrupted imagesof 18",
+    ]
     kept = next(kept for name, *_, kept in table["rows"] if name == f"{TDDS}_p0.8")
     assert row[3:5] == [f"{100 * share:.1f} %" for share in kept[0]]
     assert re.search(r"top right \(\d+ with a wrong label\)", page.text)
@@ -385,9 +562,12 @@ def test_noise_that_is_kept_by_hand(noisy, tmp_path):
 
 def test_classes_that_lose_most_by_hand(tmp_path):
     run = start(tmp_path / "run", "gone.beton", 9)
-    label_N = np.repeat([0, 1, 2, 3, 4, 5, 6], [10, 10, 10, 10, 10, 10, 4])  # class 7 and 8 have no image
+    # class 7 and 8 have no image
+    label_N = np.repeat([0, 1, 2, 3, 4, 5, 6], [10, 10, 10, 10, 10, 10, 4])
     num_kept_C = [0, 1, 8, 0, 5, 10, 3]
-    index_M = np.concatenate([np.flatnonzero(label_N == label)[:num] for label, num in enumerate(num_kept_C)])
+    index_M = np.concatenate(
+        [np.flatnonzero(label_N == label)[:num] for label, num in enumerate(num_kept_C)]
+    )
     add_scores(run, "el2n", label_N, num_classes=9)
     save_coreset(run.coresets / "a.npz", coreset_of("el2n", 0.5, index_M, label_N, 9))
     facts = read_facts(run)
@@ -395,7 +575,16 @@ def test_classes_that_lose_most_by_hand(tmp_path):
     ((title, coresets, rows),) = table["panels"]
     assert (title, coresets) == ("", [("a", "el2n 50 %")])
     assert [(total, share) for _, total, (share,) in rows] == [
-        (10, 0), (10, 10), (10, 80), (10, 0), (10, 50), (10, 100), (4, 75), (0, None), (0, None)]
+        (10, 0),
+        (10, 10),
+        (10, 80),
+        (10, 0),
+        (10, 50),
+        (10, 100),
+        (4, 75),
+        (0, None),
+        (0, None),
+    ]
     (extremes,) = table["extremes"]
     assert (extremes["num_lost"], extremes["lost"]) == (2, ["class 0", "class 3"])
     assert extremes["least"] == [("class 1", 10), ("class 4", 50), ("class 6", 75)]
@@ -414,11 +603,16 @@ def test_many_coresets_get_a_table_per_rate(tmp_path):
             add_coreset(run, key, rate)
     facts = read_facts(run)
     table = class_table(facts, TDDS, origins_of(facts))
-    assert [(title, len(coresets)) for title, coresets, _ in table["panels"]] == [("30 %", 1), ("50 %", 5), ("80 %", 5)]
+    assert [(title, len(coresets)) for title, coresets, _ in table["panels"]] == [
+        ("30 %", 1),
+        ("50 %", 5),
+        ("80 %", 5),
+    ]
     assert len(table["extremes"]) == 11
     page = page_of([run], tmp_path / "report.html").text
-    assert re.findall(r'<input type="radio" name="r0-classes" id="r0-classes-(\d)"( checked)?>', page) == [
-        ("0", " checked"), ("1", ""), ("2", "")]
+    assert re.findall(
+        r'<input type="radio" name="r0-classes" id="r0-classes-(\d)"( checked)?>', page
+    ) == [("0", " checked"), ("1", ""), ("2", "")]
 
 
 # ---- size
@@ -426,14 +620,19 @@ def test_many_coresets_get_a_table_per_rate(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_a_large_run_gives_a_small_page(tmp_path):
-    """8 scores, 24 coresets and 1,000 classes: nothing is embedded per sample, and classes can be searched."""
+    """8 scores, 24 coresets and 1,000 classes: nothing is embedded per sample, and classes can be
+    searched."""
     label_N = np.arange(100_000) % 1000
     run = start(tmp_path / "large", "gone.beton", 1000)
     finish(run, len(label_N))
     random = np.random.default_rng(0)
     base_N, rates = random.gamma(1, 1, len(label_N)), tuple(np.arange(1, 13) / 16)
     for key in (TDDS, SHORT, "forgetting", "el2n", "aum", "dual", "dyn_unc", "entropy"):
-        score_N = np.exp(base_N + random.normal(size=len(label_N))) if "tdds" in key else base_N + random.random(len(label_N))
+        score_N = (
+            np.exp(base_N + random.normal(size=len(label_N)))
+            if "tdds" in key
+            else base_N + random.random(len(label_N))
+        )
         score_N = (np.round(score_N) if key == "forgetting" else score_N).astype(np.float32)
         score_N[:3] = np.inf if key == "el2n" else score_N[:3]
         add_scores(run, key, label_N, rates if key in (TDDS, "forgetting") else (), score_N, 1000)
@@ -452,7 +651,11 @@ def test_a_large_run_gives_a_small_page(tmp_path):
     assert f"only coresets of {TDDS} are listed" in text
     assert text.count('<mask id="') == 4
     assert max(map(len, svgs)) < 40_000
-    assert re.search(r'"class-search" hidden><label>[\w ]+ <input type="search"[^>]* aria-controls="r0-class-tables">', text)
+    assert re.search(
+        r'"class-search" hidden><label>[\w ]+ <input type="search"[^>]*'
+        r' aria-controls="r0-class-tables">',
+        text,
+    )
     assert '<div class="tabs" id="r0-class-tables">' in text
 
 

@@ -1,4 +1,5 @@
-"""Score files and coresets: round trips, what is refused and how, and that a file under its name is a whole file."""
+"""Score files and coresets: round trips, what is refused and how, and that a file under its name is
+a whole file."""
 
 import json
 import os
@@ -24,17 +25,28 @@ from tdds_dist.runs.artifacts import (
 )
 
 LABEL_N = np.array([0, 2, 1, 1, 0, 2, 0])
-SETTINGS = {"score": "tdds", "T": 30, "K": 10, "beta": 0.9, "rates": [0.3, 0.5], "nested": {"note": "µ \"q\"\n"}}
+SETTINGS = {
+    "score": "tdds",
+    "T": 30,
+    "K": 10,
+    "beta": 0.9,
+    "rates": [0.3, 0.5],
+    "nested": {"note": 'µ "q"\n'},
+}
 
 
 def some_scores() -> Scores:
     score_N = np.array([0.5, -1.25, 3e-30, 7, 0, 1e30, 0.1], dtype=np.float32)
-    return Scores("tdds_official_T30_K10_beta0.9", score_N, LABEL_N, fingerprint(LABEL_N, 3), SETTINGS)
+    return Scores(
+        "tdds_official_T30_K10_beta0.9", score_N, LABEL_N, fingerprint(LABEL_N, 3), SETTINGS
+    )
 
 
 def some_coreset() -> Coreset:
     importance_M = np.array([0.0, 0.25, 1.0], dtype=np.float32)
-    return Coreset(np.array([0, 3, 6]), importance_M, "random", 0.6, fingerprint(LABEL_N, 3), SETTINGS)
+    return Coreset(
+        np.array([0, 3, 6]), importance_M, "random", 0.6, fingerprint(LABEL_N, 3), SETTINGS
+    )
 
 
 def save(path: Path, value: Scores | Coreset) -> Path:
@@ -68,7 +80,9 @@ def test_dtypes_on_disk_are_fixed(tmp_path):
     scores = replace(some_scores(), score_N=np.arange(7.0), label_N=LABEL_N.astype(np.int16))
     found = load_scores(save(tmp_path / "scores.npz", scores))
     assert (found.score_N.dtype, found.label_N.dtype) == (np.float32, np.int64)
-    coreset = replace(some_coreset(), index_M=np.array([1, 2], dtype=np.int32), importance_M=np.ones(2))
+    coreset = replace(
+        some_coreset(), index_M=np.array([1, 2], dtype=np.int32), importance_M=np.ones(2)
+    )
     found = load_coreset(save(tmp_path / "coreset.npz", coreset))
     assert (found.index_M.dtype, found.importance_M.dtype) == (np.int64, np.float32)
 
@@ -97,7 +111,10 @@ def test_missing_file_names_the_stage_that_writes_it(tmp_path, make, load):
 
 
 def test_one_kind_is_not_taken_for_the_other(tmp_path):
-    scores, coreset = save(tmp_path / "s.npz", some_scores()), save(tmp_path / "c.npz", some_coreset())
+    scores, coreset = (
+        save(tmp_path / "s.npz", some_scores()),
+        save(tmp_path / "c.npz", some_coreset()),
+    )
     with pytest.raises(InputError, match=r"s\.npz holds 'scores', expected 'coreset'"):
         load_coreset(scores)
     with pytest.raises(InputError, match=r"c\.npz holds 'coreset', expected 'scores'"):
@@ -105,11 +122,28 @@ def test_one_kind_is_not_taken_for_the_other(tmp_path):
 
 
 ARRAYS = {"score": np.zeros(7), "label": LABEL_N, "index": np.arange(7), "importance": np.ones(7)}
-OTHER_FILES = [  # bytes of no such file; an array, as the authors' `score_*.npy` are; archives that lack something
-    b"", b"PK", b"not a zip file at all", b"\x80\x04K\x01.", os.urandom(500), np.zeros(7, dtype=np.float32),
+# bytes of no such file; an array, as the authors' `score_*.npy` are; archives that lack something
+OTHER_FILES = [
+    b"",
+    b"PK",
+    b"not a zip file at all",
+    b"\x80\x04K\x01.",
+    os.urandom(500),
+    np.zeros(7, dtype=np.float32),
     {"other": np.zeros(3)},
-    *(ARRAYS | {"meta": np.array(meta)}
-      for meta in ("[]", "3", "null", "{}", '{"kind": "scores"}', '{"kind": "coreset"}', '{"kind": '))]
+    *(
+        ARRAYS | {"meta": np.array(meta)}
+        for meta in (
+            "[]",
+            "3",
+            "null",
+            "{}",
+            '{"kind": "scores"}',
+            '{"kind": "coreset"}',
+            '{"kind": ',
+        )
+    ),
+]
 
 
 @each_kind
@@ -123,7 +157,9 @@ def test_other_files_are_refused(tmp_path, make, load):
                 np.savez(file, **content)
             else:
                 np.save(file, content)
-        words = r"file\.npz is not a .* file of tdds" if isinstance(content, bytes) else r"file\.npz"
+        words = (
+            r"file\.npz is not a .* file of tdds" if isinstance(content, bytes) else r"file\.npz"
+        )
         with pytest.raises(InputError, match=words):
             load(path)
 
@@ -184,7 +220,14 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, make, load):
 def test_a_flipped_bit_in_an_array_is_refused(tmp_path):
     """Everywhere in its data; arrays of several reads each."""
     noise_N = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
-    scores = Scores("dual", noise_N, np.arange(200_000) % 7, Fingerprint(200_000, 7, ""), {}, {"p_mean": noise_N + 1})
+    scores = Scores(
+        "dual",
+        noise_N,
+        np.arange(200_000) % 7,
+        Fingerprint(200_000, 7, ""),
+        {},
+        {"p_mean": noise_N + 1},
+    )
     path = save(tmp_path / "file.npz", scores)
     whole = path.read_bytes()
     with np.load(path) as file:
@@ -192,22 +235,46 @@ def test_a_flipped_bit_in_an_array_is_refused(tmp_path):
     assert len(arrays) == 4
     for name, data in arrays.items():
         start = whole.index(data)
-        for bit, offset in enumerate([0, 1, len(data) // 3, len(data) // 2, 2**18, 2**18 + 1, len(data) - 2, len(data) - 1]):
+        for bit, offset in enumerate(
+            [0, 1, len(data) // 3, len(data) // 2, 2**18, 2**18 + 1, len(data) - 2, len(data) - 1]
+        ):
             hurt = bytearray(whole)
             hurt[start + offset % len(data)] ^= 1 << bit
             path.write_bytes(hurt)
-            with pytest.raises(InputError, match=rf"file\.npz is not a scores file .*CRC-32 for file '{name}\.npy'"):
+            with pytest.raises(
+                InputError, match=rf"file\.npz is not a scores file .*CRC-32 for file '{name}\.npy'"
+            ):
                 load_scores(path)
 
 
-WRONG_SCORES = [{"score_N": np.zeros(6, np.float32)}, {"score_N": np.zeros((7, 1), np.float32)}, {"label_N": LABEL_N[:6]},
-                {"fingerprint": Fingerprint(8, 3, "")}]
+WRONG_SCORES = [
+    {"score_N": np.zeros(6, np.float32)},
+    {"score_N": np.zeros((7, 1), np.float32)},
+    {"label_N": LABEL_N[:6]},
+    {"fingerprint": Fingerprint(8, 3, "")},
+]
 WRONG_INDEX = [[3, 0, 6], [0, 3, 3], [0, 3, 7], [-1, 3, 6], [6, 3, 0], []]
 WRONG = [  # what is written, and how it is refused
-    *[(replace(some_scores(), **wrong), r"file\.npz: .* must all be \[[78]\].*tdds score") for wrong in WRONG_SCORES],
-    *[(replace(some_coreset(), index_M=np.array(index, np.int64), importance_M=np.ones(len(index), np.float32)),
-       r"file\.npz: index .* strictly increasing within \[0, 7\).*tdds select") for index in WRONG_INDEX],
-    (replace(some_coreset(), importance_M=np.ones(4, dtype=np.float32)), r"file\.npz: .*as long as importance")]
+    *[
+        (replace(some_scores(), **wrong), r"file\.npz: .* must all be \[[78]\].*tdds score")
+        for wrong in WRONG_SCORES
+    ],
+    *[
+        (
+            replace(
+                some_coreset(),
+                index_M=np.array(index, np.int64),
+                importance_M=np.ones(len(index), np.float32),
+            ),
+            r"file\.npz: index .* strictly increasing within \[0, 7\).*tdds select",
+        )
+        for index in WRONG_INDEX
+    ],
+    (
+        replace(some_coreset(), importance_M=np.ones(4, dtype=np.float32)),
+        r"file\.npz: .*as long as importance",
+    ),
+]
 
 
 @pytest.mark.parametrize(("value", "words"), WRONG, ids=range(len(WRONG)))
@@ -224,7 +291,9 @@ def test_fingerprint_depends_on_every_label():
     found = fingerprint(LABEL_N, 3)
     assert (found.num_samples, found.num_classes) == (7, 3)
     assert found == fingerprint(LABEL_N.astype(np.int32), 3)
-    assert found == fingerprint(np.stack([LABEL_N, LABEL_N], axis=1)[:, 0], 3), "also when not contiguous"
+    assert found == fingerprint(np.stack([LABEL_N, LABEL_N], axis=1)[:, 0], 3), (
+        "also when not contiguous"
+    )
     for n in range(7):
         other = LABEL_N.copy()
         other[n] = (other[n] + 1) % 3
@@ -235,10 +304,14 @@ def test_fingerprint_depends_on_every_label():
 def test_another_dataset_is_refused():
     mine = fingerprint(LABEL_N, 3)
     require_same_dataset(mine, fingerprint(LABEL_N.copy(), 3), "a.npz")
-    for other, what in ((fingerprint(LABEL_N[:6], 3), "num_samples 7 instead of 6"),
-                        (fingerprint(LABEL_N, 4), "num_classes 3 instead of 4"),
-                        (fingerprint(LABEL_N[::-1], 3), f"labels_sha256 '{mine.labels_sha256[:12]}' instead of")):
-        with pytest.raises(InputError, match=rf"a\.npz belongs to another dataset \(.*{what}.*\); use"):
+    for other, what in (
+        (fingerprint(LABEL_N[:6], 3), "num_samples 7 instead of 6"),
+        (fingerprint(LABEL_N, 4), "num_classes 3 instead of 4"),
+        (fingerprint(LABEL_N[::-1], 3), f"labels_sha256 '{mine.labels_sha256[:12]}' instead of"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"a\.npz belongs to another dataset \(.*{what}.*\); use"
+        ):
             require_same_dataset(mine, other, "a.npz")
 
 

@@ -1,5 +1,6 @@
-"""Checkpoints: what is loaded is bitwise what was saved, on any number of ranks; what is damaged, half written or hostile is
-not loaded, and a run that dies at any moment of a save has a whole checkpoint left."""
+"""Checkpoints: what is loaded is bitwise what was saved, on any number of ranks; what is damaged,
+half written or hostile is not loaded, and a run that dies at any moment of a save has a whole
+checkpoint left."""
 
 import errno
 import functools
@@ -38,12 +39,15 @@ SHARDED = {"logp": 0, "label": 0, "visits": 0, "rough": 1, "flags": 0}  # name: 
 
 
 def whole(seed, num_samples=N):
-    """Every tensor as it is in all, filled from `seed`; the bits are arbitrary where that is possible."""
+    """Every tensor as it is in all, filled from `seed`; the bits are arbitrary where that is
+    possible."""
     generator = torch.Generator().manual_seed(seed)
 
     def bits(dtype, *shape):
         size = torch.empty(0, dtype=dtype).element_size()
-        return torch.randint(256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8).view(dtype)
+        return torch.randint(
+            256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8
+        ).view(dtype)
 
     return {
         "weight": bits(torch.float32, 3, 4, 5),
@@ -64,7 +68,11 @@ def whole(seed, num_samples=N):
 def of_rank(seed, rank):
     """The tensors of one rank alone, of a size of its own."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return {f"rank{rank:05d}/random": torch.randint(256, (5 + rank,), generator=generator, dtype=torch.uint8)}
+    return {
+        f"rank{rank:05d}/random": torch.randint(
+            256, (5 + rank,), generator=generator, dtype=torch.uint8
+        )
+    }
 
 
 def share(tensors, world, num_samples=N):
@@ -75,7 +83,9 @@ def share(tensors, world, num_samples=N):
         if (dim := SHARDED.get(name)) is None:
             mine[name] = tensor.clone()
         else:
-            block = tensor.narrow(dim, first, end - first).clone(memory_format=torch.contiguous_format)
+            block = tensor.narrow(dim, first, end - first).clone(
+                memory_format=torch.contiguous_format
+            )
             mine[name] = as_shard(block, num_samples, world, dim=dim)
     return mine
 
@@ -116,13 +126,19 @@ def save_steps(directory, steps, world=LONE, **options):
         if world.is_main:
             best.unlink(missing_ok=True)
             best.write_bytes(b"best of %d" % step * 20)
-        checkpoints.save(step, state(step, world), {"step": step}, files={"best.pt": best} if world.is_main else {})
+        checkpoints.save(
+            step,
+            state(step, world),
+            {"step": step},
+            files={"best.pt": best} if world.is_main else {},
+        )
     checkpoints.close()
     return directory
 
 
 def find(directory, world=LONE, num_ranks=1, **options):
-    """(step of the newest whole checkpoint, names of tensors that differ from what was saved, what was said)."""
+    """(step of the newest whole checkpoint, names of tensors that differ from what was saved, what
+    was said)."""
     checkpoints = Checkpoints(directory, world, **options)
     with speaking(quiet=True) as said:
         found = checkpoints.latest()
@@ -138,8 +154,10 @@ def find(directory, world=LONE, num_ranks=1, **options):
 
 def tree(directory):
     """Every path below, with the content of files."""
-    return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-            for path in sorted(directory.rglob("*"))}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
 
 
 def folders(directory):
@@ -160,7 +178,8 @@ def _made(base, world_size):
 
 @pytest.fixture
 def two(tmp_path_factory, tmp_path):
-    """Makes a copy of two checkpoints, of steps 10 and 20, saved on so many ranks (0: without a process group)."""
+    """Makes a copy of two checkpoints, of steps 10 and 20, saved on so many ranks (0: without a
+    process group)."""
     base = tmp_path_factory.getbasetemp()
 
     def copy(world_size=0, name="checkpoints"):
@@ -191,9 +210,12 @@ SIZES = (10, 3)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_sizes", [(1, 3), pytest.param((1, 2, 3, 4), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_sizes", [(1, 3), pytest.param((1, 2, 3, 4), marks=pytest.mark.slow)]
+)
 def test_every_bit_comes_back_on_any_number_of_ranks(tmp_path, world_sizes):
-    """Saved at W, loaded at W': shards are cut anew; also those that are empty, and without any process group."""
+    """Saved at W, loaded at W': shards are cut anew; also those that are empty, and without any
+    process group."""
     for world_size in world_sizes:
         run_ranks(world_size, _save_sizes, tmp_path)
     _save_sizes(None, tmp_path)
@@ -206,8 +228,12 @@ def _save_sizes(rank, folder):
     world = LONE if rank is None else distributed.current_world("cpu")
     for num_samples in SIZES:
         saved_by = 0 if rank is None else world.world_size
-        checkpoints = Checkpoints(folder / f"{saved_by}_{num_samples}", world, asynchronous=num_samples == 3)
-        checkpoints.save(5, state(5, world, num_samples), {"n": num_samples} if world.is_main else {})
+        checkpoints = Checkpoints(
+            folder / f"{saved_by}_{num_samples}", world, asynchronous=num_samples == 3
+        )
+        checkpoints.save(
+            5, state(5, world, num_samples), {"n": num_samples} if world.is_main else {}
+        )
         checkpoints.close()
 
 
@@ -223,14 +249,21 @@ def _load_sizes(rank, folder, saved_by_each):
             tensors = blank(world, 5, num_samples, ranks)
             described = checkpoints.describe(found)
             assert described.keys() == tensors.keys()
-            assert all((described[name].shape, described[name].dtype) == (tensor.shape, tensor.dtype)
-                       for name, tensor in tensors.items())
+            assert all(
+                (described[name].shape, described[name].dtype) == (tensor.shape, tensor.dtype)
+                for name, tensor in tensors.items()
+            )
             assert all(tensor.is_meta for tensor in described.values())
             before = {name: own_rows(tensor).data_ptr() for name, tensor in tensors.items()}
             checkpoints.load(found, tensors)
-            assert before == {name: own_rows(tensor).data_ptr() for name, tensor in tensors.items()}, "not in place"
+            assert before == {
+                name: own_rows(tensor).data_ptr() for name, tensor in tensors.items()
+            }, "not in place"
             assert tensors["image"].is_contiguous(memory_format=torch.channels_last)
-            wrong += [(saved_by, num_samples, name) for name in differing(tensors, 5, world, num_samples, ranks)]
+            wrong += [
+                (saved_by, num_samples, name)
+                for name in differing(tensors, 5, world, num_samples, ranks)
+            ]
             checkpoints.close()
     return wrong
 
@@ -245,7 +278,10 @@ def test_replicated_tensors_are_written_once_and_shards_by_their_owners(two):
     for name in REPLICATED:
         assert len(places[name]) == 1, name
     for name in SHARDED:
-        assert sorted(path.split("_")[2] for path in places[name]) == ["0", "1", "2"], (name, places[name])
+        assert sorted(path.split("_")[2] for path in places[name]) == ["0", "1", "2"], (
+            name,
+            places[name],
+        )
 
 
 @pytest.mark.distributed
@@ -258,7 +294,9 @@ def test_what_is_not_there_is_refused_on_every_rank(two):
             assert error == "InputError", (name, error, text)
             assert repr(name) in text
             assert "resume with the config" in text
-        assert "torch.float32 (3, 4, 5), not torch.float64 (3, 4, 5)" in outcomes["dtype", "weight"][1]
+        assert (
+            "torch.float32 (3, 4, 5), not torch.float64 (3, 4, 5)" in outcomes["dtype", "weight"][1]
+        )
 
 
 def _refused_rank(rank, directory):
@@ -272,15 +310,24 @@ def _refused(world, directory):
     outcomes = {}
     first, end = shard_bounds(N, world.world_size, world.rank)
     for kind, name, other in (
-            ("missing", "other", torch.zeros(3)), ("shape", "weight", torch.zeros(3, 4, 6)),
-            ("transposed", "weight", torch.zeros(4, 3, 5)), ("dtype", "weight", torch.zeros(3, 4, 5, dtype=torch.float64)),
-            ("dtype", "logp", as_shard(torch.zeros(end - first, 3, dtype=torch.float16), N, world)),
-            ("size", "label", as_shard(torch.zeros(end - first + 1, dtype=torch.int64), N + world.world_size, world)),
-            ("one rank", "other", torch.zeros(3) if world.rank == world.world_size - 1 else None)):
+        ("missing", "other", torch.zeros(3)),
+        ("shape", "weight", torch.zeros(3, 4, 6)),
+        ("transposed", "weight", torch.zeros(4, 3, 5)),
+        ("dtype", "weight", torch.zeros(3, 4, 5, dtype=torch.float64)),
+        ("dtype", "logp", as_shard(torch.zeros(end - first, 3, dtype=torch.float16), N, world)),
+        (
+            "size",
+            "label",
+            as_shard(torch.zeros(end - first + 1, dtype=torch.int64), N + world.world_size, world),
+        ),
+        ("one rank", "other", torch.zeros(3) if world.rank == world.world_size - 1 else None),
+    ):
         before = {name: bits_of(tensor) for name, tensor in tensors.items()}
         wanted = tensors if other is None else tensors | {name: other}
         outcomes[kind, name] = catch(checkpoints.load, found, wanted)
-        assert before == {name: bits_of(tensor) for name, tensor in tensors.items()}, "nothing is read before all is checked"
+        assert before == {name: bits_of(tensor) for name, tensor in tensors.items()}, (
+            "nothing is read before all is checked"
+        )
     checkpoints.load(found, tensors)
     outcomes["afterwards"] = differing(tensors, 20, world)
     checkpoints.close()
@@ -310,6 +357,7 @@ def replace(path, content):
 
 def edit(change, is_sealed=False):
     """checkpoint.json with something changed, and with a hash that fits where that is asked for."""
+
     def changed(data):
         content = json.loads(data)
         change(content)
@@ -322,16 +370,33 @@ def edit(change, is_sealed=False):
 
 
 DAMAGE = [  # (file, its content afterwards, words of the message)
-    (DATA, lambda data: data[:-1], DATA), (DATA, lambda data: data[:3000], DATA), (DATA, lambda data: b"", DATA),
-    (DATA, lambda data: data + b"x", DATA), (DATA, "of another step", DATA), (DATA, None, DATA), (DATA, "folder", DATA),
-    (META, None, META), (META, lambda data: data[:-5], META), (BEST, None, BEST), (BEST, lambda data: b"be", BEST),
-    (RECORD, None, RECORD), (RECORD, lambda data: b"", RECORD), (RECORD, lambda data: data[:-1], RECORD),
-    (RECORD, lambda data: os.urandom(300), RECORD), (RECORD, lambda data: b"[1, 2]", RECORD),
-    (RECORD, "of another step", RECORD), (RECORD, edit(lambda content: content["record"].update(step=19)), RECORD),
+    (DATA, lambda data: data[:-1], DATA),
+    (DATA, lambda data: data[:3000], DATA),
+    (DATA, lambda data: b"", DATA),
+    (DATA, lambda data: data + b"x", DATA),
+    (DATA, "of another step", DATA),
+    (DATA, None, DATA),
+    (DATA, "folder", DATA),
+    (META, None, META),
+    (META, lambda data: data[:-5], META),
+    (BEST, None, BEST),
+    (BEST, lambda data: b"be", BEST),
+    (RECORD, None, RECORD),
+    (RECORD, lambda data: b"", RECORD),
+    (RECORD, lambda data: data[:-1], RECORD),
+    (RECORD, lambda data: os.urandom(300), RECORD),
+    (RECORD, lambda data: b"[1, 2]", RECORD),
+    (RECORD, "of another step", RECORD),
+    (RECORD, edit(lambda content: content["record"].update(step=19)), RECORD),
     (RECORD, edit(lambda content: content["files"][BEST].update(sha256="0" * 64)), RECORD),
     (RECORD, edit(lambda content: content["files"].pop(DATA)), RECORD),
     (RECORD, edit(lambda content: content["files"].pop(META), True), META),
-    (RECORD, edit(lambda content: content.update(format="tdds-checkpoint-9"), True), "tdds-checkpoint-9")]
+    (
+        RECORD,
+        edit(lambda content: content.update(format="tdds-checkpoint-9"), True),
+        "tdds-checkpoint-9",
+    ),
+]
 
 
 @pytest.mark.parametrize(("file", "change", "words"), DAMAGE, ids=range(len(DAMAGE)))
@@ -396,10 +461,18 @@ def test_a_folder_with_the_name_of_another_step_is_damaged(two):
 
 @pytest.mark.distributed
 def test_every_rank_looks_at_its_share_of_the_files_and_all_hear_of_it(two):
-    """Damage of any single file, saved on 3 ranks; and when all checkpoints are damaged all are named, and nothing changes."""
+    """Damage of any single file, saved on 3 ranks; and when all checkpoints are damaged all are
+    named, and nothing changes."""
     directory = two(3)
     files = sorted(path.name for path in (directory / NEWEST).iterdir())
-    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp", "__2_0.distcp", "best.pt", "checkpoint.json"]
+    assert files == [
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "__2_0.distcp",
+        "best.pt",
+        "checkpoint.json",
+    ]
     copies = []
     for number, file in enumerate(files):
         copies.append(two(3, f"copy{number}"))
@@ -413,8 +486,12 @@ def test_every_rank_looks_at_its_share_of_the_files_and_all_hear_of_it(two):
             assert (step, wrong) == (10, []), file
             assert len(said) == (rank == 0)
             assert all(f"{NEWEST}: {file}" in text for text in said)
-        for part in (f"none of the 2 checkpoints in {directory} can be used", f"{names(10)[0]}: __2_0.distcp is damaged",
-                     f"{NEWEST}: checkpoint.json is missing", "--fresh --force"):
+        for part in (
+            f"none of the 2 checkpoints in {directory} can be used",
+            f"{names(10)[0]}: __2_0.distcp is damaged",
+            f"{NEWEST}: checkpoint.json is missing",
+            "--fresh --force",
+        ):
             assert part in outcomes[-1][2][0]
     for copy in copies:
         assert folders(copy) == [*names(10), f"{NEWEST}.damaged"]
@@ -432,10 +509,14 @@ def test_a_checkpoint_that_the_caller_refuses_is_passed_over(two, caplog):
     found = Checkpoints(directory, LONE).latest(refuse)
     assert found == Checkpoint(directory / names(10)[0], 10, {"step": 10})
     assert asked == [(20, {"step": 20}), (10, {"step": 10})]
-    assert caplog.messages == [f"checkpoint {NEWEST}: its trajectory is gone; the one before it is used"]
+    assert caplog.messages == [
+        f"checkpoint {NEWEST}: its trajectory is gone; the one before it is used"
+    ]
     directory = two(name="again")
     before = tree(directory)
-    with pytest.raises(InputError, match=r"none of the 2 checkpoints .*step_0000000020: no; step_0000000010: no"):
+    with pytest.raises(
+        InputError, match=r"none of the 2 checkpoints .*step_0000000020: no; step_0000000010: no"
+    ):
         Checkpoints(directory).latest(lambda found: "no")
     assert tree(directory) == before
 
@@ -536,6 +617,7 @@ def test_files_that_go_along_do_not_change_with_the_original(tmp_path, monkeypat
 
 # ---- killed at every point of a save
 
+
 def _die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -559,7 +641,8 @@ _gathers = itertools.count(1)
 
 
 WRITER = dcp.FileSystemWriter
-POINTS = {  # what is called there, whether it dies before or after, and the steps that may be the newest then
+# what is called there, whether it dies before or after, and the steps that may be the newest then
+POINTS = {
     "before the data": (WRITER, "write_data", "before", _die, {20}),
     "at the first sync of data": (os, "fsync", "before", _die, {20}),
     "after the data": (WRITER, "write_data", "after", _die, {20}),
@@ -574,7 +657,8 @@ POINTS = {  # what is called there, whether it dies before or after, and the ste
     "after the sync of the folder": (checkpoint, "sync_folder", "after", _die, {30}),
     "retired": (checkpoint, "_retire", "after", _die, {30}),
     "in the removal": (shutil, "rmtree", "before", _half_removed, {30}),
-    "told": (collectives, "gather_objects", "before", _at_the_verdict, {20, 30}),  # another rank than the first
+    # another rank than the first
+    "told": (collectives, "gather_objects", "before", _at_the_verdict, {20, 30}),
     "at the end": (collectives, "gather_objects", "after", _at_the_verdict, {30}),
 }
 OF_ALL, OF_THE_FIRST, OF_OTHERS = list(POINTS)[:4], list(POINTS)[:14], list(POINTS)[14:]
@@ -607,14 +691,31 @@ def _killed_rank(rank, directory, point, victim, asynchronous):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("point", "victim", "world_size", "asynchronous"), [
-    *((point, 0, 1, False) for point in OF_THE_FIRST), ("before the data", 1, 2, True), ("told", 1, 2, True),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        *((point, 0, 2, True) for point in OF_THE_FIRST),
-        *((point, 1, 2, number % 2 == 0) for number, point in enumerate(OF_ALL + OF_OTHERS))))])
-def test_killed_while_saving_there_is_a_whole_checkpoint(two, point, victim, world_size, asynchronous):
+@pytest.mark.parametrize(
+    ("point", "victim", "world_size", "asynchronous"),
+    [
+        *((point, 0, 1, False) for point in OF_THE_FIRST),
+        ("before the data", 1, 2, True),
+        ("told", 1, 2, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *((point, 0, 2, True) for point in OF_THE_FIRST),
+                *(
+                    (point, 1, 2, number % 2 == 0)
+                    for number, point in enumerate(OF_ALL + OF_OTHERS)
+                ),
+            )
+        ),
+    ],
+)
+def test_killed_while_saving_there_is_a_whole_checkpoint(
+    two, point, victim, world_size, asynchronous
+):
     directory = two(world_size)
-    codes = exit_codes(world_size, _killed_rank, directory, point, victim, asynchronous, patience=0.5)
+    codes = exit_codes(
+        world_size, _killed_rank, directory, point, victim, asynchronous, patience=0.5
+    )
     assert codes[victim] == -signal.SIGKILL, codes
     listed = folders(directory)
     step, wrong, said = find(directory, num_ranks=1)
@@ -667,29 +768,49 @@ def _full_disk_rank(rank, folder, ranks, wait, stop):
 
 
 def _full_disk_ranks(rank, folder, ranks):
-    return {(wait, stop): _full_disk_rank(rank, folder, ranks, wait, stop) for wait in (False, True) for stop in (False, True)}
+    return {
+        (wait, stop): _full_disk_rank(rank, folder, ranks, wait, stop)
+        for wait in (False, True)
+        for stop in (False, True)
+    }
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "ranks"), [
-    (2, [1]), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, [0]), (3, [0]), (3, [0, 1, 2])))])
+@pytest.mark.parametrize(
+    ("world_size", "ranks"),
+    [
+        (2, [1]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, [0]), (3, [0]), (3, [0, 1, 2]))
+        ),
+    ],
+)
 def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path, world_size, ranks):
     for rank, found in enumerate(run_ranks(world_size, _full_disk_ranks, tmp_path, ranks)):
         for (wait, stop), (outcomes, said) in found.items():
             if stop:
-                assert [error for error, _ in outcomes] == (["InputError"] if wait else ["", "InputError"])
+                assert [error for error, _ in outcomes] == (
+                    ["InputError"] if wait else ["", "InputError"]
+                )
                 assert said == []
                 assert "checkpoint at step 20 failed (rank" in outcomes[-1][1]
                 assert "disk is full" in outcomes[-1][1]
             else:
                 assert all(outcome == ("", "") for outcome in outcomes)
                 assert len(said) == (rank == 0)
-                assert all("checkpoint at step 20 failed (rank" in text and "the run goes on" in text for text in said)
+                assert all(
+                    "checkpoint at step 20 failed (rank" in text and "the run goes on" in text
+                    for text in said
+                )
 
 
 def _cannot_publish_ranks(rank, folder):
-    return [_cannot_publish_rank(rank, folder / f"{name} {wait}", name, wait)
-            for name in ("write_atomically", "rename", "mkdir", "_describe") for wait in (False, True)]
+    return [
+        _cannot_publish_rank(rank, folder / f"{name} {wait}", name, wait)
+        for name in ("write_atomically", "rename", "mkdir", "_describe")
+        for wait in (False, True)
+    ]
 
 
 def _cannot_publish_rank(rank, directory, name, wait):
@@ -698,8 +819,12 @@ def _cannot_publish_rank(rank, directory, name, wait):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner, where = {"write_atomically": (checkpoint, 0), "rename": (Path, 0), "mkdir": (Path, 0), "_describe": (checkpoint, 1)}[
-        name]
+    owner, where = {
+        "write_atomically": (checkpoint, 0),
+        "rename": (Path, 0),
+        "mkdir": (Path, 0),
+        "_describe": (checkpoint, 1),
+    }[name]
     checkpoints = Checkpoints(directory, world)
     checkpoints.save(10, state(10, world), {"step": 10}, wait=True)
     real = getattr(owner, name)
@@ -815,7 +940,9 @@ class Call:
 
 def named(module, name, *arguments):
     """A pickle that looks up `name` in `module`, dots included, and calls it."""
-    text = b"".join(b"\x8c" + bytes([len(part)]) + part for part in (module.encode(), name.encode()))
+    text = b"".join(
+        b"\x8c" + bytes([len(part)]) + part for part in (module.encode(), name.encode())
+    )
     inner = pickle.dumps(arguments, protocol=4)[2:-1]
     return b"\x80\x04" + text + b"\x93" + inner[9:] + b"R."
 
@@ -825,7 +952,9 @@ def seal(folder):
     path = folder / "checkpoint.json"
     content = json.loads(path.read_text())
     del content["sha256"]
-    content["files"] = {file.name: checkpoint._describe(file) for file in folder.iterdir() if file.name != path.name}
+    content["files"] = {
+        file.name: checkpoint._describe(file) for file in folder.iterdir() if file.name != path.name
+    }
     path.write_text(json.dumps(content | {"sha256": checkpoint._digest(content)}))
 
 
@@ -882,9 +1011,20 @@ def test_a_hostile_metadata_is_refused_before_it_runs(two, tmp_path, kind):
         assert mark.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04", pickle.dumps([1, 2]), pickle.dumps(7), pickle.dumps(None), b"garbage",
-                                     pickle.dumps(dcp.metadata.Metadata(None)), pickle.dumps({"a": 1}),
-                                     pickle.dumps(dcp.metadata.Metadata({"weight": 3}))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04",
+        pickle.dumps([1, 2]),
+        pickle.dumps(7),
+        pickle.dumps(None),
+        b"garbage",
+        pickle.dumps(dcp.metadata.Metadata(None)),
+        pickle.dumps({"a": 1}),
+        pickle.dumps(dcp.metadata.Metadata({"weight": 3})),
+    ],
+)
 def test_a_metadata_that_is_none_is_an_input_error(two, content):
     directory = two()
     (directory / NEWEST / META).write_bytes(content)
@@ -905,7 +1045,9 @@ def save_as_torch_does(folder, tensors):
 def test_what_is_not_a_tensor_is_not_unpickled(two, tmp_path):
     directory, mark = two(), tmp_path / "mark"
     folder = directory / NEWEST
-    save_as_torch_does(folder, {"weight": torch.zeros(3, 4, 5), "extra": Call(os.system, f"touch {mark}")})
+    save_as_torch_does(
+        folder, {"weight": torch.zeros(3, 4, 5), "extra": Call(os.system, f"touch {mark}")}
+    )
     refused(directory, {"weight": torch.zeros(3, 4, 5)}, {"extra": torch.zeros(3)})
     assert not mark.exists()
     dcp.load({"weight": torch.zeros(3, 4, 5), "extra": None}, checkpoint_id=folder, no_dist=True)
@@ -916,8 +1058,12 @@ def test_the_planner_does_not_unpickle_either(two, tmp_path, monkeypatch):
     """Should BytesStorageMetadata ever be let in."""
     directory, mark = two(), tmp_path / "mark"
     save_as_torch_does(directory / NEWEST, {"extra": Call(os.system, f"touch {mark}")})
-    monkeypatch.setattr(checkpoint._Unpickler, "_OF_DCP", checkpoint._Unpickler._OF_DCP | {"BytesStorageMetadata"})
-    monkeypatch.setattr(Checkpoints, "describe", lambda *_: {"extra": torch.zeros(3, device="meta")})
+    monkeypatch.setattr(
+        checkpoint._Unpickler, "_OF_DCP", checkpoint._Unpickler._OF_DCP | {"BytesStorageMetadata"}
+    )
+    monkeypatch.setattr(
+        Checkpoints, "describe", lambda *_: {"extra": torch.zeros(3, device="meta")}
+    )
     refused(directory, {"extra": torch.zeros(3)})
     assert not mark.exists()
 

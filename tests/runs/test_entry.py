@@ -1,4 +1,5 @@
-"""How a stage enters its run directory: new, resumed, finished, refused; and what never becomes a checkpoint."""
+"""How a stage enters its run directory: new, resumed, finished, refused; and what never becomes a
+checkpoint."""
 
 import json
 import re
@@ -38,7 +39,8 @@ def enter(run, config, setting=SETTING, **options):
 
 
 def stopped_after(run, config, num_epochs, *, had_checkpoint):
-    """A run that was stopped, with metrics and a trajectory of so many epochs, and no checkpoint there now."""
+    """A run that was stopped, with metrics and a trajectory of so many epochs, and no checkpoint
+    there now."""
     enter(run, config)
     for epoch in range(num_epochs):
         run.append_metrics({"epoch": epoch})
@@ -51,7 +53,9 @@ def stopped_after(run, config, num_epochs, *, had_checkpoint):
 def test_a_run_without_a_checkpoint_yet_starts_over(run, config, every_epochs):
     """Also after several epochs: the first save may have been under way."""
     stopped_after(run, config, 3, had_checkpoint=False)
-    changed = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": every_epochs})})
+    changed = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": every_epochs})}
+    )
     start = enter(run, changed)
     assert start.resume is None
     assert start.result is None
@@ -70,8 +74,12 @@ def test_a_run_that_lost_its_checkpoints_keeps_the_rest(run, config, every_epoch
     stopped_after(run, config, 3, had_checkpoint=True)
     if left != "nothing":
         (run.checkpoints / f"step_0000000010.{left}").mkdir(parents=True)
-    changed = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": every_epochs})})
-    with pytest.raises(InputError, match=r"3 epochs of an unfinished run, and no checkpoint.*restore checkpoints/"):
+    changed = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": every_epochs})}
+    )
+    with pytest.raises(
+        InputError, match=r"3 epochs of an unfinished run, and no checkpoint.*restore checkpoints/"
+    ):
         enter(run, changed)
     assert len(run.read_metrics()) == 3
     assert run.trajectory.exists()
@@ -80,7 +88,9 @@ def test_a_run_that_lost_its_checkpoints_keeps_the_rest(run, config, every_epoch
 
 def test_publishing_a_checkpoint_is_remembered(run, config):
     with entered(run, config, SETTING, world.current_world("cpu")) as start:
-        start.checkpoints.save(3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True)
+        start.checkpoints.save(
+            3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True
+        )
     assert run.read_env()["has_checkpoints"] is True
     assert enter(run, config).resume.step == 3
 
@@ -88,7 +98,9 @@ def test_publishing_a_checkpoint_is_remembered(run, config):
 @pytest.mark.parametrize(("count", "goes_on"), [("0", False), ("1", True)])
 def test_fresh_is_said_to_the_first_start_only(run, config, monkeypatch, count, goes_on):
     with entered(run, config, SETTING, world.current_world("cpu")) as start:
-        start.checkpoints.save(3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True)
+        start.checkpoints.save(
+            3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True
+        )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
     assert (enter(run, config, fresh=True, force=True).resume is not None) == goes_on
 
@@ -106,13 +118,16 @@ def test_starting_over_moves_what_was_there_aside(run, config):
         for folder in (run.scores, run.coresets, run.retrain):
             folder.mkdir(exist_ok=True)
         enter(run, config, fresh=True, force=True)
-        assert {path.name for path in run.path.iterdir() if not path.name.startswith("before-")} == {
-            "config.yaml", "env.json", "log.txt", "status.json", "coresets", "retrain"}
+        assert {
+            path.name for path in run.path.iterdir() if not path.name.startswith("before-")
+        } == {"config.yaml", "env.json", "log.txt", "status.json", "coresets", "retrain"}
     folders = sorted(run.path.glob("before-*"))
     assert str(folders[0]) in run.log_file.read_text() + (folders[-1] / "log.txt").read_text()
     for folder in folders:
         assert len(RunDir(folder).read_metrics()) == 3
-        assert {"config.yaml", "env.json", "trajectory", "scores"} <= {path.name for path in folder.iterdir()}
+        assert {"config.yaml", "env.json", "trajectory", "scores"} <= {
+            path.name for path in folder.iterdir()
+        }
     assert len(folders) == 2
 
 
@@ -145,14 +160,32 @@ def test_the_table_names_keys_that_exist():
 
 
 @pytest.mark.parametrize("stage", ["collect", "retrain"])
-@pytest.mark.parametrize(("override", "changed"), [
-    *((override, "") for override in (
-        "train.log_every=10", "checkpoint.every_seconds=9.0", "train.eval_every=3", "train.accumulation=2",
-        "score.on_nan=quarantine", "score.trajectory=false", "score.windows=[{T: 3, K: 2, pruning_rates: [0.3]}]",
-        "run.name=other", "data.num_workers=3", "retrain.epochs=3", "pipeline.seeds=[1]")),
-    ("train.lr=0.07", "train.lr was 0.05, now 0.07"), ("run.seed=3", "run.seed was 0, now 3"),
-    ("model.compile=true", "model.compile was False, now True"), ("score.beta=0.5", "score.beta was 0.9, now 0.5"),
-    ("collect.stop_after=last_window", "collect.stop_after was 'schedule', now 'last_window'")])
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        *(
+            (override, "")
+            for override in (
+                "train.log_every=10",
+                "checkpoint.every_seconds=9.0",
+                "train.eval_every=3",
+                "train.accumulation=2",
+                "score.on_nan=quarantine",
+                "score.trajectory=false",
+                "score.windows=[{T: 3, K: 2, pruning_rates: [0.3]}]",
+                "run.name=other",
+                "data.num_workers=3",
+                "retrain.epochs=3",
+                "pipeline.seeds=[1]",
+            )
+        ),
+        ("train.lr=0.07", "train.lr was 0.05, now 0.07"),
+        ("run.seed=3", "run.seed was 0, now 3"),
+        ("model.compile=true", "model.compile was False, now True"),
+        ("score.beta=0.5", "score.beta was 0.9, now 0.5"),
+        ("collect.stop_after=last_window", "collect.stop_after was 'schedule', now 'last_window'"),
+    ],
+)
 def test_what_a_run_may_go_on_with_and_count_as(run, config_file, stage, override, changed):
     windows = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]"
     tree = to_dict(load_config(config_file, [windows]))
@@ -164,23 +197,44 @@ def test_what_a_run_may_go_on_with_and_count_as(run, config_file, stage, overrid
     assert differences(run, now, {"stage": stage}) == ([changed] if changed else [])
 
 
-@pytest.mark.parametrize(("was", "now", "told"), [
-    ("a", "a", ""), ("a", "b", "it was started with other images than data.train=elsewhere.beton holds now"),
-    ("a", None, "data.train was '"), (None, "a", "data.train was '")])
-def test_images_are_compared_by_content_and_by_name_where_it_is_not_known(run, config, was, now, told):
+@pytest.mark.parametrize(
+    ("was", "now", "told"),
+    [
+        ("a", "a", ""),
+        ("a", "b", "it was started with other images than data.train=elsewhere.beton holds now"),
+        ("a", None, "data.train was '"),
+        (None, "a", "data.train was '"),
+    ],
+)
+def test_images_are_compared_by_content_and_by_name_where_it_is_not_known(
+    run, config, was, now, told
+):
     def setting(content):
         return {"stage": "collect"} | ({"data": {"train": content, "val": "v"}} if content else {})
 
     run.start(to_dict(config), setting(was), 1, "cpu")
-    moved = config.model_copy(update={"data": config.data.model_copy(update={"train": "elsewhere.beton"})})
+    moved = config.model_copy(
+        update={"data": config.data.model_copy(update={"train": "elsewhere.beton"})}
+    )
     found = differences(run, moved, setting(now))
     assert [text.startswith(told) for text in found] == [True] * bool(told)
 
 
-@pytest.mark.parametrize(("override", "same"), [
-    ("run.seed=3", True), ("run.dir=x", True), ("train.log_every=9", True), ("checkpoint.keep=3", True),
-    ("score.baselines.el2n_epochs=1", True), ("train.accumulation=2", False), ("train.eval_every=3", False),
-    ("score.on_nan=quarantine", False), ("train.lr=0.07", False), ("collect.stop_after=last_window", False)])
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("run.seed=3", True),
+        ("run.dir=x", True),
+        ("train.log_every=9", True),
+        ("checkpoint.keep=3", True),
+        ("score.baselines.el2n_epochs=1", True),
+        ("train.accumulation=2", False),
+        ("train.eval_every=3", False),
+        ("score.on_nan=quarantine", False),
+        ("train.lr=0.07", False),
+        ("collect.stop_after=last_window", False),
+    ],
+)
 def test_seeds_of_one_setting(config, config_file, override, same):
     other = to_dict(load_config(config_file, [override]))
     del other["model"]["compile"]
@@ -190,7 +244,12 @@ def test_seeds_of_one_setting(config, config_file, override, same):
 # ---- with training
 
 
-BASE = ("train.deterministic=true", "train.epochs=4", "score.windows=[{T: 4, K: 3}]", "score.final_pass=false")
+BASE = (
+    "train.deterministic=true",
+    "train.epochs=4",
+    "score.windows=[{T: 4, K: 3}]",
+    "score.final_pass=false",
+)
 
 
 def _nan_gradient(step, rank):
@@ -214,10 +273,14 @@ def test_weights_that_are_not_finite_are_never_saved(config_file, tmp_path):
     command = ["collect", config_file, *BASE]
     straight, hurt = tmp_path / "straight", tmp_path / "hurt"
     assert jobs.run([*command, f"run.dir={straight}"], 1, tmp_path / "a")[0] == [0]
-    codes, text = jobs.run([*command, f"run.dir={hurt}"], 1, tmp_path / "b", partial(_nan_gradient, 10))
+    codes, text = jobs.run(
+        [*command, f"run.dir={hurt}"], 1, tmp_path / "b", partial(_nan_gradient, 10)
+    )
     assert codes == [2]
     assert "NaN or infinite" in text or "not finite" in text
-    assert [path.name for path in sorted((hurt / "checkpoints").glob("step_*"))] == ["step_0000000005"]
+    assert [path.name for path in sorted((hurt / "checkpoints").glob("step_*"))] == [
+        "step_0000000005"
+    ]
     codes, text = jobs.run([*command, f"run.dir={hurt}"], 1, tmp_path / "c")
     assert codes == [0], text
     assert jobs.differences(jobs.state_of(straight), jobs.state_of(hurt)) == []
@@ -241,7 +304,12 @@ def _lose_lock_after_training(rank):
 @pytest.mark.slow
 def test_a_job_whose_directory_was_taken_over_writes_nothing_more(config_file, tmp_path):
     folder = tmp_path / "run"
-    codes, text = jobs.run(["collect", config_file, *BASE, f"run.dir={folder}"], 2, tmp_path / "out", _lose_lock_after_training)
+    codes, text = jobs.run(
+        ["collect", config_file, *BASE, f"run.dir={folder}"],
+        2,
+        tmp_path / "out",
+        _lose_lock_after_training,
+    )
     assert codes == [2, 2], text
     assert "taken over by another job" in text
     assert not (folder / "result.json").exists()
@@ -252,17 +320,25 @@ def test_a_job_whose_directory_was_taken_over_writes_nothing_more(config_file, t
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_checkpoint_by_time_is_one_and_a_trajectory_that_was_given_up_is_not_scored(config_file, tmp_path):
+def test_a_checkpoint_by_time_is_one_and_a_trajectory_that_was_given_up_is_not_scored(
+    config_file, tmp_path
+):
     """Saves by time come at least two steps apart: the flag that asks for one is a step old."""
     from tdds_dist.scoring.offline import score_all
 
     folder = tmp_path / "run"
     by_time = ["checkpoint.every_seconds=0.001", "checkpoint.every_epochs=0"]
     command = ["collect", config_file, *BASE, f"run.dir={folder}", *by_time]
-    assert jobs.run(command, 2, tmp_path / "a", jobs.at_step(12, jobs.signal_self(signal.SIGTERM), [0]))[0] == [75, 75]
-    saved = [int(step) for step in re.findall(r"checkpoint at step (\d+) saved", (folder / "log.txt").read_text())]
+    assert jobs.run(
+        command, 2, tmp_path / "a", jobs.at_step(12, jobs.signal_self(signal.SIGTERM), [0])
+    )[0] == [75, 75]
+    saved = [
+        int(step)
+        for step in re.findall(r"checkpoint at step (\d+) saved", (folder / "log.txt").read_text())
+    ]
     assert len(saved) >= 4
-    assert all(b - a >= 2 or b % 5 == 0 for a, b in pairwise(saved[:-1])), saved  # at epoch ends, and at the signal, anew
+    # at epoch ends, and at the signal, anew
+    assert all(b - a >= 2 or b % 5 == 0 for a, b in pairwise(saved[:-1])), saved
     assert "stopped: SIGTERM: saved" in (folder / "log.txt").read_text()
     codes, text = jobs.run([*command, "score.trajectory=false"], 2, tmp_path / "b")
     assert codes == [0, 0], text
@@ -272,11 +348,14 @@ def test_a_checkpoint_by_time_is_one_and_a_trajectory_that_was_given_up_is_not_s
 
 def test_a_checkpoint_says_what_it_is_of_and_one_of_other_images_is_refused(run, config):
     with entered(run, config, SETTING, world.current_world("cpu")) as start:
-        start.checkpoints.save(3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True)
+        start.checkpoints.save(
+            3, {"a": torch.ones(2)}, {"epoch": 0, "step": 3, "world_size": 1}, wait=True
+        )
     about = enter(run, config).resume.about
     assert about["data"] == SETTING["data"]
     assert about["config"]["train"]["lr"] == config.train.lr
-    env = run.read_env() | {"data": {"train": "c", "val": "b"}}  # as if the folder had been copied here from another run
+    # as if the folder had been copied here from another run
+    env = run.read_env() | {"data": {"train": "c", "val": "b"}}
     run.write_env(env)
     with pytest.raises(InputError, match="it was made from other images"):
         enter(run, config, SETTING | {"data": env["data"]})

@@ -1,4 +1,5 @@
-"""The lock of a run directory: who is refused, whose lock is taken over, and that of many newcomers one wins.
+"""The lock of a run directory: who is refused, whose lock is taken over, and that of many newcomers
+one wins.
 
 Holders are processes of their own, killed for real. Another host is one that gives another name.
 """
@@ -51,8 +52,14 @@ class Holder:
 
     def __init__(self, directory: Path, before: str = "", **options: Any):
         command = [sys.executable, "-c", HOLDER, str(directory), json.dumps(options), before]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO,
-                                        env=os.environ | {"PYTHONPATH": str(REPO)})
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
+            env=os.environ | {"PYTHONPATH": str(REPO)},
+        )
         self.pid = self.process.pid
 
     def answer(self) -> Any:
@@ -195,7 +202,11 @@ def test_directory_that_cannot_be_one(tmp_path):
     (tmp_path / "file").touch()
     for name in ("dangling", "run.lock"):
         (tmp_path / name).symlink_to(tmp_path / "nowhere")
-    for directory, words in ((tmp_path / "file", "file"), (tmp_path / "dangling", "dangling"), (tmp_path, r"run\.lock")):
+    for directory, words in (
+        (tmp_path / "file", "file"),
+        (tmp_path / "dangling", "dangling"),
+        (tmp_path, r"run\.lock"),
+    ):
         with pytest.raises(OSError, match=words):
             RunLock(directory).acquire()
 
@@ -210,7 +221,8 @@ def test_heartbeat_out_of_range(tmp_path, seconds):
 
 
 def test_live_holder_is_named(tmp_path, hold, monkeypatch):
-    """Also one that is stopped, or that /proc hides: its age cannot be asked, so the way out says what to do then."""
+    """Also one that is stopped, or that /proc hides: its age cannot be asked, so the way out says
+    what to do then."""
     holder = hold(tmp_path, heartbeat_seconds=BEAT)
     holder.process.send_signal(signal.SIGSTOP)
     time.sleep(4 * BEAT)
@@ -219,11 +231,15 @@ def test_live_holder_is_named(tmp_path, hold, monkeypatch):
     start = time.monotonic()
     message = refused(tmp_path)
     assert time.monotonic() - start < 1
-    assert message.startswith(f"{tmp_path} is in use by pid {holder.pid} on {record['host']} since {record['since']} (-c ")
+    assert message.startswith(
+        f"{tmp_path} is in use by pid {holder.pid} on {record['host']} since {record['since']} (-c "
+    )
     assert message.endswith("...); wait for it, stop it, or choose another run.dir")
     with monkeypatch.context() as patch:
         patch.setattr(lock_module, "_process", lambda pid: None)
-        assert refused(tmp_path).endswith(f"if that job is certainly dead, remove {tmp_path}/run.lock")
+        assert refused(tmp_path).endswith(
+            f"if that job is certainly dead, remove {tmp_path}/run.lock"
+        )
     assert files(tmp_path) == ["run.lock"]
     holder.process.send_signal(signal.SIGCONT)
     assert holder.ask("release") is False
@@ -243,8 +259,11 @@ def test_killed_holder_is_succeeded_at_once(tmp_path, hold, monkeypatch, is_hidd
     start = time.monotonic()
     with RunLock(tmp_path) as message:
         assert time.monotonic() - start < 1
-        assert message == (f"took over the lock of a job that died (pid {holder.pid} on {record['host']}, "
-                           f"since {record['since']})")
+        assert (
+            message
+            == f"took over the lock of a job that died (pid {holder.pid} on {record['host']}, "
+            f"since {record['since']})"
+        )
         assert files(tmp_path) == ["run.lock"]
         assert content(tmp_path)["pid"] == os.getpid()
     assert files(tmp_path) == []
@@ -261,7 +280,8 @@ def test_pid_that_went_to_another_process(tmp_path):
 
 @pytest.mark.parametrize("key", ["boot_id", "pid_namespace"])
 def test_machine_of_the_same_name_is_another_one(tmp_path, hold, said, key):
-    """Its processes cannot be seen here: it is watched, though no process of that number is here."""
+    """Its processes cannot be seen here: it is watched, though no process of that number is
+    here."""
     holder = hold(tmp_path, f"lock._{key} = lambda: 'other'", heartbeat_seconds=SLOW_BEAT)
     edit(tmp_path, pid=2**31 - 1)
     with pytest.raises(InputError, match="in use by pid 2147483647 on "):
@@ -298,7 +318,9 @@ def test_beating_heart_elsewhere(tmp_path, hold, said):
     for moment in moments:
         path.write_bytes(left)
         os.utime(path, (moment, moment))
-        assert acquire(tmp_path).startswith(f"took over the lock of a job that died (pid {holder.pid} on node7, since ")
+        assert acquire(tmp_path).startswith(
+            f"took over the lock of a job that died (pid {holder.pid} on node7, since "
+        )
 
 
 def test_watched_for_the_beats_of_the_holder(tmp_path, dead_lock):
@@ -388,9 +410,22 @@ def test_lock_that_is_removed_or_replaced(tmp_path, dead_lock):
 # ---- damaged files
 
 
-@pytest.mark.parametrize("damage", [
-    "", "half", "\0\u07ff", "[]", {"token": None}, {"token": "../../" + "a" * 26}, {"pid": "1"}, {"pid": -1},
-    {"heartbeat_seconds": 1e99}, {"heartbeat_seconds": float("nan")}], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "half",
+        "\0\u07ff",
+        "[]",
+        {"token": None},
+        {"token": "../../" + "a" * 26},
+        {"pid": "1"},
+        {"pid": -1},
+        {"heartbeat_seconds": 1e99},
+        {"heartbeat_seconds": float("nan")},
+    ],
+    ids=str,
+)
 def test_damaged_file_is_watched_and_taken_over(tmp_path, monkeypatch, dead_lock, said, damage):
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", BEAT)
     path = tmp_path / "run.lock"
@@ -421,7 +456,9 @@ def test_lock_that_was_half_written_is_looked_at_again(tmp_path, monkeypatch):
     with RunLock(tmp_path):
         whole = (tmp_path / "run.lock").read_text()
         (tmp_path / "run.lock").write_text(whole[:20])
-        monkeypatch.setattr(lock_module.log, "info", lambda _: (tmp_path / "run.lock").write_text(whole))
+        monkeypatch.setattr(
+            lock_module.log, "info", lambda _: (tmp_path / "run.lock").write_text(whole)
+        )
         with pytest.raises(InputError, match=f"in use by pid {os.getpid()} on "):
             RunLock(tmp_path).acquire()
 
@@ -435,11 +472,16 @@ def test_text_from_a_lock_stays_on_one_line(tmp_path, hold):
 # ---- many newcomers
 
 
-def race(number: int, directories: list[Path], options: dict[str, Any], barrier: Any, results: Any) -> None:
-    """Per directory, what this newcomer gets: ("won", message, whether the file is its own) or ("refused", message)."""
+def race(
+    number: int, directories: list[Path], options: dict[str, Any], barrier: Any, results: Any
+) -> None:
+    """Per directory, what this newcomer gets: ("won", message, whether the file is its own) or
+    ("refused", message)."""
     outcomes: list[tuple[Any, ...]] = []
     for directory in directories:
-        lock = RunLock(directory, **options | ({"host": f"node{number}"} if "host" in options else {}))
+        lock = RunLock(
+            directory, **options | ({"host": f"node{number}"} if "host" in options else {})
+        )
         barrier.wait(30)
         try:
             message = lock.acquire()
@@ -452,11 +494,17 @@ def race(number: int, directories: list[Path], options: dict[str, Any], barrier:
     results.put(outcomes)
 
 
-def race_results(directories: list[Path], newcomers: int, **options: Any) -> list[list[tuple[Any, ...]]]:
+def race_results(
+    directories: list[Path], newcomers: int, **options: Any
+) -> list[list[tuple[Any, ...]]]:
     """By directory, the outcomes of all newcomers."""
     results, barrier = _context.Queue(), _context.Barrier(newcomers)
-    processes = [_context.Process(target=race, args=(number, directories, options, barrier, results), daemon=True)
-                 for number in range(newcomers)]
+    processes = [
+        _context.Process(
+            target=race, args=(number, directories, options, barrier, results), daemon=True
+        )
+        for number in range(newcomers)
+    ]
     for process in processes:
         process.start()
     try:
@@ -502,7 +550,8 @@ def test_one_of_many_hosts_wins_a_stale_lock(tmp_path, dead_lock):
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_newcomer_who_is_too_slow(tmp_path, dead_lock, monkeypatch, stays):
-    """It finds the lock dead, and before it acts another one takes over and tidies up, and perhaps leaves again."""
+    """It finds the lock dead, and before it acts another one takes over and tidies up, and perhaps
+    leaves again."""
     (tmp_path / "run.lock").write_bytes(dead_lock)
     fast, slow = RunLock(tmp_path), RunLock(tmp_path)
     real = lock_module._place
@@ -529,17 +578,21 @@ def test_newcomer_who_is_too_slow(tmp_path, dead_lock, monkeypatch, stays):
 
 def test_newcomer_killed_in_the_middle_of_a_takeover(tmp_path, dead_lock):
     (tmp_path / "run.lock").write_bytes(dead_lock)
-    killed = Holder(tmp_path, """
+    killed = Holder(
+        tmp_path,
+        """
 import os
 real = lock.write_atomically
 lock.write_atomically = lambda path, write: os.kill(os.getpid(), 9) if path.name == "run.lock" else real(path, write)
-""")
+""",
+    )
     assert killed.process.wait(20) == -signal.SIGKILL
     killed.end()
     assert (tmp_path / "run.lock").read_bytes() == dead_lock
     assert len(files(tmp_path)) == 2
     with RunLock(tmp_path) as message:
-        assert f"(pid {json.loads(dead_lock)['pid']} on " in message  # the job that ran, not the one that never did
+        # the job that ran, not the one that never did
+        assert f"(pid {json.loads(dead_lock)['pid']} on " in message
         assert files(tmp_path) == ["run.lock"]
         assert content(tmp_path)["pid"] == os.getpid()
 

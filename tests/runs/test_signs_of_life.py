@@ -1,4 +1,5 @@
-"""status.json, and what a launcher tells a run by variables: when to leave, how long to wait for the one before, its CPUs."""
+"""status.json, and what a launcher tells a run by variables: when to leave, how long to wait for
+the one before, its CPUs."""
 
 import json
 import math
@@ -28,10 +29,29 @@ from tdds_dist.runs.status import Pulse
 from tdds_dist.training import engine
 from tests import jobs
 
-KEYS = {"stage", "state", "epoch", "epochs", "step", "steps", "images_per_second", "eta_seconds", "updated", "host", "pid",
-        "world_size", "job", "message"}
+KEYS = {
+    "stage",
+    "state",
+    "epoch",
+    "epochs",
+    "step",
+    "steps",
+    "images_per_second",
+    "eta_seconds",
+    "updated",
+    "host",
+    "pid",
+    "world_size",
+    "job",
+    "message",
+}
 SETTING = {"stage": "collect", "data": {"train": "a", "val": "b"}}
-BASE = ("train.deterministic=true", "train.epochs=4", "score.windows=[{T: 4, K: 3}]", "score.final_pass=false")
+BASE = (
+    "train.deterministic=true",
+    "train.epochs=4",
+    "score.windows=[{T: 4, K: 3}]",
+    "score.final_pass=false",
+)
 SHORT = (*BASE, "train.epochs=2", "score.windows=[{T: 2, K: 2}]")
 STEPS = 5  # per epoch: 120 images, 24 at a time
 
@@ -65,16 +85,36 @@ def test_a_beat_is_the_whole_file(tmp_path, monkeypatch):
     pulse.beat("starting")
     first = status(tmp_path)
     assert first == {
-        "stage": "retrain", "state": "starting", "epoch": 0, "epochs": 0, "step": 0, "steps": 0, "images_per_second": None,
-        "eta_seconds": None, "updated": first["updated"], "host": socket.gethostname(), "pid": os.getpid(), "world_size": 4,
-        "job": "12_3", "message": ""}
+        "stage": "retrain",
+        "state": "starting",
+        "epoch": 0,
+        "epochs": 0,
+        "step": 0,
+        "steps": 0,
+        "images_per_second": None,
+        "eta_seconds": None,
+        "updated": first["updated"],
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "world_size": 4,
+        "job": "12_3",
+        "message": "",
+    }
     assert abs(first["updated"] - time.time()) < 60
-    pulse.beat("training", epoch=2, epochs=9, step=11, steps=45, images_per_second=10.5, eta_seconds=60.0)
+    pulse.beat(
+        "training", epoch=2, epochs=9, step=11, steps=45, images_per_second=10.5, eta_seconds=60.0
+    )
     pulse.beat("stopped", message="why")
     last = status(tmp_path)
     assert last.keys() == KEYS
     assert last["updated"] >= first["updated"]
-    assert (last["state"], last["message"], last["epoch"], last["eta_seconds"]) == ("stopped", "why", 2, 60.0)  # what was known
+    # what was known
+    assert (last["state"], last["message"], last["epoch"], last["eta_seconds"]) == (
+        "stopped",
+        "why",
+        2,
+        60.0,
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -107,7 +147,11 @@ def test_a_file_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, troub
     elif trouble == "full":
         path.parent.mkdir()
         path.write_text("before")
-        monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        monkeypatch.setattr(
+            Path,
+            "write_text",
+            lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        )
     beating = Pulse(path, "collect", 1, True)
     beating.beat("training")
     beating.beat("finished")
@@ -131,14 +175,23 @@ def test_a_stage_says_starting_and_then_how_it_ended(run, config):
     assert (status(run.path)["state"], status(run.path)["eta_seconds"]) == ("finished", None)
 
 
-@pytest.mark.parametrize(("error", "state", "message"), [
-    (Preempted("SIGTERM: saved", agreed=True), "stopped", "SIGTERM: saved"),
-    (InputError("NaN at step 3"), "failed", "NaN at step 3"),
-    (ZeroDivisionError("division"), "failed", "ZeroDivisionError: division"),
-    (KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
-    (RuntimeError("[gloo] Connection closed"), "failed", "RuntimeError: [gloo] Connection closed")])
+@pytest.mark.parametrize(
+    ("error", "state", "message"),
+    [
+        (Preempted("SIGTERM: saved", agreed=True), "stopped", "SIGTERM: saved"),
+        (InputError("NaN at step 3"), "failed", "NaN at step 3"),
+        (ZeroDivisionError("division"), "failed", "ZeroDivisionError: division"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
+        (
+            RuntimeError("[gloo] Connection closed"),
+            "failed",
+            "RuntimeError: [gloo] Connection closed",
+        ),
+    ],
+)
 def test_a_stage_that_does_not_finish_says_why(run, config, error, state, message):
     """stopped: asked to leave, and able to go on."""
+
     def train():
         with enter(run, config) as found:
             found.pulse.beat("training", epoch=2, eta_seconds=5.0)
@@ -147,7 +200,12 @@ def test_a_stage_that_does_not_finish_says_why(run, config, error, state, messag
     with pytest.raises(type(error)):
         train()
     left = status(run.path)
-    assert (left["state"], left["message"], left["epoch"], left["eta_seconds"]) == (state, message, 2, None)
+    assert (left["state"], left["message"], left["epoch"], left["eta_seconds"]) == (
+        state,
+        message,
+        2,
+        None,
+    )
 
 
 def test_a_stage_that_is_not_let_in_leaves_the_file_of_the_other(run, config):
@@ -198,10 +256,18 @@ def test_a_time_that_is_none_is_never(monkeypatch, text):
 def test_the_time_to_leave(monkeypatch):
     assert Interruption().leave_at == math.inf
     clock = [1000.0]
-    monkeypatch.setattr(interruption, "time", SimpleNamespace(time=lambda: clock[0], monotonic=time.monotonic))
+    monkeypatch.setattr(
+        interruption, "time", SimpleNamespace(time=lambda: clock[0], monotonic=time.monotonic)
+    )
     monkeypatch.setenv("TDDS_LEAVE_AT", "1060.5")
     asked = Interruption()
-    for now, requested in ((1000.0, ""), (1060.4, ""), (1060.5, TIME_LIMIT), (1059.0, ""), (5000.0, TIME_LIMIT)):
+    for now, requested in (
+        (1000.0, ""),
+        (1060.4, ""),
+        (1060.5, TIME_LIMIT),
+        (1059.0, ""),
+        (5000.0, TIME_LIMIT),
+    ):
         clock[0] = now
         assert asked.requested == requested
     with asked, asked.watched():
@@ -236,8 +302,12 @@ def test_a_holder_that_ends_is_waited_for(run, config, said, monkeypatch):
     assert f"in use by pid {os.getpid()} on " in waiting[0]
 
 
-@pytest.mark.parametrize(("text", "least"), [("1", 1.0), ("0", 0.0), ("", 0.0), ("long", 0.0), ("-5", 0.0)])
-def test_a_holder_that_stays_is_not_waited_for_longer_than_that(run, config, said, monkeypatch, text, least):
+@pytest.mark.parametrize(
+    ("text", "least"), [("1", 1.0), ("0", 0.0), ("", 0.0), ("long", 0.0), ("-5", 0.0)]
+)
+def test_a_holder_that_stays_is_not_waited_for_longer_than_that(
+    run, config, said, monkeypatch, text, least
+):
     monkeypatch.setenv("TDDS_LOCK_WAIT_SECONDS", text)
     holder = RunLock(run.path)
     holder.acquire()
@@ -254,8 +324,10 @@ def test_a_holder_that_stays_is_not_waited_for_longer_than_that(run, config, sai
 # ---- CPUs
 
 
-@pytest.mark.parametrize(("text", "num"), [
-    ("6", 6), ("1", 1), ("", None), ("0", None), ("two", None), ("-3", None), ("1.5", None)])
+@pytest.mark.parametrize(
+    ("text", "num"),
+    [("6", 6), ("1", 1), ("", None), ("0", None), ("two", None), ("-3", None), ("1.5", None)],
+)
 def test_cpus_that_the_launcher_has_shared_out(monkeypatch, text, num):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9))
     monkeypatch.setenv("TDDS_CPUS_PER_RANK", text)
@@ -285,7 +357,9 @@ def _beat_at_every_step(rank):
 
 def _clock_goes_on(seconds):
     """From now on this process thinks that it is so much later when it looks whether to leave."""
-    interruption.time = SimpleNamespace(time=lambda: time.time() + seconds, monotonic=time.monotonic)
+    interruption.time = SimpleNamespace(
+        time=lambda: time.time() + seconds, monotonic=time.monotonic
+    )
 
 
 def _epochs_take(seconds, rank):
@@ -295,18 +369,49 @@ def _epochs_take(seconds, rank):
 @pytest.mark.distributed
 def test_a_collection_says_where_it_is(config_file, tmp_path):
     folder, kept = tmp_path / "run", tmp_path / "kept.json"
-    inject = jobs.all_of(partial(_tell, {"TDDS_JOB": "77"}), _beat_at_every_step,
-                         jobs.at_step(STEPS + 3, partial(_keep, folder / "status.json", kept), [0]))
+    inject = jobs.all_of(
+        partial(_tell, {"TDDS_JOB": "77"}),
+        _beat_at_every_step,
+        jobs.at_step(STEPS + 3, partial(_keep, folder / "status.json", kept), [0]),
+    )
     before = time.time()
-    codes, text = jobs.run(["collect", config_file, *SHORT, f"run.dir={folder}"], 1, tmp_path / "out", inject)
+    codes, text = jobs.run(
+        ["collect", config_file, *SHORT, f"run.dir={folder}"], 1, tmp_path / "out", inject
+    )
     assert codes == [0], text
     middle, left = json.loads(kept.read_text()), status(folder)
     assert middle.keys() == left.keys() == KEYS
-    assert [middle[key] for key in ("state", "epoch", "epochs", "step", "steps")] == ["training", 1, 2, STEPS + 2, 2 * STEPS]
+    assert [middle[key] for key in ("state", "epoch", "epochs", "step", "steps")] == [
+        "training",
+        1,
+        2,
+        STEPS + 2,
+        2 * STEPS,
+    ]
     assert middle["images_per_second"] > 0
     assert 0 < middle["eta_seconds"] < 600
-    keys = ("stage", "state", "epoch", "epochs", "step", "steps", "eta_seconds", "world_size", "job")
-    assert [left[key] for key in keys] == ["collect", "finished", 2, 2, 2 * STEPS, 2 * STEPS, None, 1, "77"]
+    keys = (
+        "stage",
+        "state",
+        "epoch",
+        "epochs",
+        "step",
+        "steps",
+        "eta_seconds",
+        "world_size",
+        "job",
+    )
+    assert [left[key] for key in keys] == [
+        "collect",
+        "finished",
+        2,
+        2,
+        2 * STEPS,
+        2 * STEPS,
+        None,
+        1,
+        "77",
+    ]
     assert before < middle["updated"] <= left["updated"] <= time.time()
     assert middle["pid"] == left["pid"] != os.getpid()
     assert left["host"] == socket.gethostname()
@@ -322,12 +427,23 @@ def test_a_collection_that_is_stopped_says_so_and_goes_on(config_file, tmp_path)
     codes, text = jobs.run(command, 2, tmp_path / "a", stop)
     assert codes == [75, 75], text
     left = status(folder)
-    assert (left["state"], left["epoch"], left["world_size"], left["eta_seconds"]) == ("stopped", 0, 2, None)
+    assert (left["state"], left["epoch"], left["world_size"], left["eta_seconds"]) == (
+        "stopped",
+        0,
+        2,
+        None,
+    )
     assert left["message"].startswith("SIGTERM: saved at epoch 1, step ")
     codes, text = jobs.run(command, 1, tmp_path / "b")
     assert codes == [0], text
     left = status(folder)
-    assert (left["state"], left["epoch"], left["step"], left["world_size"], left["message"]) == ("finished", 2, 10, 1, "")
+    assert (left["state"], left["epoch"], left["step"], left["world_size"], left["message"]) == (
+        "finished",
+        2,
+        10,
+        1,
+        "",
+    )
 
 
 @pytest.mark.distributed
@@ -335,8 +451,12 @@ def test_a_collection_that_is_stopped_says_so_and_goes_on(config_file, tmp_path)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_collection_that_fails_says_so(config_file, tmp_path, rank):
     folder = tmp_path / "run"
-    inject = jobs.all_of(jobs.quick, jobs.at_step(3, jobs.fail(ZeroDivisionError("the cause")), [rank]))
-    codes, text = jobs.run(["collect", config_file, *BASE, f"run.dir={folder}"], 2, tmp_path / "out", inject)
+    inject = jobs.all_of(
+        jobs.quick, jobs.at_step(3, jobs.fail(ZeroDivisionError("the cause")), [rank])
+    )
+    codes, text = jobs.run(
+        ["collect", config_file, *BASE, f"run.dir={folder}"], 2, tmp_path / "out", inject
+    )
     assert codes == [1, 1], text
     left = status(folder)
     assert left["state"] == "failed"
@@ -348,8 +468,11 @@ def test_a_collection_that_fails_says_so(config_file, tmp_path, rank):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_collection_that_finds_another_leaves_its_file_alone_or_waits_for_it(config_file, tmp_path):
-    """The first naps in a step; the second is refused; the third waits, until the first is killed, and goes on."""
+def test_a_collection_that_finds_another_leaves_its_file_alone_or_waits_for_it(
+    config_file, tmp_path
+):
+    """The first naps in a step; the second is refused; the third waits, until the first is killed,
+    and goes on."""
     folder, flag = tmp_path / "run", tmp_path / "napping"
     command = ["collect", config_file, *BASE, f"run.dir={folder}"]
     first = jobs.Job(command, 1, tmp_path / "a", jobs.at_step(STEPS + 3, jobs.nap(flag, 80.0)))
@@ -363,7 +486,9 @@ def test_a_collection_that_finds_another_leaves_its_file_alone_or_waits_for_it(c
         assert codes == [2]
         assert "is in use by pid" in text
         assert (folder / "status.json").read_bytes() == before
-        third = jobs.Job(command, 1, tmp_path / "c", partial(_tell, {"TDDS_LOCK_WAIT_SECONDS": "60"}))
+        third = jobs.Job(
+            command, 1, tmp_path / "c", partial(_tell, {"TDDS_LOCK_WAIT_SECONDS": "60"})
+        )
         third.until("waiting, because")
         assert (folder / "status.json").read_bytes() == before
     finally:
@@ -382,10 +507,14 @@ def test_a_collection_that_finds_another_leaves_its_file_alone_or_waits_for_it(c
 def test_a_run_leaves_before_its_time_limit_and_goes_on_bitwise(config_file, tmp_path, rank):
     """Whichever rank's clock is first; no signal comes."""
     straight, folder = tmp_path / "straight", tmp_path / "run"
-    assert jobs.run(["collect", config_file, *BASE, f"run.dir={straight}"], 2, tmp_path / "s")[0] == [0, 0]
+    assert jobs.run(["collect", config_file, *BASE, f"run.dir={straight}"], 2, tmp_path / "s")[
+        0
+    ] == [0, 0]
     command = ["collect", config_file, *BASE, f"run.dir={folder}", "checkpoint.every_epochs=0"]
-    inject = jobs.all_of(partial(_tell, {"TDDS_LEAVE_AT": str(time.time() + 3600)}),
-                         jobs.at_step(2 * STEPS + 2, partial(_clock_goes_on, 4000.0), [rank]))
+    inject = jobs.all_of(
+        partial(_tell, {"TDDS_LEAVE_AT": str(time.time() + 3600)}),
+        jobs.at_step(2 * STEPS + 2, partial(_clock_goes_on, 4000.0), [rank]),
+    )
     codes, text = jobs.run(command, 2, tmp_path / "a", inject)
     assert codes == [75, 75], text
     assert text.count("tdds collect: time limit: saved at epoch 3, step ") == 1  # by rank 0
@@ -395,23 +524,38 @@ def test_a_run_leaves_before_its_time_limit_and_goes_on_bitwise(config_file, tmp
     step = int(left["message"].split("step ")[1].split(";")[0])
     assert 2 * STEPS + 2 <= step <= 2 * STEPS + 4  # soon: the ranks agree a step later
     assert [path.name for path in (folder / "checkpoints").glob("step_*")] == [f"step_{step:010}"]
-    codes, text = jobs.run(command, 2, tmp_path / "b", partial(_tell, {"TDDS_LEAVE_AT": str(time.time() + 3600)}))
+    codes, text = jobs.run(
+        command, 2, tmp_path / "b", partial(_tell, {"TDDS_LEAVE_AT": str(time.time() + 3600)})
+    )
     assert codes == [0, 0], text
     assert jobs.differences(jobs.state_of(straight), jobs.state_of(folder)) == []
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize(("leave_in", "epoch_seconds", "saves"), [
-    (3600.0, 4000.0, True), (3600.0, 10.0, False), (None, 1e9, False)])
-def test_what_would_not_fit_before_the_time_limit_is_saved_before_it(config_file, tmp_path, leave_in, epoch_seconds, saves):
+@pytest.mark.parametrize(
+    ("leave_in", "epoch_seconds", "saves"),
+    [(3600.0, 4000.0, True), (3600.0, 10.0, False), (None, 1e9, False)],
+)
+def test_what_would_not_fit_before_the_time_limit_is_saved_before_it(
+    config_file, tmp_path, leave_in, epoch_seconds, saves
+):
     """Although nothing else asks for a checkpoint; the run is killed in the third epoch."""
     folder = tmp_path / "run"
     told = {} if leave_in is None else {"TDDS_LEAVE_AT": str(time.time() + leave_in)}
-    inject = jobs.all_of(partial(_tell, told), partial(_epochs_take, epoch_seconds),
-                         jobs.at_step(2 * STEPS + 4, jobs.signal_self(signal.SIGKILL)))
-    never = ["checkpoint.every_epochs=0", "checkpoint.every_seconds=0", "checkpoint.asynchronous=false"]
-    codes, text = jobs.run(["collect", config_file, *BASE, *never, f"run.dir={folder}"], 2, tmp_path / "out", inject)
+    inject = jobs.all_of(
+        partial(_tell, told),
+        partial(_epochs_take, epoch_seconds),
+        jobs.at_step(2 * STEPS + 4, jobs.signal_self(signal.SIGKILL)),
+    )
+    never = [
+        "checkpoint.every_epochs=0",
+        "checkpoint.every_seconds=0",
+        "checkpoint.asynchronous=false",
+    ]
+    codes, text = jobs.run(
+        ["collect", config_file, *BASE, *never, f"run.dir={folder}"], 2, tmp_path / "out", inject
+    )
     assert codes == [-9, -9], text
     saved = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     assert saved == ([f"step_{STEPS:010}", f"step_{2 * STEPS:010}"] if saves else [])

@@ -1,4 +1,5 @@
-"""`tdds status` and `tdds logs`: what is told of run directories in every condition, and which log is shown."""
+"""`tdds status` and `tdds logs`: what is told of run directories in every condition, and which log
+is shown."""
 
 import argparse
 import io
@@ -23,12 +24,21 @@ from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.lock import RunLock
 from tdds_dist.runs.status import Pulse, find_runs, read_status
 
-PROGRESS = {"epoch": 3, "epochs": 10, "step": 1234, "steps": 4000, "images_per_second": 812.3, "eta_seconds": 700.0}
+PROGRESS = {
+    "epoch": 3,
+    "epochs": 10,
+    "step": 1234,
+    "steps": 4000,
+    "images_per_second": 812.3,
+    "eta_seconds": 700.0,
+}
 RESULT = {"stage": "collect", "epochs": 10, "final_top1": 93.06, "best_top1": 94.5}
 
 
 @pytest.fixture(autouse=True)
-def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+def slurm(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], None]:
     """No SLURM, until the test says what squeue and sacct print."""
     folder = tmp_path_factory.mktemp("bin")
     monkeypatch.setenv("PATH", str(folder))
@@ -38,13 +48,17 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
             (folder / f"{name}.txt").write_text(text)
             (folder / name).write_text(f"#!/bin/sh\nexec /bin/cat {folder}/{name}.txt\n")
             (folder / name).chmod(0o755)
+
     return put
 
 
 def start(path: Path) -> RunDir:
     """A collection that has started."""
     run = RunDir(path)
-    run.write_start({"train": {"epochs": 10}}, {"stage": "collect", "world_size": 2, "started": "2026-11-21T15:00:00+0000"})
+    run.write_start(
+        {"train": {"epochs": 10}},
+        {"stage": "collect", "world_size": 2, "started": "2026-11-21T15:00:00+0000"},
+    )
     return run
 
 
@@ -62,7 +76,9 @@ def beat(run: RunDir, state: str = "training", *, seconds_ago: float = 0.0, **fi
         run.status_file.write_text(json.dumps(record | {"updated": time.time() - seconds_ago}))
 
 
-def put_checkpoint(run: RunDir, step: int, record: dict[str, Any] | None = None, *, seconds_ago: float = 0.0) -> None:
+def put_checkpoint(
+    run: RunDir, step: int, record: dict[str, Any] | None = None, *, seconds_ago: float = 0.0
+) -> None:
     folder = run.checkpoints / f"step_{step:010d}"
     folder.mkdir(parents=True)
     if record is not None:
@@ -72,21 +88,48 @@ def put_checkpoint(run: RunDir, step: int, record: dict[str, Any] | None = None,
 
 def put_dead_lock(run: RunDir, *, host: str | None = None) -> None:
     """The lock of a job that was killed."""
-    program = ("import os, sys; from pathlib import Path; from tdds_dist.runs.lock import RunLock; "
-               f"RunLock(Path(sys.argv[1]), host={host!r}).acquire(); os._exit(9)")
-    subprocess.run([sys.executable, "-c", program, str(run.path)], check=False, timeout=60, cwd=Path(__file__).parents[2])
+    program = (
+        "import os, sys; from pathlib import Path; from tdds_dist.runs.lock import RunLock; "
+        f"RunLock(Path(sys.argv[1]), host={host!r}).acquire(); os._exit(9)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(run.path)],
+        check=False,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
     assert (run.path / "run.lock").exists()
 
 
 def put_job(run: RunDir, job_id: str, **values: Any) -> Path:
     """A job of the run, in its list."""
     log_dir = run.path / "jobs"
-    append_job(log_dir, {"id": job_id, "time": time.time(), "submission": "20261121-150102", "executor": "slurm",
-                         "stage": "collect", "name": "collect-tiny", "num_ranks": 2, "directory": str(run.path), **values})
+    append_job(
+        log_dir,
+        {
+            "id": job_id,
+            "time": time.time(),
+            "submission": "20261121-150102",
+            "executor": "slurm",
+            "stage": "collect",
+            "name": "collect-tiny",
+            "num_ranks": 2,
+            "directory": str(run.path),
+            **values,
+        },
+    )
     return log_dir
 
 
-def put_log(log_dir: Path, job_id: str, rank: int, text: str, *, stream: str = "err", seconds_ago: float = 0.0) -> Path:
+def put_log(
+    log_dir: Path,
+    job_id: str,
+    rank: int,
+    text: str,
+    *,
+    stream: str = "err",
+    seconds_ago: float = 0.0,
+) -> Path:
     path = log_dir / f"{job_id}_{rank}_log.{stream}"
     path.write_text(text)
     os.utime(path, (time.time() - seconds_ago,) * 2)
@@ -108,7 +151,10 @@ def command(*words: object) -> int | None:
 
 
 def squeue_line(job_id: str, state: str, reason: str = "None", nodes: str = "n[1-2]") -> str:
-    return f"{job_id:<64}|{state:<24}|0           |10:02                   |0           |{nodes:<256}|{reason:<256}\n"
+    return (
+        f"{job_id:<64}|{state:<24}|0           |10:02                   |0          "
+        f" |{nodes:<256}|{reason:<256}\n"
+    )
 
 
 def sacct_line(job_id: str, state: str, code: str = "0:0") -> str:
@@ -130,7 +176,8 @@ def test_a_run_that_trains(run):
         "  epoch 3 of 10 done, step 1,234 of 4,000 (30 %), 812 images/s, about 11 min 40 s left",
         "  2 ranks, on n1, job 12, resumed 1 time, last update S s ago",
         "  last checkpoint: epoch 3, step 1,200, 2 min S s ago",
-        "next: nothing to do"]
+        "next: nothing to do",
+    ]
 
 
 def test_a_run_that_was_killed_on_this_machine_is_known_at_once(run):
@@ -139,18 +186,36 @@ def test_a_run_that_was_killed_on_this_machine_is_known_at_once(run):
     status = read_status(run.path)
     assert status.state == "lost"
     assert status.images_per_second is None
-    assert re.search(r"says training, but its last update came [\d.]+ s ago and pid ", status.warnings[0])
+    assert re.search(
+        r"says training, but its last update came [\d.]+ s ago and pid ", status.warnings[0]
+    )
     assert status.warnings[0].endswith(" is dead")
     put_checkpoint(run, 1200, {"epoch": 3})
-    assert shown(run).splitlines()[-1] == "next: start the same command again; it goes on from its last checkpoint"
-    run.env_file.write_text(json.dumps({"command": ["tdds", "collect", "my.yaml", "run.name=a b"], "world_size": 2}))
-    assert shown(run).endswith("from its last checkpoint: torchrun --nproc-per-node 2 -m tdds_dist collect my.yaml "
-                               "'run.name=a b'")
+    assert (
+        shown(run).splitlines()[-1]
+        == "next: start the same command again; it goes on from its last checkpoint"
+    )
+    run.env_file.write_text(
+        json.dumps({"command": ["tdds", "collect", "my.yaml", "run.name=a b"], "world_size": 2})
+    )
+    assert shown(run).endswith(
+        "from its last checkpoint: torchrun --nproc-per-node 2 -m tdds_dist collect my.yaml "
+        "'run.name=a b'"
+    )
 
 
-@pytest.mark.parametrize(("update", "touched", "state", "num_warnings"), [
-    (5, 5, "training", 0), (5, 300, "training", 0), (300, 5, "training", 1), (300, 300, "lost", 1)])
-def test_a_run_on_another_machine_lives_by_its_updates_or_its_lock(run, update, touched, state, num_warnings):
+@pytest.mark.parametrize(
+    ("update", "touched", "state", "num_warnings"),
+    [
+        (5, 5, "training", 0),
+        (5, 300, "training", 0),
+        (300, 5, "training", 1),
+        (300, 300, "lost", 1),
+    ],
+)
+def test_a_run_on_another_machine_lives_by_its_updates_or_its_lock(
+    run, update, touched, state, num_warnings
+):
     beat(run, seconds_ago=update)
     put_dead_lock(run, host="another")
     os.utime(run.path / "run.lock", (time.time() - touched,) * 2)
@@ -184,7 +249,10 @@ def test_a_run_without_status_json(run):
     run.append_metrics({"epoch": 1})
     status = read_status(run.path)
     assert (status.state, status.epoch, status.epochs, status.step) == ("lost", 2, 10, None)
-    run.log_file.write_text("2026-11-21 15:00:00 stopped: asked to leave\n2026-11-21 15:01:00 resumes at epoch 2, step 3\n")
+    run.log_file.write_text(
+        "2026-11-21 15:00:00 stopped: asked to leave\n2026-11-21 15:01:00 resumes at epoch 2,"
+        " step 3\n"
+    )
     assert read_status(run.path).why == ""
     run.log_file.write_text(run.log_file.read_text() + "2026-11-21 15:02:00 stopped: disk full\n")
     assert (read_status(run.path).state, read_status(run.path).why) == ("stopped", "disk full")
@@ -193,25 +261,56 @@ def test_a_run_without_status_json(run):
 def test_a_finished_run_says_what_comes_next(run):
     beat(run, "finished")
     run.write_result(RESULT)
-    assert shown(run).splitlines()[:2] == [f"{run.path}: collect, finished", "  10 epochs, final top-1 93.06 %, best 94.50 %"]
-    assert shown(run).endswith(f"next: `tdds select {run.path} --pruning-rate P` makes a coreset")  # its config is no whole one
+    assert shown(run).splitlines()[:2] == [
+        f"{run.path}: collect, finished",
+        "  10 epochs, final top-1 93.06 %, best 94.50 %",
+    ]
+    # its config is no whole one
+    assert shown(run).endswith(f"next: `tdds select {run.path} --pruning-rate P` makes a coreset")
     config = Path(__file__).parents[2] / "configs/digits.yaml"
     run.config_file.write_text(config.read_text().replace("0.3", "0.35"))
     assert shown(run).endswith(f"next: tdds select {run.path} --pruning-rate 0.35 0.5 0.7 0.8 0.9")
     run.coresets.mkdir()
     (run.coresets / "a.npz").touch()
-    assert shown(run).endswith(f"next: tdds retrain {run.path}/config.yaml --coreset {run.path}/coresets/a.npz --strategy E")
+    assert shown(run).endswith(
+        f"next: tdds retrain {run.path}/config.yaml --coreset {run.path}/coresets/a.npz"
+        " --strategy E"
+    )
 
 
-RECORDS = ("status.json", "env.json", "result.json", "metrics.jsonl", "config.yaml", "run.lock", "log.txt", "jobs/jobs.jsonl",
-           "checkpoints/step_0000000007/checkpoint.json", "jobs.path")
+RECORDS = (
+    "status.json",
+    "env.json",
+    "result.json",
+    "metrics.jsonl",
+    "config.yaml",
+    "run.lock",
+    "log.txt",
+    "jobs/jobs.jsonl",
+    "checkpoints/step_0000000007/checkpoint.json",
+    "jobs.path",
+)
 
 
-@pytest.mark.parametrize("damage", [
-    None, "", "{",
-    '{"state": "trai', "[]", "null", "3", '{"state": 3, "epoch": "x", "updated": NaN}', "{train: {epochs: .inf}}",
-    '{"state": "training", "updated": 1e12, "images_per_second": NaN, "eta_seconds": 1e999}',
-    '{"updated": 1e999, "steps": -1, "eta_seconds": true}', "\udcff\x00", "a\x00b", "[" * 20_000])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        "",
+        "{",
+        '{"state": "trai',
+        "[]",
+        "null",
+        "3",
+        '{"state": 3, "epoch": "x", "updated": NaN}',
+        "{train: {epochs: .inf}}",
+        '{"state": "training", "updated": 1e12, "images_per_second": NaN, "eta_seconds": 1e999}',
+        '{"updated": 1e999, "steps": -1, "eta_seconds": true}',
+        "\udcff\x00",
+        "a\x00b",
+        "[" * 20_000,
+    ],
+)
 def test_no_file_is_so_damaged_or_missing_that_nothing_is_told(tmp_path, damage):
     for number, name in enumerate(RECORDS):
         run = start(tmp_path / str(number))
@@ -247,9 +346,14 @@ def test_checkpoints_without_record_or_that_are_not_whole(run):
     assert (found.step, found.epoch) == (7, None)
 
 
-@pytest.mark.parametrize(("folder", "message"), [
-    (None, "does not exist"), ("", "holds neither a run (no config.yaml, env.json or jobs) nor an experiment"),
-    ("seed0", "holds neither a run")])
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (None, "does not exist"),
+        ("", "holds neither a run (no config.yaml, env.json or jobs) nor an experiment"),
+        ("seed0", "holds neither a run"),
+    ],
+)
 def test_what_is_no_run_is_refused(tmp_path, folder, message):
     if folder is not None:
         (tmp_path / "x" / folder).mkdir(parents=True)
@@ -289,10 +393,16 @@ def test_retrainings_are_counted_and_unfinished_ones_listed(run, slurm):
     put_job(run, "21", stage="retrain", directory=str(run.retrain / "a"))
     slurm(squeue_line("20", "PENDING", "Priority") + squeue_line("21", "PENDING", "Priority"), "")
     lines = shown(run).splitlines()
-    at = lines.index("retrainings: 2 of 5 finished (final top-1 93.06 to 98.24 %, best epoch 98.30 %), 1 running, 1 stopped, "
-                     "1 not started")
-    assert lines[at + 1].startswith("  failed_one   failed: epoch 3 of 10 done, step 1,234 of 4,000 (30 %); ZeroDivisionErr")
-    assert lines[at + 2].startswith("  running_one  training: epoch 3 of 10 done, step 1,234 of 4,000 (30 %), 812 images/s, ")
+    at = lines.index(
+        "retrainings: 2 of 5 finished (final top-1 93.06 to 98.24 %, best epoch 98.30 %), 1"
+        " running, 1 stopped, 1 not started"
+    )
+    assert lines[at + 1].startswith(
+        "  failed_one   failed: epoch 3 of 10 done, step 1,234 of 4,000 (30 %); ZeroDivisionErr"
+    )
+    assert lines[at + 2].startswith(
+        "  running_one  training: epoch 3 of 10 done, step 1,234 of 4,000 (30 %), 812 images/s, "
+    )
     assert as_data(gather(run.path))["retrainings_not_started"] == 1
 
 
@@ -313,12 +423,24 @@ def test_an_experiment_shows_its_seeds_and_all_retrainings(tmp_path):
         run = RunDir(tmp_path / "exp" / f"seed{seed}")
         run.write_start({}, {"stage": "collect"})
         run.write_result(RESULT)
-        put_retraining(run, "a", result={"epochs": 10, "final_top1": 90.0 + seed, "best_top1": 99.0})
-    assert [path.name for path in find_runs(tmp_path / "exp")] == ["seed0", "seed1", "seed2", "seed10"]
+        put_retraining(
+            run, "a", result={"epochs": 10, "final_top1": 90.0 + seed, "best_top1": 99.0}
+        )
+    assert [path.name for path in find_runs(tmp_path / "exp")] == [
+        "seed0",
+        "seed1",
+        "seed2",
+        "seed10",
+    ]
     text = shown(tmp_path / "exp")
     assert "seed10: collect, finished" in text
-    assert "retrainings: 4 of 4 finished (final top-1 90.00 to 100.00 %, best epoch 99.00 %)" in text
-    assert text.endswith(f"next: the table is in {tmp_path}/exp/table.md; the same `tdds experiment` again makes it anew")
+    assert (
+        "retrainings: 4 of 4 finished (final top-1 90.00 to 100.00 %, best epoch 99.00 %)" in text
+    )
+    assert text.endswith(
+        f"next: the table is in {tmp_path}/exp/table.md; the same `tdds experiment` again makes it"
+        " anew"
+    )
 
 
 # ---- jobs
@@ -330,12 +452,26 @@ def fail_on_rank_5(run: RunDir) -> Path:
     put_job(run, "14", name="retrain-tiny", stage="retrain", after=["13"])
     for rank in range(8):
         put_log(log_dir, "12", rank, f"this is rank {rank}\n")
-        append_end(log_dir, "12", {"kind": "failed" if rank == 5 else "lost", "rank": rank, "time": 100.0 - rank, "host": "n2",
-                                   "message": "ZeroDivisionError: division by zero", "traceback": "Traceback"})
+        append_end(
+            log_dir,
+            "12",
+            {
+                "kind": "failed" if rank == 5 else "lost",
+                "rank": rank,
+                "time": 100.0 - rank,
+                "host": "n2",
+                "message": "ZeroDivisionError: division by zero",
+                "traceback": "Traceback",
+            },
+        )
     return log_dir
 
 
-FAILED = sacct_line("12", "FAILED", "1:0") + sacct_line("13", "CANCELLED by 0") + sacct_line("14", "CANCELLED by 0")
+FAILED = (
+    sacct_line("12", "FAILED", "1:0")
+    + sacct_line("13", "CANCELLED by 0")
+    + sacct_line("14", "CANCELLED by 0")
+)
 
 
 def test_a_failed_job_its_cause_and_its_dependants(run, slurm):
@@ -351,10 +487,15 @@ def test_a_failed_job_its_cause_and_its_dependants(run, slurm):
     assert lines[at + 2].endswith("00:10:02  n[1-2]")
     assert lines[at + 3] == "      rank 5 on n2: ZeroDivisionError: division by zero"
     assert lines[at + 4] == f"      more: tdds logs {run.path} --job 12 --rank 5"
-    assert [line.split("  ")[1] for line in lines[at + 5:at + 7]] == ["13", "14"]
-    assert all("cancelled because job 12 (collect-tiny) failed" in line for line in lines[at + 5:at + 7])
-    assert lines[-1] == (f"next: `tdds logs {run.path}` shows the traceback; correct the cause and submit again, what is done "
-                         "is skipped")
+    assert [line.split("  ")[1] for line in lines[at + 5 : at + 7]] == ["13", "14"]
+    assert all(
+        "cancelled because job 12 (collect-tiny) failed" in line for line in lines[at + 5 : at + 7]
+    )
+    assert (
+        lines[-1]
+        == f"next: `tdds logs {run.path}` shows the traceback; correct the cause and submit again,"
+        " what is done is skipped"
+    )
 
 
 def test_a_refused_job_wants_its_input_corrected(run, slurm):
@@ -362,24 +503,36 @@ def test_a_refused_job_wants_its_input_corrected(run, slurm):
     append_end(log_dir, "12", {"kind": "refused", "message": "tdds collect: error: x"})
     slurm("", sacct_line("12", "FAILED", "2:0"))
     assert "refused its input (exit code 2)" in shown(run)
-    assert shown(run).endswith("next: correct what was refused and submit again; what is done is skipped")
+    assert shown(run).endswith(
+        "next: correct what was refused and submit again; what is done is skipped"
+    )
 
 
 def test_a_job_whose_ranks_could_not_speak_is_explained_by_what_was_seen_after_them(run, slurm):
     log_dir = put_job(run, "12")
-    (log_dir / "12_failures.jsonl").write_text('{"what": "ranks ended without a word (srun: 137)"}\n')
+    (log_dir / "12_failures.jsonl").write_text(
+        '{"what": "ranks ended without a word (srun: 137)"}\n'
+    )
     slurm("", sacct_line("12", "OUT_OF_MEMORY", "0:125"))
     lines = shown(run).splitlines()
     assert "ran out of memory" in lines[-4]
-    assert lines[-3:] == ["      ranks ended without a word (srun: 137)", f"      more: tdds logs {run.path} --job 12",
-                          "next: submit again; what is done is skipped, the rest goes on from its last checkpoint"]
+    assert lines[-3:] == [
+        "      ranks ended without a word (srun: 137)",
+        f"      more: tdds logs {run.path} --job 12",
+        "next: submit again; what is done is skipped, the rest goes on from its last checkpoint",
+    ]
 
 
 def test_only_the_latest_submission_is_listed_but_earlier_ones_explain(run, slurm):
     put_job(run, "12", submission="first")
     put_job(run, "15", submission="first", name="other", after=["12"])
     put_job(run, "16", submission="second", after=["15"], name="later")
-    slurm("", sacct_line("12", "TIMEOUT") + sacct_line("15", "CANCELLED by 0") + sacct_line("16", "CANCELLED by 0"))
+    slurm(
+        "",
+        sacct_line("12", "TIMEOUT")
+        + sacct_line("15", "CANCELLED by 0")
+        + sacct_line("16", "CANCELLED by 0"),
+    )
     assert "cancelled because job 12 (collect-tiny) met its time limit" in shown(run)
     assert [job["id"] for job in as_data(gather(run.path))["jobs"]] == ["16"]
 
@@ -387,13 +540,23 @@ def test_only_the_latest_submission_is_listed_but_earlier_ones_explain(run, slur
 def test_long_arrays_are_counted(run, slurm):
     for task in range(100):
         put_job(run, f"9_{task}", stage="retrain", title=f"cell {task}")
-    slurm("".join(squeue_line(f"9_{task}", "RUNNING" if task < 4 else "PENDING", "None") for task in range(60)),
-          "".join(sacct_line(f"9_{task}", "COMPLETED") for task in range(60, 99)) + sacct_line("9_99", "FAILED", "1:0"))
+    slurm(
+        "".join(
+            squeue_line(f"9_{task}", "RUNNING" if task < 4 else "PENDING", "None")
+            for task in range(60)
+        ),
+        "".join(sacct_line(f"9_{task}", "COMPLETED") for task in range(60, 99))
+        + sacct_line("9_99", "FAILED", "1:0"),
+    )
     lines = shown(run).splitlines()
     assert "  and 56 pending, 39 finished" in lines
     assert sum(" running " in line for line in lines) == 4
     assert any("cell 99" in line and "failed" in line for line in lines)
-    assert lines[-1] == "next: when the others are over, see to the 1 that failed and submit again; what is done is skipped"
+    assert (
+        lines[-1]
+        == "next: when the others are over, see to the 1 that failed and submit again; what is done"
+        " is skipped"
+    )
     assert len(as_data(gather(run.path))["jobs"]) == 100
 
 
@@ -417,14 +580,34 @@ def test_json_is_the_same_as_data(run, slurm, capsys):
     command("status", run.path, "--json")
     data = json.loads(capsys.readouterr().out)
     assert data["next"] == as_lines(gather(run.path))[-1].removeprefix("next: ")
-    found, = data["runs"]
-    assert {key: found[key] for key in ("state", "why", "epoch", "epochs", "step", "steps", "job", "world_size")} == {
-        "state": "failed", "why": "gone", "epoch": 3, "epochs": 10, "step": 1234, "steps": 4000, "job": "12", "world_size": 2}
+    (found,) = data["runs"]
+    assert {
+        key: found[key]
+        for key in ("state", "why", "epoch", "epochs", "step", "steps", "job", "world_size")
+    } == {
+        "state": "failed",
+        "why": "gone",
+        "epoch": 3,
+        "epochs": 10,
+        "step": 1234,
+        "steps": 4000,
+        "job": "12",
+        "world_size": 2,
+    }
     assert found["checkpoint"]["step"] == 1200
     assert [retraining["final_top1"] for retraining in found["retrainings"]] == [93.06]
     first, second, _ = data["jobs"]
-    assert (first["id"], first["because_of"], first["cause"]["rank"], first["state"]["exit_code"]) == ("12", "12", 5, 1)
-    assert (second["after"], second["because_of"], second["state"]["state"]) == (["12"], "12", "cancelled")
+    assert (
+        first["id"],
+        first["because_of"],
+        first["cause"]["rank"],
+        first["state"]["exit_code"],
+    ) == ("12", "12", 5, 1)
+    assert (second["after"], second["because_of"], second["state"]["state"]) == (
+        ["12"],
+        "12",
+        "cancelled",
+    )
 
 
 def test_watch_ends_when_nothing_runs(run, capsys):
@@ -438,9 +621,16 @@ def test_watch_ends_when_nothing_runs(run, capsys):
     assert out.count("next:") == 2
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    *(([f"--watch={seconds}"], "--watch") for seconds in ("0", "-1", "nan", "inf", "1e9")),
-    (["--watch", "--json"], "--json is one object, and --watch prints one again and again; leave one out")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(([f"--watch={seconds}"], "--watch") for seconds in ("0", "-1", "nan", "inf", "1e9")),
+        (
+            ["--watch", "--json"],
+            "--json is one object, and --watch prints one again and again; leave one out",
+        ),
+    ],
+)
 def test_watching_is_for_people_and_needs_a_sensible_pause(run, words, message):
     with pytest.raises(InputError, match=message):
         command("status", run.path, *words)
@@ -453,9 +643,11 @@ def test_the_log_of_the_rank_that_failed_first(run, slurm, capsys):
     fail_on_rank_5(run)
     slurm("", FAILED)
     command("logs", run.path)
-    assert capsys.readouterr().out == (
-        f"==> {run.path}/jobs/12_5_log.err (job 12 collect-tiny, rank 5 failed first: ZeroDivisionError: division by zero)\n"
-        "this is rank 5\n")
+    assert (
+        capsys.readouterr().out
+        == f"==> {run.path}/jobs/12_5_log.err (job 12 collect-tiny, rank 5 failed first:"
+        " ZeroDivisionError: division by zero)\nthis is rank 5\n"
+    )
     assert choose_log(run.path, None, 3, "err")[0].name == "12_3_log.err"
     assert choose_log(run.path, "12", None, "err")[0].name == "12_5_log.err"
 
@@ -494,7 +686,11 @@ def test_what_cannot_be_shown_is_named(run):
     refused(r"no job of .* has written a log yet; `tdds status .*` says what they wait for")
     for rank in (0, 1, 2, 5):
         put_log(log_dir, "12", rank, "x")
-    refused(r"--rank 7 is none of job 12, which has .err of ranks 0-2, 5; choose among these", "--rank", "7")
+    refused(
+        r"--rank 7 is none of job 12, which has .err of ranks 0-2, 5; choose among these",
+        "--rank",
+        "7",
+    )
     refused(r"--rank 0 is none of job 12, which has written no .out", "--job", "12", "--out")
     refused(r"--job 99 is no job of .*; the latest are 12", "--job", "99")
     refused("--lines -1 must be at least 0", "--lines=-1")
@@ -512,7 +708,9 @@ def test_standard_output_on_request_and_the_log_of_a_run_without_jobs(run, capsy
     log_dir = put_job(run, "12")
     put_log(log_dir, "12", 0, "errors\n")
     put_log(log_dir, "12", 0, "results\n", stream="out")
-    assert printed("--out").endswith("12_0_log.out (job 12 collect-tiny, rank 0 of ranks 0)\nresults\n")
+    assert printed("--out").endswith(
+        "12_0_log.out (job 12 collect-tiny, rank 0 of ranks 0)\nresults\n"
+    )
 
 
 def test_an_experiment_without_jobs_has_no_log_of_its_own(tmp_path):
@@ -521,16 +719,36 @@ def test_an_experiment_without_jobs_has_no_log_of_its_own(tmp_path):
         command("logs", tmp_path / "exp")
 
 
-@pytest.mark.parametrize("text", ["", "\n", "a", "a\n", "a\nb", "a\n\nb\n", "é\r\n" * 40_000, "x" * 200_000, "\n" * 70_000,
-                                  f"{'x' * 40_000}\n" * 5])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        "a",
+        "a\n",
+        "a\nb",
+        "a\n\nb\n",
+        "é\r\n" * 40_000,
+        "x" * 200_000,
+        "\n" * 70_000,
+        f"{'x' * 40_000}\n" * 5,
+    ],
+)
 @pytest.mark.parametrize("num_lines", [0, 1, 2, 50])
 def test_the_last_lines(tmp_path, text, num_lines):
     (tmp_path / "log").write_bytes(text.encode())
     out = io.StringIO()
     assert print_tail(tmp_path / "log", num_lines, out) == len(text.encode())
     lines = text.splitlines(keepends=True) if "\r" not in text else text.split("\n")[:-1]
-    expected = text if num_lines == 0 or len(lines) <= num_lines else "".join(
-        lines[-num_lines:]) if "\r" not in text else "".join(f"{line}\n" for line in lines[-num_lines:])
+    expected = (
+        text
+        if num_lines == 0 or len(lines) <= num_lines
+        else (
+            "".join(lines[-num_lines:])
+            if "\r" not in text
+            else "".join(f"{line}\n" for line in lines[-num_lines:])
+        )
+    )
     assert out.getvalue() == expected
 
 
@@ -538,8 +756,15 @@ def test_following_a_log(tmp_path):
     path = tmp_path / "log"
     path.write_text("before\n")
     position = print_tail(path, 0, io.StringIO())
-    steps = iter([lambda: path.open("ab").write(b"one \xc3"), lambda: path.open("ab").write(b"\xa9\n"),
-                  lambda: path.write_text("new\n"), path.unlink, lambda: None])
+    steps = iter(
+        [
+            lambda: path.open("ab").write(b"one \xc3"),
+            lambda: path.open("ab").write(b"\xa9\n"),
+            lambda: path.write_text("new\n"),
+            path.unlink,
+            lambda: None,
+        ]
+    )
     seen = io.StringIO()
 
     def is_over() -> bool:
@@ -558,14 +783,24 @@ def test_following_a_log(tmp_path):
 def test_status_answers_at_once_and_without_torch(run):
     beat(run)
     for number in range(150):
-        put_retraining(run, f"cell{number}", result={"epochs": 10, "final_top1": 93.06, "best_top1": 95.0})
+        put_retraining(
+            run, f"cell{number}", result={"epochs": 10, "final_top1": 93.06, "best_top1": 95.0}
+        )
     put_job(run, "12")
-    program = ("import sys; from launch.status import as_lines, gather; from pathlib import Path; "
-               "print(*as_lines(gather(Path(sys.argv[1]))), sep='\\n'); "
-               "print({'torch', 'submitit', 'torchvision', 'ffcv', 'numba', 'pydantic'} & sys.modules.keys())")
+    program = (
+        "import sys; from launch.status import as_lines, gather; from pathlib import Path;"
+        " print(*as_lines(gather(Path(sys.argv[1]))), sep='\\n'); print({'torch', 'submitit',"
+        " 'torchvision', 'ffcv', 'numba', 'pydantic'} & sys.modules.keys())"
+    )
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", program, str(run.path)], capture_output=True, text=True, timeout=60,
-                          check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run.path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout.splitlines()[-1] == "set()"
     assert "retrainings: 150 of 150 finished" in done.stdout
     assert time.perf_counter() - started < 5  # 0.3 s on an idle machine; tests share theirs

@@ -23,8 +23,13 @@ OF_PROBABILITIES = {
     "el2n": lambda p_TN: baselines.el2n(p_TN, 7),
     "aum": lambda p_TN: baselines.aum(p_TN - np.float32(0.5)),
     "forgetting": lambda p_TN: baselines.forgetting((p_TN > 0.6).astype(np.float32)),
-    **{f"tdds {preset} {beta}": lambda p_TN, preset=preset, beta=beta: score_trajectory(p_TN, Window(12, 5, beta), preset)
-       for preset in PRESETS for beta in (0.0, 0.5, 0.9, 1.0)},
+    **{
+        f"tdds {preset} {beta}": lambda p_TN, preset=preset, beta=beta: score_trajectory(
+            p_TN, Window(12, 5, beta), preset
+        )
+        for preset in PRESETS
+        for beta in (0.0, 0.5, 0.9, 1.0)
+    },
 }
 
 
@@ -54,20 +59,36 @@ def check(found: np.ndarray, want: list[float], smallest: float = 1e-9) -> None:
 
 
 @PROPERTY
-@given(st.integers(2, 12), st.integers(1, 6), st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.5, 0.9]))
+@given(
+    st.integers(2, 12),
+    st.integers(1, 6),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.1, 0.5, 0.9]),
+)
 def test_forgetting(num_epochs, num_samples, seed, accuracy):
-    correct_TN = (np.random.default_rng(seed).random((num_epochs, num_samples)) < accuracy).astype(np.float32)
+    correct_TN = (np.random.default_rng(seed).random((num_epochs, num_samples)) < accuracy).astype(
+        np.float32
+    )
     for never_learned in baselines.NEVER_LEARNED:
         found = baselines.forgetting(correct_TN, never_learned)
         assert found.dtype == np.float32
-        assert found.tolist() == [oracles.forgetting(column, never_learned) for column in correct_TN.T.tolist()]
+        assert found.tolist() == [
+            oracles.forgetting(column, never_learned) for column in correct_TN.T.tolist()
+        ]
     assert found.max() <= num_epochs / 2, "so that T ranks above every count"
-    assert baselines.forgetting(correct_TN).tolist() == baselines.forgetting(correct_TN, "inf").tolist()
+    assert (
+        baselines.forgetting(correct_TN).tolist()
+        == baselines.forgetting(correct_TN, "inf").tolist()
+    )
 
 
 def test_forgetting_by_hand():
-    """Never learned, learned at the end, forgotten once, twice (most possible), always right, learned and forgotten once."""
-    correct_TN = np.array([[0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 1, 1], [0, 0, 0, 1, 1, 1], [0, 1, 0, 0, 1, 0]], dtype=np.float32)
+    """Never learned, learned at the end, forgotten once, twice (most possible), always right,
+    learned and forgotten once."""
+    correct_TN = np.array(
+        [[0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 1, 1], [0, 0, 0, 1, 1, 1], [0, 1, 0, 0, 1, 0]],
+        dtype=np.float32,
+    )
     assert baselines.forgetting(correct_TN, "0").tolist() == [0, 0, 1, 2, 0, 1]
     assert baselines.forgetting(correct_TN, "inf").tolist() == [4, 0, 1, 2, 0, 1]
 
@@ -79,7 +100,11 @@ def test_forgetting_by_hand():
 @given(st.integers(1, 15), st.integers(1, 5), st.integers(0, 2**32 - 1), st.integers(0, 3))
 def test_el2n_is_the_mean_of_the_first_epochs(num_epochs, num_samples, seed, num_later):
     """Later rows are NaN here: none may be read."""
-    norm_TN = np.random.default_rng(seed).uniform(0, 2**0.5, (num_epochs + num_later, num_samples)).astype(np.float32)
+    norm_TN = (
+        np.random.default_rng(seed)
+        .uniform(0, 2**0.5, (num_epochs + num_later, num_samples))
+        .astype(np.float32)
+    )
     norm_TN[num_epochs:] = np.nan
     found = baselines.el2n(norm_TN, num_epochs)
     check(found, [oracles.el2n_early(column, num_epochs) for column in norm_TN.T.tolist()])
@@ -93,9 +118,16 @@ def test_ten_epochs_by_default():
 
 
 @PROPERTY
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e4]))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1e-3, 1.0, 1e4]),
+)
 def test_aum(num_epochs, num_samples, seed, scale):
-    margin_TN = (np.random.default_rng(seed).normal(size=(num_epochs, num_samples)) * scale).astype(np.float32)
+    margin_TN = (np.random.default_rng(seed).normal(size=(num_epochs, num_samples)) * scale).astype(
+        np.float32
+    )
     for keep in baselines.AUM_KEEP:
         want = [oracles.aum(column, keep) for column in margin_TN.T.tolist()]
         check(baselines.aum(margin_TN, keep), want, 1e-9 * scale)
@@ -121,7 +153,8 @@ def test_means_of_probabilities(data):
 
 
 def test_windows_by_hand():
-    """0.2, 0.4, 0.6 in windows of 2: both deviate by 0.1 from means 0.3 and 0.5, unbiased std 0.1 sqrt(2)."""
+    """0.2, 0.4, 0.6 in windows of 2: both deviate by 0.1 from means 0.3 and 0.5, unbiased std 0.1
+    sqrt(2)."""
     p_TN = np.array([[0.2], [0.4], [0.6]], dtype=np.float32)
     assert baselines.dyn_unc(p_TN, 2)[0] == pytest.approx(0.1 * 2**0.5, rel=1e-6)
     assert baselines.dual(p_TN, 2)[0] == pytest.approx(0.1 * 2**0.5 * (0.7 + 0.5) / 2, rel=1e-6)
@@ -133,12 +166,18 @@ def test_windows_by_hand():
 
 
 @PROPERTY
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 2**32 - 1))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.integers(1, 6),
+    st.integers(0, 2**32 - 1),
+)
 def test_moderate(class_sizes, num_features, seed):
     """Classes of odd, even and one sample, in any order, with gaps between their numbers."""
     rng = np.random.default_rng(seed)
     label_M = rng.permutation(np.repeat(np.arange(len(class_sizes)) * 3 + 1, class_sizes))
-    feature_MD = (rng.normal(size=(len(label_M), num_features)) + label_M[:, None]).astype(np.float32)
+    feature_MD = (rng.normal(size=(len(label_M), num_features)) + label_M[:, None]).astype(
+        np.float32
+    )
     before = feature_MD.copy()
     found = baselines.moderate(feature_MD, label_M)
     features, labels = feature_MD.tolist(), label_M.tolist()
@@ -165,7 +204,9 @@ def test_columns_are_bitwise_independent_of_their_number(name):
     for num in (1, 2, 3, 7, 8, 9, 16, 17, 64, 15_000):
         for first in (0, 1, 5, num_samples - num):
             shard_N = score(p_TN[:, first : first + num]).view(np.int32)
-            np.testing.assert_array_equal(shard_N, together_N[first : first + num], err_msg=f"{num} from {first}")
+            np.testing.assert_array_equal(
+                shard_N, together_N[first : first + num], err_msg=f"{num} from {first}"
+            )
     assert score(p_TN[:, :0]).shape == (0,)
 
 
@@ -185,29 +226,47 @@ def test_no_trajectory_in_float64(name):
 
 def test_one_class_of_features_in_float64():
     feature_MD = np.random.default_rng(0).random((4000, 64), dtype=np.float32)
-    assert peak_bytes(baselines.moderate, feature_MD, np.arange(4000) % 40) < feature_MD.size * 8 / 4
+    assert (
+        peak_bytes(baselines.moderate, feature_MD, np.arange(4000) % 40) < feature_MD.size * 8 / 4
+    )
 
 
 # ---- what cannot be computed
 
 
 ONES = np.ones((10, 3), dtype=np.float32)
-WINDOWS = [(score, window) for score in (baselines.dyn_unc, baselines.dual) for window in (-1, 0, 1, 11)]
+WINDOWS = [
+    (score, window) for score in (baselines.dyn_unc, baselines.dual) for window in (-1, 0, 1, 11)
+]
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda: baselines.forgetting(ONES[:0]), "at least 2 epochs .* there are 0; train longer"),
-    (lambda: baselines.forgetting(ONES[:1]), "at least 2 epochs .* there are 1; train longer"),
-    (lambda: baselines.forgetting(ONES, "infinity"), r"'infinity'.*inf, 0"),
-    (lambda: baselines.el2n(ONES[:9]), r"num_epochs=10 must lie in \[1, 9\].*EL2N.*(lower it|train longer)"),
-    (lambda: baselines.el2n(ONES, 0), r"num_epochs=0 must lie in \[1, 10\]"),
-    (lambda: baselines.aum(ONES, "hard"), r"'hard'.*hardest, easiest"),
-    (lambda: baselines.aum(ONES[:0]), "at least 1 epoch"),
-    (lambda: baselines.mean_probability(ONES[:0]), "at least 1 epoch"),
-    *((partial(score, ONES, window), rf"window={window} must lie in \[2, 10\].*(lower it|train longer)")
-      for score, window in WINDOWS),
-    (lambda: baselines.moderate(ONES[:3], np.array([-1, 0, -1])), r"2 of 3 samples have no label"),
-])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: baselines.forgetting(ONES[:0]), "at least 2 epochs .* there are 0; train longer"),
+        (lambda: baselines.forgetting(ONES[:1]), "at least 2 epochs .* there are 1; train longer"),
+        (lambda: baselines.forgetting(ONES, "infinity"), r"'infinity'.*inf, 0"),
+        (
+            lambda: baselines.el2n(ONES[:9]),
+            r"num_epochs=10 must lie in \[1, 9\].*EL2N.*(lower it|train longer)",
+        ),
+        (lambda: baselines.el2n(ONES, 0), r"num_epochs=0 must lie in \[1, 10\]"),
+        (lambda: baselines.aum(ONES, "hard"), r"'hard'.*hardest, easiest"),
+        (lambda: baselines.aum(ONES[:0]), "at least 1 epoch"),
+        (lambda: baselines.mean_probability(ONES[:0]), "at least 1 epoch"),
+        *(
+            (
+                partial(score, ONES, window),
+                rf"window={window} must lie in \[2, 10\].*(lower it|train longer)",
+            )
+            for score, window in WINDOWS
+        ),
+        (
+            lambda: baselines.moderate(ONES[:3], np.array([-1, 0, -1])),
+            r"2 of 3 samples have no label",
+        ),
+    ],
+)
 def test_what_cannot_be_computed_is_refused(call, words):
     with pytest.raises(InputError, match=words):
         call()

@@ -1,4 +1,5 @@
-"""The stages `score` and `select` on recorded outputs: no image, no training, and the authors' numbers."""
+"""The stages `score` and `select` on recorded outputs: no image, no training, and the authors'
+numbers."""
 
 import json
 import re
@@ -41,9 +42,12 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def dynamics(golden, tmp_path_factory) -> Path:
-    """A folder as the authors' code writes it: outputs in visit order, and the index of each row. Never changed."""
+    """A folder as the authors' code writes it: outputs in visit order, and the index of each row.
+    Never changed."""
     folder = tmp_path_factory.mktemp("dynamics")
-    for epoch, (logits_NC, index_N) in enumerate(zip(golden["logits"], golden["index"], strict=True)):
+    for epoch, (logits_NC, index_N) in enumerate(
+        zip(golden["logits"], golden["index"], strict=True)
+    ):
         np.save(folder / f"{epoch}_Output.npy", logits_NC)
         np.save(folder / f"{epoch}_Index.npy", index_N)
     return folder
@@ -53,11 +57,15 @@ def dynamics(golden, tmp_path_factory) -> Path:
 def trajectory(golden, tmp_path_factory) -> Path:
     """The same outputs as a trajectory of two ranks, with labels. Never changed."""
     folder = tmp_path_factory.mktemp("recorded") / "trajectory"
-    writers = [(first, end, TrajectoryWriter(folder, SCALARS, 600, 10, first, end, is_main=first == 0))
-               for first, end in ((0, 300), (300, 600))]
+    writers = [
+        (first, end, TrajectoryWriter(folder, SCALARS, 600, 10, first, end, is_main=first == 0))
+        for first, end in ((0, 300), (300, 600))
+    ]
     previous = None
     labels = torch.from_numpy(golden["labels"])
-    for epoch, (logits_NC, index_N) in enumerate(zip(golden["logits"], golden["index"], strict=True)):
+    for epoch, (logits_NC, index_N) in enumerate(
+        zip(golden["logits"], golden["index"], strict=True)
+    ):
         logits = torch.empty(600, 10)
         logits[torch.from_numpy(index_N)] = torch.from_numpy(logits_NC)
         logp = log_probabilities(logits)
@@ -65,18 +73,32 @@ def trajectory(golden, tmp_path_factory) -> Path:
         previous = logp
         for first, end, writer in writers:
             if epoch == 0:
-                writer.write_labels(golden["labels"][first:end], fingerprint(golden["labels"], 10).labels_sha256)
+                writer.write_labels(
+                    golden["labels"][first:end], fingerprint(golden["labels"], 10).labels_sha256
+                )
             writer.append(epoch, scalars_FN[:, first:end])
     return folder
 
 
 CONFIG = {
     "run": {"name": "golden"},
-    "data": {"train": "a.beton", "val": "b.beton", "num_classes": 10, "image_size": 32, "crop": "pad",
-             "mean": [1.0, 1.0, 1.0], "std": [1.0, 1.0, 1.0]},
+    "data": {
+        "train": "a.beton",
+        "val": "b.beton",
+        "num_classes": 10,
+        "image_size": 32,
+        "crop": "pad",
+        "mean": [1.0, 1.0, 1.0],
+        "std": [1.0, 1.0, 1.0],
+    },
     "model": {"name": "resnet18"},
     "train": {"epochs": 30, "global_batch_size": 64, "lr": 0.1},
-    "score": {"windows": [{"T": 30, "K": 10, "pruning_rates": [0.3]}, {"T": 10, "K": 5, "pruning_rates": [0.9, 0.97]}]},
+    "score": {
+        "windows": [
+            {"T": 30, "K": 10, "pruning_rates": [0.3]},
+            {"T": 10, "K": 5, "pruning_rates": [0.9, 0.97]},
+        ]
+    },
 }
 
 
@@ -94,7 +116,9 @@ def golden_score(golden: dict[str, np.ndarray], T: int, K: int, beta: float) -> 
 
 
 def assert_golden(path: Path, want_N: np.ndarray) -> None:
-    np.testing.assert_allclose(load_scores(path).score_N, want_N, rtol=0, atol=1e-5 * float(np.abs(want_N).mean()))
+    np.testing.assert_allclose(
+        load_scores(path).score_N, want_N, rtol=0, atol=1e-5 * float(np.abs(want_N).mean())
+    )
 
 
 # ---- score: a dynamics folder of the authors' code
@@ -107,7 +131,14 @@ def test_dynamics_folder_meets_the_authors_scores(golden, dynamics, tmp_path, T,
     assert_golden(out, golden_score(golden, T, K, beta))
     found = load_scores(out)
     assert found.key == Window(T, K, beta).key("official")
-    assert found.settings == {"score": "tdds", "preset": "official", "T": T, "K": K, "beta": beta, "source": "recorded"}
+    assert found.settings == {
+        "score": "tdds",
+        "preset": "official",
+        "T": T,
+        "K": K,
+        "beta": beta,
+        "source": "recorded",
+    }
 
 
 def copied(dynamics: Path, tmp_path: Path, num_epochs: int) -> Path:
@@ -125,13 +156,17 @@ def test_defaults_for_a_dynamics_folder(dynamics, tmp_path):
     folder = copied(dynamics, tmp_path, 12)
     assert score(folder) == [folder / "tdds_official_T12_K10_beta0.9.npz"]
     assert score(folder, preset="paper") == [folder / "tdds_paper_T12_K10_beta0.9.npz"]
-    explicit, = score(folder, T=12, K=10, beta=0.9, preset="official", out=tmp_path / "explicit.npz")
-    np.testing.assert_array_equal(load_scores(explicit).score_N,
-                                  load_scores(folder / "tdds_official_T12_K10_beta0.9.npz").score_N)
+    (explicit,) = score(
+        folder, T=12, K=10, beta=0.9, preset="official", out=tmp_path / "explicit.npz"
+    )
+    np.testing.assert_array_equal(
+        load_scores(explicit).score_N,
+        load_scores(folder / "tdds_official_T12_K10_beta0.9.npz").score_N,
+    )
 
 
 def test_labels_of_a_dynamics_folder_are_unknown(dynamics, tmp_path):
-    path, = score(dynamics, T=3, K=2, out=tmp_path / "score.npz")
+    (path,) = score(dynamics, T=3, K=2, out=tmp_path / "score.npz")
     found = load_scores(path)
     assert (found.label_N == -1).all()
     assert (found.fingerprint.num_samples, found.fingerprint.num_classes) == (600, 10)
@@ -141,12 +176,16 @@ def test_labels_of_a_dynamics_folder_are_unknown(dynamics, tmp_path):
     coreset, warnings = select(path, 0.5)
     assert len(load_coreset(coreset).index_M) == 300
     assert len(warnings) == 1, "without labels there is no class that could be empty"
-    assert "all 600 scores of tdds_official_T3_K2_beta0.9 are 0, so the choice is a random draw; raise K" in warnings[0]
+    assert (
+        "all 600 scores of tdds_official_T3_K2_beta0.9 are 0, so the choice is a random draw;"
+        " raise K" in warnings[0]
+    )
 
 
 @pytest.fixture
 def beton(tmp_path, monkeypatch):
     """A function that makes train.beton look as if it held these labels."""
+
     def holding(label_N: np.ndarray) -> Path:
         path = tmp_path / "train.beton"
         info = SimpleNamespace(path=path, num_samples=len(label_N), label_N=label_N)
@@ -157,14 +196,16 @@ def beton(tmp_path, monkeypatch):
 
 
 def test_labels_from_a_beton(golden, dynamics, tmp_path, beton):
-    path, = score(dynamics, T=3, K=2, beton=beton(golden["labels"]), out=tmp_path / "score.npz")
+    (path,) = score(dynamics, T=3, K=2, beton=beton(golden["labels"]), out=tmp_path / "score.npz")
     found = load_scores(path)
     np.testing.assert_array_equal(found.label_N, golden["labels"])
     assert found.fingerprint == fingerprint(golden["labels"], 10)
 
 
 def test_beton_of_another_size(golden, dynamics, tmp_path, beton):
-    with pytest.raises(InputError, match=r"train\.beton holds 599 samples, the recorded outputs 600"):
+    with pytest.raises(
+        InputError, match=r"train\.beton holds 599 samples, the recorded outputs 600"
+    ):
         score(dynamics, T=3, K=2, beton=beton(golden["labels"][:599]), out=tmp_path / "score.npz")
     assert not (tmp_path / "score.npz").exists()
 
@@ -188,8 +229,8 @@ def test_index_may_be_a_column_of_any_integer_or_float(golden, dynamics, tmp_pat
     for epoch, dtype in enumerate((np.int32, np.float64, np.uint16, np.int64)):
         path = folder / f"{epoch}_Index.npy"
         np.save(path, np.load(path).astype(dtype)[:, None])
-    a, = score(folder, K=2)
-    b, = score(dynamics, T=4, K=2, out=tmp_path / "b.npz")
+    (a,) = score(folder, K=2)
+    (b,) = score(dynamics, T=4, K=2, out=tmp_path / "b.npz")
     np.testing.assert_array_equal(load_scores(a).score_N, load_scores(b).score_N)
 
 
@@ -211,7 +252,8 @@ def test_missing_epoch(dynamics, tmp_path, name):
 
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_gap_in_the_epochs_is_not_taken_for_the_end(dynamics, tmp_path, epoch):
-    """Without T, all epochs are asked for: a missing one must not quietly shorten the trajectory."""
+    """Without T, all epochs are asked for: a missing one must not quietly shorten the
+    trajectory."""
     folder = copied(dynamics, tmp_path, 6)
     (folder / f"{epoch}_Output.npy").unlink()
     with pytest.raises(InputError, match=rf"{epoch}_Output\.npy|epoch {epoch}\b"):
@@ -232,12 +274,17 @@ def test_logits_that_are_not_finite(golden, dynamics, tmp_path, value):
 
     folder = damage_output(copied(dynamics, tmp_path, 4), 2, spoil)
     sample = golden["index"][2, 5]
-    with pytest.raises(InputError, match=rf"2_Output\.npy holds NaN or infinite logits \(global ind.* \[{sample}\]\)"):
+    with pytest.raises(
+        InputError,
+        match=rf"2_Output\.npy holds NaN or infinite logits \(global ind.* \[{sample}\]\)",
+    ):
         score(folder, K=2)
     assert not list(folder.glob("*.npz"))
 
 
-def test_only_the_first_samples_that_are_not_finite_are_named(golden, dynamics, tmp_path, monkeypatch):
+def test_only_the_first_samples_that_are_not_finite_are_named(
+    golden, dynamics, tmp_path, monkeypatch
+):
     def spoil(logits_NC: np.ndarray) -> np.ndarray:
         logits_NC[20:320:15] = np.nan
         return logits_NC
@@ -245,14 +292,24 @@ def test_only_the_first_samples_that_are_not_finite_are_named(golden, dynamics, 
     folder = damage_output(copied(dynamics, tmp_path, 4), 3, spoil)
     monkeypatch.setattr(dynamics_module, "_BLOCK", 10 * 10)
     named = golden["index"][3, 20:320:15][:8].tolist()
-    with pytest.raises(InputError, match=re.escape(f"3_Output.npy holds NaN or infinite logits (global indices {named})")):
+    with pytest.raises(
+        InputError,
+        match=re.escape(f"3_Output.npy holds NaN or infinite logits (global indices {named})"),
+    ):
         score(folder, K=2)
 
 
-@pytest.mark.parametrize("change", [
-    lambda index_N: np.where(index_N == 7, 8, index_N), lambda index_N: index_N + 1, lambda index_N: index_N[:-1],
-    lambda index_N: np.where(index_N == 7, -1, index_N), lambda index_N: np.append(index_N, 7)],
-    ids=["duplicate", "from 1", "short", "negative", "long"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index_N: np.where(index_N == 7, 8, index_N),
+        lambda index_N: index_N + 1,
+        lambda index_N: index_N[:-1],
+        lambda index_N: np.where(index_N == 7, -1, index_N),
+        lambda index_N: np.append(index_N, 7),
+    ],
+    ids=["duplicate", "from 1", "short", "negative", "long"],
+)
 def test_index_that_does_not_hold_every_sample_once(dynamics, tmp_path, change):
     folder = copied(dynamics, tmp_path, 4)
     path = folder / "2_Index.npy"
@@ -261,17 +318,24 @@ def test_index_that_does_not_hold_every_sample_once(dynamics, tmp_path, change):
         score(folder, K=2)
 
 
-@pytest.mark.parametrize("change", [lambda x: x[:, 0], lambda x: x[None], lambda x: x.argmax(axis=1), lambda x: x > 0],
-                         ids=["1-d", "3-d", "classes", "bool"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:, 0], lambda x: x[None], lambda x: x.argmax(axis=1), lambda x: x > 0],
+    ids=["1-d", "3-d", "classes", "bool"],
+)
 def test_outputs_that_are_no_logits(dynamics, tmp_path, change):
     folder = damage_output(copied(dynamics, tmp_path, 4), 2, change)
-    with pytest.raises(InputError, match=r"2_Output\.npy is .*expected floating-point logits \[N, C\]"):
+    with pytest.raises(
+        InputError, match=r"2_Output\.npy is .*expected floating-point logits \[N, C\]"
+    ):
         score(folder, K=2)
 
 
 def test_folder_that_mixes_runs(dynamics, tmp_path):
     folder = damage_output(copied(dynamics, tmp_path, 4), 2, lambda logits_NC: logits_NC[:, :9])
-    with pytest.raises(InputError, match=r"epoch 2 has outputs \(600, 9\), the one before \(600, 10\)"):
+    with pytest.raises(
+        InputError, match=r"epoch 2 has outputs \(600, 9\), the one before \(600, 10\)"
+    ):
         score(folder, K=2)
 
 
@@ -292,7 +356,7 @@ def test_damaged_or_pickled_dynamics(dynamics, tmp_path, name):
 
 @pytest.mark.parametrize(("T", "K", "beta"), GOLDEN_SETTINGS)
 def test_trajectory_meets_the_authors_scores(golden, trajectory, tmp_path, T, K, beta):
-    path, = score(trajectory, T=T, K=K, beta=beta, out=tmp_path / "score.npz")
+    (path,) = score(trajectory, T=T, K=K, beta=beta, out=tmp_path / "score.npz")
     assert_golden(path, golden_score(golden, T, K, beta))
     np.testing.assert_array_equal(load_scores(path).label_N, golden["labels"])
     assert load_scores(path).fingerprint == fingerprint(golden["labels"], 10)
@@ -300,36 +364,47 @@ def test_trajectory_meets_the_authors_scores(golden, trajectory, tmp_path, T, K,
 
 @pytest.mark.parametrize("preset", ["official", "paper"])
 def test_trajectory_and_dynamics_give_the_same(dynamics, trajectory, tmp_path, preset):
-    a, = score(dynamics, T=20, K=7, preset=preset, out=tmp_path / "a.npz")
-    b, = score(trajectory, T=20, K=7, preset=preset, out=tmp_path / "b.npz")
-    tolerance = {"official": 1e-6, "paper": 0.0}[preset]  # from outputs, `official` alone has a shorter way
-    np.testing.assert_allclose(load_scores(a).score_N, load_scores(b).score_N, rtol=tolerance, atol=tolerance)
+    (a,) = score(dynamics, T=20, K=7, preset=preset, out=tmp_path / "a.npz")
+    (b,) = score(trajectory, T=20, K=7, preset=preset, out=tmp_path / "b.npz")
+    # from outputs, `official` alone has a shorter way
+    tolerance = {"official": 1e-6, "paper": 0.0}[preset]
+    np.testing.assert_allclose(
+        load_scores(a).score_N, load_scores(b).score_N, rtol=tolerance, atol=tolerance
+    )
 
 
 def test_run_is_scored_in_every_window_of_its_config(golden, run):
     paths = score(run)
-    assert paths == [run / "scores" / f"tdds_official_T{T}_K{K}_beta0.9.npz" for T, K in ((30, 10), (10, 5))]
+    assert paths == [
+        run / "scores" / f"tdds_official_T{T}_K{K}_beta0.9.npz" for T, K in ((30, 10), (10, 5))
+    ]
     for path, setting in zip(paths, ((30, 10, 0.9), (10, 5, 0.9)), strict=True):
         assert_golden(path, golden_score(golden, *setting))
 
 
 def test_options_go_before_the_config(golden, run):
-    path, = score(run, T=30, K=20, beta=0.85)
+    (path,) = score(run, T=30, K=20, beta=0.85)
     assert path == run / "scores" / "tdds_official_T30_K20_beta0.85.npz"
     assert_golden(path, golden_score(golden, 30, 20, 0.85))
     assert [path.name for path in score(run, preset="paper")] == [
-        "tdds_paper_T30_K10_beta0.9.npz", "tdds_paper_T10_K5_beta0.9.npz"]
+        "tdds_paper_T30_K10_beta0.9.npz",
+        "tdds_paper_T10_K5_beta0.9.npz",
+    ]
     assert score(run, T=12) == [run / "scores" / "tdds_official_T12_K10_beta0.9.npz"]
     assert score(run, K=7) == [run / "scores" / "tdds_official_T30_K7_beta0.9.npz"]
 
 
 def test_beta_alone_applies_to_every_window_of_the_config(run):
     assert [path.name for path in score(run, beta=0.5)] == [
-        "tdds_official_T30_K10_beta0.5.npz", "tdds_official_T10_K5_beta0.5.npz"]
+        "tdds_official_T30_K10_beta0.5.npz",
+        "tdds_official_T10_K5_beta0.5.npz",
+    ]
 
 
 def test_one_file_for_several_windows(run, tmp_path):
-    with pytest.raises(InputError, match=r"--out=.*one\.npz names one file, the run has 2 windows; .*--T and --K"):
+    with pytest.raises(
+        InputError, match=r"--out=.*one\.npz names one file, the run has 2 windows; .*--T and --K"
+    ):
         score(run, out=tmp_path / "one.npz")
     assert score(run, T=10, K=5, out=tmp_path / "one.npz") == [tmp_path / "one.npz"]
 
@@ -342,13 +417,16 @@ def test_run_that_stopped_early(run):
     assert len(score(run, T=10, K=5)) == 1
 
 
-@pytest.mark.parametrize(("options", "match"), [
-    ({"preset": "papre"}, r"preset='papre' is unknown; use one of official, paper"),
-    ({"beta": 1.5, "T": 10, "K": 5}, r"beta=1\.5 must lie in \[0, 1\]"),
-    ({"K": 31}, r"K=31 must lie in \[2, 30\] for T=30"),
-    ({"T": 0, "K": 2}, r"K=2 must lie in .* for T=0"),
-    ({"K": 30, "preset": "paper"}, r"K=30 must lie in \[1, 29\] for T=30"),
-])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"preset": "papre"}, r"preset='papre' is unknown; use one of official, paper"),
+        ({"beta": 1.5, "T": 10, "K": 5}, r"beta=1\.5 must lie in \[0, 1\]"),
+        ({"K": 31}, r"K=31 must lie in \[2, 30\] for T=30"),
+        ({"T": 0, "K": 2}, r"K=2 must lie in .* for T=0"),
+        ({"K": 30, "preset": "paper"}, r"K=30 must lie in \[1, 29\] for T=30"),
+    ],
+)
 @pytest.mark.parametrize("source", ["dynamics", "trajectory", "run"])
 def test_settings_that_cannot_be_scored(request, tmp_path, source, options, match):
     with pytest.raises(InputError, match=match):
@@ -357,7 +435,10 @@ def test_settings_that_cannot_be_scored(request, tmp_path, source, options, matc
 
 
 def test_source_that_holds_nothing(tmp_path):
-    with pytest.raises(InputError, match=r"absent is not a directory; give a run directory, a trajectory, or a folder"):
+    with pytest.raises(
+        InputError,
+        match=r"absent is not a directory; give a run directory, a trajectory, or a folder",
+    ):
         score(tmp_path / "absent")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file is not a directory"):
@@ -374,7 +455,8 @@ SAMPLES = sorted({*range(0, 600, 13), 298, 299, 300, 301})  # on both ranks' sid
 
 @pytest.fixture(scope="module")
 def by_hand(golden) -> list[dict[str, list[float]]]:
-    """For each of SAMPLES, what the formulas give by epoch; differences are between an epoch and the next."""
+    """For each of SAMPLES, what the formulas give by epoch; differences are between an epoch and
+    the next."""
     logits_TNC = np.empty((30, 600, 10))
     for epoch in range(30):
         logits_TNC[epoch][golden["index"][epoch]] = golden["logits"][epoch]
@@ -382,16 +464,18 @@ def by_hand(golden) -> list[dict[str, list[float]]]:
     for sample in SAMPLES:
         rows, label = logits_TNC[:, sample].tolist(), int(golden["labels"][sample])
         pairs = list(pairwise(rows))
-        found.append({
-            "correct": [oracles.correct(row, label) for row in rows],
-            "el2n": [oracles.el2n(row, label) for row in rows],
-            "logit": [oracles.margin(row, label) for row in rows],
-            "probability": [oracles.margin(oracles.softmax(row), label) for row in rows],
-            "p_label": [oracles.softmax(row)[label] for row in rows],
-            "official": [oracles.loss_difference_official(*pair) for pair in pairs],
-            "paper": [oracles.loss_difference_paper(*pair) for pair in pairs],
-            "ce": [oracles.loss_difference_ce(*pair, label) for pair in pairs],
-        })
+        found.append(
+            {
+                "correct": [oracles.correct(row, label) for row in rows],
+                "el2n": [oracles.el2n(row, label) for row in rows],
+                "logit": [oracles.margin(row, label) for row in rows],
+                "probability": [oracles.margin(oracles.softmax(row), label) for row in rows],
+                "p_label": [oracles.softmax(row)[label] for row in rows],
+                "official": [oracles.loss_difference_official(*pair) for pair in pairs],
+                "paper": [oracles.loss_difference_paper(*pair) for pair in pairs],
+                "ce": [oracles.loss_difference_ce(*pair, label) for pair in pairs],
+            }
+        )
     return found
 
 
@@ -408,32 +492,48 @@ ORACLES = {
 def assert_oracle(path: Path, oracle, by_hand) -> None:
     want = np.array([oracle(sample) for sample in by_hand])
     assert np.ptp(want) > 0
-    np.testing.assert_allclose(load_scores(path).score_N[SAMPLES], want, rtol=2e-5, atol=2e-5 * np.abs(want).mean())
+    np.testing.assert_allclose(
+        load_scores(path).score_N[SAMPLES], want, rtol=2e-5, atol=2e-5 * np.abs(want).mean()
+    )
 
 
 DEFAULT_SETTINGS = {
-    "random": {"score": "random"}, "forgetting": {"score": "forgetting", "T": 30, "never_learned": "inf"},
+    "random": {"score": "random"},
+    "forgetting": {"score": "forgetting", "T": 30, "never_learned": "inf"},
     "el2n": {"score": "el2n", "T": 10, "el2n_epochs": 10},
     "aum": {"score": "aum", "T": 30, "aum_of": "logit", "keep": "hardest"},
-    "dyn_unc": {"score": "dyn_unc", "T": 30, "J": 10}, "dual": {"score": "dual", "T": 30, "J": 10},
+    "dyn_unc": {"score": "dyn_unc", "T": 30, "J": 10},
+    "dual": {"score": "dual", "T": 30, "J": 10},
 }
 
 
-def assert_every_score(golden, by_hand, folder: Path, windows, origin: dict, draw_seed: int) -> None:
+def assert_every_score(
+    golden, by_hand, folder: Path, windows, origin: dict, draw_seed: int
+) -> None:
     """The folder holds all that can be recorded of the golden run, and nothing else."""
     assert sorted(path.stem for path in folder.glob("*.npz")) == sorted(
-        [*DEFAULT_SETTINGS, *(Window(*window).key("official") for window in windows)])
+        [*DEFAULT_SETTINGS, *(Window(*window).key("official") for window in windows)]
+    )
     for window in windows:
-        assert_golden(folder / f"{Window(*window).key('official')}.npz", golden_score(golden, *window))
+        assert_golden(
+            folder / f"{Window(*window).key('official')}.npz", golden_score(golden, *window)
+        )
     for key, oracle in ORACLES.items():
         assert_oracle(folder / f"{key}.npz", oracle, by_hand)
-    np.testing.assert_array_equal(load_scores(folder / "random.npz").score_N, baselines.random(600, draw_seed))
+    np.testing.assert_array_equal(
+        load_scores(folder / "random.npz").score_N, baselines.random(600, draw_seed)
+    )
     p_mean_N = load_scores(folder / "dual.npz").extra["p_mean"]
-    np.testing.assert_allclose(p_mean_N[SAMPLES], [oracles.mean(sample["p_label"]) for sample in by_hand], rtol=2e-5)
+    np.testing.assert_allclose(
+        p_mean_N[SAMPLES], [oracles.mean(sample["p_label"]) for sample in by_hand], rtol=2e-5
+    )
     for key, settings in DEFAULT_SETTINGS.items():
         found = load_scores(folder / f"{key}.npz")
         draw = {"draw_seed": draw_seed} if key == "random" else {}
-        assert (found.key, found.settings) == (key, settings | draw | {"source": "recorded"} | origin)
+        assert (found.key, found.settings) == (
+            key,
+            settings | draw | {"source": "recorded"} | origin,
+        )
         assert found.fingerprint == fingerprint(golden["labels"], 10)
         np.testing.assert_array_equal(found.label_N, golden["labels"])
         assert sorted(found.extra) == (["p_mean"] if key == "dual" else [])
@@ -441,26 +541,45 @@ def assert_every_score(golden, by_hand, folder: Path, windows, origin: dict, dra
 
 MODEL_SCORES_MISSING = [
     f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights"
-    for key in ("entropy", "moderate")]
+    for key in ("entropy", "moderate")
+]
 
 
 def test_every_score_of_a_run(golden, run, by_hand):
-    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"run": {"name": "golden", "seed": 3}}))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(CONFIG | {"run": {"name": "golden", "seed": 3}})
+    )
     (run / "env.json").write_text(json.dumps({"world_size": 2}))
     paths, skipped = score_all(run)
     assert sorted(paths) == sorted((run / "scores").iterdir())
     assert skipped == MODEL_SCORES_MISSING
-    assert_every_score(golden, by_hand, run / "scores", [(30, 10, 0.9), (10, 5, 0.9)],
-                       {"epochs": 30, "seed": 3, "world_size": 2}, 3)
+    assert_every_score(
+        golden,
+        by_hand,
+        run / "scores",
+        [(30, 10, 0.9), (10, 5, 0.9)],
+        {"epochs": 30, "seed": 3, "world_size": 2},
+        3,
+    )
 
 
 def test_scores_of_the_final_model_are_not_missed_where_they_are(golden, run):
-    save_scores(run / "scores" / "entropy.npz",
-                Scores("entropy", np.zeros(600, dtype=np.float32), golden["labels"], fingerprint(golden["labels"], 10), {}))
+    save_scores(
+        run / "scores" / "entropy.npz",
+        Scores(
+            "entropy",
+            np.zeros(600, dtype=np.float32),
+            golden["labels"],
+            fingerprint(golden["labels"], 10),
+            {},
+        ),
+    )
     assert score_all(run)[1] == MODEL_SCORES_MISSING[1:]
 
 
-def test_every_score_of_a_foreign_trajectory_into_another_folder(golden, trajectory, tmp_path, by_hand):
+def test_every_score_of_a_foreign_trajectory_into_another_folder(
+    golden, trajectory, tmp_path, by_hand
+):
     before = sorted(trajectory.iterdir())
     paths, skipped = score_all(trajectory, out=tmp_path / "other")
     assert {path.parent for path in paths} == {tmp_path / "other"}
@@ -469,39 +588,56 @@ def test_every_score_of_a_foreign_trajectory_into_another_folder(golden, traject
     assert_every_score(golden, by_hand, tmp_path / "other", [(30, 10, 0.9)], {"epochs": 30}, 0)
 
 
-def test_every_score_of_a_dynamics_folder_with_labels(golden, dynamics, trajectory, tmp_path, beton, by_hand, monkeypatch):
+def test_every_score_of_a_dynamics_folder_with_labels(
+    golden, dynamics, trajectory, tmp_path, beton, by_hand, monkeypatch
+):
     read = []
-    monkeypatch.setattr(Dynamics, "_read_epoch", lambda self, epoch, real=Dynamics._read_epoch: read.append(epoch)
-                        or real(self, epoch))
+    monkeypatch.setattr(
+        Dynamics,
+        "_read_epoch",
+        lambda self, epoch, real=Dynamics._read_epoch: read.append(epoch) or real(self, epoch),
+    )
     paths, skipped = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "a")
     assert skipped == MODEL_SCORES_MISSING
-    assert [read.count(epoch) for epoch in range(1, 30)] == [1] * 29, "each file is read once for all scores"
+    assert [read.count(epoch) for epoch in range(1, 30)] == [1] * 29, (
+        "each file is read once for all scores"
+    )
     assert_every_score(golden, by_hand, tmp_path / "a", [(30, 10, 0.9)], {}, 0)
     score_all(trajectory, out=tmp_path / "b")
     for path in paths:
         same = load_scores(tmp_path / "b" / path.name)
         np.testing.assert_array_equal(load_scores(path).score_N, same.score_N, path.name)
-    np.testing.assert_array_equal(load_scores(tmp_path / "a" / "dual.npz").extra["p_mean"],
-                                  load_scores(tmp_path / "b" / "dual.npz").extra["p_mean"])
+    np.testing.assert_array_equal(
+        load_scores(tmp_path / "a" / "dual.npz").extra["p_mean"],
+        load_scores(tmp_path / "b" / "dual.npz").extra["p_mean"],
+    )
 
 
 def test_scores_in_blocks_of_samples(trajectory, tmp_path, monkeypatch):
     """600 samples in blocks of 7, the last of 5: the same bits in every score."""
-    whole = [*score_all(trajectory, out=tmp_path / "whole")[0],
-             *score(trajectory, preset="paper", out=tmp_path / "whole" / "paper.npz")]
+    whole = [
+        *score_all(trajectory, out=tmp_path / "whole")[0],
+        *score(trajectory, preset="paper", out=tmp_path / "whole" / "paper.npz"),
+    ]
     monkeypatch.setattr(tdds_module, "_COLUMNS", 7)
     monkeypatch.setattr(baselines, "_COLUMNS", 7)
     score_all(trajectory, out=tmp_path / "blocks")
     score(trajectory, preset="paper", out=tmp_path / "blocks" / "paper.npz")
     for path in whole:
-        assert load_scores(path).score_N.tobytes() == load_scores(tmp_path / "blocks" / path.name).score_N.tobytes(), path.name
+        assert (
+            load_scores(path).score_N.tobytes()
+            == load_scores(tmp_path / "blocks" / path.name).score_N.tobytes()
+        ), path.name
 
 
 def test_dynamics_folder_in_blocks_of_rows(golden, dynamics, tmp_path, beton, monkeypatch):
-    """600 rows in blocks of 7, the last of 5: a row is the same whichever share a block, and whoever computes it."""
+    """600 rows in blocks of 7, the last of 5: a row is the same whichever share a block, and
+    whoever computes it."""
     labels = beton(golden["labels"])
-    whole = [*score_all(dynamics, beton=labels, out=tmp_path / "whole")[0],
-             *score(dynamics, preset="paper", out=tmp_path / "whole" / "paper.npz")]
+    whole = [
+        *score_all(dynamics, beton=labels, out=tmp_path / "whole")[0],
+        *score(dynamics, preset="paper", out=tmp_path / "whole" / "paper.npz"),
+    ]
     monkeypatch.setattr(dynamics_module, "_BLOCK", 7 * 10 + 3)
     num_threads = torch.get_num_threads()
     for workers in (1, 3):
@@ -514,13 +650,20 @@ def test_dynamics_folder_in_blocks_of_rows(golden, dynamics, tmp_path, beton, mo
         finally:
             torch.set_num_threads(num_threads)
         for path in whole:
-            assert load_scores(path).score_N.tobytes() == load_scores(folder / path.name).score_N.tobytes(), path.name
+            assert (
+                load_scores(path).score_N.tobytes()
+                == load_scores(folder / path.name).score_N.tobytes()
+            ), path.name
 
 
-@pytest.mark.parametrize("names", [
-    ("delta_official",), ("delta_paper",), ("delta_ce",), ("entropy", "delta_official"), SCALARS], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [("delta_official",), ("delta_paper",), ("delta_ce",), ("entropy", "delta_official"), SCALARS],
+    ids=str,
+)
 def test_scalars_of_a_dynamics_folder_are_those_of_training(golden, dynamics, names):
-    """Bit by bit, also where one loss difference is computed by itself; `delta_official` then has a shorter way of its own."""
+    """Bit by bit, also where one loss difference is computed by itself; `delta_official` then has a
+    shorter way of its own."""
     tolerance = 3e-7 if names == ("delta_official",) else 0.0
     read = Dynamics(dynamics, golden["labels"])
     read.prepare(names, 5)
@@ -532,34 +675,49 @@ def test_scalars_of_a_dynamics_folder_are_those_of_training(golden, dynamics, na
         want_FN = sample_scalars(logits, logp, previous, torch.from_numpy(golden["labels"])).numpy()
         previous = logp
         for name in names:
-            np.testing.assert_allclose(read.read(name, 5)[epoch], want_FN[SCALARS.index(name)], 10 * tolerance, tolerance,
-                                       err_msg=name)
+            np.testing.assert_allclose(
+                read.read(name, 5)[epoch],
+                want_FN[SCALARS.index(name)],
+                10 * tolerance,
+                tolerance,
+                err_msg=name,
+            )
 
 
 def test_logits_that_are_certain_or_overflow_a_sum(tmp_path):
     """Probabilities of 0 and 1, and numbers whose sum is no float32 though each is one."""
-    logits_NC = np.array([[0, 3e38, 3e38], [-3e38, 3e38, 0], [500, -500, 0], [1, 2, 3]], dtype=np.float32)
+    logits_NC = np.array(
+        [[0, 3e38, 3e38], [-3e38, 3e38, 0], [500, -500, 0], [1, 2, 3]], dtype=np.float32
+    )
     for epoch in range(4):
-        np.save(tmp_path / f"{epoch}_Output.npy", np.roll(logits_NC, epoch, axis=1).astype(np.float64))
+        np.save(
+            tmp_path / f"{epoch}_Output.npy", np.roll(logits_NC, epoch, axis=1).astype(np.float64)
+        )
         np.save(tmp_path / f"{epoch}_Index.npy", np.arange(4))
     for name in ("delta_official", "delta_paper"):
         found_TN = Dynamics(tmp_path).read(name)
         assert np.isnan(found_TN[0]).all()
         assert np.isfinite(found_TN[1:]).all()
-    np.save(tmp_path / "2_Output.npy", np.where(logits_NC == 500, 1e39, logits_NC.astype(np.float64)))
-    with pytest.raises(InputError, match=r"2_Output\.npy holds NaN or infinite logits \(global indices \[2\]\)"):
+    np.save(
+        tmp_path / "2_Output.npy", np.where(logits_NC == 500, 1e39, logits_NC.astype(np.float64))
+    )
+    with pytest.raises(
+        InputError, match=r"2_Output\.npy holds NaN or infinite logits \(global indices \[2\]\)"
+    ):
         Dynamics(tmp_path).read("delta_official")
 
 
-@pytest.mark.parametrize("change", [
-    lambda x: x.astype(np.float64), lambda x: np.asfortranarray(x), lambda x: x.astype(">f4")],
-    ids=["float64", "fortran", "big-endian"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.astype(np.float64), lambda x: np.asfortranarray(x), lambda x: x.astype(">f4")],
+    ids=["float64", "fortran", "big-endian"],
+)
 def test_outputs_of_other_layouts(dynamics, tmp_path, change):
     folder = copied(dynamics, tmp_path, 6)
-    want, = score(folder, K=3, out=tmp_path / "a.npz")
+    (want,) = score(folder, K=3, out=tmp_path / "a.npz")
     for epoch in range(6):
         damage_output(folder, epoch, change)
-    found, = score(folder, K=3, out=tmp_path / "b.npz")
+    (found,) = score(folder, K=3, out=tmp_path / "b.npz")
     assert load_scores(found).score_N.tobytes() == load_scores(want).score_N.tobytes()
 
 
@@ -568,41 +726,112 @@ def test_dynamics_folder_without_labels_gives_what_needs_none(golden, dynamics, 
     assert [path.name for path in paths] == ["tdds_official_T30_K10_beta0.9.npz", "random.npz"]
     assert_golden(paths[0], golden_score(golden, 30, 10, 0.9))
     assert [reason.split(":")[0] for reason in skipped] == [
-        "forgetting", "el2n", "aum", "dyn_unc", "dual", "entropy", "moderate"]
+        "forgetting",
+        "el2n",
+        "aum",
+        "dyn_unc",
+        "dual",
+        "entropy",
+        "moderate",
+    ]
     assert all("holds no labels" in reason and "--beton FILE" in reason for reason in skipped[:5])
-    with pytest.raises(InputError, match=r"holds no labels, which logit_margin needs; give the dataset with --beton FILE"):
+    with pytest.raises(
+        InputError,
+        match=r"holds no labels, which logit_margin needs; give the dataset with --beton FILE",
+    ):
         score_all(dynamics, ["aum"], out=tmp_path)
 
 
 def test_scores_by_name(run):
     paths, skipped = score_all(run, ["dual", "tdds"])
-    assert [path.stem for path in paths] == ["dual", "tdds_official_T30_K10_beta0.9", "tdds_official_T10_K5_beta0.9"]
+    assert [path.stem for path in paths] == [
+        "dual",
+        "tdds_official_T30_K10_beta0.9",
+        "tdds_official_T10_K5_beta0.9",
+    ]
     assert skipped == []
     assert sorted((run / "scores").iterdir()) == sorted(paths), "and no other"
 
 
-@pytest.mark.parametrize(("key", "options", "name", "settings", "oracle"), [
-    ("el2n", ["el2n_epochs=20"], "el2n_T20", {"T": 20, "el2n_epochs": 20}, lambda s: oracles.el2n_early(s["el2n"], 20)),
-    ("el2n", ["score.baselines.el2n_epochs=1"], "el2n_T1", {"T": 1, "el2n_epochs": 1}, lambda s: s["el2n"][0]),
-    ("forgetting", ["num_epochs=3"], "forgetting_T3", {"T": 3, "never_learned": "inf"},
-     lambda s: oracles.forgetting(s["correct"][:3], "inf")),
-    ("forgetting", ["num_epochs=3", "never_learned=0"], "forgetting_never0_T3", {"T": 3, "never_learned": "0"},
-     lambda s: oracles.forgetting(s["correct"][:3], "0")),
-    ("aum", ["aum_of=probability"], "aum_probability", {"aum_of": "probability", "keep": "hardest"},
-     lambda s: oracles.aum(s["probability"], "hardest")),
-    ("aum", ["aum_keep=easiest"], "aum_easiest", {"aum_of": "logit", "keep": "easiest"},
-     lambda s: oracles.aum(s["logit"], "easiest")),
-    ("aum", ["aum_of=probability", "aum_keep=easiest", "num_epochs=12"], "aum_probability_easiest_T12",
-     {"T": 12, "aum_of": "probability", "keep": "easiest"}, lambda s: oracles.aum(s["probability"][:12], "easiest")),
-    ("dyn_unc", ["uncertainty_window=5"], "dyn_unc_J5", {"T": 30, "J": 5}, lambda s: oracles.dyn_unc(s["p_label"], 5)),
-    ("dual", ["uncertainty_window=30"], "dual_J30", {"T": 30, "J": 30}, lambda s: oracles.dual(s["p_label"], 30)),
-    ("dual", ["uncertainty_window=5", "num_epochs=12"], "dual_J5_T12", {"T": 12, "J": 5},
-     lambda s: oracles.dual(s["p_label"][:12], 5)),
-])
+@pytest.mark.parametrize(
+    ("key", "options", "name", "settings", "oracle"),
+    [
+        (
+            "el2n",
+            ["el2n_epochs=20"],
+            "el2n_T20",
+            {"T": 20, "el2n_epochs": 20},
+            lambda s: oracles.el2n_early(s["el2n"], 20),
+        ),
+        (
+            "el2n",
+            ["score.baselines.el2n_epochs=1"],
+            "el2n_T1",
+            {"T": 1, "el2n_epochs": 1},
+            lambda s: s["el2n"][0],
+        ),
+        (
+            "forgetting",
+            ["num_epochs=3"],
+            "forgetting_T3",
+            {"T": 3, "never_learned": "inf"},
+            lambda s: oracles.forgetting(s["correct"][:3], "inf"),
+        ),
+        (
+            "forgetting",
+            ["num_epochs=3", "never_learned=0"],
+            "forgetting_never0_T3",
+            {"T": 3, "never_learned": "0"},
+            lambda s: oracles.forgetting(s["correct"][:3], "0"),
+        ),
+        (
+            "aum",
+            ["aum_of=probability"],
+            "aum_probability",
+            {"aum_of": "probability", "keep": "hardest"},
+            lambda s: oracles.aum(s["probability"], "hardest"),
+        ),
+        (
+            "aum",
+            ["aum_keep=easiest"],
+            "aum_easiest",
+            {"aum_of": "logit", "keep": "easiest"},
+            lambda s: oracles.aum(s["logit"], "easiest"),
+        ),
+        (
+            "aum",
+            ["aum_of=probability", "aum_keep=easiest", "num_epochs=12"],
+            "aum_probability_easiest_T12",
+            {"T": 12, "aum_of": "probability", "keep": "easiest"},
+            lambda s: oracles.aum(s["probability"][:12], "easiest"),
+        ),
+        (
+            "dyn_unc",
+            ["uncertainty_window=5"],
+            "dyn_unc_J5",
+            {"T": 30, "J": 5},
+            lambda s: oracles.dyn_unc(s["p_label"], 5),
+        ),
+        (
+            "dual",
+            ["uncertainty_window=30"],
+            "dual_J30",
+            {"T": 30, "J": 30},
+            lambda s: oracles.dual(s["p_label"], 30),
+        ),
+        (
+            "dual",
+            ["uncertainty_window=5", "num_epochs=12"],
+            "dual_J5_T12",
+            {"T": 12, "J": 5},
+            lambda s: oracles.dual(s["p_label"][:12], 5),
+        ),
+    ],
+)
 def test_options_make_another_file(run, by_hand, key, options, name, settings, oracle):
-    default, = score_all(run, [key])[0]
+    (default,) = score_all(run, [key])[0]
     before = default.read_bytes()
-    path, = score_all(run, [key], options=options)[0]
+    (path,) = score_all(run, [key], options=options)[0]
     assert path == run / "scores" / f"{name}.npz"
     assert default.read_bytes() == before
     assert_oracle(path, oracle, by_hand)
@@ -616,33 +845,67 @@ def test_options_make_another_file(run, by_hand, key, options, name, settings, o
 
 
 def test_options_of_the_config_and_before_it(run, by_hand):
-    """The config's option holds unless one is given; the file says which it was, also where the default is asked for."""
+    """The config's option holds unless one is given; the file says which it was, also where the
+    default is asked for."""
     changed = CONFIG["score"] | {"baselines": {"el2n_epochs": 20, "never_learned": "0"}}
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"score": changed}))
     names = {path.name for path in score_all(run)[0]}
     assert {"el2n_T20.npz", "forgetting_never0.npz", "aum.npz"} <= names
     assert not {"el2n.npz", "forgetting.npz"} & names
-    path, = score_all(run, ["el2n"], options=["el2n_epochs=10"])[0]
+    (path,) = score_all(run, ["el2n"], options=["el2n_epochs=10"])[0]
     assert path.name == "el2n.npz"
     assert_oracle(path, ORACLES["el2n"], by_hand)
 
 
-@pytest.mark.parametrize(("keys", "options", "match"), [
-    (["el2n"], ["el2n_epoch=3"], r"unknown key 'el2n_epoch'; the nearest valid key is 'el2n_epochs'"),
-    ([], ["el2n_epoch=3"], r"unknown key 'el2n_epoch'"),
-    ([], ["aum_of=logits"], r"aum_of='logits'"),
-    ([], ["el2n_epochs=0"], r"el2n_epochs=0"),
-    ([], ["uncertainty_window=1"], r"uncertainty_window=1"),
-    ([], ["el2n_epochs"], r"'el2n_epochs' must look like"),
-    (["el2m"], [], r"score 'el2m' is not computed from recorded epochs; use one of tdds, random, forgetting, el2n, aum, "),
-    (["el2n", "entropy"], [], r"score 'entropy' .* \(they need the final model: `tdds score RUN --final-pass`\); use one"),
-    (["moderate"], [], r"score 'moderate' .*--final-pass"),
-    (["el2n"], ["el2n_epochs=31"], r"el2n_epochs=31 is longer than the 30 recorded epochs; lower it, or collect longer"),
-    (["aum"], ["num_epochs=31"], r"num_epochs=31 is longer than the 30 recorded epochs"),
-    (["dyn_unc"], ["uncertainty_window=31"], r"uncertainty_window=31 is longer than the 30 epochs there are; lower it"),
-    (["dual"], ["uncertainty_window=13", "num_epochs=12"], r"uncertainty_window=13 is longer than the 12 epochs there are"),
-    (["forgetting"], ["num_epochs=1"], r"forgetting needs at least 2 epochs"),
-])
+@pytest.mark.parametrize(
+    ("keys", "options", "match"),
+    [
+        (
+            ["el2n"],
+            ["el2n_epoch=3"],
+            r"unknown key 'el2n_epoch'; the nearest valid key is 'el2n_epochs'",
+        ),
+        ([], ["el2n_epoch=3"], r"unknown key 'el2n_epoch'"),
+        ([], ["aum_of=logits"], r"aum_of='logits'"),
+        ([], ["el2n_epochs=0"], r"el2n_epochs=0"),
+        ([], ["uncertainty_window=1"], r"uncertainty_window=1"),
+        ([], ["el2n_epochs"], r"'el2n_epochs' must look like"),
+        (
+            ["el2m"],
+            [],
+            (
+                r"score 'el2m' is not computed from recorded epochs; use one of tdds, random,"
+                r" forgetting, el2n, aum, "
+            ),
+        ),
+        (
+            ["el2n", "entropy"],
+            [],
+            (
+                r"score 'entropy' .* \(they need the final model: `tdds score RUN --final-pass`\);"
+                r" use one"
+            ),
+        ),
+        (["moderate"], [], r"score 'moderate' .*--final-pass"),
+        (
+            ["el2n"],
+            ["el2n_epochs=31"],
+            r"el2n_epochs=31 is longer than the 30 recorded epochs; lower it, or collect longer",
+        ),
+        (["aum"], ["num_epochs=31"], r"num_epochs=31 is longer than the 30 recorded epochs"),
+        (
+            ["dyn_unc"],
+            ["uncertainty_window=31"],
+            r"uncertainty_window=31 is longer than the 30 epochs there are; lower it",
+        ),
+        (
+            ["dual"],
+            ["uncertainty_window=13", "num_epochs=12"],
+            r"uncertainty_window=13 is longer than the 12 epochs there are",
+        ),
+        (["forgetting"], ["num_epochs=1"], r"forgetting needs at least 2 epochs"),
+    ],
+)
 def test_scores_that_cannot_be_computed(run, keys, options, match):
     with pytest.raises(InputError, match=match):
         score_all(run, keys, options=options)
@@ -652,10 +915,18 @@ def test_scores_that_cannot_be_computed(run, keys, options, match):
 def test_one_score_that_cannot_be_computed_does_not_hold_up_the_others(run, by_hand):
     paths, skipped = score_all(run, options=["el2n_epochs=31", "uncertainty_window=40"])
     assert sorted(path.name for path in paths) == [
-        "aum.npz", "forgetting.npz", "random.npz", "tdds_official_T10_K5_beta0.9.npz", "tdds_official_T30_K10_beta0.9.npz"]
+        "aum.npz",
+        "forgetting.npz",
+        "random.npz",
+        "tdds_official_T10_K5_beta0.9.npz",
+        "tdds_official_T30_K10_beta0.9.npz",
+    ]
     assert_oracle(run / "scores" / "aum.npz", ORACLES["aum"], by_hand)
     assert [reason.split(" ")[:2] for reason in skipped[:3]] == [
-        ["el2n:", "el2n_epochs=31"], ["dyn_unc:", "uncertainty_window=40"], ["dual:", "uncertainty_window=40"]]
+        ["el2n:", "el2n_epochs=31"],
+        ["dyn_unc:", "uncertainty_window=40"],
+        ["dual:", "uncertainty_window=40"],
+    ]
 
 
 def test_short_recording_gives_what_it_can(golden, dynamics, tmp_path, beton):
@@ -664,7 +935,14 @@ def test_short_recording_gives_what_it_can(golden, dynamics, tmp_path, beton):
     paths, skipped = score_all(folder, beton=beton(golden["labels"]))
     assert [path.name for path in paths] == ["random.npz", "forgetting.npz", "aum.npz"]
     assert {path.parent for path in paths} == {folder}, "beside the outputs"
-    assert [reason.split(":")[0] for reason in skipped] == ["tdds", "el2n", "dyn_unc", "dual", "entropy", "moderate"]
+    assert [reason.split(":")[0] for reason in skipped] == [
+        "tdds",
+        "el2n",
+        "dyn_unc",
+        "dual",
+        "entropy",
+        "moderate",
+    ]
     assert skipped[0].startswith("tdds: K=10 must lie in [2, 5] for T=5")
 
 
@@ -695,43 +973,73 @@ def varying(sample: dict[str, list[float]], delta: str, preset: str) -> list[flo
 @pytest.mark.parametrize("delta", ["kl", "kl_signed", "ce", "ce_absolute", "el2n"])
 def test_ablations(trajectory, tmp_path, by_hand, delta, preset):
     for beta in (0.8, 0.0):
-        path, = score(trajectory, T=20, K=7, beta=beta, preset=preset, delta=delta, out=tmp_path / f"{beta}.npz")
-        assert_oracle(path, lambda s, beta=beta: oracles.score(varying(s, delta, preset), 20, 7, beta, preset), by_hand)
+        (path,) = score(
+            trajectory,
+            T=20,
+            K=7,
+            beta=beta,
+            preset=preset,
+            delta=delta,
+            out=tmp_path / f"{beta}.npz",
+        )
+        assert_oracle(
+            path,
+            lambda s, beta=beta: oracles.score(varying(s, delta, preset), 20, 7, beta, preset),
+            by_hand,
+        )
         found = load_scores(path)
         suffix = "" if delta == "kl" else f"_{delta}"
         assert found.key == f"tdds_{preset}_T20_K7_beta{beta:g}{suffix}"
-        assert found.settings == {"score": "tdds", "preset": preset, "T": 20, "K": 7, "beta": beta, "source": "recorded",
-                                  "epochs": 30} | ({} if delta == "kl" else {"delta": delta})
+        assert found.settings == {
+            "score": "tdds",
+            "preset": preset,
+            "T": 20,
+            "K": 7,
+            "beta": beta,
+            "source": "recorded",
+            "epochs": 30,
+        } | ({} if delta == "kl" else {"delta": delta})
     a, b = (load_scores(tmp_path / f"{beta}.npz").score_N for beta in (0.8, 0.0))
     assert not np.array_equal(a, b)
 
 
 def test_every_ablation_is_another_score(trajectory, run):
-    """In preset `paper`, kl is signed already; every other pair differs. Each lies in its own file."""
+    """In preset `paper`, kl is signed already; every other pair differs. Each lies in its own
+    file."""
     scores = {}
     for delta in ("kl", "kl_signed", "ce", "ce_absolute", "el2n"):
         for path in score(run, delta=delta):
             scores[path.name] = load_scores(path).score_N.tobytes()
     assert len(scores) == len(set(scores.values())) == 10
-    paper = [load_scores(score(run, preset="paper", T=12, K=4, delta=delta)[0]).score_N for delta in ("kl", "kl_signed")]
+    paper = [
+        load_scores(score(run, preset="paper", T=12, K=4, delta=delta)[0]).score_N
+        for delta in ("kl", "kl_signed")
+    ]
     np.testing.assert_array_equal(*paper)
 
 
 def test_ablations_of_a_dynamics_folder(golden, dynamics, trajectory, tmp_path, beton):
     for delta in ("kl_signed", "ce", "ce_absolute", "el2n"):
-        a, = score(dynamics, T=9, K=4, delta=delta, beton=beton(golden["labels"]), out=tmp_path / "a.npz")
-        b, = score(trajectory, T=9, K=4, delta=delta, out=tmp_path / "b.npz")
+        (a,) = score(
+            dynamics, T=9, K=4, delta=delta, beton=beton(golden["labels"]), out=tmp_path / "a.npz"
+        )
+        (b,) = score(trajectory, T=9, K=4, delta=delta, out=tmp_path / "b.npz")
         np.testing.assert_array_equal(load_scores(a).score_N, load_scores(b).score_N)
-    signed, = score(dynamics, T=9, K=4, delta="kl_signed", out=tmp_path / "c.npz")
+    (signed,) = score(dynamics, T=9, K=4, delta="kl_signed", out=tmp_path / "c.npz")
     assert np.isfinite(load_scores(signed).score_N).all()
     for delta in ("ce", "ce_absolute", "el2n"):
-        with pytest.raises(InputError, match=r"holds no labels, which (delta_ce|el2n) needs; .*--beton FILE"):
+        with pytest.raises(
+            InputError, match=r"holds no labels, which (delta_ce|el2n) needs; .*--beton FILE"
+        ):
             score(dynamics, T=9, K=4, delta=delta, out=tmp_path / "none.npz")
     assert not (tmp_path / "none.npz").exists()
 
 
 def test_unknown_ablation(run):
-    with pytest.raises(InputError, match=r"delta='kl_abs' is unknown; use one of kl, kl_signed, ce, ce_absolute, el2n"):
+    with pytest.raises(
+        InputError,
+        match=r"delta='kl_abs' is unknown; use one of kl, kl_signed, ce, ce_absolute, el2n",
+    ):
         score(run, delta="kl_abs")
     assert not (run / "scores").exists()
 
@@ -749,19 +1057,28 @@ def test_selects_with_the_window_that_serves_the_rate(golden, run):
         want_N = golden_score(golden, *setting)
         kept = num_kept(600, rate)
         highest = np.sort(np.argsort(-want_N, kind="stable")[:kept])
-        assert len(np.intersect1d(coreset.index_M, highest)) >= kept - 1, "up to the accuracy of float32"
+        assert len(np.intersect1d(coreset.index_M, highest)) >= kept - 1, (
+            "up to the accuracy of float32"
+        )
         assert (coreset.score_key, coreset.pruning_rate) == (Window(*setting).key("official"), rate)
         assert coreset.fingerprint == fingerprint(golden["labels"], 10)
-    with pytest.raises(InputError, match=r"no window of score\.windows serves pruning_rate=0\.5 \(served: \[0\.3, "):
+    with pytest.raises(
+        InputError, match=r"no window of score\.windows serves pruning_rate=0\.5 \(served: \[0\.3, "
+    ):
         select(run, 0.5)
 
 
 def test_default_paths(run, tmp_path):
     first, second = score(run)
-    assert select(run, 0.3, class_balanced=True)[0].name == "tdds_official_T30_K10_beta0.9_balanced_p0.3.npz"
+    assert (
+        select(run, 0.3, class_balanced=True)[0].name
+        == "tdds_official_T30_K10_beta0.9_balanced_p0.3.npz"
+    )
     assert select(run, 0.25, score=second.stem)[0] == run / "coresets" / f"{second.stem}_p0.25.npz"
     assert select(run, 0.5, score="random")[0] == run / "coresets" / "random_s0_p0.5.npz"
-    assert select(first, 0.5)[0] == run / "coresets" / f"{first.stem}_p0.5.npz", "of the run that the score is from"
+    assert select(first, 0.5)[0] == run / "coresets" / f"{first.stem}_p0.5.npz", (
+        "of the run that the score is from"
+    )
     alone = tmp_path / "alone.npz"
     alone.write_bytes(first.read_bytes())
     assert select(alone, 0.5)[0] == tmp_path / "alone_p0.5.npz", "beside the score file"
@@ -773,7 +1090,9 @@ def test_default_paths(run, tmp_path):
 def test_importance_is_the_score_scaled_over_the_whole_dataset(run):
     first, _ = score(run)
     coreset = load_coreset(select(run, 0.3)[0])
-    np.testing.assert_array_equal(coreset.importance_M, min_max(load_scores(first).score_N)[coreset.index_M])
+    np.testing.assert_array_equal(
+        coreset.importance_M, min_max(load_scores(first).score_N)[coreset.index_M]
+    )
     assert coreset.importance_M.max() == 1.0
     assert coreset.importance_M.min() > 0.0, "0 is the lowest of all N, which was pruned"
     assert coreset.settings["importance"] == "min_max"
@@ -801,7 +1120,9 @@ def test_random_coreset_is_uniform_seeded_and_of_the_dataset(golden, run):
     assert len(set(drawn.values())) == 4
     assert load_coreset(select(run, 0.9, score="random", seed=2)[0]).index_M.tobytes() == drawn[2]
     smaller = load_coreset(select(run, 0.97, score="random", seed=2)[0]).index_M
-    assert set(smaller) <= set(np.frombuffer(drawn[2], dtype=np.int64)), "draws of one seed are nested"
+    assert set(smaller) <= set(np.frombuffer(drawn[2], dtype=np.int64)), (
+        "draws of one seed are nested"
+    )
 
 
 def test_class_balanced_keeps_proportions(golden, run):
@@ -812,7 +1133,9 @@ def test_class_balanced_keeps_proportions(golden, run):
     assert coreset.settings["class_balanced"] is True
     assert len(coreset.index_M) == 60
     share_C = np.bincount(golden["labels"], minlength=10) / 10
-    assert (np.abs(np.bincount(golden["labels"][coreset.index_M], minlength=10) - share_C) < 1).all()
+    assert (
+        np.abs(np.bincount(golden["labels"][coreset.index_M], minlength=10) - share_C) < 1
+    ).all()
 
 
 def lopsided(path: Path) -> Path:
@@ -835,7 +1158,10 @@ def test_empty_classes_are_an_error_when_balance_was_asked_for(tmp_path):
     source = lopsided(tmp_path / "mine.npz")
     _, warnings = select(source, 0.1, class_balanced=True)
     assert warnings == []
-    with pytest.raises(InputError, match=r"pruning_rate=0\.9: 1 of 4 classes keep no sample \(first: \[3\]\); lower"):
+    with pytest.raises(
+        InputError,
+        match=r"pruning_rate=0\.9: 1 of 4 classes keep no sample \(first: \[3\]\); lower",
+    ):
         select(source, 0.9, class_balanced=True, out=tmp_path / "none.npz")
     assert not (tmp_path / "none.npz").exists()
 
@@ -860,22 +1186,32 @@ def test_scores_that_are_not_finite(tmp_path):
 
 
 def test_score_that_is_not_there(run, tmp_path):
-    with pytest.raises(InputError, match=r"holds no scores; run `tdds collect` or `tdds score` first"):
+    with pytest.raises(
+        InputError, match=r"holds no scores; run `tdds collect` or `tdds score` first"
+    ):
         select(run, 0.3, score="random")
-    with pytest.raises(InputError, match=r"T30_K10_beta0\.9': its collection has not finished \(0 of 30 epochs\)"):
+    with pytest.raises(
+        InputError, match=r"T30_K10_beta0\.9': its collection has not finished \(0 of 30 epochs\)"
+    ):
         select(run, 0.3)
     (run / "result.json").write_text("{}")
-    with pytest.raises(InputError, match=r"has no score 'tdds_official_T30_K10_beta0\.9'; it has tdds, random"):
+    with pytest.raises(
+        InputError, match=r"has no score 'tdds_official_T30_K10_beta0\.9'; it has tdds, random"
+    ):
         select(run, 0.3)
     score(run)
-    with pytest.raises(InputError, match=r"has no score 'el2n'; it has tdds, random, tdds_official_T10_K5_beta0\.9, "):
+    with pytest.raises(
+        InputError,
+        match=r"has no score 'el2n'; it has tdds, random, tdds_official_T10_K5_beta0\.9, ",
+    ):
         select(run, 0.3, score="el2n")
     with pytest.raises(InputError, match=r"absent does not exist"):
         select(tmp_path / "absent", 0.3)
 
 
 def test_naming_a_score_of_a_file_that_holds_another(tmp_path):
-    """A file holds one score; asking it for a different one must not be answered with the one it has."""
+    """A file holds one score; asking it for a different one must not be answered with the one it
+    has."""
     source = lopsided(tmp_path / "mine.npz")
     select(source, 0.5, score="mine")
     with pytest.raises(InputError, match=r"mine\.npz.*el2n|el2n.*mine"):
@@ -907,8 +1243,16 @@ def scored(golden, trajectory, tmp_path_factory) -> Path:
     score(folder, delta="ce", T=30, K=10)
     score_all(folder, ["aum"], options=["aum_keep=easiest"])
     score_N = np.random.default_rng(0).gamma(2.0, size=600).astype(np.float32)
-    save_scores(folder / "scores" / "moderate.npz",
-                Scores("moderate", score_N, golden["labels"], fingerprint(golden["labels"], 10), {"score": "moderate"}))
+    save_scores(
+        folder / "scores" / "moderate.npz",
+        Scores(
+            "moderate",
+            score_N,
+            golden["labels"],
+            fingerprint(golden["labels"], 10),
+            {"score": "moderate"},
+        ),
+    )
     return folder
 
 
@@ -933,12 +1277,17 @@ def test_default_samplers(scored):
     np.testing.assert_array_equal(kept, np.sort(moderate.score_N)[-180:])
 
 
-@pytest.mark.parametrize(("rate", "given", "cutoff"), [(0.5, None, 0), (0.8, None, 120), (0.9, None, 180), (0.9, 0.1, 60),
-                                                       (0.8, 0.0, 0)])
+@pytest.mark.parametrize(
+    ("rate", "given", "cutoff"),
+    [(0.5, None, 0), (0.8, None, 120), (0.9, None, 180), (0.9, 0.1, 60), (0.8, 0.0, 0)],
+)
 def test_ccs_fills_strata_below_the_cutoff(scored, rate, given, cutoff):
-    """`cutoff` of the 600 hardest go; no two margins are equal, so literal counting decides the rest."""
+    """`cutoff` of the 600 hardest go; no two margins are equal, so literal counting decides the
+    rest."""
     scores = of(scored, "aum")
-    kept = scores.score_N[choose(scores, rate, sampler="ccs", hard_cutoff_rate=given, num_strata=20)].tolist()
+    kept = scores.score_N[
+        choose(scores, rate, sampler="ccs", hard_cutoff_rate=given, num_strata=20)
+    ].tolist()
     rest = sorted(scores.score_N.tolist())[: 600 - cutoff]
     counts = oracles.stratum_counts(rest, rest[0], rest[-1], 20)
     want = oracles.stratum_budgets(counts, oracles.num_kept(600, rate))
@@ -951,8 +1300,13 @@ def test_beta_draw_takes_probabilities_rate_and_exponent_from_where_they_stand(s
     arguments = (scores.score_N, scores.extra["p_mean"])
     kept = choose(scores, 0.7, sampler="beta", seed=3, c_d=5.5)
     np.testing.assert_array_equal(kept, samplers.beta_sample(*arguments, 180, 0.7, c_d=5.5, seed=3))
-    np.testing.assert_array_equal(choose(scores, 0.7, sampler="beta"), samplers.beta_sample(*arguments, 180, 0.7, c_d=4.0))
-    others = [choose(scores, 0.7, sampler="beta", seed=3), choose(scores, 0.7, sampler="beta", c_d=5.5)]
+    np.testing.assert_array_equal(
+        choose(scores, 0.7, sampler="beta"), samplers.beta_sample(*arguments, 180, 0.7, c_d=4.0)
+    )
+    others = [
+        choose(scores, 0.7, sampler="beta", seed=3),
+        choose(scores, 0.7, sampler="beta", c_d=5.5),
+    ]
     assert all(not np.array_equal(kept, other) for other in others)
 
 
@@ -969,16 +1323,20 @@ def test_class_balance_with_every_sampler(golden, scored, key, sampler):
         of_class = sorted(scores.score_N[golden["labels"] == label].tolist())
         found = sorted(scores.score_N[kept][golden["labels"][kept] == label].tolist())
         if sampler == "top":
-            assert found == of_class[-quota_C[label]:]
+            assert found == of_class[-quota_C[label] :]
         elif sampler == "centre":
             assert found == oracles.centre(of_class, quota_C[label])
         elif sampler == "ccs":
-            assert found[-1] <= of_class[len(of_class) - round(0.2 * len(of_class)) - 1], "the hardest of each class go"
+            assert found[-1] <= of_class[len(of_class) - round(0.2 * len(of_class)) - 1], (
+                "the hardest of each class go"
+            )
         else:
             member = np.flatnonzero(golden["labels"] == label)
             p_mean = scores.extra["p_mean"][member]
             of_its_own = int(np.random.SeedSequence([1, label]).generate_state(1)[0])
-            picked = samplers.beta_sample(scores.score_N[member], p_mean, int(quota_C[label]), 0.85, seed=of_its_own)
+            picked = samplers.beta_sample(
+                scores.score_N[member], p_mean, int(quota_C[label]), 0.85, seed=of_its_own
+            )
             np.testing.assert_array_equal(kept[golden["labels"][kept] == label], member[picked])
 
 
@@ -987,8 +1345,12 @@ def test_the_same_seed_gives_the_same_file(scored, tmp_path, key, sampler):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         select(scored, 0.8, score=key, sampler=sampler, seed=seed, out=tmp_path / f"{name}.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    same = np.array_equal(load_coreset(tmp_path / "a.npz").index_M, load_coreset(tmp_path / "c.npz").index_M)
-    assert same == (sampler in ("top", "centre")), "no two of these scores are equal, so only draws depend on the seed"
+    same = np.array_equal(
+        load_coreset(tmp_path / "a.npz").index_M, load_coreset(tmp_path / "c.npz").index_M
+    )
+    assert same == (sampler in ("top", "centre")), (
+        "no two of these scores are equal, so only draws depend on the seed"
+    )
 
 
 def test_ccs_by_its_name(scored):
@@ -998,8 +1360,9 @@ def test_ccs_by_its_name(scored):
     coreset = load_coreset(path)
     np.testing.assert_array_equal(coreset.index_M, choose(of(scored, "aum"), 0.5, sampler="ccs"))
     assert coreset.score_key == "aum"
-    assert {key: coreset.settings[key] for key in ("sampler", "num_strata", "hard_cutoff_rate")} == {
-        "sampler": "ccs", "num_strata": 50, "hard_cutoff_rate": 0.0}
+    assert {
+        key: coreset.settings[key] for key in ("sampler", "num_strata", "hard_cutoff_rate")
+    } == {"sampler": "ccs", "num_strata": 50, "hard_cutoff_rate": 0.0}
     assert "own_hard_cutoff_rate" not in coreset.settings
     for options in ({"score": "ccs", "sampler": "ccs"}, {"score": "aum", "sampler": "ccs"}):
         assert select(scored, 0.5, **options)[0] == path
@@ -1010,23 +1373,40 @@ def test_ccs_by_its_name(scored):
         select(scored, 0.5, score="ccs", sampler="top")
 
 
-@pytest.mark.parametrize(("options", "name"), [
-    ({"score": "ccs", "hard_cutoff_rate": 0.1}, "ccs_aum_cut0.1_s0_p0.8"),
-    ({"score": "ccs", "hard_cutoff_rate": 0.2}, "ccs_aum_cut0.2_s0_p0.8"),
-    ({"score": "ccs", "num_strata": 20}, "ccs_aum_strata20_s0_p0.8"),
-    ({"score": "ccs", "num_strata": 50}, "ccs_aum_s0_p0.8"),
-    ({"score": "ccs", "num_strata": 20, "hard_cutoff_rate": 0.1, "class_balanced": True, "seed": 7},
-     "ccs_aum_cut0.1_strata20_balanced_s7_p0.8"),
-    ({"score": "el2n", "sampler": "ccs"}, "ccs_el2n_s0_p0.8"),
-    ({"score": "dual", "sampler": "beta"}, "beta_dual_s0_p0.8"),
-    ({"score": "dual", "sampler": "beta", "c_d": 4.0}, "beta_dual_s0_p0.8"),
-    ({"score": "dual", "sampler": "beta", "c_d": 5.5, "class_balanced": True}, "beta_dual_cd5.5_balanced_s0_p0.8"),
-    ({"score": "dual", "seed": 3}, "dual_p0.8"),
-    ({"score": "moderate"}, "moderate_p0.8"),
-    ({"score": "moderate", "sampler": "top"}, "top_moderate_p0.8"),
-    ({"score": "el2n", "sampler": "centre", "class_balanced": True}, "centre_el2n_balanced_p0.8"),
-    ({"score": "random", "class_balanced": True, "seed": 2}, "random_balanced_s2_p0.8"),
-])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"score": "ccs", "hard_cutoff_rate": 0.1}, "ccs_aum_cut0.1_s0_p0.8"),
+        ({"score": "ccs", "hard_cutoff_rate": 0.2}, "ccs_aum_cut0.2_s0_p0.8"),
+        ({"score": "ccs", "num_strata": 20}, "ccs_aum_strata20_s0_p0.8"),
+        ({"score": "ccs", "num_strata": 50}, "ccs_aum_s0_p0.8"),
+        (
+            {
+                "score": "ccs",
+                "num_strata": 20,
+                "hard_cutoff_rate": 0.1,
+                "class_balanced": True,
+                "seed": 7,
+            },
+            "ccs_aum_cut0.1_strata20_balanced_s7_p0.8",
+        ),
+        ({"score": "el2n", "sampler": "ccs"}, "ccs_el2n_s0_p0.8"),
+        ({"score": "dual", "sampler": "beta"}, "beta_dual_s0_p0.8"),
+        ({"score": "dual", "sampler": "beta", "c_d": 4.0}, "beta_dual_s0_p0.8"),
+        (
+            {"score": "dual", "sampler": "beta", "c_d": 5.5, "class_balanced": True},
+            "beta_dual_cd5.5_balanced_s0_p0.8",
+        ),
+        ({"score": "dual", "seed": 3}, "dual_p0.8"),
+        ({"score": "moderate"}, "moderate_p0.8"),
+        ({"score": "moderate", "sampler": "top"}, "top_moderate_p0.8"),
+        (
+            {"score": "el2n", "sampler": "centre", "class_balanced": True},
+            "centre_el2n_balanced_p0.8",
+        ),
+        ({"score": "random", "class_balanced": True, "seed": 2}, "random_balanced_s2_p0.8"),
+    ],
+)
 def test_names_of_coresets(scored, options, name):
     """Two choices that differ never share a file; what is the default is not in the name."""
     path, _ = select(scored, 0.8, **options)
@@ -1036,14 +1416,17 @@ def test_names_of_coresets(scored, options, name):
 
 
 def test_names_beside_a_score_file(scored, tmp_path):
-    """The file's own name stands for its key, except for a random draw, which is none of its scores."""
+    """The file's own name stands for its key, except for a random draw, which is none of its
+    scores."""
     source = tmp_path / "mine.npz"
     source.write_bytes((scored / "scores" / "aum.npz").read_bytes())
     assert select(source, 0.5, sampler="ccs")[0] == tmp_path / "ccs_mine_s0_p0.5.npz"
     assert select(source, 0.5, score="random")[0] == tmp_path / "random_s0_p0.5.npz"
 
 
-@pytest.mark.parametrize(("key", "sampler"), [*SAMPLER_CASES, ("random", "top"), ("forgetting", "top")])
+@pytest.mark.parametrize(
+    ("key", "sampler"), [*SAMPLER_CASES, ("random", "top"), ("forgetting", "top")]
+)
 def test_other_scores_weigh_every_sample_alike(scored, key, sampler):
     coreset, _ = make_coreset(of(scored, key), 0.6, sampler=sampler)
     assert coreset.settings["importance"] == "uniform"
@@ -1063,15 +1446,33 @@ def test_tdds_is_weighed_by_itself_whatever_the_sampler(scored, key):
         assert coreset.settings["importance"] == ("score" if "paper" in key else "min_max")
 
 
-@pytest.mark.parametrize(("options", "match"), [
-    ({"score": "el2n", "sampler": "beta"}, r"score 'el2n' comes without the mean probability .* beta looks at; .*--score dual"),
-    ({"score": "dual", "sampler": "beta", "c_d": -1.0}, r"c_d=-1\.0 must be positive"),
-    ({"score": "aum_easiest", "sampler": "ccs"}, r"score 'aum_easiest' ranks easy samples first.*aum_keep=hardest"),
-    ({"score": "el2n", "sampler": "median"}, r"sampler='median' is unknown; use one of top, ccs, centre, beta"),
-    ({"score": "ccs", "hard_cutoff_rate": 0.6}, r"hard_cutoff_rate=0\.6 leaves 240 of 600 .* 300 to keep; use at most 0\.5 "),
-    ({"score": "ccs", "num_strata": 0}, r"num_strata=0 must be at least 1"),
-    ({"score": "ccs", "class_balanced": True, "hard_cutoff_rate": 0.6}, r"hard_cutoff_rate=0\.6 leaves 20 of 51 samples"),
-])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"score": "el2n", "sampler": "beta"},
+            r"score 'el2n' comes without the mean probability .* beta looks at; .*--score dual",
+        ),
+        ({"score": "dual", "sampler": "beta", "c_d": -1.0}, r"c_d=-1\.0 must be positive"),
+        (
+            {"score": "aum_easiest", "sampler": "ccs"},
+            r"score 'aum_easiest' ranks easy samples first.*aum_keep=hardest",
+        ),
+        (
+            {"score": "el2n", "sampler": "median"},
+            r"sampler='median' is unknown; use one of top, ccs, centre, beta",
+        ),
+        (
+            {"score": "ccs", "hard_cutoff_rate": 0.6},
+            r"hard_cutoff_rate=0\.6 leaves 240 of 600 .* 300 to keep; use at most 0\.5 ",
+        ),
+        ({"score": "ccs", "num_strata": 0}, r"num_strata=0 must be at least 1"),
+        (
+            {"score": "ccs", "class_balanced": True, "hard_cutoff_rate": 0.6},
+            r"hard_cutoff_rate=0\.6 leaves 20 of 51 samples",
+        ),
+    ],
+)
 def test_samplers_that_do_not_fit(scored, tmp_path, options, match):
     with pytest.raises(InputError, match=match) as error:
         select(scored, 0.5, out=tmp_path / "none.npz", **options)
@@ -1084,26 +1485,45 @@ def test_a_foreign_trajectory_remembers_what_was_scored_live(golden, trajectory,
     folder = tmp_path / "foreign"
     shutil.copytree(trajectory, folder)
     meta = json.loads((folder / "meta.json").read_text())
-    meta["scored"] = {"preset": "paper", "windows": [{"T": 12, "K": 5, "beta": 0.5}, {"T": 9, "K": 5, "beta": 0.5}]}
+    meta["scored"] = {
+        "preset": "paper",
+        "windows": [{"T": 12, "K": 5, "beta": 0.5}, {"T": 9, "K": 5, "beta": 0.5}],
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
-    assert [path.stem for path in score(folder)] == ["tdds_paper_T12_K5_beta0.5", "tdds_paper_T9_K5_beta0.5"]
+    assert [path.stem for path in score(folder)] == [
+        "tdds_paper_T12_K5_beta0.5",
+        "tdds_paper_T9_K5_beta0.5",
+    ]
     assert [path.stem for path in score(folder, T=20)] == ["tdds_paper_T20_K5_beta0.5"]
-    assert [path.stem for path in score(folder, K=3)] == ["tdds_paper_T30_K3_beta0.5"], "no T that all windows have"
+    assert [path.stem for path in score(folder, K=3)] == ["tdds_paper_T30_K3_beta0.5"], (
+        "no T that all windows have"
+    )
     assert [path.stem for path in score(folder, preset="official", beta=0.9)] == [
-        "tdds_official_T12_K5_beta0.9", "tdds_official_T9_K5_beta0.9"]
+        "tdds_official_T12_K5_beta0.9",
+        "tdds_official_T9_K5_beta0.9",
+    ]
 
 
 def test_windows_of_a_run_that_agree_are_defaults(run):
     assert [path.stem for path in score(run, T=20, K=10)] == ["tdds_official_T20_K10_beta0.9"]
-    assert [path.stem for path in score(run, T=20)] == ["tdds_official_T20_K10_beta0.9"], "10 and 5 do not agree"
+    assert [path.stem for path in score(run, T=20)] == ["tdds_official_T20_K10_beta0.9"], (
+        "10 and 5 do not agree"
+    )
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["score"]["windows"] = [{"T": 30, "K": 7}, {"T": 12, "K": 7}]
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
     assert [path.stem for path in score(run, T=20)] == ["tdds_official_T20_K7_beta0.9"]
 
 
-@pytest.mark.parametrize(("keys", "option"), [(["tdds"], "never_learned=0"), (["forgetting"], "el2n_epochs=3"),
-                                              (["el2n"], "num_epochs=5"), (["random"], "uncertainty_window=4")])
+@pytest.mark.parametrize(
+    ("keys", "option"),
+    [
+        (["tdds"], "never_learned=0"),
+        (["forgetting"], "el2n_epochs=3"),
+        (["el2n"], "num_epochs=5"),
+        (["random"], "uncertainty_window=4"),
+    ],
+)
 def test_options_that_no_score_reads_are_refused(run, keys, option):
     with pytest.raises(InputError, match=rf"{option} does nothing for {keys[0]}; leave it out"):
         score_all(run, keys, options=[option])
@@ -1135,10 +1555,14 @@ def test_quarantined_samples_have_the_lowest_of_every_score(run):
         lowest = min(float(want.score_N[i]) for i in others)
         for i in range(600):
             of_quarantined = want.score_N[i] if key == "random" else lowest
-            assert found.score_N[i] == (of_quarantined if i in quarantined else want.score_N[i]), (key, i)
+            assert found.score_N[i] == (of_quarantined if i in quarantined else want.score_N[i]), (
+                key,
+                i,
+            )
         assert not set(quarantined) & set(choose(found, 0.0).tolist())
         assert {name: values.tobytes() for name, values in found.extra.items()} == {
-            name: values.tobytes() for name, values in want.extra.items()}
+            name: values.tobytes() for name, values in want.extra.items()
+        }
 
 
 def test_quarantined_samples_of_a_foreign_trajectory(trajectory, tmp_path):
@@ -1159,7 +1583,9 @@ def test_constant_scores_are_found_beside_quarantined_samples(run, caplog):
 
 def test_all_samples_in_quarantine(run):
     quarantine(run, dict.fromkeys(range(600), 3))
-    with pytest.raises(InputError, match=r"all 600 samples are quarantined: .* look for what made training diverge"):
+    with pytest.raises(
+        InputError, match=r"all 600 samples are quarantined: .* look for what made training diverge"
+    ):
         score(run)
     assert not (run / "scores").exists()
 
@@ -1167,8 +1593,14 @@ def test_all_samples_in_quarantine(run):
 def test_no_random_coreset_holds_a_quarantined_sample(run):
     quarantine(run, {5: 3, 17: 0})
     score(run)
-    label_N, found = load_scores(next((run / "scores").iterdir())).label_N, fingerprint(np.zeros(600, np.int64), 10)
-    save_scores(run / "scores" / "a_first.npz", Scores("a_first", np.ones(600), label_N, found, {"source": "imported"}))
+    label_N, found = (
+        load_scores(next((run / "scores").iterdir())).label_N,
+        fingerprint(np.zeros(600, np.int64), 10),
+    )
+    save_scores(
+        run / "scores" / "a_first.npz",
+        Scores("a_first", np.ones(600), label_N, found, {"source": "imported"}),
+    )
     path, warnings = select(run, 0.0, score="random")
     coreset = load_coreset(path)
     assert coreset.index_M.tolist() == [i for i in range(600) if i not in (5, 17)]
@@ -1178,7 +1610,9 @@ def test_no_random_coreset_holds_a_quarantined_sample(run):
 
 def test_scores_that_say_nothing_are_said_to(run, caplog):
     score(run, T=12, K=2)
-    assert "all scores of tdds_official_T12_K2_beta0.9 are 0; they say nothing, raise K" in caplog.text
+    assert (
+        "all scores of tdds_official_T12_K2_beta0.9 are 0; they say nothing, raise K" in caplog.text
+    )
 
 
 # ---- files that somebody else made

@@ -1,4 +1,5 @@
-"""Samples whose logits were not finite: no sampler keeps one, and the others are chosen as if these were not there."""
+"""Samples whose logits were not finite: no sampler keeps one, and the others are chosen as if these
+were not there."""
 
 import math
 
@@ -24,7 +25,9 @@ SAMPLERS = ["top", "centre", "ccs", "beta"]
 LONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
-def some_scores(seed: int = 0, key: str = "dual", quarantined: list[int] | None = None, **settings: object) -> Scores:
+def some_scores(
+    seed: int = 0, key: str = "dual", quarantined: list[int] | None = None, **settings: object
+) -> Scores:
     """Random scores in which the quarantined would be kept by anyone: the highest there are."""
     rng = np.random.default_rng(seed)
     score_N = rng.random(N).astype(np.float32)
@@ -32,8 +35,14 @@ def some_scores(seed: int = 0, key: str = "dual", quarantined: list[int] | None 
     score_N[quarantined] = 5.0
     label_N = rng.integers(0, C, N)
     listed = {"quarantined": quarantined} if quarantined else {}
-    return Scores(key, score_N, label_N, fingerprint(label_N, C), {"score": "dual"} | settings | listed,
-                  {"p_mean": rng.random(N).astype(np.float32)})
+    return Scores(
+        key,
+        score_N,
+        label_N,
+        fingerprint(label_N, C),
+        {"score": "dual"} | settings | listed,
+        {"p_mean": rng.random(N).astype(np.float32)},
+    )
 
 
 # ---- the rule for scores
@@ -47,22 +56,35 @@ def test_set_lowest_by_hand():
     assert score_N.tolist() == [3, -2, 5, -7, 4], "a copy"
     assert set_lowest(score_N, ()).tolist() == score_N.tolist()
     assert set_lowest(score_N, ()) is not score_N
-    assert set_lowest(np.array([np.nan, 2, -np.inf, 1], dtype=np.float32), (0, 2)).tolist() == [1, 2, 1, 1]
+    assert set_lowest(np.array([np.nan, 2, -np.inf, 1], dtype=np.float32), (0, 2)).tolist() == [
+        1,
+        2,
+        1,
+        1,
+    ]
 
 
-@pytest.mark.parametrize("rule", [set_lowest, lambda score_N, quarantined: not_quarantined(len(score_N), quarantined)])
+@pytest.mark.parametrize(
+    "rule", [set_lowest, lambda score_N, quarantined: not_quarantined(len(score_N), quarantined)]
+)
 def test_quarantine_that_cannot_be(rule):
-    with pytest.raises(InputError, match=r"all 3 samples are quarantined: .* look for what made training diverge"):
+    with pytest.raises(
+        InputError, match=r"all 3 samples are quarantined: .* look for what made training diverge"
+    ):
         rule(np.ones(3, dtype=np.float32), [2, 0, 1])
     for outside in (3, -1):
-        with pytest.raises(InputError, match=rf"quarantined sample {outside} is not in \[0, 3\); .* score again"):
+        with pytest.raises(
+            InputError, match=rf"quarantined sample {outside} is not in \[0, 3\); .* score again"
+        ):
             rule(np.ones(3, dtype=np.float32), [0, outside])
 
 
 # ---- every sampler
 
 
-def literal_choice(sampler: str, scores: Scores, members: list[int], num: int, rate: float, seed: int) -> list[int]:
+def literal_choice(
+    sampler: str, scores: Scores, members: list[int], num: int, rate: float, seed: int
+) -> list[int]:
     """What the sampler draws from a dataset of these samples alone."""
     if sampler in ("top", "centre"):
         first = 0 if sampler == "top" else (len(members) - num + 1) // 2
@@ -78,7 +100,10 @@ def literal_choice(sampler: str, scores: Scores, members: list[int], num: int, r
 
 def literal_quotas(label_N: np.ndarray, members: list[int], num: int) -> dict[int, int]:
     """Largest remainder over the sizes of what is left of the classes."""
-    sizes = {c: sum(int(label_N[i]) == c for i in members) for c in sorted({int(label_N[i]) for i in members})}
+    sizes = {
+        c: sum(int(label_N[i]) == c for i in members)
+        for c in sorted({int(label_N[i]) for i in members})
+    }
     quotas = {c: num * size // len(members) for c, size in sizes.items()}
     by_remainder = sorted(sizes, key=lambda c: -(num * sizes[c] % len(members)))
     for c in by_remainder[: num - sum(quotas.values())]:
@@ -100,7 +125,9 @@ def test_the_others_are_chosen_as_if_alone(sampler, rate):
         members = [i for i in OTHERS if scores.label_N[i] == label]
         class_seed = int(np.random.SeedSequence([seed, label]).generate_state(1)[0])
         want += literal_choice(sampler, scores, members, quota, rate, class_seed)
-    assert choose(scores, rate, sampler=sampler, seed=seed, class_balanced=True).tolist() == sorted(want)
+    assert choose(scores, rate, sampler=sampler, seed=seed, class_balanced=True).tolist() == sorted(
+        want
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -112,7 +139,9 @@ def test_without_quarantine_nothing_changes(sampler):
         options = {"sampler": sampler, "class_balanced": class_balanced, "seed": 4}
         kept = choose(scores, 0.3, **options).tolist()
         assert choose(listed_as_none, 0.3, **options).tolist() == kept
-        assert class_balanced or kept == literal_choice(sampler, scores, list(range(N)), 140, 0.3, 4)
+        assert class_balanced or kept == literal_choice(
+            sampler, scores, list(range(N)), 140, 0.3, 4
+        )
     assert make_coreset(scores, 0.3, sampler=sampler)[1] == []
 
 
@@ -146,10 +175,15 @@ def test_warnings_say_what_was_left_out():
     coreset, warnings = make_coreset(some_scores(), 0.5)
     assert warnings == ["6 quarantined samples (NaN logits) are in no coreset"]
     assert coreset.settings["quarantined"] == QUARANTINED
-    assert make_coreset(some_scores(quarantined=[3]), 0.5)[1] == ["1 quarantined sample (NaN logits) is in no coreset"]
+    assert make_coreset(some_scores(quarantined=[3]), 0.5)[1] == [
+        "1 quarantined sample (NaN logits) is in no coreset"
+    ]
     constant = some_scores()
     constant.score_N[OTHERS] = 2.0
-    assert make_coreset(constant, 0.1)[1][1] == "all 194 scores of dual are 2, so the choice is a random draw"
+    assert (
+        make_coreset(constant, 0.1)[1][1]
+        == "all 194 scores of dual are 2, so the choice is a random draw"
+    )
     drawn = random_scores(some_scores(), seed=3)
     assert drawn.settings == {"score": "random", "quarantined": QUARANTINED}
     assert choose(drawn, 0.0).tolist() == OTHERS
@@ -158,12 +192,20 @@ def test_warnings_say_what_was_left_out():
 
 def test_a_class_of_which_nothing_is_left():
     label_N = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
-    scores = Scores("mine", np.arange(10, dtype=np.float32), label_N, fingerprint(label_N, 3), {"quarantined": [4, 5]})
+    scores = Scores(
+        "mine",
+        np.arange(10, dtype=np.float32),
+        label_N,
+        fingerprint(label_N, 3),
+        {"quarantined": [4, 5]},
+    )
     for class_balanced, want in ((True, [1, 2, 3, 8, 9]), (False, [3, 6, 7, 8, 9])):
         coreset, warnings = make_coreset(scores, 0.5, class_balanced=class_balanced)
         assert coreset.index_M.tolist() == want
         assert warnings[1] == "all samples of 1 classes are quarantined (first: [1])"
-    assert make_coreset(scores, 0.7)[1][2].startswith("1 of 2 classes keep no sample (first: [0]); --class-balanced")
+    assert make_coreset(scores, 0.7)[1][2].startswith(
+        "1 of 2 classes keep no sample (first: [0]); --class-balanced"
+    )
 
 
 # ---- scores of the final model
@@ -177,7 +219,15 @@ def saved(tmp_path, value_of: dict[int, float], quarantined: list[int]) -> Score
     info = BetonInfo.__new__(BetonInfo)
     object.__setattr__(info, "label_N", label_N)
     given = {"source": "final_pass"}
-    [path] = write_scores(RunDir(tmp_path), LONE, {"entropy": score_N}, info, fingerprint(label_N, C), given, quarantined)
+    [path] = write_scores(
+        RunDir(tmp_path),
+        LONE,
+        {"entropy": score_N},
+        info,
+        fingerprint(label_N, C),
+        given,
+        quarantined,
+    )
     assert given == {"source": "final_pass"}
     return load_scores(path)
 
@@ -191,6 +241,8 @@ def test_final_scores_of_quarantined_samples(tmp_path):
 
 
 def test_final_scores_of_others_must_be_finite(tmp_path):
-    with pytest.raises(InputError, match=r"entropy is not finite for 2 samples \(global indices \[8, 60\]\)"):
+    with pytest.raises(
+        InputError, match=r"entropy is not finite for 2 samples \(global indices \[8, 60\]\)"
+    ):
         saved(tmp_path, {0: math.nan, 8: math.inf, 60: math.nan}, [0])
     assert not (tmp_path / "scores").exists()

@@ -1,4 +1,5 @@
-"""Per-sample scalars: values against the literal oracles, and rows that do not feel their neighbours."""
+"""Per-sample scalars: values against the literal oracles, and rows that do not feel their
+neighbours."""
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ LOGIT = st.one_of(
 
 @st.composite
 def problems(draw):
-    """(previous logits, logits, labels): up to 3 samples, 2 to 8 classes; some epochs identical, some rows certain."""
+    """(previous logits, logits, labels): up to 3 samples, 2 to 8 classes; some epochs identical,
+    some rows certain."""
     shape = draw(st.tuples(st.integers(1, 3), st.integers(2, 8)))
     previous_BC = draw(arrays(np.float32, shape, elements=LOGIT))
     now_BC = draw(st.one_of(st.just(previous_BC), arrays(np.float32, shape, elements=LOGIT)))
@@ -38,9 +40,13 @@ def problems(draw):
     return previous_BC, now_BC, label_B
 
 
-def computed(previous_BC: np.ndarray, now_BC: np.ndarray, label_B: np.ndarray) -> dict[str, np.ndarray]:
+def computed(
+    previous_BC: np.ndarray, now_BC: np.ndarray, label_B: np.ndarray
+) -> dict[str, np.ndarray]:
     now, previous = torch.from_numpy(now_BC), torch.from_numpy(previous_BC)
-    result = sample_scalars(now, log_probabilities(now), log_probabilities(previous), torch.from_numpy(label_B))
+    result = sample_scalars(
+        now, log_probabilities(now), log_probabilities(previous), torch.from_numpy(label_B)
+    )
     assert result.dtype == torch.float32
     assert result.shape == (len(SCALARS), len(now_BC))
     return dict(zip(SCALARS, result.numpy(), strict=True))
@@ -67,14 +73,20 @@ def test_every_scalar_has_the_value_of_its_formula(problem):
     previous_BC, now_BC, label_B = problem
     found = computed(*problem)
     logp = [log_probabilities(torch.from_numpy(logits)) for logits in problem[:2]]
-    np.testing.assert_array_equal(loss_difference_paper(*logp).numpy(), found["delta_paper"], "alone")
+    np.testing.assert_array_equal(
+        loss_difference_paper(*logp).numpy(), found["delta_paper"], "alone"
+    )
     for row, label in enumerate(label_B.tolist()):
         previous, now = previous_BC[row].tolist(), now_BC[row].tolist()
         for name, value in expected(previous, now, label).items():
-            # a float32 log-probability is known to EPS of its own size, and the two log ratios inherit that
+            # a float32 log-probability is known to EPS of its own size, and the two log ratios
+            # inherit that
             size = max(map(abs, oracles.log_softmax(previous) + oracles.log_softmax(now)))
             atol = 4 * EPS * (size if name in ("delta_paper", "delta_ce") else 8.0)
-            assert found[name][row] == pytest.approx(value, rel=1e-4, abs=max(atol, 1e-6)), (name, row)
+            assert found[name][row] == pytest.approx(value, rel=1e-4, abs=max(atol, 1e-6)), (
+                name,
+                row,
+            )
 
 
 def test_hand_computed_three_classes():
@@ -84,9 +96,15 @@ def test_hand_computed_three_classes():
     found = computed(previous_BC, now_BC, np.array([1]))
     log2 = np.log(2.0)
     want = {
-        "delta_official": 0.25 * log2 + 0.5 * log2, "delta_paper": -0.25 * log2 + 0.5 * log2, "delta_ce": log2,
-        "p_label": 0.5, "logit_margin": log2, "p_margin": 0.25, "entropy": 1.5 * log2,
-        "el2n": np.sqrt(2 * 0.25**2 + 0.5**2), "correct": 1.0,
+        "delta_official": 0.25 * log2 + 0.5 * log2,
+        "delta_paper": -0.25 * log2 + 0.5 * log2,
+        "delta_ce": log2,
+        "p_label": 0.5,
+        "logit_margin": log2,
+        "p_margin": 0.25,
+        "entropy": 1.5 * log2,
+        "el2n": np.sqrt(2 * 0.25**2 + 0.5**2),
+        "correct": 1.0,
     }
     assert set(want) == set(SCALARS)
     for name, value in want.items():
@@ -103,7 +121,8 @@ def test_first_epoch_has_no_loss_difference_and_all_else():
 
 
 def test_certain_rows_stay_finite():
-    """Probability 0 in one epoch and 1 in the next, where log(0) would give inf and 0 * log(0) NaN."""
+    """Probability 0 in one epoch and 1 in the next, where log(0) would give inf and 0 * log(0)
+    NaN."""
     certain_BC = np.array([[1e4, -1e4, 0], [3e38, -3e38, 0]], dtype=np.float32)
     found = computed(certain_BC, certain_BC[:, ::-1].copy(), np.array([0, 0]))
     for name in SCALARS:
@@ -133,10 +152,13 @@ def test_other_dtypes_are_computed_in_float32_and_inputs_are_not_changed(dtype):
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10, 17, 100, 257, 1000])
 def test_a_row_is_bitwise_the_same_in_any_company(num_classes):
-    """The same rows alone, in slices (at other alignments), permuted, and computed by another number of threads."""
+    """The same rows alone, in slices (at other alignments), permuted, and computed by another
+    number of threads."""
     generator = torch.Generator().manual_seed(num_classes)
     num_rows = 300 if num_classes > 100 else 130
-    previous_NC, now_NC = (4 * torch.randn(num_rows, num_classes, generator=generator) for _ in range(2))
+    previous_NC, now_NC = (
+        4 * torch.randn(num_rows, num_classes, generator=generator) for _ in range(2)
+    )
     label_N = torch.randint(num_classes, (num_rows,), generator=generator)
 
     def scalars_of(rows: Tensor | slice) -> Tensor:
@@ -147,7 +169,9 @@ def test_a_row_is_bitwise_the_same_in_any_company(num_classes):
     together_FN = scalars_of(slice(None))
     for num in (1, 2, 3, 5, 8, 16, 33, 64, 128):
         for first in range(0, num_rows - num + 1, max(1, num_rows // 6)):
-            assert torch.equal(scalars_of(slice(first, first + num)), together_FN[:, first : first + num]), (num, first)
+            assert torch.equal(
+                scalars_of(slice(first, first + num)), together_FN[:, first : first + num]
+            ), (num, first)
         chosen = torch.randperm(num_rows, generator=generator)[:num]
         assert torch.equal(scalars_of(chosen), together_FN[:, chosen]), num
     threads = torch.get_num_threads()

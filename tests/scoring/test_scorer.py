@@ -1,4 +1,5 @@
-"""ShardedScorer: the authors' numbers, bitwise the same at every world size, and errors that all ranks raise."""
+"""ShardedScorer: the authors' numbers, bitwise the same at every world size, and errors that all
+ranks raise."""
 
 import itertools
 import re
@@ -38,7 +39,9 @@ def golden_scores():
 def record_golden(rank, world_size, batch=50, scorer=None, **options):
     """Feed the golden stream: global batches of the recorded order, dealt to ranks."""
     with np.load(GOLDEN) as file:
-        logits, index, labels = (torch.from_numpy(file[name]) for name in ("logits", "index", "labels"))
+        logits, index, labels = (
+            torch.from_numpy(file[name]) for name in ("logits", "index", "labels")
+        )
     scorer = scorer or ShardedScorer(600, 10, list(golden_scores()), device="cpu", **options)
     for epoch in range(30):
         for start in range(0, 600, batch):
@@ -51,12 +54,17 @@ def record_golden(rank, world_size, batch=50, scorer=None, **options):
 def random_stream(num_samples, num_classes, epochs, dtype=torch.float32):
     generator = torch.Generator().manual_seed(7)
     base = torch.randn(num_samples, num_classes, generator=generator) * 3
-    logits = [(base + torch.randn(num_samples, num_classes, generator=generator)).to(dtype) for _ in range(epochs)]
+    logits = [
+        (base + torch.randn(num_samples, num_classes, generator=generator)).to(dtype)
+        for _ in range(epochs)
+    ]
     return logits, torch.randint(num_classes, (num_samples,), generator=generator)
 
 
 STREAM_WINDOWS = [Window(6, 3, 0.9), Window(5, 4, 0.0)]
-STREAMS = [  # (samples, classes, global batch), and what differs from float32 logits, preset `official` and dense storage
+# (samples, classes, global batch), and what differs from float32 logits, preset `official` and
+# dense storage
+STREAMS = [
     ((97, 257, 24), {"preset": "paper"}),
     ((48, 3, 48), {"dtype": torch.bfloat16}),
     ((2, 5, 12), {}),
@@ -67,8 +75,19 @@ STREAMS = [  # (samples, classes, global batch), and what differs from float32 l
 ]
 
 
-def record_stream(rank, world_size, num_samples, num_classes, global_batch, *, known, preset="official", dtype=torch.float32,
-                  windows=STREAM_WINDOWS, **options):
+def record_stream(
+    rank,
+    world_size,
+    num_samples,
+    num_classes,
+    global_batch,
+    *,
+    known,
+    preset="official",
+    dtype=torch.float32,
+    windows=STREAM_WINDOWS,
+    **options,
+):
     """Feed a random stream in the order of `partition`, with or without announcing it."""
     logits_TNC, label_N = random_stream(num_samples, num_classes, 6, dtype)
     scorer = ShardedScorer(num_samples, num_classes, windows, preset, "cpu", **options)
@@ -80,11 +99,15 @@ def record_stream(rank, world_size, num_samples, num_classes, global_batch, *, k
             sample_B = torch.from_numpy(sample_B.copy())
             scorer.record(torch.from_numpy(index_B.copy()), logits_NC[sample_B], label_N[sample_B])
         scorer.end_epoch()
-    return {window: score.numpy() for window, score in scorer.gather().items()}, scorer.gather_labels().numpy()
+    return {
+        window: score.numpy() for window, score in scorer.gather().items()
+    }, scorer.gather_labels().numpy()
 
 
 def same_bits(a, b):
-    return {window: score.tobytes() for window, score in a.items()} == {window: score.tobytes() for window, score in b.items()}
+    return {window: score.tobytes() for window, score in a.items()} == {
+        window: score.tobytes() for window, score in b.items()
+    }
 
 
 # ---- parity and invariance
@@ -110,19 +133,28 @@ def test_scores_of_one_process_meet_the_authors_numbers(golden_alone, streams_al
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_world_size_batch_and_announced_order_do_not_change_a_bit(world_size, golden_alone, streams_alone):
+def test_world_size_batch_and_announced_order_do_not_change_a_bit(
+    world_size, golden_alone, streams_alone
+):
     for golden, streams in run_ranks(world_size, _all_streams, world_size):
         for scores in golden:
             assert same_bits(scores, golden_alone), "the authors' stream, in batches of 60 and 37"
-        for (scores, labels), (expected, expected_labels) in zip(streams, [*streams_alone, *streams_alone], strict=True):
+        for (scores, labels), (expected, expected_labels) in zip(
+            streams, [*streams_alone, *streams_alone], strict=True
+        ):
             assert same_bits(scores, expected)
             assert np.array_equal(labels, expected_labels)
 
 
 def _all_streams(rank, world_size):
-    return ([record_golden(rank, world_size, batch) for batch in (60, 37)],
-            [record_stream(rank, world_size, *sizes, known=known, **options)
-             for known in (False, True) for sizes, options in STREAMS])
+    return (
+        [record_golden(rank, world_size, batch) for batch in (60, 37)],
+        [
+            record_stream(rank, world_size, *sizes, known=known, **options)
+            for known in (False, True)
+            for sizes, options in STREAMS
+        ],
+    )
 
 
 @pytest.mark.distributed
@@ -139,12 +171,25 @@ def test_offline_scores_from_the_trajectory_are_bitwise_the_live_ones(tmp_path):
 
 
 def _with_trajectories(rank, windows, folder):
-    return {preset: record_stream(rank, 3, 31, 12, 6, known=True, preset=preset, trajectory=folder / preset, windows=windows)
-            for preset in PRESETS}
+    return {
+        preset: record_stream(
+            rank,
+            3,
+            31,
+            12,
+            6,
+            known=True,
+            preset=preset,
+            trajectory=folder / preset,
+            windows=windows,
+        )
+        for preset in PRESETS
+    }
 
 
 def test_what_a_float16_trajectory_costs(tmp_path, golden_alone):
-    """The numbers in docs/formats.md: relative error against the authors' scores, rank correlation, the kept 30 %."""
+    """The numbers in docs/formats.md: relative error against the authors' scores, rank correlation,
+    the kept 30 %."""
     live = record_golden(0, 1, batch=600, trajectory=tmp_path, trajectory_dtype=torch.float16)
     assert same_bits(live, golden_alone), "only the trajectory is rough"
     delta_TN = Trajectory(tmp_path).read("delta_official")
@@ -154,7 +199,10 @@ def test_what_a_float16_trajectory_costs(tmp_path, golden_alone):
         error = np.abs(found - expected) / expected
         assert 1e-5 < error.max() < 2e-3, window
         assert error.mean() < 3e-4
-        ranks = [np.argsort(np.argsort(score, kind="stable"), kind="stable") for score in (found, expected)]
+        ranks = [
+            np.argsort(np.argsort(score, kind="stable"), kind="stable")
+            for score in (found, expected)
+        ]
         assert np.corrcoef(*ranks)[0, 1] > 0.999998
         assert (ranks[0] >= 420).tolist() == (ranks[1] >= 420).tolist()
 
@@ -162,7 +210,9 @@ def test_what_a_float16_trajectory_costs(tmp_path, golden_alone):
 def test_labels_are_gathered_once_and_not_by_record(tmp_path, monkeypatch):
     gathered = []
     real = collectives.all_gather_shards
-    monkeypatch.setattr(collectives, "all_gather_shards", lambda *args: gathered.append(args[0]) or real(*args))
+    monkeypatch.setattr(
+        collectives, "all_gather_shards", lambda *args: gathered.append(args[0]) or real(*args)
+    )
     logits_TNC, label_N = random_stream(8, 3, 3)
     scorer = ShardedScorer(8, 3, [Window(3, 2)], device="cpu", trajectory=tmp_path)
     for epoch, logits_NC in enumerate(logits_TNC):
@@ -174,7 +224,8 @@ def test_labels_are_gathered_once_and_not_by_record(tmp_path, monkeypatch):
 
 
 def hard_stream(num_samples, num_classes, epochs, seed):
-    """Random logits with the cases that break formulas: a certain class, extreme logits, epochs that repeat."""
+    """Random logits with the cases that break formulas: a certain class, extreme logits, epochs
+    that repeat."""
     generator = np.random.default_rng(seed)
     spread_1N1 = generator.choice([0.1, 3.0, 30.0], (1, num_samples, 1))
     logits_TNC = generator.normal(0, spread_1N1, (epochs, num_samples, num_classes))
@@ -187,11 +238,14 @@ def hard_stream(num_samples, num_classes, epochs, seed):
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_live_scores_against_a_literal_oracle(world_size):
-    """N around multiples of W and below it, K = 2, K as large as it goes, several settings in one run."""
+    """N around multiples of W and below it, K = 2, K as large as it goes, several settings in one
+    run."""
     for preset, case, rows, scores in run_ranks(world_size, _oracle_rank, world_size)[0]:
         for window, score_N in scores.items():
             expected = [oracles.tdds(row, window.T, window.K, window.beta, preset) for row in rows]
-            np.testing.assert_allclose(score_N, expected, rtol=2e-4, atol=2e-5, err_msg=f"{preset} {case} {window}")
+            np.testing.assert_allclose(
+                score_N, expected, rtol=2e-4, atol=2e-5, err_msg=f"{preset} {case} {window}"
+            )
 
 
 def _oracle_rank(rank, world_size):
@@ -209,10 +263,14 @@ def _oracle_rank(rank, world_size):
                 scorer.expect(order)
             for index_B in order.of_rank(rank, W)[1]:
                 index_B = torch.from_numpy(index_B.copy())
-                scorer.record(index_B, logits_TNC[epoch, index_B], index_B.clamp_min(0) % num_classes)
+                scorer.record(
+                    index_B, logits_TNC[epoch, index_B], index_B.clamp_min(0) % num_classes
+                )
             scorer.end_epoch()
         scores = {window: score.numpy() for window, score in scorer.gather().items()}
-        cases.append((preset, (num_samples, num_classes), logits_TNC.transpose(0, 1).tolist(), scores))
+        cases.append(
+            (preset, (num_samples, num_classes), logits_TNC.transpose(0, 1).tolist(), scores)
+        )
     return cases
 
 
@@ -224,13 +282,17 @@ def test_float16_log_probabilities_stay_close():
 
 
 def test_a_window_keeps_its_score_after_its_last_epoch():
-    short, _ = record_stream(0, 1, 40, 6, 10, known=True, windows=[Window(4, 3, 0.9), Window(6, 3, 0.9)])
+    short, _ = record_stream(
+        0, 1, 40, 6, 10, known=True, windows=[Window(4, 3, 0.9), Window(6, 3, 0.9)]
+    )
     logits_TNC, label_N = random_stream(40, 6, 6)
     scorer = ShardedScorer(40, 6, [Window(4, 3, 0.9)], device="cpu")
     for logits_NC in logits_TNC[:4]:
         scorer.record(torch.arange(40), logits_NC, label_N)
         scorer.end_epoch()
-    assert torch.equal(scorer.gather()[Window(4, 3, 0.9)], torch.from_numpy(short[Window(4, 3, 0.9)]))
+    assert torch.equal(
+        scorer.gather()[Window(4, 3, 0.9)], torch.from_numpy(short[Window(4, 3, 0.9)])
+    )
 
 
 # ---- the step
@@ -241,9 +303,13 @@ class Forbid(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        assert not re.search(r"_local_scalar_dense|nonzero|masked_select|unique|is_nonzero|equal", name), name
+        assert not re.search(
+            r"_local_scalar_dense|nonzero|masked_select|unique|is_nonzero|equal", name
+        ), name
         is_indexing = name.startswith("aten.index.Tensor")
-        assert not (is_indexing and any(part is not None and part.dtype == torch.bool for part in args[1])), "boolean indexing"
+        assert not (
+            is_indexing and any(part is not None and part.dtype == torch.bool for part in args[1])
+        ), "boolean indexing"
         return function(*args, **(kwargs or {}))
 
 
@@ -259,7 +325,10 @@ def test_record_never_reads_from_the_device(known):
             for sample_B in torch.from_numpy(order.sample_SG):
                 scorer.record(sample_B, logits_NC[sample_B], label_N[sample_B])
         scorer.end_epoch()
-    for read in (lambda: torch.ones(2).sum().item(), lambda: torch.ones(2)[torch.tensor([True, False])]):
+    for read in (
+        lambda: torch.ones(2).sum().item(),
+        lambda: torch.ones(2)[torch.tensor([True, False])],
+    ):
         with pytest.raises(AssertionError), Forbid():  # the guard itself
             read()
 
@@ -289,27 +358,43 @@ def _count_traffic(rank):
     scorer = ShardedScorer(17, 11, [Window(2, 2, 0.9)], device="cpu")
     order = epoch_order(17, 4)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "broadcast", "all_gather_object"):
+        for name in (
+            "all_to_all_single",
+            "all_reduce",
+            "all_gather_into_tensor",
+            "broadcast",
+            "all_gather_object",
+        ):
             patch.setattr(dist, name, partial(counted, name, getattr(dist, name)))
         scorer.expect(order)
         for index_B in order.of_rank(rank, 2)[1]:
             B = len(index_B)
-            scorer.record(torch.from_numpy(index_B.copy()), torch.zeros(B, 11), torch.zeros(B, dtype=torch.int64))
+            scorer.record(
+                torch.from_numpy(index_B.copy()),
+                torch.zeros(B, 11),
+                torch.zeros(B, dtype=torch.int64),
+            )
         return len(calls), sum(calls)
 
 
 def test_state_is_what_the_design_says():
-    """Per row of the shard (one more for padding) log-probabilities, scalars, label and counters; per sample averages."""
+    """Per row of the shard (one more for padding) log-probabilities, scalars, label and counters;
+    per sample averages."""
     for storage, logp_bytes in (("dense", 100 * 4), ("topk:64", 66 * 4 + 65 * 2)):
-        scorer = ShardedScorer(10_000, 100, [Window(30, 10, 0.9), Window(20, 10, 0.9)], device="cpu", storage=storage)
+        scorer = ShardedScorer(
+            10_000, 100, [Window(30, 10, 0.9), Window(20, 10, 0.9)], device="cpu", storage=storage
+        )
         per_row, per_sample = logp_bytes + len(SCALARS) * 4 + 8 + 4 + 4, 4 + 9 * 4 + 2 * 4
         assert scorer.state_bytes() == 10_001 * per_row + 10_000 * per_sample
 
 
-@pytest.mark.parametrize(("rows", "num_classes", "expected"), [
-    (24, 10, [0] * 137 + [1]), (64, 100, [0] * 6 + [1]), (64, 1000, [0, 1])])
+@pytest.mark.parametrize(
+    ("rows", "num_classes", "expected"),
+    [(24, 10, [0] * 137 + [1]), (64, 100, [0] * 6 + [1]), (64, 1000, [0, 1])],
+)
 def test_small_steps_are_written_together(rows, num_classes, expected, monkeypatch):
-    """As many updates after each `record` as there are rows for: one call for many steps, where each is worth little."""
+    """As many updates after each `record` as there are rows for: one call for many steps, where
+    each is worth little."""
     from tdds_dist.scoring import scorer as module
 
     updates, real = [], module.update
@@ -321,7 +406,9 @@ def test_small_steps_are_written_together(rows, num_classes, expected, monkeypat
         found.append(len(updates))
     assert found == expected
     scorer.end_epoch()
-    assert [part.step for arrived in updates for part in arrived] == list(range(len(expected))), "each once, in order"
+    assert [part.step for arrived in updates for part in arrived] == list(range(len(expected))), (
+        "each once, in order"
+    )
 
 
 def test_logits_may_change_their_dtype_from_step_to_step():
@@ -331,12 +418,18 @@ def test_logits_may_change_their_dtype_from_step_to_step():
     for logits_NC in logits_TNC:
         logits_NC = logits_NC.to(torch.bfloat16)
         plain.record(torch.arange(12), logits_NC, label_N)
-        for rows, dtype in ((slice(0, 3), torch.float32), (slice(3, 7), torch.bfloat16), (slice(7, 9), torch.float64),
-                            (slice(9, 12), torch.float32)):
+        for rows, dtype in (
+            (slice(0, 3), torch.float32),
+            (slice(3, 7), torch.bfloat16),
+            (slice(7, 9), torch.float64),
+            (slice(9, 12), torch.float32),
+        ):
             mixed.record(torch.arange(12)[rows], logits_NC[rows].to(dtype), label_N[rows])
         plain.end_epoch()
         mixed.end_epoch()
-    assert torch.equal(*(scorer._shard.scalars_MF[:12, 1:].nan_to_num() for scorer in (plain, mixed)))
+    assert torch.equal(
+        *(scorer._shard.scalars_MF[:12, 1:].nan_to_num() for scorer in (plain, mixed))
+    )
 
 
 def _other_rows_than_announced(rank):
@@ -344,7 +437,9 @@ def _other_rows_than_announced(rank):
     order = epoch_order(8, 8)
     scorer.expect(order)
     (index_B,) = order.of_rank(1 - rank, 2)[1]  # what the other rank should have
-    scorer.record(torch.from_numpy(index_B.copy()), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    scorer.record(
+        torch.from_numpy(index_B.copy()), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    )
     return catch(scorer.end_epoch)
 
 
@@ -358,15 +453,21 @@ def test_every_rank_raises_the_same_error(world_size):
     for fault, (kind, words) in FAULTS.items():
         outcomes = {found[fault] for found in by_rank}
         assert len(outcomes) == 1, outcomes
-        (name, text), = outcomes
+        ((name, text),) = outcomes
         assert name == kind
         for word in words:
             assert word in text, (fault, word, text)
 
 
 FAULTS = {
-    "missing": ("CoverageError", ["epoch 2", "of 9 samples 1 were not recorded", "0 more than once", "5"]),
-    "repeated": ("CoverageError", ["epoch 2", "0 were not recorded", "1 more than once", "index -1"]),
+    "missing": (
+        "CoverageError",
+        ["epoch 2", "of 9 samples 1 were not recorded", "0 more than once", "5"],
+    ),
+    "repeated": (
+        "CoverageError",
+        ["epoch 2", "0 were not recorded", "1 more than once", "index -1"],
+    ),
     "out_of_range": ("InputError", ["epoch 2", "1 recorded indices", "[0, 9)"]),
     "label": ("InputError", ["epoch 2", "1 recorded labels", "[0, 4)"]),
     "nan": ("NonFiniteLogitsError", ["epoch 2", "step 2", "1 samples", "global indices 5"]),
@@ -393,7 +494,9 @@ def _faulty_epoch(rank, world_size, fault):
             scorer.record(index, logits, label)
         if epoch == 1 and fault == "repeated":
             extra = torch.tensor([5] if rank == 0 else [], dtype=torch.int64)
-            scorer.record(extra, torch.zeros(len(extra), 4), torch.zeros(len(extra), dtype=torch.int64))
+            scorer.record(
+                extra, torch.zeros(len(extra), 4), torch.zeros(len(extra), dtype=torch.int64)
+            )
         if epoch == 1:
             return catch(scorer.end_epoch)
         scorer.end_epoch()
@@ -407,7 +510,14 @@ def test_padding_rows_leave_no_trace_even_when_they_hold_nonsense():
         plain.record(torch.arange(6), logits_NC, label_N)
         padded.record(
             torch.tensor([-1, 0, 1, 2, -1, 3, 4, 5]),
-            torch.cat([torch.full((1, 3), torch.nan), logits_NC[:3], torch.full((1, 3), torch.inf), logits_NC[3:]]),
+            torch.cat(
+                [
+                    torch.full((1, 3), torch.nan),
+                    logits_NC[:3],
+                    torch.full((1, 3), torch.inf),
+                    logits_NC[3:],
+                ]
+            ),
             torch.tensor([99, *label_N[:3], -7, *label_N[3:]]),
         )
         plain.end_epoch()
@@ -415,12 +525,25 @@ def test_padding_rows_leave_no_trace_even_when_they_hold_nonsense():
     assert torch.equal(plain.gather()[Window(3, 2, 0.9)], padded.gather()[Window(3, 2, 0.9)])
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"windows": [Window(3, 4, 0.9)]}, "K=4"), ({"preset": "authors"}, "preset"), ({"windows": []}, "windows"),
-    *(({name: torch.bfloat16}, f"{name}=torch.bfloat16 must be torch.float32 or torch.float16")
-      for name in ("logp_dtype", "trajectory_dtype"))])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"windows": [Window(3, 4, 0.9)]}, "K=4"),
+        ({"preset": "authors"}, "preset"),
+        ({"windows": []}, "windows"),
+        *(
+            (
+                {name: torch.bfloat16},
+                f"{name}=torch.bfloat16 must be torch.float32 or torch.float16",
+            )
+            for name in ("logp_dtype", "trajectory_dtype")
+        ),
+    ],
+)
 def test_settings_are_checked_at_once(options, words):
-    kind, text = catch(ShardedScorer, 5, 3, **{"windows": [Window(3, 2, 0.9)], "device": "cpu"} | options)
+    kind, text = catch(
+        ShardedScorer, 5, 3, **{"windows": [Window(3, 2, 0.9)], "device": "cpu"} | options
+    )
     assert kind in ("InputError", "ValueError")
     assert words in text
 
@@ -428,9 +551,16 @@ def test_settings_are_checked_at_once(options, words):
 def test_shapes_are_checked_at_once():
     scorer = ShardedScorer(5, 3, [Window(3, 2, 0.9)], device="cpu")
     good = (torch.arange(2), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
-    for position, wrong in [(1, torch.zeros(2, 4)), (1, torch.zeros(2, 3, dtype=torch.int64)), (0, torch.arange(3)),
-                            (0, torch.zeros(2)), (2, torch.zeros(2))]:
-        assert catch(scorer.record, *good[:position], wrong, *good[position + 1 :])[0] == "ValueError"
+    for position, wrong in [
+        (1, torch.zeros(2, 4)),
+        (1, torch.zeros(2, 3, dtype=torch.int64)),
+        (0, torch.arange(3)),
+        (0, torch.zeros(2)),
+        (2, torch.zeros(2)),
+    ]:
+        assert (
+            catch(scorer.record, *good[:position], wrong, *good[position + 1 :])[0] == "ValueError"
+        )
     name, text = catch(scorer.gather)
     assert name == "InputError"
     assert "needs 3 epochs, 0 are recorded" in text

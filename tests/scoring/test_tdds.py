@@ -1,6 +1,8 @@
-"""TDDS from loss differences: values against the literal oracles and the golden vectors (from logits: test_scorer.py).
+"""TDDS from loss differences: values against the literal oracles and the golden vectors (from
+logits: test_scorer.py).
 
-Values, not ranks: at beta = 0.9 the last two windows decide the ranking almost alone, so ranks would hide a wrong EMA.
+Values, not ranks: at beta = 0.9 the last two windows decide the ranking almost alone, so ranks
+would hide a wrong EMA.
 """
 
 from pathlib import Path
@@ -27,7 +29,11 @@ from tests import oracles
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
 GOLDEN = Path(__file__).parents[1] / "golden" / "tdds_official_digits.npz"
 GOLDEN_SETTINGS = [
-    Window(30, 10, 0.9), Window(20, 10, 0.9), Window(10, 5, 0.9), Window(30, 20, 0.85), Window(12, 10, 0.95),
+    Window(30, 10, 0.9),
+    Window(20, 10, 0.9),
+    Window(10, 5, 0.9),
+    Window(30, 20, 0.85),
+    Window(12, 10, 0.95),
 ]
 BETAS = [0.0, 0.5, 0.85, 0.9, 1.0]
 
@@ -55,7 +61,13 @@ def deltas(logits: np.ndarray, preset: str) -> np.ndarray:
 
 
 @PROPERTY
-@given(cases(), st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([1e-3, 1.0, 1e3]), st.integers(0, 3))
+@given(
+    cases(),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 6),
+    st.sampled_from([1e-3, 1.0, 1e3]),
+    st.integers(0, 3),
+)
 def test_score_from_loss_differences(case, seed, num_samples, scale, num_later):
     """Row 0 and rows from T on are NaN here: neither may be read."""
     preset, window = case
@@ -77,13 +89,20 @@ def test_hand_computed_windows():
     delta_TM = np.array([[np.nan], [1], [3], [2], [6]], dtype=np.float32)
     squares = np.array([2.0, 0.5, 8.0])
     for beta in (0.25, 1.0, 0.0):
-        weights = np.array([beta * (1 - beta) ** 2, beta * (1 - beta), beta]) if beta else np.full(3, 1 / 3)
+        weights = (
+            np.array([beta * (1 - beta) ** 2, beta * (1 - beta), beta])
+            if beta
+            else np.full(3, 1 / 3)
+        )
         for K, preset, variability in ((3, "official", squares**0.5), (2, "paper", squares)):
-            assert score_trajectory(delta_TM, Window(5, K, beta), preset)[0] == pytest.approx(weights @ variability, rel=1e-6)
+            assert score_trajectory(delta_TM, Window(5, K, beta), preset)[0] == pytest.approx(
+                weights @ variability, rel=1e-6
+            )
 
 
 def test_a_window_of_one_difference_has_no_variability_and_inputs_stay():
-    """K = 2 snapshots in `official`, K = 1 difference in `paper`: one value never deviates from its mean."""
+    """K = 2 snapshots in `official`, K = 1 difference in `paper`: one value never deviates from its
+    mean."""
     delta_TM = np.random.default_rng(0).random((6, 4)).astype(np.float32)
     before_TM = delta_TM.copy()
     assert not score_trajectory(delta_TM, Window(6, 2), "official").any()
@@ -103,7 +122,9 @@ def golden() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def golden_delta_TN(golden) -> np.ndarray:
     epochs = zip(golden["logits"], golden["index"], strict=True)
-    return deltas(np.stack([logits_NC[np.argsort(index_N)] for logits_NC, index_N in epochs]), "official")
+    return deltas(
+        np.stack([logits_NC[np.argsort(index_N)] for logits_NC, index_N in epochs]), "official"
+    )
 
 
 @pytest.mark.parametrize("window", GOLDEN_SETTINGS, ids=str)
@@ -111,11 +132,15 @@ def test_golden_vectors_of_the_authors_code(golden, golden_delta_TN, window):
     """The package, and on a few samples the oracle: otherwise both could share a misreading."""
     want = golden[f"score_T{window.T}_K{window.K}_beta{window.beta:g}"]
     close = 1e-5 * float(np.abs(want).mean())
-    np.testing.assert_allclose(score_trajectory(golden_delta_TN, window, "official"), want, rtol=0, atol=close)
+    np.testing.assert_allclose(
+        score_trajectory(golden_delta_TN, window, "official"), want, rtol=0, atol=close
+    )
     order = np.argsort(golden["index"], axis=1)
     for n in (0, 17, 599):
         logits = [golden["logits"][t, order[t, n]].tolist() for t in range(window.T)]
-        assert oracles.tdds(logits, window.T, window.K, window.beta, "official") == pytest.approx(want[n], abs=close)
+        assert oracles.tdds(logits, window.T, window.K, window.beta, "official") == pytest.approx(
+            want[n], abs=close
+        )
 
 
 def test_golden_file_holds_no_other_setting(golden):
@@ -131,19 +156,31 @@ def test_range_of_the_window(preset, low, high):
     for K in range(-1, 14):
         if low <= K <= high:
             check_window(Window(10, K), preset)
-            assert differences_per_window(Window(10, K), preset) == (K - 1 if preset == "official" else K)
+            assert differences_per_window(Window(10, K), preset) == (
+                K - 1 if preset == "official" else K
+            )
         else:
-            with pytest.raises(InputError, match=rf"K={K} .*\[{low}, {high}\].*T=10.*(lower K|raise T)"):
+            with pytest.raises(
+                InputError, match=rf"K={K} .*\[{low}, {high}\].*T=10.*(lower K|raise T)"
+            ):
                 check_window(Window(10, K), preset)
 
 
-@pytest.mark.parametrize(("window", "preset", "num_epochs", "words"), [
-    (Window(1, 1), "official", None, r"T=1\b"), (Window(1, 1), "paper", None, r"T=1\b"),
-    (Window(0, 1), "official", None, r"T=0\b"), (Window(-3, 1), "paper", None, r"T=-3\b"),
-    (Window(30, 10), "official", 29, r"T=30 .*29 epochs.*(lower T|train longer)"),
-    *((Window(10, 5, beta), "official", None, rf"beta={beta}.*\[0, 1\]") for beta in (-0.1, 1.1, float("nan"), float("inf"))),
-    (Window(10, 5), "papre", None, r"'papre'.*official, paper"),
-])
+@pytest.mark.parametrize(
+    ("window", "preset", "num_epochs", "words"),
+    [
+        (Window(1, 1), "official", None, r"T=1\b"),
+        (Window(1, 1), "paper", None, r"T=1\b"),
+        (Window(0, 1), "official", None, r"T=0\b"),
+        (Window(-3, 1), "paper", None, r"T=-3\b"),
+        (Window(30, 10), "official", 29, r"T=30 .*29 epochs.*(lower T|train longer)"),
+        *(
+            (Window(10, 5, beta), "official", None, rf"beta={beta}.*\[0, 1\]")
+            for beta in (-0.1, 1.1, float("nan"), float("inf"))
+        ),
+        (Window(10, 5), "papre", None, r"'papre'.*official, paper"),
+    ],
+)
 def test_windows_that_cannot_be_are_refused(window, preset, num_epochs, words):
     with pytest.raises(InputError, match=words):
         check_window(window, preset, num_epochs)
@@ -157,6 +194,12 @@ def test_names_and_settings_of_a_window():
     window = Window(30, 10, 0.85)
     assert window.key("official") == "tdds_official_T30_K10_beta0.85"
     assert Window(30, 10, 1.0).key("paper") == "tdds_paper_T30_K10_beta1"
-    assert window_settings(window, "paper") == {"score": "tdds", "preset": "paper", "T": 30, "K": 10, "beta": 0.85}
+    assert window_settings(window, "paper") == {
+        "score": "tdds",
+        "preset": "paper",
+        "T": 30,
+        "K": 10,
+        "beta": 0.85,
+    }
     assert set(DELTA_OF_PRESET) == set(PRESETS)
     assert set(DELTA_OF_PRESET.values()) <= set(DELTAS)

@@ -1,4 +1,5 @@
-"""The trajectory on disk: what several ranks write reads back whole, and what is missing or damaged is named."""
+"""The trajectory on disk: what several ranks write reads back whole, and what is missing or damaged
+is named."""
 
 import json
 import re
@@ -27,7 +28,8 @@ NAMES = ("first", "second", "third")
 
 
 def recorded(num_samples: int, num_epochs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random scalars [T, F, N], with NaN and infinity as first epochs and accidents leave them, and labels [N]."""
+    """Random scalars [T, F, N], with NaN and infinity as first epochs and accidents leave them, and
+    labels [N]."""
     rng = np.random.default_rng(num_samples)
     scalars_TFN = rng.normal(size=(num_epochs, len(NAMES), num_samples)).astype(np.float32)
     scalars_TFN[0, 0] = np.nan
@@ -35,14 +37,28 @@ def recorded(num_samples: int, num_epochs: int) -> tuple[np.ndarray, np.ndarray]
     return scalars_TFN, rng.integers(0, 4, num_samples)
 
 
-def write(folder: Path, scalars_TFN: np.ndarray, label_N: np.ndarray, world_sizes: list[int], dtype: str = "float32") -> Path:
+def write(
+    folder: Path,
+    scalars_TFN: np.ndarray,
+    label_N: np.ndarray,
+    world_sizes: list[int],
+    dtype: str = "float32",
+) -> Path:
     """Write epoch t as the ranks of a world of `world_sizes[t]` would; the last rank first."""
     num_samples = len(label_N)
 
     def writers(world_size: int, is_first: bool) -> list[tuple[int, int, TrajectoryWriter]]:
         bounds = [shard_bounds(num_samples, world_size, rank) for rank in range(world_size)]
-        return [(first, end, TrajectoryWriter(folder, NAMES, num_samples, 4, first, end, is_first and rank == 0, dtype))
-                for rank, (first, end) in enumerate(bounds)][::-1]
+        return [
+            (
+                first,
+                end,
+                TrajectoryWriter(
+                    folder, NAMES, num_samples, 4, first, end, is_first and rank == 0, dtype
+                ),
+            )
+            for rank, (first, end) in enumerate(bounds)
+        ][::-1]
 
     for epoch, world_size in enumerate(world_sizes):
         for first, end, writer in writers(world_size, is_first=epoch == 0):
@@ -67,7 +83,11 @@ def test_blocks_of_any_world_read_back_whole(tmp_path, num_samples, world_sizes)
     scalars_TFN, label_N = recorded(num_samples, 3)
     trajectory = Trajectory(write(tmp_path, scalars_TFN, label_N, world_sizes))
     assert trajectory.scalars == NAMES
-    assert (trajectory.num_samples, trajectory.num_classes, trajectory.num_epochs) == (num_samples, 4, 3)
+    assert (trajectory.num_samples, trajectory.num_classes, trajectory.num_epochs) == (
+        num_samples,
+        4,
+        3,
+    )
     for row, name in enumerate(NAMES):
         for num_epochs in (1, 2, 3, None):
             values_TN = trajectory.read(name, num_epochs)
@@ -81,13 +101,19 @@ def test_blocks_of_any_world_read_back_whole(tmp_path, num_samples, world_sizes)
 def test_an_empty_shard_writes_no_block(tmp_path):
     write(tmp_path, *recorded(2, 1), [4])
     assert sorted(path.name for path in (tmp_path / "epoch_0000").iterdir()) == [
-        "0000000000-0000000001.json", "0000000000-0000000001.npy", "0000000001-0000000002.json", "0000000001-0000000002.npy"]
+        "0000000000-0000000001.json",
+        "0000000000-0000000001.npy",
+        "0000000001-0000000002.json",
+        "0000000001-0000000002.npy",
+    ]
 
 
 def test_a_new_trajectory_has_no_epochs_and_no_files_before_its_labels(tmp_path):
     writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, is_main=True)
     assert not list(tmp_path.iterdir())
-    writer.write_labels(np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256)
+    writer.write_labels(
+        np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256
+    )
     trajectory = Trajectory(tmp_path)
     assert trajectory.num_epochs == 0
     assert trajectory.read("first").shape == (0, 10)
@@ -131,7 +157,9 @@ def test_a_row_of_a_block_is_read_alone(tmp_path):
     tracemalloc.stop()
     np.testing.assert_array_equal(second_TN[0, :3], [1, 10, 19])
     assert peak < 2 * second_TN.nbytes
-    assert np.load(tmp_path / "epoch_0000" / "0000000000-0000100000.npy", mmap_mode="r").flags.c_contiguous
+    assert np.load(
+        tmp_path / "epoch_0000" / "0000000000-0000100000.npy", mmap_mode="r"
+    ).flags.c_contiguous
 
 
 # ---- float16
@@ -141,7 +169,9 @@ def test_float16_reads_back_rounded_and_clipped(tmp_path):
     scalars_TFN, label_N = recorded(10, 3)
     scalars_TFN[1, 1, :6] = [1e5, -1e30, 65519.0, -np.inf, 1e-9, np.nan]
     trajectory = Trajectory(write(tmp_path, scalars_TFN, label_N, [4, 1, 3], "float16"))
-    assert trajectory.dtype == json.loads((tmp_path / "meta.json").read_text())["dtype"] == "float16"
+    assert (
+        trajectory.dtype == json.loads((tmp_path / "meta.json").read_text())["dtype"] == "float16"
+    )
     for path in tmp_path.glob("epoch_*/*.npy"):
         assert np.load(path).dtype == np.float16
     second_TN = trajectory.read("second")
@@ -149,7 +179,9 @@ def test_float16_reads_back_rounded_and_clipped(tmp_path):
     np.testing.assert_array_equal(second_TN[1, :6], [65504, -65504, 65504, -65504, 0, np.nan])
     assert np.isnan(trajectory.read("first")[0]).all()
     assert trajectory.read("third")[-1, 0] == 65504
-    np.testing.assert_allclose(trajectory.read("first")[1:], scalars_TFN[1:, 0], rtol=2**-11, atol=2**-25)
+    np.testing.assert_allclose(
+        trajectory.read("first")[1:], scalars_TFN[1:, 0], rtol=2**-11, atol=2**-25
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", ""])
@@ -157,7 +189,9 @@ def test_another_dtype_is_refused(folder, dtype):
     with pytest.raises(InputError, match=rf"dtype='{dtype}' must be one of float32, float16"):
         TrajectoryWriter(folder, NAMES, 10, 4, 0, 10, True, dtype)
     change_meta(folder, dtype=dtype)
-    with pytest.raises(InputError, match=rf"meta\.json has dtype '{dtype}', this version reads float32, float16"):
+    with pytest.raises(
+        InputError, match=rf"meta\.json has dtype '{dtype}', this version reads float32, float16"
+    ):
         Trajectory(folder)
 
 
@@ -167,7 +201,9 @@ def test_another_dtype_is_refused(folder, dtype):
 def change_meta(folder: Path, **values: object) -> None:
     """Set keys of meta.json; None removes them."""
     meta = json.loads((folder / "meta.json").read_text()) | values
-    (folder / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    (folder / "meta.json").write_text(
+        json.dumps({key: value for key, value in meta.items() if value is not None})
+    )
 
 
 def test_labels_are_compared_with_their_hash(tmp_path):
@@ -178,7 +214,10 @@ def test_labels_are_compared_with_their_hash(tmp_path):
     label_N[9] = (label_N[9] + 1) % 4
     TrajectoryWriter(tmp_path, NAMES, 10, 4, 8, 10, False).write_labels(label_N[8:], "")
     found = fingerprint(label_N, 4).labels_sha256[:12]
-    message = rf"{tmp_path} holds labels of another dataset; they hash to {found}, meta.json says {want.labels_sha256[:12]}; "
+    message = (
+        rf"{tmp_path} holds labels of another dataset; they hash to {found}, meta.json says"
+        rf" {want.labels_sha256[:12]}; "
+    )
     for read in (Trajectory(tmp_path).labels, Trajectory(tmp_path).fingerprint):
         with pytest.raises(InputError, match=message):
             read()
@@ -200,7 +239,8 @@ def flip(path: Path, position: int) -> None:
 
 
 def flips(path: Path) -> Iterator[int]:
-    """Every position of a file (every fifth of a header), with one bit of the byte there changed while the caller looks."""
+    """Every position of a file (every fifth of a header), with one bit of the byte there changed
+    while the caller looks."""
     whole = path.read_bytes()
     for position in range(len(whole)):
         if position < HEADER and position % 5 and path.suffix == ".npy":
@@ -213,11 +253,22 @@ def flips(path: Path) -> Iterator[int]:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_sidecars_hold_place_and_checksums(tmp_path, dtype):
     write(tmp_path, *recorded(10, 2), [3, 1], dtype)
-    places = {f"epoch_0000/{block}": (0, first, end) for block, first, end in (
-        ("0000000000-0000000004", 0, 4), ("0000000004-0000000008", 4, 8), ("0000000008-0000000010", 8, 10))}
-    places |= {name.replace("epoch_0000", "labels"): ("labels", first, end) for name, (_, first, end) in places.items()}
+    places = {
+        f"epoch_0000/{block}": (0, first, end)
+        for block, first, end in (
+            ("0000000000-0000000004", 0, 4),
+            ("0000000004-0000000008", 4, 8),
+            ("0000000008-0000000010", 8, 10),
+        )
+    }
+    places |= {
+        name.replace("epoch_0000", "labels"): ("labels", first, end)
+        for name, (_, first, end) in places.items()
+    }
     places |= {"epoch_0001/0000000000-0000000010": (1, 0, 10)}
-    assert {str(path.relative_to(tmp_path))[:-5] for path in tmp_path.glob("*/*.json")} == set(places)
+    assert {str(path.relative_to(tmp_path))[:-5] for path in tmp_path.glob("*/*.json")} == set(
+        places
+    )
     for name, (epoch, first, end) in places.items():
         data = (tmp_path / f"{name}.npy").read_bytes()[HEADER:]
         size = len(data) if epoch == "labels" else len(data) // 3
@@ -239,8 +290,15 @@ def test_a_flipped_bit_in_a_block_is_found_in_the_row_it_is_in(folder):
                 np.testing.assert_array_equal(trajectory.read(name), want[name])
             continue
         name = NAMES[(position - HEADER) // 16]
-        message = rf"{BLOCK} is damaged \(CRC-32 of {name} is [0-9a-f]{{8}}, {PLACE}\.json says [0-9a-f]{{8}}\); "
-        for read in (trajectory.verify, lambda: trajectory.read(name), lambda: trajectory.verify_epoch(1)):  # noqa: B023
+        message = (
+            rf"{BLOCK} is damaged \(CRC-32 of {name} is [0-9a-f]{{8}}, {PLACE}\.json says"
+            r" [0-9a-f]{8}\); "
+        )
+        for read in (
+            trajectory.verify,
+            lambda: trajectory.read(name),  # noqa: B023
+            lambda: trajectory.verify_epoch(1),  # noqa: B023
+        ):
             with pytest.raises(InputError, match=message + "restore it or collect again"):
                 read()
         for other in set(NAMES) - {name}:
@@ -250,7 +308,9 @@ def test_a_flipped_bit_in_a_block_is_found_in_the_row_it_is_in(folder):
     assert whole_epochs(folder) == (3, "")
 
 
-@pytest.mark.parametrize("name", [LABELS, LABELS.replace("npy", "json"), BLOCK.replace("npy", "json")])
+@pytest.mark.parametrize(
+    "name", [LABELS, LABELS.replace("npy", "json"), BLOCK.replace("npy", "json")]
+)
 def test_a_flipped_bit_in_labels_or_a_sidecar_is_found(folder, name):
     want = Trajectory(folder).labels()
     for position in flips(folder / name):
@@ -267,8 +327,12 @@ def test_a_flipped_bit_in_labels_or_a_sidecar_is_found(folder, name):
 
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_killed_between_sidecar_and_block(folder, monkeypatch, epoch):
-    """While epoch 3 was recorded, or epoch 1 once more: it does not count, and a resume removes it."""
-    writers = [TrajectoryWriter(folder, NAMES, 10, 4, *bounds, False) for bounds in ((0, 4), (4, 8), (8, 10))]
+    """While epoch 3 was recorded, or epoch 1 once more: it does not count, and a resume removes
+    it."""
+    writers = [
+        TrajectoryWriter(folder, NAMES, 10, 4, *bounds, False)
+        for bounds in ((0, 4), (4, 8), (8, 10))
+    ]
     again_FN = np.full((3, 10), 7, dtype=np.float32)
     writers[0].append(epoch, again_FN[:, :4])
     writers[1].append(epoch, again_FN[:, 4:8])
@@ -282,18 +346,27 @@ def test_killed_between_sidecar_and_block(folder, monkeypatch, epoch):
     monkeypatch.undo()
     num_whole, reason = whole_epochs(folder)
     assert num_whole == epoch
-    assert re.search(r"epoch_0003 cover 8 of 10" if epoch == 3 else r"epoch_0001/0000000008-0000000010\.npy is damaged", reason)
+    assert re.search(
+        (
+            r"epoch_0003 cover 8 of 10"
+            if epoch == 3
+            else r"epoch_0001/0000000008-0000000010\.npy is damaged"
+        ),
+        reason,
+    )
     resume(folder, epoch)
     assert whole_epochs(folder) == (epoch, "")
     np.testing.assert_array_equal(Trajectory(folder).read("second"), recorded(10, 3)[0][:epoch, 1])
 
 
-# ---- damage: what it is called, how many epochs are whole all the same, and that a resume neither takes nor changes it
+# ---- damage: what it is called, how many epochs are whole all the same, and that a resume neither
 
 
 def put(name: str, content: bytes | None) -> Callable[[Path], object]:
     """Replace a file by other bytes, or remove it."""
-    return lambda folder: (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    return lambda folder: (
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    )
 
 
 def array(name: str, value: np.ndarray) -> Callable[[Path], object]:
@@ -318,7 +391,10 @@ def header(where: bytes, by: str) -> Callable[[Path], object]:
 
 
 def copied(source: str, target: str, *suffixes: str) -> Callable[[Path], object]:
-    return lambda folder: [shutil.copy(folder / f"{source}{suffix}", folder / f"{target}{suffix}") for suffix in suffixes]
+    return lambda folder: [
+        shutil.copy(folder / f"{source}{suffix}", folder / f"{target}{suffix}")
+        for suffix in suffixes
+    ]
 
 
 def as_folder(folder: Path) -> None:
@@ -348,59 +424,200 @@ LISTED = '{"format": "tdds-quarantine-1"'
 FLOATS = np.zeros((3, 4), np.float32)
 DAMAGE = [  # (how, epochs that are whole, words of the message)
     *[(cut(length), 1, rf"{PLACE}\.npy is damaged") for length in (0, 5, 60, 127, 128, 150, -1)],
-    *[(header(b"(3, 4)" if by == "(" else b"{'descr", by), 1, rf"{PLACE}\.npy is damaged") for by in ("(", "{", "'", ",", "3")],
-    *[(longer(name, length), whole, rf"{name} is damaged \({size + length} bytes instead of {size}\)")
-      for name, whole, size in ((BLOCK, 1, HEADER + 48), (LABELS, 0, HEADER + 32)) for length in (1, 4, 48)],
-    *[(array(BLOCK, value), 1, rf"{PLACE}\.npy holds .*expected float32 \(3, 4\)") for value in (
-        np.zeros((3, 5), np.float32), np.zeros((2, 4), np.float32), FLOATS.T, FLOATS.ravel(), FLOATS.astype(np.float64),
-        FLOATS.astype(np.int32), FLOATS.astype(np.float16))],
+    *[
+        (header(b"(3, 4)" if by == "(" else b"{'descr", by), 1, rf"{PLACE}\.npy is damaged")
+        for by in ("(", "{", "'", ",", "3")
+    ],
+    *[
+        (
+            longer(name, length),
+            whole,
+            rf"{name} is damaged \({size + length} bytes instead of {size}\)",
+        )
+        for name, whole, size in ((BLOCK, 1, HEADER + 48), (LABELS, 0, HEADER + 32))
+        for length in (1, 4, 48)
+    ],
+    *[
+        (array(BLOCK, value), 1, rf"{PLACE}\.npy holds .*expected float32 \(3, 4\)")
+        for value in (
+            np.zeros((3, 5), np.float32),
+            np.zeros((2, 4), np.float32),
+            FLOATS.T,
+            FLOATS.ravel(),
+            FLOATS.astype(np.float64),
+            FLOATS.astype(np.int32),
+            FLOATS.astype(np.float16),
+        )
+    ],
     (array(BLOCK, np.array([{}], dtype=object)), 1, rf"{PLACE}\.npy is damaged"),
-    (array(LABELS, np.zeros(4, np.int32)), 0, rf"labels/{PLACE}\.npy holds int32 .*expected int64 \(4,\)"),
+    (
+        array(LABELS, np.zeros(4, np.int32)),
+        0,
+        rf"labels/{PLACE}\.npy holds int32 .*expected int64 \(4,\)",
+    ),
     (as_folder, 1, rf"{PLACE}\.npy is damaged .*[Dd]irectory"),
     (as_zip, 1, rf"{PLACE}\.npy is damaged"),
     # bits and copies, that sidecars find
-    (lambda folder: flip(folder / f"epoch_0000/{PLACE}.npy", -1), 0, r"epoch_0000/.*\.npy is damaged \(CRC-32 of third"),
-    (lambda folder: flip(folder / f"epoch_0002/{PLACE}.npy", HEADER), 2, r"epoch_0002/.*\.npy is damaged \(CRC-32 of first"),
+    (
+        lambda folder: flip(folder / f"epoch_0000/{PLACE}.npy", -1),
+        0,
+        r"epoch_0000/.*\.npy is damaged \(CRC-32 of third",
+    ),
+    (
+        lambda folder: flip(folder / f"epoch_0002/{PLACE}.npy", HEADER),
+        2,
+        r"epoch_0002/.*\.npy is damaged \(CRC-32 of first",
+    ),
     (lambda folder: flip(folder / LABELS, -8), 0, rf"{LABELS} is damaged \(CRC-32 is"),
-    *[(copied(source, target[:-4], *suffixes), whole, found if ".json" in suffixes else rf"{target} is damaged \(CRC-32")
-      for suffixes in ([".npy"], [".npy", ".json"]) for source, target, whole, found in (
-          (f"epoch_0002/{PLACE}", BLOCK, 1, r"\.json is of epoch 2 \[4, 8\), where epoch 1 \[4, 8\) should be"),
-          ("epoch_0001/0000000000-0000000004", BLOCK, 1, r"\.json is of epoch 1 \[0, 4\), where epoch 1 \[4, 8\) should be"),
-          ("labels/0000000000-0000000004", LABELS, 0, r"\.json is of labels \[0, 4\), where labels \[4, 8\) should be"))],
-    (epoch_twice, 2, r"epoch_0002/0000000000-0000000004\.json is of epoch 1 \[0, 4\), where epoch 2"),
-    *[(put(SIDECAR, content), 1, rf"{SIDECAR} is missing or damaged \(.*\), so {PLACE}\.npy cannot be trusted")
-      for content in (None, b"", b"[]", b"7", b'"epoch"', b"null", b"\xff\xfe", *(
-          f"{PLACED}{crc32}}}".encode() for crc32 in ("", ', "crc32": 5', ', "crc32": [1, 2]', ', "crc32": [1, 2, "3"]')))],
+    *[
+        (
+            copied(source, target[:-4], *suffixes),
+            whole,
+            found if ".json" in suffixes else rf"{target} is damaged \(CRC-32",
+        )
+        for suffixes in ([".npy"], [".npy", ".json"])
+        for source, target, whole, found in (
+            (
+                f"epoch_0002/{PLACE}",
+                BLOCK,
+                1,
+                r"\.json is of epoch 2 \[4, 8\), where epoch 1 \[4, 8\) should be",
+            ),
+            (
+                "epoch_0001/0000000000-0000000004",
+                BLOCK,
+                1,
+                r"\.json is of epoch 1 \[0, 4\), where epoch 1 \[4, 8\) should be",
+            ),
+            (
+                "labels/0000000000-0000000004",
+                LABELS,
+                0,
+                r"\.json is of labels \[0, 4\), where labels \[4, 8\) should be",
+            ),
+        )
+    ],
+    (
+        epoch_twice,
+        2,
+        r"epoch_0002/0000000000-0000000004\.json is of epoch 1 \[0, 4\), where epoch 2",
+    ),
+    *[
+        (
+            put(SIDECAR, content),
+            1,
+            rf"{SIDECAR} is missing or damaged \(.*\), so {PLACE}\.npy cannot be trusted",
+        )
+        for content in (
+            None,
+            b"",
+            b"[]",
+            b"7",
+            b'"epoch"',
+            b"null",
+            b"\xff\xfe",
+            *(
+                f"{PLACED}{crc32}}}".encode()
+                for crc32 in ("", ', "crc32": 5', ', "crc32": [1, 2]', ', "crc32": [1, 2, "3"]')
+            ),
+        )
+    ],
     # blocks and epochs that do not cover the samples
-    *[(put(f"{where}/{block}.npy", None), whole, rf"{where} {found}")
-      for where, whole in (("epoch_0002", 2), ("epoch_0001", 1), ("labels", 0)) for block, found in (
-          ("0000000000-0000000004", "leave a gap at index 0"), (PLACE, r"leave a gap at index 4 .*0000000008-0000000010"),
-          ("0000000008-0000000010", "cover 8 of 10 samples"))],
+    *[
+        (put(f"{where}/{block}.npy", None), whole, rf"{where} {found}")
+        for where, whole in (("epoch_0002", 2), ("epoch_0001", 1), ("labels", 0))
+        for block, found in (
+            ("0000000000-0000000004", "leave a gap at index 0"),
+            (PLACE, r"leave a gap at index 4 .*0000000008-0000000010"),
+            ("0000000008-0000000010", "cover 8 of 10 samples"),
+        )
+    ],
     (lambda folder: shutil.rmtree(folder / "labels"), 0, "labels cover 0 of 10 samples"),
-    *[(array(f"epoch_0001/{first:010d}-{end:010d}.npy", np.zeros((3, abs(end - first)), np.float32)), 1,
-       r"epoch_0001 overlap at index \d+ ") for first, end in (
-           (2, 6), (0, 8), (4, 10), (5, 7), (9, 10), (4, 4), (10, 10), (10, 8))],
-    (array("epoch_0001/0000000010-0000000012.npy", np.zeros((3, 2), np.float32)), 1, "epoch_0001 cover 12 of 10 samples; rem"),
+    *[
+        (
+            array(
+                f"epoch_0001/{first:010d}-{end:010d}.npy",
+                np.zeros((3, abs(end - first)), np.float32),
+            ),
+            1,
+            r"epoch_0001 overlap at index \d+ ",
+        )
+        for first, end in ((2, 6), (0, 8), (4, 10), (5, 7), (9, 10), (4, 4), (10, 10), (10, 8))
+    ],
+    (
+        array("epoch_0001/0000000010-0000000012.npy", np.zeros((3, 2), np.float32)),
+        1,
+        "epoch_0001 cover 12 of 10 samples; rem",
+    ),
     (lambda folder: (folder / "epoch_0003").mkdir(), 3, "epoch_0003 cover 0 of 10 samples"),
     (half_an_epoch, 3, "epoch_0003 cover 4 of 10 samples"),
     (lambda folder: shutil.rmtree(folder / "epoch_0000"), 0, r"holds epochs \["),
     (lambda folder: shutil.rmtree(folder / "epoch_0001"), 1, r"holds epochs \["),
     (lambda folder: (folder / "epoch_00001").mkdir(), 1, r"holds epochs \["),
     # meta.json, quarantine.json
-    *[(lambda folder, size=size: change_meta(folder, num_samples=size), 0, f"cover 10 of {size} samples") for size in (9, 12)],
+    *[
+        (
+            lambda folder, size=size: change_meta(folder, num_samples=size),
+            0,
+            f"cover 10 of {size} samples",
+        )
+        for size in (9, 12)
+    ],
     (lambda folder: change_meta(folder, labels_sha256="abc"), 0, "labels of another dataset"),
-    *[(lambda folder, key=key, value=value: change_meta(folder, **{key: value}), 0, r"meta\.json is damaged")
-      for key in ("dtype", "labels_sha256") for value in (None, 5)],
-    *[(put("meta.json", content.encode("latin-1")), 0, r"meta\.json") for content in (
-        "", "{", "\xff\xfe\x00garbage", "[]", '"tdds-trajectory-1"', '{"format": "tdds-trajectory-1"}',
-        '{"format": "tdds-trajectory-9"}', META.format('["a"]', '"10"', 4), META.format('["a"]', 10, 0),
-        META.format(9, 10, 4))],
+    *[
+        (
+            lambda folder, key=key, value=value: change_meta(folder, **{key: value}),
+            0,
+            r"meta\.json is damaged",
+        )
+        for key in ("dtype", "labels_sha256")
+        for value in (None, 5)
+    ],
+    *[
+        (put("meta.json", content.encode("latin-1")), 0, r"meta\.json")
+        for content in (
+            "",
+            "{",
+            "\xff\xfe\x00garbage",
+            "[]",
+            '"tdds-trajectory-1"',
+            '{"format": "tdds-trajectory-1"}',
+            '{"format": "tdds-trajectory-9"}',
+            META.format('["a"]', '"10"', 4),
+            META.format('["a"]', 10, 0),
+            META.format(9, 10, 4),
+        )
+    ],
     (put("meta.json", None), 0, r"no meta\.json"),
-    *[(put("quarantine.json", content), 0, r"quarantine\.json is damaged \(") for content in (
-        b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"format": "tdds-quarantine-2", "samples": {"1": 3}}', *(
-            f"{LISTED}{samples}}}".encode() for samples in (
-                "", *(f', "samples": {value}' for value in (
-                    "[1]", '{"10": 3}', '{"-1": 3}', '{"one": 3}', '{"1": -1}', '{"1": "3"}', '{"1": true}')))))],
+    *[
+        (put("quarantine.json", content), 0, r"quarantine\.json is damaged \(")
+        for content in (
+            b"",
+            b"{",
+            b"\xff\xfe",
+            b"[]",
+            b"{}",
+            b'{"format": "tdds-quarantine-2", "samples": {"1": 3}}',
+            *(
+                f"{LISTED}{samples}}}".encode()
+                for samples in (
+                    "",
+                    *(
+                        f', "samples": {value}'
+                        for value in (
+                            "[1]",
+                            '{"10": 3}',
+                            '{"-1": 3}',
+                            '{"one": 3}',
+                            '{"1": -1}',
+                            '{"1": "3"}',
+                            '{"1": true}',
+                        )
+                    ),
+                )
+            ),
+        )
+    ],
 ]
 
 
@@ -410,7 +627,8 @@ def test_damage_is_named_and_a_resume_goes_back_before_it(folder, hurt, num_whol
     before = files_of(folder)
     with pytest.raises(InputError, match=words) as caught:
         _ = Trajectory(folder).labels(), Trajectory(folder).verify()
-    assert re.search(r"restore|remove|collect|use|this version reads", str(caught.value))  # the way out
+    # the way out
+    assert re.search(r"restore|remove|collect|use|this version reads", str(caught.value))
     found, reason = whole_epochs(str(folder))
     assert found == num_whole
     assert re.search(words, reason)
@@ -421,13 +639,19 @@ def test_damage_is_named_and_a_resume_goes_back_before_it(folder, hurt, num_whol
     if num_whole:
         resume(folder, num_whole)
         assert whole_epochs(folder) == (num_whole, "")
-        np.testing.assert_array_equal(Trajectory(folder).read("second"), recorded(10, 3)[0][:num_whole, 1])
+        np.testing.assert_array_equal(
+            Trajectory(folder).read("second"), recorded(10, 3)[0][:num_whole, 1]
+        )
 
 
 def test_leftovers_of_a_killed_writer_are_ignored(folder):
     want = Trajectory(folder).read("second")
-    for name, content in ((f"epoch_0001/.{PLACE}.npy.k3j2.tmp", b"half"), ("epoch_0001/notes.txt", b"kept by hand"),
-                          (f"epoch_0001/old_{PLACE}.npy", b"kept by hand"), (".meta.json.x.tmp", b"{")):
+    for name, content in (
+        (f"epoch_0001/.{PLACE}.npy.k3j2.tmp", b"half"),
+        ("epoch_0001/notes.txt", b"kept by hand"),
+        (f"epoch_0001/old_{PLACE}.npy", b"kept by hand"),
+        (".meta.json.x.tmp", b"{"),
+    ):
         (folder / name).write_bytes(content)
     (folder / "epoch_0007.tmp").mkdir()
     np.testing.assert_array_equal(Trajectory(folder).read("second"), want)
@@ -436,10 +660,23 @@ def test_leftovers_of_a_killed_writer_are_ignored(folder):
 
 def test_reading_what_was_not_recorded(folder, tmp_path):
     for read, words in (
-            (lambda: Trajectory(folder).read("fourth"), r"no scalar 'fourth'; it has first, second, third"),
-            (lambda: Trajectory(folder).read("first", 4), r"holds 3 epochs, 4 are needed; lower T or collect longer"),
-            (lambda: Trajectory(folder, 5), r"trajectory holds epochs \[0, 1, 2\], expected 0 to 4 without a gap"),
-            (lambda: Trajectory(tmp_path / "nowhere"), r"nowhere holds no trajectory \(no meta\.json\); `tdds collect`")):
+        (
+            lambda: Trajectory(folder).read("fourth"),
+            r"no scalar 'fourth'; it has first, second, third",
+        ),
+        (
+            lambda: Trajectory(folder).read("first", 4),
+            r"holds 3 epochs, 4 are needed; lower T or collect longer",
+        ),
+        (
+            lambda: Trajectory(folder, 5),
+            r"trajectory holds epochs \[0, 1, 2\], expected 0 to 4 without a gap",
+        ),
+        (
+            lambda: Trajectory(tmp_path / "nowhere"),
+            r"nowhere holds no trajectory \(no meta\.json\); `tdds collect`",
+        ),
+    ):
         with pytest.raises(InputError, match=words):
             read()
     assert Trajectory(folder, 2).num_epochs == 2
@@ -452,7 +689,9 @@ def test_where_nothing_was_recorded_no_epoch_is_whole(tmp_path):
     (tmp_path / "notes.txt").write_text("by hand")
     assert whole_epochs(tmp_path) == (0, "")
     writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, True)
-    writer.write_labels(np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256)
+    writer.write_labels(
+        np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256
+    )
     assert whole_epochs(tmp_path) == (0, "")
     writer.append(0, np.zeros((3, 10), dtype=np.float32))
     assert whole_epochs(tmp_path) == (1, "")
@@ -468,7 +707,9 @@ def test_quarantine_reads_back(folder):
     assert not (folder / "quarantine.json").exists()
     writer.write_quarantine({9: 0, 2: 3})
     assert json.loads((folder / "quarantine.json").read_text()) == {
-        "format": "tdds-quarantine-1", "samples": {"2": 3, "9": 0}}
+        "format": "tdds-quarantine-1",
+        "samples": {"2": 3, "9": 0},
+    }
     assert list(Trajectory(folder).quarantined.items()) == [(2, 3), (9, 0)]
     assert Trajectory(folder, 2).quarantined == {2: 3, 9: 0}, "also when fewer epochs are looked at"
     assert whole_epochs(folder) == (3, "")
@@ -483,8 +724,9 @@ def test_quarantine_reads_back(folder):
         TrajectoryWriter(folder, NAMES, 10, 4, 4, 8, False).write_quarantine({})
 
 
-@pytest.mark.parametrize(("next_epoch", "left"), [
-    (0, None), (1, {4: 0}), (2, {2: 1, 4: 0}), (3, {2: 1, 4: 0, 7: 2})])
+@pytest.mark.parametrize(
+    ("next_epoch", "left"), [(0, None), (1, {4: 0}), (2, {2: 1, 4: 0}), (3, {2: 1, 4: 0, 7: 2})]
+)
 def test_resume_frees_samples_quarantined_in_lost_epochs(folder, next_epoch, left):
     writer = TrajectoryWriter(folder, NAMES, 10, 4, 0, 4, True)
     writer.write_quarantine({4: 0, 2: 1, 7: 2, 8: 3})
@@ -511,14 +753,23 @@ def test_a_quarantine_alone_is_a_part_of_a_trajectory(tmp_path):
 
 def resume(folder: Path, next_epoch: int, **changes: object) -> None:
     """Go on with the run of the fixture `folder`, or one that differs in `changes`."""
-    run = {"scalars": NAMES, "num_samples": 10, "num_classes": 4, "dtype": "float32",
-           "labels_sha256": fingerprint(recorded(10, 3)[1], 4).labels_sha256} | changes
+    run = {
+        "scalars": NAMES,
+        "num_samples": 10,
+        "num_classes": 4,
+        "dtype": "float32",
+        "labels_sha256": fingerprint(recorded(10, 3)[1], 4).labels_sha256,
+    } | changes
     labels_sha256 = run.pop("labels_sha256")
     TrajectoryWriter(folder, first=0, end=10, is_main=True, **run).resume(next_epoch, labels_sha256)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(("next_epoch", "has_hash"), [(1, True), (2, False), (3, True)])
@@ -530,17 +781,34 @@ def test_resume_keeps_what_was_finished_and_removes_the_rest(folder, next_epoch,
     (folder / "epoch_0003").mkdir()
     (folder / "epoch_0003" / ".0000000000-0000000004.npy.x.tmp").write_bytes(b"half")
     (folder / "epoch_0005").mkdir()
-    for leftover in ("epoch_0000/.0000000004-0000000008.npy.k3_j2abc.tmp", "epoch_0000/.0000000000-0000000004.json.x.tmp",
-                     "labels/.0000000008-0000000010.npy.x.tmp", ".meta.json.x.tmp", ".quarantine.json.x.tmp"):
+    for leftover in (
+        "epoch_0000/.0000000004-0000000008.npy.k3_j2abc.tmp",
+        "epoch_0000/.0000000000-0000000004.json.x.tmp",
+        "labels/.0000000008-0000000010.npy.x.tmp",
+        ".meta.json.x.tmp",
+        ".quarantine.json.x.tmp",
+    ):
         (folder / leftover).write_bytes(b"half")
-    (folder / "epoch_0000" / "notes.tmp").write_bytes(before.setdefault("epoch_0000/notes.tmp", b"kept by hand"))
-    resume(folder, next_epoch, labels_sha256=fingerprint(label_N, 4).labels_sha256 if has_hash else None)
+    (folder / "epoch_0000" / "notes.tmp").write_bytes(
+        before.setdefault("epoch_0000/notes.tmp", b"kept by hand")
+    )
+    resume(
+        folder,
+        next_epoch,
+        labels_sha256=fingerprint(label_N, 4).labels_sha256 if has_hash else None,
+    )
     lost = {f"epoch_{epoch:04d}" for epoch in range(next_epoch, 3)}
-    assert files_of(folder) == {name: data for name, data in before.items() if name.split("/")[0] not in lost}
+    assert files_of(folder) == {
+        name: data for name, data in before.items() if name.split("/")[0] not in lost
+    }
     assert not list(folder.glob("epoch_0005"))
     first, end = shard_bounds(10, 2, 1)  # another world size
-    TrajectoryWriter(folder, NAMES, 10, 4, 0, first, True).append(next_epoch, np.full((3, first), 7, np.float32))
-    TrajectoryWriter(folder, NAMES, 10, 4, first, end, False).append(next_epoch, np.full((3, end - first), 8, np.float32))
+    TrajectoryWriter(folder, NAMES, 10, 4, 0, first, True).append(
+        next_epoch, np.full((3, first), 7, np.float32)
+    )
+    TrajectoryWriter(folder, NAMES, 10, 4, first, end, False).append(
+        next_epoch, np.full((3, end - first), 8, np.float32)
+    )
     trajectory = Trajectory(folder)
     assert trajectory.num_epochs == next_epoch + 1
     np.testing.assert_array_equal(trajectory.read("third")[-1], [7] * 5 + [8] * 5)
@@ -561,15 +829,28 @@ def test_resume_before_the_first_epoch_starts_over(folder, has_meta):
     assert files_of(folder) == {"labels/names.txt": b"kept by hand"}
     require_no_trajectory(folder)
     scalars_TFN, label_N = recorded(10, 3)
-    np.testing.assert_array_equal(Trajectory(write(folder, scalars_TFN, label_N, [2])).labels(), label_N)
+    np.testing.assert_array_equal(
+        Trajectory(write(folder, scalars_TFN, label_N, [2])).labels(), label_N
+    )
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"scalars": NAMES[:2]}, r"scalars \('first', 'second', 'third'\) instead of \('first', 'second'\)"),
-    ({"num_samples": 11}, "num_samples 10 instead of 11"), ({"num_classes": 5}, "num_classes 4 instead of 5"),
-    ({"dtype": "float16"}, "dtype 'float32' instead of 'float16'"),
-    ({"labels_sha256": "0123456789abcdef"}, r"labels of another dataset; .* to 0123456789ab; resume with the \.beton"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"scalars": NAMES[:2]},
+            r"scalars \('first', 'second', 'third'\) instead of \('first', 'second'\)",
+        ),
+        ({"num_samples": 11}, "num_samples 10 instead of 11"),
+        ({"num_classes": 5}, "num_classes 4 instead of 5"),
+        ({"dtype": "float16"}, "dtype 'float32' instead of 'float16'"),
+        (
+            {"labels_sha256": "0123456789abcdef"},
+            r"labels of another dataset; .* to 0123456789ab; resume with the \.beton",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_resume_of_another_run_is_refused_and_removes_nothing(folder, changes, message):
     before = files_of(folder)
     for next_epoch in (2,) if "labels_sha256" in changes else (0, 2):

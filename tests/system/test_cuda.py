@@ -10,7 +10,10 @@ import torch
 from tdds_dist import ShardedScorer, Window
 from tdds_dist.distributed.partition import epoch_order
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def scores_on(device, dtype=torch.float32, forbid_sync=False, storage="dense", fused=True):
@@ -24,7 +27,10 @@ def scores_on(device, dtype=torch.float32, forbid_sync=False, storage="dense", f
         order = epoch_order(500, 64, epoch=epoch)
         scorer.expect(order)
         rows = [torch.from_numpy(index_B) for index_B in order.index_SG]
-        batches = [(index.to(device), logits_TNC[epoch, index].to(device), label_N[index].to(device)) for index in rows]
+        batches = [
+            (index.to(device), logits_TNC[epoch, index].to(device), label_N[index].to(device))
+            for index in rows
+        ]
         if forbid_sync:
             torch.cuda.set_sync_debug_mode("error")
         for batch in batches:
@@ -34,11 +40,15 @@ def scores_on(device, dtype=torch.float32, forbid_sync=False, storage="dense", f
     return scorer.gather()[window].numpy()
 
 
-@pytest.mark.parametrize(("storage", "fused"), [("dense", True), ("dense", False), ("topk:10", False)])
+@pytest.mark.parametrize(
+    ("storage", "fused"), [("dense", True), ("dense", False), ("topk:10", False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_gpu_gives_the_scores_of_the_cpu(dtype, storage, fused):
     found = scores_on("cuda", dtype, storage=storage, fused=fused)
-    np.testing.assert_allclose(found, scores_on("cpu", dtype, storage=storage), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        found, scores_on("cpu", dtype, storage=storage), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("storage", ["dense", "topk:10"])
@@ -51,7 +61,10 @@ def test_a_step_is_two_kernels():
     from torch.profiler import ProfilerActivity, profile
 
     scorer = ShardedScorer(512, 1000, [Window(3, 2)], device="cuda")
-    logits_BC, label_B = torch.randn(64, 1000, device="cuda"), torch.zeros(64, dtype=torch.int64, device="cuda")
+    logits_BC, label_B = (
+        torch.randn(64, 1000, device="cuda"),
+        torch.zeros(64, dtype=torch.int64, device="cuda"),
+    )
     for _ in range(2):
         batches = [index_B.cuda() for index_B in torch.arange(512).split(64)]
         scorer.expect(epoch_order(512, 64, shuffle=False))
@@ -60,8 +73,14 @@ def test_a_step_is_two_kernels():
                 scorer.record(index_B, logits_BC, label_B)
             torch.cuda.synchronize()
         scorer.end_epoch()
-    kernels = [event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert sum("_update_row" in name for name in kernels) == 7, "the last step waits for the next call"
+    kernels = [
+        event.name
+        for event in profiled.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    assert sum("_update_row" in name for name in kernels) == 7, (
+        "the last step waits for the next call"
+    )
     assert len(kernels) <= 2 * 8, kernels
 
 

@@ -22,31 +22,59 @@ from tdds_dist.runs.artifacts import load_scores
 from tdds_dist.scoring.offline import score, score_all
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.md")])
-WITH_COMMANDS = sorted([*PAGES, *(ROOT / "docs/examples").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "configs").rglob("*.md"),
+    ]
+)
+WITH_COMMANDS = sorted(
+    [*PAGES, *(ROOT / "docs/examples").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+)
 SCHEMAS = {"run": "configs", "experiment": "configs/experiments", "cluster": "configs/clusters"}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-OPTIONS_OF_OTHERS = {"--nproc-per-node", "--max-restarts", "--subset_rate", "--cpu-bind", "--nv"}  # not ours
+# not ours
+OPTIONS_OF_OTHERS = {"--nproc-per-node", "--max-restarts", "--subset_rate", "--cpu-bind", "--nv"}
 
 
-def example_run(name: str, *words: object, launcher: Sequence[str] = (), code: int = 0, **variables: str) -> str:
+def example_run(
+    name: str, *words: object, launcher: Sequence[str] = (), code: int = 0, **variables: str
+) -> str:
     """Standard output of a program of docs/examples."""
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / "docs/examples" / name), *map(str, words)], timeout=120,
-                          capture_output=True, text=True, env=os.environ | variables)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "docs/examples" / name), *map(str, words)],
+        timeout=120,
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+    )
     assert done.returncode == code, done.stderr
     return done.stdout
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"]
+)
 def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
     trajectory, scores = tmp_path / "trajectory", tmp_path / "scores"
-    found = re.search(r"scored 1797 images; kept first: \[(\d+(?:, \d+){4})\]",
-                      example_run("own_loop.py", trajectory, launcher=launcher))
+    found = re.search(
+        r"scored 1797 images; kept first: \[(\d+(?:, \d+){4})\]",
+        example_run("own_loop.py", trajectory, launcher=launcher),
+    )
     assert found
     paths, skipped = score_all(trajectory, out=scores)
-    assert {path.stem for path in paths} == {"tdds_official_T12_K5_beta0.9", "random", "forgetting", "el2n", "aum", "dyn_unc",
-                                             "dual"}
+    assert {path.stem for path in paths} == {
+        "tdds_official_T12_K5_beta0.9",
+        "random",
+        "forgetting",
+        "el2n",
+        "aum",
+        "dyn_unc",
+        "dual",
+    }
     assert [reason.split(":")[0] for reason in skipped] == ["entropy", "moderate"]
     (live,) = score(trajectory, T=12, K=5, beta=0.9, out=tmp_path / "live.npz")
     kept_first = np.argsort(-load_scores(live).score_N, kind="stable")[:5]
@@ -60,18 +88,27 @@ def test_the_example_that_resumes_gives_what_it_gives_uninterrupted(tmp_path):
     for stop_after in (1, 6, 9):
         folder = tmp_path / f"stopped{stop_after}"
         example_run("resume.py", folder, code=1, STOP_AFTER=str(stop_after))
-        first, said = re.match(r"trained from epoch (\d+); (.*)", example_run("resume.py", folder)).groups()
-        assert stop_after - 3 <= int(first) <= stop_after  # the last save may still have been under way
+        first, said = re.match(
+            r"trained from epoch (\d+); (.*)", example_run("resume.py", folder)
+        ).groups()
+        # the last save may still have been under way
+        assert stop_after - 3 <= int(first) <= stop_after
         assert said in straight
 
 
 def test_links_and_files_named_in_the_docs_exist():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs/experiments/README.md",
-                 *(ROOT / "docs").glob("*.md")]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "configs/experiments/README.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]:
         text = page.read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (page.parent / target).exists(), (page.name, target)
-        for name in re.findall(r"`((?:configs|docs|launch|tests|benchmarks|scripts)/[\w./-]*\w)`", text):
+        for name in re.findall(
+            r"`((?:configs|docs|launch|tests|benchmarks|scripts)/[\w./-]*\w)`", text
+        ):
             assert (ROOT / name).exists(), (page.name, name)
 
 
@@ -79,15 +116,23 @@ def test_links_and_files_named_in_the_docs_exist():
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """Words after `tdds` (or `-m tdds_dist`) of every command that stands in a block of code, up to a pipe or the like."""
+    """Words after `tdds` (or `-m tdds_dist`) of every command that stands in a block of code, up to
+    a pipe or the like."""
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     indented = re.findall(r"^(?:    |#   )(.*)$", text, flags=re.MULTILINE)
     lines = "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines()
-    found = (re.match(r"(?:[A-Z_]+=\S+ )?(?:tdds|(?:\S*torchrun|python|srun) .*-m tdds_dist) (.*)", line) for line in lines)
+    found = (
+        re.match(r"(?:[A-Z_]+=\S+ )?(?:tdds|(?:\S*torchrun|python|srun) .*-m tdds_dist) (.*)", line)
+        for line in lines
+    )
     commands = []
-    for words in (shlex.split(match[1], comments=True) for match in found if match and " [--" not in match[1]):
-        ends = [place for place, word in enumerate(words) if word in ("|", ">", "&&", ";", "||", "&")]
-        commands.append(words[:min(ends, default=len(words))])
+    for words in (
+        shlex.split(match[1], comments=True) for match in found if match and " [--" not in match[1]
+    ):
+        ends = [
+            place for place, word in enumerate(words) if word in ("|", ">", "&&", ";", "||", "&")
+        ]
+        commands.append(words[: min(ends, default=len(words))])
     return commands
 
 
@@ -100,7 +145,11 @@ def stages() -> dict[str, argparse.ArgumentParser]:
     from tdds_dist.__main__ import COMMANDS
     from tdds_dist.cli.parser import build_parser
 
-    (found,) = (action for action in build_parser(COMMANDS)._actions if isinstance(action, argparse._SubParsersAction))
+    (found,) = (
+        action
+        for action in build_parser(COMMANDS)._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
     return dict(found.choices)
 
 
@@ -122,16 +171,32 @@ def parses(words: list[str]) -> bool:
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_docs_parse(page):
     for words in commands_of(page.read_text()):
-        numbered = ["1" if re.fullmatch(r"[A-Z]+", word) else word for word in words]  # GPUS and the like stand for numbers
+        # GPUS and the like stand for numbers
+        numbered = ["1" if re.fullmatch(r"[A-Z]+", word) else word for word in words]
         assert parses(words) or parses(numbered), words
 
 
 def test_commands_are_found():
-    commands = {str(page.relative_to(ROOT)): commands_of(page.read_text()) for page in WITH_COMMANDS}
-    assert {words[0] for words in commands["README.md"]} >= {"write", "collect", "select", "retrain", "report", "submit"}
+    commands = {
+        str(page.relative_to(ROOT)): commands_of(page.read_text()) for page in WITH_COMMANDS
+    }
+    assert {words[0] for words in commands["README.md"]} >= {
+        "write",
+        "collect",
+        "select",
+        "retrain",
+        "report",
+        "submit",
+    }
     assert {words[0] for words in commands["docs/interchange.md"]} == {"export", "import"}
-    assert commands["docs/examples/own_loop.py"] == [["score", "my_trajectory", "--all", "--out", "my_scores"]]
-    assert [words[0] for words in commands["configs/imagefolder.yaml"]][:3] == ["write", "write", "collect"]
+    assert commands["docs/examples/own_loop.py"] == [
+        ["score", "my_trajectory", "--all", "--out", "my_scores"]
+    ]
+    assert [words[0] for words in commands["configs/imagefolder.yaml"]][:3] == [
+        "write",
+        "write",
+        "collect",
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -153,22 +218,34 @@ def test_every_stage_is_in_the_readme():
     assert [stage for stage in stages() if f"tdds {stage} " not in text] == []
 
 
-@pytest.mark.parametrize(("made", "program", "words"), [
-    ("docs/commands.md", "command_reference.py", []), ("docs/configs.md", "config_reference.py", []),
-    *((f"{folder}/schema.json", "config_schema.py", [kind]) for kind, folder in SCHEMAS.items())])
+@pytest.mark.parametrize(
+    ("made", "program", "words"),
+    [
+        ("docs/commands.md", "command_reference.py", []),
+        ("docs/configs.md", "config_reference.py", []),
+        *(
+            (f"{folder}/schema.json", "config_schema.py", [kind])
+            for kind, folder in SCHEMAS.items()
+        ),
+    ],
+)
 def test_references_and_schemas_are_those_of_the_program(made, program, words, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, *words])
     runpy.run_path(str(ROOT / "scripts" / program), run_name="__main__")
     assert (ROOT / made).read_text() == capsys.readouterr().out, (
-        f"run `{shlex.join(['python', f'scripts/{program}', *words])} > {made}`")
+        f"run `{shlex.join(['python', f'scripts/{program}', *words])} > {made}`"
+    )
 
 
 def test_defaults_in_the_help_are_those_of_the_parser():
     """Both ways: what is quoted is true, and what is not obvious is quoted."""
     from tdds_dist.coreset.samplers import beta_sample, ccs
 
-    behind = {"num_strata": inspect.signature(ccs).parameters["num_strata"].default,
-              "c_d": inspect.signature(beta_sample).parameters["c_d"].default}  # None in the parser: only given ones are passed
+    behind = {
+        "num_strata": inspect.signature(ccs).parameters["num_strata"].default,
+        # None in the parser: only given ones are passed
+        "c_d": inspect.signature(beta_sample).parameters["c_d"].default,
+    }
     num_checked = 0
     for stage, parser in stages().items():
         for action in parser._actions:
@@ -177,11 +254,19 @@ def test_defaults_in_the_help_are_those_of_the_parser():
                 continue
             quoted = re.search(r"default: ([^;)]+)", (action.help or "") % vars(action))
             if isinstance(action, argparse._StoreConstAction):
-                assert ("default" in (action.help or "")) == (action.const == default), (stage, action.dest)
+                assert ("default" in (action.help or "")) == (action.const == default), (
+                    stage,
+                    action.dest,
+                )
                 continue
-            assert quoted, f"tdds {stage} --help does not say that {action.option_strings[0]} is {default} by default"
+            assert quoted, (
+                f"tdds {stage} --help does not say that {action.option_strings[0]} is {default} by"
+                " default"
+            )
             values = default if isinstance(default, list) else [default]
-            said = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+            said = " ".join(
+                f"{value:g}" if isinstance(value, float) else str(value) for value in values
+            )
             assert quoted[1] == said, (stage, action.option_strings)
             num_checked += 1
     assert num_checked > 10
@@ -199,7 +284,11 @@ def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs/configs.md").read_text()
     plans: list[Experiment] = []
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    commands = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+        for line in block.splitlines()
+    ]
     assert len(commands) == 6
     for line in commands:
         program, *words = shlex.split(line)
@@ -227,7 +316,11 @@ def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch
 
 # ---- schemas for editors
 
-SHIPPED = [(kind, file) for kind, folder in SCHEMAS.items() for file in sorted((ROOT / folder).glob("*.yaml"))]
+SHIPPED = [
+    (kind, file)
+    for kind, folder in SCHEMAS.items()
+    for file in sorted((ROOT / folder).glob("*.yaml"))
+]
 
 
 @cache
@@ -252,9 +345,19 @@ def test_the_schema_takes_what_the_loader_takes(tmp_path):
 
     loads = {"run": load_config, "experiment": load_experiment, "cluster": load_cluster}
     texts = {
-        "run": (ROOT / "configs/digits.yaml").read_text() + "\nretrain: {batch_size_rule: {0.5: 0.5}}\n",
-        "experiment": "{name: a, config: b, methods: [tdds, {name: x, score: el2n, T: null}], pruning_rates: [3e-1]}",
-        "cluster": "{executor: slurm, time_minutes: 60, memory_gb: 4.5, extra: {nice: 1}, stages: {retrain: {nodes: 2}}}"}
+        "run": (
+            (ROOT / "configs/digits.yaml").read_text()
+            + "\nretrain: {batch_size_rule: {0.5: 0.5}}\n"
+        ),
+        "experiment": (
+            "{name: a, config: b, methods: [tdds, {name: x, score: el2n, T: null}], pruning_rates:"
+            " [3e-1]}"
+        ),
+        "cluster": (
+            "{executor: slurm, time_minutes: 60, memory_gb: 4.5, extra: {nice: 1}, stages:"
+            " {retrain: {nodes: 2}}}"
+        ),
+    }
     for kind, text in texts.items():
         file = tmp_path / f"{kind}.yaml"
         file.write_text(text)
@@ -262,14 +365,29 @@ def test_the_schema_takes_what_the_loader_takes(tmp_path):
         assert list(validator(kind).iter_errors(yaml.safe_load(text))) == []
 
 
-@pytest.mark.parametrize(("kind", "keys", "value"), [
-    ("run", ("train", "learning_rate"), 0.1), ("run", ("runs",), {}), ("run", ("train", "epochs"), 0),
-    ("run", ("train", "lr"), "fast"), ("run", ("data", "mean"), [78.0, 78.0]), ("run", ("score", "windows"), []),
-    ("run", ("score", "windows", 0, "t"), 3), ("run", ("run", "name"), "a b"), ("run", ("train", "amp"), "fp8"),
-    ("experiment", ("methods", 0), "tdd"), ("experiment", ("methods", 0), {"name": "x", "scores": "el2n"}),
-    ("experiment", ("rates",), [0.5]), ("experiment", ("strategies",), ["Q"]),
-    ("cluster", ("gpus",), 8), ("cluster", ("stages",), {"collection": {}}), ("cluster", ("stages",), {"retrain": {"gpus": 1}}),
-    ("cluster", ("stages",), {"retrain": {"executor": "local"}}), ("cluster", ("time_minutes",), "1:00")])
+@pytest.mark.parametrize(
+    ("kind", "keys", "value"),
+    [
+        ("run", ("train", "learning_rate"), 0.1),
+        ("run", ("runs",), {}),
+        ("run", ("train", "epochs"), 0),
+        ("run", ("train", "lr"), "fast"),
+        ("run", ("data", "mean"), [78.0, 78.0]),
+        ("run", ("score", "windows"), []),
+        ("run", ("score", "windows", 0, "t"), 3),
+        ("run", ("run", "name"), "a b"),
+        ("run", ("train", "amp"), "fp8"),
+        ("experiment", ("methods", 0), "tdd"),
+        ("experiment", ("methods", 0), {"name": "x", "scores": "el2n"}),
+        ("experiment", ("rates",), [0.5]),
+        ("experiment", ("strategies",), ["Q"]),
+        ("cluster", ("gpus",), 8),
+        ("cluster", ("stages",), {"collection": {}}),
+        ("cluster", ("stages",), {"retrain": {"gpus": 1}}),
+        ("cluster", ("stages",), {"retrain": {"executor": "local"}}),
+        ("cluster", ("time_minutes",), "1:00"),
+    ],
+)
 def test_the_schema_refuses_what_the_loader_refuses(kind, keys, value):
     name = {"run": "digits", "experiment": "digits_table1", "cluster": "gpu"}[kind]
     tree = yaml.safe_load((ROOT / SCHEMAS[kind] / f"{name}.yaml").read_text())

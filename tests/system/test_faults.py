@@ -1,10 +1,12 @@
-"""What a run survives, as commands on real ranks with real signals: hurt it, start it again, and nothing may show.
+"""What a run survives, as commands on real ranks with real signals: hurt it, start it again, and
+nothing may show.
 
-Training is deterministic, with random augmentation. Faults come in chains: each start goes on after the fault before it, from
-the step that is written beside that fault, and is hurt in its turn. "Nothing may show" at the end of a chain: weights, best
-weights, scores and the trajectory are bitwise those of a run that nobody touched (`nobody_touched`), every epoch stands once in
-metrics.jsonl, and no file of a checkpoint, lock or half-written file stays. With TDDS_FAULT_TABLE=<file> a table of all faults
-is written there.
+Training is deterministic, with random augmentation. Faults come in chains: each start goes on after
+the fault before it, from the step that is written beside that fault, and is hurt in its turn.
+"Nothing may show" at the end of a chain: weights, best weights, scores and the trajectory are
+bitwise those of a run that nobody touched (`nobody_touched`), every epoch stands once in
+metrics.jsonl, and no file of a checkpoint, lock or half-written file stays. With
+TDDS_FAULT_TABLE=<file> a table of all faults is written there.
 """
 
 import os
@@ -37,9 +39,11 @@ SCORE = "tdds_official_T4_K3_beta0.9"
 KILL, TERM = signal_self(signal.SIGKILL), signal_self(signal.SIGTERM)
 KILLED = [(-9, 1), (-9, 1)]  # of two ranks one is killed, or both
 SYNC = "checkpoint.asynchronous=false"
-WRITE, SAVE, PUBLISH = ("torch.distributed.checkpoint:FileSystemWriter.write_data",
-                        "tdds_dist.training.engine:Trainer.save_model",
-                        "tdds_dist.runs.checkpoint:Checkpoints._publish")
+WRITE, SAVE, PUBLISH = (
+    "torch.distributed.checkpoint:FileSystemWriter.write_data",
+    "tdds_dist.training.engine:Trainer.save_model",
+    "tdds_dist.runs.checkpoint:Checkpoints._publish",
+)
 PASS = "tdds_dist.training.final_pass:log_probabilities"
 
 _rows: list[tuple[str, str, str]] = []  # fault, what is lost, seconds
@@ -52,7 +56,9 @@ def table():
         lines = ["| fault | lost | seconds to the next step |", "|---|---|---|"]
         longest = {}
         for fault, lost, seconds in _rows:
-            longest[fault, lost] = max(longest.get((fault, lost), ""), seconds, key=lambda text: (len(text), text))
+            longest[fault, lost] = max(
+                longest.get((fault, lost), ""), seconds, key=lambda text: (len(text), text)
+            )
         lines += [f"| {fault} | {lost} | {seconds} |" for (fault, lost), seconds in longest.items()]
         Path(path).write_text("\n".join(lines) + "\n")
 
@@ -88,23 +94,36 @@ class Run:
 
     @property
     def checkpoints(self):
-        return sorted(path.name for path in (self.path / "checkpoints").glob("step_*") if path.suffix == "")
+        return sorted(
+            path.name for path in (self.path / "checkpoints").glob("step_*") if path.suffix == ""
+        )
 
     def start(self, ranks, *settings, inject=None, stage="collect", port=None):
         words = [stage, self.config, f"run.dir={self.path}", *settings]
-        job = jobs.Job(words, ranks, self.folder / f"start{len(self.starts)}", jobs.all_of(jobs.quick, inject), port)
+        job = jobs.Job(
+            words,
+            ranks,
+            self.folder / f"start{len(self.starts)}",
+            jobs.all_of(jobs.quick, inject),
+            port,
+        )
         self.starts.append(job)
         return job
 
     def ends(self, codes, *settings, inject=None, stage="collect", deadline=90.0, **then):
         """Start a rank per exit code and wait for them; what they said."""
-        return self.ended(codes, self.start(len(codes), *settings, inject=inject, stage=stage), deadline, **then)
+        return self.ended(
+            codes, self.start(len(codes), *settings, inject=inject, stage=stage), deadline, **then
+        )
 
     def ended(self, codes, job, deadline=90.0, fault=None, resumes=None):
-        """Wait for a start. `fault`: what happened to it, for the table; `resumes`: the step after which the next goes on."""
+        """Wait for a start. `fault`: what happened to it, for the table; `resumes`: the step after
+        which the next goes on."""
         found = job.wait(deadline)
-        assert all(code in (wanted if isinstance(wanted, tuple) else (wanted,))
-                   for code, wanted in zip(found, codes, strict=True)), (found, codes, job.text)
+        assert all(
+            code in (wanted if isinstance(wanted, tuple) else (wanted,))
+            for code, wanted in zip(found, codes, strict=True)
+        ), (found, codes, job.text)
         steps = job.steps()
         if self.resumes == STEPS:
             assert "resumes after the last epoch" in job.text
@@ -150,8 +169,12 @@ def add_row(fault, done, job):
 def assert_nothing_shows(path, reference):
     assert jobs.differences(jobs.state_of(path), reference.state) == []
     records = RunDir(path).read_metrics()
-    assert [record["epoch"] for record in records] == list(range(len(RunDir(reference.path).read_metrics())))
-    assert [record["step"] for record in records] == [record["step"] for record in RunDir(reference.path).read_metrics()]
+    assert [record["epoch"] for record in records] == list(
+        range(len(RunDir(reference.path).read_metrics()))
+    )
+    assert [record["step"] for record in records] == [
+        record["step"] for record in RunDir(reference.path).read_metrics()
+    ]
     assert not [name for name in ("checkpoints", "run.lock") if (path / name).exists()]
     assert [file.name for file in path.rglob(".*")] == []
 
@@ -166,13 +189,20 @@ def the_error(text, stage="collect"):
 
 def snapshot(path, *but):
     """All that lies in a directory, but the log, the lock, and files called `but`."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*"))
-            if file.is_file() and file.name not in ("log.txt", "run.lock", *but)}
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name not in ("log.txt", "run.lock", *but)
+    }
 
 
 def is_finite(state):
     """Weights and scores; the scalars of the first epoch have no difference to the one before."""
-    return all(np.isfinite(value).all() for name, value in state.items() if not name.startswith("trajectory/"))
+    return all(
+        np.isfinite(value).all()
+        for name, value in state.items()
+        if not name.startswith("trajectory/")
+    )
 
 
 @pytest.fixture
@@ -189,7 +219,9 @@ def nobody_touched(config, tmp_path_factory):
         if ranks not in found:
             run = Run(config, tmp_path_factory.mktemp(f"reference{ranks}"))
             run.ends([0] * ranks)
-            found[ranks] = Reference(ranks, run.path, jobs.state_of(run.path), run.starts[0].visits())
+            found[ranks] = Reference(
+                ranks, run.path, jobs.state_of(run.path), run.starts[0].visits()
+            )
             assert len(found[ranks].visits) == STEPS
             assert np.unique(found[ranks].state[f"{SCORE}/score"]).size > 100
         return found[ranks]
@@ -229,22 +261,45 @@ def assert_named(job, lost, where, what):
     for rank in set(range(job.world_size)) - {lost}:
         said = job.outputs[rank].read_text()
         assert where.format(rank=rank) in said
-        assert re.search(rf"(: rank {lost}|at least one of the ranks [\d, ]*\b{lost}\b[\d, ]*) {what}", said)
+        assert re.search(
+            rf"(: rank {lost}|at least one of the ranks [\d, ]*\b{lost}\b[\d, ]*) {what}", said
+        )
         assert "Traceback" not in said
 
 
-def test_the_same_command_goes_on_after_a_kill_a_damaged_checkpoint_and_a_signal(run, nobody_touched):
+def test_the_same_command_goes_on_after_a_kill_a_damaged_checkpoint_and_a_signal(
+    run, nobody_touched
+):
     run.ends([1, -9], SYNC, "checkpoint.keep=4", inject=at_step(13, KILL, [1]), resumes=5)
     assert_named(run.starts[0], 1, "rank {rank}, epoch 3, step", "ended")
     assert "run the same command again" in run.starts[0].text
     flip_bit(run.path / "checkpoints" / "step_0000000010" / "__1_0.distcp")
     before = snapshot(run.path)
-    line = the_error(run.ends([2], "train.lr=0.07", "run.seed=3", "score.windows=[{T: 4, K: 4}]",
-                              "model.name=shufflenet_v2_x1_0", "train.global_batch_size=12", resumes=5))
-    for part in ("train.lr was 0.05, now 0.07", "run.seed was 0, now 3", "'K': 3", "'K': 4", "score.windows was",
-                 "model.name was 'shufflenet_v2_x0_5', now 'shufflenet_v2_x1_0'", "train.global_batch_size was 24, now 12",
-                 "only run.name, run.dir, run.device, run.timeout_seconds", "checkpoint.*", "data.num_workers",
-                 "train.accumulation, train.log_every", "--fresh --force"):
+    line = the_error(
+        run.ends(
+            [2],
+            "train.lr=0.07",
+            "run.seed=3",
+            "score.windows=[{T: 4, K: 4}]",
+            "model.name=shufflenet_v2_x1_0",
+            "train.global_batch_size=12",
+            resumes=5,
+        )
+    )
+    for part in (
+        "train.lr was 0.05, now 0.07",
+        "run.seed was 0, now 3",
+        "'K': 3",
+        "'K': 4",
+        "score.windows was",
+        "model.name was 'shufflenet_v2_x0_5', now 'shufflenet_v2_x1_0'",
+        "train.global_batch_size was 24, now 12",
+        "only run.name, run.dir, run.device, run.timeout_seconds",
+        "checkpoint.*",
+        "data.num_workers",
+        "train.accumulation, train.log_every",
+        "--fresh --force",
+    ):
         assert part in line, (part, line)
     assert snapshot(run.path) == before
     text = run.ends([75, 75], inject=at_step(8, TERM, [1]))
@@ -253,38 +308,86 @@ def test_the_same_command_goes_on_after_a_kill_a_damaged_checkpoint_and_a_signal
     assert_saved(text, "SIGTERM", run.done, (8, 9))
     saved = run.done
     run.goes_on(nobody_touched(2))
-    assert list(run.starts[-1].steps(1)) == list(range(saved + 1, STEPS + 1))  # no step twice, none left out
+    # no step twice, none left out
+    assert list(run.starts[-1].steps(1)) == list(range(saved + 1, STEPS + 1))
 
 
-# What dies in the middle of it: target, which call of that start, of which ranks, when; the step that is gone on after.
+# What dies in the middle of it: target, which call of that start, of which ranks, when; the step
+# that is gone on after.
 KILLS = {
     "checkpoints and results": [
-        ("between config.yaml and env.json", at_call("tdds_dist.runs.directory:RunDir._write_json", 1, KILL, [0]), 0),
+        (
+            "between config.yaml and env.json",
+            at_call("tdds_dist.runs.directory:RunDir._write_json", 1, KILL, [0]),
+            0,
+        ),
         ("before the first checkpoint", at_step(4, KILL), 0),
         ("while a checkpoint's tensors are written", at_call(WRITE, 2, KILL), 5),
         ("while one rank's tensors are written", at_call(WRITE, 1, KILL, [1], after=True), 5),
         ("before a checkpoint is published", at_call(PUBLISH, 1, KILL, [0]), 5),
         ("after a checkpoint is published", at_call(PUBLISH, 1, KILL, [0], after=True), 10),
-        ("while an old checkpoint is removed", at_call("tdds_dist.runs.checkpoint:_retire", 1, KILL, [0], after=True), 15),
+        (
+            "while an old checkpoint is removed",
+            at_call("tdds_dist.runs.checkpoint:_retire", 1, KILL, [0], after=True),
+            15,
+        ),
         ("after final.pt is written", at_call(SAVE, 1, KILL, after=True), 15),
-        ("between training and scores", at_call("tdds_dist.training.engine:Trainer._result", 1, KILL), STEPS),
-        ("after the first score file", at_call("tdds_dist.training.collect:save_scores", 1, KILL, [0], after=True), STEPS),
+        (
+            "between training and scores",
+            at_call("tdds_dist.training.engine:Trainer._result", 1, KILL),
+            STEPS,
+        ),
+        (
+            "after the first score file",
+            at_call("tdds_dist.training.collect:save_scores", 1, KILL, [0], after=True),
+            STEPS,
+        ),
         ("during the final pass", at_call(PASS, 3, KILL), STEPS),
-        ("before result.json", at_call("tdds_dist.runs.directory:RunDir.write_result", 1, KILL, [0]), STEPS),
-        ("after result.json", at_call("tdds_dist.runs.checkpoint:Checkpoints.remove_all", 1, KILL, [0]), None)],
+        (
+            "before result.json",
+            at_call("tdds_dist.runs.directory:RunDir.write_result", 1, KILL, [0]),
+            STEPS,
+        ),
+        (
+            "after result.json",
+            at_call("tdds_dist.runs.checkpoint:Checkpoints.remove_all", 1, KILL, [0]),
+            None,
+        ),
+    ],
     "the files of an epoch, resumes": [
         ("of rank 0 within an epoch (2 ranks)", at_step(9, KILL, [0]), 5),
         ("of all ranks within an epoch (2 ranks)", at_step(9, KILL), 5),
         ("while a trajectory block is written", jobs.torn("numpy:save", 1, [1]), 5),
         ("after one rank's trajectory block", at_call("numpy:save", 1, KILL, [0], after=True), 5),
-        ("while best.pt is written", at_call(SAVE, 1, partial(jobs.torn("torch:save", 1), 0), [0]), 5),
+        (
+            "while best.pt is written",
+            at_call(SAVE, 1, partial(jobs.torn("torch:save", 1), 0), [0]),
+            5,
+        ),
         ("after best.pt is written", at_call(SAVE, 1, KILL, after=True), 5),
-        ("between trajectory and metrics", at_call("tdds_dist.runs.directory:RunDir.append_metrics", 1, KILL, [0]), 5),
-        ("between metrics and checkpoint", at_call("tdds_dist.training.engine:Trainer._end_of_epoch", 1, KILL), 5),
+        (
+            "between trajectory and metrics",
+            at_call("tdds_dist.runs.directory:RunDir.append_metrics", 1, KILL, [0]),
+            5,
+        ),
+        (
+            "between metrics and checkpoint",
+            at_call("tdds_dist.training.engine:Trainer._end_of_epoch", 1, KILL),
+            5,
+        ),
         ("while a run resumes", at_call("tdds_dist.runs.directory:RunDir.rewind", 1, KILL, [0]), 5),
-        ("while a run resumes", at_call("tdds_dist.runs.checkpoint:Checkpoints.load", 1, KILL, [0], after=True), 5),
-        ("while a run resumes", at_call("tdds_dist.scoring.trajectory:TrajectoryWriter.resume", 1, KILL, [0]), 5),
-        ("while a run resumes", at_call("shutil:rmtree", 1, KILL, [0], after=True), 5)],
+        (
+            "while a run resumes",
+            at_call("tdds_dist.runs.checkpoint:Checkpoints.load", 1, KILL, [0], after=True),
+            5,
+        ),
+        (
+            "while a run resumes",
+            at_call("tdds_dist.scoring.trajectory:TrajectoryWriter.resume", 1, KILL, [0]),
+            5,
+        ),
+        ("while a run resumes", at_call("shutil:rmtree", 1, KILL, [0], after=True), 5),
+    ],
 }
 
 
@@ -315,25 +418,32 @@ SIGNALS = {
         ("during start-up", at_call("tdds_dist.runs.directory:RunDir.write_start", 1, TERM, [0])),
         ("during start-up", at_call("tdds_dist.training.state:settle_buckets", 1, TERM, [0])),
         ("to all ranks", at_step(3, TERM)),
-        ("during evaluation, or while something is written", at_call(
-            "tdds_dist.training.engine:Trainer.evaluate", 1, TERM, [1])),
+        (
+            "during evaluation, or while something is written",
+            at_call("tdds_dist.training.engine:Trainer.evaluate", 1, TERM, [1]),
+        ),
         ("SIGUSR2 to one rank", at_step(8, signal_self(signal.SIGUSR2), [0])),
         ("during evaluation, or while something is written", at_call("numpy:save", 1, TERM, [1])),
         ("SIGINT to all ranks", at_step(14, signal_self(signal.SIGINT))),
         ("in the last step", at_step(STEPS, TERM, [1])),
-        ("during the final pass", at_call(PASS, 3, TERM))],
+        ("during the final pass", at_call(PASS, 3, TERM)),
+    ],
     "checkpoint, end of an epoch, best.pt": [
         ("during evaluation, or while something is written", at_call(WRITE, 1, TERM, [0])),
         ("to one rank", at_step(10, TERM, [1])),
         ("during evaluation, or while something is written", at_call(SAVE, 1, TERM, [0])),
-        ("during the final pass", at_call(PASS, 3, TERM, [0]))],
+        ("during the final pass", at_call(PASS, 3, TERM, [0])),
+    ],
 }
 
 
 def assert_saved(text, signal_name, saved, allowed):
     assert saved in allowed
     epoch = min(saved // STEPS_PER_EPOCH + 1, EPOCHS)
-    line = f"tdds collect: {signal_name}: saved at epoch {epoch}, step {saved}; run the same command again to go on"
+    line = (
+        f"tdds collect: {signal_name}: saved at epoch {epoch}, step {saved}; run the same command"
+        " again to go on"
+    )
     assert text.count(line) == 1, text
     assert "error" not in text
 
@@ -365,7 +475,10 @@ def test_random_numbers_of_training_go_on(run, tmp_path):
     straight = Run(run.config, tmp_path / "straight")
     straight.ends([0, 0], *settings)
     run.ends([75, 75], *settings, inject=at_step(8, TERM, [0]))
-    run.goes_on(Reference(2, straight.path, jobs.state_of(straight.path), straight.starts[0].visits()), *settings)
+    run.goes_on(
+        Reference(2, straight.path, jobs.state_of(straight.path), straight.starts[0].visits()),
+        *settings,
+    )
 
 
 @slow
@@ -380,8 +493,12 @@ def test_ctrl_c_twice_does_not_wait(run, tmp_path):
     time.sleep(1.0)
     job.kill(0, signal.SIGINT), job.kill(1, signal.SIGINT)
     asked = time.monotonic()
-    assert run.ended([130, 130], job, fault="SIGINT twice while a step hangs", resumes=5).count(
-        "tdds collect: interrupted") == 2
+    assert (
+        run.ended([130, 130], job, fault="SIGINT twice while a step hangs", resumes=5).count(
+            "tdds collect: interrupted"
+        )
+        == 2
+    )
     assert time.monotonic() - asked < 5
     run.ends([75, 75], inject=at_step(6, TERM))
 
@@ -428,42 +545,84 @@ def test_torchrun_starts_lost_ranks_again(run, nobody_touched, tmp_path):
     program = tmp_path / "launched.py"
     program.write_text(LAUNCHED.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path)))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2",
-         program, "collect", run.config, f"run.dir={run.path}", "checkpoint.asynchronous=false"],
-        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "2",
+            program,
+            "collect",
+            run.config,
+            f"run.dir={run.path}",
+            "checkpoint.asynchronous=false",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
     assert done.returncode == 0, done.stderr
     assert "resumes at epoch 2, step 5" in done.stderr
     assert_nothing_shows(run.path, nobody_touched(2))
-    logs = [(tmp_path / f"attempt{attempt}" / "steps0.txt").read_text().splitlines() for attempt in (0, 1)]
+    logs = [
+        (tmp_path / f"attempt{attempt}" / "steps0.txt").read_text().splitlines()
+        for attempt in (0, 1)
+    ]
     when = [[float(line.split()[1]) for line in log] for log in logs]
     assert [len(log) for log in logs] in ([8, STEPS - 5], [9, STEPS - 5])
     lost = f"{len(logs[0]) - 5} steps, trained again"
-    _rows.append(("SIGKILL of one rank under torchrun --max-restarts (torch is loaded anew)", lost,
-                  f"{when[1][0] - when[0][-1]:.1f}"))
+    _rows.append(
+        (
+            "SIGKILL of one rank under torchrun --max-restarts (torch is loaded anew)",
+            lost,
+            f"{when[1][0] - when[0][-1]:.1f}",
+        )
+    )
 
 
 # ---- disks
 
 
 def no_room(call):
-    """From this checkpoint on rank 0 cannot write files as large as its part of one; models (1.55 MB) still fit."""
-    return at_call("torch.distributed.checkpoint:FileSystemWriter.write_data", call, jobs.limit_file_size(1_700_000), [0])
+    """From this checkpoint on rank 0 cannot write files as large as its part of one; models (1.55
+    MB) still fit."""
+    return at_call(
+        "torch.distributed.checkpoint:FileSystemWriter.write_data",
+        call,
+        jobs.limit_file_size(1_700_000),
+        [0],
+    )
 
 
 @slow
 def test_no_room(run, nobody_touched):
     stop = "checkpoint.on_error=stop"
-    for call, settings, step, name in ((2, [stop], 10, "asynchronous=true"), (1, [stop, SYNC], 10, "asynchronous=false")):
+    for call, settings, step, name in (
+        (2, [stop], 10, "asynchronous=true"),
+        (1, [stop, SYNC], 10, "asynchronous=false"),
+    ):
         fault = f"no room for a checkpoint, on_error=stop ({name})"
         line = the_error(run.ends([2, 2], *settings, inject=no_room(call), fault=fault, resumes=5))
         assert f"checkpoint at step {step} failed (" in line
         assert "make room" in line
-    text = run.ends([75, 75], inject=jobs.all_of(no_room(1), at_step(8, TERM)),
-                    fault="SIGTERM without room for a checkpoint", resumes=5)
+    text = run.ends(
+        [75, 75],
+        inject=jobs.all_of(no_room(1), at_step(8, TERM)),
+        fault="SIGTERM without room for a checkpoint",
+        resumes=5,
+    )
     assert "SIGTERM: NOT saved (see the warning) at epoch 2" in text
     for rank in (0, 1):
         full = at_call("numpy:save", 1, jobs.fail(OSError(28, "No space left on device")), [rank])
-        line = the_error(run.ends([2, 2], inject=full, fault=f"disk full at the trajectory of rank {rank}", resumes=5))
+        line = the_error(
+            run.ends(
+                [2, 2], inject=full, fault=f"disk full at the trajectory of rank {rank}", resumes=5
+            )
+        )
         assert "No space left on device" in line
         assert "free space" in line
     text = run.goes_on(nobody_touched(2), inject=no_room(1))  # checkpoint.on_error=continue
@@ -477,7 +636,9 @@ def small_disk(tmp_path):
     """A file system of 40 MB of one's own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], capture_output=True, text=True
+    )
     if done.returncode != 0:
         pytest.skip(f"cannot mount: {done.stderr.strip()}")
     yield folder
@@ -488,9 +649,11 @@ def small_disk(tmp_path):
 def test_a_full_disk(config, small_disk, nobody_touched):
     run = Run(config, small_disk)
     for call, target, resumes in (
-            (2, "tdds_dist.scoring.trajectory:TrajectoryWriter.append", 5),
-            (2, "tdds_dist.runs.directory:RunDir.append_metrics", 10),
-            (2, SAVE, 15), (1, "tdds_dist.runs.checkpoint:Checkpoints._write", 15)):
+        (2, "tdds_dist.scoring.trajectory:TrajectoryWriter.append", 5),
+        (2, "tdds_dist.runs.directory:RunDir.append_metrics", 10),
+        (2, SAVE, 15),
+        (1, "tdds_dist.runs.checkpoint:Checkpoints._write", 15),
+    ):
         settings = ["checkpoint.on_error=stop"] if "checkpoint" in target else [SYNC]
         full = at_call(target, call, jobs.fill_disk(small_disk), [0])
         fault = f"disk full ({target.partition(':')[2]})"
@@ -549,9 +712,13 @@ def whole_epoch_before(path):
 def test_what_is_damaged_is_passed_over(copy, betons, nobody_touched, tmp_path):
     """Each start sees the damage of the newest checkpoint or epoch, and leaves a new one soon."""
     for name, hurt, said in (
-            ("__0_0.distcp", cut, "__0_0.distcp has"), ("__1_0.distcp", Path.unlink, "__1_0.distcp is missing"),
-            (".metadata", flip_bit, ".metadata is damaged"), ("checkpoint.json", flip_bit, ""),
-            ("checkpoint.json", Path.unlink, "checkpoint.json is missing"), ("best.pt", flip_bit, "best.pt is damaged")):
+        ("__0_0.distcp", cut, "__0_0.distcp has"),
+        ("__1_0.distcp", Path.unlink, "__1_0.distcp is missing"),
+        (".metadata", flip_bit, ".metadata is damaged"),
+        ("checkpoint.json", flip_bit, ""),
+        ("checkpoint.json", Path.unlink, "checkpoint.json is missing"),
+        ("best.pt", flip_bit, "best.pt is damaged"),
+    ):
         newest = copy.path / "checkpoints" / copy.checkpoints[-1]
         hurt(newest / name)
         copy.faults, copy.resumes = [f"newest checkpoint: {name} {hurt.__name__}"], 10
@@ -568,7 +735,8 @@ def test_what_is_damaged_is_passed_over(copy, betons, nobody_touched, tmp_path):
                 shutil.rmtree(path)
         text = copy.ends([75, 75], "checkpoint.keep=4", inject=at_step(16, TERM))
         assert "the trajectory is whole for 2 epochs only, not for its 3" in text
-    shutil.rmtree(copy.path / "models")  # best.pt is of the epoch before, and the last one is no better
+    # best.pt is of the epoch before, and the last one is no better
+    shutil.rmtree(copy.path / "models")
     with (copy.path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')  # cut off
     copy.faults, copy.resumes = ["models/ gone, metrics.jsonl cut off"], copy.done
@@ -578,10 +746,19 @@ def test_what_is_damaged_is_passed_over(copy, betons, nobody_touched, tmp_path):
     for number, path in enumerate(sorted([*copy.path.rglob("*"), copy.path])):
         when = time.time() + (year if number % 2 else -year)
         os.utime(path, (when, when))
-    data = shutil.copy(betons["train"], tmp_path / "elsewhere.beton")  # the last start has all settings that may change
-    copy.goes_on(nobody_touched(2), f"data.train={data}", "data.num_workers=1", "train.log_every=2", "checkpoint.keep=3",
-                 "run.timeout_seconds=300", "run.name=other", "checkpoint.every_epochs=2",
-                 "score.windows=[{T: 4, K: 3, pruning_rates: [0.3]}]")
+    # the last start has all settings that may change
+    data = shutil.copy(betons["train"], tmp_path / "elsewhere.beton")
+    copy.goes_on(
+        nobody_touched(2),
+        f"data.train={data}",
+        "data.num_workers=1",
+        "train.log_every=2",
+        "checkpoint.keep=3",
+        "run.timeout_seconds=300",
+        "run.name=other",
+        "checkpoint.every_epochs=2",
+        "score.windows=[{T: 4, K: 3, pruning_rates: [0.3]}]",
+    )
 
 
 @slow
@@ -610,7 +787,11 @@ def test_a_trajectory_damaged_from_the_start(copy, nobody_touched):
         assert snapshot(copy.path, "status.json") == before
     copy.faults = ["trajectory damaged from the first epoch on; score.trajectory=false"]
     copy.ends([0, 0], "score.trajectory=false")
-    expected = {name: value for name, value in nobody_touched(2).state.items() if not name.startswith("trajectory/")}
+    expected = {
+        name: value
+        for name, value in nobody_touched(2).state.items()
+        if not name.startswith("trajectory/")
+    }
     assert jobs.differences(jobs.state_of(copy.path), expected) == []
 
 
@@ -649,7 +830,8 @@ def test_starting_over(copy, nobody_touched, tmp_path):
     assert "already holds an unfinished run of 3 epochs" in the_error(copy.ends([2, 2], "--fresh"))
     assert "give both, or neither" in the_error(copy.ends([2, 2], "--force", resumes=15))
     assert snapshot(copy.path) == before
-    copy.ends([75, 75], "train.accumulation=2", inject=at_step(17, TERM), resumes=0)  # smaller forward passes go on
+    # smaller forward passes go on
+    copy.ends([75, 75], "train.accumulation=2", inject=at_step(17, TERM), resumes=0)
     left = snapshot(copy.path / "checkpoints")
     copy.ends([0, 0], "--fresh", "--force")
     [aside] = copy.path.glob("before-*")
@@ -669,13 +851,17 @@ def test_starting_over(copy, nobody_touched, tmp_path):
 def test_defects_nan_and_a_rank_that_hangs(run, nobody_touched, tmp_path):
     defect = jobs.fail(RuntimeError("a defect"))
     for inject, lost, fault, resumes in (
-            (at_call("tdds_dist.training.collect:open_files", 1, defect, [1]), 1, None, 0),  # before the first collective
-            (at_step(9, defect, [0]), 0, "defect on one rank", 5)):
+        # before the first collective
+        (at_call("tdds_dist.training.collect:open_files", 1, defect, [1]), 1, None, 0),
+        (at_step(9, defect, [0]), 0, "defect on one rank", 5),
+    ):
         run.ends([1, 1], SYNC, inject=inject, deadline=60, fault=fault, resumes=resumes)
         assert "RuntimeError: a defect" in run.starts[-1].outputs[lost].read_text()
         assert f"rank {lost} ended" in run.starts[-1].outputs[1 - lost].read_text()
     bad = nobody_touched(2).visits[8][:3]
-    line = the_error(run.ends([2, 2], inject=jobs.nan_logits(8, bad), fault="NaN logits, on_nan=stop", resumes=5))
+    line = the_error(
+        run.ends([2, 2], inject=jobs.nan_logits(8, bad), fault="NaN logits, on_nan=stop", resumes=5)
+    )
     assert "epoch 2, step 2: NaN or infinite logits for 3 samples" in line
     assert all(str(index) in line for index in bad)
     hangs(run, 2, 1, tmp_path)
@@ -683,9 +869,17 @@ def test_defects_nan_and_a_rank_that_hangs(run, nobody_touched, tmp_path):
 
 
 @slow
-def test_three_ranks_of_which_one_hangs_one_is_killed_and_ten_interruptions(run, nobody_touched, tmp_path):
+def test_three_ranks_of_which_one_hangs_one_is_killed_and_ten_interruptions(
+    run, nobody_touched, tmp_path
+):
     hangs(run, 3, 0, tmp_path)
-    run.ends([1, 1, -9], SYNC, inject=at_step(9, KILL, [2]), fault="SIGKILL of rank 2 within an epoch (3 ranks)", resumes=5)
+    run.ends(
+        [1, 1, -9],
+        SYNC,
+        inject=at_step(9, KILL, [2]),
+        fault="SIGKILL of rank 2 within an epoch (3 ranks)",
+        resumes=5,
+    )
     assert_named(run.starts[-1], 2, "rank {rank}, epoch 2, step", "ended")
     chance = random.Random(3)
     at = 5  # the step that the next start goes on from
@@ -695,7 +889,10 @@ def test_three_ranks_of_which_one_hangs_one_is_killed_and_ten_interruptions(run,
         if kind == "leave":
             run.ends([75] * 3, inject=at_step(step, TERM, [rank]))
         elif kind == "kill one":
-            run.ends([-9 if other == rank else 1 for other in range(3)], inject=at_step(step, KILL, [rank]))
+            run.ends(
+                [-9 if other == rank else 1 for other in range(3)],
+                inject=at_step(step, KILL, [rank]),
+            )
         else:
             run.ends([-9] * 3, inject=at_step(step, KILL))
         at = max((int(name[5:]) for name in run.checkpoints), default=0)
@@ -706,7 +903,9 @@ def test_three_ranks_of_which_one_hangs_one_is_killed_and_ten_interruptions(run,
 def hangs(run, ranks, hanging, tmp_path):
     """One rank sleeps before step 8: the others name it at the time-out."""
     flag = tmp_path / "asleep"
-    job = run.start(ranks, "run.timeout_seconds=6", SYNC, inject=at_step(8, jobs.nap(flag, 120), [hanging]))
+    job = run.start(
+        ranks, "run.timeout_seconds=6", SYNC, inject=at_step(8, jobs.nap(flag, 120), [hanging])
+    )
     wait_for(flag)
     asleep = time.monotonic()
     for rank in set(range(ranks)) - {hanging}:
@@ -728,7 +927,10 @@ def test_nan_in_quarantine(run, nobody_touched):
     fault = jobs.nan_logits(8, [bad])
     run.ends([75, 75], *settings, inject=jobs.all_of(fault, at_step(12, TERM, [0])))
     text = run.ends([0, 0], *settings)
-    assert f"1 samples are in quarantine (NaN or infinite logits), scored lowest: global indices [{bad}]" in text
+    assert (
+        "1 samples are in quarantine (NaN or infinite logits), scored lowest: global indices"
+        f" [{bad}]" in text
+    )
     assert RunDir(run.path).read_result()["quarantined"] == [bad]
     for path in (run.path / "scores").iterdir():
         scores = load_scores(path)
@@ -759,13 +961,21 @@ def test_a_port_in_use(run):
 @pytest.fixture(scope="session")
 def coreset(nobody_touched):
     path = nobody_touched(2).path / "coresets" / "half.npz"
-    assert main(["select", str(nobody_touched(2).path), "--pruning-rate", "0.5", "--out", str(path)]) == 0
+    assert (
+        main(["select", str(nobody_touched(2).path), "--pruning-rate", "0.5", "--out", str(path)])
+        == 0
+    )
     return path
 
 
 @slow
-@pytest.mark.parametrize(("strategy", "num_steps", "inject", "codes", "name"), [
-    ("E", 12, at_step(5, TERM, [1]), (75, 75), "SIGTERM"), ("P", 24, at_step(17, KILL, [0]), (-9, 1), "SIGKILL of rank 0")])
+@pytest.mark.parametrize(
+    ("strategy", "num_steps", "inject", "codes", "name"),
+    [
+        ("E", 12, at_step(5, TERM, [1]), (75, 75), "SIGTERM"),
+        ("P", 24, at_step(17, KILL, [0]), (-9, 1), "SIGKILL of rank 0"),
+    ],
+)
 def test_retraining(run, coreset, tmp_path, strategy, num_steps, inject, codes, name):
     def options(coreset, strategy, name="again"):
         return ["--coreset", coreset, "--strategy", strategy, "--name", name]
@@ -775,17 +985,41 @@ def test_retraining(run, coreset, tmp_path, strategy, num_steps, inject, codes, 
     path = straight.path / "retrain" / "again"
     reference = Reference(2, path, jobs.state_of(path), straight.starts[0].visits())
     assert len(reference.visits) == num_steps
-    text = run.ends(codes, *options(coreset, strategy), stage="retrain", inject=inject,
-                    fault=f"{name}, retraining by strategy {strategy}")
+    text = run.ends(
+        codes,
+        *options(coreset, strategy),
+        stage="retrain",
+        inject=inject,
+        fault=f"{name}, retraining by strategy {strategy}",
+    )
     assert "tdds retrain: " in text
     if strategy == "E":
         other = tmp_path / "other.npz"
         source = coreset.parent.parent
-        assert main(["select", str(source), "--pruning-rate", "0.5", "--score", "entropy", "--out", str(other)]) == 0
-        for wrong, said in ((options(other, "E"), "coreset_sha256 was"), (options(coreset, "P"), "strategy was 'E', now 'P'"),
-                            (options(coreset, "E", "../x"), "--name='../x' must be letters, digits")):
+        assert (
+            main(
+                [
+                    "select",
+                    str(source),
+                    "--pruning-rate",
+                    "0.5",
+                    "--score",
+                    "entropy",
+                    "--out",
+                    str(other),
+                ]
+            )
+            == 0
+        )
+        for wrong, said in (
+            (options(other, "E"), "coreset_sha256 was"),
+            (options(coreset, "P"), "strategy was 'E', now 'P'"),
+            (options(coreset, "E", "../x"), "--name='../x' must be letters, digits"),
+        ):
             assert said in the_error(run.ends([2], *wrong, stage="retrain"), "retrain")
-    text = run.goes_on(reference, *options(coreset, strategy), stage="retrain", path=run.path / "retrain" / "again")
+    text = run.goes_on(
+        reference, *options(coreset, strategy), stage="retrain", path=run.path / "retrain" / "again"
+    )
     assert "resumes at epoch" in text
 
 
@@ -794,11 +1028,19 @@ def test_retraining(run, coreset, tmp_path, strategy, num_steps, inject, codes, 
 
 @slow
 def test_exit_codes_are_those_of_the_protocol_each_time(tmp_path):
-    programs = [(jobs.returns, 0), (jobs.refuses, 2), (jobs.leaves, 75), (jobs.fails, 1), (jobs.is_interrupted, 130)]
+    programs = [
+        (jobs.returns, 0),
+        (jobs.refuses, 2),
+        (jobs.leaves, 75),
+        (jobs.fails, 1),
+        (jobs.is_interrupted, 130),
+    ]
     wrong = []
     for number in range(25):
         function, code = programs[number % len(programs)]
-        codes, text = jobs.run([], 2, tmp_path / function.__name__, jobs.program(function), deadline=60)
+        codes, text = jobs.run(
+            [], 2, tmp_path / function.__name__, jobs.program(function), deadline=60
+        )
         if codes != [code, code] or ("Traceback" in text) != (function is jobs.fails):
             wrong.append((number, function.__name__, codes, text))
     assert wrong == []

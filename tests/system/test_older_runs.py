@@ -1,4 +1,5 @@
-"""Run directories of version 0.1.0 are gone on with, and read; golden/make_runs_of_0_1_0.py says what they hold."""
+"""Run directories of version 0.1.0 are gone on with, and read; golden/make_runs_of_0_1_0.py says
+what they hold."""
 
 import json
 import tarfile
@@ -41,16 +42,24 @@ def content(folder: Path) -> dict[Path, bytes]:
 def tolerance() -> float:
     """Return 0 on a machine like the one that made the runs; others add floats in another order."""
     then, now = RunDir(FINISHED).read_env(), environment(1, "cpu")
-    is_alike = (then["cpu"] == now["cpu"] and then["versions"]["torch"] == now["versions"]["torch"]
-                and json.loads(Path("expected.json").read_text())["cpu_capability"] == torch.backends.cpu.get_cpu_capability())
+    is_alike = (
+        then["cpu"] == now["cpu"]
+        and then["versions"]["torch"] == now["versions"]["torch"]
+        and json.loads(Path("expected.json").read_text())["cpu_capability"]
+        == torch.backends.cpu.get_cpu_capability()
+    )
     return 0.0 if is_alike else 1e-3
 
 
 def test_a_collection_goes_on_and_gives_the_same_scores():
     run("collect", "config.yaml", f"run.dir={UNFINISHED}")
-    assert [(start["epoch"], start["step"]) for start in RunDir(UNFINISHED).read_env()["resumes"]] == [(2, 11)]
+    assert [
+        (start["epoch"], start["step"]) for start in RunDir(UNFINISHED).read_env()["resumes"]
+    ] == [(2, 11)]
     run("score", UNFINISHED, "--score", "el2n", "el2n_epochs=2")
-    assert content(UNFINISHED / "scores").keys() == {UNFINISHED / "scores" / file.name for file in content(FINISHED / "scores")}
+    assert content(UNFINISHED / "scores").keys() == {
+        UNFINISHED / "scores" / file.name for file in content(FINISHED / "scores")
+    }
     if tolerance() == 0.0:
         assert differences(state_of(UNFINISHED), state_of(FINISHED)) == []
     for file in content(FINISHED / "scores"):
@@ -80,9 +89,11 @@ def test_runs_are_read(capsys):
     assert "  4 retrainings\n" in capsys.readouterr().out
     assert "tiny_network" in (FINISHED / "report.html").read_text()
     run("export", FINISHED, "--format", "csv")
-    file, = (FINISHED / "export").iterdir()
+    (file,) = (FINISHED / "export").iterdir()
     score_N = load_scores(FINISHED / "scores/tdds_official_T4_K3_beta0.9.npz").score_N
-    assert [float(row["tdds_official_T4_K3_beta0.9"]) for row in csv_rows(file)] == pytest.approx(score_N)
+    assert [float(row["tdds_official_T4_K3_beta0.9"]) for row in csv_rows(file)] == pytest.approx(
+        score_N
+    )
     run("compare", FINISHED)
     assert csv_rows(FINISHED / "compare.csv")
     capsys.readouterr()
@@ -96,8 +107,10 @@ def test_runs_are_read(capsys):
 def test_an_experiment_goes_on_where_it_was(monkeypatch):
     monkeypatch.setattr(execute, "run_in_processes", in_this_process)
     retrain = TABLE / "seed0/retrain"
-    done, stopped, missing = (retrain / f"{name}_seed0" for name in ("tdds_p0.5_E_batch", "moderate_p0.5_E_none",
-                                                                    "random_p0.5_E_none"))
+    done, stopped, missing = (
+        retrain / f"{name}_seed0"
+        for name in ("tdds_p0.5_E_batch", "moderate_p0.5_E_none", "random_p0.5_E_none")
+    )
     assert (done / "result.json").is_file()
     assert not missing.exists()
     (stopped / "a-note-of-mine.txt").touch()
@@ -105,10 +118,13 @@ def test_an_experiment_goes_on_where_it_was(monkeypatch):
     run("experiment", "table.yaml")
     after = content(TABLE / "seed0")
     assert {path: after.get(path) for path in before if stopped not in path.parents} == {
-        path: data for path, data in before.items() if stopped not in path.parents}
+        path: data for path, data in before.items() if stopped not in path.parents
+    }
     assert stopped / "a-note-of-mine.txt" in after
     assert [start["step"] for start in RunDir(stopped).read_env()["resumes"]] == [2]
     wanted = json.loads(Path("expected.json").read_text())["final_loss"]
-    found = {path.name: RunDir(path).read_result()["final_loss"] for path in (done, stopped, missing)}
+    found = {
+        path.name: RunDir(path).read_result()["final_loss"] for path in (done, stopped, missing)
+    }
     assert found == pytest.approx(wanted, rel=tolerance(), abs=0)
     assert len(csv_rows(TABLE / "cells.csv")) == 3

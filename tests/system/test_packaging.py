@@ -1,4 +1,5 @@
-"""What is installed is what a user needs: contents of the wheel, and program and types from it, far from this checkout."""
+"""What is installed is what a user needs: contents of the wheel, and program and types from it, far
+from this checkout."""
 
 import os
 import subprocess
@@ -15,8 +16,17 @@ pytestmark = pytest.mark.slow
 
 
 def run(*words: object, cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    return subprocess.run([str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    } | variables
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 def done(finished: "subprocess.CompletedProcess[str]") -> str:
@@ -36,21 +46,48 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in files_of_the_project():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
-    done(run(sys.executable, "-m", "pip", "wheel", copy, "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=out))
+    done(
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            copy,
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            out,
+            cwd=out,
+        )
+    )
     (found,) = out.glob("*.whl")
     return found
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel in it; everything else is taken from this one, but not this checkout."""
+    """A virtual environment with the wheel in it; everything else is taken from this one, but not
+    this checkout."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
     packages = next(folder.glob("lib/python*/site-packages"))
     # A plain path: the .pth files in it, that of an editable installation among them, are not read.
     (packages / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    done(run(sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "--no-deps", "--ignore-installed",
-             "--no-index", wheel, cwd=folder))
+    done(
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            folder / "bin/python",
+            "install",
+            "--no-deps",
+            "--ignore-installed",
+            "--no-index",
+            wheel,
+            cwd=folder,
+        )
+    )
     return folder
 
 
@@ -58,33 +95,94 @@ def test_the_wheel_holds_the_program_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0].split("-")[0] for name in names}
     assert tops == {"tdds_dist", "launch"}
-    held = {name.partition(".data/data/share/tdds/")[2] or name for name in names if ".dist-info/" not in name}
-    wanted = {name for name in files_of_the_project() if name.split("/")[0] in ("tdds_dist", "launch", "configs")}
-    assert held == wanted  # py.typed, templates, configs, cluster files, schemas: whatever is there, and no test
+    held = {
+        name.partition(".data/data/share/tdds/")[2] or name
+        for name in names
+        if ".dist-info/" not in name
+    }
+    wanted = {
+        name
+        for name in files_of_the_project()
+        if name.split("/")[0] in ("tdds_dist", "launch", "configs")
+    }
+    # py.typed, templates, configs, cluster files, schemas: whatever is there, and no test
+    assert held == wanted
 
 
 def test_the_program_runs_far_from_the_checkout(installed, tmp_path):
-    """Write, collect, score, select, retrain, report with the installed files only, templates and configs included."""
+    """Write, collect, score, select, retrain, report with the installed files only, templates and
+    configs included."""
     tdds = installed / "bin/tdds"
-    assert done(run(installed / "bin/python", "-c", "import tdds_dist, launch; print(tdds_dist.__file__, launch.__file__)",
-                    cwd=tmp_path)).count(str(installed)) == 2
+    assert (
+        done(
+            run(
+                installed / "bin/python",
+                "-c",
+                "import tdds_dist, launch; print(tdds_dist.__file__, launch.__file__)",
+                cwd=tmp_path,
+            )
+        ).count(str(installed))
+        == 2
+    )
     assert "collect" in done(run(tdds, "--help", cwd=tmp_path))
-    assert "--dry-run" in done(run(installed / "bin/python", "-m", "tdds_dist", "submit", "--help", cwd=tmp_path))
+    assert "--dry-run" in done(
+        run(installed / "bin/python", "-m", "tdds_dist", "submit", "--help", cwd=tmp_path)
+    )
     (tmp_path / "configs").symlink_to(installed / "share/tdds/configs")
     for split in ("train", "val"):
-        done(run(tdds, "write", "synthetic:40,4,32", f"data/{split}.beton", "--split", split, cwd=tmp_path))
-    small = ("data.train=data/train.beton", "data.val=data/val.beton", "data.num_classes=4", "train.epochs=3",
-             "train.global_batch_size=20", "train.warmup_epochs=0", "run.device=cpu", "run.dir=run",
-             "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]")
+        done(
+            run(
+                tdds,
+                "write",
+                "synthetic:40,4,32",
+                f"data/{split}.beton",
+                "--split",
+                split,
+                cwd=tmp_path,
+            )
+        )
+    small = (
+        "data.train=data/train.beton",
+        "data.val=data/val.beton",
+        "data.num_classes=4",
+        "train.epochs=3",
+        "train.global_batch_size=20",
+        "train.warmup_epochs=0",
+        "run.device=cpu",
+        "run.dir=run",
+        "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]",
+    )
     alone = {"OMP_NUM_THREADS": "1"}
     done(run(tdds, "collect", "configs/digits.yaml", *small, cwd=tmp_path, **alone))
     done(run(tdds, "select", "run", "--pruning-rate", "0.5", cwd=tmp_path))
     (coreset,) = (tmp_path / "run/coresets").glob("*.npz")
-    done(run(tdds, "retrain", "run/config.yaml", "--coreset", coreset, "--strategy", "E", cwd=tmp_path, **alone))
+    done(
+        run(
+            tdds,
+            "retrain",
+            "run/config.yaml",
+            "--coreset",
+            coreset,
+            "--strategy",
+            "E",
+            cwd=tmp_path,
+            **alone,
+        )
+    )
     done(run(tdds, "report", "run", cwd=tmp_path))
     assert "</html>" in (tmp_path / "run/report.html").read_text()
-    shown = done(run(tdds, "submit", "configs/digits.yaml", *small, "--cluster", "configs/clusters/cpu_test.yaml", "--dry-run",
-                     cwd=tmp_path))
+    shown = done(
+        run(
+            tdds,
+            "submit",
+            "configs/digits.yaml",
+            *small,
+            "--cluster",
+            "configs/clusters/cpu_test.yaml",
+            "--dry-run",
+            cwd=tmp_path,
+        )
+    )
     assert str(installed) in shown  # the python of the jobs
 
 
@@ -99,8 +197,19 @@ scorer.record("index", torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
 
 def test_a_program_of_a_user_sees_types(installed, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    checked = run(sys.executable, "-m", "mypy", "--python-executable", installed / "bin/python", "program.py", cwd=tmp_path)
+    checked = run(
+        sys.executable,
+        "-m",
+        "mypy",
+        "--python-executable",
+        installed / "bin/python",
+        "program.py",
+        cwd=tmp_path,
+    )
     revealed = 'Revealed type is "dict[tdds_dist.config.scores.Window, torch._tensor.Tensor]"'
     assert revealed in checked.stdout.replace("builtins.", "")
-    assert 'program.py:5: error: Argument 1 to "record" of "ShardedScorer" has incompatible type "str"' in checked.stdout
+    assert (
+        'program.py:5: error: Argument 1 to "record" of "ShardedScorer" has incompatible type "str"'
+        in checked.stdout
+    )
     assert "Found 1 error" in checked.stdout, checked.stdout

@@ -1,5 +1,5 @@
-"""A score that is interrupted, wherever and however often, and resumed on any number of ranks, is bitwise the score of a run
-that was not; its trajectory too."""
+"""A score that is interrupted, wherever and however often, and resumed on any number of ranks, is
+bitwise the score of a run that was not; its trajectory too."""
 
 import functools
 import json
@@ -26,7 +26,8 @@ from tests.scoring.test_scorer import random_stream
 
 @dataclass(frozen=True)
 class Case:
-    """A stream of random logits and how it is scored. Position p of it: p actions (a step, or the end of an epoch) are done."""
+    """A stream of random logits and how it is scored. Position p of it: p actions (a step, or the
+    end of an epoch) are done."""
 
     num_samples: int = 23
     num_classes: int = 5
@@ -62,9 +63,15 @@ class Run:
 
     def __init__(self, case, directory, resume=True):
         self.case, self.directory = case, directory
-        self.logits_TNC, self.label_N = stream(case.num_samples, case.num_classes, case.epochs, case.dtype, case.bad)
-        options = case.options | ({"trajectory": directory, "resume": resume} if case.with_trajectory else {})
-        self.scorer = ShardedScorer(case.num_samples, case.num_classes, case.windows, case.preset, "cpu", **options)
+        self.logits_TNC, self.label_N = stream(
+            case.num_samples, case.num_classes, case.epochs, case.dtype, case.bad
+        )
+        options = case.options | (
+            {"trajectory": directory, "resume": resume} if case.with_trajectory else {}
+        )
+        self.scorer = ShardedScorer(
+            case.num_samples, case.num_classes, case.windows, case.preset, "cpu", **options
+        )
         self.world = self.scorer.world
         self.announced = -1
 
@@ -93,19 +100,28 @@ class Run:
 
     def outcome(self):
         """Everything that must not depend on interruptions, as bytes by name."""
-        found = {str(window): score_N.numpy().tobytes() for window, score_N in self.scorer.gather().items()}
-        found |= {"labels": self.scorer.gather_labels().numpy().tobytes(),
-                  "quarantined": str(self.scorer.quarantined()).encode()}
+        found = {
+            str(window): score_N.numpy().tobytes()
+            for window, score_N in self.scorer.gather().items()
+        }
+        found |= {
+            "labels": self.scorer.gather_labels().numpy().tobytes(),
+            "quarantined": str(self.scorer.quarantined()).encode(),
+        }
         return found | (self.recorded() if self.case.with_trajectory else {})
 
     def recorded(self):
         trajectory = Trajectory(self.directory, self.case.epochs)
         trajectory.verify()
         assert len(list(Path(self.directory).glob("epoch_*"))) == self.case.epochs
-        found = {f"trajectory of {name}": trajectory.read(name).tobytes() for name in trajectory.scalars}
-        return found | {"trajectory of labels": trajectory.labels().tobytes(),
-                        "trajectory of quarantine": str(trajectory.quarantined).encode(),
-                        "trajectory, what it is": (Path(self.directory) / "meta.json").read_bytes()}
+        found = {
+            f"trajectory of {name}": trajectory.read(name).tobytes() for name in trajectory.scalars
+        }
+        return found | {
+            "trajectory of labels": trajectory.labels().tobytes(),
+            "trajectory of quarantine": str(trajectory.quarantined).encode(),
+            "trajectory, what it is": (Path(self.directory) / "meta.json").read_bytes(),
+        }
 
 
 def uninterrupted(case, tmp_path):
@@ -119,14 +135,26 @@ def differing(found, expected):
 
 CASES = {
     "official": Case(),
-    "paper, counts exchanged": Case(preset="paper", known=False, windows=(Window(4, 3, 0.9), Window(3, 2, 0.2))),
-    "float16, no trajectory": Case(preset="paper", known=False, windows=(Window(4, 3, 0.9), Window(3, 2, 0.2)),
-                                   with_trajectory=False, dtype=torch.float16, options={"logp_dtype": torch.float16}),
+    "paper, counts exchanged": Case(
+        preset="paper", known=False, windows=(Window(4, 3, 0.9), Window(3, 2, 0.2))
+    ),
+    "float16, no trajectory": Case(
+        preset="paper",
+        known=False,
+        windows=(Window(4, 3, 0.9), Window(3, 2, 0.2)),
+        with_trajectory=False,
+        dtype=torch.float16,
+        options={"logp_dtype": torch.float16},
+    ),
     "as many as ranks": Case(num_samples=3, global_batch=2),
     "float16 trajectory": Case(known=False, options={"trajectory_dtype": torch.float16}),
     "two samples": Case(num_samples=2, global_batch=2),
-    "quarantine": Case(num_samples=300, global_batch=75, bad=((0, 7, torch.inf), (2, 123, torch.nan), (3, 7, torch.nan)),
-                       options={"on_nan": "quarantine"}),
+    "quarantine": Case(
+        num_samples=300,
+        global_batch=75,
+        bad=((0, 7, torch.inf), (2, 123, torch.nan), (3, 7, torch.nan)),
+        options={"on_nan": "quarantine"},
+    ),
 }
 
 
@@ -145,18 +173,22 @@ def _save_everywhere(rank, case, folder):
 
 
 def _resume_everywhere(rank, case, folder, expected, saved_by_each, positions, thin):
-    """From where it goes wrong: (ranks that saved, position, names of what differs). Takes every `thin`-th, in turns."""
+    """From where it goes wrong: (ranks that saved, position, names of what differs). Takes every
+    `thin`-th, in turns."""
     world = distributed.current_world("cpu")
     wrong = []
     checkpoints = Checkpoints(folder, world)
     for saved_by in saved_by_each:
         for position in (p for p in positions if (p + saved_by + world.world_size) % thin == 0):
             directory = folder / f"resumed by {world.world_size} {saved_by} {position}"
-            if case.with_trajectory and world.is_main:  # with all epochs: those that come after the checkpoint are lost
+            # with all epochs: those that come after the checkpoint are lost
+            if case.with_trajectory and world.is_main:
                 shutil.copytree(folder / f"by{saved_by}" / "trajectory", directory)
             collectives.barrier()
             run = Run(case, directory)
-            found = Checkpoint(folder / f"by{saved_by}" / "checkpoints" / f"step_{position:010d}", position, {})
+            found = Checkpoint(
+                folder / f"by{saved_by}" / "checkpoints" / f"step_{position:010d}", position, {}
+            )
             state = run.scorer.state_dict()
             checkpoints.load(found, state)
             run.scorer.load_state_dict(state)
@@ -172,12 +204,16 @@ def _interrupt_and_resume(case, tmp_path, world_sizes, positions, thin):
     for world_size in world_sizes:
         run_ranks(world_size, _save_everywhere, case, tmp_path)
     for world_size in world_sizes:
-        wrong = run_ranks(world_size, _resume_everywhere, case, tmp_path, expected, world_sizes, positions, thin)
+        wrong = run_ranks(
+            world_size, _resume_everywhere, case, tmp_path, expected, world_sizes, positions, thin
+        )
         assert wrong == [[]] * world_size
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("name", "positions"), [("official", (3, *range(10, 13))), ("float16, no trajectory", (7, 11))])
+@pytest.mark.parametrize(
+    ("name", "positions"), [("official", (3, *range(10, 13))), ("float16, no trajectory", (7, 11))]
+)
 def test_resumed_within_an_epoch_on_any_number_of_ranks(tmp_path, name, positions):
     _interrupt_and_resume(CASES[name], tmp_path, (1, 3), positions, thin=1)
 
@@ -187,7 +223,9 @@ def test_resumed_within_an_epoch_on_any_number_of_ranks(tmp_path, name, position
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_anywhere_on_any_number_of_ranks(tmp_path, name):
     world_sizes = (1, 2, 3, 4) if name == "official" else (2, 3)
-    _interrupt_and_resume(CASES[name], tmp_path, world_sizes, range(CASES[name].num_actions), thin=3)
+    _interrupt_and_resume(
+        CASES[name], tmp_path, world_sizes, range(CASES[name].num_actions), thin=3
+    )
 
 
 # ---- torture
@@ -221,9 +259,16 @@ def _segment(rank, case, folder, plan, outcome_file):
     for offset in range(min(num_actions, case.num_actions - 1 - run.position)):
         run.act()
         if offset in saves:
-            checkpoints.save(run.position, run.scorer.state_dict(), {"position": run.position}, wait=saves[offset])
+            checkpoints.save(
+                run.position,
+                run.scorer.state_dict(),
+                {"position": run.position},
+                wait=saves[offset],
+            )
     if kind == "graceful":
-        checkpoints.save(run.position, run.scorer.state_dict(), {"position": run.position}, wait=True)
+        checkpoints.save(
+            run.position, run.scorer.state_dict(), {"position": run.position}, wait=True
+        )
         checkpoints.close()
         return
     checkpoints.finish()
@@ -235,33 +280,61 @@ def _segment(rank, case, folder, plan, outcome_file):
 
 
 def _plans(seed, num_interruptions):
-    """World size of every life, and (how it ends, after how many actions, saves on the way: offset -> whether it waits)."""
+    """World size of every life, and (how it ends, after how many actions, saves on the way: offset
+    -> whether it waits)."""
     draw = random.Random(seed)
     plans = []
     for _ in range(num_interruptions):
         num_actions = draw.randint(0, 5)
-        saves = {offset: draw.random() < 0.4 for offset in range(num_actions) if draw.random() < 0.35}
-        plans.append((draw.randint(1, 3), (draw.choice(["graceful", "crash", "while writing"]), num_actions, saves)))
+        saves = {
+            offset: draw.random() < 0.4 for offset in range(num_actions) if draw.random() < 0.35
+        }
+        plans.append(
+            (
+                draw.randint(1, 3),
+                (draw.choice(["graceful", "crash", "while writing"]), num_actions, saves),
+            )
+        )
     return [*plans, (draw.randint(1, 3), ("to the end", 0, {}))]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("seed", "name", "num_interruptions"), [(1, "official", 6), *(
-    pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "paper", 20), (3, "quarantine", 20), (4, "official", 20)))])
+@pytest.mark.parametrize(
+    ("seed", "name", "num_interruptions"),
+    [
+        (1, "official", 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((2, "paper", 20), (3, "quarantine", 20), (4, "official", 20))
+        ),
+    ],
+)
 def test_interrupted_many_times(tmp_path, seed, name, num_interruptions):
-    """The same for the same seed: every life ends where it is told to, and its checkpoint is there or not for sure."""
+    """The same for the same seed: every life ends where it is told to, and its checkpoint is there
+    or not for sure."""
     case = Case(num_samples=29, epochs=7, windows=(Window(7, 3, 0.9), Window(5, 4, 0.0)))
     if name == "paper":
         case = replace(case, preset="paper", known=False, options={"logp_dtype": torch.float16})
     if name == "quarantine":
-        case = replace(case, num_samples=301, global_batch=75, options={"on_nan": "quarantine"},
-                       bad=((0, 7, torch.inf), (2, 300, torch.nan), (4, 7, torch.nan)))
+        case = replace(
+            case,
+            num_samples=301,
+            global_batch=75,
+            options={"on_nan": "quarantine"},
+            bad=((0, 7, torch.inf), (2, 300, torch.nan), (4, 7, torch.nan)),
+        )
     expected = uninterrupted(case, tmp_path)
     told = []
     for world_size, plan in _plans(seed, num_interruptions):
-        codes = exit_codes(world_size, _segment, case, tmp_path, plan, tmp_path / "outcome.pt", patience=10.0)
+        codes = exit_codes(
+            world_size, _segment, case, tmp_path, plan, tmp_path / "outcome.pt", patience=10.0
+        )
         told.append((world_size, plan))
-        assert set(codes) <= ({0} if plan[0] in ("graceful", "to the end") else {9}), (seed, told, codes)
+        assert set(codes) <= ({0} if plan[0] in ("graceful", "to the end") else {9}), (
+            seed,
+            told,
+            codes,
+        )
     found = torch.load(tmp_path / "outcome.pt", weights_only=True)
     assert differing(found, expected) == [], (seed, told)
 
@@ -280,7 +353,11 @@ PLAIN = Case(with_trajectory=False)
 
 
 OTHER = {  # settings, and words of the refusal with Checkpoints, with a state from anywhere
-    "windows": (replace(PLAIN, windows=(*PLAIN.windows[:2], Window(4, 2, 0.5))), "windows", "windows"),
+    "windows": (
+        replace(PLAIN, windows=(*PLAIN.windows[:2], Window(4, 2, 0.5))),
+        "windows",
+        "windows",
+    ),
     "order of windows": (replace(PLAIN, windows=PLAIN.windows[::-1]), "windows", "windows"),
     "preset": (replace(PLAIN, preset="paper"), "delta", "preset"),
     "fewer windows": (replace(PLAIN, windows=PLAIN.windows[:2]), "average", "windows"),
@@ -323,9 +400,13 @@ def test_the_state_of_other_settings_is_refused_in_a_foreign_loop():
         error, text = catch(run.scorer.load_state_dict, state)
         assert error == "InputError", (name, error, text)
         assert words in text, (name, text)
-        assert all(torch.equal(tensor, before[key]) for key, tensor in run.scorer.state_dict().items()), "nothing is taken"
+        assert all(
+            torch.equal(tensor, before[key]) for key, tensor in run.scorer.state_dict().items()
+        ), "nothing is taken"
     for lost in state:
-        error, text = catch(Run(PLAIN, None).scorer.load_state_dict, {k: v for k, v in state.items() if k != lost})
+        error, text = catch(
+            Run(PLAIN, None).scorer.load_state_dict, {k: v for k, v in state.items() if k != lost}
+        )
         assert error == "InputError", (lost, error, text)
         assert repr(lost) in text
 
@@ -343,7 +424,9 @@ def test_a_foreign_loop_keeps_the_state_by_torch_save(tmp_path, position):
 def _own_checkpointing(rank, case, folder, expected, position):
     """torch.distributed.checkpoint alone."""
     if expected is None:
-        dcp.save(_at(case, position, folder / "t").scorer.state_dict(), checkpoint_id=folder / "own")
+        dcp.save(
+            _at(case, position, folder / "t").scorer.state_dict(), checkpoint_id=folder / "own"
+        )
         return []
     run = Run(case, folder / "t")
     state = run.scorer.state_dict()
@@ -368,7 +451,11 @@ def test_a_state_shares_memory_and_may_be_taken_at_any_time():
     while run.scorer.epoch < PLAIN.epochs:
         run.act()
         state = run.scorer.state_dict()
-        assert all(state[name].data_ptr() == first[name].data_ptr() for name in first if name not in ("position", "settings"))
+        assert all(
+            state[name].data_ptr() == first[name].data_ptr()
+            for name in first
+            if name not in ("position", "settings")
+        )
         assert state["position"].tolist() == [run.scorer.epoch, run.scorer.step]
     assert differing(run.outcome(), _at(PLAIN, PLAIN.num_actions).outcome()) == []
 
@@ -396,7 +483,9 @@ def test_a_trajectory_that_does_not_fit_is_refused_and_kept(tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "t").rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="labels of another dataset"):
         Run(case, tmp_path / "t").scorer.load_state_dict(other)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "t").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "t").rglob("*") if path.is_file()
+    }
     shutil.rmtree(tmp_path / "t" / "epoch_0001")
     with pytest.raises(InputError, match="expected 0 to 1 without a gap"):
         Run(case, tmp_path / "t").scorer.load_state_dict(state)
@@ -439,12 +528,17 @@ def test_what_is_not_finite_is_never_kept(tmp_path):
         assert (finite, nonfinite) == (True, 0)
         for number in bad:
             assert outcomes[number][0] == "NonFiniteLogitsError"
-            assert f"epoch 2, step {step}: NaN or infinite logits for 1 samples (global indices 22)" in outcomes[number][1]
+            assert (
+                f"epoch 2, step {step}: NaN or infinite logits for 1 samples (global indices 22)"
+                in outcomes[number][1]
+            )
 
 
 # ---- quarantine
 
-FINITE = Case(num_samples=300, num_classes=4, global_batch=50, windows=(Window(4, 3, 0.9), Window(3, 2, 0.5)))
+FINITE = Case(
+    num_samples=300, num_classes=4, global_batch=50, windows=(Window(4, 3, 0.9), Window(3, 2, 0.5))
+)
 BAD = ((0, 7, torch.inf), (2, 123, torch.nan), (3, 123, -torch.inf))
 QUARANTINE = replace(FINITE, bad=BAD, options={"on_nan": "quarantine"})
 
@@ -462,7 +556,9 @@ def test_quarantined_samples_leave_all_others_as_they_are(tmp_path, preset):
     finite = replace(FINITE, preset=preset, windows=(Window(4, 3, 0.9), Window(3, 2, 0.5)))
     plain = Run(finite, tmp_path / "finite", resume=False)
     plain.finish()
-    unchanged = Run(replace(finite, options={"on_nan": "quarantine"}), tmp_path / "unchanged", resume=False)
+    unchanged = Run(
+        replace(finite, options={"on_nan": "quarantine"}), tmp_path / "unchanged", resume=False
+    )
     assert differing(unchanged.finish(), plain.outcome()) == [], "without bad values it is the same"
     assert not (tmp_path / "unchanged" / "quarantine.json").exists()
     expected = {window: score_N.numpy() for window, score_N in plain.scorer.gather().items()}
@@ -515,14 +611,22 @@ def _diverge_rank(rank, case):
 THREE = [(1, index, torch.nan) for index in (5, 100, 299)]
 DIVERGED = (  # bad values, options, epoch that ends it, words
     ((*THREE, (2, 5, torch.nan)), {"on_nan": "quarantine"}, 4, ["[5, 100, 299]"]),
-    ((*THREE, (1, 250, torch.inf)), {"on_nan": "quarantine"}, 1, ["4 samples", "more than 1%", "5, 100, 250, 299"]),
+    (
+        (*THREE, (1, 250, torch.inf)),
+        {"on_nan": "quarantine"},
+        1,
+        ["4 samples", "more than 1%", "5, 100, 250, 299"],
+    ),
     ((*THREE, (3, 250, torch.inf)), {"on_nan": "quarantine"}, 3, ["more than 1%", "250"]),
-    (BAD, {}, 0, ["for 1 samples (global indices 7); lower the learning rate"]))
+    (BAD, {}, 0, ["for 1 samples (global indices 7); lower the learning rate"]),
+)
 
 
 def _diverge_ranks(rank):
-    return [_diverge_rank(rank, replace(FINITE, with_trajectory=False, bad=bad, options=options))
-            for bad, options, _, _ in DIVERGED]
+    return [
+        _diverge_rank(rank, replace(FINITE, with_trajectory=False, bad=bad, options=options))
+        for bad, options, _, _ in DIVERGED
+    ]
 
 
 @pytest.mark.distributed

@@ -1,4 +1,5 @@
-"""The training loop: gradients of the global batch whatever the ranks, weights that recording does not touch."""
+"""The training loop: gradients of the global batch whatever the ranks, weights that recording does
+not touch."""
 
 import json
 
@@ -27,13 +28,22 @@ from tests.ranks import catch, run_ranks
 
 def tiny_model(name, num_classes, **options):
     """A network without batch norm, so that the world size changes nothing but rounding."""
-    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(3 * 8 * 8, 32), nn.Tanh(), nn.Linear(32, num_classes))
+    return nn.Sequential(
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(3 * 8 * 8, 32),
+        nn.Tanh(),
+        nn.Linear(32, num_classes),
+    )
 
 
 def train(rank, config_file, run_dir, calls):
-    """Train on the config's files, once per (overrides, options); on rank 0 (weights, result, metrics) of each."""
-    return [train_once(config_file, overrides, run_dir / str(number), **options)
-            for number, (overrides, options) in enumerate(calls)]
+    """Train on the config's files, once per (overrides, options); on rank 0 (weights, result,
+    metrics) of each."""
+    return [
+        train_once(config_file, overrides, run_dir / str(number), **options)
+        for number, (overrides, options) in enumerate(calls)
+    ]
 
 
 def train_once(config_file, overrides, run_dir, *, model=tiny_model, score=False, **job_options):
@@ -43,8 +53,21 @@ def train_once(config_file, overrides, run_dir, *, model=tiny_model, score=False
     run = RunDir(run_dir)
     run.path.mkdir(parents=True, exist_ok=True)
     train_file, val_file, _ = open_files(config)
-    job = Job(config, world, run, train_file, val_file, config.train.epochs, config.train.global_batch_size, **job_options)
-    result = fit(observed(job, ShardedScorer(train_file.num_samples, 10, config.windows(), device="cpu")) if score else job)
+    job = Job(
+        config,
+        world,
+        run,
+        train_file,
+        val_file,
+        config.train.epochs,
+        config.train.global_batch_size,
+        **job_options,
+    )
+    result = fit(
+        observed(job, ShardedScorer(train_file.num_samples, 10, config.windows(), device="cpu"))
+        if score
+        else job
+    )
     if not world.is_main:
         return {}, result, []
     state = torch.load(run.models / "final.pt", weights_only=True)
@@ -57,7 +80,9 @@ def trained(world_size, config_file, run_dir, *calls):
 
 def assert_close(a, b, tolerance):
     for name, value in a.items():
-        assert np.abs(value.astype(float) - b[name]).max() <= tolerance * max(1.0, np.abs(value).max()), name
+        assert np.abs(value.astype(float) - b[name]).max() <= tolerance * max(
+            1.0, np.abs(value).max()
+        ), name
 
 
 pytestmark = pytest.mark.distributed
@@ -65,52 +90,82 @@ pytestmark = pytest.mark.distributed
 
 IMPORTANCE_N = np.linspace(0.1, 2.0, 120).astype(np.float32)
 IMPORTANCES = ("none", "batch", "sample")
-BATCH = "train.global_batch_size=36"  # of 120 images: the last step of an epoch is short, so padding matters too
+# of 120 images: the last step of an epoch is short, so padding matters too
+BATCH = "train.global_batch_size=36"
 
 
 def weighted(*overrides):
     """Calls of `train`, one per kind of importance."""
-    return [([BATCH, *overrides], {"importance": kind, "importance_N": IMPORTANCE_N}) for kind in IMPORTANCES]
+    return [
+        ([BATCH, *overrides], {"importance": kind, "importance_N": IMPORTANCE_N})
+        for kind in IMPORTANCES
+    ]
 
 
 def test_the_weights_do_not_depend_on_ranks_or_accumulation(config_file, tmp_path):
-    alone = trained(1, config_file, tmp_path, *weighted("train.epochs=2"), *weighted("train.epochs=2", "train.accumulation=2"))
-    others = [*alone[3:], *trained(2, config_file, tmp_path, *weighted("train.epochs=2", "train.accumulation=3")),
-              *trained(3, config_file, tmp_path, *weighted("train.epochs=2"))]
+    alone = trained(
+        1,
+        config_file,
+        tmp_path,
+        *weighted("train.epochs=2"),
+        *weighted("train.epochs=2", "train.accumulation=2"),
+    )
+    others = [
+        *alone[3:],
+        *trained(2, config_file, tmp_path, *weighted("train.epochs=2", "train.accumulation=3")),
+        *trained(3, config_file, tmp_path, *weighted("train.epochs=2")),
+    ]
     for number, (weights, result, _) in enumerate(others):
         assert_close(alone[number % 3][0], weights, 2e-5)
         assert result["final_loss"] == pytest.approx(alone[number % 3][1]["final_loss"], rel=1e-4)
 
 
 def test_one_epoch_against_a_literal_loop(config_file, tmp_path):
-    """SGD written out: mean over the batch's real rows, weighted as section 4.3 and the authors' code say."""
+    """SGD written out: mean over the batch's real rows, weighted as section 4.3 and the authors'
+    code say."""
     overrides = ["train.epochs=1", "data.crop=center", "train.label_smoothing=0.1"]
     config = load_config(config_file, [BATCH, *overrides])
-    images = torch.from_numpy(np.stack(read_images(config.data.train, range(120)))).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack(read_images(config.data.train, range(120)))).permute(
+        0, 3, 1, 2
+    )
     label = torch.from_numpy(open_files(config)[0].label_N.astype(np.int64))
-    for importance, (weights, *_) in zip(IMPORTANCES, trained(1, config_file, tmp_path, *weighted(*overrides)), strict=True):
+    for importance, (weights, *_) in zip(
+        IMPORTANCES, trained(1, config_file, tmp_path, *weighted(*overrides)), strict=True
+    ):
         torch.manual_seed(0)
         model = tiny_model("", 10)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
         for step, index in enumerate(epoch_order(120, 36).index_SG):
             batch = torch.from_numpy(index[index >= 0])
             logits = model((images[batch].float() - 78.0) / 90.0)
             loss_B = F.cross_entropy(logits, label[batch], reduction="none", label_smoothing=0.1)
             weight_B = torch.from_numpy(IMPORTANCE_N)[batch]
-            losses = {"none": loss_B.mean(), "batch": loss_B.mean() * weight_B.mean(), "sample": (loss_B * weight_B).mean()}
+            losses = {
+                "none": loss_B.mean(),
+                "batch": loss_B.mean() * weight_B.mean(),
+                "sample": (loss_B * weight_B).mean(),
+            }
             optimizer.param_groups[0]["lr"] = learning_rate(step, 4, 0.05)
             optimizer.zero_grad()
             losses[importance].backward()
             optimizer.step()
-        # JPEG decoders differ by a few grey levels, hence the tolerance; a wrong weight is off by tens of percent.
+        # JPEG decoders differ by a few grey levels, hence the tolerance; a wrong weight is off by
+        # tens of percent.
         assert_close({k: v.numpy() for k, v in model.state_dict().items()}, weights, 2e-3)
 
 
 def test_recording_leaves_the_weights_bitwise_alone(config_file, tmp_path):
-    """Also from the clean view: mixing draws random numbers and the network has batch norm, which it must not touch."""
+    """Also from the clean view: mixing draws random numbers and the network has batch norm, which
+    it must not touch."""
     short = ["train.epochs=2", "score.windows=[{T: 2, K: 2}]"]
     clean = [*short, "train.mixup=0.2", "train.cutmix=1.0", "score.view=clean"]
-    calls = [(overrides, {"model": build_model, "score": score}) for overrides in (short, clean) for score in (False, True)]
+    calls = [
+        (overrides, {"model": build_model, "score": score})
+        for overrides in (short, clean)
+        for score in (False, True)
+    ]
     for world_size, first in ((1, 2), (3, 0)):
         plain, scored = trained(world_size, config_file, tmp_path, *calls[first : first + 2])
         assert plain[0].keys() == scored[0].keys()
@@ -118,12 +173,17 @@ def test_recording_leaves_the_weights_bitwise_alone(config_file, tmp_path):
 
 
 def test_metrics_and_result_of_a_run(config_file, tmp_path):
-    _, result, metrics = trained(1, config_file, tmp_path, (["train.epochs=3", "train.eval_every=2"], {"score": True}))[0]
+    _, result, metrics = trained(
+        1, config_file, tmp_path, (["train.epochs=3", "train.eval_every=2"], {"score": True})
+    )[0]
     assert [record["epoch"] for record in metrics] == [0, 1, 2]
-    assert ["val_top1" in record for record in metrics] == [False, True, True]  # the last epoch always
+    # the last epoch always
+    assert ["val_top1" in record for record in metrics] == [False, True, True]
     assert result["steps"] == metrics[-1]["step"] == 15
     assert result["final_top1"] == metrics[-1]["val_top1"]
-    assert result["best_top1"] == max(record["val_top1"] for record in metrics if "val_top1" in record)
+    assert result["best_top1"] == max(
+        record["val_top1"] for record in metrics if "val_top1" in record
+    )
     for record in metrics:
         assert 0 <= record["train_top1"] <= 100
         assert record["images_per_second"] > 0
@@ -133,10 +193,13 @@ def test_metrics_and_result_of_a_run(config_file, tmp_path):
 
 
 def test_evaluation_counts_each_image_once(config_file, tmp_path):
-    """50 images in batches of 24 on 3 ranks; a model that always says 0 is right as often as there are zeros."""
+    """50 images in batches of 24 on 3 ranks; a model that always says 0 is right as often as there
+    are zeros."""
     config = load_config(config_file)
     share = 100.0 * (open_files(config)[1].label_N == 0).mean()
-    result = trained(3, config_file, tmp_path, (["train.epochs=1", "train.lr=1e-30"], {"model": constant_model}))[0][1]
+    result = trained(
+        3, config_file, tmp_path, (["train.epochs=1", "train.lr=1e-30"], {"model": constant_model})
+    )[0][1]
     assert result["final_top1"] == pytest.approx(share)
 
 
@@ -159,22 +222,43 @@ def test_a_diverging_run_says_so_on_every_rank(config_file, tmp_path):
 
 def _diverge(rank, config_file, folder):
     overrides = ["train.lr=1e30", "train.log_every=1"]
-    return [catch(lambda score=score: train_once(config_file, overrides, folder / str(score), score=score))
-            for score in (True, False)]
+    return [
+        catch(
+            lambda score=score: train_once(config_file, overrides, folder / str(score), score=score)
+        )
+        for score in (True, False)
+    ]
 
 
 def test_amsgrad_free_adamw_without_decay_on_norms(config_file):
-    config = load_config(config_file, ["train.optimizer=adamw", "train.decay_norm_and_bias=false", "train.lr=0.001"])
+    config = load_config(
+        config_file, ["train.optimizer=adamw", "train.decay_norm_and_bias=false", "train.lr=0.001"]
+    )
     optimizer = engine.build_optimizer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), config)
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [(1, 5e-4), (3, 0.0)]
+    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [
+        (1, 5e-4),
+        (3, 0.0),
+    ]
 
 
 def test_networks_by_name():
     with torch.device("meta"):
-        for name in ("resnet18", "resnet34", "resnet50", "swin_t", "vgg16_bn", "mobilenet_v2", "shufflenet_v2_x0_5"):
-            assert build_model(name, 7, channels_last=False)(torch.empty(2, 3, 224, 224)).shape == (2, 7)
-        for name in ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"):  # the CIFAR stem keeps the resolution
+        for name in (
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "swin_t",
+            "vgg16_bn",
+            "mobilenet_v2",
+            "shufflenet_v2_x0_5",
+        ):
+            assert build_model(name, 7, channels_last=False)(torch.empty(2, 3, 224, 224)).shape == (
+                2,
+                7,
+            )
+        # the CIFAR stem keeps the resolution
+        for name in ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"):
             model = build_model(name, 10, cifar_stem=True, channels_last=False)
             first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
             assert (first.kernel_size, first.stride, first.padding) == ((3, 3), (1, 1), (1, 1))
@@ -186,8 +270,12 @@ def test_networks_by_name():
 
 
 def test_splits_of_two_datasets_are_named_as_that(config_file, betons):
-    """Neither number of classes is wrong by itself, so changing data.num_classes would lead in a circle."""
-    with pytest.raises(InputError, match=r"data\.train=.* has 10 classes, data\.val=.*raw\.beton 5; give two splits of one"):
+    """Neither number of classes is wrong by itself, so changing data.num_classes would lead in a
+    circle."""
+    with pytest.raises(
+        InputError,
+        match=r"data\.train=.* has 10 classes, data\.val=.*raw\.beton 5; give two splits of one",
+    ):
         open_files(load_config(config_file, [f"data.val={betons['raw']}"]))
     assert open_files(load_config(config_file))[2].num_classes == 10
 
@@ -196,10 +284,15 @@ def inspected(rank, config_file, run_dir):
     """The names of the files that a collection inspects, final pass included."""
     names, read_fields = [], beton._read_fields
     beton._read_fields = lambda path, *rest: (names.append(path.name), read_fields(path, *rest))[1]
-    config = load_config(config_file, [f"run.dir={run_dir}", "train.epochs=2", "score.windows=[{T: 2, K: 2}]"])
+    config = load_config(
+        config_file, [f"run.dir={run_dir}", "train.epochs=2", "score.windows=[{T: 2, K: 2}]"]
+    )
     collect(config, distributed.current_world("cpu"))
     return names
 
 
 def test_a_collection_inspects_each_file_once(config_file, tmp_path, betons):
-    assert run_ranks(1, inspected, config_file, tmp_path / "run")[0] == [betons["train"].name, betons["val"].name]
+    assert run_ranks(1, inspected, config_file, tmp_path / "run")[0] == [
+        betons["train"].name,
+        betons["val"].name,
+    ]

@@ -1,4 +1,5 @@
-"""Entropy and Moderate from a run's final weights, on real ranks, against forward passes of one image at a time."""
+"""Entropy and Moderate from a run's final weights, on real ranks, against forward passes of one
+image at a time."""
 
 import io
 import shutil
@@ -32,18 +33,42 @@ def random_image(index):
 
 
 def make_run(folder, class_sizes, model="shufflenet_v2_x0_5", batch=12):
-    """A finished run: raw random images in mixed order, and weights whose features differ between images."""
+    """A finished run: raw random images in mixed order, and weights whose features differ between
+    images."""
     num_classes = len(class_sizes)
     label_N = np.random.default_rng(0).permutation(np.repeat(np.arange(num_classes), class_sizes))
     names, beton = [f"c{label}" for label in range(num_classes)], folder / "train.beton"
-    write_beton(Source("random", "train", names, [f"{i}" for i in range(len(label_N))], label_N, random_image), beton,
-                write_mode="raw", num_workers=1, progress=False)
+    write_beton(
+        Source(
+            "random", "train", names, [f"{i}" for i in range(len(label_N))], label_N, random_image
+        ),
+        beton,
+        write_mode="raw",
+        num_workers=1,
+        progress=False,
+    )
     run = RunDir(folder / "run")
-    run.start({
-        "run": {"name": "tiny", "dir": str(run.path), "seed": 4}, "model": {"name": model},
-        "score": {"windows": [{"T": 2, "K": 2}]}, "train": {"epochs": NUM_EPOCHS, "global_batch_size": batch, "lr": 0.1},
-        "data": {"train": str(beton), "val": str(beton), "num_classes": num_classes, "image_size": 32, "crop": "pad",
-                 "padding": 2, "mean": [78.0] * 3, "std": [90.0] * 3}}, {"stage": "collect"}, 1, "cpu")
+    run.start(
+        {
+            "run": {"name": "tiny", "dir": str(run.path), "seed": 4},
+            "model": {"name": model},
+            "score": {"windows": [{"T": 2, "K": 2}]},
+            "train": {"epochs": NUM_EPOCHS, "global_batch_size": batch, "lr": 0.1},
+            "data": {
+                "train": str(beton),
+                "val": str(beton),
+                "num_classes": num_classes,
+                "image_size": 32,
+                "crop": "pad",
+                "padding": 2,
+                "mean": [78.0] * 3,
+                "std": [90.0] * 3,
+            },
+        },
+        {"stage": "collect"},
+        1,
+        "cpu",
+    )
     for epoch in range(NUM_EPOCHS):
         run.append_metrics({"epoch": epoch})
     torch.manual_seed(1)
@@ -52,7 +77,8 @@ def make_run(folder, class_sizes, model="shufflenet_v2_x0_5", batch=12):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
-        network(normalised(beton, len(label_N)))  # statistics of batch norm, without which features would vanish
+        # statistics of batch norm, without which features would vanish
+        network(normalised(beton, len(label_N)))
     run.models.mkdir()
     torch.save(network.state_dict(), run.models / "final.pt")
     return run.path
@@ -65,34 +91,46 @@ def normalised(beton, num_samples):
 
 
 def by_hand(run_dir, num_samples, num_classes, model="shufflenet_v2_x0_5"):
-    """Logits [N, C] and penultimate features [N, D], one image at a time through torchvision's own network."""
+    """Logits [N, C] and penultimate features [N, D], one image at a time through torchvision's own
+    network."""
     network = torchvision.models.get_model(model, weights=None, num_classes=num_classes).eval()
     network.load_state_dict(torch.load(run_dir / "models" / "final.pt", weights_only=True))
     features = []
     if hasattr(network, "fc"):
-        network.fc.register_forward_hook(lambda module, inputs, output: features.append(inputs[0][0].numpy()))
+        network.fc.register_forward_hook(
+            lambda module, inputs, output: features.append(inputs[0][0].numpy())
+        )
     with torch.no_grad():
-        logits = [network(image[None])[0].tolist() for image in normalised(run_dir.parent / "train.beton", num_samples)]
+        logits = [
+            network(image[None])[0].tolist()
+            for image in normalised(run_dir.parent / "train.beton", num_samples)
+        ]
     return logits, np.array(features, dtype=np.float64)
 
 
 def check_scores(found, run_dir, num_classes):
-    """Entropy and Moderate, || z - median of the class || with a median for each dimension, are those computed by hand."""
+    """Entropy and Moderate, || z - median of the class || with a median for each dimension, are
+    those computed by hand."""
     label_N = found["entropy"].label_N
     logits, feature_ND = by_hand(run_dir, len(label_N), num_classes)
     entropy_N = [oracles.entropy(row) for row in logits]
-    median_CD = np.array([np.median(feature_ND[label_N == label], axis=0) for label in range(num_classes)])
+    median_CD = np.array(
+        [np.median(feature_ND[label_N == label], axis=0) for label in range(num_classes)]
+    )
     moderate_N = np.linalg.norm(feature_ND - median_CD[label_N], axis=1)
     assert np.ptp(entropy_N) > 1e-3, "a test that compares constants shows nothing"
     assert np.ptp(moderate_N[label_N == 1]) > 1e-2
     np.testing.assert_allclose(found["entropy"].score_N, entropy_N, rtol=2e-5)
-    np.testing.assert_allclose(found["moderate"].score_N, moderate_N, rtol=2e-5, atol=1e-5 * moderate_N.max())
+    np.testing.assert_allclose(
+        found["moderate"].score_N, moderate_N, rtol=2e-5, atol=1e-5 * moderate_N.max()
+    )
     return feature_ND
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """44 images of 5 classes, the smallest with one: 4 steps of 12, the last with 8 real rows. Never changed.
+    """44 images of 5 classes, the smallest with one: 4 steps of 12, the last with 8 real rows.
+    Never changed.
 
     At 3 ranks the last one then sends rows to rank 1 and keeps padding."""
     return make_run(tmp_path_factory.mktemp("five"), CLASS_SIZES)
@@ -121,7 +159,11 @@ def watched_pass(rank, folder):
 
     final_pass._ByClass = Watched
     paths = final_pass.final_pass(folder, distributed.current_world("cpu"))
-    return [path.relative_to(folder).as_posix() for path in paths], made[0].index_M, made[0]._feature_MD
+    return (
+        [path.relative_to(folder).as_posix() for path in paths],
+        made[0].index_M,
+        made[0]._feature_MD,
+    )
 
 
 # ---- against the literal computation
@@ -130,7 +172,8 @@ def watched_pass(rank, folder):
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_scores_against_one_image_at_a_time(world_size, run_dir, alone, tmp_path):
-    """Were padding rows counted, entropy would be too high for some samples and features of others lost."""
+    """Were padding rows counted, entropy would be too high for some samples and features of others
+    lost."""
     scores, kept = (alone, []) if world_size == 1 else after_pass(world_size, run_dir, tmp_path)
     assert sorted(scores) == ["entropy", "moderate"]
     label_N = scores["entropy"].label_N
@@ -139,8 +182,14 @@ def test_scores_against_one_image_at_a_time(world_size, run_dir, alone, tmp_path
     assert scores["moderate"].score_N[label_N == 2] == 0, "alone in its class: its own median"
     for key, found in scores.items():
         assert found.key == key
-        assert found.settings == {"score": key, "source": "final_pass", "view": "evaluation", "epochs": NUM_EPOCHS, "seed": 4,
-                                  "world_size": world_size}
+        assert found.settings == {
+            "score": key,
+            "source": "final_pass",
+            "view": "evaluation",
+            "epochs": NUM_EPOCHS,
+            "seed": 4,
+            "world_size": world_size,
+        }
         assert found.fingerprint == fingerprint(label_N, 5)
         # rows per rank differ, and with them the order in which a convolution adds up
         np.testing.assert_allclose(found.score_N, alone[key].score_N, rtol=1e-5, atol=1e-5)
@@ -151,10 +200,14 @@ def test_scores_against_one_image_at_a_time(world_size, run_dir, alone, tmp_path
 
 def check_kept(kept, label_N, feature_ND):
     """Each rank keeps its classes and no more; no class is divided."""
-    np.testing.assert_array_equal(np.sort(np.concatenate([index_M for _, index_M, _ in kept])), np.arange(44))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([index_M for _, index_M, _ in kept])), np.arange(44)
+    )
     classes_of_rank = [set(label_N[index_M].tolist()) for _, index_M, _ in kept]
     assert sorted(label for classes in classes_of_rank for label in classes) == [0, 1, 2, 3, 4]
-    assert len(kept) != 3 or {38, 41} <= set(kept[1][1].tolist()), "what the last rank sends in the last step"
+    assert len(kept) != 3 or {38, 41} <= set(kept[1][1].tolist()), (
+        "what the last rank sends in the last step"
+    )
     for paths, index_M, feature_MD in kept:
         assert paths == ["scores/entropy.npz", "scores/moderate.npz"]
         assert 0 < len(index_M) <= 44 // len(kept) + max(CLASS_SIZES)
@@ -165,7 +218,8 @@ def check_kept(kept, label_N, feature_ND):
 
 @pytest.mark.distributed
 def test_more_ranks_than_classes(tmp_path):
-    """The third rank keeps no class and receives nothing in steps without padding; training on 3 ranks needs another batch."""
+    """The third rank keeps no class and receives nothing in steps without padding; training on 3
+    ranks needs another batch."""
     run = make_run(tmp_path, [15, 4], batch=10)
     scores, kept = after_pass(3, run, tmp_path / "copy")
     assert [len(index_M) for _, index_M, _ in kept] == [15, 4, 0]
@@ -173,14 +227,17 @@ def test_more_ranks_than_classes(tmp_path):
 
 
 def test_padding_rows_are_dropped():
-    """One rank without a process group: rows -1 must not land on the first sample, as negative or clamped indices would."""
+    """One rank without a process group: rows -1 must not land on the first sample, as negative or
+    clamped indices would."""
     kept = final_pass._ByClass(np.array([0, 1, 0, 1]), World(0, 0, 1, 1, torch.device("cpu")))
     feature_BD = torch.arange(12.0).reshape(4, 3)
     kept.add(torch.tensor([2, -1, 1, -1]), feature_BD, [4], [4])
     np.testing.assert_array_equal(kept._feature_MD, [[0, 0, 0], [6, 7, 8], [0, 1, 2], [0, 0, 0]])
     kept.add(torch.tensor([-1, 3, -1, 0]), feature_BD, [4], [4])
     np.testing.assert_array_equal(kept._feature_MD, [[9, 10, 11], [6, 7, 8], [0, 1, 2], [3, 4, 5]])
-    want = [oracles.moderate(kept._feature_MD.tolist(), [0, 1, 0, 1], sample) for sample in range(4)]
+    want = [
+        oracles.moderate(kept._feature_MD.tolist(), [0, 1, 0, 1], sample) for sample in range(4)
+    ]
     np.testing.assert_allclose(kept.distances(), want, rtol=1e-6)
 
 
@@ -195,8 +252,11 @@ def test_network_without_a_linear_classifier_has_an_entropy_only(tmp_path):
     assert (paths, others) == (["entropy.npz"], (["entropy.npz"], "")), "one rank speaks"
     assert [path.name for path in (folder / "scores").iterdir()] == ["entropy.npz"]
     logits, _ = by_hand(folder, 14, 2, model="squeezenet1_1")
-    np.testing.assert_allclose(load_scores(folder / "scores" / "entropy.npz").score_N,
-                               [oracles.entropy(row) for row in logits], rtol=2e-5)
+    np.testing.assert_allclose(
+        load_scores(folder / "scores" / "entropy.npz").score_N,
+        [oracles.entropy(row) for row in logits],
+        rtol=2e-5,
+    )
 
 
 def pass_and_words(rank, folder):
@@ -205,10 +265,19 @@ def pass_and_words(rank, folder):
     return [path.name for path in paths], said.getvalue()
 
 
-@pytest.mark.parametrize(("name", "layer"), [
-    ("resnet18", "fc"), ("swin_t", "head"), ("vgg16_bn", "classifier.6"), ("mobilenet_v2", "classifier.1"),
-    ("densenet121", "classifier"), ("vit_b_16", "heads.head"), ("convnext_tiny", "classifier.2"),
-    ("squeezenet1_1", None)])
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("resnet18", "fc"),
+        ("swin_t", "head"),
+        ("vgg16_bn", "classifier.6"),
+        ("mobilenet_v2", "classifier.1"),
+        ("densenet121", "classifier"),
+        ("vit_b_16", "heads.head"),
+        ("convnext_tiny", "classifier.2"),
+        ("squeezenet1_1", None),
+    ],
+)
 def test_classifier_of_networks(name, layer):
     with torch.device("meta"):
         model = build_model(name, 7, channels_last=False)
@@ -222,7 +291,9 @@ def test_classifier_of_networks(name, layer):
 @pytest.mark.distributed
 def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
     weights = torch.load(run_dir / "models" / "final.pt", weights_only=True)
-    foreign = torchvision.models.get_model("shufflenet_v2_x0_5", weights=None, num_classes=6).state_dict()
+    foreign = torchvision.models.get_model(
+        "shufflenet_v2_x0_5", weights=None, num_classes=6
+    ).state_dict()
     spoilt = weights | {"fc.weight": torch.full_like(weights["fc.weight"], torch.nan)}
     cases = {  # name: (what to save, words of the message)
         "missing": (None, "models/final.pt does not exist"),
@@ -232,7 +303,10 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
         "damaged": (b"no weights", "models/final.pt cannot be read"),
         "empty": (b"", "models/final.pt cannot be read"),
         "pickle": (Path, "models/final.pt cannot be read"),
-        "nan": (spoilt, "entropy is not finite for 44 samples (global indices [0, 1, 2, 3, 4, 5, 6, 7])"),
+        "nan": (
+            spoilt,
+            "entropy is not finite for 44 samples (global indices [0, 1, 2, 3, 4, 5, 6, 7])",
+        ),
         "on one rank": (weights, "gone on rank 1"),
         "no run": (None, "is not a run directory"),
         "other labels": (weights, "belongs to another dataset"),
@@ -247,7 +321,10 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
             torch.save(content, path)
     (tmp_path / "no run" / "config.yaml").unlink()
     other = fingerprint(np.zeros(44, dtype=np.int64), 5)  # of the scores that the run has
-    save_scores(tmp_path / "other labels" / "scores" / "el2n.npz", Scores("el2n", np.zeros(44), np.zeros(44), other))
+    save_scores(
+        tmp_path / "other labels" / "scores" / "el2n.npz",
+        Scores("el2n", np.zeros(44), np.zeros(44), other),
+    )
     by_rank = run_ranks(2, failing_passes, tmp_path, list(cases))
     for name, (_, words) in cases.items():
         for outcomes in by_rank:
@@ -260,7 +337,8 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
 
 
 def failing_passes(rank, folder, names):
-    """What each of the folders raises, one after the other: a rank that went on alone would hang the next one."""
+    """What each of the folders raises, one after the other: a rank that went on alone would hang
+    the next one."""
 
     def gone(run):
         raise InputError("gone on rank 1")

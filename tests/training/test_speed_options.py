@@ -1,5 +1,5 @@
-"""What makes training faster and must not make it another: compiled networks, fused optimizers, images that grow, and
-decoding ahead of need."""
+"""What makes training faster and must not make it another: compiled networks, fused optimizers,
+images that grow, and decoding ahead of need."""
 
 import json
 import threading
@@ -28,7 +28,11 @@ from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import training_size, training_sizes
 from tests.ranks import catch, run_ranks
 
-GROWING = ["data.crop=resized", "data.progressive={start_size: 16, from_epoch: 0, to_epoch: 3, multiple: 8}", "train.epochs=5"]
+GROWING = [
+    "data.crop=resized",
+    "data.progressive={start_size: 16, from_epoch: 0, to_epoch: 3, multiple: 8}",
+    "train.epochs=5",
+]
 
 
 def on_cuda(function):
@@ -42,7 +46,11 @@ class Small(nn.Module):
     def __init__(self, seen):
         super().__init__()
         # A bias before batch norm has no gradient but rounding, which Adam would make steps of.
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.conv, self.norm, self.head = (
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 10),
+        )
         self.seen = seen
 
     def forward(self, image):
@@ -73,13 +81,25 @@ class Leaves:
     expect = check = end_epoch = load_state_dict = _nothing
 
 
-def train(rank, config_file, folder, overrides, leave_at=0, error=None, score=False, epochs=None, device="cpu", prepare=None):
+def train(
+    rank,
+    config_file,
+    folder,
+    overrides,
+    leave_at=0,
+    error=None,
+    score=False,
+    epochs=None,
+    device="cpu",
+    prepare=None,
+):
     """Train on this rank, if asked to with a leave and a resume; everything that came of it."""
     seen = []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    engine.build_model = lambda *arguments, **options: Small(
-        lambda *what: seen.append(what)).to(memory_format=torch.channels_last)
+    engine.build_model = lambda *arguments, **options: Small(lambda *what: seen.append(what)).to(
+        memory_format=torch.channels_last
+    )
     engine.default_workers = lambda local_world_size: 1
     if prepare is not None:
         prepare(seen)
@@ -89,8 +109,16 @@ def train(rank, config_file, folder, overrides, leave_at=0, error=None, score=Fa
     run.path.mkdir(exist_ok=True)
     train_file, val_file, _ = open_files(config)
     checkpoints = Checkpoints(run.checkpoints, world, asynchronous=False)
-    job = Job(config, world, run, train_file, val_file, epochs or config.train.epochs, config.train.global_batch_size,
-              checkpoints=checkpoints)
+    job = Job(
+        config,
+        world,
+        run,
+        train_file,
+        val_file,
+        epochs or config.train.epochs,
+        config.train.global_batch_size,
+        checkpoints=checkpoints,
+    )
     if score:
         job = observed(job, ShardedScorer(120, 10, config.windows(), device=device))
     outcome, threads = "done", []
@@ -98,7 +126,8 @@ def train(rank, config_file, folder, overrides, leave_at=0, error=None, score=Fa
         fit(replace(job, observer=Leaves(job.interruption, leave_at, error)) if leave_at else job)
     except (Preempted, RuntimeError) as left:
         outcome = type(left).__name__
-        threads = loading_threads()  # here: once the exception is gone, those of its frames end by themselves
+        # here: once the exception is gone, those of its frames end by themselves
+        threads = loading_threads()
         found = checkpoints.latest()
         if error is None:
             again = replace(job, resume=found, interruption=type(job.interruption)())
@@ -108,12 +137,27 @@ def train(rank, config_file, folder, overrides, leave_at=0, error=None, score=Fa
     threads += loading_threads()
     weights = {}
     if error is None:
-        weights = {name: value.numpy() for name, value in torch.load(run.models / "final.pt", weights_only=True).items()}
-    metrics = [{key: record[key] for key in ("train_loss", "train_top1", "val_loss", "val_top1") if key in record}
-               for record in run.read_metrics()]
+        weights = {
+            name: value.numpy()
+            for name, value in torch.load(run.models / "final.pt", weights_only=True).items()
+        }
+    metrics = [
+        {
+            key: record[key]
+            for key in ("train_loss", "train_top1", "val_loss", "val_top1")
+            if key in record
+        }
+        for record in run.read_metrics()
+    ]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return {"outcome": outcome, "seen": list(seen), "weights": weights, "metrics": metrics, "threads": threads,
-            "graphs": graphs}
+    return {
+        "outcome": outcome,
+        "seen": list(seen),
+        "weights": weights,
+        "metrics": metrics,
+        "threads": threads,
+        "graphs": graphs,
+    }
 
 
 def loading_threads():
@@ -121,18 +165,23 @@ def loading_threads():
 
 
 def trained(world_size, config_file, folder, *calls, deadline=120.0):
-    """What `train` gives on rank 0 for each of (overrides, options), in the same processes: they start slowly."""
+    """What `train` gives on rank 0 for each of (overrides, options), in the same processes: they
+    start slowly."""
     return run_ranks(world_size, _train, config_file, folder, calls, deadline=deadline)[0]
 
 
 def _train(rank, config_file, folder, calls):
-    return [train(rank, config_file, folder / str(number), overrides, **options)
-            for number, (overrides, options) in enumerate(calls)]
+    return [
+        train(rank, config_file, folder / str(number), overrides, **options)
+        for number, (overrides, options) in enumerate(calls)
+    ]
 
 
 def assert_same(a, b):
     assert a["weights"].keys() == b["weights"].keys()
-    assert [name for name in a["weights"] if not np.array_equal(a["weights"][name], b["weights"][name])] == []
+    assert [
+        name for name in a["weights"] if not np.array_equal(a["weights"][name], b["weights"][name])
+    ] == []
     assert a["threads"] == b["threads"] == []
 
 
@@ -142,7 +191,9 @@ def assert_resumed(whole, left):
 
 
 def distance(a, b):
-    return max(np.abs(a["weights"][name].astype(float) - b["weights"][name]).max() for name in a["weights"])
+    return max(
+        np.abs(a["weights"][name].astype(float) - b["weights"][name]).max() for name in a["weights"]
+    )
 
 
 # ---- images that grow
@@ -157,11 +208,19 @@ def literal_size(epoch, start, final, first, last):
     return int(np.round(np.interp([epoch], [first, last], [start, final])[0] / 32)) * 32
 
 
-@pytest.mark.parametrize(("start", "final", "first", "last"), [(160, 192, 35, 39), (96, 224, 0, 80), (128, 320, 2, 9)])
+@pytest.mark.parametrize(
+    ("start", "final", "first", "last"), [(160, 192, 35, 39), (96, 224, 0, 80), (128, 320, 2, 9)]
+)
 def test_sizes_are_those_of_the_recipe(config_file, start, final, first, last):
-    config = load_config(config_file, [
-        "data.crop=resized", f"data.image_size={final}", "train.epochs=90",
-        f"data.progressive={{start_size: {start}, from_epoch: {first}, to_epoch: {last}}}"])
+    config = load_config(
+        config_file,
+        [
+            "data.crop=resized",
+            f"data.image_size={final}",
+            "train.epochs=90",
+            f"data.progressive={{start_size: {start}, from_epoch: {first}, to_epoch: {last}}}",
+        ],
+    )
     sizes = [training_size(config, epoch, 90) for epoch in range(90)]
     assert sizes == [literal_size(epoch, start, final, first, last) for epoch in range(90)]
     assert set(sizes) <= set(training_sizes(config))
@@ -169,17 +228,32 @@ def test_sizes_are_those_of_the_recipe(config_file, start, final, first, last):
 
 
 def test_sizes_in_between_stay_between_the_ends(config_file):
-    config = load_config(config_file, ["data.crop=resized", "data.image_size=70", "train.epochs=40",
-                                       "data.progressive={start_size: 50, from_epoch: 1, to_epoch: 39}"])
+    config = load_config(
+        config_file,
+        [
+            "data.crop=resized",
+            "data.image_size=70",
+            "train.epochs=40",
+            "data.progressive={start_size: 50, from_epoch: 1, to_epoch: 39}",
+        ],
+    )
     sizes = [training_size(config, epoch, 40) for epoch in range(40)]
-    assert sorted(set(sizes)) == [50, 64, 70] == training_sizes(config)  # rounding alone would give 96 and 32 as well
+    # rounding alone would give 96 and 32 as well
+    assert sorted(set(sizes)) == [50, 64, 70] == training_sizes(config)
     assert sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 7, 60, 400])
 def test_a_training_of_other_length_goes_through_the_same_sizes(config_file, epochs):
-    config = load_config(config_file, ["data.crop=resized", "data.image_size=224", "train.epochs=60",
-                                       "data.progressive={start_size: 96, from_epoch: 10, to_epoch: 50}"])
+    config = load_config(
+        config_file,
+        [
+            "data.crop=resized",
+            "data.image_size=224",
+            "train.epochs=60",
+            "data.progressive={start_size: 96, from_epoch: 10, to_epoch: 50}",
+        ],
+    )
     sizes = [training_size(config, epoch, epochs) for epoch in range(epochs)]
     assert sizes[-1] == 224
     assert sizes[0] == (96 if epochs > 1 else 224)
@@ -196,34 +270,52 @@ def test_without_growth_there_is_one_size(config_file):
 
 @pytest.mark.distributed
 def test_training_and_evaluation_see_their_sizes(config_file, tmp_path):
-    """Also where the training is longer than the config's, and begins again in the middle of an epoch."""
+    """Also where the training is longer than the config's, and begins again in the middle of an
+    epoch."""
     settings = [*GROWING, "data.eval_size=40"]
-    whole, left, longer = trained(1, config_file, tmp_path, *((settings, options) for options in (
-        {}, {"leave_at": 7}, {"epochs": 9})))
+    whole, left, longer = trained(
+        1,
+        config_file,
+        tmp_path,
+        *((settings, options) for options in ({}, {"leave_at": 7}, {"epochs": 9})),
+    )
     assert sizes_of(whole) == sizes_of(left) == ([[16], [24], [24], [32], [32]], {40})
     assert_resumed(whole, left)
     assert sizes_of(longer)[0] == [[16], [16], [24], [24], [24], [32], [32], [32], [32]]
 
 
 def sizes_of(outcome):
-    """Of training by epoch (5 steps each), and of evaluation; the pass that settles DDP's buckets has two rows."""
+    """Of training by epoch (5 steps each), and of evaluation; the pass that settles DDP's buckets
+    has two rows."""
     steps = [shape for training, shape in outcome["seen"] if training and shape[0] > 2]
-    epochs = [sorted({shape[-1] for shape in steps[first : first + 5]}) for first in range(0, len(steps), 5)]
+    epochs = [
+        sorted({shape[-1] for shape in steps[first : first + 5]})
+        for first in range(0, len(steps), 5)
+    ]
     return epochs, {shape[-1] for training, shape in outcome["seen"] if not training}
 
 
 def test_preflight_tries_every_size(config_file):
     def check(*overrides):
-        config = load_config(config_file, ["data.crop=resized", "model.name=alexnet", "data.image_size=96", *overrides])
+        config = load_config(
+            config_file,
+            ["data.crop=resized", "model.name=alexnet", "data.image_size=96", *overrides],
+        )
         preflight(config, *open_files(config)[:2], 4)
 
     check()
     check("data.progressive={start_size: 64, from_epoch: 0, to_epoch: 2}", "data.eval_size=128")
-    with pytest.raises(InputError, match=r"cannot train on 4 images of 16x16 .*use another data\.progressive"):
+    with pytest.raises(
+        InputError, match=r"cannot train on 4 images of 16x16 .*use another data\.progressive"
+    ):
         check("data.progressive={start_size: 16, from_epoch: 0, to_epoch: 2}")
-    with pytest.raises(InputError, match=r"cannot evaluate 4 images of 16x16 .*use another data\.eval_size"):
+    with pytest.raises(
+        InputError, match=r"cannot evaluate 4 images of 16x16 .*use another data\.eval_size"
+    ):
         check("data.eval_size=16")
-    with pytest.raises(InputError, match=r"cannot train on 4 images of 24x24 .*use another data\.image_size"):
+    with pytest.raises(
+        InputError, match=r"cannot train on 4 images of 24x24 .*use another data\.image_size"
+    ):
         check("data.image_size=24", "data.eval_size=96")
 
 
@@ -247,8 +339,12 @@ def test_which_optimizer_is_fused(config_file):
     model = nn.Linear(3, 4)
 
     def fused(*overrides):
-        return {build_optimizer(model, load_config(config_file, (*overrides, f"train.optimizer={kind}"))).defaults["fused"]
-                for kind in ("sgd", "adamw")}
+        return {
+            build_optimizer(
+                model, load_config(config_file, (*overrides, f"train.optimizer={kind}"))
+            ).defaults["fused"]
+            for kind in ("sgd", "adamw")
+        }
 
     assert fused("train.fused_optimizer=true") == {True}
     assert fused("train.fused_optimizer=false") == fused() == {None}  # on the CPU
@@ -260,14 +356,26 @@ def test_which_optimizer_is_fused(config_file):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
-    """With recording, from an extra clean view too, which is eager; names in checkpoints and models stay."""
+    """With recording, from an extra clean view too, which is eager; names in checkpoints and models
+    stay."""
     clean = ["score.view=clean", "train.mixup=0.2"]
     compile = [*clean, "model.compile=true"]
     plain, compiled, scored = trained(
-        1, config_file, tmp_path, (clean, {}), (compile, {}), (compile, {"score": True}), deadline=400.0)
+        1,
+        config_file,
+        tmp_path,
+        (clean, {}),
+        (compile, {}),
+        (compile, {"score": True}),
+        deadline=400.0,
+    )
     assert (plain["graphs"], compiled["graphs"], scored["graphs"]) == (0, 1, 1)
     assert not any(training for training, _ in compiled["seen"]), "evaluation alone is eager"
-    assert plain["weights"].keys() == compiled["weights"].keys() == dict(Small(None).state_dict()).keys()
+    assert (
+        plain["weights"].keys()
+        == compiled["weights"].keys()
+        == dict(Small(None).state_dict()).keys()
+    )
     assert 0 < distance(plain, compiled) < 1e-3
     assert_same(compiled, scored)
 
@@ -279,7 +387,14 @@ def test_a_compiled_network_on_ranks_resumes_bitwise(config_file, tmp_path):
     plain = [*GROWING, "train.accumulation=2"]
     compile = [*plain, "model.compile=true"]
     eager, whole, left = trained(
-        2, config_file, tmp_path, (plain, {}), (compile, {}), (compile, {"leave_at": 13}), deadline=400.0)
+        2,
+        config_file,
+        tmp_path,
+        (plain, {}),
+        (compile, {}),
+        (compile, {"leave_at": 13}),
+        deadline=400.0,
+    )
     assert whole["graphs"] >= 3
     assert_resumed(whole, left)
     assert 0 < distance(eager, whole) < 1e-3
@@ -312,15 +427,31 @@ def _no_compiler(rank, config_file, folder):
 
 @pytest.mark.distributed
 def test_what_follows_is_started_before_it_is_needed(config_file, tmp_path):
-    """120 images in 5 steps: what follows starts with 3 to go. The results are those of a loop that does not look ahead."""
+    """120 images in 5 steps: what follows starts with 3 to go. The results are those of a loop that
+    does not look ahead."""
     overrides = ["train.eval_every=2", "train.epochs=4"]
-    ahead, behind = trained(2, config_file, tmp_path, (overrides, {"prepare": _note_openings}),
-                            (overrides, {"prepare": _do_not_look_ahead}))
-    events = [what if isinstance(what[0], str) else "t" if what[0] else "v" for what in ahead["seen"]]
+    ahead, behind = trained(
+        2,
+        config_file,
+        tmp_path,
+        (overrides, {"prepare": _note_openings}),
+        (overrides, {"prepare": _do_not_look_ahead}),
+    )
+    events = [
+        what if isinstance(what[0], str) else "t" if what[0] else "v" for what in ahead["seen"]
+    ]
     opened = {what: events.index(what) for what in events if not isinstance(what, str)}
-    assert list(opened) == [("train", 0), ("train", 1), ("val", 1), ("train", 2), ("train", 3), ("val", 3)]
+    assert list(opened) == [
+        ("train", 0),
+        ("train", 1),
+        ("val", 1),
+        ("train", 2),
+        ("train", 3),
+        ("val", 3),
+    ]
     num_val = -(-50 // 24)
-    steps = [sum(event == "t" for event in events[:place]) - 1 for place in opened.values()]  # but for that of the start
+    # but for that of the start
+    steps = [sum(event == "t" for event in events[:place]) - 1 for place in opened.values()]
     assert steps == [0, 2, 7, 10, 12, 17]
     evaluated = [sum(event == "v" for event in events[:place]) for place in opened.values()]
     assert evaluated == [0, 0, 0, num_val - num_val, num_val, num_val]
@@ -345,8 +476,11 @@ def _do_not_look_ahead(seen):
 @pytest.mark.distributed
 def test_every_way_out_ends_the_loading_threads(config_file, tmp_path):
     """From the middle of an epoch; with the next pass started already; after it."""
-    calls = [([f"train.eval_every={every}"], {"leave_at": leave_at, "error": RuntimeError("boom")})
-             for every in (1, 3) for leave_at in (3, 5, 6)]  # evaluation is next, or the next epoch
+    calls = [
+        ([f"train.eval_every={every}"], {"leave_at": leave_at, "error": RuntimeError("boom")})
+        for every in (1, 3)
+        for leave_at in (3, 5, 6)
+    ]  # evaluation is next, or the next epoch
     for failed in trained(1, config_file, tmp_path, *calls):
         assert (failed["outcome"], failed["threads"]) == ("RuntimeError", [])
 
@@ -384,7 +518,12 @@ def test_cudnn_looks_for_the_fastest_unless_bits_matter():
 
 def test_new_options_stand_in_the_record_of_a_run(config_file):
     config = load_config(config_file, [*GROWING, "data.progressive.multiple=4"])
-    assert to_dict(config)["data"]["progressive"] == {"start_size": 16, "from_epoch": 0, "to_epoch": 3, "multiple": 4}
+    assert to_dict(config)["data"]["progressive"] == {
+        "start_size": 16,
+        "from_epoch": 0,
+        "to_epoch": 3,
+        "multiple": 4,
+    }
     assert to_dict(load_config(config_file))["data"]["progressive"] is None
 
 
@@ -395,10 +534,20 @@ def test_new_options_stand_in_the_record_of_a_run(config_file):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_on_cuda_fused_steps_resume_bitwise(config_file, tmp_path, optimizer, amp):
-    """With loss scaling, clipping and images that grow; deterministic, so that bits can be compared."""
-    overrides = [*GROWING, f"train.optimizer={optimizer}", f"train.amp={amp}", "train.lr=0.01", "run.device=cuda"]
-    calls = [(overrides + more, {"leave_at": leave_at, "device": "cuda"})
-             for more in ([], ["train.clip_norm=1.0"]) for leave_at in (0, 7)]
+    """With loss scaling, clipping and images that grow; deterministic, so that bits can be
+    compared."""
+    overrides = [
+        *GROWING,
+        f"train.optimizer={optimizer}",
+        f"train.amp={amp}",
+        "train.lr=0.01",
+        "run.device=cuda",
+    ]
+    calls = [
+        (overrides + more, {"leave_at": leave_at, "device": "cuda"})
+        for more in ([], ["train.clip_norm=1.0"])
+        for leave_at in (0, 7)
+    ]
     found = trained(1, config_file, tmp_path, *calls)
     assert_resumed(*found[:2])
     assert_resumed(*found[2:])
@@ -407,17 +556,27 @@ def test_on_cuda_fused_steps_resume_bitwise(config_file, tmp_path, optimizer, am
 @on_cuda
 def test_on_cuda_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
     base = [*GROWING, "run.device=cuda"]
-    plain, compiled = trained(1, config_file, tmp_path, *(
-        ([*base, *more], {"device": "cuda"}) for more in ([], ["model.compile=true"])))
+    plain, compiled = trained(
+        1,
+        config_file,
+        tmp_path,
+        *(([*base, *more], {"device": "cuda"}) for more in ([], ["model.compile=true"])),
+    )
     assert compiled["graphs"] == 3
     assert distance(plain, compiled) < 1e-2
 
 
 @on_cuda
 def test_no_step_of_the_loop_waits_for_the_device(config_file, tmp_path):
-    """Training steps and evaluation under torch's watch; what is read at log cadence and at ends of epochs is let be."""
+    """Training steps and evaluation under torch's watch; what is read at log cadence and at ends of
+    epochs is let be."""
     overrides = ["run.device=cuda", "train.log_every=1000"]
-    outcome = trained(1, config_file, tmp_path, (overrides, {"device": "cuda", "score": True, "prepare": _forbid_waits}))[0]
+    outcome = trained(
+        1,
+        config_file,
+        tmp_path,
+        (overrides, {"device": "cuda", "score": True, "prepare": _forbid_waits}),
+    )[0]
     assert outcome["outcome"] == "done"
     assert len(outcome["metrics"]) == 3
 
@@ -438,5 +597,9 @@ def _forbid_waits(seen):
 
         setattr(owner, name, watched)
 
-    for owner, name in ((Trainer, "_forward_backward"), (Trainer, "_update"), (metrics.Accuracy, "add")):
+    for owner, name in (
+        (Trainer, "_forward_backward"),
+        (Trainer, "_update"),
+        (metrics.Accuracy, "add"),
+    ):
         watch(owner, name)

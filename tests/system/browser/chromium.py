@@ -1,4 +1,5 @@
-"""A headless Chromium for what has to be seen in a browser: the one of the system, driven by Playwright."""
+"""A headless Chromium for what has to be seen in a browser: the one of the system, driven by
+Playwright."""
 
 import os
 import shutil
@@ -20,11 +21,14 @@ def find() -> str | None:
 
 @contextmanager
 def launched() -> Iterator["Browser"]:
-    """A browser for the time of a `with`. Its sandbox and /dev/shm need what containers lack; it opens our files only."""
+    """A browser for the time of a `with`. Its sandbox and /dev/shm need what containers lack; it
+    opens our files only."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find(), args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(
+            executable_path=find(), args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         try:
             yield browser
         finally:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[3]
-WINDOWS = "[{T: 4, K: 3, pruning_rates: [0.0, 0.3, 0.5]}, {T: 3, K: 3, pruning_rates: [0.7, 0.8, 0.9]}]"
+WINDOWS = (
+    "[{T: 4, K: 3, pruning_rates: [0.0, 0.3, 0.5]}, {T: 3, K: 3, pruning_rates: [0.7, 0.8, 0.9]}]"
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,23 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
     run, data = folder / "run", folder / "data"
     done = subprocess.run(
-        [str(ROOT / "scripts/demo.sh"), f"run.dir={run}", f"data.train={data}/digits_train.beton",
-         f"data.val={data}/digits_val.beton", "train.epochs=4", "train.warmup_epochs=1", "model.name=shufflenet_v2_x0_5",
-         f"score.windows={WINDOWS}", "score.baselines.el2n_epochs=3", "score.baselines.uncertainty_window=3"],
-        env=os.environ | {"DEMO_RUN": str(run), "DEMO_DATA": str(data)}, capture_output=True, text=True, timeout=280)
+        [
+            str(ROOT / "scripts/demo.sh"),
+            f"run.dir={run}",
+            f"data.train={data}/digits_train.beton",
+            f"data.val={data}/digits_val.beton",
+            "train.epochs=4",
+            "train.warmup_epochs=1",
+            "model.name=shufflenet_v2_x0_5",
+            f"score.windows={WINDOWS}",
+            "score.baselines.el2n_epochs=3",
+            "score.baselines.uncertainty_window=3",
+        ],
+        env=os.environ | {"DEMO_RUN": str(run), "DEMO_DATA": str(data)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return Demo(run, run / "report.html", done.stdout + done.stderr)
 
@@ -54,16 +69,30 @@ def open_page(browser: "Browser") -> Iterator[Callable[..., Opened]]:
     """Opens a file: `open_page(path, size="desktop", scheme="light")`."""
     contexts = []
 
-    def opened(path: Path, size: str = "desktop", scheme: str = "light", scripts: bool = True) -> Opened:
+    def opened(
+        path: Path, size: str = "desktop", scheme: str = "light", scripts: bool = True
+    ) -> Opened:
         width, height = SIZES[size]
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme,
-                                      java_script_enabled=scripts)
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            java_script_enabled=scripts,
+        )
         contexts.append(context)
         found = Opened(context.new_page())
-        found.page.on("console", lambda message: found.errors.append(message.text) if message.type == "error" else None)
+        found.page.on(
+            "console",
+            lambda message: found.errors.append(message.text) if message.type == "error" else None,
+        )
         found.page.on("pageerror", lambda error: found.errors.append(str(error)))
-        found.page.on("request", lambda request: found.requests.append(request.url)
-                      if not request.url.startswith(("data:", path.as_uri())) else None)
+        found.page.on(
+            "request",
+            lambda request: (
+                found.requests.append(request.url)
+                if not request.url.startswith(("data:", path.as_uri()))
+                else None
+            ),
+        )
         found.page.goto(path.as_uri())
         return found
 

@@ -14,7 +14,9 @@ def page(demo, open_page, request):
 
 @pytest.mark.parametrize("size", ["desktop", "phone"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_opens_without_errors_requests_or_sideways_scrolling_and_images_load(demo, open_page, size, scheme):
+def test_the_page_opens_without_errors_requests_or_sideways_scrolling_and_images_load(
+    demo, open_page, size, scheme
+):
     opened = open_page(demo.report, size, scheme)
     page = opened.page
     page.mouse.wheel(0, 100_000)
@@ -43,8 +45,14 @@ def test_tables_sort_by_number_both_ways(page):
                 button.click()
                 direction = head.get_attribute("aria-sort")
                 cells = table.locator("tbody:not(.whole-data) tr").evaluate_all(
-                    "(rows, at) => rows.map(row => row.cells[at]).map(cell => cell.dataset.value ?? cell.textContent)", column)
-                found = [re.search(r"-?\d+(?:\.\d+)?", cell.replace(",", "").replace("−", "-")) for cell in cells]
+                    "(rows, at) => rows.map(row => row.cells[at]).map(cell => cell.dataset.value ??"
+                    " cell.textContent)",
+                    column,
+                )
+                found = [
+                    re.search(r"-?\d+(?:\.\d+)?", cell.replace(",", "").replace("−", "-"))
+                    for cell in cells
+                ]
                 numbers = [float(number[0]) for number in found if number]
                 if len(numbers) == len(cells) and column:
                     assert numbers == sorted(numbers, reverse=direction == "descending")
@@ -88,7 +96,9 @@ def test_other_scores_and_cuts_show_their_images(demo, open_page):
     first = sheets.locator("img").first.get_attribute("data-index")
     for name in names:
         section.locator(".sheet-score").select_option(label=name)
-        highest = [float(text) for text in sheets.locator("ul").first.locator("b").all_inner_texts()]
+        highest = [
+            float(text) for text in sheets.locator("ul").first.locator("b").all_inner_texts()
+        ]
         assert len(highest) > 10
         assert highest == sorted(highest, reverse=True), name
     section.locator(".sheet-score").select_option(label="el2n_T3")

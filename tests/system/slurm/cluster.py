@@ -1,12 +1,15 @@
-"""A SLURM cluster of two nodes on this machine, for tests: real daemons, nothing shared, nothing left behind.
+"""A SLURM cluster of two nodes on this machine, for tests: real daemons, nothing shared, nothing
+left behind.
 
-Everything lies in one directory: configuration, state, logs, the sockets of an own munge and an own MariaDB. Commands find
-the cluster by SLURM_CONF alone, so a SLURM that is installed here does not notice. Nodes are named 127.0.0.1 and 127.0.0.2:
-names that resolve anywhere, so no file of the system is changed.
+Everything lies in one directory: configuration, state, logs, the sockets of an own munge and an own
+MariaDB. Commands find the cluster by SLURM_CONF alone, so a SLURM that is installed here does not
+notice. Nodes are named 127.0.0.1 and 127.0.0.2: names that resolve anywhere, so no file of the
+system is changed.
 
-A process of its own, the keeper, starts the daemons and adopts whatever they leave without a parent (slurmstepd, tasks of
-jobs). When it is told to stop, or the process that asked for the cluster has died, it kills all that descends from it and
-removes the directory. Should the keeper itself be killed, the next start cleans up.
+A process of its own, the keeper, starts the daemons and adopts whatever they leave without a parent
+(slurmstepd, tasks of jobs). When it is told to stop, or the process that asked for the cluster has
+died, it kills all that descends from it and removes the directory. Should the keeper itself be
+killed, the next start cleans up.
 
     python -m tests.system.slurm.cluster start DIR                  by hand, until stopped
     eval "$(python -m tests.system.slurm.cluster shell-env DIR)"    then sbatch, squeue, ... in this shell mean that cluster
@@ -34,13 +37,18 @@ from typing import NoReturn
 
 NODES = ("127.0.0.1", "127.0.0.2")
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")
-FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")  # SLURM does not start these again
-LONGEST_PATH = 60  # of the directory: names of sockets in it stay below the 107 characters that the kernel allows
-CREDENTIAL_SECONDS = 5  # so long a requeued job waits before it starts again; SLURM takes less than 5 for an error, and 120
+# SLURM does not start these again
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")
+# of the directory: names of sockets in it stay below the 107 characters that the kernel allows
+LONGEST_PATH = 60
+# so long a requeued job waits before it starts again; SLURM takes less than 5 for an error, and 120
+CREDENTIAL_SECONDS = 5
 
 _PREFIX = "tdds-slurm-"
 _KEEPER = "keeper"  # file with the keeper's pid and start time; it marks a directory as ours
-_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+_PATH = os.pathsep.join(
+    [os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"]
+)
 _DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd")
 
 _SLURM_CONF = """\
@@ -115,7 +123,8 @@ class SlurmError(RuntimeError):
 
 
 def missing_programs() -> list[str]:
-    """What is not installed of what a cluster is made of; `tests/system/slurm/install.sh` installs it."""
+    """What is not installed of what a cluster is made of; `tests/system/slurm/install.sh` installs
+    it."""
     return [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
 
 
@@ -142,20 +151,36 @@ class SlurmCluster:
     def start(self, outlives_this_process: bool = False) -> None:
         """Returns when both nodes are idle."""
         if missing := missing_programs():
-            raise SlurmError(f"{', '.join(missing)} not found; tests/system/slurm/install.sh installs what a cluster needs")
+            raise SlurmError(
+                f"{', '.join(missing)} not found; tests/system/slurm/install.sh installs what a"
+                " cluster needs"
+            )
         if len(str(self.directory)) > LONGEST_PATH:
-            raise SlurmError(f"{self.directory} has more than {LONGEST_PATH} characters, sockets in it would not work")
+            raise SlurmError(
+                f"{self.directory} has more than {LONGEST_PATH} characters, sockets in it would not"
+                " work"
+            )
         remove_stale(self.directory)
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(self.directory.iterdir()):
-            raise SlurmError(f"{self.directory} is not empty, or the cluster in it runs; name a new directory")
+            raise SlurmError(
+                f"{self.directory} is not empty, or the cluster in it runs; name a new directory"
+            )
         owner = 0 if outlives_this_process else os.getpid()
         command = [sys.executable, "-I", __file__, "keep", str(self.directory), str(owner)]
-        self._keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-                                        start_new_session=True, env=_bare_environment(self.directory), cwd="/")
+        self._keeper = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=_bare_environment(self.directory),
+            cwd="/",
+        )
         try:
             assert self._keeper.stdout is not None
-            answer = self._keeper.stdout.read()  # until the keeper closes it: it is ready, or it has given up
+            # until the keeper closes it: it is ready, or it has given up
+            answer = self._keeper.stdout.read()
             if answer != "ready":
                 raise SlurmError(answer or "the keeper of the cluster died")
         except BaseException:
@@ -163,7 +188,8 @@ class SlurmCluster:
             raise
 
     def stop(self) -> None:
-        """Kills everything and removes the directory; also after a start that failed, and a second time."""
+        """Kills everything and removes the directory; also after a start that failed, and a second
+        time."""
         pid = _keeper_of(self.directory)
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -185,36 +211,57 @@ class SlurmCluster:
     # ---- commands
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
-        """Standard output of a command, which sees this cluster and no variable of a job that this process may be in."""
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
-        done = subprocess.run(command, env=environment | self.environment, timeout=timeout, check=False, text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True)
+        """Standard output of a command, which sees this cluster and no variable of a job that this
+        process may be in."""
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM", "SBATCH", "SRUN"))
+        }
+        done = subprocess.run(
+            command,
+            env=environment | self.environment,
+            timeout=timeout,
+            check=False,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
         if check and done.returncode:
-            raise SlurmError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
+            raise SlurmError(
+                f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()}"
+            )
         return done.stdout.strip()
 
     def state(self, job_id: str | int) -> str:
         """State of a job in a word; UNKNOWN when SLURM knows no such job.
 
-        The controller says it, and the accounting once the controller has forgotten the job. `sacct`, which submitit asks,
-        is up to 5 s behind.
+        The controller says it, and the accounting once the controller has forgotten the job.
+        `sacct`, which submitit asks, is up to 5 s behind.
         """
-        accounted = partial(self.run, "sacct", "-n", "-P", "-X", "-j", str(job_id), "-o", "State", check=False)
+        accounted = partial(
+            self.run, "sacct", "-n", "-P", "-X", "-j", str(job_id), "-o", "State", check=False
+        )
         return self._shown(job_id).get("JobState") or (accounted().split() or ["UNKNOWN"])[0]
 
     def restarts(self, job_id: str | int) -> int:
         """How many times a job has been started again."""
         return int(self._shown(job_id).get("Restarts", 0))
 
-    def wait_for(self, job_id: str | int, states: str | Collection[str], deadline: float = 180) -> str:
-        """Waits until the job is in one of the states and returns that; fails when it no longer can be, or is too late."""
+    def wait_for(
+        self, job_id: str | int, states: str | Collection[str], deadline: float = 180
+    ) -> str:
+        """Waits until the job is in one of the states and returns that; fails when it no longer can
+        be, or is too late."""
         wanted = {states} if isinstance(states, str) else set(states)
         begin = time.monotonic()
         while (state := self.state(job_id)) not in wanted:
             seconds = time.monotonic() - begin
             if state in FINAL or seconds > deadline:
-                raise AssertionError(f"job {job_id} is {state} after {seconds:.0f} s instead of {' or '.join(sorted(wanted))}\n"
-                                     f"{self.story(job_id)}\n{self.logs()}")
+                raise AssertionError(
+                    f"job {job_id} is {state} after {seconds:.0f} s instead of"
+                    f" {' or '.join(sorted(wanted))}\n{self.story(job_id)}\n{self.logs()}"
+                )
             time.sleep(0.2)
         return state
 
@@ -222,13 +269,20 @@ class SlurmCluster:
         """All that SLURM has to say about a job, with the end of its output."""
         columns = "JobID,State,ExitCode,Start,End,NodeList"
         shown = self._shown(job_id)
-        parts = [self.run("sacct", "-D", "-P", "-j", str(job_id), "-o", columns, check=False),
-                 self.run("scontrol", "show", "job", str(job_id), check=False),
-                 *(f"==> {shown[key]} <==\n{_tail(Path(shown[key]))}" for key in ("StdOut", "StdErr") if key in shown)]
+        parts = [
+            self.run("sacct", "-D", "-P", "-j", str(job_id), "-o", columns, check=False),
+            self.run("scontrol", "show", "job", str(job_id), check=False),
+            *(
+                f"==> {shown[key]} <==\n{_tail(Path(shown[key]))}"
+                for key in ("StdOut", "StdErr")
+                if key in shown
+            ),
+        ]
         return "\n".join(parts)
 
     def cancel_all(self, deadline: float = 120) -> None:
-        """Cancels every job, kills what jobs left running, mends the nodes; returns when both are idle."""
+        """Cancels every job, kills what jobs left running, mends the nodes; returns when both are
+        idle."""
         if jobs := self.run("squeue", "-h", "-o", "%A").split():
             self.run("scancel", *set(jobs), check=False)
         for node in self.nodes:
@@ -239,7 +293,10 @@ class SlurmCluster:
             _kill(pid)
 
         def are_idle() -> bool:
-            states = dict(line.split() for line in self.run("sinfo", "-h", "-N", "-o", "%N %T", "-p", "main").splitlines())
+            states = dict(
+                line.split()
+                for line in self.run("sinfo", "-h", "-N", "-o", "%N %T", "-p", "main").splitlines()
+            )
             for node, state in states.items():
                 if state.rstrip("*").startswith("drain") or state == "down":
                     self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
@@ -259,14 +316,16 @@ class SlurmCluster:
         return _read_process(self.directory / f"slurmd-{node}.process")
 
     def kill_slurmd(self, node: str) -> None:
-        """SIGKILL to a node's daemon: the node is lost, as far as SLURM can tell. Its jobs run on."""
+        """SIGKILL to a node's daemon: the node is lost, as far as SLURM can tell. Its jobs run
+        on."""
         pid = self.slurmd_pid(node)
         assert pid is not None, f"slurmd of {node} does not run\n{self.logs()}"
         os.kill(pid, signal.SIGKILL)
         _until(lambda: self.slurmd_pid(node) is None, 60, f"slurmd of {node} is gone")
 
     def lose_node(self, node: str) -> None:
-        """SIGKILL to all that runs on a node, as when the machine loses power. SLURM notices within half a minute."""
+        """SIGKILL to all that runs on a node, as when the machine loses power. SLURM notices within
+        half a minute."""
         self.kill_slurmd(node)
         for pid in self._stepd_pids(node, ""):
             _kill(pid)
@@ -281,22 +340,37 @@ class SlurmCluster:
         _until(lambda: self.slurmd_pid(node) is not None, 60, f"slurmd of {node} starts", self.logs)
 
     def _stepd_pids(self, node: str, job_id: str | int, step: str = "0") -> list[int]:
-        """Processes that look after a step of a job on a node ("0", "batch"), or of all jobs ("")."""
+        """Processes that look after a step of a job on a node ("0", "batch"), or of all jobs
+        ("")."""
         log = str(self.directory / "log" / f"slurmd-{node}.log")
         name = f"slurmstepd: [{job_id}.{step}]" if job_id else "slurmstepd: ["
-        return [pid for pid in _processes()
-                if _name(pid) == "slurmstepd" and _command(pid).startswith(name) and log in _open_files(pid)]
+        return [
+            pid
+            for pid in _processes()
+            if _name(pid) == "slurmstepd"
+            and _command(pid).startswith(name)
+            and log in _open_files(pid)
+        ]
 
     def kill_stepd(self, node: str, job_id: str | int, deadline: float = 60) -> None:
         """SIGKILL to the processes that look after a job's ranks on a node, once there are any."""
-        _until(lambda: bool(self._stepd_pids(node, job_id)), deadline, f"step {job_id}.0 runs on {node}", self.logs)
+        _until(
+            lambda: bool(self._stepd_pids(node, job_id)),
+            deadline,
+            f"step {job_id}.0 runs on {node}",
+            self.logs,
+        )
         for pid in self._stepd_pids(node, job_id):
             _kill(pid)
 
     def task_pids(self, node: str, job_id: str | int) -> list[int]:
         """A job's ranks on a node."""
         keepers = self._stepd_pids(node, job_id)
-        return [pid for pid, (parent, _) in _processes().items() if parent in keepers and _name(pid) != "slurmstepd"]
+        return [
+            pid
+            for pid, (parent, _) in _processes().items()
+            if parent in keepers and _name(pid) != "slurmstepd"
+        ]
 
     def logs(self, lines: int = 25) -> str:
         """The end of every daemon's log."""
@@ -304,7 +378,8 @@ class SlurmCluster:
 
 
 def remove_stale(directory: Path | None = None) -> None:
-    """Cleans up after clusters whose keeper was killed: those that tests started, and `directory`."""
+    """Cleans up after clusters whose keeper was killed: those that tests started, and
+    `directory`."""
     for path in [*_parent().glob(f"{_PREFIX}*"), *([directory] if directory else [])]:
         with contextlib.suppress(FileNotFoundError):
             is_new = not (path / _KEEPER).exists() and time.time() - path.stat().st_mtime < 60
@@ -324,11 +399,18 @@ def _parent() -> Path:
 def _bare_environment(directory: Path) -> dict[str, str]:
     """What the daemons see: nothing of the caller's, who may be in a SLURM job."""
     kept = {key: os.environ[key] for key in ("HOME", "TZ") if key in os.environ}
-    return kept | {"PATH": _PATH, "LC_ALL": "C", "TMPDIR": str(directory), "SLURM_CONF": str(directory / "slurm.conf"),
-                   "MYSQL_UNIX_PORT": str(directory / "mariadb.sock")}
+    return kept | {
+        "PATH": _PATH,
+        "LC_ALL": "C",
+        "TMPDIR": str(directory),
+        "SLURM_CONF": str(directory / "slurm.conf"),
+        "MYSQL_UNIX_PORT": str(directory / "mariadb.sock"),
+    }
 
 
-def _until(is_true: Callable[[], bool], deadline: float, what: str, logs: Callable[[], str] = str) -> None:
+def _until(
+    is_true: Callable[[], bool], deadline: float, what: str, logs: Callable[[], str] = str
+) -> None:
     end = time.monotonic() + deadline
     while not is_true():
         if time.monotonic() > end:
@@ -345,7 +427,8 @@ def _tail(path: Path, lines: int = 25) -> str:
 
 def _logs(directory: Path, lines: int = 25, names: Collection[str] | None = None) -> str:
     parts = []
-    for output in sorted((directory / "log").glob("*.out")):  # what came before a daemon opened its log, or all of it
+    # what came before a daemon opened its log, or all of it
+    for output in sorted((directory / "log").glob("*.out")):
         log = output.with_suffix(".log")
         shown = log if log.exists() and log.stat().st_size else output
         if names is None or output.stem in names:
@@ -357,7 +440,8 @@ def _logs(directory: Path, lines: int = 25, names: Collection[str] | None = None
 
 
 def _processes() -> dict[int, tuple[int, str]]:
-    """Parent and start time of every process by its id, without those that have ended but are not yet waited for."""
+    """Parent and start time of every process by its id, without those that have ended but are not
+    yet waited for."""
     table = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -380,7 +464,8 @@ def _write_process(path: Path, pid: int) -> None:
 
 
 def _read_process(path: Path) -> int | None:
-    """The process that a file names, when it lives; its start time tells it from a later one with the same id."""
+    """The process that a file names, when it lives; its start time tells it from a later one with
+    the same id."""
     try:
         pid, start = path.read_text().split()
     except (OSError, ValueError):
@@ -420,18 +505,30 @@ def _open_files(pid: int) -> set[str]:
 
 
 def _job_processes(directory: Path) -> list[int]:
-    """Processes of jobs: SLURM has put a job's number and this cluster's file into their environment."""
-    def is_ours(variables: list[str]) -> bool:
-        return f"SLURM_CONF={directory}/slurm.conf" in variables and any(v.startswith("SLURM_JOB_ID=") for v in variables)
+    """Processes of jobs: SLURM has put a job's number and this cluster's file into their
+    environment."""
 
-    return [pid for pid in _processes() if is_ours(_environment(pid)) and pid != os.getpid() and _name(pid) != "slurmstepd"]
+    def is_ours(variables: list[str]) -> bool:
+        return f"SLURM_CONF={directory}/slurm.conf" in variables and any(
+            v.startswith("SLURM_JOB_ID=") for v in variables
+        )
+
+    return [
+        pid
+        for pid in _processes()
+        if is_ours(_environment(pid)) and pid != os.getpid() and _name(pid) != "slurmstepd"
+    ]
 
 
 def _daemons(directory: Path) -> list[int]:
     """Daemons of this cluster, by what they were started with or have open."""
     inside = f"{directory}/"
     candidates = [pid for pid in _processes() if _name(pid) in _DAEMONS]
-    return [pid for pid in candidates if any(inside in text for text in (_command(pid), *_open_files(pid)))]
+    return [
+        pid
+        for pid in candidates
+        if any(inside in text for text in (_command(pid), *_open_files(pid)))
+    ]
 
 
 def _descendants(pid: int) -> list[int]:
@@ -476,8 +573,11 @@ class _Keeper:
         self.directory = directory
         self.reserved = [_reserve_port() for _ in range(4)]
         self.values = {
-            "directory": directory, "nodes": NODES, "host": socket.gethostname().split(".")[0],
-            "user": pwd.getpwuid(os.getuid()).pw_name, "credential_seconds": CREDENTIAL_SECONDS,
+            "directory": directory,
+            "nodes": NODES,
+            "host": socket.gethostname().split(".")[0],
+            "user": pwd.getpwuid(os.getuid()).pw_name,
+            "credential_seconds": CREDENTIAL_SECONDS,
             "first_job_id": 1000 * secrets.randbelow(60) + 1,
             "ports": [reserved.getsockname()[1] for reserved in self.reserved],
         }
@@ -491,24 +591,61 @@ class _Keeper:
         conf, user = str(self.directory / "slurm.conf"), str(self.values["user"])
 
         munge = str(self.directory / "munge.sock")
-        munged = self.daemon("munged", "--foreground", "--force", f"--socket={munge}",
-                             *(f"--{key}={self.directory}/{name}" for key, name in {
-                                 "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "log/munged.log",
-                                 "seed-file": "munged.seed"}.items()))
-        database = [f"--user={user}", f"--datadir={self.directory}/mariadb", f"--tmpdir={self.directory}",
-                    "--innodb-log-file-size=8M"]
-        installed = self.daemon("mariadb-install-db", "--no-defaults", "--skip-test-db", *database,
-                                "--auth-root-authentication-method=normal")
+        munged = self.daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={munge}",
+            *(
+                f"--{key}={self.directory}/{name}"
+                for key, name in {
+                    "key-file": "munge.key",
+                    "pid-file": "munged.pid",
+                    "log-file": "log/munged.log",
+                    "seed-file": "munged.seed",
+                }.items()
+            ),
+        )
+        database = [
+            f"--user={user}",
+            f"--datadir={self.directory}/mariadb",
+            f"--tmpdir={self.directory}",
+            "--innodb-log-file-size=8M",
+        ]
+        installed = self.daemon(
+            "mariadb-install-db",
+            "--no-defaults",
+            "--skip-test-db",
+            *database,
+            "--auth-root-authentication-method=normal",
+        )
         if installed.wait():
-            raise SlurmError(f"mariadb-install-db ended with {installed.returncode}\n{self.logs('mariadb-install-db')}")
-        # No password and no network: whoever may enter the directory's socket is the one user that the database has.
+            raise SlurmError(
+                "mariadb-install-db ended with"
+                f" {installed.returncode}\n{self.logs('mariadb-install-db')}"
+            )
+        # No password and no network: whoever may enter the directory's socket is the one user that
+        # the database has.
         mariadb = str(self.directory / "mariadb.sock")
-        mariadbd = self.daemon("mariadbd", "--no-defaults", *database, f"--socket={mariadb}", "--skip-networking",
-                               "--skip-grant-tables", f"--pid-file={self.directory}/mariadbd.pid", "--skip-log-bin",
-                               "--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M")
+        mariadbd = self.daemon(
+            "mariadbd",
+            "--no-defaults",
+            *database,
+            f"--socket={mariadb}",
+            "--skip-networking",
+            "--skip-grant-tables",
+            f"--pid-file={self.directory}/mariadbd.pid",
+            "--skip-log-bin",
+            "--innodb-flush-log-at-trx-commit=0",
+            "--innodb-buffer-pool-size=32M",
+        )
         self.until("munged", munged, lambda: _answers(munge))
         self.until("mariadbd", mariadbd, lambda: _answers(mariadb))
-        self.until("slurmdbd", self.daemon("slurmdbd", "-D"), partial(self.prints, "", "sacctmgr", "-n", "show", "cluster"))
+        self.until(
+            "slurmdbd",
+            self.daemon("slurmdbd", "-D"),
+            partial(self.prints, "", "sacctmgr", "-n", "show", "cluster"),
+        )
         slurmctld = self.daemon("slurmctld", "-D", "-f", conf)
         self.until("slurmctld", slurmctld, partial(self.prints, "UP", "scontrol", "ping"))
         for node, slurmd in [(node, self.slurmd(node)) for node in NODES]:
@@ -554,33 +691,55 @@ class _Keeper:
         path.chmod(mode)
 
     def slurmd(self, node: str) -> "subprocess.Popen[bytes]":
-        process = self.daemon("slurmd", "-D", "-N", node, "-f", str(self.directory / "slurm.conf"), name=f"slurmd-{node}")
+        process = self.daemon(
+            "slurmd",
+            "-D",
+            "-N",
+            node,
+            "-f",
+            str(self.directory / "slurm.conf"),
+            name=f"slurmd-{node}",
+        )
         _write_process(self.directory / f"slurmd-{node}.process", process.pid)
         return process
 
     def daemon(self, *command: str, name: str = "") -> "subprocess.Popen[bytes]":
         with (self.directory / "log" / f"{name or command[0]}.out").open("ab") as output:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.directory)
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.directory
+            )
 
     def logs(self, *names: str) -> str:
         return _logs(self.directory, 25, names)
 
     def prints(self, text: str, *command: str) -> bool:
         """Whether a command succeeds, with this text in its output."""
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         return not done.returncode and text in done.stdout
 
-    def until(self, name: str, process: "subprocess.Popen[bytes]", is_ready: Callable[[], bool]) -> None:
+    def until(
+        self, name: str, process: "subprocess.Popen[bytes]", is_ready: Callable[[], bool]
+    ) -> None:
         def is_over() -> bool:
             if process.poll() is not None:
-                raise SlurmError(f"{name} ended with {process.returncode} at its start\n{self.logs(name)}")
+                raise SlurmError(
+                    f"{name} ended with {process.returncode} at its start\n{self.logs(name)}"
+                )
             return is_ready()
 
         _until(is_over, 120, f"{name} answers", partial(self.logs, name, "slurmctld"))
 
 
 def _reserve_port() -> socket.socket:
-    """A socket that keeps others off a port of its own, but not one that sets SO_REUSEADDR, as the daemons of SLURM do."""
+    """A socket that keeps others off a port of its own, but not one that sets SO_REUSEADDR, as the
+    daemons of SLURM do."""
     reserved = socket.socket()
     reserved.bind(("", 0))
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,5 @@
-"""The throw-away SLURM does what tests expect of a cluster, disturbs nothing, and leaves nothing behind."""
+"""The throw-away SLURM does what tests expect of a cluster, disturbs nothing, and leaves nothing
+behind."""
 
 import contextlib
 import os
@@ -12,21 +13,48 @@ from pathlib import Path
 import pytest
 
 from tests.system.slurm import cluster as cluster_module
-from tests.system.slurm.cluster import NODES, SlurmCluster, SlurmError, missing_programs, remove_stale
+from tests.system.slurm.cluster import (
+    NODES,
+    SlurmCluster,
+    SlurmError,
+    missing_programs,
+    remove_stale,
+)
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[3]
-ELSEWHERE = ["/etc/slurm", "/etc/munge", "/run/munge", "/run/mysqld", "/run/slurm", "/var/lib/mysql", "/var/lib/munge",
-             "/var/lib/slurm", "/var/log/munge", "/var/log/mysql", "/var/log/slurm", "/var/spool/slurm"]
-needs_programs = pytest.mark.skipif(bool(missing_programs()), reason="tests/system/slurm/install.sh installs them")
+ELSEWHERE = [
+    "/etc/slurm",
+    "/etc/munge",
+    "/run/munge",
+    "/run/mysqld",
+    "/run/slurm",
+    "/var/lib/mysql",
+    "/var/lib/munge",
+    "/var/lib/slurm",
+    "/var/log/munge",
+    "/var/log/mysql",
+    "/var/log/slurm",
+    "/var/spool/slurm",
+]
+needs_programs = pytest.mark.skipif(
+    bool(missing_programs()), reason="tests/system/slurm/install.sh installs them"
+)
 
 
 def submit(slurm, folder, script, *options):
     """Number of a job that runs lines of bash."""
     path = folder / f"job{len(list(folder.glob('job*')))}.sh"
     path.write_text(f"#!/bin/bash\n{script}\n")
-    return slurm.run("sbatch", "--parsable", f"--output={folder}/%j.log", "--open-mode=append", *options, str(path))
+    return slurm.run(
+        "sbatch",
+        "--parsable",
+        f"--output={folder}/%j.log",
+        "--open-mode=append",
+        *options,
+        str(path),
+    )
 
 
 def until(is_true, deadline=60):
@@ -37,7 +65,8 @@ def until(is_true, deadline=60):
 
 
 def mentioning(directory):
-    """Processes that have a directory in their command, their environment or their open files, other than this one."""
+    """Processes that have a directory in their command, their environment or their open files,
+    other than this one."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -54,7 +83,10 @@ def mentioning(directory):
 
 def test_wait_for_tells_what_it_knows(slurm, tmp_path):
     job = submit(slurm, tmp_path, "echo out of luck; exit 3")
-    with pytest.raises(AssertionError, match=rf"job {job} is FAILED .*instead of COMPLETED(.|\n)*out of luck(.|\n)*slurmctld"):
+    with pytest.raises(
+        AssertionError,
+        match=rf"job {job} is FAILED .*instead of COMPLETED(.|\n)*out of luck(.|\n)*slurmctld",
+    ):
         slurm.wait_for(job, "COMPLETED")
     assert slurm.state(10**6) == "UNKNOWN"
 
@@ -72,7 +104,11 @@ def test_two_clusters_side_by_side_leave_nothing_behind(tmp_path):
             list(pool.map(SlurmCluster.start, clusters))
             jobs = [submit(cluster, tmp_path, "srun sleep 300", "-N2") for cluster in clusters]
             for cluster, job in zip(clusters, jobs, strict=True):
-                until(lambda cluster=cluster, job=job: all(cluster.task_pids(node, job) for node in NODES))
+                until(
+                    lambda cluster=cluster, job=job: all(
+                        cluster.task_pids(node, job) for node in NODES
+                    )
+                )
             begin = time.monotonic()
             clusters[0].stop()
             assert time.monotonic() - begin < 30
@@ -90,9 +126,14 @@ def test_two_clusters_side_by_side_leave_nothing_behind(tmp_path):
 @needs_programs
 @pytest.mark.parametrize("victim", ["owner", "keeper"])
 def test_killed_run_leaves_nothing_behind(victim):
-    program = ("import sys, time; from tests.system.slurm.cluster import *; c = SlurmCluster(); c.start(); "
-               "c.run('sbatch', '-o', '/dev/null', '--wrap', 'sleep 300'); print(c.directory, flush=True); time.sleep(300)")
-    owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    program = (
+        "import sys, time; from tests.system.slurm.cluster import *; c = SlurmCluster(); c.start();"
+        " c.run('sbatch', '-o', '/dev/null', '--wrap', 'sleep 300'); print(c.directory,"
+        " flush=True); time.sleep(300)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert owner.stdout is not None
     directory = Path(owner.stdout.readline().strip())
     until(lambda: any("sleep" in line for line in mentioning(directory)))

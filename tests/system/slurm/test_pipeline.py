@@ -1,6 +1,8 @@
-"""Jobs on a real SLURM: a pipeline from one command, and collections that are hurt in the middle and must come out as if not.
+"""Jobs on a real SLURM: a pipeline from one command, and collections that are hurt in the middle
+and must come out as if not.
 
-What is compared is bitwise: weights, scores, recorded scalars of the run that was hurt, and of one that was not.
+What is compared is bitwise: weights, scores, recorded scalars of the run that was hurt, and of one
+that was not.
 """
 
 import json
@@ -28,13 +30,19 @@ CPU_TEST = REPOSITORY / "configs" / "clusters" / "cpu_test.yaml"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Digits and a config: 400 images, two ranks with one thread each, deterministic, some seconds of training."""
+    """Digits and a config: 400 images, two ranks with one thread each, deterministic, some seconds
+    of training."""
     from tdds_dist.data.sources import open_source
     from tdds_dist.data.writer import write_beton
 
     folder = tmp_path_factory.mktemp("slurm")
     for split, num in (("train", 400), ("val", 100)):
-        write_beton(open_source("digits", split, num), folder / f"{split}.beton", num_workers=1, progress=False)
+        write_beton(
+            open_source("digits", split, num),
+            folder / f"{split}.beton",
+            num_workers=1,
+            progress=False,
+        )
     (folder / "config.yaml").write_text(f"""
 run: {{name: hurt, device: cpu, timeout_seconds: 60}}
 data: {{train: {folder}/train.beton, val: {folder}/val.beton, num_classes: 10, image_size: 32, crop: pad, padding: 2,
@@ -51,31 +59,52 @@ score: {{windows: [{{T: 10, K: 5, pruning_rates: [0.5]}}, {{T: 5, K: 3, pruning_
 def undisturbed(folder):
     """The same collection under torchrun, on as many ranks, with nothing done to it."""
     run = folder / "undisturbed"
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "TDDS_CPUS_PER_RANK": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "-m", "tdds_dist",
-               "collect", str(folder / "config.yaml"), f"run.dir={run}"]
+    environment = os.environ | {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TDDS_CPUS_PER_RANK": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tdds_dist",
+        "collect",
+        str(folder / "config.yaml"),
+        f"run.dir={run}",
+    ]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=500)
     return run
 
 
 def submit(slurm, folder, run, *arguments, cluster=CPU_TEST, config="config.yaml"):
     """`tdds submit` on the cluster, from the command line."""
-    command = [str(Path(sys.executable).with_name("tdds")), "submit", str(folder / config), "--cluster", str(cluster),
-               f"run.dir={run}", *arguments]
+    command = [
+        str(Path(sys.executable).with_name("tdds")),
+        "submit",
+        str(folder / config),
+        "--cluster",
+        str(cluster),
+        f"run.dir={run}",
+        *arguments,
+    ]
     environment = os.environ | slurm.environment | {"OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def slow_first_start(folder):
-    """Setup lines that make the first start of a job take its time, as training does that SLURM has time to watch."""
+    """Setup lines that make the first start of a job take its time, as training does that SLURM has
+    time to watch."""
     hook = folder / "slow"
     hook.mkdir(exist_ok=True)
     (hook / "sitecustomize.py").write_text(
-        "import os, sys, time\n"
-        "if 'submitit.core._submit' in ' '.join(sys.orig_argv) and 'SLURM_RESTART_COUNT' not in os.environ:\n"
-        "    from tdds_dist.training import engine\n"
-        "    update = engine.Trainer._update\n"
-        "    engine.Trainer._update = lambda self: (time.sleep(0.2 if self.step > 40 else 0), update(self))[1]\n")
+        "import os, sys, time\nif 'submitit.core._submit' in ' '.join(sys.orig_argv) and"
+        " 'SLURM_RESTART_COUNT' not in os.environ:\n    from tdds_dist.training import engine\n   "
+        " update = engine.Trainer._update\n    engine.Trainer._update = lambda self:"
+        " (time.sleep(0.2 if self.step > 40 else 0), update(self))[1]\n"
+    )
     return [f"export PYTHONPATH={hook}"]
 
 
@@ -107,7 +136,10 @@ def until_epoch(run, num, deadline=240.0):
 
 
 def log_text(run):
-    return "\n".join(f"==> {path.name}\n{path.read_text()[-3000:]}" for path in sorted((run / "jobs").glob("*_log.*")))
+    return "\n".join(
+        f"==> {path.name}\n{path.read_text()[-3000:]}"
+        for path in sorted((run / "jobs").glob("*_log.*"))
+    )
 
 
 def check_as_if_nothing_happened(run, undisturbed):
@@ -123,15 +155,24 @@ def check_as_if_nothing_happened(run, undisturbed):
 
 def test_pipeline_from_one_command(slurm, folder, undisturbed):
     run = folder / "pipeline"
-    settings = ["pipeline.scores=[tdds,random]", "pipeline.strategies=[E,P]", "pipeline.pruning_rates=[0.5]",
-                "retrain.epochs=2"]
+    settings = [
+        "pipeline.scores=[tdds,random]",
+        "pipeline.strategies=[E,P]",
+        "pipeline.pruning_rates=[0.5]",
+        "retrain.epochs=2",
+    ]
     printed = submit(slurm, folder, run, *settings, "--dry-run").stdout
     assert not run.exists()
     done = submit(slurm, folder, run, *settings)
     assert done.returncode == 0, done.stderr
     assert "retrain       4     0  1 node(s) x 1 rank(s)" in done.stdout
     ids = job_ids(run)
-    assert {stage: len(of_stage) for stage, of_stage in ids.items()} == {"collect": 1, "select": 1, "retrain": 4, "report": 1}
+    assert {stage: len(of_stage) for stage, of_stage in ids.items()} == {
+        "collect": 1,
+        "select": 1,
+        "retrain": 4,
+        "report": 1,
+    }
     assert (run / "jobs" / f"{ids['collect'][0]}_submission.sh").read_text().strip() in printed
     names = slurm.run("squeue", "-h", "-o", "%j").split()
     assert {"collect-hurt", "select-hurt", "retrain-hurt", "report-hurt"} >= set(names)
@@ -142,12 +183,17 @@ def test_pipeline_from_one_command(slurm, folder, undisturbed):
 
     slurm.wait_for(ids["report"][0], "COMPLETED", 500)
     assert {slurm.state(job) for of_stage in ids.values() for job in of_stage} == {"COMPLETED"}
-    check_as_if_nothing_happened(run, undisturbed)  # two nodes with a rank each give the bits that torchrun gives
+    # two nodes with a rank each give the bits that torchrun gives
+    check_as_if_nothing_happened(run, undisturbed)
     assert RunDir(run).read_env()["world_size"] == 2
     assert {path.name for path in (run / "retrain").iterdir()} == {
-        f"{score}_p0.5_{strategy}_{importance}_seed0" for score, importance in (("tdds", "batch"), ("random", "none"))
-        for strategy in "EP"}
-    results = {path.parent.name: json.loads(path.read_text()) for path in run.glob("retrain/*/result.json")}
+        f"{score}_p0.5_{strategy}_{importance}_seed0"
+        for score, importance in (("tdds", "batch"), ("random", "none"))
+        for strategy in "EP"
+    }
+    results = {
+        path.parent.name: json.loads(path.read_text()) for path in run.glob("retrain/*/result.json")
+    }
     assert results["tdds_p0.5_E_batch_seed0"]["epochs"] == 2
     assert results["tdds_p0.5_P_batch_seed0"]["epochs"] == 4
     assert "tdds_p0.5" in (run / "report.html").read_text()
@@ -161,7 +207,8 @@ def test_pipeline_from_one_command(slurm, folder, undisturbed):
     shutil.rmtree(run / "retrain" / "random_p0.5_P_none_seed0")
     missing = submit(slurm, folder, run, *settings, "--wait")
     assert missing.returncode == 0, missing.stderr
-    assert sorted(map(len, job_ids(run).values())) == [1, 1, 2, 5]  # one retraining and the report more
+    # one retraining and the report more
+    assert sorted(map(len, job_ids(run).values())) == [1, 1, 2, 5]
     assert (run / "retrain" / "random_p0.5_P_none_seed0" / "result.json").is_file()
 
 
@@ -180,7 +227,8 @@ def send_usr2(slurm, job_id, run):
 
 
 def send_usr2_in_a_container(slurm, job_id, run):
-    """Where python finds no scontrol (PATH stands for the container): the job is queued again from outside."""
+    """Where python finds no scontrol (PATH stands for the container): the job is queued again from
+    outside."""
     send_usr2(slurm, job_id, run)
 
 
@@ -216,11 +264,23 @@ def lose_a_node(slurm, job_id, run):
 
 def preempt(slurm, job_id, run):
     """A job of the partition that goes first takes both nodes for a moment."""
-    slurm.run("sbatch", "--parsable", "-p", "main", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "srun sleep 1")
+    slurm.run(
+        "sbatch",
+        "--parsable",
+        "-p",
+        "main",
+        "-N2",
+        "--exclusive",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "srun sleep 1",
+    )
 
 
 def preempt_with_sigterm_alone(slurm, job_id, run):
-    """As clusters do that give grace and send no other signal: the job leaves before SLURM would have queued it again."""
+    """As clusters do that give grace and send no other signal: the job leaves before SLURM would
+    have queued it again."""
     config = slurm.directory / "slurm.conf"
     usual = config.read_text()
     without = usual.replace("SlurmctldParameters=preempt_send_user_signal\n", "")
@@ -238,32 +298,57 @@ _SCAVENGERS = (preempt, preempt_with_sigterm_alone)
 _NOTICED_LATE = (kill_stepd_of_the_second_node, kill_slurmd, lose_a_node)
 
 
-@pytest.mark.parametrize("hurt", [
-    requeue, send_usr2, send_usr2_in_a_container, kill_stepd_of_the_second_node, kill_a_rank, kill_a_rank_that_starts,
-    kill_slurmd, lose_a_node, preempt, preempt_with_sigterm_alone], ids=lambda hurt: hurt.__name__)
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        requeue,
+        send_usr2,
+        send_usr2_in_a_container,
+        kill_stepd_of_the_second_node,
+        kill_a_rank,
+        kill_a_rank_that_starts,
+        kill_slurmd,
+        lose_a_node,
+        preempt,
+        preempt_with_sigterm_alone,
+    ],
+    ids=lambda hurt: hurt.__name__,
+)
 def test_a_collection_that_is_hurt_goes_on(slurm, folder, undisturbed, hurt):
     run = folder / hurt.__name__
-    changes = {"container": "/usr/bin/env PATH=/nowhere", "venv": str(Path(sys.executable).parents[1])}
-    cluster = cluster_file(folder, partition="scavenger" if hurt in _SCAVENGERS else "main",
-                           setup=slow_first_start(folder) if hurt in _NOTICED_LATE else ["set -e"],
-                           **(changes if hurt is send_usr2_in_a_container else {}))
+    changes = {
+        "container": "/usr/bin/env PATH=/nowhere",
+        "venv": str(Path(sys.executable).parents[1]),
+    }
+    cluster = cluster_file(
+        folder,
+        partition="scavenger" if hurt in _SCAVENGERS else "main",
+        setup=slow_first_start(folder) if hurt in _NOTICED_LATE else ["set -e"],
+        **(changes if hurt is send_usr2_in_a_container else {}),
+    )
     done = submit(slurm, folder, run, "--stage", "collect", cluster=cluster)
     assert done.returncode == 0, done.stderr
     (job_id,) = job_ids(run)["collect"]
     until_epoch(run, 3)
     hurt(slurm, job_id, run)
     slurm.wait_for(job_id, "COMPLETED", 400)
-    if hurt is not kill_stepd_of_the_second_node:  # without it the ranks go on, and may be done before SLURM misses it
+    # without it the ranks go on, and may be done before SLURM misses it
+    if hurt is not kill_stepd_of_the_second_node:
         assert slurm.restarts(job_id) >= 1, log_text(run)
         assert len(RunDir(run).read_env()["resumes"]) >= 1
     check_as_if_nothing_happened(run, undisturbed)
 
 
 def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm, folder, undisturbed):
-    """The job believes that it started 3 minutes ago: its last of 4 minutes, less the grace, is near."""
+    """The job believes that it started 3 minutes ago: its last of 4 minutes, less the grace, is
+    near."""
     run = folder / "short"
-    cluster = cluster_file(folder, time_minutes=4, grace_seconds=30, setup=[
-        "[ -n \"$SLURM_RESTART_COUNT\" ] || export TDDS_JOB_STARTED=$(($(date +%s) - 187))"])
+    cluster = cluster_file(
+        folder,
+        time_minutes=4,
+        grace_seconds=30,
+        setup=['[ -n "$SLURM_RESTART_COUNT" ] || export TDDS_JOB_STARTED=$(($(date +%s) - 187))'],
+    )
     assert submit(slurm, folder, run, "--stage", "collect", cluster=cluster).returncode == 0
     (job_id,) = job_ids(run)["collect"]
     slurm.wait_for(job_id, "COMPLETED", 400)
@@ -304,10 +389,20 @@ def test_sbatch_example_with_srun_and_torchrun(slurm, folder, undisturbed):
     run = folder / "example"
     script = (REPOSITORY / "launch" / "sbatch_example.sh").read_text()
     assert script.count(" - 120))") == 1
-    soon = " - (${SLURM_RESTART_COUNT:-0} ? 0 : 86400 - 10)))"  # the first start has 10 s of its day
+    # the first start has 10 s of its day
+    soon = " - (${SLURM_RESTART_COUNT:-0} ? 0 : 86400 - 10)))"
     (folder / "sbatch_example.sh").write_text(script.replace(" - 120))", soon))
-    command = ["sbatch", "--parsable", f"--export=ALL,PYTHON={sys.executable},TDDS_CPUS_PER_RANK=1", f"--chdir={folder}",
-               str(folder / "sbatch_example.sh"), str(run), "collect", str(folder / "config.yaml"), f"run.dir={run}"]
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--export=ALL,PYTHON={sys.executable},TDDS_CPUS_PER_RANK=1",
+        f"--chdir={folder}",
+        str(folder / "sbatch_example.sh"),
+        str(run),
+        "collect",
+        str(folder / "config.yaml"),
+        f"run.dir={run}",
+    ]
     job_id = slurm.run(*command)
     slurm.wait_for(job_id, "COMPLETED", 500)
     assert slurm.restarts(job_id) == 1

@@ -1,4 +1,5 @@
-"""What cannot work on a real SLURM: said at submission in a line, or at the top of the log, and by `tdds status`."""
+"""What cannot work on a real SLURM: said at submission in a line, or at the top of the log, and by
+`tdds status`."""
 
 import json
 import re
@@ -18,9 +19,10 @@ def hurt_rank(folder, name, rank, fail):
     hook = folder / f"hook_{name}"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        f"if os.environ.get('SLURM_PROCID') == '{rank}' and 'submitit.core._submit' in ' '.join(sys.orig_argv):\n"
-        f"    from tdds_dist.training import engine\n    {fail}\n    engine.Trainer._update = fail\n")
+        f"import os, sys\nif os.environ.get('SLURM_PROCID') == '{rank}' and 'submitit.core._submit'"
+        f" in ' '.join(sys.orig_argv):\n    from tdds_dist.training import engine\n    {fail}\n   "
+        " engine.Trainer._update = fail\n"
+    )
     return [f"export PYTHONPATH={hook}"]
 
 
@@ -28,14 +30,23 @@ def status(slurm, run, *arguments):
     return slurm.run(str(Path(sys.executable).with_name("tdds")), "status", str(run), *arguments)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
-    ({"memory_gb": 10000}, "Memory specification can not be satisfied"),
-    ({"stages": {"retrain": {"nodes": 1, "partition": "nowhere"}}}, "refused retrain-hurt .*invalid partition"),
-], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"memory_gb": 10000}, "Memory specification can not be satisfied"),
+        (
+            {"stages": {"retrain": {"nodes": 1, "partition": "nowhere"}}},
+            "refused retrain-hurt .*invalid partition",
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
 def test_what_the_scheduler_refuses_is_one_line_and_leaves_nothing(slurm, folder, changes, said):
     run = folder / "refused"
-    done = submit(slurm, folder, run, "pipeline.pruning_rates=[0.5]", cluster=cluster_file(folder, **changes))
+    done = submit(
+        slurm, folder, run, "pipeline.pruning_rates=[0.5]", cluster=cluster_file(folder, **changes)
+    )
     assert done.returncode == 2, done.stdout
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tdds submit: error: ")]
     assert done.stderr.count("Traceback") == 0
@@ -47,19 +58,39 @@ def test_what_the_scheduler_refuses_is_one_line_and_leaves_nothing(slurm, folder
 
 def test_data_that_the_nodes_lack_is_the_top_of_the_log_and_cancels_the_rest(slurm, folder):
     run = folder / "lacks"
-    done = submit(slurm, folder, run, "pipeline.pruning_rates=[0.5]", f"data.train={folder}/gone.beton", "--wait")
-    assert f"warning: data.train={folder}/gone.beton not found on this machine; the nodes must have it" in done.stderr
+    done = submit(
+        slurm,
+        folder,
+        run,
+        "pipeline.pruning_rates=[0.5]",
+        f"data.train={folder}/gone.beton",
+        "--wait",
+    )
+    assert (
+        f"warning: data.train={folder}/gone.beton not found on this machine; the nodes must have it"
+        in done.stderr
+    )
     assert done.returncode == 2
-    (collect,), (select,), (retrain,), (report,) = (job_ids(run)[stage] for stage in ("collect", "select", "retrain", "report"))
+    (collect,), (select,), (retrain,), (report,) = (
+        job_ids(run)[stage] for stage in ("collect", "select", "retrain", "report")
+    )
     first = (run / "jobs" / f"{collect}_0_log.err").read_text().splitlines()[0]
     assert first.startswith("tdds collect: error: ")
     assert "gone.beton" in first
-    assert [slurm.state(job) for job in (collect, select, retrain, report)] == ["FAILED", *["CANCELLED"] * 3]
+    assert [slurm.state(job) for job in (collect, select, retrain, report)] == [
+        "FAILED",
+        *["CANCELLED"] * 3,
+    ]
     text = status(slurm, run)
     assert text.count(f"cancelled because job {collect} (collect-hurt) refused its input") == 3
     assert "gone.beton" in text
     data = json.loads(status(slurm, run, "--json"))
-    assert [job["state"]["state"] for job in data["jobs"]] == ["failed", "cancelled", "cancelled", "cancelled"]
+    assert [job["state"]["state"] for job in data["jobs"]] == [
+        "failed",
+        "cancelled",
+        "cancelled",
+        "cancelled",
+    ]
 
 
 def test_a_rank_that_fails_is_named_with_its_traceback(slurm, folder):
