@@ -70,25 +70,27 @@ class LogFile(logging.Handler):
 @contextmanager
 def attached(handler: logging.Handler) -> Iterator[None]:
     """Give the messages of this process to `handler`, beside those attached before, until left."""
-    level, propagate = log.level, log.propagate
+    level = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
-    log.propagate = False
     try:
         yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-        log.propagate = propagate
 
 
 @contextmanager
 def speaking(quiet: bool = False) -> Iterator[list[str]]:
     """Show the messages of this process until left; when `quiet`, warnings and errors only. Yield
     the warnings as they come."""
-    console = _Console(quiet)
-    with attached(console):
-        yield console.warnings
+    console, propagate = _Console(quiet), log.propagate
+    log.propagate = False  # said once, and by nobody else
+    try:
+        with attached(console):
+            yield console.warnings
+    finally:
+        log.propagate = propagate
 
 
 def is_terminal(stream: TextIO) -> bool:

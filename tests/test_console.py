@@ -334,3 +334,9 @@ def test_commands_can_be_typed_as_they_are(monkeypatch):
     assert same_command(words) == "the same command on every rank"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert same_command(words) == "the same torchrun command"
+
+
+def test_a_program_of_ones_own_hears_what_goes_to_the_log_of_a_run(caplog, tmp_path):
+    with attached(LogFile(tmp_path / "log.txt")):
+        log.warning("a checkpoint failed")
+    assert "a checkpoint failed" in caplog.text

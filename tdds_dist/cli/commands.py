@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdds_dist.cli import commands
 from tdds_dist.cli.outcome import Outcome
 from tdds_dist.console import log
 from tdds_dist.errors import InputError
@@ -527,16 +526,14 @@ def _retrain_command(source: Path, coreset: Path) -> str:
 # ---- results, and other tools
 
 
-def check_out(out: Path | None, begins: str) -> None:
-    """Raise InputError where `--out` names a file that is no earlier one of this stage, which begin
-    with `begins`."""
-    if out is not None and out.is_file():
-        with out.open("rb") as file:
-            if not file.read(len(begins) + 16).lstrip().lower().startswith(begins.lower().encode()):
-                raise InputError(
-                    f"--out={out} is there and was not written by this stage; choose another name,"
-                    " or move it away"
-                )
+def check_out(out: Path | None, holds: str) -> None:
+    """Raise InputError where `--out` names a file that is no earlier one of this stage, all of
+    which hold the text `holds`."""
+    if out is not None and out.is_file() and holds.encode() not in out.read_bytes():
+        raise InputError(
+            f"--out={out} is there and was not written by this stage; choose another name, or move"
+            " it away"
+        )
 
 
 def compare(options: argparse.Namespace) -> Outcome:
@@ -584,7 +581,7 @@ def report(options: argparse.Namespace) -> Outcome:
     from tdds_dist.report.page import build_report
     from tdds_dist.report.results import find_runs, format_summary, summary_tables
 
-    commands.check_out(options.out, "<!doctype html>")
+    check_out(options.out, "Written by <code>tdds report</code>")
     runs = find_runs(options.runs)
     path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
     found = summary_tables(runs)

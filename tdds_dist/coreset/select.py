@@ -260,6 +260,7 @@ def put(path: Path, coreset: Coreset) -> list[str]:
         save_coreset(path, coreset)
         return []
     if not (changed := changes(path, coreset)):
+        path.touch()  # it is that of the scores that are there now, which may be newer
         return []
     aside = move_aside(path)
     save_coreset(path, coreset)

@@ -298,7 +298,8 @@ def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool)
             continue
         for warning in warnings:
             log.warning(f"{method.name} at p={rate:g}, seed {cell.seed}: {warning}")
-        changed = changes(cell.coreset_file, coreset) if cell.coreset_file.exists() else ""
+        # One that cannot be read is made again; `_clear_the_way` compares what was trained on it.
+        changed = changes(cell.coreset_file, coreset) if _is_readable(cell.coreset_file) else ""
         for other in cells:
             if (
                 changed

@@ -73,8 +73,8 @@ class Checkpoints:
         state is copied to host memory. stop_on_error: a save that fails ends the run; else it is
         said, and the run goes on with those there are. guard: raises InputError when the directory
         is not ours any more; asked on the main rank before every save. about: JSON of the main rank
-        that every checkpoint carries beside its record, e.g. config and dataset. published: called
-        on the main rank when a checkpoint is there, perhaps by another thread.
+        that every checkpoint carries beside its record, e.g. config and dataset. on_complete:
+        called on the main rank when a checkpoint is there, perhaps by another thread.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Checkpoints:
         timeout_seconds: float = distributed.TIMEOUT_SECONDS,
         about: Mapping[str, Any] | None = None,
         guard: Callable[[], None] = lambda: None,
-        published: Callable[[], object] = lambda: None,
+        on_complete: Callable[[], object] = lambda: None,
     ):
         if keep < 2:
             raise InputError(
@@ -103,7 +103,7 @@ class Checkpoints:
             asynchronous,
             stop_on_error,
         )
-        self._guard, self._on_published, self._about = guard, published, dict(about or {})
+        self._guard, self._on_complete, self._about = guard, on_complete, dict(about or {})
         self._group = collectives.control_group(timeout_seconds)
         self._thread: threading.Thread | None = None
         self._step_under_way = -1
@@ -297,7 +297,7 @@ class Checkpoints:
         folder.rename(target)
         sync_folder(self.directory)
         log.debug(f"checkpoint at step {step} saved")
-        self._on_published()
+        self._on_complete()
         for path in [*complete_steps(self.directory).values()][: -self._keep]:
             shutil.rmtree(_retire(path), ignore_errors=True)
 

@@ -20,8 +20,15 @@ from typing import IO, Any
 
 import yaml
 
+from tdds_dist.console import log
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import Scores, load_scores, sync_folder, write_atomically
+from tdds_dist.runs.artifacts import (
+    Scores,
+    load_scores,
+    save_scores,
+    sync_folder,
+    write_atomically,
+)
 
 _STEP = re.compile(r"step_(\d{10,})")
 
@@ -227,6 +234,29 @@ def write_keeping(path: Path, write: Callable[[IO[bytes]], object]) -> list[str]
     finally:
         new.unlink(missing_ok=True)
     return said
+
+
+def put_scores(path: Path, scores: Scores) -> None:
+    """Save a score file. What is there under its name, if it is imported, of other settings or
+    data, or no score file, is moved aside with a warning."""
+    if path.exists():
+        try:
+            there = load_scores(path)
+            was, now = there.settings, json.loads(json.dumps(scores.settings))
+            free = ("source", "world_size")  # where and on how many ranks makes no other scores
+            changed = [
+                f"{key} was {was[key]!r}, now {now[key]!r}"
+                for key in was.keys() & now.keys() - {*free}
+                if was[key] != now[key]
+            ]
+            changed += ["imported"] * (was.get("source") == "imported" != now.get("source"))
+            changed += ["of other images"] * (there.fingerprint != scores.fingerprint)
+            found = f"holds other scores ({'; '.join(sorted(changed))})" if changed else ""
+        except InputError:
+            found = "is no readable score file"
+        if found:
+            log.warning(f"{path} {found}; it is moved aside to {move_aside(path)}")
+    save_scores(path, scores)
 
 
 def environment(world_size: int, device: str) -> dict[str, Any]:

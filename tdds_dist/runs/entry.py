@@ -81,7 +81,7 @@ def entered(
     log_file = LogFile(run.log_file)
     checkpoints = None
 
-    def mark_published() -> None:
+    def mark_complete() -> None:
         """Record that the run has had a checkpoint: it then never starts over because none is left
         (`_look`)."""
         if not (env := run.read_env()).get("has_checkpoints"):
@@ -125,7 +125,7 @@ def entered(
             timeout_seconds=config.run.timeout_seconds,
             about={"config": to_dict(config), "data": setting.get("data")},
             guard=guard,
-            published=mark_published,
+            on_complete=mark_complete,
         )
         if result is not None:
             if world.is_main:

@@ -258,8 +258,8 @@ def _state(
                 f" {gone}"
             ],
         )
-    if is_alive:  # between two starts
-        return "starting", "", []
+    if is_alive:  # between two starts, or on a disk that is too full for status.json
+        return "training" if told == "" and run.metrics_file.is_file() else "starting", "", []
     if told in ("stopped", "failed", "finished"):
         return told, _text(pulse, "message") or _last_reason(run.log_file), []
     if not started:

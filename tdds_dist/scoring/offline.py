@@ -26,9 +26,8 @@ from tdds_dist.runs.artifacts import (
     Scores,
     fingerprint,
     load_scores,
-    save_scores,
 )
-from tdds_dist.runs.directory import RunDir, move_aside
+from tdds_dist.runs.directory import RunDir, put_scores
 from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.official_outputs import Dynamics, is_dynamics
 from tdds_dist.scoring.tdds import score_trajectory
@@ -327,16 +326,13 @@ class _Origin:
             try:
                 is_imported = load_scores(path).settings.get("source") == "imported"
             except InputError:
-                log.warning(
-                    f"{path} is no readable score file; it is moved aside to {move_aside(path)}"
-                )
                 is_imported = False
             if is_imported:
                 raise InputError(
                     f"{path} holds imported scores; import them under another --key, or move that"
                     " file away"
                 )
-        save_scores(
+        put_scores(
             path,
             Scores(
                 key,

@@ -14,9 +14,9 @@ from tdds_dist.data.beton import content_of
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World
-from tdds_dist.runs.artifacts import Fingerprint, Scores, save_scores
+from tdds_dist.runs.artifacts import Fingerprint, Scores
 from tdds_dist.runs.checkpoint import Checkpoint
-from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.directory import RunDir, put_scores
 from tdds_dist.runs.entry import Start, entered
 from tdds_dist.scoring import quarantine
 from tdds_dist.scoring.scorer import ShardedScorer
@@ -152,7 +152,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
                     "seed": config.run.seed,
                     "world_size": world.world_size,
                 }
-                save_scores(
+                put_scores(
                     path,
                     Scores(
                         window.key(config.score.preset),

@@ -29,8 +29,7 @@ from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.checkpoint import Checkpoint
-from tdds_dist.training import metrics
-from tdds_dist.training import state as snapshot
+from tdds_dist.training import metrics, state
 from tdds_dist.training.build import (
     InputStage,
     autocast,
@@ -126,7 +125,7 @@ class Trainer:
         self.follows: Pass | None = None  # what is read after the pass that is under way
         self.tensorboard = metrics.TensorBoard(job.run.tensorboard)
         self.group = collectives.control_group(config.run.timeout_seconds)
-        self.agreement = collectives.Consensus(3, self.group)
+        self.consensus = collectives.Consensus(3, self.group)
         self._settle()
         if job.resume is not None:
             self._resume(job.resume)
@@ -149,7 +148,7 @@ class Trainer:
         rows = max(2, self.rows) if config.model.compile else 2
         image = torch.zeros(rows, 3, size, size, dtype=torch.uint8, device=job.world.device)
         try:
-            snapshot.settle_buckets(self.model, self.input_stage(image), self._autocast())
+            state.settle_buckets(self.model, self.input_stage(image), self._autocast())
         except torch._dynamo.exc.TorchDynamoException as error:
             raise InputError(
                 f"model.compile=true: torch.compile fails on model.name={config.model.name}"
@@ -174,7 +173,7 @@ class Trainer:
             self.follows = ("val", self.epoch) if is_evaluated else next_epoch
             record = self.train_epoch()
             self._check_guard()
-            self._observe(lambda observer: observer.end_epoch())
+            self._observe(lambda observer: observer.end_epoch(), timed=True)
             record[metrics.OBSERVER_SHARE] = self.observer_seconds / record["epoch_seconds"]
             if is_evaluated:
                 self.follows = next_epoch
@@ -304,13 +303,17 @@ class Trainer:
         """Run forward, show the outputs to the observer, run backward."""
         job, train = self.job, self.job.config.train
         image, target = self.input_stage(batch.image), batch.label
-        clean_BC = self._observe(lambda _: self._clean_view(image)) if job.clean_view else None
+        clean_BC = (
+            self._observe(lambda _: self._clean_view(image), timed=True) if job.clean_view else None
+        )
         if self.mix is not None:
             image, target = self.mix(image, batch.label)
         with self._autocast():
             logits_BC = self.model(image)
         shown_BC = logits_BC.detach() if clean_BC is None else clean_BC
-        self._observe(lambda observer: observer.record(batch.index, shown_BC, batch.label))
+        self._observe(
+            lambda observer: observer.record(batch.index, shown_BC, batch.label), timed=True
+        )
         # Only the last step of an epoch has padding; the others need no mask.
         real_B = None if self.rows_S[self.micro] == self.micro_batch else batch.index >= 0
         if job.tolerates_nonfinite:
@@ -335,14 +338,14 @@ class Trainer:
                 correct_B, num_real = correct_B & real_B, real_B.sum()
             self.totals_3 += torch.stack([loss, correct_B.sum(), num_real])
 
-    def _observe(self, call: Callable[[Observer], Any]) -> Any:
-        """Return what the observer answers, and count the host seconds that it takes; None where
-        there is no observer."""
+    def _observe(self, call: Callable[[Observer], Any], timed: bool = False) -> Any:
+        """Return what the observer answers, None where there is none; count the host seconds that
+        it takes of an epoch when `timed`."""
         if self.job.observer is None:
             return None
         started = time.perf_counter()
         answer = call(self.job.observer)
-        self.observer_seconds += time.perf_counter() - started
+        self.observer_seconds += (time.perf_counter() - started) * timed
         return answer
 
     @torch.no_grad()
@@ -449,7 +452,7 @@ class Trainer:
         """
         checkpoints = self.job.checkpoints
         is_writing = checkpoints is not None and checkpoints.is_writing
-        asked, due, writing = self.agreement.exchange(
+        asked, due, writing = self.consensus.exchange(
             [bool(self.job.interruption.requested), self._is_time(), is_writing]
         )
         self.steps_since_save += 1
@@ -464,10 +467,10 @@ class Trainer:
     def _end_of_epoch(self, is_last: bool) -> None:
         every = self.job.config.checkpoint.every_epochs
         self.steps_since_save = 0  # what `exchange` says next is not of this epoch
-        asked, _, _ = self.agreement.settle([bool(self.job.interruption.requested), False, False])
+        asked, _, _ = self.consensus.settle([bool(self.job.interruption.requested), False, False])
         is_due = self._is_time() or self._is_short_of_time()
         # that of before the last save does not count
-        _, due, _ = self.agreement.settle([False, is_due, False])
+        _, due, _ = self.consensus.settle([False, is_due, False])
         if asked:
             self._leave()
         elif is_last or due or (every and self.epoch % every == 0):
@@ -525,7 +528,7 @@ class Trainer:
         self.micro = record["steps_of_epoch"] * config.train.accumulation
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
         observed = self._observer_state()
-        snapshot.restore(
+        state.restore(
             self.job.checkpoints,
             checkpoint,
             self.model,
@@ -555,7 +558,7 @@ class Trainer:
         }
         best = self.job.run.models / "best.pt"
         files = {"best.pt": best} if self.job.world.is_main and best.is_file() else {}
-        tensors = snapshot.tensors_of(
+        tensors = state.tensors_of(
             self.model, self.optimizer, self._observer_state(), self.totals_3, self.job.world
         )
         self.job.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
@@ -603,16 +606,16 @@ class Trainer:
         `torch.load(weights_only=True)` reads."""
         with collectives.together(self.job.world):
             if self.job.world.is_main:
-                state = self.model.module.state_dict()
+                weights = self.model.module.state_dict()
                 write_atomically(
-                    self.job.run.models / f"{name}.pt", lambda file: torch.save(state, file)
+                    self.job.run.models / f"{name}.pt", lambda file: torch.save(weights, file)
                 )
 
     def close(self) -> None:
         """Finish reading and writing, and free the process group. A collective."""
         self.feed.close()
         self.tensorboard.close()
-        self.agreement.settle([0, 0, 0])  # end the exchange that is under way
+        self.consensus.settle([0, 0, 0])  # end the exchange that is under way
         collectives.release_group(self.group)
 
     def _autocast(self) -> AbstractContextManager[Any]:

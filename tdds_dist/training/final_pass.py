@@ -27,8 +27,8 @@ from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.partition import class_owners, epoch_order, routing_counts
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import Fingerprint, Scores, require_same_dataset, save_scores
-from tdds_dist.runs.directory import RunDir, any_scores
+from tdds_dist.runs.artifacts import Fingerprint, Scores, require_same_dataset
+from tdds_dist.runs.directory import RunDir, any_scores, put_scores
 from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.sample_stats import log_probabilities
 from tdds_dist.training.build import (
@@ -113,7 +113,7 @@ def write_scores(
         if world.is_main:
             for path, (key, score_N) in zip(paths, values.items(), strict=True):
                 score_N = quarantine.set_lowest(score_N, quarantined)
-                save_scores(
+                put_scores(
                     path, Scores(key, score_N, train_file.label_N, found, {"score": key} | settings)
                 )
     return paths

@@ -758,6 +758,15 @@ def test_only_rank_0_speaks(finished, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out == ""
 
 
+def test_a_page_of_somebody_else_is_not_overwritten(finished, tmp_path, capsys):
+    page = tmp_path / "mine.html"
+    for text, code in (("<!doctype html><p>mine", 2), ("", 0), (None, 0)):  # then one of ours
+        if text is not None:
+            page.write_text(text) if text else page.unlink()
+        assert main(["report", str(finished[0]), "--out", str(page)]) == code
+    assert "was not written by this stage" in capsys.readouterr().err
+
+
 @pytest.mark.distributed
 def test_several_rates_in_one_go(finished, capsys, tmp_path):
     folder, _, _ = finished

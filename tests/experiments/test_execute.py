@@ -471,9 +471,20 @@ def no_runs(monkeypatch):
     monkeypatch.setattr(experiment_module, "_in_processes", lambda _: lambda tasks: {})
 
 
+def test_a_damaged_coreset_is_made_again_and_its_retrainings_stay(copied, no_workers):
+    path, directory = copied
+    coreset = directory / "seed1/coresets/moderate_p0.5.npz"
+    before, rows = load_coreset(coreset), rows_of(directory)
+    coreset.write_bytes(coreset.read_bytes()[:100])
+    experiment(load_experiment(path))
+    assert np.array_equal(load_coreset(coreset).index_M, before.index_M)
+    assert rows_of(directory) == rows
+    assert [file.stat().st_size for file in coreset.parent.glob("before-*/*")] == [100]
+
+
 def test_with_force_other_settings_are_moved_aside(copied, no_runs, caplog):
-    caplog.set_level("INFO", "tdds")
     """Of a collection all of its directory, of a method its coreset and retrainings; nothing finds them as runs any more."""
+    caplog.set_level("INFO", "tdds")
     from tdds_dist.report import results
     from tdds_dist.runs import status
 

@@ -1,0 +1,36 @@
+"""What is there already is kept when files of a run are written."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tdds_dist.runs.artifacts import load_scores, save_scores
+from tdds_dist.runs.directory import put_scores
+from tests.make import scores
+
+SCORES = scores("el2n", np.arange(6), np.arange(6) % 2, 2, settings={"source": "live", "T": 3})
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        (replace(SCORES, settings={"source": "imported", "T": 3}), "imported"),
+        (replace(SCORES, settings={"source": "recorded", "T": 4}), "T was 4, now 3"),
+        (scores("el2n", np.arange(6), np.arange(6) % 3, 3, {"source": "live"}), "other images"),
+        (b"no scores", "is no readable score file"),
+        (replace(SCORES, settings={"source": "recorded", "T": 3, "more": 1}), ""),  # the same ones
+    ],
+)
+def test_other_scores_are_moved_aside(tmp_path, caplog, there, words):
+    path = tmp_path / "el2n.npz"
+    if isinstance(there, bytes):
+        path.write_bytes(there)
+    else:
+        save_scores(path, there)
+    before = path.read_bytes()
+    put_scores(path, SCORES)
+    assert load_scores(path).settings == SCORES.settings
+    aside = [file.read_bytes() for file in tmp_path.glob("before-*/el2n.npz")]
+    assert aside == ([before] if words else [])
+    assert words in caplog.text
