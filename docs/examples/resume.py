@@ -1,12 +1,10 @@
-"""TDDS in a training loop of your own that may be stopped at any time: the same command goes on, on
-any number of ranks.
+"""TDDS in a training loop of your own that may be stopped at any time: the same command goes on, on any number of ranks.
 
     python docs/examples/resume.py my_run
     torchrun --nproc-per-node 2 docs/examples/resume.py my_run
 
-Model, optimizer and scorer are saved every other epoch. The scorer's tables are cut along the
-sample axis; loading cuts them anew for the ranks there are. The trajectory loses the epochs that
-are trained again.
+Model, optimizer and scorer are saved every other epoch. The scorer's tables are cut along the sample axis; loading cuts them
+anew for the ranks there are. The trajectory loses the epochs that are trained again.
 """
 
 import os
@@ -36,32 +34,22 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 window = Window(T=EPOCHS, K=5, beta=0.9)
 checkpoints = Checkpoints(run / "checkpoints")
 found = checkpoints.latest()  # the newest that is whole, or None
-scorer = ShardedScorer(
-    num_samples=len(label),
-    num_classes=10,
-    windows=[window],
-    device="cpu",
-    trajectory=run / "trajectory",
-    resume=True,
-)  # what is recorded there goes on, or goes
+scorer = ShardedScorer(num_samples=len(label), num_classes=10, windows=[window], device="cpu", trajectory=run / "trajectory",
+                       resume=True)  # what is recorded there goes on, or goes
 first_epoch = 0
 scored = scorer.state_dict()
 if found is not None:
     state = {f"model/{name}": value for name, value in network.state_dict().items()}
-    # in place
-    checkpoints.load(found, state | {f"scorer/{name}": value for name, value in scored.items()})
+    checkpoints.load(found, state | {f"scorer/{name}": value for name, value in scored.items()})  # in place
     scorer.load_state_dict(scored)
     first_epoch = found.record["epoch"]
 
 for epoch in range(first_epoch, EPOCHS):
-    # -1 fills the last batch
-    for index in epoch_order(len(label), 60, epoch=epoch).of_rank(rank, world_size)[1]:
+    for index in epoch_order(len(label), 60, epoch=epoch).of_rank(rank, world_size)[1]:  # -1 fills the last batch
         index = torch.tensor(index)
         logits = model(image[index])
         scorer.record(index, logits.detach(), label[index])
-        loss = (
-            nn.functional.cross_entropy(logits, label[index], reduction="none") * (index >= 0)
-        ).mean()
+        loss = (nn.functional.cross_entropy(logits, label[index], reduction="none") * (index >= 0)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -79,7 +67,6 @@ if rank == 0:
     kept_first = scores.argsort(descending=True)[:5].tolist()
     print(f"trained from epoch {first_epoch}; kept first: {kept_first}; sum {scores.sum():.6f}")
 if dist.is_initialized():
-    # what holds the group: its threads must end before Python does
-    del model, optimizer, scorer, checkpoints, scored, state
+    del model, optimizer, scorer, checkpoints, scored, state  # what holds the group: its threads must end before Python does
     dist.barrier()
     dist.destroy_process_group()

@@ -1,5 +1,4 @@
-"""TDDS with timm: its network, optimizer, schedule and Mixup, a plain DataLoader. Runs alone or
-under torchrun.
+"""TDDS with timm: its network, optimizer, schedule and Mixup, a plain DataLoader. Runs alone or under torchrun.
 
     python docs/examples/timm_loop.py
     torchrun --nproc-per-node 2 docs/examples/timm_loop.py
@@ -25,11 +24,8 @@ rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initializ
 
 digits = load_digits()
 N = len(digits.target) - 1  # even, so that the last batch is
-image = torch.nn.functional.interpolate(
-    torch.tensor(digits.images[:N, None], dtype=torch.float32) / 16, scale_factor=2
-)
-# the third is the global index
-dataset = TensorDataset(image, torch.tensor(digits.target[:N]), torch.arange(N))
+image = torch.nn.functional.interpolate(torch.tensor(digits.images[:N, None], dtype=torch.float32) / 16, scale_factor=2)
+dataset = TensorDataset(image, torch.tensor(digits.target[:N]), torch.arange(N))  # the third is the global index
 sampler = DistributedSampler(dataset, world_size, rank)
 loader = DataLoader(dataset, BATCH, sampler=sampler)
 
@@ -46,10 +42,8 @@ for epoch in range(EPOCHS):
     sampler.set_epoch(epoch)
     for step, (image, label, index) in enumerate(loader):
         row = torch.arange(len(index)) + step * BATCH
-        # the sampler repeats samples so that all ranks have as many
-        index[row * world_size + rank >= N] = -1
-        # mixed images are no sample's: score the clean ones, in evaluation mode
-        with torch.no_grad():
+        index[row * world_size + rank >= N] = -1  # the sampler repeats samples so that all ranks have as many
+        with torch.no_grad():  # mixed images are no sample's: score the clean ones, in evaluation mode
             scorer.record(index, model.eval()(image), label)
         model.train()
         mixed, target = mixup(image, label)
@@ -61,7 +55,4 @@ for epoch in range(EPOCHS):
     scorer.end_epoch()
 scores = scorer.gather()[window]
 if rank == 0:
-    print(
-        f"loss {loss:.3f}; scored {len(scores)} images; kept first:"
-        f" {scores.argsort(descending=True)[:5].tolist()}"
-    )
+    print(f"loss {loss:.3f}; scored {len(scores)} images; kept first: {scores.argsort(descending=True)[:5].tolist()}")
