@@ -6,13 +6,15 @@ python=${PYTHON:-python3}
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 [ -t 2 ] || say() { printf '== %s\n' "$*" >&2; }
 
+exec 9>.setup-lock; flock 9 2>/dev/null || :  # several `make` may come here at once
+
 # FFCV compiles one C++ file against OpenCV and libjpeg-turbo; the demo and tests need nothing else from the system.
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 pkg-config --exists opencv4 2>/dev/null || missing+=(libopencv-dev)
 pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
-/sbin/ldconfig -p 2>/dev/null | grep -q 'libtbb\.so\.12' || [ -e "${CONDA_PREFIX:-/nowhere}/lib/libtbb.so.12" ] || missing+=(libtbb12)
+[[ $(/sbin/ldconfig -p 2>/dev/null) == *libtbb.so.12* ]] || [ -e "${CONDA_PREFIX:-/nowhere}/lib/libtbb.so.12" ] || missing+=(libtbb12)
 if ! command -v "$python" >/dev/null; then missing+=(python3 python3-venv python3-dev)
 elif ! "$python" -c 'import sys, ensurepip, sysconfig, os; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null
 then missing+=(python3-venv python3-dev); fi
