@@ -339,7 +339,7 @@ KILLS = {
         ),
         (
             "after the first score file",
-            at_call("tdds_dist.training.collect:save_scores", 1, KILL, [0], after=True),
+            at_call("tdds_dist.training.collect:put_scores", 1, KILL, [0], after=True),
             STEPS,
         ),
         ("during the final pass", at_call(PASS, 3, KILL), STEPS),
