@@ -8,6 +8,7 @@ are in `samplers`.
 
 import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,8 @@ def put(path: Path, coreset: Coreset) -> list[str]:
         save_coreset(path, coreset)
         return []
     if not (changed := changes(path, coreset)):
-        path.touch()  # it is that of the scores that are there now, which may be newer
+        with suppress(OSError):  # a file of somebody else
+            path.touch()  # it is that of the scores that are there now, which may be newer
         return []
     aside = move_aside(path)
     save_coreset(path, coreset)

@@ -1,13 +1,15 @@
 """What is there already is kept when files of a run are written."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from tdds_dist.coreset.select import put
 from tdds_dist.runs.artifacts import load_scores, save_scores
 from tdds_dist.runs.directory import put_scores
-from tests.make import scores
+from tests.make import coreset, scores
 
 SCORES = scores("el2n", np.arange(6), np.arange(6) % 2, 2, settings={"source": "live", "T": 3})
 
@@ -34,3 +36,19 @@ def test_other_scores_are_moved_aside(tmp_path, caplog, there, words):
     aside = [file.read_bytes() for file in tmp_path.glob("before-*/el2n.npz")]
     assert aside == ([before] if words else [])
     assert words in caplog.text
+
+
+def test_the_same_coreset_stays_and_counts_as_made_now(tmp_path, monkeypatch):
+    """It is then no older than the collection whose scores it was chosen by."""
+    path, kept = tmp_path / "c.npz", coreset("el2n", 0.5, np.arange(3), np.arange(6) % 2, 2)
+    assert put(path, kept) == []
+    os.utime(path, (0, 0))
+    before = path.read_bytes()
+    assert put(path, kept) == []
+    assert (path.read_bytes(), path.stat().st_mtime > 0) == (before, True)
+
+    def refuse(*_, **__):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(type(path), "touch", refuse)
+    assert put(path, kept) == []
