@@ -110,9 +110,16 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     kind = {"fused": True} if fused else {}  # torch chooses among the others itself
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, **kind)
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, **kind
     )
+    if fused and train.momentum:
+        # torch 2.11 takes uninitialised memory as momentum and lets the first step fill it; with
+        # loss scaling a first step that overflows fills nothing, and the next is no longer the
+        # first. From zeros the first step gives the same momentum.
+        for parameter in everything:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter).detach()
+    return optimizer
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:

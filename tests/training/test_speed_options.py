@@ -350,6 +350,51 @@ def test_which_optimizer_is_fused(config_file):
     assert fused("train.fused_optimizer=false") == fused() == {None}  # on the CPU
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_fused_optimizer_forgets_a_first_step_that_overflows(config_file, optimizer, nesterov):
+    """As torch's loss scaling leaves out a step: the bits after it are those without it."""
+    config = load_config(
+        config_file,
+        [
+            f"train.optimizer={optimizer}",
+            f"train.nesterov={nesterov}",
+            "train.fused_optimizer=true",
+            "train.lr=0.1",
+        ],
+    )
+
+    def after(overflows, build):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        model.to(memory_format=torch.channels_last)
+        optimizer = build(model)
+        for overflow in overflows:
+            optimizer.found_inf = torch.tensor(float(overflow))
+            optimizer.grad_scale = torch.tensor(1.0)
+            for parameter in model.parameters():
+                values = torch.randn(parameter.shape) if not overflow else torch.inf
+                parameter.grad = torch.empty_like(parameter).detach().copy_(torch.as_tensor(values))
+            optimizer.step()
+        return [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
+
+    def stock(model):
+        options = {"momentum": config.train.momentum, "nesterov": nesterov}
+        kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+        return kind(
+            model.parameters(),
+            lr=0.1,
+            weight_decay=config.train.weight_decay,
+            fused=True,
+            **(options if optimizer == "sgd" else {"betas": config.train.betas}),
+        )
+
+    expected = after([False, False], stock)
+    for overflows in ([False, False], [True, False, False]):
+        found = after(overflows, lambda model: build_optimizer(model, config))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 # ---- compiled networks
 
 
