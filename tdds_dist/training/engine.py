@@ -27,7 +27,6 @@ from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.interruption import Preempted
 from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.training import metrics, state
 from tdds_dist.training.build import (
@@ -602,14 +601,10 @@ class Trainer:
         return accuracy.read()
 
     def save_model(self, name: str) -> None:
-        """Save the weights as models/<name>.pt, a plain state dict that
-        `torch.load(weights_only=True)` reads."""
+        """Save the weights as models/<name>.pt."""
         with collectives.together(self.job.world):
             if self.job.world.is_main:
-                weights = self.model.module.state_dict()
-                write_atomically(
-                    self.job.run.models / f"{name}.pt", lambda file: torch.save(weights, file)
-                )
+                state.save_weights(self.model.module, self.job.run.models / f"{name}.pt")
 
     def close(self) -> None:
         """Finish reading and writing, and free the process group. A collective."""

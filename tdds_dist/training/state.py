@@ -7,12 +7,14 @@ record (`engine`).
 """
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdds_dist.distributed.world import World
+from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints
 
 Replicas = nn.parallel.DistributedDataParallel
@@ -117,6 +119,15 @@ def _mean(values: list[Tensor]) -> Tensor:
         if values[0].is_floating_point()
         else values[0]
     )
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a plain state dict of CPU tensors, which `torch.load(weights_only=True)` reads on any
+    machine."""
+    weights = module.state_dict()
+    for name, value in weights.items():
+        weights[name] = value.cpu()
+    write_atomically(path, lambda file: torch.save(weights, file))
 
 
 def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextManager[Any]) -> None:
