@@ -4,7 +4,6 @@ A cluster file says nothing about training and a config nothing about the schedu
 to any cluster.
 """
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tdds_dist.config.schema import Section, parse_tree, read_tree
+from tdds_dist.config.schema import PathText, Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
 
 _ON_ONE_RANK = ("select", "report")
@@ -107,7 +106,7 @@ class Cluster(Section):
             "Lines of bash before the ranks start, on the first node, e.g. module load cuda."
         ),
     )
-    venv: str | None = Field(
+    venv: PathText | None = Field(
         None,
         description=(
             "Virtual environment whose python runs the job, on the nodes; empty means the one that"
@@ -160,7 +159,7 @@ class Cluster(Section):
             " queued again."
         ),
     )
-    log_dir: str | None = Field(
+    log_dir: PathText | None = Field(
         None,
         description=(
             "Where logs and job files go, in a folder of the run's name; empty means jobs/ of the"
@@ -183,8 +182,13 @@ class Cluster(Section):
     @property
     def python(self) -> str:
         """Return the command that runs python on the nodes, as shell text."""
-        venv = os.path.expanduser(os.path.expandvars(self.venv)) if self.venv else ""
-        python = f"{venv}/bin/python" if venv else "python3" if self.container else sys.executable
+        python = (
+            f"{self.venv}/bin/python"
+            if self.venv
+            else "python3"
+            if self.container
+            else sys.executable
+        )
         return f"{self.container} {shlex.quote(python)}" if self.container else shlex.quote(python)
 
     def for_stage(self, stage: str) -> "Cluster":

@@ -107,9 +107,10 @@ def run(options: argparse.Namespace) -> Outcome:
     """
     cluster = load_cluster(options.cluster)
     config = load_config(options.config, options.overrides)
-    elsewhere = os.path.expanduser(os.path.expandvars(cluster.log_dir or ""))
     log_dir = (
-        Path(elsewhere) / config.run.name if elsewhere else config.run.directory / "jobs"
+        Path(cluster.log_dir) / config.run.name
+        if cluster.log_dir
+        else config.run.directory / "jobs"
     ).absolute()
     if "%" in str(log_dir):
         raise InputError(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from tdds_dist.cli import commands
+from tdds_dist.config.schema import expand_path
+from tdds_dist.errors import InputError
 
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Commands: TypeAlias = Sequence[Callable[[Parsers], None]]  # each adds one command
@@ -53,12 +55,25 @@ class UsageError(SystemExit):
         self.message = message
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(expand_path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _source(text: str) -> str:
+    kind, colon, rest = text.partition(":")
+    return f"{kind}{colon}{_path(rest) if rest else ''}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that leaves by UsageError. It takes no abbreviations, which another option may make
     ambiguous later."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        self.register("type", Path, _path)  # of every argument that says type=Path
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         near = difflib.get_close_matches(str(value), map(str, action.choices or ()), 1)
@@ -185,7 +200,9 @@ def _add_write(parsers: Parsers) -> None:
             " stratified 80/20 split\n  synthetic:N,CLASSES,SIZE random images for benchmarks"
         ),
     )
-    stage.add_argument("source", metavar="SOURCE", help="where the images are, see above")
+    stage.add_argument(
+        "source", metavar="SOURCE", type=_source, help="where the images are, see above"
+    )
     stage.add_argument("out", metavar="OUT.beton", type=Path, help="the file to write")
     stage.add_argument(
         "--split",

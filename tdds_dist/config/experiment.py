@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method, check_axes
 from tdds_dist.config.run import Config
-from tdds_dist.config.schema import Section, parse_tree, read_tree
+from tdds_dist.config.schema import PathText, Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
 
 
@@ -31,11 +31,11 @@ class Experiment(Section):
     name: str = Field(
         description="Name of the experiment.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
     )
-    config: str = Field(description="Config of every run.")
+    config: PathText = Field(description="Config of every run.")
     overrides: tuple[str, ...] = Field(
         (), description="Changes to that config, e.g. train.epochs=20."
     )
-    dir: str = Field("", description="Where everything goes; empty means runs/<name>.")
+    dir: PathText = Field("", description="Where everything goes; empty means runs/<name>.")
     methods: tuple[Method, ...] = Field(
         min_length=1, description="Names of methods, or methods with options."
     )

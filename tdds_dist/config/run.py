@@ -9,7 +9,14 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tdds_dist.config.grid import Pipeline
-from tdds_dist.config.schema import Section, apply_override, parse_tree, plain_data, read_tree
+from tdds_dist.config.schema import (
+    PathText,
+    Section,
+    apply_override,
+    parse_tree,
+    plain_data,
+    read_tree,
+)
 from tdds_dist.config.scores import Window, check_window, parse_storage
 from tdds_dist.errors import InputError
 
@@ -21,7 +28,7 @@ class Run(Section):
         description="Name of the run, as in reports and queues.",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
     )
-    dir: str = Field("", description="Run directory; empty means runs/<name>.")
+    dir: PathText = Field("", description="Run directory; empty means runs/<name>.")
     seed: int = Field(0, ge=0, description="Seed of weights, visit order and augmentation.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to train; auto takes CUDA when there is any."
@@ -62,8 +69,8 @@ class Progressive(Section):
 class Data(Section):
     """The images and how they are cut."""
 
-    train: str = Field(description="Training .beton.")
-    val: str = Field(description="Evaluation .beton.")
+    train: PathText = Field(description="Training .beton.")
+    val: PathText = Field(description="Evaluation .beton.")
     num_classes: int = Field(ge=2, description="Number of classes C; labels lie in [0, C).")
     image_size: int = Field(ge=8, description="Side of the square the model sees, pixels.")
     crop: Literal["center", "pad", "resized"] = Field(

@@ -7,14 +7,15 @@ Knows no key; `run`, `experiment` and `grid` hold those. A config is one YAML fi
 
 import difflib
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from tdds_dist.errors import InputError
 
@@ -28,6 +29,28 @@ class Section(BaseModel):
 Root = TypeVar("Root", bound=Section)
 
 
+def expand_path(text: str) -> str:
+    """Return a path with `~`, `~user`, `$VAR` and `${VAR}` replaced, as a shell does.
+
+    Raises:
+        InputError: a variable that is not set, or a user without a home.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if left := re.search(r"\$(\w+|\{[^}]*\})", path):
+        raise InputError(
+            f"{text}: the environment variable {left[0]} is not set; set it, or write the path out"
+        )
+    if path.startswith("~"):
+        raise InputError(
+            f"{text}: {path.split('/')[0]} has no home directory; write the path out, as ./~... if"
+            " the name begins with a tilde"
+        )
+    return path
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]  # of a key that holds a path
+
+
 def read_tree(
     path: Path, overrides: Sequence[str], must_hold: str, examples: str = "configs/"
 ) -> dict[str, Any]:
@@ -36,7 +59,7 @@ def read_tree(
     if not path.is_file():
         raise InputError(f"{path} does not exist; {examples} holds examples")
     try:
-        tree = _read_yaml(path.read_text())
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
     # ValueError: not text, or a date that does not exist
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         quotes = "; an item that holds `: ` needs quotes" if "mapping values" in str(error) else ""
@@ -82,19 +105,58 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         )
     try:
         node[leaf] = _read_yaml(text)
+    except _Ambiguous as error:
+        raise InputError(f"override {override!r}: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"override {override!r}: the value is not YAML") from error
 
 
+class _Ambiguous(yaml.MarkedYAMLError):
+    """Text that YAML 1.1 reads as something else than it says."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 5e-4 is a number; YAML 1.1 wants 5.0e-4 and takes the rest for text."""
+    """Safe YAML without the traps of version 1.1: 5e-4 is a number, a date is text, a key stands
+    once, and 010 (octal) and 4:30 (base 60) are refused."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in seen:
+                raise _Ambiguous(
+                    problem=f"the key {key!r} stands twice, in lines {seen[key]} and {line}; keep"
+                    " one"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: Any) -> int | float:
+        text = node.value.lstrip("+-").replace("_", "")
+        if ":" in text:
+            meant = "a number of base 60; write minutes or seconds as one number, or quote it"
+        elif re.fullmatch(r"0\d+", text):
+            meant = f"the octal number {int(text, 8)}; write it without the leading zero"
+        elif node.tag.endswith("int"):
+            return self.construct_yaml_int(node)
+        else:
+            return self.construct_yaml_float(node)
+        raise _Ambiguous(problem=f"{node.value}, in line {node.start_mark.line + 1}, is {meant}")
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith("timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
     list("-+.0123456789"),
 )
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def _read_yaml(text: str) -> Any:
@@ -131,6 +193,13 @@ def _one_line(root: type[Section], error: ValidationError) -> str:
         return f"key {key!r} is missing; {_describe(root, first['loc'], key)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+        is_word = isinstance(first["input"], bool)
+        read = " (yes, no, on and off are true and false to YAML)" if is_word else ""
+        return (
+            f"{key}={first['input']!r}: must be text{read}; put it in quotes, on a command line in"
+            f""" two: {key}="'TEXT'\""""
+        )
     return (
         f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]};"
         f" {_describe(root, first['loc'], key)}"

@@ -393,6 +393,28 @@ def test_yaml_tags_are_refused_and_not_executed(tmp_path, file, payload):
     assert not trap.exists()
 
 
+def test_a_key_of_a_file_stands_once(file):
+    file.write_text(file.read_text() + "  lr: 1.5\n")
+    with pytest.raises(InputError, match=r"key 'lr' stands twice, in lines \d+ and \d+; keep one"):
+        load_config(file)
+
+
+def test_text_stays_the_text_it_is(file, monkeypatch):
+    """Dates are text, quotes make text of everything, and paths know `~` and variables."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    config = load_config(
+        file, ["run.name=2026-01-31", "run.dir=~/a", "data.train=$DATA/t", "data.val=${DATA}/v"]
+    )
+    assert config.run.name == "2026-01-31"
+    assert (config.run.dir, config.data.train, config.data.val) == (
+        "/home/me/a",
+        "/data/t",
+        "/data/v",
+    )
+    assert load_config(file, ["run.name='010'"]).run.name == "010"
+
+
 def test_overrides_of_nested_keys(file):
     config = load_config(
         file,
@@ -425,7 +447,16 @@ def test_overrides_of_nested_keys(file):
             r"override 'score\.windows\.0\.T' goes through something that is not a section",
         ),
         ("train.lr=[1", r"override 'train\.lr=\[1': the value is not YAML"),
-        ("run.name=2024-13-45", r"override 'run\.name=2024-13-45': the value is not YAML"),
+        ("run.name=no", r"run\.name=False: must be text \(yes, no, .*run\.name=\"'TEXT'\""),
+        ("run.name=2024", r"run\.name=2024: must be text; put it in quotes"),
+        ("run.seed=010", r"override 'run\.seed=010': 010, in line 1, is the octal number 8"),
+        ("run.timeout_seconds=4:30", r"4:30, in line 1, is a number of base 60"),
+        (
+            "data.progressive={start_size: 64, from_epoch: 0, start_size: 96}",
+            r"'start_size' stands twice",
+        ),
+        ("run.dir=$NOT_SET/x", r"\$NOT_SET is not set"),
+        ("data.val=~nobody-here/x", r"~nobody-here has no home"),
         ("train.lr=fast", r"train\.lr='fast'"),
         ("train.lrr=1", r"unknown key 'train\.lrr'; the nearest valid key is 'train\.lr'"),
         ("trian.lr=1", r"unknown key 'trian'; the nearest valid key is 'train'"),

@@ -140,7 +140,7 @@ BAD_CLUSTERS = [
     ("ranks_per_node: 0", "ranks_per_node=0: input should be greater than"),
     ("partition: a b", "partition='a b': "),
     ("setup: export A=1", "setup='export A=1': input should be a valid tuple"),
-    ("setup: [1]", "setup.0=1: input should be a valid string"),
+    ("setup: [1]", "setup.0=1: must be text; put it in quotes"),
     (
         "{executor: local, time_minutes: 5, nodes: 2}",
         "nodes=2 needs executor=slurm; executor=local is this machine, set",
@@ -164,7 +164,7 @@ BAD_CLUSTERS = [
         "grace_seconds=90 leaves less than a minute of time_minutes=2",
     ),
     ("grace_seconds: 9", "grace_seconds=9: input should be greater than"),
-    ("log_dir: 3", "log_dir=3: input should be a valid string; Where logs"),
+    ("log_dir: 3", "log_dir=3: must be text; put it in quotes"),
     ("memory_gb: 0", "memory_gb=0: input should be greater than 0; Memory per node"),
     ("requeue_failures: -1", "requeue_failures=-1: input should be greater"),
     *(
