@@ -28,7 +28,7 @@ from tdds_dist.distributed.interruption import Preempted
 from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
 from tdds_dist.runs.checkpoint import Checkpoint
-from tdds_dist.training import metrics, state
+from tdds_dist.training import metrics, nonfinite, state
 from tdds_dist.training.build import (
     InputStage,
     autocast,
@@ -128,9 +128,7 @@ class Trainer:
         self._settle()
         if job.resume is not None:
             self._resume(job.resume)
-        self.good_buffers = (
-            [buffer.clone() for buffer in model.buffers()] if job.tolerates_nonfinite else []
-        )
+        self.good_buffers = nonfinite.GoodBuffers(model) if job.tolerates_nonfinite else None
         self.screen = metrics.Screen(
             job.epochs,
             job.num_samples,
@@ -370,8 +368,10 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.job.tolerates_nonfinite:
-            self._drop_nonfinite()
+        if self.good_buffers is not None:
+            if not self.scaler.is_enabled():  # which leaves out such steps itself
+                nonfinite.drop_gradients(self.model.parameters())
+            self.good_buffers.restore()
         if train.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
@@ -380,22 +380,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return lr
-
-    def _drop_nonfinite(self) -> None:
-        """Leave out a step whose gradient is not finite (momentum and decay go on), and batch-norm
-        statistics that are not.
-
-        Nothing is read from the device. Gradients are those of all ranks, so all drop the same
-        steps. With loss scaling it is the scaler that skips such steps.
-        """
-        if not self.scaler.is_enabled():
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            is_finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
-            for gradient in gradients:
-                gradient.copy_(torch.where(is_finite, gradient, 0.0))
-        for buffer, good in zip(self.model.module.buffers(), self.good_buffers, strict=True):
-            buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, good))
-            good.copy_(buffer)
 
     def _read_totals(self, epoch: int, started: float) -> tuple[float, float]:
         """Return mean loss and top-1 (percent) of the epoch that began at `started`, over all
