@@ -235,11 +235,14 @@ class _ByClass:
         self._owner_on_device_N = torch.from_numpy(self.owner_N).to(world.device)
         self._rank = world.rank
         self._feature_MD: np.ndarray | None = None
+        # what arrived last, on its way to the host, and the CUDA event that it is there
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def add(
         self, index_B: Tensor, feature_BD: Tensor, sends: list[int], receives: list[int]
     ) -> None:
-        """Send this rank's rows to their owners and keep what arrives."""
+        """Send this rank's rows to their owners, and keep what arrived in the step before: the
+        device works on this one meanwhile."""
         owner_B = torch.where(
             index_B >= 0, self._owner_on_device_N[index_B.clamp_min(0)], self._rank
         )
@@ -248,9 +251,25 @@ class _ByClass:
         payload_BX = torch.cat(
             [header_BX, feature_BD[by_owner_B].contiguous().view(torch.uint8)], dim=1
         )
-        payload_RX = collectives.exchange_rows(payload_BX, sends, receives).wait().cpu()
+        payload_RX = collectives.exchange_rows(payload_BX, sends, receives).wait()
+        copy_RX = torch.empty(
+            payload_RX.shape, dtype=payload_RX.dtype, pin_memory=payload_RX.is_cuda
+        )
+        copy_RX.copy_(payload_RX, non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if payload_RX.is_cuda else None
+        self._keep_pending()
+        self._pending = copy_RX, copied
+
+    def _keep_pending(self) -> None:
+        """Put the rows of the step before into their places, when they have left the device."""
+        if self._pending is None:
+            return
+        payload_RX, copied = self._pending
+        self._pending = None
+        if copied is not None:
+            copied.synchronize()
         index_R = payload_RX[:, :8].reshape(-1).view(torch.int64).numpy()
-        num_features = feature_BD.shape[1]
+        num_features = (payload_RX.shape[1] - 8) // 4
         # R may be 0
         feature_RD = (
             payload_RX[:, 8:]
@@ -266,5 +285,6 @@ class _ByClass:
 
     def distances(self) -> np.ndarray:
         """Compute Moderate's distance of every kept row, float32 [M]."""
+        self._keep_pending()
         assert self._feature_MD is not None
         return baselines.moderate(self._feature_MD, self._label_M)
