@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +141,12 @@ def inspect_beton(path: Path) -> BetonInfo:
     )
 
 
-def dataset_fingerprint(info: BetonInfo, num_classes: int) -> Fingerprint:
-    """Return the fingerprint that ties scores and coresets to this file's samples."""
-    return fingerprint(info.label_N, num_classes)
+def dataset_fingerprint(
+    info: BetonInfo, num_classes: int, class_names: Sequence[str] = ()
+) -> Fingerprint:
+    """Return the fingerprint that ties scores and coresets to this file's samples; `class_names`
+    where its manifest knows them."""
+    return fingerprint(info.label_N, num_classes, class_names)
 
 
 def content_sha256(info: BetonInfo) -> str:

@@ -66,7 +66,7 @@ class Manifest:
     @property
     def fingerprint(self) -> Fingerprint:
         """Compute the fingerprint of the labels in the file."""
-        return Fingerprint(self.num_samples, self.num_classes, self.labels_sha256)
+        return fingerprint(self.label_N, self.num_classes, self.class_names)
 
 
 def manifest_path(beton: Path) -> Path:
@@ -278,4 +278,5 @@ def read_dataset(beton: Path, num_classes: int = 0) -> Dataset:
         manifest.num_classes if manifest is not None else num_classes or int(info.label_N.max()) + 1
     )
     check_labels(info, num_classes, manifest)
-    return Dataset(beton, info.label_N, dataset_fingerprint(info, num_classes), manifest)
+    names = () if manifest is None else manifest.class_names
+    return Dataset(beton, info.label_N, dataset_fingerprint(info, num_classes, names), manifest)

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,12 +29,13 @@ UNKNOWN_LABEL = -1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The identity of a dataset for scores: its size, its number of classes and the label of every
-    index."""
+    """The identity of a dataset for scores: its size, its number of classes, the label of every
+    index, and the names of the classes where they are known (they do not count for `==`)."""
 
     num_samples: int
     num_classes: int
     labels_sha256: str  # "" when the labels are unknown
+    classes_sha256: str = field(default="", compare=False)  # "" when the names are unknown
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,23 @@ class Coreset:
         return name + ("_balanced" if self.settings.get("class_balanced") else "")
 
 
-def fingerprint(label_N: np.ndarray, num_classes: int) -> Fingerprint:
-    """Compute the fingerprint of a dataset from its labels by global index (int64 [N])."""
+def fingerprint(
+    label_N: np.ndarray, num_classes: int, class_names: Sequence[str] = ()
+) -> Fingerprint:
+    """Compute the fingerprint of a dataset from its labels by global index (int64 [N]) and, where
+    they are known, the names of its classes by label."""
     label_N = np.ascontiguousarray(label_N, dtype="<i8")
     unknown = bool((label_N == UNKNOWN_LABEL).any())
     digest = "" if unknown else hashlib.sha256(label_N.tobytes()).hexdigest()
-    return Fingerprint(len(label_N), int(num_classes), digest)
+    names = hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest()
+    return Fingerprint(len(label_N), int(num_classes), digest, names if class_names else "")
 
 
 def require_same_dataset(have: Fingerprint, need: Fingerprint, what: str) -> None:
     """Raise InputError unless `have` (of the file called `what`) describes the dataset `need`.
 
-    An unknown label hash on either side is compared by size alone.
+    An unknown label hash on either side is compared by size alone; class names count where both
+    sides know them.
     """
     differs = [
         f"{name} {a!r} instead of {b!r}"
@@ -99,6 +105,9 @@ def require_same_dataset(have: Fingerprint, need: Fingerprint, what: str) -> Non
         )
         if a != b and not (name != "num_samples" and "" in (have.labels_sha256, need.labels_sha256))
     ]
+    names = (have.classes_sha256, need.classes_sha256)
+    if not differs and "" not in names and names[0] != names[1]:
+        differs = ["other class names"]
     if differs:
         raise InputError(
             f"{what} belongs to another dataset ({'; '.join(differs)}); "

@@ -8,6 +8,7 @@ samples get the lowest score of the others.
 # T epochs, N dataset
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tdds_dist.runs.artifacts import (
     fingerprint,
     load_scores,
 )
-from tdds_dist.runs.directory import RunDir, put_scores
+from tdds_dist.runs.directory import RunDir, any_scores, put_scores
 from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.official_outputs import Dynamics, is_dynamics
 from tdds_dist.scoring.tdds import score_trajectory
@@ -375,6 +376,9 @@ def _open(source: Path, beton: Path | None) -> _Origin:
         return _Origin(trajectory, None, label_N, found, source, settings)
     config = parse_config(run.read_config(), str(run.config_file))
     settings |= {"seed": config.run.seed, "world_size": run.read_env().get("world_size")}
+    with suppress(InputError):  # a trajectory does not know the names of the classes
+        known = any_scores(run.path).fingerprint.classes_sha256
+        found = replace(found, classes_sha256=found.classes_sha256 or known)
     return _Origin(trajectory, config, label_N, found, run.scores, settings)
 
 
@@ -443,10 +447,12 @@ def _labels(
             f"--beton={beton} holds {info.num_samples} samples, the recorded outputs"
             f" {len(label_N)}; give the file that was trained on"
         )
-    check_labels(info, num_classes, read_manifest(Path(beton)))
+    manifest = read_manifest(Path(beton))
+    check_labels(info, num_classes, manifest)
     if ((label_N != UNKNOWN_LABEL) & (label_N != info.label_N)).any():
         raise InputError(
             f"--beton={beton} has other labels than those recorded; give the file that was"
             " trained on"
         )
-    return info.label_N, dataset_fingerprint(info, num_classes)
+    names = () if manifest is None else manifest.class_names
+    return info.label_N, dataset_fingerprint(info, num_classes, names)

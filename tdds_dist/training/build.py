@@ -5,6 +5,7 @@ mixing.
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,26 @@ def open_files(
     for path in (Path(config.data.train), Path(config.data.val)):
         files.append(inspect_beton(path))
         manifests.append(read_manifest(path))
-    classes = [manifest.num_classes for manifest in manifests if manifest is not None]
-    if len(classes) == 2 and classes[0] != classes[1]:
+    names = [manifest.class_names if manifest is not None else [] for manifest in manifests]
+    if all(names) and names[0] != names[1]:
         raise InputError(
-            f"data.train={config.data.train} has {classes[0]} classes, data.val={config.data.val}"
-            f" {classes[1]}; give two splits of one dataset"
+            f"data.train={config.data.train} and data.val={config.data.val} have other classes"
+            f" ({_first_difference(*names)}); give two splits of one dataset"
         )
     for info, manifest in zip(files, manifests, strict=True):
         check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
         if decode_some:
             quick_check(info, manifest)
-    return files[0], files[1], dataset_fingerprint(files[0], config.data.num_classes)
+    found = dataset_fingerprint(files[0], config.data.num_classes, names[0])
+    return files[0], files[1], found
+
+
+def _first_difference(train: Sequence[str], val: Sequence[str]) -> str:
+    """Say where two lists of class names part."""
+    if len(train) != len(val):
+        return f"{len(train)} and {len(val)} of them"
+    label = next(label for label, name in enumerate(train) if name != val[label])
+    return f"label {label} is {train[label]!r} in the first and {val[label]!r} in the second"
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import (
     UNKNOWN_LABEL,
     Coreset,
+    Fingerprint,
     Scores,
     fingerprint,
     load_coreset,
@@ -548,7 +549,7 @@ def test_without_labels_they_stay_unknown(tmp_path):
     for rows in (["index,score", "0,1", "1,2"], ["index,score,label", "0,1,", "1,2,1"]):
         found = load_scores(import_scores(write_rows(tmp_path / "s.csv", *rows)))
         assert found.label_N[0] == UNKNOWN_LABEL
-        assert vars(found.fingerprint) == {"num_samples": 2, "num_classes": 0, "labels_sha256": ""}
+        assert found.fingerprint == Fingerprint(2, 0, labels_sha256="")
 
 
 def test_paths_instead_of_indices(run, betons, tmp_path):

@@ -315,6 +315,15 @@ def test_another_dataset_is_refused():
             require_same_dataset(mine, other, "a.npz")
 
 
+def test_other_class_names_are_refused_where_both_are_known():
+    known, swapped, unknown = (
+        fingerprint(LABEL_N, 3, names) for names in (("a", "b", "c"), ("a", "c", "b"), ())
+    )
+    require_same_dataset(known, unknown, "a.npz")
+    with pytest.raises(InputError, match=r"a\.npz belongs to another .*other class names"):
+        require_same_dataset(known, swapped, "a.npz")
+
+
 def test_unknown_labels_are_compared_by_size():
     mine = fingerprint(LABEL_N, 3)
     for unknown_N in (np.full(7, UNKNOWN_LABEL), np.array([0, 2, 1, 1, 0, 2, UNKNOWN_LABEL])):

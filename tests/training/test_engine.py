@@ -2,6 +2,8 @@
 not touch."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tdds_dist import ShardedScorer
 from tdds_dist.config.run import load_config
 from tdds_dist.data import beton
 from tdds_dist.data.beton import read_images
+from tdds_dist.data.manifest import manifest_path
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
@@ -269,15 +272,26 @@ def test_networks_by_name():
         build_model("resnet19", 10)
 
 
-def test_splits_of_two_datasets_are_named_as_that(config_file, betons):
+def test_splits_of_two_datasets_are_named_as_that(tmp_path, config_file, betons):
     """Neither number of classes is wrong by itself, so changing data.num_classes would lead in a
     circle."""
     with pytest.raises(
         InputError,
-        match=r"data\.train=.* has 10 classes, data\.val=.*raw\.beton 5; give two splits of one",
+        match=r"raw\.beton have other classes \(10 and 5 of them\); give two splits of one",
     ):
         open_files(load_config(config_file, [f"data.val={betons['raw']}"]))
-    assert open_files(load_config(config_file))[2].num_classes == 10
+    config = load_config(config_file)
+    assert open_files(config)[2].num_classes == 10
+    val = tmp_path / "val.beton"
+    shutil.copy(config.data.val, val)
+    record = json.loads(manifest_path(Path(config.data.val)).read_bytes())
+    record["class_names"][2:4] = ["other", "names"]
+    manifest_path(val).write_text(json.dumps(record))
+    with pytest.raises(
+        InputError,
+        match=r"label 2 is '2' in the first and 'other' in the second\); give two splits",
+    ):
+        open_files(load_config(config_file, [f"data.val={val}"]))
 
 
 def inspected(rank, config_file, run_dir):
