@@ -1,9 +1,9 @@
 """Ranks and what they exchange.
 
 Owns the process group, every collective, who owns which global index, the visit order of an epoch,
-and signals that ask to leave. May import the ground only. Start with `partition` (index arithmetic,
-NumPy only), then `world` and `collectives`.
+signals that ask to leave, and host memory that a GPU copies from and to. May import the ground
+only. Start with `partition` (index arithmetic, NumPy only), then `world` and `collectives`.
 """
 
 # modules that other rooms may import
-__all__ = ["collectives", "interruption", "partition", "world"]
+__all__ = ["collectives", "host_memory", "interruption", "partition", "world"]

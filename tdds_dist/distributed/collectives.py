@@ -136,16 +136,12 @@ def own_rows(table: Tensor) -> Tensor:
     return table.to_local() if hasattr(table, "to_local") else table
 
 
-def copy_to_host(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """Copy to the CPU, sharded as `tensor` is; into `buffer`, an earlier copy of the same tensor,
-    where it fits.
+def copy_to_host(tensor: Tensor, host: Tensor) -> Tensor:
+    """Copy this rank's rows into `host`, which is as large; return it sharded as `tensor` is.
 
     On CUDA the copy is under way when this returns.
     """
     local = own_rows(tensor)
-    host = None if buffer is None else own_rows(buffer)
-    if host is None or (host.shape, host.dtype) != (local.shape, local.dtype):
-        host = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
     host.copy_(local, non_blocking=True)
     if local is tensor:
         return host
