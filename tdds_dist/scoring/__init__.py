@@ -9,6 +9,7 @@ Eq. 10), and windows and averages advance (`tdds`, Eq. 11 and 12). May import `d
 
 __all__ = [
     "baselines",
+    "kernel_check",
     "official_outputs",
     "offline",
     "quarantine",

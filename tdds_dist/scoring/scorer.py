@@ -12,7 +12,6 @@ difference. State is N x C once, divided by the ranks, instead of T x N x C on d
 # numbers of a packed row
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,9 +38,10 @@ from tdds_dist.distributed.partition import (
 )
 from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.runs.artifacts import fingerprint
+from tdds_dist.scoring.kernel_check import LOGIT_DTYPES, kernel_works
 from tdds_dist.scoring.quarantine import set_lowest
 from tdds_dist.scoring.sample_stats import SCALARS
-from tdds_dist.scoring.shard import BITS, Arrived, DenseRows, Shard, pack, update
+from tdds_dist.scoring.shard import BITS, Arrived, Shard, pack, update
 from tdds_dist.scoring.tdds import average_windows, window_variability
 from tdds_dist.scoring.trajectory import TrajectoryWriter, require_no_trajectory
 
@@ -50,44 +50,6 @@ _NOT_QUARANTINED = -1
 WAITING_NUMBERS = 1 << 15
 _NUM_NAMED = 8  # offending indices named in an error
 _LARGEST_QUARANTINE = 0.01  # share of the samples; beyond it training has diverged
-
-
-def _has_kernel(shard: Shard, device: torch.device) -> bool:
-    """Try whether the kernel of `shard_triton` works here: Triton also needs a C compiler, for the
-    code that starts a kernel.
-    """
-    if (
-        device.type != "cuda"
-        or torch.version.cuda is None
-        or not isinstance(shard.previous, DenseRows)
-    ):
-        return False
-    if (problem := _kernel_problem(shard, device)) is not None:
-        warnings.warn(
-            "scores are updated by plain torch operations, several times slower: the kernel fails"
-            f" ({problem})",
-            stacklevel=3,
-        )
-    return problem is None
-
-
-def _kernel_problem(shard: Shard, device: torch.device) -> str | None:
-    """Run the kernel on a padding row, which changes nothing in the shard; return the error, or
-    None."""
-    padding_1 = torch.full((1,), PADDING, dtype=torch.int64, device=device)
-    logits_1C = torch.zeros(1, shard.num_classes, device=device)
-    try:
-        from tdds_dist.scoring import shard_triton  # loads Triton
-
-        shard_triton.update(
-            shard,
-            [Arrived(pack(padding_1, padding_1.clamp(0), logits_1C), torch.float32, 0)],
-            True,
-            False,
-        )
-    except Exception as error:  # Triton's, the compiler's, the driver's: all kinds
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return None
 
 
 class ShardedScorer:
@@ -167,7 +129,7 @@ class ShardedScorer:
         self._shard = Shard(
             self._first, self._end, num_classes, storage, logp_dtype, self.world.device
         )
-        self._is_fused = _has_kernel(self._shard, self.world.device)
+        self._is_fused = kernel_works(self._shard, self._quarantines)
         self._allocate()
         self._trajectory = None
         self._clears_trajectory = resume
@@ -313,7 +275,7 @@ class ShardedScorer:
 
     def _write_arrived(self) -> None:
         arrived, self._arrived = self._arrived, []
-        if self._is_fused and arrived and arrived[0].dtype != torch.float64:
+        if self._is_fused and arrived and arrived[0].dtype in LOGIT_DTYPES:
             from tdds_dist.scoring import shard_triton  # loads Triton
 
             shard_triton.update(self._shard, arrived, self.epoch > 0, self._quarantines)

@@ -22,8 +22,9 @@ from tdds_dist.scoring.sample_stats import LOGP_FLOOR, OFFICIAL_EPSILON, SCALARS
 from tdds_dist.scoring.shard import Arrived, DenseRows, Shard, header_width
 
 ONE_BLOCK = 4096  # most classes that are held in registers
-_CLASSES_PER_WARP = 512  # few warps: sums over a row cost more the more warps share it
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# 8 per thread take about 95 registers, 16 take 165 (docs/performance.md): then hardly any warps fit
+# beside each other that could work while one waits
+_CLASSES_PER_WARP = 256
 _FLOOR: tl.constexpr = tl.constexpr(LOGP_FLOOR)
 _EPSILON: tl.constexpr = tl.constexpr(OFFICIAL_EPSILON)
 _LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
@@ -36,17 +37,25 @@ _INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 def blocks(num_classes: int) -> tuple[int, int]:
     """Return (classes at once, warps) of a program."""
     if num_classes > ONE_BLOCK:
-        return 2048, 8  # sums are kept beside the block
+        return 2048, 16  # sums are kept beside the block: half as many per thread
     block = triton.next_power_of_2(num_classes)
     return block, max(1, block // _CLASSES_PER_WARP)
 
 
-def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarantines: bool) -> None:
-    """Do as `shard.update`, for `DenseRows` and logits of `_DTYPES`; one launch per step that
-    arrived."""
+def update(
+    shard: Shard,
+    arrived: Sequence[Arrived],
+    has_previous: bool,
+    quarantines: bool,
+    num_warps: int | None = None,
+) -> None:
+    """Do as `shard.update`, for `DenseRows` and logits of `LOGIT_DTYPES` in `kernel_check`; one
+    launch per step that arrived. Another `num_warps` than that of `blocks` is for measurements; it
+    may change last bits.
+    """
     assert isinstance(shard.previous, DenseRows)
     num_classes = shard.num_classes
-    block, num_warps = blocks(num_classes)
+    block, usual_warps = blocks(num_classes)
     for payload_RX, dtype, step in arrived:
         if not len(payload_RX):
             continue
@@ -70,7 +79,7 @@ def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarant
                 PIECES=header_width(dtype) // 2,
                 HAS_PREVIOUS=has_previous,
                 QUARANTINES=quarantines,
-                num_warps=num_warps,
+                num_warps=num_warps or usual_warps,
             )
 
 
@@ -133,6 +142,10 @@ def _block(
         official = p * tl.abs(_log(tl.div_rn(p + _EPSILON, _exp(previous) + _EPSILON)))
         paper = p * (logp - previous)
         ce = tl.where(is_label, logp - previous, 0.0)
+        # The compiler may give a thread other classes to store than it loaded, and does for 16-bit
+        # logits and float32 rows: without a barrier it would overwrite what another thread has yet
+        # to read. In a single warp this keeps the compiler from moving the store before the load.
+        tl.debug_barrier()
     tl.store(previous_ptr + c, logp.to(previous_ptr.dtype.element_ty), mask=c < C)
     error = p - is_label.to(tl.float32)
     return (

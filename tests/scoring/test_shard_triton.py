@@ -7,6 +7,7 @@ functions of this file.
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -14,101 +15,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tdds_dist import ShardedScorer, Window
 from tdds_dist.distributed.partition import epoch_order
-from tdds_dist.scoring import scorer
-from tdds_dist.scoring.sample_stats import SCALARS
-from tdds_dist.scoring.shard import Arrived, Shard, pack, update
+from tdds_dist.scoring.kernel_check import disagreement, failures, hard_rows, kernel_works
+from tdds_dist.scoring.shard import Arrived, Shard
 
 pytest.importorskip("triton")
+from benchmarks.kernel import compiled, disassembled, table  # load Triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FIRST = 10  # the shard's first index
 
 
-def rows_of(C, dtype, epoch, num_rows=8, device="cpu"):
-    """Packed rows of an epoch: ties, certain rows, bad labels and indices, padding, and (rows 5 to
-    7) no finite numbers."""
-    generator = torch.Generator().manual_seed(100 * C + epoch)
-    logits = torch.randn(num_rows + 3, C, generator=generator) * 4
-    logits[1] = logits[1].round()
-    logits[2] = 0.5
-    logits[3, C // 2] = 2e4
-    logits[5, C // 2], logits[6, C - 1], logits[7, 0] = torch.nan, -torch.inf, torch.inf
-    logits[num_rows:] = torch.nan
-    label = torch.randint(C, (num_rows + 3,), generator=generator)
-    label[1], label[2], label[3], label[5], label[6] = (
-        logits[1].argmax(),
-        epoch * C // 2,
-        C // 2,
-        C + 2,
-        -1,
-    )
-    index = torch.tensor([*range(FIRST, FIRST + num_rows), -1, FIRST - 1, FIRST + num_rows])
-    order = torch.randperm(num_rows + 3, generator=generator)
-    return [
-        Arrived(
-            pack(index[part].to(device), label[part].to(device), logits.to(dtype)[part].to(device)),
-            dtype,
-            step,
-        )
-        for step, part in ((7, order[:4]), (8, order[4:4]), (9, order[4:]))
-    ]
-
-
-def compare(C, dtype, logp_dtype, quarantines, num_rows=8, device="cpu", close=2e-5):
-    """Two epochs by the kernel and by the plain update: the same tables and counters."""
-    from tdds_dist.scoring import shard_triton
-
-    plain, kernel = (
-        Shard(FIRST, FIRST + num_rows, C, "dense", logp_dtype, torch.device(device))
-        for _ in range(2)
-    )
-    is_judged = torch.tensor(
-        [quarantines or row not in (5, 6, 7) for row in range(num_rows)], device=device
-    )
-    for epoch in range(2):
-        arrived = rows_of(C, dtype, epoch, num_rows, device)
-        kept = [part.payload_RX.clone() for part in arrived]
-        shard_triton.update(kernel, arrived, epoch > 0, quarantines)
-        assert all(
-            torch.equal(part.payload_RX, before) for part, before in zip(arrived, kept, strict=True)
-        ), "input changed"
-        update(plain, arrived, epoch > 0, quarantines)
-        for name in ("bad_index", "bad_label", "nonfinite_step"):
-            assert getattr(kernel, name) == getattr(plain, name), (name, C)
-        expected = plain.tables()
-        for name, table in kernel.tables().items():
-            found, wanted = table[:num_rows], expected[name][:num_rows]
-            if name not in ("logp", "scalars"):
-                assert torch.equal(found, wanted), (name, C)
-                continue
-            # float16 rows may round to the neighbour; a float32 logarithm is known to some 1e-7 of
-            # the largest logit
-            tolerance = 1e-3 if logp_dtype == torch.float16 and (name == "logp" or epoch) else close
-            torch.testing.assert_close(
-                found[is_judged].float(),
-                wanted[is_judged].float(),
-                rtol=tolerance,
-                atol=tolerance,
-                equal_nan=True,
-                msg=lambda text: f"{name} {C} {epoch} {text}",  # noqa: B023
-            )
-        correct = SCALARS.index("correct")
-        assert torch.equal(
-            kernel.scalars_MF[:num_rows, correct][is_judged],
-            plain.scalars_MF[:num_rows, correct][is_judged],
-        )
-        for shard in (plain, kernel):
-            shard.begin_epoch()
+def agree(C, dtype, logp_dtype, quarantines):
+    assert disagreement(C, dtype, logp_dtype, quarantines, "cpu", 8, 2e-5) is None, (C, dtype)
 
 
 def company(C, dtype, num_rows=8, device="cpu"):
     """The same rows together, one by one, some at a time, and behind others: the same bits."""
     from tdds_dist.scoring import shard_triton
 
-    everything = torch.cat([part.payload_RX for part in rows_of(C, dtype, 1, num_rows, device)])
+    everything = torch.cat([part.payload_RX for part in hard_rows(C, dtype, 1, num_rows, device)])
     logp_MC = -torch.rand(num_rows + 1, C, generator=torch.Generator().manual_seed(3))
     found = []
     for parts in ([everything], [everything.flip(0)], everything.split(1), everything.split(7)):
@@ -151,7 +80,11 @@ def small():
     for C, dtype, logp_dtype, quarantines in itertools.product(
         (2, 10), DTYPES, DTYPES[:2], (True, False)
     ):
-        compare(C, dtype, logp_dtype, quarantines)
+        agree(C, dtype, logp_dtype, quarantines)
+    for logp_dtype, quarantines in itertools.product(DTYPES[:2], (True, False)):
+        shard = Shard(FIRST, FIRST + 3, 7, "dense", logp_dtype, torch.device("cpu"))
+        assert list(failures(shard, quarantines).values()) == [None] * 6
+        assert not any(table[:3].any() for table in shard.tables().values()), "a trace is left"
     company(3, torch.float32)
     company(10, torch.bfloat16)
     (found, label), (expected, label_too) = whole_scorer(True), whole_scorer(False)
@@ -162,7 +95,7 @@ def small():
 
 def large():
     for dtype, logp_dtype, quarantines in itertools.product(DTYPES, DTYPES[:2], (True, False)):
-        compare(1000, dtype, logp_dtype, quarantines)
+        agree(1000, dtype, logp_dtype, quarantines)
     company(1000, torch.float32)
 
 
@@ -170,7 +103,7 @@ def largest():
     """More classes than one block: each dtype, though not all together."""
     cases = list(itertools.product(DTYPES, DTYPES[:2], (True, False)))
     for C, number in itertools.product((4096, 4999), (0, 3, 5, 10)):
-        compare(C, *cases[number])
+        agree(C, *cases[number])
     company(4097, torch.float16)
 
 
@@ -213,7 +146,7 @@ def gpu(test):
 def test_the_kernel_on_a_gpu_gives_what_the_plain_update_gives(
     num_classes, dtype, logp_dtype, quarantines
 ):
-    compare(num_classes, dtype, logp_dtype, quarantines, 120, "cuda", 5e-5)
+    assert disagreement(num_classes, dtype, logp_dtype, quarantines, "cuda") is None
 
 
 @gpu
@@ -224,94 +157,189 @@ def test_no_company_changes_a_bit_of_what_the_kernel_gives_on_a_gpu(num_classes,
     company(num_classes, dtype, 60, "cuda")
 
 
-# ---- compiled, or not
+# ---- compiled for GPUs that are not here
 
 
 @pytest.mark.parametrize(
     ("num_classes", "dtype", "logp_dtype"),
     [
-        (1000, "fp32", "fp32"),
-        (1000, "bf16", "fp16"),
-        (4096, "fp32", "fp32"),
-        (21841, "bf16", "fp32"),
+        (1000, torch.float32, torch.float32),
+        (1000, torch.bfloat16, torch.float16),
+        (4096, torch.float32, torch.float32),
+        (21841, torch.bfloat16, torch.float32),
     ],
 )
-def test_the_kernel_compiles_for_a_gpu_that_is_not_here(num_classes, dtype, logp_dtype):
-    """With libdevice's functions, vector loads where rows are aligned, one read and one write of a
-    row up to 4,096 classes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_the_kernel_takes_the_functions_of_libdevice_and_wide_loads(num_classes, dtype, logp_dtype):
+    """Up to 4,096 classes each of the two rows is read once, 16 bytes at a time."""
     from tdds_dist.scoring import shard_triton
 
-    pieces, block, num_warps = (2 if dtype == "fp32" else 4), *shard_triton.blocks(num_classes)
-    tables = {
-        "previous_ptr": f"*{logp_dtype}",
-        "scalars_ptr": "*fp32",
-        "label_ptr": "*i64",
-        "visits_ptr": "*i32",
-        "nonfinite_ptr": "*i32",
-        "bad_index_ptr": "*i64",
-        "bad_label_ptr": "*i64",
-        "nonfinite_step_ptr": "*i64",
-    }
-    constants = {
-        "C": num_classes,
-        "BLOCK": block,
-        "PIECES": pieces,
-        "HAS_PREVIOUS": True,
-        "QUARANTINES": True,
-    }
-    signature = {
-        "header_ptr": "*i32" if pieces == 2 else "*i16",
-        "logits_ptr": f"*{dtype}",
-        **tables,
-        "first": "i32",
-        "num_rows": "i32",
-        "step": "i32",
-        **dict.fromkeys(constants, "constexpr"),
-    }
-    source = ASTSource(
-        shard_triton._update_row,
-        signature,
-        constants,
-        {(place,): [["tt.divisibility", 16]] for place in range(10)},
-    )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}
-    )
-    ptx = compiled.asm["ptx"]
+    ptx = compiled(num_classes, dtype, logp_dtype).asm["ptx"]
     assert "lg2.approx" not in ptx, "Triton's own log"
-    assert compiled.asm["cubin"]
     if num_classes <= shard_triton.ONE_BLOCK:
+        block, num_warps = shard_triton.blocks(num_classes)
         is_wide = [line for line in ptx.splitlines() if "ld.global" in line and ".v" in line]
-        bytes_per_thread = block // num_warps // 32 * (int(dtype[-2:]) + int(logp_dtype[-2:])) // 8
-        assert len(is_wide) == bytes_per_thread // 16, (
-            "each of the two rows is read once, 16 bytes at a time"
-        )
+        bytes_per_thread = block // num_warps // 32 * (dtype.itemsize + logp_dtype.itemsize)
+        assert len(is_wide) == bytes_per_thread // 16
 
 
-def test_where_the_kernel_fails_the_plain_update_is_taken_and_said(monkeypatch):
+def row_traffic(text):
+    """From PTX or disassembled machine code: (bytes of a thread that are loaded of the previous row
+    and stored of the new one, whether a store may follow a load with no barrier between).
+
+    Which load and store is meant is said by the line of the source that the compiler notes.
+    """
+    from tdds_dist.scoring import shard_triton
+
+    path = Path(shard_triton.__file__)
+    letter_of_line = {
+        number: letter
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for letter, call in {"L": "tl.load(previous_ptr", "S": "tl.store(previous_ptr"}.items()
+        if call in line
+    }
+    assert sorted(letter_of_line.values()) == ["L", "S"]
+    files = dict(re.findall(r'^\s*\.file\s+(\d+) "(.*)"', text, re.MULTILINE))  # of PTX
+    steps, place_of_label, sizes = [], {}, {"L": 0, "S": 0}
+    letter, is_noted = None, False
+    for line in text.splitlines():
+        noted = re.match(r'\s*(?:\.loc\s+(\d+) |//## File "(.*?)", line )(\d+)', line)
+        if noted and not is_noted:  # of several notes the first is the innermost function's
+            name = files[noted[1]] if noted[1] else noted[2]
+            letter = letter_of_line.get(int(noted[3])) if Path(name).name == path.name else None
+        is_noted = bool(noted)
+        kind, target = "", None
+        if label := re.match(r"([.$]L\w+):", line):
+            place_of_label[label[1]] = len(steps)
+        elif branch := re.search(r"\b(?:bra|BRA)\b.*?([.$]L\w+)", line):
+            target = branch[1]
+            kind = "" if re.search(r"@|BRA\.|BRA !?U?P|BRA.*,", line) else "end"
+        elif re.search(r"\b(?:ret;|EXIT\b|RET\b)", line) and "@" not in line:
+            kind = "end"
+        elif re.search(r"\bbar\.sync\s+0;|\bBAR\.SYNC\S*\s+0x0\b", line):
+            kind = "B"
+        elif letter and (
+            access := re.search(r"\b(?:ld|st)\.global(?:\.v(\d))?\.b(\d+)", line)
+            or re.search(r"\b(?:LDG|STG)\.E()(?:\.U?(\d+))?\b", line)
+        ):
+            kind = letter
+            sizes[letter] += int(access[1] or 1) * int(access[2] or 32) // 8
+        steps.append((kind, target))
+    ahead, seen = [place + 1 for place, step in enumerate(steps) if step[0] == "L"], set()
+    while ahead:
+        place = ahead.pop()
+        if place in seen or place == len(steps):
+            continue
+        seen.add(place)
+        kind, target = steps[place]
+        if kind == "S":
+            return sizes, True
+        if target:
+            ahead.append(place_of_label[target])
+        if kind not in ("B", "end"):
+            ahead.append(place + 1)
+    return sizes, False
+
+
+def check_barriers(C, dtype, logp_dtype, has_previous, quarantines, **options):
+    from tdds_dist.scoring import shard_triton
+
+    kernel = compiled(C, dtype, logp_dtype, has_previous, quarantines, **options)
+    block = shard_triton.blocks(C)[0]
+    per_thread = max(1, block // (32 * kernel.metadata.num_warps)) * logp_dtype.itemsize
+    per_thread *= 2 if block < C else 1  # the first block, and the others in a loop
+    expected = {"L": per_thread * has_previous, "S": per_thread}, False
+    assert row_traffic(kernel.asm["ptx"]) == expected
+    assert row_traffic(disassembled(kernel)) == expected
+
+
+VARIANTS = list(
+    itertools.product(
+        (10, 100, 1000, 4096, 21848), DTYPES, DTYPES[:2], (True, False), (True, False)
+    )
+)
+
+
+def is_quick(C, dtype, logp_dtype, has_previous, quarantines):
+    """Those of ImageNet's default, and every size of numbers with one block and with several;
+    float16 logits are compiled as bfloat16 ones are."""
+    usual = dtype == torch.bfloat16 and logp_dtype == torch.float32
+    return (
+        (usual or (C in (1000, 21848) and dtype != torch.float16))
+        and has_previous
+        and not quarantines
+    )
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, marks=() if is_quick(*variant) else pytest.mark.slow)
+        for variant in VARIANTS
+    ],
+    ids=lambda variant: "-".join(str(part).removeprefix("torch.") for part in variant),
+)
+def test_no_thread_overwrites_a_row_that_another_one_still_reads(variant):
+    """In PTX and in machine code a barrier stands between the last load of the previous row and
+    the first store of the new one: the compiler may divide the two over the threads differently."""
+    check_barriers(*variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"capability": 80}, {"capability": 100}, {"num_warps": 2}])
+def test_the_barrier_stands_there_for_other_gpus_and_warps(options):
+    for variant in VARIANTS:
+        if is_quick(*variant):
+            check_barriers(*variant, **options)
+
+
+def test_loads_and_stores_of_a_row_are_divided_differently():
+    """Else the barrier would do nothing, and the test above would prove nothing."""
+    text = compiled(1000, torch.bfloat16, torch.float32).asm["ttgir"]
+    load, store = (
+        re.search(rf"tt\.{name} %previous.*tensor<1024x!tt\.ptr<f32>, (#\w+)>", text)[1]
+        for name in ("load", "store")
+    )
+    assert load != store
+
+
+@pytest.mark.slow
+def test_the_page_has_the_table_of_this_compiler():
+    import triton
+
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    if f"Triton {triton.__version__} " not in page:
+        pytest.skip(f"the table of docs/performance.md is not of Triton {triton.__version__}")
+    assert table() in page, "put in what `python -m benchmarks.kernel` prints"
+
+
+# ---- where it fails
+
+
+def test_where_the_kernel_fails_the_plain_update_is_taken_and_said():
     """Here it does fail: there is no device for it."""
     if torch.cuda.is_available():
         pytest.skip("needs a machine where Triton finds no device")
-    cpu = torch.device("cpu")
-    shard = Shard(0, 5, 7, "dense", torch.float32, cpu)
-    problem = scorer._kernel_problem(shard, cpu)
-    assert problem
-    assert "\n" not in problem
+    shard = Shard(0, 5, 7, "dense", torch.float32, torch.device("cpu"))
+    found = failures(shard, False)
+    assert list(found) == [
+        f"{dtype} logits, {epoch} epoch"
+        for dtype in ("float32", "float16", "bfloat16")
+        for epoch in ("the first", "a later")
+    ]
+    assert all(found.values())
+    assert "\n" not in "".join(found.values())
     assert not any(table[:5].any() for table in shard.tables().values())
-    assert not scorer._has_kernel(shard, cpu), "nothing is tried on the CPU"
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(scorer, "_kernel_problem", lambda shard, device: problem)
-    with pytest.warns(UserWarning, match="by plain torch operations.*the kernel fails"):
-        assert not scorer._has_kernel(shard, torch.device("cuda"))
-    monkeypatch.setattr(scorer, "_kernel_problem", lambda shard, device: None)
-    assert scorer._has_kernel(shard, torch.device("cuda"))
-    assert not scorer._has_kernel(
-        Shard(0, 5, 7, "topk:3", torch.float32, cpu), torch.device("cuda")
-    )
+    with warnings.catch_warnings(action="error"):
+        assert not kernel_works(shard, False), "nothing is tried on the CPU"
+    with FakeTensorMode():
+        shard, compact = (
+            Shard(0, 5, 7, storage, torch.float32, torch.device("cuda"))
+            for storage in ("dense", "topk:3")
+        )
+        with pytest.warns(UserWarning, match="by plain torch.*fails for float32 logits, the first"):
+            assert not kernel_works(shard, False)
+        with warnings.catch_warnings(action="error"):
+            assert not kernel_works(compact, False), "the kernel knows dense rows only"
 
 
 if __name__ == "__main__":
