@@ -330,8 +330,8 @@ def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) 
     beton = (run.config.get("data") or {}).get("train")
     if not beton:
         return
-    path = Path(beton)
     try:
+        path = run.run.train_file()
         if not path.is_file():
             raise InputError(
                 f"run {run.run.path}: {path} is no longer there, so whether labels are noisy is not"

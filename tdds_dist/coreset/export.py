@@ -300,7 +300,14 @@ def _flags(index_M: np.ndarray, num_samples: int) -> np.ndarray:
 
 
 def _write_csv(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
-    """Write the table alone: CSV has no place for `meta`."""
+    """Write the table alone: CSV has no place for `meta`. A path that spreadsheets would take for a
+    formula is written as `./path`, which is the same file."""
+    columns = {
+        name: [f"./{text}" if text[:1] in "=+-@" else text for text in values]
+        if name == "path"
+        else values
+        for name, values in columns.items()
+    }
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -419,10 +426,6 @@ def _official_coreset(path: Path, coreset: Coreset) -> tuple[np.ndarray, np.ndar
     return np.concatenate([removed, coreset.index_M[by_importance_M]]).astype(np.int64), score_N
 
 
-def train_file(run: RunDir) -> Path:
-    return Path(parse_config(run.read_config(), str(run.config_file)).data.train)
-
-
 def _dataset_of(
     given: _Source, beton: Path | None, found: Fingerprint
 ) -> tuple[Dataset | None, str]:
@@ -430,7 +433,7 @@ def _dataset_of(
     if beton is None:
         if given.run is None:
             return None, f"{given.path} does not lie in a run; give --beton FILE"
-        beton = train_file(given.run)
+        beton = given.run.train_file()
         if not beton.is_file():
             return (
                 None,

@@ -18,7 +18,6 @@ import numpy as np
 from tdds_dist.config.run import parse_config
 from tdds_dist.config.scores import ABLATIONS, Window, window_settings
 from tdds_dist.console import log
-from tdds_dist.coreset.export import train_file
 from tdds_dist.data.manifest import Dataset, manifest_path, read_dataset
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import (
@@ -161,10 +160,8 @@ def _known_dataset(beton: Path | None, run: RunDir | None) -> Dataset | None:
     dataset = None if beton is None else read_dataset(beton)
     if run is None:
         return dataset
-    train, num_classes = (
-        train_file(run),
-        parse_config(run.read_config(), str(run.config_file)).data.num_classes,
-    )
+    num_classes = parse_config(run.read_config(), str(run.config_file)).data.num_classes
+    train = run.train_file()
     if dataset is None and train.is_file():
         dataset = read_dataset(train, num_classes)
     if not any(run.scores.glob("*.npz")):
@@ -303,7 +300,9 @@ def _read_rows(
     line_R: list[int] = []
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
+            separator = _separator(file.readline())
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator)
             header = [name.strip() for name in next(reader, [])]
             column = key if key is not None and (is_column or key in header) else "score"
             _check_header(source, header, column, key)
@@ -319,16 +318,31 @@ def _read_rows(
                 if len(row) != len(header):
                     raise InputError(
                         f"{source}, line {reader.line_num} has {len(row)} values for {len(header)}"
-                        " columns; every row needs one per column, separated by commas"
+                        f" columns; every row needs one per column, separated by {separator!r} as"
+                        " the header is"
                     )
                 line_R.append(reader.line_num)
                 for position, texts in wanted:
                     texts.append(row[position].strip())
+        if separator == ";":  # where it separates, the comma is that of decimals
+            for name in cells.keys() - {"index", "path", "label"}:
+                cells[name] = [text.replace(",", ".") for text in cells[name]]
+        if "path" in cells:
+            cells["path"] = [text.removeprefix("./") for text in cells["path"]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{source} is not CSV text in UTF-8 ({error}); write it again") from error
     if not line_R:
         raise InputError(f"{source} holds no rows; it needs a header and one row per sample")
     return column, line_R, cells
+
+
+def _separator(header: str) -> str:
+    """Return what separates the columns of a CSV header: comma, semicolon or tab."""
+    for separator in ",;\t":
+        names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
+        if names & {"index", "path"}:
+            return separator
+    return ","
 
 
 def _check_header(source: Path, header: list[str], column: str, key: str | None) -> None:

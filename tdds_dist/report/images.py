@@ -110,6 +110,7 @@ def sheets(
         )
         uris, num_bad = _thumbnails(info, wanted, sample, budget_bytes)
     except (InputError, OSError, ImportError) as error:
+        facts.problems.append(f"{facts.run.path}: the page has no images: {error}")
         return {"sheets": [], "note": f"The images cannot be shown: {error}"}
     if not uris:
         return {

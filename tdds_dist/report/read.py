@@ -6,6 +6,7 @@ Owns the reading, not the formats of what it reads. A damaged or foreign file be
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ def read_facts(run: RunDir) -> Facts:
         except InputError as error:
             problems.append(str(error))
     data = config.get("data", {})
+    if data.get("train"):
+        # a damaged env.json is said below
+        with suppress(ValueError, OSError, AttributeError):
+            data["train"] = str(run.train_file())
     manifest = _read_manifest(data.get("train"), problems)
     env, result = _read_env(run, problems), _read_record(run.read_result, run.result_file, problems)
     own = _own_dataset(scores, (result or {}).get("num_images"), manifest)

@@ -124,6 +124,13 @@ class RunDir:
         """Return the record of how the run was started; empty when there is none."""
         return json.loads(self.env_file.read_text()) if self.env_file.is_file() else {}
 
+    def train_file(self) -> Path:
+        """Return the training .beton that the config names; where there is none of that name here,
+        from the folder in which the run was started."""
+        path = Path(str((self.read_config().get("data") or {}).get("train", "")))
+        there = Path(str(self.read_env().get("folder", ""))) / path
+        return there if there.is_file() and not path.is_file() else path
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append one epoch's record to metrics.jsonl."""
         with self.metrics_file.open("a") as file:
@@ -264,6 +271,7 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name.replace("__main__.py", "tdds"), *sys.argv[1:]],
+        "folder": os.getcwd(),
         "commit": _commit(),
         "world_size": world_size,
         "device": device,

@@ -545,6 +545,24 @@ def test_literal_csv(tmp_path):
     assert found.settings == {"score": "mine", "source": "imported", "file": "my scores.csv"}
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_columns_of_spreadsheets(tmp_path, separator):
+    """Semicolons come with decimal commas; a path that begins like a formula has `./` before it."""
+    rows = [["index", "score", "label"], ["1", "0,5" if separator == ";" else "0.5", "0"]]
+    rows.append(["0", "-2", "1"])
+    table = write_rows(tmp_path / "s.csv", *(separator.join(row) for row in rows))
+    found = load_scores(import_scores(table))
+    assert (found.score_N.tolist(), found.label_N.tolist()) == ([-2, 0.5], [1, 0])
+
+
+def test_no_path_is_a_formula(tmp_path):
+    path = ["=cmd|' /C calc'!A0/000.jpg", "-1/a.jpg", "+x", "@x", "plain/=a.jpg"]
+    with (tmp_path / "x.csv").open("wb") as file:
+        export_module._write_csv({"index": np.arange(5), "path": path}, {}, file)
+    rows = read_csv(tmp_path / "x.csv")
+    assert [row["path"] for row in rows] == [*(f"./{name}" for name in path[:4]), path[4]]
+
+
 def test_without_labels_they_stay_unknown(tmp_path):
     for rows in (["index,score", "0,1", "1,2"], ["index,score,label", "0,1,", "1,2,1"]):
         found = load_scores(import_scores(write_rows(tmp_path / "s.csv", *rows)))
@@ -555,7 +573,9 @@ def test_without_labels_they_stay_unknown(tmp_path):
 def test_paths_instead_of_indices(run, betons, tmp_path):
     path_N = read_manifest(betons["train"]).path
     order = np.random.default_rng(3).permutation(N)
-    table = write_rows(tmp_path / "by_path.csv", "path,score", *(f"{path_N[i]},{i}" for i in order))
+    table = write_rows(
+        tmp_path / "by_path.csv", "path,score", *(f"./{path_N[i]},{i}" for i in order)
+    )
     for options in ({"beton": betons["train"]}, {"run": run}):
         assert load_scores(import_scores(table, **options)).score_N.tolist() == list(range(N))
     refused(r"column path but none named index, and no manifest.*--beton", import_scores, table)

@@ -317,8 +317,10 @@ def test_images_that_are_not_those_of_the_scores_are_not_shown(
     run.config_file.write_text(run.config_file.read_text().replace(str(beton), train or str(beton)))
     if shift:
         add_scores(run, TDDS, (label_N + shift) % NUM_CLASSES, (0.5, 0.8))
-    page = page_of(tmp_path, run)
+    with speaking(quiet=True) as warnings:
+        page = page_of(tmp_path, run)
     assert said in page.text
+    assert train is None or any("the page has no images" in text for text in warnings)
     assert page.count("img") == 0
     assert page.row("class 0" if train else make.EVIL_CLASS)  # the class table stands without names
 

@@ -2,13 +2,14 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tdds_dist.coreset.select import put
 from tdds_dist.runs.artifacts import load_scores, save_scores
-from tdds_dist.runs.directory import put_scores
+from tdds_dist.runs.directory import RunDir, put_scores
 from tests.make import coreset, scores
 
 SCORES = scores("el2n", np.arange(6), np.arange(6) % 2, 2, settings={"source": "live", "T": 3})
@@ -36,6 +37,19 @@ def test_other_scores_are_moved_aside(tmp_path, caplog, there, words):
     aside = [file.read_bytes() for file in tmp_path.glob("before-*/el2n.npz")]
     assert aside == ([before] if words else [])
     assert words in caplog.text
+
+
+def test_the_images_of_a_run_are_found_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("tr.beton").touch()
+    run = RunDir(Path("run").absolute())
+    run.start({"data": {"train": "tr.beton"}}, {}, 1, "cpu")
+    assert run.train_file() == Path("tr.beton")
+    monkeypatch.chdir(tmp_path)
+    assert run.train_file() == tmp_path / "work" / "tr.beton"
+    Path("tr.beton").touch()  # here comes first, as the config says
+    assert run.train_file() == Path("tr.beton")
 
 
 def test_the_same_coreset_stays_and_counts_as_made_now(tmp_path, monkeypatch):
