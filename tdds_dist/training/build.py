@@ -10,24 +10,29 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models as zoo
 from torchvision.transforms import v2
 
 from tdds_dist.config.run import Config
+from tdds_dist.console import log
 from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_beton
 from tdds_dist.data.check import quick_check
 from tdds_dist.data.loader import View, check_view
-from tdds_dist.data.manifest import check_labels, read_manifest
+from tdds_dist.data.manifest import Manifest, check_classes, num_shared, read_manifest
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint
 from tdds_dist.training.schedule import training_sizes
 
 
-def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int) -> None:
+def preflight(
+    config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int, device_type: str = "cpu"
+) -> None:
     """Raise InputError for a network or a view that would fail at the first step of `rows` images
-    per rank.
+    per rank, on `cpu` or `cuda`.
 
     The network runs on shapes alone (torch's meta device), which costs no memory: once for every
     size that it may see.
@@ -39,10 +44,21 @@ def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: 
     model = build_on_meta(name, config.data.num_classes, cifar_stem=config.model.cifar_stem)
     for size in training_sizes(config):
         key = "data.image_size" if size == config.data.image_size else "data.progressive"
-        output = _try(model.train(), rows, size, f"model.name={name} cannot train on", key)
+        with _Operations() as operations:
+            output = _try(model.train(), rows, size, f"model.name={name} cannot train on", key)
         if not isinstance(output, torch.Tensor):
             raise InputError(
                 f"model.name={name} gives several outputs in training; use a network with one"
+            )
+        if (
+            config.train.deterministic
+            and device_type == "cuda"
+            and _WITHOUT_DETERMINISTIC_GRADIENT in operations.names
+        ):
+            raise InputError(
+                f"train.deterministic=true: on CUDA, the gradient of the adaptive average pooling"
+                f" of model.name={name} is not deterministic; set train.deterministic=false, or"
+                " use a network that averages over the whole image, e.g. resnet34"
             )
     if views[1].size != config.data.image_size:
         _try(
@@ -52,6 +68,23 @@ def preflight(config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: 
             f"model.name={name} cannot evaluate",
             "data.eval_size",
         )
+
+
+# Of the operations for which torch.use_deterministic_algorithms raises on CUDA, the only one that
+# torchvision's classifiers use (AlexNet, VGG). Pooling to one pixel is a mean, and no such operation.
+_WITHOUT_DETERMINISTIC_GRADIENT = "aten::_adaptive_avg_pool2d"
+
+
+class _Operations(TorchDispatchMode):
+    """Note the names of torch's operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _try(model: nn.Module, rows: int, size: int, what: str, key: str) -> Any:
@@ -88,12 +121,44 @@ def open_files(
             f"data.train={config.data.train} and data.val={config.data.val} have other classes"
             f" ({_first_difference(*names)}); give two splits of one dataset"
         )
-    for info, manifest in zip(files, manifests, strict=True):
-        check_labels(info, config.data.num_classes, manifest, complete=info is files[0])
-        if decode_some:
+    splits = list(zip(files, manifests, strict=True))
+    check_classes(splits, config.data.num_classes)
+    if decode_some:
+        for info, manifest in splits:
             quick_check(info, manifest)
+        _warn_of_splits(config, files[0].label_N, names[0], *manifests)
     found = dataset_fingerprint(files[0], config.data.num_classes, names[0])
     return files[0], files[1], found
+
+
+def _warn_of_splits(
+    config: Config,
+    label_N: np.ndarray,
+    names: Sequence[str],
+    train: Manifest | None,
+    val: Manifest | None,
+) -> None:
+    """Say which classes have no training image, and whether the evaluation has seen its images in
+    training."""
+    num_classes = config.data.num_classes
+    absent = np.flatnonzero(np.bincount(label_N, minlength=num_classes) == 0).tolist()
+    if absent:
+        named = ", ".join(names[i] if names else str(i) for i in absent[:5])
+        log.warning(
+            f"data.train={config.data.train} has no image of {len(absent)} of {num_classes} classes"
+            f" ({named}{', ...' if len(absent) > 5 else ''}); no network learns them"
+        )
+    if train is None or val is None:
+        return
+    shared = num_shared(train, val)
+    # with many images some CRCs are equal by chance, and large datasets hold some twins
+    if shared >= max(1, val.num_samples / 100):
+        log.warning(
+            f"{shared} of the {val.num_samples} images of data.val={config.data.val} are in"
+            f" data.train={config.data.train} too, so that accuracy is partly that on training"
+            " images; write another split, or hold one out by `tdds write ... --holdout 0.1` for"
+            " both"
+        )
 
 
 def _first_difference(train: Sequence[str], val: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ def collect(
             config.train.global_batch_size, world.world_size, config.train.accumulation
         )
         train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
-        preflight(config, train_file, val_file, rows)
+        preflight(config, train_file, val_file, rows, world.device.type)
         setting: dict[str, Any] = {"stage": "collect"} | (settings or {})
         if world.is_main:
             setting["data"] = content_of((train_file, val_file))

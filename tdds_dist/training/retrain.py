@@ -61,6 +61,7 @@ def retrain(
             train_file,
             val_file,
             global_batch_size // world.world_size // config.train.accumulation,
+            world.device.type,
         )
         setting |= settings or {}
         data = {}
