@@ -10,7 +10,8 @@ to the device or valid until the next iteration, as said below. Memory: the stoc
 builds Python sets per sample (646 MB at ImageNet size) that this access pattern never reads.
 Threads: FFCV sets torch's thread count for the whole process in every epoch; ours does not
 (importing FFCV sets it to 1; `training.engine` chooses it then). GPU: FFCV copies when a batch is
-asked for; ours copies ahead of that, from pinned buffers, on a stream of its own.
+asked for; ours copies ahead of that, from page-locked buffers that are kept from pass to pass, on
+one stream (FFCV makes five for every pass, and torch keeps the memory of each to itself).
 """
 
 # B rows per rank and step, S steps, N samples of the file
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 # the others abort with two loaders, or after a fork
@@ -32,7 +34,6 @@ import ffcv
 import numba
 import numpy as np
 import torch
-from ffcv.loader.epoch_iterator import EpochIterator, select_buffer
 from ffcv.memory_managers import OSCacheManager
 from ffcv.memory_managers.os_cache import OSCacheContext
 from ffcv.pipeline import Compiler, PipelineSpec
@@ -45,10 +46,12 @@ from torch import Tensor
 
 from tdds_dist.data import decode
 from tdds_dist.data.beton import IMAGE, BetonInfo
+from tdds_dist.distributed import host_memory
 from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
 
 BATCHES_AHEAD = 3  # decoded before they are asked for
+THREAD_NAME = "decoding"  # of a pass, before the number of its epoch
 # no batch for that long is an error; the first batch may wait for compilation
 STALL_SECONDS = 300.0
 
@@ -73,8 +76,8 @@ class View:
 @dataclass(frozen=True)
 class Batch:
     """One step of one rank. `image` uint8 [B, 3, size, size] in channels_last memory; on the CPU it
-    is valid until the next batch only. `label` and `index` int64 [B] are copies; `index` is -1 in
-    padding rows."""
+    is valid only until the next batch, or the end of its pass. `label` and `index` int64 [B] are
+    copies; `index` is -1 in padding rows."""
 
     image: Tensor
     label: Tensor
@@ -183,6 +186,8 @@ class BetonLoader(ffcv.Loader):
         self.indices = np.arange(self.reader.num_samples, dtype=np.int64)
         self.memory_manager = _Blocks(self.reader)
         self.next_epoch = 0
+        self._free_rings: list[_Ring] = []
+        self._copies = _copy_stream(self.device) if self.device.type == "cuda" else None
         self._image_operation = _LoadImage(view, seed, self.memory_manager)
         self.field_name_to_f_ix = {
             name: position for position, name in enumerate(self.reader.handlers)
@@ -220,24 +225,35 @@ class BetonLoader(ffcv.Loader):
             np.ascontiguousarray(part) for part in order.of_rank(rank, world_size)
         )
         assert sample_SB.shape[1] == self.batch_size, (sample_SB.shape, self.batch_size)
-        # FFCV asks for it when the thread allocates its buffers
-        self._image_operation.size = size or self.view.size
-        return Batches(_EpochThread(self, sample_SB, index_SB, epoch))
+        ring = self._take_ring(size or self.view.size)
+        return Batches(_Pass(self, ring, sample_SB, index_SB, epoch))
+
+    def release(self) -> None:
+        """Give back the memory of passes that are over; a later pass takes new memory."""
+        self._free_rings.clear()
+
+    def _take_ring(self, side: int) -> "_Ring":
+        """Return buffers that no pass uses; those of another size go."""
+        while self._free_rings:
+            ring = self._free_rings.pop()
+            if ring.side == side:
+                return ring
+        return _Ring(self, side)
 
 
 class Batches(Iterator[Batch]):
     """An epoch under way. Its thread ends with the last batch, by `close`, or when the iterator is
-    garbage-collected."""
+    garbage-collected; on the CPU its last image is gone then."""
 
-    def __init__(self, thread: "_EpochThread"):
-        self._thread = thread
+    def __init__(self, underway: "_Pass"):
+        self._underway = underway
 
     def __next__(self) -> Batch:
-        return next(self._thread)
+        return self._underway.take()
 
     def close(self) -> None:
         """End the thread; may be called again."""
-        self._thread.stop()
+        self._underway.stop()
 
     def __del__(self) -> None:
         self.close()
@@ -322,30 +338,87 @@ class _LoadLabel(Operation):
         return load
 
 
-class _EpochThread(EpochIterator):
-    """FFCV's loading thread, which also passes its errors on to the consumer, and can be ended.
+class _Ring:
+    """Buffers of a pass: a slot for each batch that is decoded and not yet used. Page-locked where
+    batches go to a GPU."""
 
-    It fills a ring of buffers, two more than its queue holds: one is with the consumer, one is
-    being filled. On CUDA they are pinned; this thread starts the copy of each on a stream of its
-    own and waits for it before it fills the buffer again. The consumer's stream waits for the copy
-    by an event, the consumer's host for nothing but a batch that is not decoded yet.
+    def __init__(self, loader: BetonLoader, side: int):
+        self.side, rows = side, loader.batch_size
+        loader._image_operation.size = side  # FFCV asks it for the shapes
+        queries = {
+            node: query if isinstance(query, tuple) else (query,)
+            for node, query in loader.graph.collect_requirements()[0]["operation"].items()
+            if query is not None
+        }
+        # one is with the consumer, one is being filled
+        self.num_slots = loader.batches_ahead + 2
+        layouts = [
+            ((self.num_slots, rows, *query.shape), np.dtype(query.dtype))
+            for found in queries.values()
+            for query in found
+        ]
+        layouts.append(((self.num_slots, rows), np.dtype("<i8")))
+        # One batch is decoded at a time, so what is cut out of may be overwritten by the next.
+        scratch = (rows, loader._image_operation.largest_bytes())
+        sizes = [math.prod(shape) * kind.itemsize for shape, kind in layouts]
+        self.scratch_BX = np.empty(scratch, np.uint8)
+        pieces = host_memory.allocate(sizes, loader.device)
+        parts = [
+            piece.view(kind).reshape(shape)
+            for piece, (shape, kind) in zip(pieces, layouts, strict=True)
+        ]
+        self.index_slots = parts.pop()
+        self._memory = {node: tuple(parts.pop(0) for _ in query) for node, query in queries.items()}
+
+    def arguments(self, slot: int) -> dict[str, Any]:
+        """Return what FFCV's compiled stages take of a slot."""
+        found: dict[str, Any] = {}
+        for node, buffers in self._memory.items():
+            parts = tuple(buffer[slot] for buffer in buffers)
+            found |= {
+                f"memory_{node}": parts if len(parts) > 1 else parts[0],
+                f"shared_memory_{node}": None,
+            }
+        return found
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of this process on which batches travel to a device: torch's allocator
+    keeps memory that was used on one stream for that stream."""
+    return torch.cuda.Stream(device)
+
+
+class _Pass:
+    """A pass under way: a thread that decodes and passes its errors on to the consumer.
+
+    On CUDA the thread starts the copy of each batch and waits for it before it fills the slot
+    again. The consumer's stream waits for the copy by an event, the consumer's host for nothing but
+    a batch that is not decoded yet. The ring goes back to the loader when the thread has ended, all
+    copies are done, and the consumer has said that it needs no more.
     """
 
     def __init__(
-        self, loader: BetonLoader, sample_SB: np.ndarray, index_SB: np.ndarray, epoch: int
+        self,
+        loader: BetonLoader,
+        ring: _Ring,
+        sample_SB: np.ndarray,
+        index_SB: np.ndarray,
+        epoch: int,
     ):
         self.error: BaseException | None = None
-        self._epoch, self._on_gpu = epoch, loader.device.type == "cuda"
-        self._index_SB = (
-            torch.from_numpy(index_SB).pin_memory() if self._on_gpu else torch.from_numpy(index_SB)
+        self._loader, self._ring, self._epoch = loader, ring, epoch
+        self._sample_SB, self._index_SB = sample_SB, index_SB
+        with loader.memory_manager.context as context:  # it stays open
+            self._file = context.state
+        self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | None] = queue.Queue(
+            loader.batches_ahead
         )
-        # One batch is decoded at a time, so what is cut out of may be overwritten by the next.
-        self._scratch_BX = np.empty(
-            (loader.batch_size, loader._image_operation.largest_bytes()), np.uint8
-        )
-        super().__init__(loader, sample_SB.reshape(-1))
+        self._consumer_left, self._is_over = threading.Event(), False
+        self._thread = host_memory.DeviceThread(self._run, loader.device, f"{THREAD_NAME} {epoch}")
+        self._thread.start()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
             self._load_all()
         except BaseException as error:
@@ -353,40 +426,39 @@ class _EpochThread(EpochIterator):
         self._offer(None)
 
     def _load_all(self) -> None:
-        numba.set_num_threads(self.loader.num_workers)
-        stream = torch.cuda.Stream(self.loader.device) if self._on_gpu else None
-        copied: list[torch.cuda.Event | None] = [None] * (self.loader.batches_ahead + 2)
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            for step, sample_B in enumerate(self.iter_ixes):
-                slot = step % len(copied)
-                if (event := copied[slot]) is not None:
-                    event.synchronize()
-                batch = self._load(sample_B, slot, self._index_SB[step])
-                if stream is not None:
-                    batch = Batch(
-                        *(
-                            part.to(self.loader.device, non_blocking=True)
-                            for part in (batch.image, batch.label, batch.index)
+        numba.set_num_threads(self._loader.num_workers)
+        stream, num_slots = self._loader._copies, self._ring.num_slots
+        copied: list[torch.cuda.Event | None] = [None] * num_slots
+        try:
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                for step, sample_B in enumerate(self._sample_SB):
+                    slot = step % num_slots
+                    if (event := copied[slot]) is not None:
+                        event.synchronize()
+                    batch = self._load(sample_B, slot, self._index_SB[step])
+                    if stream is not None:
+                        batch = Batch(
+                            *(
+                                part.to(self._loader.device, non_blocking=True)
+                                for part in (batch.image, batch.label, batch.index)
+                            )
                         )
-                    )
-                    copied[slot] = stream.record_event()
-                if not self._offer((batch, copied[slot])):
-                    break
-        for event in filter(None, copied):
-            event.synchronize()  # the buffers go with this thread
+                        copied[slot] = stream.record_event()
+                    if not self._offer((batch, copied[slot])):
+                        break
+        finally:
+            for event in filter(None, copied):
+                event.synchronize()  # the next pass fills the same slots
 
-    def _load(self, sample_B: np.ndarray, slot: int, index_B: Tensor) -> Batch:
+    def _load(self, sample_B: np.ndarray, slot: int, index_B: np.ndarray) -> Batch:
+        ring = self._ring
         arguments = {
             "batch_indices": sample_B,
-            "metadata": self.metadata,
-            "storage_state": (*self.storage_state, self._scratch_BX, self._epoch),
-            **{
-                f"memory_{node}": select_buffer(buffer, slot, len(sample_B))
-                for node, buffer in self.memory_allocations["operation"].items()
-            },
-            **{f"shared_memory_{node}": None for node in self.memory_allocations["shared"]},
+            "metadata": self._loader.reader.metadata,
+            "storage_state": (*self._file, ring.scratch_BX, self._epoch),
+            **ring.arguments(slot),
         }
-        stages, outputs = self.loader.code
+        stages, outputs = self._loader.code
         for stage, nodes in stages:
             arguments.update(
                 zip((f"result_{node}" for node in nodes), stage(**arguments), strict=True)
@@ -395,73 +467,100 @@ class _EpochThread(EpochIterator):
         if failed.any():
             bad = sample_B[np.flatnonzero(failed)][:8].tolist()
             raise InputError(
-                f"{self.loader.fname}: the images at global indices {bad} cannot be decoded; "
+                f"{self._loader.fname}: the images at global indices {bad} cannot be decoded; "
                 "the file is damaged, write it again with `tdds write`"
             )
-        label_B = label[:, 0] if self._on_gpu else label[:, 0].copy()
+        if self._loader._copies is not None:
+            ring.index_slots[slot] = index_B  # copied to the device from where it is page-locked
+            label_B, index_B = label[:, 0], ring.index_slots[slot]
+        else:
+            label_B = label[:, 0].copy()
         return Batch(
-            torch.from_numpy(image).permute(0, 3, 1, 2), torch.from_numpy(label_B), index_B
+            torch.from_numpy(image).permute(0, 3, 1, 2),
+            torch.from_numpy(label_B),
+            torch.from_numpy(index_B),
         )
 
     def _offer(self, item: "tuple[Batch, torch.cuda.Event | None] | None") -> bool:
         """Put an item into the queue; return False when the consumer has left."""
-        while not self.terminate_event.is_set():
+        while not self._consumer_left.is_set():
             try:
-                self.output_queue.put(item, timeout=0.2)
+                self._queue.put(item, timeout=0.2)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def __next__(self) -> Batch:
-        item = self._take()
+    # ---- the consumer's side
+
+    def take(self) -> Batch:
+        """Return the next batch; raise StopIteration after the last one."""
+        item = self._next_item()
         if item is None:
             self.stop()
             if isinstance(self.error, InputError):
                 raise self.error
             if self.error is not None:
                 raise RuntimeError(
-                    f"loading from {self.loader.fname} failed: {self.error}"
+                    f"loading from {self._loader.fname} failed: {self.error}"
                 ) from self.error
             raise StopIteration
         batch, copied = item
         if copied is not None:
-            stream = torch.cuda.current_stream(self.loader.device)
+            stream = torch.cuda.current_stream(self._loader.device)
             stream.wait_event(copied)
             for part in (batch.image, batch.label, batch.index):
                 part.record_stream(stream)  # the memory belongs to the stream of the copies
         return batch
 
-    def _take(self) -> "tuple[Batch, torch.cuda.Event | None] | None":
+    def _next_item(self) -> "tuple[Batch, torch.cuda.Event | None] | None":
         deadline = time.monotonic() + STALL_SECONDS
-        while True:
+        while not self._consumer_left.is_set():
             try:
-                return self.output_queue.get(timeout=1.0)
+                return self._queue.get(timeout=1.0)
             except queue.Empty:
-                if not self.is_alive() and self.output_queue.empty():
-                    if self.terminate_event.is_set():
-                        return None
+                if not self._thread.is_alive() and self._queue.empty():
                     raise RuntimeError("the loading thread died without a word") from self.error
                 if time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"{self.loader.fname}: no batch for {STALL_SECONDS:.0f} s; the storage or a"
-                        " decoding thread hangs"
+                        f"{self._loader.fname}: no batch for {STALL_SECONDS:.0f} s; the storage or"
+                        " a decoding thread hangs"
                     ) from None
+        return None
 
     def stop(self) -> None:
-        """End the thread, from the consumer's side."""
-        self.terminate_event.set()
-        if threading.current_thread() is not self:  # the garbage collector runs in any thread
-            self.join(timeout=5.0)
-        self.close()
+        """End the thread and give up the last batch; may be called again."""
+        self._consumer_left.set()
+        if threading.current_thread() is not self._thread:  # garbage is collected in any thread
+            self._thread.join(timeout=5.0)
+        if not self._thread.is_alive() and not self._is_over:
+            self._is_over = True
+            self._loader._free_rings.append(self._ring)
 
 
-def default_workers(local_world_size: int) -> int:
-    """Return the decoding threads per rank: the CPUs this process may use, shared among the ranks
-    of the node.
+def default_workers(ranks_per_cpu: int) -> int:
+    """Return the decoding threads per rank: the CPUs this process may use, shared among so many
+    ranks.
 
     A launcher that has shared them already says how many a rank has in TDDS_CPUS_PER_RANK.
     """
     if (given := os.environ.get("TDDS_CPUS_PER_RANK", "")).isdecimal() and int(given):
         return int(given)
-    return max(1, math.floor(len(os.sched_getaffinity(0)) / local_world_size))
+    return max(1, math.floor(len(os.sched_getaffinity(0)) / ranks_per_cpu))
+
+
+def torch_threads(ranks_per_cpu: int) -> int:
+    """Return torch's threads of a rank on the CPU: OMP_NUM_THREADS where it is set, else those that
+    decode.
+
+    The 1 that torchrun sets for several ranks of a node is nobody's choice and does not count.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    is_default = (
+        given == "1"
+        and "TORCHELASTIC_RUN_ID" in os.environ
+        and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
+    )
+    if given.isdecimal() and int(given) and not is_default:
+        return int(given)
+    return default_workers(ranks_per_cpu)

@@ -39,7 +39,8 @@ PROCESS_BYTES = {"cuda": 3_000_000_000, "cpu": 900_000_000}
 # in host memory: what the loader knows of each image, and one epoch's order and routing; measured
 INDEX_BYTES_PER_IMAGE = 170
 LARGEST_SIDE = 400  # assumed where the .beton is not there: side of the largest image, pixels
-BATCHES_IN_FLIGHT = 5  # of a loader: 3 ahead, and those at both ends
+BATCHES_IN_FLIGHT = 5  # of a pass through the images: 3 ahead, and those at both ends
+ROW_BYTES = 17  # in these buffers beside the image: label, index, whether it was decoded
 # as they came; on CUDA those in flight, and two because the host runs ahead
 BATCHES_ON_DEVICE = {"cuda": 7, "cpu": 2}
 
@@ -335,11 +336,15 @@ def host_lines(case: Case) -> list[Line]:
     staged = memory.staged_bytes(config, network, num_images, case.num_ranks)
     kept = case.images.largest_share(case.num_ranks) if config.score.final_pass else 0
     features = kept * network.num_features * 4
-    # both loaders hold batches at times
-    sides = (config.data.image_size, config.data.eval_size or config.data.image_size)
+    # Both loaders keep their buffers. An epoch that follows another without evaluation between them
+    # begins while that one still has some.
+    passes = [config.data.image_size] * (1 + (config.train.eval_every > 1))
+    passes.append(config.data.eval_size or config.data.image_size)
     decoded = case.rows * sum(
-        BATCHES_IN_FLIGHT * (3 * side**2 + 9) + 3 * case.images.largest_pixels for side in sides
+        BATCHES_IN_FLIGHT * (3 * side**2 + ROW_BYTES) + 3 * case.images.largest_pixels
+        for side in passes
     )
+    locked = "" if case.is_cpu else ", page-locked"
     held = [
         Line(
             "process",
@@ -354,7 +359,8 @@ def host_lines(case: Case) -> list[Line]:
         Line(
             "decoded batches",
             decoded,
-            f"of training and evaluation, largest image {case.images.largest_pixels:,} pixels"
+            f"of training and evaluation{locked}, largest image"
+            f" {case.images.largest_pixels:,} pixels"
             + (", assumed" if case.images.label_N is None else ""),
         ),
         *(
@@ -364,7 +370,7 @@ def host_lines(case: Case) -> list[Line]:
         ),
     ]
     writes = (
-        "a copy, written in the background"
+        f"a copy{locked}, written in the background"
         if config.checkpoint.asynchronous
         else "one table at a time"
     )

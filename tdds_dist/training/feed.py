@@ -62,11 +62,13 @@ class Feed:
         return found
 
     def close(self) -> None:
-        """End the loading threads."""
+        """End the loading threads, and give back their buffers."""
         for batches in [self._taken, *(batches for _, batches in self._started.values())]:
             if batches is not None:
                 batches.close()
         self._started, self._taken = {}, None
+        for loader in self._loaders.values():
+            loader.release()
 
     def order(self, which: Pass) -> EpochOrder:
         """Return the order of a whole pass, all ranks together."""

@@ -1,6 +1,7 @@
 """The FFCV loader: exact coverage, pixels that depend on nothing but (seed, epoch, index), and
 faults that surface."""
 
+import itertools
 import math
 import threading
 import time
@@ -9,11 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ffcv.loader.epoch_iterator import EpochIterator
 
 from tdds_dist.data import decode
 from tdds_dist.data.beton import inspect_beton, read_images
-from tdds_dist.data.loader import BATCHES_AHEAD, BetonLoader, View
+from tdds_dist.data.loader import BATCHES_AHEAD, THREAD_NAME, BetonLoader, View
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
 from tests.ranks import run_ranks
@@ -279,12 +279,38 @@ def test_what_is_closed_has_no_more_batches(betons):
     )
     first = next(batches).index.clone()
     assert (first >= 0).all()
-    before = [thread for thread in threading.enumerate() if isinstance(thread, EpochIterator)]
+    before = _decoding_threads()
     batches.close()
     assert len(before) == 1
     assert not before[0].is_alive()
-    assert len(list(batches)) <= BATCHES_AHEAD
+    assert list(batches) == []
     batches.close()
+
+
+def test_buffers_are_kept_from_pass_to_pass_and_never_shared(betons):
+    """The pass that follows begins while a batch of the one before is still in use: on the CPU that
+    batch lies in the buffers."""
+    loader = loader_of(betons["raw"], 10, View(32))
+
+    def begin(epoch):
+        order = epoch_order(40, 10, seed=1, epoch=epoch)
+        return loader.batches(order, rank=0, world_size=1, epoch=epoch)
+
+    first = begin(0)
+    used = [next(first).image.data_ptr() for _ in range(3)]
+    last = next(first).image
+    before = last.clone()
+    _wait_for(lambda: not _decoding_threads())
+    images = [batch.image.data_ptr() for batch in begin(1)]
+    assert torch.equal(last, before)
+    assert next(first, None) is None
+    again = [batch.image.data_ptr() for batch in begin(2)]
+    assert not set(images) & {*used, last.data_ptr()}
+    assert again == [*used, last.data_ptr()]
+
+
+def _decoding_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
 
 
 def _wait_for(is_so):
@@ -394,7 +420,10 @@ def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
     done = torch.cuda.Event()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in loader.batches(order, rank=0, world_size=1, epoch=0):
+        for batch in itertools.chain.from_iterable(
+            loader.batches(order, rank=0, world_size=1, epoch=0)
+            for _ in range(2)  # the second pass fills the buffers of the first
+        ):
             for _ in range(20):
                 large = large @ large * 1e-4
             # Freed at once on the host, and used by what is queued.
@@ -407,7 +436,7 @@ def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     seen = torch.cat([index for index, _, _ in sums]).cpu()
-    assert sorted(seen[seen >= 0].tolist()) == list(range(97))
+    assert sorted(seen[seen >= 0].tolist()) == sorted([*range(97)] * 2)
     label_N = torch.from_numpy(inspect_beton(betons["raw"]).label_N)
     for index, label, total in sums:
         real = (index >= 0).cpu()
@@ -436,8 +465,7 @@ def test_on_cuda_buffers_are_pinned(betons):
         epoch_order(97, 10), rank=0, world_size=1, epoch=0
     )
     next(batches)
-    thread = next(thread for thread in threading.enumerate() if isinstance(thread, EpochIterator))
-    for buffers in thread.memory_allocations["operation"].values():
-        for buffer in buffers if isinstance(buffers, tuple) else [buffers]:
-            assert torch.from_numpy(buffer).is_pinned()
+    ring = batches._underway._ring
+    for buffer in [ring.index_slots, *itertools.chain(*ring._memory.values())]:
+        assert torch.from_numpy(buffer).is_pinned()
     batches.close()
