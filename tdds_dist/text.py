@@ -77,6 +77,16 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def printable(name: str) -> str:
+    """Return a name with what no terminal can show as escapes: line feeds, bytes that are no
+    UTF-8."""
+    return (
+        name
+        if name.isprintable()
+        else "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)
+    )
+
+
 # ---- tables
 
 
