@@ -15,6 +15,7 @@ from tdds_dist.config.schema import PathText, Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
 
 _ON_ONE_RANK = ("select", "report")
+_DOCTOR_MINUTES = 10
 _GIVEN_AS_TEXT = r"^\S*$"
 _OURS = (
     "array",
@@ -43,6 +44,8 @@ _HAVE_KEYS = (
     "time",
 )
 _OF_THE_WHOLE = ("executor", "log_dir", "stages")  # the same for every stage
+
+Stage = Literal["collect", "select", "retrain", "report", "doctor"]
 
 
 class Cluster(Section):
@@ -166,11 +169,12 @@ class Cluster(Section):
             " run directory. All nodes must see it."
         ),
     )
-    stages: dict[Literal["collect", "select", "retrain", "report"], dict[str, Any]] = Field(
+    stages: dict[Stage, dict[str, Any]] = Field(
         {},
         description=(
             "Other values of these keys for a stage, e.g. {retrain: {nodes: 1}}. select and report"
-            " have one rank and no GPU unless it is said here."
+            " have one rank and no GPU unless it is said here; doctor has what collect has, for"
+            " 10 minutes at most."
         ),
     )
 
@@ -196,9 +200,12 @@ class Cluster(Section):
         values = {key: getattr(self, key) for key in Cluster.model_fields if key != "stages"}
         if stage in _ON_ONE_RANK:
             values |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0}
-        changes: dict[str, Any] = next(
-            (of_stage for name, of_stage in self.stages.items() if name == stage), {}
-        )
+        of_stages: dict[Any, dict[str, Any]] = self.stages
+        changes = of_stages.get(stage, {})
+        if stage == "doctor":
+            values |= of_stages.get("collect", {})
+            if values["grace_seconds"] < 60 * _DOCTOR_MINUTES - 60:
+                values["time_minutes"] = min(values["time_minutes"], _DOCTOR_MINUTES)
         return parse_tree(Cluster, values | changes, f"stages.{stage}")
 
     @model_validator(mode="after")

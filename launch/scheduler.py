@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,6 +101,22 @@ def sbatch_text(
     if num_tasks > 1:
         slurm.parameters["map_count"] = num_tasks
     return slurm._make_submission_file_text(slurm._submitit_command_str, "")
+
+
+def would_take(cluster: Cluster, name: str, timeout_seconds: float) -> tuple[bool, str]:
+    """Ask SLURM whether it would take such a job, which is not queued; return that, and what it
+    said."""
+    with tempfile.TemporaryDirectory() as folder, _outside_of_jobs():
+        done = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=sbatch_text(cluster, name, Path(folder), 1),
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    said = " ".join((done.stdout + done.stderr).replace("sbatch:", "").split())
+    return done.returncode == 0, said.removeprefix("error: ")
 
 
 def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from tdds_dist.training.schedule import batch_size_factor, per_rank_batch
 if TYPE_CHECKING:
     from tdds_dist.experiments.grid import Stage, Step
 
+_TRAINS = ("doctor", "collect", "retrain")  # stages on the ranks of a training
 _POLL_SECONDS = 5.0
 _RECHECK_SECONDS = 1.0
 # without an answer of SLURM about the jobs that are left, after which `--wait` ends
@@ -70,9 +71,11 @@ def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     stage.add_argument(
         "--stage",
         dest="part",
-        choices=("collect", "retrain", "pipeline"),
+        choices=("doctor", "collect", "retrain", "pipeline"),
         default="pipeline",
-        help="what to submit (default: pipeline)",
+        help=(
+            "what to submit; doctor: `tdds doctor` with what collect asks for (default: pipeline)"
+        ),
     )
     stage.add_argument(
         "--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing"
@@ -154,6 +157,8 @@ def run(options: argparse.Namespace) -> Outcome:
         )
     if cluster.executor == "local":
         code = _run_here(stages, cluster, config, log_dir, options)
+        if options.part == "doctor" and options.wait:
+            _show_output(log_dir)
         return _outcome(stages, config, log_dir, warnings, exit_code=code)
     where = config.run.directory
     tasks = (
@@ -163,10 +168,12 @@ def run(options: argparse.Namespace) -> Outcome:
     )
     print(
         f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs"
-        f" {where}\nstop:   scancel {_ids(records).replace(',', '')}",
+        f" {where}{' --out' * (options.part == 'doctor')}\nstop:   scancel {_ids(records).replace(',', '')}",
         flush=True,
     )
     code = _wait_for(records, log_dir) if options.wait else 0
+    if options.part == "doctor" and options.wait:
+        _show_output(log_dir)
     return _outcome(stages, config, log_dir, warnings, records, code)
 
 
@@ -209,7 +216,13 @@ def plan(
 ) -> "list[Stage]":
     """Return the stages; raise InputError for what would otherwise fail only after jobs have waited
     in the queue."""
-    from tdds_dist.experiments.grid import check_what_is_done, collect_stage, pipeline_stages
+    from tdds_dist.experiments.grid import (
+        Stage,
+        Step,
+        check_what_is_done,
+        collect_stage,
+        pipeline_stages,
+    )
 
     given = [
         key
@@ -222,6 +235,9 @@ def plan(
         )
     if options.part == "retrain":
         stages = [_one_retraining(config, options, frozen, given)]
+    elif options.part == "doctor":
+        where = str(config.run.directory)
+        stages = [Stage("doctor", (Step("doctor", (("doctor", str(frozen)),), where),))]
     else:
         stages = (
             [collect_stage(config, frozen)]
@@ -229,9 +245,7 @@ def plan(
             else pipeline_stages(config, frozen)
         )
     if config.run.device == "cuda" and not all(
-        cluster.for_stage(stage.name).gpus_per_node
-        for stage in stages
-        if stage.name in ("collect", "retrain")
+        cluster.for_stage(stage.name).gpus_per_node for stage in stages if stage.name in _TRAINS
     ):
         raise InputError(
             "run.device='cuda' but the cluster file asks for no GPU; set gpus_per_node or"
@@ -289,7 +303,7 @@ def _needs(config: Config, cluster: Cluster) -> str:
 def check_batch(config: Config, cluster: Cluster, stages: "Sequence[Stage]") -> None:
     """Raise InputError when the ranks of a stage cannot share its batch evenly."""
     for stage in stages:
-        if stage.name not in ("collect", "retrain"):
+        if stage.name not in _TRAINS:
             continue
         num_ranks = cluster.for_stage(stage.name).num_ranks
         for rate in sorted(
@@ -604,6 +618,13 @@ def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
     if causes:
         print(f"rank {causes[0].rank} on {causes[0].host}: {causes[0].message}", file=sys.stderr)
     return 2 if causes and causes[0].kind == "refused" else 1
+
+
+def _show_output(log_dir: Path) -> None:
+    """Print what rank 0 of the last job has printed: the table of a doctor."""
+    last = job_list.read_jobs(log_dir)[-1]
+    if (file := job_list.log_files(log_dir, last.id, "out").get(0)) is not None:
+        print(file.read_text(errors="replace"), end="", flush=True)
 
 
 def _ids(records: Sequence[job_list.JobRecord]) -> str:

@@ -3,11 +3,12 @@ launcher. Nothing else in this package knows `launch`."""
 
 from collections.abc import Sequence
 
+from launch.doctor import extend_doctor
 from launch.status import add_logs, add_status
 from launch.submit import add_submit
 from tdds_dist.cli import main as cli
 
-COMMANDS = (add_submit, add_status, add_logs)
+COMMANDS = (extend_doctor, add_submit, add_status, add_logs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

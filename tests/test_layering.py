@@ -38,7 +38,12 @@ ONLY_IN = {
     "numba": {"data.loader", "data.decode"},
     "matplotlib": {"report.charts"},
     "pyarrow": {"coreset.export"},
-    "torch.distributed": {"distributed.world", "distributed.collectives", "runs.checkpoint"},
+    "torch.distributed": {
+        "distributed.world",
+        "distributed.collectives",
+        "distributed.board",
+        "runs.checkpoint",
+    },
     "torch.distributed.checkpoint": {"runs.checkpoint"},
     "triton": {"scoring.shard_triton"},
     "submitit": {"launch"},

@@ -196,6 +196,26 @@ def plan(options: argparse.Namespace) -> Outcome:
     return Outcome(next=then, text=found.as_text(), data=found.as_json(), is_the_product=True)
 
 
+def doctor(options: argparse.Namespace) -> Outcome | None:
+    """`options.more_checks`: of the options, the checks of a launcher."""
+    if options.config is not None and "=" in str(options.config):
+        raise InputError(f"{options.config} changes a key of a config; give CONFIG.yaml before it")
+    config = _load_config(options) if options.config else None
+    with _shared():
+        more = options.more_checks(options)
+
+    from tdds_dist.experiments.doctor import doctor as examine_all
+
+    table, data, failed = examine_all(config, more)
+    return Outcome(
+        text=table,
+        data=data,
+        is_the_product=True,
+        failure=f"{', '.join(failed)} failed; the table has the way out" if failed else "",
+        exit_code=2 if failed else 0,
+    )
+
+
 def collect(options: argparse.Namespace) -> Outcome | None:
     config = _load_config(options)
     with _shared():

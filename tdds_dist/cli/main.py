@@ -73,7 +73,7 @@ def _print_error(message: str, code: int) -> None:
 
 def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -> tuple[int, str]:
     try:
-        return _run_stage(options, is_main), ""
+        return _run_stage(options, is_main)
     except InputError as error:
         if error.shared and not is_main:
             time.sleep(_MAIN_SPEAKS_SECONDS)  # launchers end all ranks when the first leaves
@@ -99,12 +99,12 @@ def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -
         return 1, f"tdds {options.stage}: error: {error}"
 
 
-def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
-    """Run a stage and print its outcome; return the exit code."""
+def _run_stage(options: argparse.Namespace, is_main: bool) -> tuple[int, str]:
+    """Run a stage and print its outcome; return the exit code, and the line about it."""
     quiet, as_json = (getattr(options, name, False) for name in ("quiet", "json"))
     if getattr(options, "prints_itself", False):
         with redirect_stdout(sys.__stdout__ if isinstance(sys.stdout, _Output) else sys.stdout):
-            return (options.run(options) or Outcome()).exit_code
+            return (options.run(options) or Outcome()).exit_code, ""
     with speaking(quiet or not is_main) as warnings:
         with _nothing_printed(quiet or as_json):
             closing: Outcome = options.run(options) or Outcome()
@@ -113,7 +113,9 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> int:
         elif is_main and (not quiet or closing.is_the_product):
             text = closing.text if quiet else closing.as_text(sys.stdout, len(warnings))
             print(text + "\n" * bool(text), end="", flush=True)
-    return closing.exit_code
+    if not closing.failure or not is_main or as_json:
+        return closing.exit_code, ""
+    return closing.exit_code, f"tdds {options.stage}: error: {closing.failure}"
 
 
 @contextmanager

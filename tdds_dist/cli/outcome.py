@@ -46,7 +46,8 @@ class Outcome:
     names above. `text` is shown before the lines of files and numbers, or in their place where it
     `says_all`; also by a stage that is quiet where it is all that was asked for (`is_the_product`).
     `rows` is the table of the text or the notes, for JSON. `data` is what JSON holds in the place
-    of all this, where a stage has an object of its own."""
+    of all this, where a stage has an object of its own. `failure` says in one line why a stage that
+    has said everything leaves with another exit code than 0."""
 
     wrote: Sequence[Path] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Outcome:
     rows: Sequence[Mapping[str, Any]] = ()
     data: Mapping[str, Any] | None = None
     exit_code: int = 0
+    failure: str = ""
 
     def as_text(self, stream: TextIO, num_warnings: int = 0) -> str:
         """Return the lines that people read; empty when there is nothing to say."""

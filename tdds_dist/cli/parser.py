@@ -29,7 +29,7 @@ _GROUPS = {
     ),
     "several runs": ("experiment", "compare"),
     "other tools": ("export", "import"),
-    "jobs": ("submit", "status", "logs"),
+    "jobs": ("doctor", "submit", "status", "logs"),
 }
 
 _EXAMPLES = """\
@@ -138,6 +138,7 @@ def build_parser(extra_commands: Commands = ()) -> argparse.ArgumentParser:
         _add_write,
         _add_check,
         _add_plan,
+        _add_doctor,
         _add_collect,
         _add_score,
         _add_select,
@@ -355,6 +356,33 @@ def _add_plan(parsers: Parsers) -> None:
         ),
     )
     stage.set_defaults(run=commands.plan)
+
+
+def _add_doctor(parsers: Parsers) -> None:
+    stage = parsers.add_parser(
+        "doctor",
+        help="what would stop or slow a run here",
+        description=(
+            "Check, within a minute, what a run needs of these machines: devices, the network"
+            " between the ranks, the kernel, decoding, the run directory, clocks. Alone, under"
+            " torchrun, or as a job (tdds submit --stage doctor). Rank 0 prints one table; exit"
+            " code 2 when something fails. Without CONFIG: what needs none."
+        ),
+    )
+    stage.add_argument(
+        "config",
+        metavar="CONFIG.yaml",
+        nargs="?",
+        type=Path,
+        help="one of configs/, or your own: its files, run directory, network and batch as well",
+    )
+    stage.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="change a key of the config: train.lr=0.05",
+    )
+    stage.set_defaults(run=commands.doctor, more_checks=lambda options: [])
 
 
 def _add_collect(parsers: Parsers) -> None:

@@ -93,14 +93,15 @@ def check_view(info: BetonInfo, view: View) -> None:
             f" sides {sides.min()}..{sides.max()}; use data.crop=resized, or write the file at that"
             " size"
         )
-    if os.environ["NUMBA_THREADING_LAYER"] == "tbb" and not _has_tbb():
+    if os.environ["NUMBA_THREADING_LAYER"] == "tbb" and not has_tbb():
         raise InputError(
             "numba cannot load Intel TBB (libtbb.so.12), which decodes images in parallel; install"
             " Debian's libtbb12 or conda-forge's tbb, or set NUMBA_THREADING_LAYER=omp"
         )
 
 
-def _has_tbb() -> bool:
+def has_tbb() -> bool:
+    """Say whether numba finds Intel TBB."""
     try:
         import numba.np.ufunc.tbbpool  # noqa: F401
     except ImportError:

@@ -6,4 +6,4 @@ only. Start with `partition` (index arithmetic, NumPy only), then `world` and `c
 """
 
 # modules that other rooms may import
-__all__ = ["collectives", "host_memory", "interruption", "partition", "world"]
+__all__ = ["board", "collectives", "host_memory", "interruption", "partition", "world"]

@@ -6,4 +6,14 @@ them here, `launch` on a cluster.
 """
 
 # that other rooms may import
-__all__ = ["execute", "forecast", "grid", "memory", "needs", "processes", "tables"]
+__all__ = [
+    "doctor",
+    "execute",
+    "findings",
+    "forecast",
+    "grid",
+    "memory",
+    "needs",
+    "processes",
+    "tables",
+]

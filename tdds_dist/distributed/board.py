@@ -1,0 +1,109 @@
+"""Messages between ranks through the store of the launcher, where the process group itself is in
+doubt.
+
+The store is plain TCP to one host (MASTER_ADDR:MASTER_PORT); no interface of gloo or NCCL has a
+part in it, nothing hangs longer than it is told to, and a rank that is late or gone is left out of
+an answer. For programs that look for faults; training talks by `collectives`.
+"""
+
+import json
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from tdds_dist.errors import InputError
+
+_POLL_SECONDS = 0.05
+_ROUNDS = 8  # of messages to and fro, of which the fastest tells the difference of two clocks
+
+
+class Board:
+    """What every rank has said, by topic. Without a launcher: a board of one rank.
+
+    Protocol: all ranks make it, and then ask for the same topics in the same order.
+
+    Raises:
+        InputError: the ranks do not find each other within `seconds`.
+    """
+
+    def __init__(self, seconds: float):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if "RANK" not in os.environ:
+            self._store: dist.Store = dist.HashStore()
+            return
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise InputError(
+                f"no answer of all {self.world_size} ranks at {where} within {seconds:.0f} s"
+                f" ({' '.join(str(error).split())[:200]})"
+            ) from error
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"tdds/board/{restart}", store)
+
+    @property
+    def is_main(self) -> bool:
+        """Say whether this is rank 0."""
+        return self.rank == 0
+
+    def share(self, topic: str, value: Any, seconds: float) -> dict[int, Any]:
+        """Put up this rank's value (as JSON); return those of all ranks that came within `seconds`,
+        by rank."""
+        self.put(topic, value)
+        return self.collect(topic, seconds)
+
+    def collect(self, topic: str, seconds: float) -> dict[int, Any]:
+        """Return what all ranks have put up, by rank; only what comes within `seconds`."""
+        return self._read(topic, list(range(self.world_size)), seconds)
+
+    def put(self, topic: str, value: Any) -> None:
+        """Put up this rank's value and wait for nobody."""
+        self._store.set(f"{topic}/{self.rank}", json.dumps(value))
+
+    def read(self, topic: str, rank: int, seconds: float) -> Any:
+        """Return what a rank has put up; None where nothing came within `seconds`."""
+        return self._read(topic, [rank], seconds).get(rank)
+
+    def _read(self, topic: str, ranks: list[int], seconds: float) -> dict[int, Any]:
+        deadline, found = time.monotonic() + seconds, dict[int, Any]()
+        waiting = list(ranks)
+        while waiting:
+            for rank in list(waiting):
+                if self._store.check([f"{topic}/{rank}"]):
+                    found[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
+                    waiting.remove(rank)
+            if not waiting or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        return found
+
+    def clock_offsets(self, seconds: float) -> dict[int, tuple[float, float]]:
+        """Measure how far the clock of every rank is ahead of rank 0's; return (seconds, give or
+        take seconds) by rank, on rank 0. The time of a message to and fro bounds the error.
+
+        Protocol: every rank calls it; rank 0 asks one rank after the other.
+        """
+        end = timedelta(seconds=seconds)
+        if self.rank != 0:
+            for number in range(_ROUNDS):
+                self._store.wait([f"clock/{self.rank}/{number}/asked"], end)
+                self._store.set(f"clock/{self.rank}/{number}/said", repr(time.time()))
+            return {}
+        offsets = {0: (0.0, 0.0)}
+        for rank in range(1, self.world_size):
+            rounds = []
+            for number in range(_ROUNDS):
+                before = time.time()
+                self._store.set(f"clock/{rank}/{number}/asked", "")
+                self._store.wait([f"clock/{rank}/{number}/said"], end)
+                after = time.time()
+                theirs = float(self._store.get(f"clock/{rank}/{number}/said"))
+                rounds.append(((after - before) / 2, theirs - (before + after) / 2))
+            around, offset = min(rounds)
+            offsets[rank] = offset, around
+        return offsets
