@@ -258,6 +258,36 @@ def check_labels(
         )
 
 
+def check_classes(files: Sequence[tuple[BetonInfo, Manifest | None]], num_classes: int) -> None:
+    """Raise InputError unless the labels of all files, which are splits of one dataset, are those
+    of `num_classes` classes. Without a manifest the largest label in any file tells how many there
+    are: each may lack classes."""
+    stated = [manifest for _, manifest in files if manifest is not None]
+    for info, manifest in files:
+        largest = int(info.label_N.max())
+        if manifest is None and stated and stated[0].num_classes == num_classes <= largest:
+            raise InputError(
+                f"{info.path}: a sample has label {largest}, but the other split has {num_classes}"
+                " classes by its manifest; give two splits of one dataset, or write this one again"
+                " with `tdds write`"
+            )
+        check_labels(info, num_classes, manifest, complete=False)
+    present = max(int(info.label_N.max()) for info, _ in files) + 1
+    if not stated and present != num_classes:
+        raise InputError(
+            f"data.num_classes={num_classes}, but {files[0][0].path} has {present} classes; set"
+            f" data.num_classes={present}"
+        )
+
+
+def num_shared(train: Manifest, val: Manifest) -> int:
+    """Count the images of `val` that are in `train` too: by the CRC-32 of their bytes, or, where a
+    manifest has none, by their path in the same source."""
+    if train.crc32_N is not None and val.crc32_N is not None:
+        return int(np.isin(val.crc32_N, train.crc32_N).sum())
+    return len({*train.path} & {*val.path}) if train.source == val.source else 0
+
+
 # ---- datasets
 
 
@@ -274,9 +304,10 @@ class Dataset:
 def read_dataset(beton: Path, num_classes: int = 0) -> Dataset:
     """Read the samples of a .beton. `num_classes`: 0 where nothing but the file can tell."""
     info, manifest = inspect_beton(beton), read_manifest(beton)
+    is_known = num_classes > 0
     num_classes = (
         manifest.num_classes if manifest is not None else num_classes or int(info.label_N.max()) + 1
     )
-    check_labels(info, num_classes, manifest)
+    check_labels(info, num_classes, manifest, complete=not is_known)
     names = () if manifest is None else manifest.class_names
     return Dataset(beton, info.label_N, dataset_fingerprint(info, num_classes, names), manifest)

@@ -448,7 +448,7 @@ def _labels(
             f" {len(label_N)}; give the file that was trained on"
         )
     manifest = read_manifest(Path(beton))
-    check_labels(info, num_classes, manifest)
+    check_labels(info, num_classes, manifest, complete=False)
     if ((label_N != UNKNOWN_LABEL) & (label_N != info.label_N)).any():
         raise InputError(
             f"--beton={beton} has other labels than those recorded; give the file that was"
