@@ -165,9 +165,11 @@ class StageTask:
     def _choose_interface(self, peer: str) -> None:
         found = self.interface or interface_to(peer)
         if found:
-            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            # without the sign NCCL takes every interface whose name begins like that
+            told = {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": f"={found}"}
+            for variable, value in told.items():
                 if self.interface or variable not in os.environ:
-                    os.environ[variable] = found
+                    os.environ[variable] = value
 
     # ---- leaving
 

@@ -633,12 +633,13 @@ VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 @pytest.mark.parametrize(
     ("rank", "interface", "before", "told", "asked"),
     [
-        (1, None, {}, ("eth7", "eth7"), ["node2"]),  # this is the first node
-        (2, None, {}, ("eth7", "eth7"), ["node1"]),  # other nodes ask for the way to the first
+        # this is the first node; NCCL takes names that only begin alike unless told otherwise
+        (1, None, {}, ("eth7", "=eth7"), ["node2"]),
+        (2, None, {}, ("eth7", "=eth7"), ["node1"]),  # other nodes ask for the way to the first
         (1, None, {"NCCL_SOCKET_IFNAME": "ib"}, ("eth7", "ib"), ["node2"]),
         (1, None, dict.fromkeys(VARIABLES, "x"), ("x", "x"), ["node2"]),
-        (1, "ib0", {}, ("ib0", "ib0"), []),
-        (1, "ib0", {"GLOO_SOCKET_IFNAME": "x", "NCCL_SOCKET_IFNAME": "ib"}, ("ib0", "ib0"), []),
+        (1, "ib0", {}, ("ib0", "=ib0"), []),
+        (1, "ib0", {"GLOO_SOCKET_IFNAME": "x", "NCCL_SOCKET_IFNAME": "ib"}, ("ib0", "=ib0"), []),
     ],
 )
 def test_what_is_set_stays_unless_the_cluster_file_says_otherwise(
