@@ -171,7 +171,7 @@ def begin(words: Sequence[str], rank: int, folder: Path, inject: Inject | None =
     from tdds_dist.training import engine
 
     # threads change the order of sums, and ranks share few cores
-    engine.default_workers = lambda local_world_size: 1
+    engine.torch_threads = lambda ranks_per_cpu: 1
     _log_steps(folder / f"steps{rank}.txt")
     if inject is not None:
         inject(rank)

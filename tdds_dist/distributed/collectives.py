@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdds_dist.distributed.partition import rows_per_shard
 from tdds_dist.distributed.world import _CONTROL_SHARE, TIMEOUT_SECONDS, Group, World
+from tdds_dist.distributed.world import barrier as world_barrier
 from tdds_dist.errors import InputError
 
 # ---- ranks that agree
@@ -178,9 +179,10 @@ def exchange_rows(rows_BX: Tensor, sends: list[int], receives: list[int]) -> Exc
     """Start sending the first sends[0] rows to rank 0, the next sends[1] to rank 1, and so on.
 
     Protocol: every rank calls it equally often, also with nothing to send; `receives` must be what
-    the others send.
+    the others send. One rank has received what it sends: NCCL would copy it on a stream of its own,
+    where gloo, which is for tests, takes the way of many ranks.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or (rows_BX.is_cuda and dist.get_world_size() == 1):
         return Exchange(rows_BX, None, rows_BX)
     received_RX = rows_BX.new_empty((sum(receives), rows_BX.shape[1]))
     work = dist.all_to_all_single(received_RX, rows_BX.contiguous(), receives, sends, async_op=True)
@@ -238,7 +240,7 @@ def average_buffers(model: nn.Module) -> None:
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
-        dist.barrier()
+        world_barrier()
 
 
 def data_parallel(

@@ -8,13 +8,18 @@ or none: then the collectives are identities.
 """
 
 import gc
+import json
+import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,19 +33,23 @@ _HOST_STAYS_SECONDS = 1.0  # that rank 0 leaves later
 # of the time-out: control groups raise before NCCL's watchdog ends the process without a message
 _CONTROL_SHARE = 0.9
 
+_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))  # where there is an NVIDIA GPU
 Group = dist.ProcessGroup
+log = logging.getLogger("tdds")
 _position = "before the first step"  # where this process is, for messages about lost ranks
 
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all ranks."""
+    """The place of this process among all ranks. `ranks_per_cpu`: how many ranks may run on each of
+    the CPUs that this one may use, 1 where its launcher has bound it to CPUs of its own."""
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
     device: torch.device
+    ranks_per_cpu: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -57,8 +66,8 @@ def current_world(device: torch.device | str | None = None) -> World:
     if not dist.is_initialized():
         return World(0, 0, 1, 1, device)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return World(dist.get_rank(), local_rank, dist.get_world_size(), local_world_size, device)
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), num_local, device, num_local)
 
 
 @contextmanager
@@ -72,21 +81,23 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            _warn_of_idle_gpu()
     elif device == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            "run.device='cuda' but no CUDA device is visible; use run.device=cpu or run.device=auto"
+            f"run.device='cuda' but no CUDA device is visible ({_why_no_cuda()}); use"
+            " run.device=cpu or run.device=auto"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place: dict[str, Any] = {"host": socket.gethostname(), "cpus": [*os.sched_getaffinity(0)]}
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"LOCAL_RANK={local_rank} needs {local_rank + 1} visible CUDA devices, there are "
-                f"{torch.cuda.device_count()}; start fewer processes per node or show more devices"
-            )
-        torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    _join(backend, timedelta(seconds=timeout_seconds))
-    world = current_world(torch.device(device, local_rank) if device == "cuda" else device)
+        own = torch.device("cuda", _device_index())
+        torch.cuda.set_device(own)
+        place["gpu"] = str(torch.cuda.get_device_properties(own).uuid)
+        places = _join("cpu:gloo,cuda:nccl", timedelta(seconds=timeout_seconds), place, own)
+    else:
+        own = torch.device("cpu")
+        places = _join("gloo", timedelta(seconds=timeout_seconds), place)
+    world = replace(current_world(own), ranks_per_cpu=ranks_per_cpu(place, places))
     preempted = None
     try:
         yield world
@@ -104,7 +115,7 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
         raise
     gc.collect()
     try:
-        dist.barrier()
+        barrier()
     # a rank that is through it may have left before this one hears of it
     except RuntimeError as error:
         if "closed by peer" not in str(error).lower():
@@ -114,13 +125,106 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
         raise preempted
 
 
-def _join(backend: str, timeout: timedelta) -> None:
-    """Make the default group; raise InputError when the ranks cannot meet."""
+def barrier() -> None:
+    """Wait for all ranks, on the CPU where the group has a backend for it: gloo says which rank is
+    gone, where NCCL ends the process."""
+    if "cpu:" in dist.get_backend_config():
+        dist.all_reduce(torch.zeros(1))
+    else:
+        dist.barrier()
+
+
+# ---- the place of this process
+
+
+def _device_index() -> int:
+    """Return the number of this rank's GPU among those that it sees: LOCAL_RANK, or the only
+    one."""
+    count = torch.cuda.device_count()
+    if count == 1:
+        return 0  # its launcher shows each rank its own
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"RANK is set and LOCAL_RANK is not, so that this rank cannot know which of {count}"
+            " visible GPUs is its own; set LOCAL_RANK, or start with `torchrun`, or show each rank"
+            " one GPU (CUDA_VISIBLE_DEVICES)"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= count:
+        raise InputError(
+            f"LOCAL_RANK={local_rank} needs {local_rank + 1} visible CUDA devices, there are "
+            f"{count}; start fewer processes per node or show more devices"
+        )
+    return local_rank
+
+
+def _why_no_cuda() -> str:
+    """Return what CUDA says when it cannot be used."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split(". ")[0].split())[:200]
+    return "CUDA starts, with no device"
+
+
+def _warn_of_idle_gpu() -> None:
+    """Say on the main rank that the CPU is used although this machine has a GPU: its driver is too
+    old, or broken."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+    if is_hidden or os.environ.get("RANK", "0") != "0" or not torch.version.cuda:
+        return
+    if any(path.exists() for path in _DRIVER):
+        log.warning(
+            "this machine has an NVIDIA GPU that torch cannot use, so the CPU is used"
+            f" ({_why_no_cuda()}); torch {torch.__version__} needs a driver for CUDA"
+            f" {torch.version.cuda}, and `nvidia-smi` says what the driver is for: install a newer"
+            " driver or a torch for an older CUDA, or say run.device=cpu"
+        )
+
+
+def ranks_per_cpu(place: dict[str, Any], places: list[dict[str, Any]]) -> int:
+    """Return how many ranks may run on each CPU of the rank at `place`, where they differ the most,
+    from the host and the CPUs of all ranks."""
+    on_host = [other["cpus"] for other in places if other["host"] == place["host"]]
+    return max(sum(cpu in cpus for cpus in on_host) for cpu in place["cpus"])
+
+
+def check_gpus(places: list[dict[str, Any]]) -> None:
+    """Raise InputError, on every rank, when two ranks have one GPU between them."""
+    first: dict[str, int] = {}
+    for rank, place in enumerate(places):
+        other = first.setdefault(place.get("gpu", f"none of {rank}"), rank)
+        if other != rank:
+            raise InputError(
+                f"ranks {other} and {rank} have the same GPU ({place['gpu']} on {place['host']});"
+                " NCCL needs one for each: start fewer processes per node, or show each rank a GPU"
+                " of its own (CUDA_VISIBLE_DEVICES)",
+                shared=True,
+            )
+
+
+def _join(
+    backend: str,
+    timeout: timedelta,
+    place: dict[str, Any],
+    device: torch.device | None = None,
+) -> list[dict[str, Any]]:
+    """Make the default group, on CUDA with NCCL bound to `device` from the start; return what every
+    rank gave as its place.
+
+    Raises:
+        InputError: the ranks cannot meet, or two have one GPU.
+    """
     if "RANK" not in os.environ:
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            backend,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+            device_id=device,
         )
-        return
+        return [place]
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun on one node; on several, nodes count restarts differently
@@ -130,9 +234,22 @@ def _join(backend: str, timeout: timedelta) -> None:
             store = dist.PrefixStore(
                 f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
             )
+        # not a collective: without knowing that each has a GPU of its own there is no group
+        store.set(f"tdds/place/{rank}", json.dumps(place))
+        texts = store.multi_get([f"tdds/place/{other}" for other in range(world_size)])
+        places: list[dict[str, Any]] = [json.loads(text) for text in texts]
+        check_gpus(places)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device,
         )
+        return places
+    except InputError:
+        raise
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = (
             f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}"

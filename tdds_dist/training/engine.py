@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdds_dist.data.loader import BATCHES_AHEAD, default_workers
+from tdds_dist.data.loader import BATCHES_AHEAD, torch_threads
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.interruption import Preempted
@@ -95,7 +95,7 @@ class Trainer:
         self.last_save = self.started = time.perf_counter()
         self.steps_since_save = 0
         if world.device.type == "cpu":
-            torch.set_num_threads(default_workers(world.local_world_size))
+            torch.set_num_threads(torch_threads(world.ranks_per_cpu))
         set_deterministic(config.train.deterministic)
         torch.manual_seed(config.run.seed)
         self.input_stage = InputStage(

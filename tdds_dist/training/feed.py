@@ -24,7 +24,7 @@ class Feed:
 
     def __init__(self, job: Job):
         data, world = job.config.data, job.world
-        workers = data.num_workers or default_workers(world.local_world_size)
+        workers = data.num_workers or default_workers(world.ranks_per_cpu)
         files = {"train": job.train_file, "val": job.val_file}
         self._loaders = {
             kind: BetonLoader(

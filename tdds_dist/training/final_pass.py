@@ -21,7 +21,7 @@ from torch import Tensor
 from tdds_dist.config.run import Config, parse_config
 from tdds_dist.console import Progress, log
 from tdds_dist.data.beton import BetonInfo
-from tdds_dist.data.loader import BetonLoader, default_workers
+from tdds_dist.data.loader import BetonLoader, default_workers, torch_threads
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.partition import class_owners, epoch_order, routing_counts
@@ -149,7 +149,8 @@ def run_model(
     when the weights are missing or do not fit.
     """
     if world.device.type == "cpu":
-        torch.set_num_threads(default_workers(world.local_world_size))
+        torch.set_num_threads(torch_threads(world.ranks_per_cpu))
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     num_classes, model_config = config.data.num_classes, config.model
     model = build_model(
         model_config.name,
@@ -171,7 +172,7 @@ def run_model(
     )
     # any batch will do
     rows = max(1, config.train.global_batch_size // (world.world_size * config.train.accumulation))
-    workers = config.data.num_workers or default_workers(world.local_world_size)
+    workers = config.data.num_workers or default_workers(world.ranks_per_cpu)
     loader = BetonLoader(
         train_file, rows, build_views(config)[1], device=world.device, num_workers=workers
     )

@@ -332,12 +332,29 @@ def test_cpus_that_the_launcher_has_shared_out(monkeypatch, text, num):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9))
     monkeypatch.setenv("TDDS_CPUS_PER_RANK", text)
     assert loader.default_workers(4) == (num or 2)
-    assert engine.default_workers is loader.default_workers
 
 
 def test_cpus_that_nobody_has_shared_out(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9))
     assert [loader.default_workers(ranks) for ranks in (1, 2, 4, 9, 16)] == [9, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "num"),
+    [
+        ("6", {}, 6),
+        ("1", {}, 1),
+        ("", {}, 3),
+        ("6", {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "3"}, 6),
+        ("1", {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "3"}, 3),  # torchrun's own
+        ("1", {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "1"}, 1),  # it sets none for one
+    ],
+)
+def test_threads_that_the_user_sets_are_those_of_torch(monkeypatch, given, launcher, num):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9))
+    for name, value in ({"OMP_NUM_THREADS": given} | launcher).items():
+        monkeypatch.setenv(name, value)
+    assert loader.torch_threads(3) == num
 
 
 # ---- real collections

@@ -99,7 +99,7 @@ def train(
     engine.build_model = lambda *arguments, **options: Small(lambda *what: seen.append(what)).to(
         memory_format=torch.channels_last
     )
-    engine.default_workers = lambda local_world_size: 1
+    engine.torch_threads = lambda ranks_per_cpu: 1
     if prepare is not None:
         prepare(seen)
     config = load_config(config_file, [f"run.dir={folder}", "train.deterministic=true", *overrides])
