@@ -318,6 +318,27 @@ def test_preflight_tries_every_size(config_file):
         check("data.image_size=24", "data.eval_size=96")
 
 
+@pytest.mark.parametrize(
+    ("name", "is_refused"), [("vgg11", True), ("alexnet", True), ("resnet18", False)]
+)
+def test_preflight_refuses_gradients_that_cuda_cannot_repeat(config_file, name, is_refused):
+    def check(deterministic, device_type):
+        overrides = [
+            f"model.name={name}",
+            f"train.deterministic={deterministic}",
+            "data.crop=resized",
+            "data.image_size=64",
+            "data.eval_size=64",
+        ]
+        config = load_config(config_file, overrides)
+        return catch(preflight, config, *open_files(config)[:2], 4, device_type)
+
+    assert check(False, "cuda") == check(True, "cpu") == ("", "")
+    kind, text = check(True, "cuda")
+    assert (kind == "InputError") == is_refused
+    assert ("set train.deterministic=false, or use a network that" in text) == is_refused
+
+
 # ---- fused optimizers
 
 
