@@ -215,6 +215,9 @@ class Bench:
     """All variants of a setting on one rank. What is measured for its memory is built, and runs,
     before the rest."""
 
+    # variants that train on one batch of images, again and again
+    resident: tuple[str, ...] = ("model",)
+
     def __init__(self, setting: Setting, folder: Path, run: Path, world: World):
         self.setting, self.world = setting, world
         beton, small = folder / "images.beton", folder / "val.beton"
@@ -242,9 +245,10 @@ class Bench:
             "scorer": everything.epoch,
         } | self._bare_loops(folder)
 
-    def _bare_loops(self, folder: Path) -> dict[str, Callable[[], int]]:
+    def recipe(self) -> bare_loops.Recipe:
+        """What loops without our code are given."""
         setting, world = self.setting, self.world
-        recipe = bare_loops.Recipe(
+        return bare_loops.Recipe(
             setting.network,
             setting.num_classes,
             setting.size,
@@ -257,6 +261,9 @@ class Bench:
             world.rank,
             world.world_size,
         )
+
+    def _bare_loops(self, folder: Path) -> dict[str, Callable[[], int]]:
+        recipe, setting = self.recipe(), self.setting
         batches = bare_loops.ffcv_batches(recipe, folder / "images.beton")
         minimal = bare_loops.BareLoop(recipe, batches)
         usual = bare_loops.BareLoop(
@@ -273,7 +280,7 @@ class Bench:
         rank."""
         trainer = self.trainer
         trainer.job = replace(trainer.job, observer=scorer)
-        self.tap.is_resident = variant == "model"
+        self.tap.is_resident = variant in self.resident
         trainer.train_epoch()
         if scorer is not None:
             scorer.end_epoch()

@@ -91,12 +91,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Setting:
-    """A scorer and what it is fed with; `batch` is that of one rank."""
+    """A scorer and what it is fed with; `batch` is that of one rank, `logits` the outputs' dtype."""
 
     num_samples: int
     num_classes: int
     batch: int
     stored: Stored
+    logits: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
@@ -138,7 +139,7 @@ class Setting:
         rows = 2 * self.stored.row_bytes(self.num_classes)
         return (
             HEADER_BYTES
-            + self.num_classes * LOGIT_BYTES
+            + self.num_classes * self.logits.itemsize
             + rows
             + 4 * len(SCALARS)
             + 8
@@ -152,7 +153,8 @@ class Outputs:
     def __init__(self, setting: Setting, device: str = "cpu"):
         generator = torch.Generator(device).manual_seed(0)
         shape = (NUM_BATCHES, setting.batch, setting.num_classes)
-        self._logits_PBC = torch.randn(shape, generator=generator, device=device).mul_(LOGIT_SCALE)
+        logits_PBC = torch.randn(shape, generator=generator, device=device).mul_(LOGIT_SCALE)
+        self._logits_PBC = logits_PBC.to(setting.logits)
         self._label_N = torch.randint(
             setting.num_classes, (setting.num_samples,), generator=generator, device=device
         )

@@ -76,9 +76,9 @@ CUDA_SETTINGS = tuple(
 # ---- the images
 
 
-def write_images(setting: Setting, folder: Path) -> None:
-    """`images.beton`, a small `val.beton`, and class folders of JPEGs of the same images in
-    `tree`."""
+def write_images(setting: Setting, folder: Path, with_tree: bool = True) -> None:
+    """`images.beton`, a small `val.beton`, and class folders of JPEGs of the same images in `tree`
+    (`with_tree`)."""
     folder.mkdir()
     source = open_source(setting.source)
     write_beton(source, folder / "images.beton", quality=QUALITY, progress=False)
@@ -88,6 +88,8 @@ def write_images(setting: Setting, folder: Path) -> None:
         num_workers=1,
         progress=False,
     )
+    if not with_tree:
+        return
     num_files = next(
         number for number in range(min(MOST_FILES, len(source)), 0, -1) if len(source) % number == 0
     )
