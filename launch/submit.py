@@ -253,7 +253,24 @@ def plan(
         )
     check_batch(config, cluster, stages)
     check_what_is_done(config, stages)
+    if config.run.device == "auto":
+        stages = [
+            _on_gpus(stage)
+            if stage.name in _TRAINS and cluster.for_stage(stage.name).gpus_per_node
+            else stage
+            for stage in stages
+        ]
     return stages
+
+
+def _on_gpus(stage: "Stage") -> "Stage":
+    """Return the stage with jobs that fail where torch cannot use the GPUs that they have, and do
+    not train on the CPU beside them."""
+    steps = tuple(
+        replace(step, commands=tuple((*command, "run.device=cuda") for command in step.commands))
+        for step in stage.steps
+    )
+    return replace(stage, steps=steps)
 
 
 def _one_retraining(

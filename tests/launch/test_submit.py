@@ -640,7 +640,7 @@ def test_the_python_of_the_jobs(monkeypatch, venv, container, python):
 
 
 def test_every_stage_waits_for_the_one_before_and_is_listed(submit, tmp_path, slurm):
-    assert submit(EIGHT_RANKS, cluster=CLUSTERS / "gpu.yaml") == 0
+    assert submit(EIGHT_RANKS, "run.device=auto", cluster=CLUSTERS / "gpu.yaml") == 0
     run, listed = tmp_path / "run", read_jobs(tmp_path / "run" / "jobs")
     names = ["tdds_p0.5_E_batch_seed0", "tdds_p0.8_E_batch_seed0"]
     assert [(job.id, job.stage, job.after, job.num_ranks) for job in listed] == [
@@ -679,6 +679,10 @@ def test_every_stage_waits_for_the_one_before_and_is_listed(submit, tmp_path, sl
         assert task.function.commands[0][0] in (job.stage, "score")
         if job.stage in ("collect", "retrain"):
             assert task.function.commands[0][1] == str(frozen)
+            # a node whose driver is too old fails, and does not train on its CPU
+            assert task.function.commands[0][-1] == "run.device=cuda"
+        else:
+            assert "run.device=cuda" not in task.function.commands[0]
 
 
 @pytest.fixture
