@@ -196,6 +196,34 @@ class Train(Section):
             " threads, weights and scores are bitwise the same, interrupted or not. Slower on GPUs."
         ),
     )
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest",
+        description=(
+            "Of float32 matrix products: high takes TF32 on CUDA, faster where train.amp=none and"
+            " linear layers prevail (Swin, ViT); convolutions take TF32 in any case."
+        ),
+    )
+    sync_batch_norm: bool = Field(
+        False,
+        description=(
+            "Batch norm over the images of all ranks, CUDA only: for few images per rank and"
+            " forward pass, say under 16. Each layer exchanges its statistics, which costs time."
+        ),
+    )
+    compress_gradients: bool = Field(
+        False,
+        description=(
+            "Gradients travel between ranks as bfloat16: half the bytes, where steps wait for the"
+            " network between nodes. Rounds the sums."
+        ),
+    )
+    static_graph: bool = Field(
+        False,
+        description=(
+            "Promise DDP that all steps use the same parameters, so that it plans the exchange of"
+            " gradients once: saves a little time on the CPU in networks of many small layers."
+        ),
+    )
 
 
 class ScoreWindow(Section):

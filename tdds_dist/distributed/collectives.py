@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from tdds_dist.distributed.partition import rows_per_shard
 from tdds_dist.distributed.world import _CONTROL_SHARE, TIMEOUT_SECONDS, Group, World
@@ -244,7 +245,12 @@ def barrier() -> None:
 
 
 def data_parallel(
-    model: nn.Module, world: World, num_compiled: int = 0
+    model: nn.Module,
+    world: World,
+    num_compiled: int = 0,
+    *,
+    static_graph: bool = False,
+    compress: bool = False,
 ) -> nn.parallel.DistributedDataParallel:
     """Wrap the model for gradient averaging; buffers stay local during an epoch (see
     `average_buffers`).
@@ -253,12 +259,19 @@ def data_parallel(
     (torch.compile, in place: names of parameters stay, the model inside stays as it is); 0 compiles
     nothing. The graph is cut where DDP's buckets end, so that gradients travel during backward all
     the same. Compiled kernels give other last bits than eager ones, and the same bits again on the
-    same machine.
+    same machine. static_graph: every step uses the same parameters. compress: gradients travel as
+    bfloat16.
     """
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     replicas = nn.parallel.DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        model,
+        device_ids=device_ids,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=static_graph,
     )
+    if compress:
+        replicas.register_comm_hook(None, default_hooks.bf16_compress_hook)
     if num_compiled:
         limits = torch._dynamo.config
         # beyond it, torch goes on uncompiled

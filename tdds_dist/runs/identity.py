@@ -26,7 +26,12 @@ KINDS: dict[str, str | dict[str, str]] = {
     "run": {"name": PLACE, "dir": PLACE, "device": PLACE, "timeout_seconds": PLACE, "seed": SEED},
     # the files by name; their content is compared
     "data": {"train": PLACE, "val": PLACE, "num_workers": PLACE},
-    "train": {"accumulation": MAY_CHANGE, "log_every": PLACE, "eval_every": MAY_CHANGE},
+    "train": {
+        "accumulation": MAY_CHANGE,
+        "log_every": PLACE,
+        "eval_every": MAY_CHANGE,
+        "static_graph": PLACE,
+    },
     "score": {"baselines": PLACE, "final_pass": MAY_CHANGE, "on_nan": MAY_CHANGE},
     "retrain": PLACE,  # the parts that a retraining uses are in its train.* and its record
     "checkpoint": PLACE,

@@ -37,6 +37,11 @@ def preflight(
     The network runs on shapes alone (torch's meta device), which costs no memory: once for every
     size that it may see.
     """
+    if config.train.sync_batch_norm and (device_type != "cuda" or config.model.compile):
+        raise InputError(
+            "train.sync_batch_norm=true works on CUDA only, and without model.compile; set it to"
+            " false"
+        )
     views = build_views(config)
     for file, view in zip((train_file, val_file), views, strict=True):
         check_view(file, view)
@@ -71,7 +76,7 @@ def preflight(
 
 
 # Of the operations for which torch.use_deterministic_algorithms raises on CUDA, the only one that
-# torchvision's classifiers use (AlexNet, VGG). Pooling to one pixel is a mean, and no such operation.
+# torchvision's classifiers use (AlexNet, VGG). Pooling to one pixel is a mean, another operation.
 _WITHOUT_DETERMINISTIC_GRADIENT = "aten::_adaptive_avg_pool2d"
 
 

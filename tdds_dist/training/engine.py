@@ -97,6 +97,7 @@ class Trainer:
         if world.device.type == "cpu":
             torch.set_num_threads(torch_threads(world.ranks_per_cpu))
         set_deterministic(config.train.deterministic)
+        torch.set_float32_matmul_precision(config.train.matmul_precision)
         torch.manual_seed(config.run.seed)
         self.input_stage = InputStage(
             config.data.mean, config.data.std, config.model.channels_last
@@ -107,9 +108,15 @@ class Trainer:
             cifar_stem=config.model.cifar_stem,
             channels_last=config.model.channels_last,
         ).to(world.device)
+        if config.train.sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         sizes = training_sizes(config)
         self.model = collectives.data_parallel(
-            model, world, len(sizes) if config.model.compile else 0
+            model,
+            world,
+            len(sizes) if config.model.compile else 0,
+            static_graph=config.train.static_graph,
+            compress=config.train.compress_gradients,
         )
         # From here on every rank draws its own numbers (dropout, mixing).
         torch.manual_seed(self._rank_seed())

@@ -131,7 +131,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextManager[Any]) -> None:
-    """Make one forward and backward pass without effect on `sample` (at least two images), forward
+    """Make a forward and backward pass without effect on `sample` (at least two images), forward
     under `autocast`.
 
     DDP sorts its buckets anew after the first backward pass, which changes the order of sums from
@@ -144,10 +144,11 @@ def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextMan
     )
     kept = [buffer.clone() for buffer in model.module.buffers()]
     model.train()
-    with autocast:
-        logits_BC = model(sample)
-    (logits_BC.float().sum() * 0.0).backward()
-    model.zero_grad(set_to_none=True)
+    for _ in range(1 + model.static_graph):  # which sorts them one pass later
+        with autocast:
+            logits_BC = model(sample)
+        (logits_BC.float().sum() * 0.0).backward()
+        model.zero_grad(set_to_none=True)
     for buffer, value in zip(model.module.buffers(), kept, strict=True):
         buffer.copy_(value)
     torch.set_rng_state(random)

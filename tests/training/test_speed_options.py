@@ -149,6 +149,7 @@ def train(
         for record in run.read_metrics()
     ]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    precision = torch.get_float32_matmul_precision()
     return {
         "outcome": outcome,
         "seen": list(seen),
@@ -156,6 +157,7 @@ def train(
         "metrics": metrics,
         "threads": threads,
         "graphs": graphs,
+        "precision": precision,
     }
 
 
@@ -413,6 +415,39 @@ def test_a_fused_optimizer_forgets_a_first_step_that_overflows(config_file, opti
     for overflows in ([False, False], [True, False, False]):
         found = after(overflows, lambda model: build_optimizer(model, config))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# ---- how gradients travel
+
+
+@pytest.mark.distributed
+def test_gradients_of_16_bits_and_a_static_graph(config_file, tmp_path):
+    """The first trains close by, with bits of its own that a resumed run repeats; the second
+    changes none, and neither does a batch in two passes hurt."""
+    two = ["train.accumulation=2", "train.matmul_precision=high"]
+    compress = [*two, "train.compress_gradients=true"]
+    plain, static, compressed, left = trained(
+        3,
+        config_file,
+        tmp_path,
+        (two, {}),
+        ([*two, "train.static_graph=true"], {}),
+        (compress, {}),
+        (compress, {"leave_at": 13}),
+    )
+    assert {outcome["precision"] for outcome in (plain, static, compressed)} == {"high"}
+    assert_same(plain, static)
+    assert 1e-5 < distance(plain, compressed) < 0.1
+    assert_resumed(compressed, left)
+
+
+@pytest.mark.parametrize("more", [[], ["model.compile=true"]])
+def test_batch_norm_over_all_ranks_is_refused_where_it_does_not_work(config_file, more):
+    config = load_config(config_file, ["train.sync_batch_norm=true", *more])
+    for device_type, is_refused in (("cpu", True), ("cuda", bool(more))):
+        kind, text = catch(preflight, config, *open_files(config)[:2], 4, device_type)
+        assert (kind == "InputError") == is_refused
+        assert ("works on CUDA only, and without model.compile" in text) == is_refused
 
 
 # ---- compiled networks
