@@ -5,10 +5,12 @@ Every random choice is a hash of (seed, epoch, global index, counter), so an ima
 the same whatever rank, worker or resume produced it (FFCV's own operations draw from unseeded
 per-thread generators). Decoder return codes are kept, where FFCV drops them. The kernels are cached
 on disk by numba: a second process starts in a fraction of the time that compilation takes. They
-call FFCV's C library for JPEG decoding and resizing.
+call FFCV's C library for JPEG decoding and resizing. No exception may leave a kernel or that
+library, since it would end the process: what a kernel takes is checked in it, and a row that is
+unfit counts as failed.
 """
 
-# B rows of the batch, S output side
+# B rows of the batch, S output side, W threads
 
 import ffcv.libffcv
 import llvmlite.binding
@@ -90,6 +92,15 @@ def random_resized_crop(key, height, width, scale_low, scale_high):  # type: ign
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+@numba.njit(cache=True)
+def center_crop(height, width, ratio):  # type: ignore[no-untyped-def]
+    """Return the box (top, left, height, width) of `ratio` of the shorter side in the middle, at
+    least one pixel."""
+    shorter = min(height, width)
+    side = min(max(int(ratio * shorter), 1), shorter)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
 _FLIP_COUNTER, _SHIFT_COUNTER = 1000, 1001  # beyond what a crop draws
 
 
@@ -97,7 +108,7 @@ _FLIP_COUNTER, _SHIFT_COUNTER = 1000, 1001  # beyond what a crop draws
 def load_batch(  # type: ignore[no-untyped-def]
     index_B,
     image_BSS3,
-    scratch_BX,
+    scratch_WX,
     failed_B,
     field_N,
     file_bytes,
@@ -115,6 +126,7 @@ def load_batch(  # type: ignore[no-untyped-def]
     """Decode, crop and flip the images of a batch into `image_BSS3` (uint8); `failed_B` gets 1
     where decoding failed.
 
+    `scratch_WX` has a row for each thread that numba may use, as long as the largest image decoded;
     `field_N` is the image column of the metadata; `block_start` (sorted) and `block_size` are the
     file's allocations.
     """
@@ -131,6 +143,13 @@ def load_batch(  # type: ignore[no-untyped-def]
             continue
         start = np.int64(field.data_ptr)
         size = np.int64(block_size[block])
+        scratch = scratch_WX[numba.get_thread_id()]
+        if not (0 <= start <= start + size <= len(file_bytes)) or not (
+            0 < height * width * 3 <= len(scratch)
+        ):
+            failed_B[row] = 1
+            image_BSS3[row] = 0
+            continue
         source = file_bytes[start : start + size]
         if field.mode == JPEG:
             code = _imdecode(
@@ -138,7 +157,7 @@ def load_batch(  # type: ignore[no-untyped-def]
                 size,
                 height,
                 width,
-                scratch_BX[row].ctypes.data,
+                scratch.ctypes.data,
                 height,
                 width,
                 0,
@@ -148,7 +167,7 @@ def load_batch(  # type: ignore[no-untyped-def]
                 False,
                 False,
             )
-            pixels = scratch_BX[row][: height * width * 3]
+            pixels = scratch[: height * width * 3]
         else:
             code = 0 if size == height * width * 3 else 1
             pixels = source
@@ -172,8 +191,7 @@ def load_batch(  # type: ignore[no-untyped-def]
             if crop == RESIZED:
                 top, left, h, w = random_resized_crop(key, height, width, scale_low, scale_high)
             else:
-                h = w = int(center_ratio * min(height, width))
-                top, left = (height - h) // 2, (width - w) // 2
+                top, left, h, w = center_crop(height, width, center_ratio)
             _resize(
                 0,
                 pixels.ctypes.data,

@@ -14,7 +14,7 @@ asked for; ours copies ahead of that, from page-locked buffers that are kept fro
 one stream (FFCV makes five for every pass, and torch keeps the memory of each to itself).
 """
 
-# B rows per rank and step, S steps, N samples of the file
+# B rows per rank and step, S steps, N samples of the file, W threads
 
 import math
 import os
@@ -123,18 +123,19 @@ def find_undecodable(
     record_B = np.zeros(num, np.dtype([("", IMAGE), ("", "<i8")], align=True))
     record_B["f0"] = image_B
     pixels = int((image_B["width"].astype(np.int64) * image_B["height"]).max()) * 3
-    corner_BSS3, scratch_BX, failed_B = (
-        np.empty(shape, np.uint8) for shape in ((num, 1, 1, 3), (num, pixels), num)
+    num_threads = usable_threads(num_workers)
+    corner_BSS3, scratch_WX, failed_B = (
+        np.empty(shape, np.uint8) for shape in ((num, 1, 1, 3), (num_threads, pixels), num)
     )
     record_B.setflags(write=False)
     before = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(num_workers, len(os.sched_getaffinity(0)))))
+    numba.set_num_threads(num_threads)
     try:
         # The crop that costs least: one pixel of each image is kept.
         decode.load_batch(
             np.arange(num),
             corner_BSS3,
-            scratch_BX,
+            scratch_WX,
             failed_B,
             record_B["f0"],
             data,
@@ -181,7 +182,7 @@ class BetonLoader(ffcv.Loader):
         self.view = view
         self.device = torch.device(device)
         self.fname, self.batch_size, self.batches_ahead = str(info.path), batch_size, BATCHES_AHEAD
-        self.num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
+        self.num_workers = usable_threads(num_workers)
         self.drop_last, self.distributed, self.recompile, self.seed = False, False, False, seed
         self.reader = Reader(self.fname)
         self.indices = np.arange(self.reader.num_samples, dtype=np.int64)
@@ -359,10 +360,10 @@ class _Ring:
             for query in found
         ]
         layouts.append(((self.num_slots, rows), np.dtype("<i8")))
-        # One batch is decoded at a time, so what is cut out of may be overwritten by the next.
-        scratch = (rows, loader._image_operation.largest_bytes())
+        # what each thread decodes into and cuts out of; no copy is made of it
+        scratch = (loader.num_workers, loader._image_operation.largest_bytes())
         sizes = [math.prod(shape) * kind.itemsize for shape, kind in layouts]
-        self.scratch_BX = np.empty(scratch, np.uint8)
+        self.scratch_WX = np.empty(scratch, np.uint8)
         pieces = host_memory.allocate(sizes, loader.device)
         parts = [
             piece.view(kind).reshape(shape)
@@ -456,7 +457,7 @@ class _Pass:
         arguments = {
             "batch_indices": sample_B,
             "metadata": self._loader.reader.metadata,
-            "storage_state": (*self._file, ring.scratch_BX, self._epoch),
+            "storage_state": (*self._file, ring.scratch_WX, self._epoch),
             **ring.arguments(slot),
         }
         stages, outputs = self._loader.code
@@ -540,6 +541,13 @@ class _Pass:
 
 
 def default_workers(ranks_per_cpu: int) -> int:
+def usable_threads(num_workers: int) -> int:
+    """Return how many threads decode: at most `num_workers`, the CPUs this process may use, and
+    numba's own limit, which the user may set with NUMBA_NUM_THREADS."""
+    limit: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    return max(1, min(num_workers, len(os.sched_getaffinity(0)), limit))
+
+
     """Return the decoding threads per rank: the CPUs this process may use, shared among so many
     ranks.
 

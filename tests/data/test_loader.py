@@ -3,8 +3,12 @@ faults that surface."""
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +16,17 @@ import pytest
 import torch
 
 from tdds_dist.data import decode
-from tdds_dist.data.beton import inspect_beton, read_images
-from tdds_dist.data.loader import BATCHES_AHEAD, THREAD_NAME, BetonLoader, View
+from tdds_dist.data.beton import IMAGE, JPG, RAW, inspect_beton, read_images
+from tdds_dist.data.check import check
+from tdds_dist.data.loader import (
+    BATCHES_AHEAD,
+    THREAD_NAME,
+    BetonLoader,
+    View,
+    find_undecodable,
+)
+from tdds_dist.data.sources import open_source
+from tdds_dist.data.writer import write_beton
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
 from tests.ranks import run_ranks
@@ -186,6 +199,108 @@ def test_random_resized_crop_follows_torchvision(betons):
             assert np.quantile(ours, quantile) == pytest.approx(
                 np.quantile(theirs, quantile), abs=0.03
             )
+
+
+SHAPES = [(1, 1), (1, 60), (60, 1), (2, 2), (2, 1), (3, 3000), (3000, 3), (1, 65500), (65500, 1)]
+
+
+@pytest.fixture(scope="module")
+def slivers(tmp_path_factory):
+    """A raw file and a JPEG file of images of `SHAPES`, image i in the one colour i."""
+    folder, source = tmp_path_factory.mktemp("slivers"), open_source(f"synthetic:{len(SHAPES)},2,8")
+    source = replace(source, reader=lambda i: np.full((*SHAPES[i], 3), 20 * i, np.uint8))
+    for mode in ("raw", "jpg"):
+        write_beton(source, folder / f"{mode}.beton", write_mode=mode, num_workers=1, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(9, "center", ratio=0.875),
+        View(224, "center", ratio=0.01),
+        View(9, "resized", flip=True),
+        View(1, "resized", scale=(1e-6, 1e-6)),
+    ],
+)
+def test_a_side_of_one_pixel_gives_an_image_and_does_not_end_the_process(slivers, mode, view):
+    """OpenCV raises where a crop is empty, and an exception of C++ in a kernel is an abort."""
+    info = inspect_beton(slivers / f"{mode}.beton")
+    assert check(info.path, progress=False).faults == {}
+    for epoch in range(3):
+        images, _, seen = read_epoch(info.path, view, global_batch=4, epoch=epoch)
+        assert (seen == 1).all()
+        for i, image in enumerate(images):
+            assert np.abs(image.astype(int) - 20 * i).max() <= (0 if mode == "raw" else 1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "ratio", "box"),
+    [
+        (256, 256, 0.875, (16, 16, 224, 224)),
+        (40, 48, 0.875, (2, 6, 35, 35)),
+        (40, 48, 1.0, (0, 4, 40, 40)),
+        (1, 60, 0.875, (0, 29, 1, 1)),
+        (60, 1, 0.875, (29, 0, 1, 1)),
+        (1, 1, 0.01, (0, 0, 1, 1)),
+        (3000, 3, 0.3, (1499, 1, 1, 1)),
+        (2, 2, 0.875, (0, 0, 1, 1)),
+        (5, 9, 1.5, (0, 2, 5, 5)),
+    ],
+)
+def test_a_center_crop_lies_in_the_image_and_is_not_empty(height, width, ratio, box):
+    assert decode.center_crop(height, width, ratio) == box
+
+
+def test_one_huge_image_among_thumbnails_costs_its_size_per_thread_not_per_image():
+    small, large = 500, 3000 * 2000 * 3
+    image_B = np.zeros(small + 1, IMAGE)
+    image_B["mode"], image_B["width"], image_B["height"] = RAW, 1, 1
+    image_B["width"][7], image_B["height"][7] = 3000, 2000
+    size_B = image_B["width"].astype(np.uint64) * image_B["height"] * np.uint64(3)
+    image_B["data_ptr"] = np.cumsum(size_B) - size_B
+    data = np.zeros(int(size_B.sum()), np.uint8)
+    tracemalloc.start()
+    try:
+        assert not find_undecodable(data, image_B, size_B, num_workers=2).any()
+        assert tracemalloc.get_traced_memory()[1] < 3 * large
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_row_whose_bytes_lie_outside_the_file_fails_and_is_not_read():
+    image_B = np.zeros(4, IMAGE)
+    image_B["width"] = image_B["height"] = 2
+    image_B["mode"], image_B["data_ptr"] = [RAW, RAW, JPG, RAW], [0, 12, 24, 36]
+    record_B = np.zeros(4, np.dtype([("", IMAGE), ("", "<i8")], align=True))
+    record_B["f0"] = image_B
+    record_B.setflags(write=False)
+    data, failed_B = np.zeros(24, np.uint8), np.empty(4, np.uint8)  # the last two are not there
+    data.setflags(write=False)
+    size_B = np.array([12, 12, 2**40, 12], np.uint64)
+    scratch, images = np.empty((2, 12), np.uint8), np.empty((4, 1, 1, 3), np.uint8)
+    blocks = (image_B["data_ptr"].copy(), size_B)
+    choices = (decode.CENTER, False, 0, 1.0, 0.08, 1.0, 0, 0)
+    decode.load_batch(
+        np.arange(4), images, scratch, failed_B, record_B["f0"], data, *blocks, *choices
+    )
+    assert failed_B.tolist() == [0, 0, 1, 1]
+
+
+def test_numbas_own_limit_of_threads_is_kept(betons):
+    """NUMBA_NUM_THREADS below the CPUs: numba refuses more."""
+    code = f"""
+from pathlib import Path
+from tests.data.test_loader import *
+path = Path({str(betons["raw"])!r})
+assert check(path, num_workers=2, progress=False).faults == {{}}
+assert loader_of(path, 4, View(32), num_workers=2).num_workers == 1
+assert (read_epoch(path, View(32), workers=2)[2] == 1).all()
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"NUMBA_NUM_THREADS": "1"}
+    )
 
 
 def test_batches_are_channels_last_and_the_last_one_is_full(betons):
