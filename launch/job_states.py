@@ -128,8 +128,11 @@ def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, Jo
                 nodes=known.nodes or here.nodes,
             )
         elif not (known := here or there):
-            errors = "; ".join(error for error in (queue_error, account_error) if error)
-            known = _by_results(job) or JobState("unknown", errors or FORGOTTEN)
+            # Where squeue answers, a job that it does not list is over; without accounting, only the
+            # files of its ranks say how.
+            errors = [error for error in (queue_error, account_error) if error]
+            reason = "; ".join(errors if queue_error else [FORGOTTEN, *errors])
+            known = _by_results(job) or JobState("unknown", reason)
         states[job.id] = known
     return states
 

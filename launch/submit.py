@@ -409,7 +409,9 @@ def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
         )
     asked = [states[job.id] for job in before if job.executor == "slurm"]
     if unknown := [
-        state.reason for state in asked if state.state == "unknown" and state.reason != FORGOTTEN
+        state.reason
+        for state in asked
+        if state.state == "unknown" and not state.reason.startswith(FORGOTTEN)
     ]:
         raise InputError(
             f"cannot tell whether jobs of this run are still queued ({unknown[0]}); submit when"

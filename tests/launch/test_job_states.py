@@ -388,6 +388,11 @@ def test_a_job_that_squeue_has_forgotten_is_no_failure_of_squeue(slurm):
     assert job_states([job("13")])["13"].state == "finished"
     slurm(None, "")
     assert job_states([job("13")])["13"].reason == "SLURM does not know it any more"
+    slurm(script="echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    slurm("", None)
+    assert job_states([job("13")])["13"].reason == (
+        "SLURM does not know it any more; sacct failed: Slurm accounting storage is disabled"
+    )
 
 
 def test_slurm_that_hangs_costs_the_time_out_once_and_leaves_no_process(slurm, tmp_path):

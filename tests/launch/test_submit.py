@@ -878,6 +878,7 @@ def test_a_submission_from_inside_a_job_says_nothing_of_that_job(submit, slurm, 
         ("4242 FAILED\n4243 PENDING", 1),
         ("4242 COMPLETING", 1),
         ("4242 FAILED\n4243 CANCELLED\n4244_0 CANCELLED\n4244_1 CANCELLED\n4245 CANCELLED", 0),
+        ("", 0),  # squeue has forgotten them, and there is no accounting
     ],
 )
 def test_a_run_whose_jobs_are_queued_or_running_is_not_submitted_again(
