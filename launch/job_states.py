@@ -128,8 +128,8 @@ def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, Jo
                 nodes=known.nodes or here.nodes,
             )
         elif not (known := here or there):
-            # Where squeue answers, a job that it does not list is over; without accounting, only the
-            # files of its ranks say how.
+            # Where squeue answers, a job that it does not list is over; without accounting, only
+            # the files of its ranks say how.
             errors = [error for error in (queue_error, account_error) if error]
             reason = "; ".join(errors if queue_error else [FORGOTTEN, *errors])
             known = _by_results(job) or JobState("unknown", reason)
