@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from tdds_dist.cli.outcome import Outcome
 from tdds_dist.console import log
 from tdds_dist.errors import InputError
-from tdds_dist.text import command
+from tdds_dist.text import command, printable
 
 if TYPE_CHECKING:
     from tdds_dist.config.run import Config
+    from tdds_dist.data.sources import Source
     from tdds_dist.runs.directory import RunDir
 
 _USUAL_RATE = "0.5"  # in a command that comes next, where nothing says which
@@ -64,12 +65,20 @@ def write(options: argparse.Namespace) -> Outcome:
     # an exception, so that temporary files go
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     started = time.perf_counter()
-    source = open_source(options.source, options.split, options.subset)
+    source = open_source(
+        options.source,
+        options.split,
+        options.subset,
+        holdout=options.holdout,
+        seed=options.seed,
+        formats=options.formats,
+        strict=options.strict,
+    )
     source = with_corruption(
         with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed
     )
     noisy = source.true_label_N is not None or source.corruption is not None
-    if noisy and options.split == "val":
+    if noisy and source.split == "val":
         log.warning(
             "images for evaluation should stay clean; leave out --label-noise and --corrupt with"
             " --split val"
@@ -87,10 +96,11 @@ def write(options: argparse.Namespace) -> Outcome:
     numbers: dict[str, Any] = {
         "images": manifest.num_samples,
         "classes": manifest.num_classes,
+        "left_out": source.num_left_out or None,
         "seconds": seconds,
         "images_per_second": manifest.num_samples / seconds,
     }
-    notes = []
+    notes = [f"classes: {_first_and_last(manifest.class_names)}", *source.notes]
     if noisy:
         corruption = manifest.corruption or []
         numbers |= {
@@ -102,36 +112,58 @@ def write(options: argparse.Namespace) -> Outcome:
             f"noise (seed {options.seed}): {numbers['changed_labels']} labels changed,"
             f" {numbers['corrupted_images']} images corrupted ({by_kind})"
         )
-    then, more = _after_write(options, manifest.num_classes)
+    then, more = _after_write(options, source)
     return Outcome([options.out, manifest_path(options.out)], numbers, then, [*notes, *more])
 
 
-def _after_write(options: argparse.Namespace, num_classes: int) -> tuple[str, list[str]]:
+def _first_and_last(names: list[str]) -> str:
+    """List names; of many the first three and the last."""
+    shown = [printable(name) for name in names]
+    return ", ".join(shown if len(shown) <= 10 else [*shown[:3], "...", shown[-1]])
+
+
+def _after_write(options: argparse.Namespace, source: "Source") -> tuple[str, list[str]]:
     """Return the command for the other split, or for the collection when both are there; and notes
     about it."""
-    other = "val" if options.split == "train" else "train"
+    other = "val" if source.split == "train" else "train"
     name = options.out.name
     file = options.out.with_name(
-        name.replace(options.split, other)
-        if options.split in name
+        name.replace(source.split, other)
+        if source.split in name
         else f"{options.out.stem}_{other}.beton"
     )
-    if not file.is_file():
-        given = [
-            word
-            for option, usual in (("max_resolution", None), ("write_mode", "jpg"), ("quality", 90))
-            if (value := getattr(options, option)) != usual
-            for word in (f"--{option.replace('_', '-')}", value)
-        ]
-        return command("write", options.source, file, "--split", other, *given), []
-    files = {options.split: options.out, other: file}
-    settings = [
-        f"data.train={files['train']}",
-        f"data.val={files['val']}",
-        f"data.num_classes={num_classes}",
+    usual = {"max_resolution": None, "write_mode": "jpg", "quality": 90, "formats": "pillow"}
+    given = [
+        word
+        for option in usual
+        if (value := getattr(options, option)) != usual[option]
+        for word in (f"--{option.replace('_', '-')}", value)
     ]
-    return command("collect", "CONFIG.yaml", *settings), [
-        "CONFIG.yaml: one of configs/, or a copy of it with your settings"
+    if file.is_file():
+        files = {source.split: options.out, other: file}
+        settings = [
+            f"data.train={files['train']}",
+            f"data.val={files['val']}",
+            f"data.num_classes={len(source.class_names)}",
+        ]
+        return command("collect", "CONFIG.yaml", *settings), [
+            "CONFIG.yaml: one of configs/, or a copy of it with your settings"
+        ]
+    if options.holdout:
+        given += ["--holdout", options.holdout, "--seed", options.seed]
+    if options.holdout or source.other or other in source.splits:
+        spec = source.other or options.source
+        return command("write", spec, file, "--split", other, *given), []
+    if other == "train":
+        return "", [f"no train split here: write the images for training to {file}"]
+    if len(source) <= len(source.class_names):
+        return "", [f"no val split here: write images for evaluation to {file}"]
+    for option, usual_value in (("subset", None), ("label_noise", 0), ("corrupt", 0), ("seed", 0)):
+        if (value := getattr(options, option)) != usual_value:
+            given += [f"--{option.replace('_', '-')}", value]
+    return command("write", options.source, options.out, *given, "--holdout", 0.1, "--overwrite"), [
+        "no val split here: write another folder with images of the same classes to"
+        f" {file}, or hold a part of these out:"
     ]
 
 

@@ -22,6 +22,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "images": "{:,} images".format,
     "kept": "{:,} kept".format,
     "classes": "{:,} classes".format,
+    "left_out": lambda num: f"{num:,} file{'s' * (num != 1)} left out",
     "changed_labels": "{:,} labels changed".format,
     "corrupted_images": "{:,} images corrupted".format,
     "checked": "{:,} images checked".format,

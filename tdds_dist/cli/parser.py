@@ -196,9 +196,10 @@ def _add_write(parsers: Parsers) -> None:
         description=(
             "Write images to an FFCV file (.beton) and a manifest (index -> path, label) beside"
             " it.\n\nSOURCE is one of\n  imagefolder:DIR          DIR/<split>/<class>/<image>, or"
-            " DIR/<class>/<image>\n  cifar10:DIR, cifar100:DIR  the extracted archive of the python"
-            " version in DIR\n  digits                   scikit-learn's digits at 32x32, a fixed"
-            " stratified 80/20 split\n  synthetic:N,CLASSES,SIZE random images for benchmarks"
+            " DIR/<class>/<image> with --holdout\n  cifar10:DIR, cifar100:DIR  the extracted"
+            " archive of the python version in DIR\n  digits                   scikit-learn's"
+            " digits at 32x32, a fixed stratified 80/20 split\n  synthetic:N,CLASSES,SIZE random"
+            " images for benchmarks"
         ),
     )
     stage.add_argument(
@@ -208,8 +209,34 @@ def _add_write(parsers: Parsers) -> None:
     stage.add_argument(
         "--split",
         choices=("train", "val"),
-        default="train",
-        help="which part of the source (default: train)",
+        help=(
+            "which part of the source (default: train; folders named otherwise, such as Training/,"
+            " want it given)"
+        ),
+    )
+    stage.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help=(
+            "where there is no val split: this share of each class is val, the rest train; give it"
+            " with both (default: 0)"
+        ),
+    )
+    stage.add_argument(
+        "--formats",
+        choices=("pillow", "torchvision"),
+        default="pillow",
+        help=(
+            "which files of DIR are images: those that Pillow reads, or those with a suffix of"
+            " torchvision's ImageFolder (default: pillow)"
+        ),
+    )
+    stage.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse DIR when a file in it is left out, or is there twice",
     )
     stage.add_argument(
         "--max-resolution",
@@ -262,7 +289,7 @@ def _add_write(parsers: Parsers) -> None:
         type=int,
         default=0,
         metavar="S",
-        help="of --label-noise and --corrupt only (default: 0)",
+        help="of --holdout, --label-noise and --corrupt only (default: 0)",
     )
     stage.add_argument("--overwrite", action="store_true", help="replace an existing file")
     stage.set_defaults(run=commands.write)

@@ -9,7 +9,6 @@ from a seed and the index alone.
 
 # N samples of the source, C classes
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,15 +18,14 @@ import numpy as np
 from PIL import Image
 
 from tdds_dist.data.corruptions import KINDS, corrupt
+from tdds_dist.data.folders import SPLITS, read_folder
 from tdds_dist.errors import InputError
 
 FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES,SIZE"
-SPLITS = ("train", "val")
-# torchvision's list
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLIT_SEED, SUBSET_SEED, SYNTHETIC_SEED = 20, 21, 22
 # which labels, which images, what is done to an image
 LABEL_NOISE_SEED, CORRUPTED_SEED, CORRUPTION_SEED = 24, 25, 26
+HOLDOUT_SEED = 27
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,10 @@ class Source:
     true_label_N: np.ndarray | None = None  # int64, before label noise; None without
     # per sample: one of corruptions.KINDS, "" where clean; None without
     corruption: list[str] | None = None
+    splits: tuple[str, ...] = SPLITS  # those that the source has
+    other: str | None = None  # the spec of the other split; None where nothing tells
+    notes: list[str] = field(default_factory=list)  # what a person should know
+    num_left_out: int = 0  # files
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -56,46 +58,65 @@ class Source:
         return self.reader(index)
 
 
-def open_source(spec: str, split: str = "train", subset: int | None = None) -> Source:
+def open_source(
+    spec: str,
+    split: str | None = "train",
+    subset: int | None = None,
+    *,
+    holdout: float = 0.0,
+    seed: int = 0,
+    formats: str = "pillow",
+    strict: bool = False,
+) -> Source:
     """Open the source that `spec` names; `subset` keeps that many samples, drawn class by class
     with a fixed seed.
 
-    Raises InputError for an unknown spec or split, missing or contradictory data, and a subset
-    larger than the source.
+    split: "train" or "val"; None is train, where no folder's name has to be guessed. holdout: of a
+    source with one split, the share of each class that is its val split; `seed` draws it. formats:
+    which files of a folder are images, "pillow" or "torchvision". strict: refuse a folder of which
+    a file is left out. Raises InputError for an unknown spec or split, missing or contradictory
+    data, and a subset larger than the source.
     """
     kind, _, rest = spec.partition(":")
-    if split not in SPLITS:
+    if split not in (None, *SPLITS):
         raise InputError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
-    if kind in ("imagefolder", "cifar10", "cifar100") and rest:
-        source = (
-            _imagefolder(spec, Path(rest), split)
-            if kind == "imagefolder"
-            else _cifar(spec, kind, rest, split)
-        )
+    if formats != "pillow" and kind != "imagefolder":
+        raise InputError(f"formats={formats} is for imagefolder:DIR, not for {spec}; leave it out")
+    # the whole of its only split; one that has two is refused
+    part = "train" if holdout else split
+    if kind == "imagefolder" and rest:
+        source = _imagefolder(spec, Path(rest), part, formats, strict)
+    elif kind in ("cifar10", "cifar100") and rest:
+        source = _cifar(spec, kind, rest, part or "train")
     elif kind == "synthetic" and rest:
-        source = _synthetic(spec, rest, split)
+        source = _synthetic(spec, rest, part or "train")
     elif spec == "digits":
-        source = _digits(spec, split)
+        source = _digits(spec, part or "train")
     else:
         raise InputError(f"source {spec!r} is unknown; use one of {FORMS}")
+    if holdout:
+        source = _hold_out(source, holdout, seed, split or "train")
     return source if subset is None else _take_subset(source, subset)
 
 
-def stratified_pick(label_N: np.ndarray, count: int, seed: int) -> np.ndarray:
+def stratified_pick(
+    label_N: np.ndarray, count: int, seed: int | list[int], leave: int = 0
+) -> np.ndarray:
     """Draw sorted int64 [count] indices with the class shares of `label_N`, at least one per class
-    where count allows.
+    where count allows. At least `leave` of each class are not drawn.
 
     Class counts are rounded by largest remainder. With the same seed a class's picks for a smaller
     share are among its picks for a larger one.
     """
     num_C = np.bincount(label_N)
+    most_C = np.maximum(num_C - leave, 0)
     quota_C = count * num_C / len(label_N)
     floor_C = (
-        (num_C > 0).astype(np.int64) if count >= np.count_nonzero(num_C) else np.zeros_like(num_C)
+        (most_C > 0).astype(np.int64) if count >= np.count_nonzero(most_C) else np.zeros_like(num_C)
     )
-    take_C = np.maximum(quota_C.astype(np.int64), floor_C)
+    take_C = np.clip(quota_C.astype(np.int64), floor_C, most_C)
     while take_C.sum() < count:
-        take_C[np.argmax(np.where(take_C < num_C, quota_C - take_C, -np.inf))] += 1
+        take_C[np.argmax(np.where(take_C < most_C, quota_C - take_C, -np.inf))] += 1
     while take_C.sum() > count:
         take_C[np.argmax(np.where(take_C > floor_C, take_C - quota_C, -np.inf))] -= 1
     rng = np.random.default_rng(seed)
@@ -105,6 +126,56 @@ def stratified_pick(label_N: np.ndarray, count: int, seed: int) -> np.ndarray:
     ).astype(np.int64)
 
 
+def _hold_out(source: Source, share: float, seed: int, split: str) -> Source:
+    """Divide a source that has one split: about `share` of each class are val, the others train.
+
+    Every class keeps one image for training, and has one in val where it has two.
+    """
+    if not 0 < share < 1:
+        raise InputError(
+            f"holdout={share} must be a share between 0 and 1; use 0.1 for a tenth of the images"
+        )
+    if not 0 <= seed < 2**32:
+        raise InputError(
+            f"seed={seed} of holdout must be between 0 and {2**32 - 1}; choose a number in that"
+            " range"
+        )
+    if len(source.splits) > 1:
+        way_out = "leave --holdout out"
+        if source.name.startswith("imagefolder:"):
+            train = source.path[0].split("/")[0]
+            way_out += f", or give {source.name.rstrip('/')}/{train}"
+        raise InputError(
+            f"holdout={share} makes a val split, but {source.name} has its own; {way_out}"
+        )
+    num_samples, num_C = len(source), np.bincount(source.label_N)
+    most = int(np.maximum(num_C - 1, 0).sum())
+    count = max(1, round(share * num_samples))
+    if count > most:
+        raise InputError(
+            f"holdout={share} of the {num_samples} images of {source.name} are {count}, but each of"
+            f" the {np.count_nonzero(num_C)} classes needs one for training; "
+            + (
+                f"hold out at most {int(1000 * most / num_samples) / 1000:g}"
+                if most
+                else "add images"
+            )
+        )
+    val = stratified_pick(source.label_N, count, [HOLDOUT_SEED, seed], leave=1)
+    index = val if split == "val" else np.setdiff1d(np.arange(num_samples), val)
+    note = f"holdout: {count:,} of {num_samples:,} images are val (seed {seed})"
+    missing = int((np.bincount(source.label_N[val], minlength=len(num_C)) == 0).sum())
+    if missing:
+        note += f"; classes with too few images to be in it: {missing:,}"
+    return replace(
+        _pick(source, index, {"holdout": share, "holdout_seed": seed}),
+        split=split,
+        splits=SPLITS,
+        other=source.name,
+        notes=[*source.notes, note],
+    )
+
+
 def _take_subset(source: Source, subset: int) -> Source:
     if not 1 <= subset <= len(source):
         raise InputError(
@@ -112,12 +183,17 @@ def _take_subset(source: Source, subset: int) -> Source:
             f"({source.split}); choose a number in that range or leave it out"
         )
     index = stratified_pick(source.label_N, subset, SUBSET_SEED)
+    return _pick(source, index, {"subset": subset})
+
+
+def _pick(source: Source, index: np.ndarray, settings: dict[str, Any]) -> Source:
+    """Return the samples at `index` of a source, with the settings that chose them."""
     return replace(
         source,
         path=[source.path[i] for i in index],
         label_N=source.label_N[index],
         reader=lambda i: source.reader(int(index[i])),
-        settings=source.settings | {"subset": subset},
+        settings=source.settings | settings,
         true_label_N=None if source.true_label_N is None else source.true_label_N[index],
         corruption=None if source.corruption is None else [source.corruption[i] for i in index],
     )
@@ -215,63 +291,22 @@ def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
 # --- folders ---
 
 
-def _imagefolder(spec: str, folder: Path, split: str) -> Source:
-    """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> when DIR has neither a train nor a
-    val folder.
-
-    Classes and files are in the order of torchvision.datasets.ImageFolder: by name, subfolders
-    included.
-    """
-    if not folder.is_dir():
-        raise InputError(
-            f"{spec}: {folder} is not a directory; give a folder with one folder per class"
-        )
-    present = [name for name in SPLITS if (folder / name).is_dir()]
-    if present and split not in present:
-        raise InputError(
-            f"{spec}: {folder} has {present[0]}/ but no {split}/; add it, or give the folder of the"
-            " classes itself"
-        )
-    root = folder / split if present else folder
-    class_names = _class_folders(spec, root)
-    if len(present) == 2:
-        train, val = (set(_class_folders(spec, folder / name)) for name in SPLITS)
-        if train != val:
-            raise InputError(
-                f"{spec}: train/ and val/ must have the same classes, but only one of them has "
-                f"{_some(sorted(train ^ val))}; add or remove these folders"
-            )
-    path: list[str] = []
-    label: list[int] = []
-    for number, name in enumerate(class_names):
-        found = [
-            os.path.join(parent, file)
-            for parent, _, files in sorted(os.walk(root / name, followlinks=True))
-            for file in sorted(files)
-            if file.lower().endswith(IMAGE_EXTENSIONS)
-        ]
-        if not found:
-            raise InputError(
-                f"{spec}: class folder {root / name} holds no image ({' '.join(IMAGE_EXTENSIONS)});"
-                " remove the folder or add images"
-            )
-        path += [os.path.relpath(file, folder) for file in found]
-        label += [number] * len(found)
+def _imagefolder(spec: str, folder: Path, split: str | None, formats: str, strict: bool) -> Source:
+    """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> (see `folders`)."""
+    found = read_folder(spec, folder, split, formats, strict)
     return Source(
         spec,
-        split,
-        class_names,
-        path,
-        np.array(label, dtype=np.int64),
-        lambda i: _read_rgb(folder / path[i]),
+        found.split,
+        found.class_names,
+        found.path,
+        found.label_N,
+        lambda i: _read_rgb(folder / found.path[i]),
+        settings={} if formats == "pillow" else {"formats": formats},
+        splits=found.splits,
+        other=found.other,
+        notes=found.notes,
+        num_left_out=found.num_left_out,
     )
-
-
-def _class_folders(spec: str, root: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not names:
-        raise InputError(f"{spec}: {root} has no class folders; expected {root}/<class>/<image>")
-    return names
 
 
 def _read_rgb(path: Path) -> np.ndarray:
@@ -281,10 +316,6 @@ def _read_rgb(path: Path) -> np.ndarray:
         if image.mode == "P" and "transparency" in image.info:
             return np.asarray(image.convert("RGBA").convert("RGB"))
         return np.asarray(image.convert("RGB"))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # --- CIFAR ---

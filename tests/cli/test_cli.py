@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tdds_dist.__main__ import COMMANDS, main
 from tdds_dist.cli.parser import build_parser
 from tdds_dist.coreset.samplers import min_max, top
+from tdds_dist.data.manifest import read_manifest
 from tdds_dist.runs.artifacts import load_coreset, load_scores
 from tdds_dist.runs.directory import RunDir
 
@@ -471,6 +474,79 @@ def test_an_evaluation_file_may_lack_classes(config_file, tmp_path):
     write_beton(open_source("synthetic:45,9,32"), path, num_workers=1, progress=False)
     manifest_path(path).unlink()
     assert open_files(load_config(config_file, [f"data.val={path}"]))[1].num_samples == 45
+
+
+def following(capsys, *words):
+    """Run what each stage says comes next; return the commands up to `collect`."""
+    commands = [" ".join(map(str, words))]
+    while not commands[-1].startswith("collect "):
+        assert len(commands) < 6, commands
+        assert main([*shlex.split(commands[-1]), "--json"]) == 0, commands
+        commands.append(json.loads(capsys.readouterr().out)["next"].removeprefix("tdds "))
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("folders", "spec", "options", "expected"),
+    [
+        (
+            [""],
+            "",
+            ["--quality", "80"],
+            [
+                "write {images} {train} --quality 80 --holdout 0.1 --overwrite",
+                "write {images} {val} --split val --quality 80 --holdout 0.1 --seed 0",
+            ],
+        ),
+        (
+            ["train"],
+            "",
+            ["--holdout", "0.2", "--seed", "7"],
+            ["write {images} {val} --split val --holdout 0.2 --seed 7"],
+        ),
+        (["train", "test"], "", [], ["write {images} {val} --split val"]),
+        (["Train", "Val"], "", ["--split", "train"], ["write {images} {val} --split val"]),
+        (["train", "val"], "/train", [], ["write {images}/val {val} --split val"]),
+    ],
+)
+def test_what_comes_next_writes_two_splits_that_share_no_image(
+    tmp_path, capsys, folders, spec, options, expected
+):
+    for number, folder in enumerate(folders):
+        for i in range(20):
+            file = tmp_path / "images" / folder / "ab"[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (120 * number, 12 * i, 0)).save(file)
+    images, train, val = (
+        f"imagefolder:{tmp_path}/images",
+        tmp_path / "my_train.beton",
+        tmp_path / "my_val.beton",
+    )
+    commands = following(capsys, "write", images + spec, train, *options)
+    places = {"images": images, "train": train, "val": val}
+    assert commands[1:-1] == [line.format(**places) for line in expected]
+    found = [read_manifest(train), read_manifest(val)]
+    assert [manifest.split for manifest in found] == ["train", "val"]
+    assert {manifest.num_classes for manifest in found} == {2}
+    assert not {*found[0].crc32_N.tolist()} & {*found[1].crc32_N.tolist()}
+    if len(folders) == 1:
+        assert sum(manifest.num_samples for manifest in found) == 20
+
+
+def test_write_says_the_classes_and_what_it_left_out(tmp_path, capsys):
+    for name in "abcdefghijkl":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "1.png")
+    (tmp_path / "images/b/notes.txt").touch()
+    words = ["write", f"imagefolder:{tmp_path}/images", str(tmp_path / "out.beton")]
+    assert "--strict, but left out 1 file: 1 empty" in refused(capsys, *words, "--strict")
+    assert "has folders of classes but no val split" in refused(capsys, *words, "--split", "val")
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "12 images, 12 classes, 1 file left out" in said
+    assert "classes: a, b, c, ..., l" in said
+    assert "left out 1 file: 1 empty (such as b/notes.txt)" in said
+    assert "no val split here: write another folder" not in said  # one image per class
 
 
 @pytest.mark.distributed

@@ -60,17 +60,29 @@ ARCHIVE = r"download https://\S+python.tar.gz and unpack it with `tar"
         ((), "cifar100:DIR", {}, ARCHIVE),
         ((), "imagefolder:DIR/missing", {}, "is not a directory"),
         ((), "imagefolder:DIR", {}, "no class folders"),
-        (("cat/1.png", "dog/"), "imagefolder:DIR", {}, "dog holds no image"),
         (("train/cat/1.png",), "imagefolder:DIR", {"split": "val"}, "has train/ but no val/"),
+        ((), "digits", {"formats": "torchvision"}, "formats=torchvision is for imagefolder:DIR"),
         *(
-            (
-                ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"),
-                "imagefolder:DIR",
-                {"split": split},
-                r"same classes.*dog",
-            )
+            ((), "digits", {"holdout": 0.1, "split": split}, "has its own; leave --holdout out$")
             for split in ("train", "val")
         ),
+        *(
+            (("a/1.png", "a/2.png", "b/1.png"), "imagefolder:DIR", {"holdout": share}, said)
+            for share, said in (
+                (-0.1, "must be a share between 0 and 1; use 0.1"),
+                (10, "must be a share between 0 and 1; use 0.1"),
+                (float("nan"), "must be a share between 0 and 1; use 0.1"),
+                (0.5, "are 2, but each of the 2 classes needs one for training; .* at most 0.333$"),
+            )
+        ),
+        (("a/1.png",), "imagefolder:DIR", {"holdout": 0.1}, "needs one for training; add images"),
+        (
+            ("Train/a/1.png", "test/a/1.png"),
+            "imagefolder:DIR/",
+            {"holdout": 0.1},
+            "has its own; leave --holdout out, or give imagefolder:[^:]*[^/]/Train$",
+        ),
+        (("a/1.png",), "imagefolder:DIR", {"holdout": 0.1, "seed": -1}, "seed=-1 of holdout must"),
     ],
 )
 def test_what_is_no_source_is_refused(tmp_path, files, spec, options, match):
@@ -243,6 +255,53 @@ def test_stratified_pick_gives_every_class_its_share(count):
     assert (np.diff(index) > 0).all()
     assert np.abs(num_C - count * np.bincount(label_N) / 1110).max() < 2
     assert count < 3 or (num_C[[0, 1, 3]] > 0).all()
+
+
+# --- a part held out ---
+
+
+@pytest.mark.parametrize("names", ["a", "train"])
+def test_a_held_out_part_is_stratified_and_the_rest_is_train(tmp_path, names):
+    """Of a flat folder, and of one with a train split only."""
+    counts = {"cat": 40, "cow": 3, "dog": 20, "eel": 1}
+    prefix = "train/" if names == "train" else ""
+    for name, count in counts.items():
+        for i in range(count):
+            save(tmp_path / f"{prefix}{name}/{i:02d}.png", color=(i, 0, 0))
+    spec = f"imagefolder:{tmp_path}"
+    whole = open_source(spec)
+
+    def parts(share: float, seed: int) -> list[Source]:
+        return [open_source(spec, split, holdout=share, seed=seed) for split in ("train", "val")]
+
+    train, val = parts(0.1, 5)
+    assert sorted(train.path + val.path) == whole.path
+    assert train.path == [path for path in whole.path if path in set(train.path)]
+    assert (train.split, val.split) == ("train", "val")
+    expected = whole.settings | {"holdout": 0.1, "holdout_seed": 5}
+    assert train.settings == val.settings == expected
+    assert np.bincount(val.label_N, minlength=4).tolist() == [3, 1, 2, 0]
+    assert (
+        "holdout: 6 of 64 images are val (seed 5); classes with too few images to be in it: 1"
+        in val.notes[-1]
+    )
+    for i, path in enumerate(val.path):
+        assert val.read(i)[0, 0, 0] == int(path[-6:-4])
+        assert path.removeprefix(prefix).startswith(f"{val.class_names[val.label_N[i]]}/")
+    assert parts(0.1, 5)[1].path == val.path != parts(0.1, 6)[1].path
+    assert {*val.path} < {*parts(0.3, 5)[1].path}
+    assert np.bincount(parts(0.9, 5)[0].label_N).tolist() == [3, 1, 1, 1]
+    assert len(open_source(spec, "val", 3, holdout=0.1, seed=5)) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 50, 700, 1107])
+def test_every_class_keeps_what_is_left_of_it(count):
+    label_N = np.repeat([0, 1, 3, 4], [1000, 100, 10, 1])
+    index = stratified_pick(label_N, count, 0, leave=1)
+    left_C = np.bincount(np.delete(label_N, index), minlength=5)
+    assert len(np.unique(index)) == count
+    assert (left_C[[0, 1, 3, 4]] > 0).all()
+    assert count < 3 or (left_C[[0, 1, 3]] < [1000, 100, 10]).all()
 
 
 # --- noise on purpose ---

@@ -3,6 +3,7 @@ not touch."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from tdds_dist.config.run import load_config
 from tdds_dist.data import beton
 from tdds_dist.data.beton import read_images
 from tdds_dist.data.manifest import manifest_path
+from tdds_dist.data.sources import open_source
+from tdds_dist.data.writer import write_beton
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
@@ -292,6 +295,69 @@ def test_splits_of_two_datasets_are_named_as_that(tmp_path, config_file, betons)
         match=r"label 2 is '2' in the first and 'other' in the second\); give two splits",
     ):
         open_files(load_config(config_file, [f"data.val={val}"]))
+
+
+def test_a_class_may_be_in_one_split_only_and_no_message_leads_back(tmp_path, config_file, caplog):
+    """Three classes in training, a fourth in evaluation; with and without manifests."""
+    source = open_source("synthetic:40,4,16")
+    few = np.flatnonzero(source.label_N < 3)
+    train = replace(
+        source,
+        class_names=source.class_names[:3],
+        path=[source.path[i] for i in few],
+        label_N=source.label_N[few],
+        reader=lambda i: source.read(int(few[i])),
+    )
+    files = {"train": tmp_path / "a.beton", "val": tmp_path / "b.beton"}
+    for split, images in (("train", train), ("val", open_source("synthetic:40,4,16", "val"))):
+        write_beton(images, files[split], num_workers=1, progress=False)
+
+    def opened(num_classes):
+        paths = [f"data.{split}={path}" for split, path in files.items()]
+        config = load_config(config_file, [*paths, f"data.num_classes={num_classes}"])
+        open_files(config, decode_some=True)
+
+    manifest_path(files["val"]).unlink()
+    with pytest.raises(
+        InputError, match=r"label 3, but the other split has 3 classes .*write this"
+    ):
+        opened(3)
+    with pytest.raises(InputError, match=r"has 3 classes; set data.num_classes=3"):
+        opened(4)
+    manifest_path(files["train"]).unlink()
+    with pytest.raises(InputError, match=r"label 3, outside \[0, 3\).*; set data.num_classes"):
+        opened(3)
+    with pytest.raises(InputError, match=r"has 4 classes; set data.num_classes=4"):
+        opened(5)
+    opened(4)
+    (warning,) = caplog.messages
+    assert "has no image of 1 of 4 classes (3); no network learns them" in warning
+
+
+@pytest.mark.parametrize(
+    ("num_shared", "with_crc"), [(0, True), (1, True), (100, True), (0, False), (100, False)]
+)
+def test_evaluation_on_training_images_is_said(tmp_path, config_file, caplog, num_shared, with_crc):
+    train, other = open_source("synthetic:200,2,16"), open_source("synthetic:200,2,16", "val")
+    of = [train] * num_shared + [other] * (100 - num_shared)
+    val = replace(
+        train,
+        path=[source.path[i] for i, source in enumerate(of)],
+        label_N=train.label_N[:100],
+        reader=lambda i: of[i].read(i),
+    )
+    files = {"train": tmp_path / "a.beton", "val": tmp_path / "b.beton"}
+    for source, file in zip((train, val), files.values(), strict=True):
+        write_beton(source, file, num_workers=1, progress=False)
+        if not with_crc:
+            record = json.loads(manifest_path(file).read_bytes())
+            del record["columns"]["crc32"]
+            manifest_path(file).write_text(json.dumps(record))
+    paths = [f"data.{split}={path}" for split, path in files.items()]
+    open_files(load_config(config_file, [*paths, "data.num_classes=2"]), decode_some=True)
+    said = [f"{num_shared} of the 100 images of data.val="] * (num_shared > 0)
+    assert len(caplog.messages) == len(said)
+    assert all(part in message for part, message in zip(said, caplog.messages, strict=True))
 
 
 def inspected(rank, config_file, run_dir):
