@@ -13,14 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from tdds_dist.scoring import shard_triton
-from tdds_dist.scoring.shard import header_width
+from tdds_dist.scoring.shard_triton import compiled
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ROWS: tuple[tuple[int, torch.dtype, torch.dtype, int | None], ...] = (
     (10, torch.bfloat16, torch.float32, None),
     (100, torch.bfloat16, torch.float32, None),
@@ -40,52 +36,6 @@ class Usage(NamedTuple):
     registers: int
     spilled_bytes: int
     barriers: int
-
-
-def compiled(
-    num_classes: int,
-    dtype: torch.dtype,
-    logp_dtype: torch.dtype,
-    has_previous: bool = True,
-    quarantines: bool = True,
-    num_warps: int | None = None,
-    capability: int = 90,
-) -> Any:
-    """Compile a variant as a launch with aligned rows does; return Triton's kernel, whose `asm` has
-    the texts `ttgir` and `ptx` and the bytes `cubin`."""
-    block, usual_warps = shard_triton.blocks(num_classes)
-    pieces = header_width(dtype) // 2
-    constants = {
-        "C": num_classes,
-        "BLOCK": block,
-        "PIECES": pieces,
-        "HAS_PREVIOUS": has_previous,
-        "QUARANTINES": quarantines,
-    }
-    pointers = {
-        "header_ptr": "*i32" if pieces == 2 else "*i16",
-        "logits_ptr": f"*{_TYPES[dtype]}",
-        "previous_ptr": f"*{_TYPES[logp_dtype]}",
-        "scalars_ptr": "*fp32",
-        "label_ptr": "*i64",
-        "visits_ptr": "*i32",
-        "nonfinite_ptr": "*i32",
-        "bad_index_ptr": "*i64",
-        "bad_label_ptr": "*i64",
-        "nonfinite_step_ptr": "*i64",
-    }
-    signature = {
-        **pointers,
-        **dict.fromkeys(("first", "num_rows", "step"), "i32"),
-        **dict.fromkeys(constants, "constexpr"),
-    }
-    aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}
-    source = ASTSource(shard_triton._update_row, signature, constants, aligned)
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps or usual_warps},
-    )
 
 
 def disassembled(kernel: Any) -> str:

@@ -11,10 +11,13 @@ three times.
 # mypy: allow-untyped-defs
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.language.extra.cuda import libdevice
 
 from tdds_dist.distributed.partition import PADDING
@@ -25,6 +28,7 @@ ONE_BLOCK = 4096  # most classes that are held in registers
 # 8 per thread take about 95 registers, 16 take 165 (docs/performance.md): then hardly any warps fit
 # beside each other that could work while one waits
 _CLASSES_PER_WARP = 256
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _FLOOR: tl.constexpr = tl.constexpr(LOGP_FLOOR)
 _EPSILON: tl.constexpr = tl.constexpr(OFFICIAL_EPSILON)
 _LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
@@ -269,3 +273,53 @@ def _update_row(
     tl.store(scalars_ptr + 6, -tl.sum(entropy_B, axis=0))
     tl.store(scalars_ptr + 7, tl.sqrt_rn(tl.sum(error_B, axis=0)))
     tl.store(scalars_ptr + 8, is_correct.to(tl.float32))
+
+
+# ---- compiled only
+
+
+def compiled(
+    num_classes: int,
+    dtype: torch.dtype,
+    logp_dtype: torch.dtype,
+    has_previous: bool = True,
+    quarantines: bool = True,
+    num_warps: int | None = None,
+    capability: int = 90,
+) -> Any:
+    """Compile a variant as a launch with aligned rows does, for a GPU that need not be here
+    (`capability`: 90 is sm_90); return Triton's kernel, whose `asm` has the texts `ttgir` and `ptx`
+    and the bytes `cubin`. Raises what the compilers raise."""
+    block, usual_warps = blocks(num_classes)
+    pieces = header_width(dtype) // 2
+    constants = {
+        "C": num_classes,
+        "BLOCK": block,
+        "PIECES": pieces,
+        "HAS_PREVIOUS": has_previous,
+        "QUARANTINES": quarantines,
+    }
+    pointers = {
+        "header_ptr": "*i32" if pieces == 2 else "*i16",
+        "logits_ptr": f"*{_TYPES[dtype]}",
+        "previous_ptr": f"*{_TYPES[logp_dtype]}",
+        "scalars_ptr": "*fp32",
+        "label_ptr": "*i64",
+        "visits_ptr": "*i32",
+        "nonfinite_ptr": "*i32",
+        "bad_index_ptr": "*i64",
+        "bad_label_ptr": "*i64",
+        "nonfinite_step_ptr": "*i64",
+    }
+    signature = {
+        **pointers,
+        **dict.fromkeys(("first", "num_rows", "step"), "i32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}
+    source = ASTSource(_update_row, signature, constants, aligned)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps or usual_warps},
+    )
