@@ -38,7 +38,9 @@ class GoodBuffers:
             [flat.view_as(b) for flat, b in zip(table.split(sizes), self._buffers, strict=True)]
             for table in (self._good_E, self._now_E)
         )
-        of_element = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        of_element = torch.repeat_interleave(
+            torch.arange(len(sizes)), torch.tensor(sizes), output_size=sum(sizes)
+        )
         self._buffer_of_E = of_element.to(self._good_E.device)
 
     @torch.no_grad()
