@@ -24,7 +24,6 @@ from tdds_dist.experiments.findings import (
     as_data,
     as_table,
     examine,
-    local_rank,
     merge,
 )
 
@@ -43,10 +42,13 @@ CHECKS = (
     Check("contexts", machine.contexts),
     Check("CPUs", machine.processors),
     Check("host memory", machine.host_memory),
+    Check("C compiler", machine.compiler, 40.0),
+    Check("kernel", of_run.kernel, 90.0),
     Check("data files", of_run.data_files, 60.0, "config"),
     Check("run directory", of_run.run_directory, 60.0, "config"),
     Check("room", of_run.room, 30.0, "config"),
     Check("training", of_run.network_speed, 60.0, "config"),
+    Check("no wait in a step", of_run.waits, 60.0, "ranks"),
     Check("decoding", of_run.decoding, 60.0, "config"),
 )
 
@@ -61,7 +63,8 @@ def doctor(
     """
     device = config.run.device if config is not None else "auto"
     has_cuda = torch.cuda.is_available() and device != "cpu"
-    here = torch.device("cuda", local_rank()) if has_cuda else torch.device("cpu")
+    # the one that the process group will give it
+    here = torch.device("cuda" if has_cuda else "cpu")
     board = Board(machine.MEETING_SECONDS)
     visit = Visit(board, config, here)
     visit.left["hosts"] = board.share("host", socket.gethostname(), machine.MEETING_SECONDS)

@@ -9,16 +9,19 @@ import resource
 import shutil
 import socket
 import subprocess
+import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import combinations
+from pathlib import Path
 
 import torch
 
-from tdds_dist.data.loader import default_workers, has_tbb
+from tdds_dist.data.loader import default_workers, has_tbb, torch_threads
 from tdds_dist.distributed import collectives
-from tdds_dist.distributed.world import session
-from tdds_dist.experiments.findings import Finding, Visit, words_of
+from tdds_dist.distributed.world import ranks_per_cpu, session
+from tdds_dist.experiments.findings import Finding, State, Visit, words_of
 from tdds_dist.text import size_text
 
 MEETING_SECONDS = 20.0  # that ranks have to meet, and a collective to end
@@ -133,17 +136,17 @@ def contexts(visit: Visit) -> Iterator[Finding]:
 
 def processors(visit: Visit) -> Iterator[Finding]:
     """Check the CPUs of this rank, and the library that decodes on them."""
-    mine = sorted(os.sched_getaffinity(0))
-    everyones = visit.board.share("CPUs", [socket.gethostname(), mine], _ANSWER_SECONDS)
-    same = sum(theirs == [socket.gethostname(), mine] for theirs in everyones.values())
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = {"host": socket.gethostname(), "cpus": sorted(os.sched_getaffinity(0))}
+    places = visit.board.share("CPUs", place, _ANSWER_SECONDS)
+    num_cpus, sharing = len(place["cpus"]), ranks_per_cpu(place, [*places.values()])
     data = visit.config.data if visit.config else None
-    workers = (data.num_workers if data else 0) or default_workers(local)
-    few = len(mine) < same
+    workers = (data.num_workers if data else 0) or default_workers(sharing)
+    visit.left |= {"workers": workers, "torch_threads": torch_threads(sharing)}
+    few = num_cpus < sharing
     yield Finding(
         "CPUs",
         "WARN" if few else "OK",
-        f"{len(mine)} for {same} rank{'s' * (same > 1)}, {workers} decoding thread"
+        f"{num_cpus} for {sharing} rank{'s' * (sharing > 1)}, {workers} decoding thread"
         f"{'s' * (workers > 1)} each",
         "a CPU or more for every rank",
         "raise cpus_per_rank of the cluster file (--cpus-per-task)" if few else "",
@@ -157,6 +160,39 @@ def processors(visit: Visit) -> Iterator[Finding]:
         f"NUMBA_THREADING_LAYER={layer}, TBB " + ("there" if found else "not found"),
         "libtbb.so.12",
         "" if found else "install Debian's libtbb12, or `pip install tbb`",
+    )
+
+
+def compiler(visit: Visit) -> Iterator[Finding]:
+    """Build a module of Python with the compiler that Triton takes for the code which starts a
+    kernel."""
+    name = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    wanted = "on CUDA: one that builds for this Python"
+    bad: State = "FAIL" if visit.device.type == "cuda" else "WARN"
+    way_out = "install gcc and the headers of Python (python3-dev), or set CC"
+    if name is None:
+        yield Finding("C compiler", bad, "none (no CC, gcc or clang)", wanted, way_out)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "module.c"
+        source.write_text("#include <Python.h>\nvoid *nothing(void) { return PyList_New(0); }\n")
+        include = f"-I{sysconfig.get_paths()['include']}"
+        built = source.with_suffix(".so")
+        done = subprocess.run(
+            [name, str(source), "-shared", "-fPIC", include, "-o", str(built)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        works = done.returncode == 0 and built.is_file()
+    said = " ".join(done.stderr.split())[:200] or f"exit code {done.returncode}"
+    yield Finding(
+        "C compiler",
+        "OK" if works else bad,
+        name if works else f"{name}: {said}",
+        wanted,
+        "" if works else way_out,
     )
 
 
@@ -242,6 +278,9 @@ def meeting(visit: Visit) -> Iterator[Finding]:
     """Make the process group, as a training does."""
     num_ranks = visit.board.world_size
     started = time.perf_counter()
+    if visit.device.type == "cuda":
+        # an error, not the end of the process, when an exchange does not end in time
+        os.environ |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     try:
         visit.world = visit.stack.enter_context(session(visit.device.type, MEETING_SECONDS))
     except Exception as error:
@@ -254,7 +293,7 @@ def meeting(visit: Visit) -> Iterator[Finding]:
             " interface that leads from host to host; open its ports to the hosts",
         )
         return
-    seconds = time.perf_counter() - started
+    visit.device, seconds = visit.world.device, time.perf_counter() - started
     yield Finding(
         "process group",
         "OK",
@@ -392,11 +431,13 @@ def clocks(visit: Visit) -> Iterator[Finding]:
         return
     worst = max(offsets, key=lambda rank: abs(offsets[rank][0]))
     offset, around = offsets[worst]
-    state = "OK" if abs(offset) < _WARN_SKEW else "WARN" if abs(offset) < _FAIL_SKEW else "FAIL"
+    state: State = (
+        "OK" if abs(offset) < _WARN_SKEW else "WARN" if abs(offset) < _FAIL_SKEW else "FAIL"
+    )
     where = f"rank {worst} on {visit.hosts[worst]}"
     yield Finding(
         "clocks",
-        state,  # type: ignore[arg-type]
+        state,
         f"{where} is {abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} rank 0"
         f" (give or take {around:.3f} s)",
         f"less than {_WARN_SKEW:g} s; {_FAIL_SKEW:g} s upset the leave before a time limit",

@@ -5,6 +5,7 @@
 import errno
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from tdds_dist.data.beton import content_sha256
-from tdds_dist.data.loader import BetonLoader, default_workers
+from tdds_dist.data.loader import BetonLoader
 from tdds_dist.distributed.partition import epoch_order
-from tdds_dist.experiments.findings import Finding, Visit
+from tdds_dist.experiments.findings import Finding, Visit, words_of
 from tdds_dist.experiments.forecast import plan
 from tdds_dist.runs.artifacts import sync_folder
+from tdds_dist.scoring import kernel_check
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.text import size_text
 from tdds_dist.training.build import (
@@ -37,6 +39,7 @@ _SIGHT_SECONDS = 10.0  # until a file that one rank has written is to be seen by
 _SLOW_SECONDS = 2.0  # of writing a small file to the disk
 _FILE_TIME_SECONDS = 10.0  # that the clock of the file system may be apart from ours
 _MEASURE_SECONDS = 3.0
+_CAPABILITY = 90  # of H100 and H200, for which the kernel is compiled where there is no GPU
 _CPU_ROWS = 16  # most rows of a measured step on the CPU, where a whole batch may take minutes
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -220,6 +223,54 @@ def _unseen(folder: Path, ranks: list[int]) -> list[int]:
         time.sleep(0.2)
 
 
+# ---- the kernel
+
+
+def kernel(visit: Visit) -> Iterator[Finding]:
+    """Run the variants of the kernel that the config needs against the plain update; without a GPU
+    compile them only. Nothing that was compiled before is used."""
+    config = visit.config
+    if config is not None and config.score.storage != "dense":
+        yield Finding(
+            "kernel", "SKIP", f"score.storage={config.score.storage} is done by plain operations"
+        )
+        return
+    C = config.data.num_classes if config else 1000
+    amp = config.train.amp if config else "bf16"
+    dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    rows = getattr(torch, config.score.logp_dtype) if config else torch.float32
+    quarantines = config is not None and config.score.on_nan == "quarantine"
+    on_gpu, usual = visit.device.type == "cuda", os.environ.get("TRITON_CACHE_DIR")
+    what = f"{C} classes, {str(dtype).removeprefix('torch.')} logits, the first and a later epoch"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            if on_gpu:
+                wrong = kernel_check.disagreement(C, dtype, rows, quarantines, visit.device)
+            else:
+                from tdds_dist.scoring.shard_triton import compiled  # loads Triton
+
+                for has_previous in (False, True):
+                    compiled(C, dtype, rows, has_previous, quarantines, capability=_CAPABILITY)
+                wrong = None
+        except Exception as error:  # Triton's, the compiler's, the driver's: all kinds
+            wrong = words_of(error)
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            os.environ |= {} if usual is None else {"TRITON_CACHE_DIR": usual}
+    did = "compiled, and as the plain update" if on_gpu else f"compiled for sm_{_CAPABILITY}"
+    yield Finding(
+        "kernel",
+        "OK" if wrong is None else "FAIL" if on_gpu else "WARN",
+        f"{what}: {did}" if wrong is None else wrong,
+        "the scores of the plain update" if on_gpu else "compiles (no GPU here to run it on)",
+        ""
+        if wrong is None
+        else "unset TRITON_PTXAS_PATH, or `pip install --force-reinstall triton`; without the"
+        " kernel scores are updated by plain operations, several times slower",
+    )
+
+
 # ---- speed
 
 
@@ -230,6 +281,8 @@ def network_speed(visit: Visit) -> Iterator[Finding]:
         config.train.global_batch_size, visit.board.world_size, config.train.accumulation
     )
     B = rows if device.type == "cuda" else min(rows, _CPU_ROWS)
+    if device.type == "cpu":
+        torch.set_num_threads(visit.left.get("torch_threads", 1))
     step = _step(visit, B)
     step()
     started, num = time.perf_counter(), 0
@@ -282,6 +335,8 @@ def _step(visit: Visit, B: int, scorer: ShardedScorer | None = None) -> Any:
 
 def waits(visit: Visit) -> Iterator[Finding]:
     """Run training steps with the scorer in which torch refuses to wait for the device."""
+    if visit.config is None:
+        return
     if visit.device.type != "cuda":
         yield Finding("no wait in a step", "SKIP", "the CPU is not waited for")
         return
@@ -321,8 +376,7 @@ def decoding(visit: Visit) -> Iterator[Finding]:
         yield Finding("decoding", "SKIP", "no training file")
         return
     info, rows = visit.left["train"], visit.left["rows"]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = config.data.num_workers or default_workers(local)
+    workers = visit.left.get("workers", 1)
     loader = BetonLoader(
         info, rows, build_views(config)[0], device=visit.device, num_workers=workers
     )

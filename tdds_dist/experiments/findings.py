@@ -5,7 +5,6 @@ when its time is up; the checks after it still run. Ranks tell each other what t
 `Board`, which needs no process group.
 """
 
-import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -220,11 +219,6 @@ def as_data(rows: Sequence[Row], hosts: Sequence[str]) -> dict[str, Any]:
     """Return the same for programs."""
     checks = [asdict(row.finding) | {"ranks": list(row.ranks)} for row in rows]
     return {"stage": "doctor", "num_ranks": len(hosts), "hosts": list(hosts), "checks": checks}
-
-
-def local_rank() -> int:
-    """Return the rank of this process on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

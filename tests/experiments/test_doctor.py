@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import triton
 
 from tdds_dist.distributed.board import Board
 from tdds_dist.distributed.world import current_world
@@ -60,6 +61,18 @@ def read_only(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.fixture
+def broken_ptxas(tmp_path):
+    """An assembler that knows its version and assembles nothing."""
+    path = tmp_path / "ptxas"
+    path.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && exec {triton.knobs.nvidia.ptxas.path} --version
+echo planted >&2; exit 1
+""")
+    path.chmod(0o755)
+    return path
+
+
 def doctor(num_ranks, *words, of_rank=None, **variables):
     """Exit codes of `tdds doctor --json` by rank, and what rank 0 found, by check; `of_rank`:
     variables of one rank."""
@@ -103,7 +116,7 @@ def test_one_rank_that_is_well(config_file, tmp_path):
     codes, checks = doctor(1, config_file)
     assert codes == [0]
     assert states(checks, "FAIL", "WARN") == [], checks
-    assert {"process group", "collectives", "run directory", "data.train", "room"} <= set(
+    assert {"process group", "collectives", "kernel", "run directory", "data.train", "room"} <= set(
         states(checks, "OK")
     )
     for name in ("training", "decoding"):
@@ -125,19 +138,23 @@ def test_a_clock_that_is_ahead_on_one_rank(clock_ahead):
 
 
 @pytest.mark.distributed
-def test_an_interface_a_file_system_and_a_compiler(config_file, read_only):
+def test_an_interface_a_file_system_and_a_compiler(config_file, read_only, broken_ptxas):
     codes, checks = doctor(
         2,
         config_file,
         f"run.dir={read_only / 'run'}",
         GLOO_SOCKET_IFNAME="no_such0",
-        TRITON_PTXAS_PATH=shutil.which("false"),
+        TRITON_PTXAS_PATH=broken_ptxas,
+        CC=shutil.which("false"),
     )
     assert codes == [2, 2]
     assert states(checks, "FAIL") == ["interface", "process group", "run directory"]
     assert "no_such0" in checks["interface"]["found"]
     assert "GLOO_SOCKET_IFNAME" in checks["interface"]["way_out"]
     assert "Read-only file system" in checks["run directory"]["found"]
+    # what a run on the CPU can do without
+    assert states(checks, "WARN") == ["C compiler", "kernel"]
+    assert "planted" in checks["kernel"]["found"]
     assert {"collectives", "links", "time limits"} <= set(states(checks, "SKIP"))
     assert {"data.train", "decoding", "clocks"} <= set(states(checks, "OK")), "others still ran"
 
