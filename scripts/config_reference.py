@@ -213,6 +213,8 @@ def _words(kind: Any) -> str:
         return "`true` or `false`"
     if kind in NAMES:
         return NAMES[kind]
+    if origin is typing.Annotated:
+        return _words(parts[0])
     if kind is typing.Any:
         return "`value`"
     if origin in (typing.Union, types.UnionType):

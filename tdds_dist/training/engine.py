@@ -99,9 +99,15 @@ class Trainer:
         set_deterministic(config.train.deterministic)
         torch.set_float32_matmul_precision(config.train.matmul_precision)
         torch.manual_seed(config.run.seed)
-        self.input_stage = InputStage(
-            config.data.mean, config.data.std, config.model.channels_last
-        ).to(world.device)
+        # of training, and of evaluation, which is never compiled
+        self.input_stage, self.eval_stage = (
+            InputStage(config.data.mean, config.data.std, config.model.channels_last).to(
+                world.device
+            )
+            for _ in range(2)
+        )
+        if config.model.compile:
+            self.input_stage.compile(dynamic=False)
         model = build_model(
             config.model.name,
             config.data.num_classes,
@@ -150,7 +156,8 @@ class Trainer:
         config, job = self.job.config, self.job
         size = training_size(config, job.resume.record["epoch"] if job.resume else 0, job.epochs)
         rows = max(2, self.rows) if config.model.compile else 2
-        image = torch.zeros(rows, 3, size, size, dtype=torch.uint8, device=job.world.device)
+        image = torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=job.world.device)
+        image = image.permute(0, 3, 1, 2)  # as the loader's lie in memory
         try:
             state.settle_buckets(self.model, self.input_stage(image), self._autocast())
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -587,7 +594,7 @@ class Trainer:
         for step, batch in enumerate(batches):
             self._look_ahead(order.num_steps - step)
             with self._autocast():
-                logits_BC = module(self.input_stage(batch.image)).float()
+                logits_BC = module(self.eval_stage(batch.image)).float()
             accuracy.add(logits_BC, batch.label, batch.index >= 0)
         return accuracy.read()
 

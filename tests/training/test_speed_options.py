@@ -20,7 +20,13 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training import engine
-from tdds_dist.training.build import build_optimizer, open_files, preflight, set_deterministic
+from tdds_dist.training.build import (
+    InputStage,
+    build_optimizer,
+    open_files,
+    preflight,
+    set_deterministic,
+)
 from tdds_dist.training.collect import observed
 from tdds_dist.training.engine import Trainer, fit
 from tdds_dist.training.job import Job
@@ -454,6 +460,19 @@ def test_batch_norm_over_all_ranks_is_refused_where_it_does_not_work(config_file
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_compiled_input_stage_gives_the_same_bits(channels_last):
+    eager, compiled = (
+        InputStage((1.5, 2.25, 123.7), (70.1, 3.3, 9.0), channels_last) for _ in range(2)
+    )
+    compiled.compile(dynamic=False)
+    image = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    expected, found = eager(image), compiled(image)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
     """With recording, from an extra clean view too, which is eager; names in checkpoints and models
@@ -469,7 +488,8 @@ def test_a_compiled_network_trains_as_it_would_have(config_file, tmp_path):
         (compile, {"score": True}),
         deadline=400.0,
     )
-    assert (plain["graphs"], compiled["graphs"], scored["graphs"]) == (0, 1, 1)
+    # the network, and its input
+    assert (plain["graphs"], compiled["graphs"], scored["graphs"]) == (0, 2, 2)
     assert not any(training for training, _ in compiled["seen"]), "evaluation alone is eager"
     assert (
         plain["weights"].keys()
@@ -495,7 +515,7 @@ def test_a_compiled_network_on_ranks_resumes_bitwise(config_file, tmp_path):
         (compile, {"leave_at": 13}),
         deadline=400.0,
     )
-    assert whole["graphs"] >= 3
+    assert whole["graphs"] >= 6
     assert_resumed(whole, left)
     assert 0 < distance(eager, whole) < 1e-3
 
@@ -662,7 +682,7 @@ def test_on_cuda_a_compiled_network_trains_as_it_would_have(config_file, tmp_pat
         tmp_path,
         *(([*base, *more], {"device": "cuda"}) for more in ([], ["model.compile=true"])),
     )
-    assert compiled["graphs"] == 3
+    assert compiled["graphs"] == 6
     assert distance(plain, compiled) < 1e-2
 
 
