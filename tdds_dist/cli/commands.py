@@ -96,7 +96,7 @@ def write(options: argparse.Namespace) -> Outcome:
     numbers: dict[str, Any] = {
         "images": manifest.num_samples,
         "classes": manifest.num_classes,
-        "left_out": source.num_left_out or None,
+        "left_out": source.num_left_out,
         "seconds": seconds,
         "images_per_second": manifest.num_samples / seconds,
     }

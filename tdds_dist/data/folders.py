@@ -279,7 +279,10 @@ def _flat_layout(
                 f" which would become one; move them outside of the classes, to"
                 f" {folder / 'train' / entry.name} and so on"
             )
+    inside = {tuple(sub.name for sub in subfolders(entry)) for entry in nested}
     note = "one folder per class, no splits"
+    if 1 < len(nested) == len(holds) and len(inside) == 1:
+        note += f"; each holds {some([*inside.pop()])}, which are read as one"
     if role_of:
         note += f"; {_names(folder, [*role_of])} is a class, since no class folders lie in it"
     split = "val" if split_role(folder.absolute().name) in ("val", "test") else "train"

@@ -47,7 +47,7 @@ class Source:
     splits: tuple[str, ...] = SPLITS  # those that the source has
     other: str | None = None  # the spec of the other split; None where nothing tells
     notes: list[str] = field(default_factory=list)  # what a person should know
-    num_left_out: int = 0  # files
+    num_left_out: int | None = None  # files; None where the source is no folder
 
     def __len__(self) -> int:
         return len(self.label_N)

@@ -505,6 +505,15 @@ def following(capsys, *words):
             ["write {images} {val} --split val --holdout 0.2 --seed 7"],
         ),
         (["train", "test"], "", [], ["write {images} {val} --split val"]),
+        (
+            ["train", "val"],
+            "",
+            ["--exif", "ignore", "--background", "#00ff00", "--grey-range=-5,300"],
+            [
+                "write {images} {val} --split val --exif ignore --background '#00ff00'"
+                " --grey-range=-5,300"
+            ],
+        ),
         (["Train", "Val"], "", ["--split", "train"], ["write {images} {val} --split val"]),
         (["train", "val"], "/train", [], ["write {images}/val {val} --split val"]),
     ],
@@ -538,6 +547,7 @@ def test_write_says_the_classes_and_what_it_left_out(tmp_path, capsys):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "1.png")
     (tmp_path / "images/b/notes.txt").touch()
+    Image.new("LA", (8, 8), (9, 9)).save(tmp_path / "images/a/1.png")
     words = ["write", f"imagefolder:{tmp_path}/images", str(tmp_path / "out.beton")]
     assert "--strict, but left out 1 file: 1 empty" in refused(capsys, *words, "--strict")
     assert "has folders of classes but no val split" in refused(capsys, *words, "--split", "val")
@@ -545,8 +555,12 @@ def test_write_says_the_classes_and_what_it_left_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "12 images, 12 classes, 1 file left out" in said
     assert "classes: a, b, c, ..., l" in said
+    assert "pixels: 1 with transparency laid on the background #ffffff" in said
     assert "left out 1 file: 1 empty (such as b/notes.txt)" in said
     assert "no val split here: write another folder" not in said  # one image per class
+    (tmp_path / "images/b/notes.txt").unlink()
+    assert main([*words, "--strict", "--overwrite"]) == 0
+    assert "12 classes, 0 files left out" in capsys.readouterr().out
 
 
 @pytest.mark.distributed

@@ -102,6 +102,13 @@ def test_a_class_may_be_called_train(tmp_path):
     assert "train/ is a class, since no class folders lie in it" in found.notes[0]
 
 
+def test_folders_that_are_the_same_in_every_class_are_said(tmp_path):
+    make(tmp_path, *cat_and_dog("fold1", "fold2"))
+    assert "each holds cat, dog, which are read as one" in read(tmp_path).notes[0]
+    make(tmp_path, "fold2/cow/1.jpg")
+    assert "each holds" not in read(tmp_path).notes[0]
+
+
 def test_without_a_split_only_the_plain_names_are_taken(tmp_path):
     make(tmp_path, *cat_and_dog("a/train", "a/Testing", "b/Train", "b/Val", "c"))
     assert read(tmp_path / "a", None).split == read(tmp_path / "c", None).split == "train"
