@@ -59,6 +59,7 @@ def _is_alone() -> bool:
 def write(options: argparse.Namespace) -> Outcome:
     from tdds_dist.data.corruptions import KINDS
     from tdds_dist.data.manifest import manifest_path
+    from tdds_dist.data.pixels import pixel_rules, summary
     from tdds_dist.data.sources import open_source, with_corruption, with_label_noise
     from tdds_dist.data.writer import write_beton
 
@@ -73,6 +74,7 @@ def write(options: argparse.Namespace) -> Outcome:
         seed=options.seed,
         formats=options.formats,
         strict=options.strict,
+        pixels=pixel_rules(options.exif, options.background, options.grey_range),
     )
     source = with_corruption(
         with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed
@@ -100,7 +102,11 @@ def write(options: argparse.Namespace) -> Outcome:
         "seconds": seconds,
         "images_per_second": manifest.num_samples / seconds,
     }
-    notes = [f"classes: {_first_and_last(manifest.class_names)}", *source.notes]
+    notes = [
+        f"classes: {_first_and_last(manifest.class_names)}",
+        *source.notes,
+        *summary(source.tally, manifest.settings),
+    ]
     if noisy:
         corruption = manifest.corruption or []
         numbers |= {
@@ -133,11 +139,17 @@ def _after_write(options: argparse.Namespace, source: "Source") -> tuple[str, li
         else f"{options.out.stem}_{other}.beton"
     )
     usual = {"max_resolution": None, "write_mode": "jpg", "quality": 90, "formats": "pillow"}
+    usual |= {"exif": "turn", "background": "white", "grey_range": None}
     given = [
         word
         for option in usual
         if (value := getattr(options, option)) != usual[option]
-        for word in (f"--{option.replace('_', '-')}", value)
+        for word in (
+            # argparse takes a word that begins with a dash for an option
+            [f"--{option.replace('_', '-')}={value}"]
+            if str(value).startswith("-")
+            else [f"--{option.replace('_', '-')}", value]
+        )
     ]
     if file.is_file():
         files = {source.split: options.out, other: file}

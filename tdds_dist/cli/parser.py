@@ -245,6 +245,32 @@ def _add_write(parsers: Parsers) -> None:
         help="shrink images to a longer side of N pixels (default: as they are)",
     )
     stage.add_argument(
+        "--exif",
+        choices=("turn", "ignore"),
+        default="turn",
+        help=(
+            "turn: photos stand upright, as EXIF says and every viewer shows them; ignore: they"
+            " stay as stored, as torchvision reads them (default: turn)"
+        ),
+    )
+    stage.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help=(
+            "under transparent pixels: white, black, #rrggbb, or none, which drops transparency as"
+            " torchvision does (default: white)"
+        ),
+    )
+    stage.add_argument(
+        "--grey-range",
+        metavar="LOW,HIGH",
+        help=(
+            "greys of 16 and 32 bits and floats from LOW to HIGH become 0 to 255; write"
+            " --grey-range=-1024,3071 where LOW is negative (default: 0,65535, floats 0,1)"
+        ),
+    )
+    stage.add_argument(
         "--write-mode",
         choices=("jpg", "proportion", "raw"),
         default="jpg",

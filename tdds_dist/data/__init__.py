@@ -6,4 +6,4 @@ yields (image, label, global index). The only room that imports FFCV. May import
 """
 
 # that other rooms may import
-__all__ = ["beton", "check", "corruptions", "loader", "manifest", "sources", "writer"]
+__all__ = ["beton", "check", "corruptions", "loader", "manifest", "pixels", "sources", "writer"]

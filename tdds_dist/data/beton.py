@@ -240,9 +240,11 @@ def read_images(
     """
     from PIL import Image  # the report asks for images only when it draws them
 
+    from tdds_dist.data.pixels import own_files
+
     info = inspect_beton(path) if info is None else info
     images = []
-    with Path(path).open("rb") as file:
+    with Path(path).open("rb") as file, own_files():
         for i in map(int, index):
             if not 0 <= i < info.num_samples:
                 raise InputError(

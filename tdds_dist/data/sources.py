@@ -9,6 +9,7 @@ from a seed and the index alone.
 
 # N samples of the source, C classes
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from tdds_dist.data.corruptions import KINDS, corrupt
 from tdds_dist.data.folders import SPLITS, read_folder
+from tdds_dist.data.pixels import PixelRules, read_rgb
 from tdds_dist.errors import InputError
 
 FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES,SIZE"
@@ -48,6 +50,9 @@ class Source:
     other: str | None = None  # the spec of the other split; None where nothing tells
     notes: list[str] = field(default_factory=list)  # what a person should know
     num_left_out: int | None = None  # files; None where the source is no folder
+    # what was done to the pixels of images, by the words of `pixels`: counted as they are read, and
+    # by `writer` over all of them
+    tally: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -67,6 +72,7 @@ def open_source(
     seed: int = 0,
     formats: str = "pillow",
     strict: bool = False,
+    pixels: PixelRules | None = None,
 ) -> Source:
     """Open the source that `spec` names; `subset` keeps that many samples, drawn class by class
     with a fixed seed.
@@ -74,18 +80,24 @@ def open_source(
     split: "train" or "val"; None is train, where no folder's name has to be guessed. holdout: of a
     source with one split, the share of each class that is its val split; `seed` draws it. formats:
     which files of a folder are images, "pillow" or "torchvision". strict: refuse a folder of which
-    a file is left out. Raises InputError for an unknown spec or split, missing or contradictory
-    data, and a subset larger than the source.
+    a file is left out. pixels: what becomes of the pixels of a folder's files, by default
+    `PixelRules()`. Raises InputError for an unknown spec or split, missing or contradictory data,
+    and a subset larger than the source.
     """
     kind, _, rest = spec.partition(":")
     if split not in (None, *SPLITS):
         raise InputError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
     if formats != "pillow" and kind != "imagefolder":
         raise InputError(f"formats={formats} is for imagefolder:DIR, not for {spec}; leave it out")
+    if pixels not in (None, PixelRules()) and kind != "imagefolder":
+        raise InputError(
+            f"exif, background and grey_range are for imagefolder:DIR, not for {spec}; leave them"
+            " out"
+        )
     # the whole of its only split; one that has two is refused
     part = "train" if holdout else split
     if kind == "imagefolder" and rest:
-        source = _imagefolder(spec, Path(rest), part, formats, strict)
+        source = _imagefolder(spec, Path(rest), part, formats, strict, pixels or PixelRules())
     elif kind in ("cifar10", "cifar100") and rest:
         source = _cifar(spec, kind, rest, part or "train")
     elif kind == "synthetic" and rest:
@@ -291,31 +303,26 @@ def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
 # --- folders ---
 
 
-def _imagefolder(spec: str, folder: Path, split: str | None, formats: str, strict: bool) -> Source:
+def _imagefolder(
+    spec: str, folder: Path, split: str | None, formats: str, strict: bool, pixels: PixelRules
+) -> Source:
     """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> (see `folders`)."""
     found = read_folder(spec, folder, split, formats, strict)
+    tally: Counter[str] = Counter()
     return Source(
         spec,
         found.split,
         found.class_names,
         found.path,
         found.label_N,
-        lambda i: _read_rgb(folder / found.path[i]),
-        settings={} if formats == "pillow" else {"formats": formats},
+        lambda i: read_rgb(folder / found.path[i], pixels, tally),
+        settings=pixels.settings | ({} if formats == "pillow" else {"formats": formats}),
         splits=found.splits,
         other=found.other,
         notes=found.notes,
         num_left_out=found.num_left_out,
+        tally=tally,
     )
-
-
-def _read_rgb(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit greys to white
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-        if image.mode == "P" and "transparency" in image.info:
-            return np.asarray(image.convert("RGBA").convert("RGB"))
-        return np.asarray(image.convert("RGB"))
 
 
 # --- CIFAR ---

@@ -31,6 +31,8 @@ SAMPLES_PER_CLAIM = 32
 # writing goes on after a bad image, to name them all, but not for a folder full of them
 MAX_BAD_SAMPLES = 100
 MIB = 1 << 20
+# of a stored image: of a JPEG, of FFCV's metadata, of one call of the system that writes
+JPEG_SIDE, SIDE, IMAGE_BYTES = 65500, 65535, (1 << 31) - 64 * MIB
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -151,7 +153,6 @@ def _write_file(
     """Fill `file` by FFCV's own steps, with `_work` in the place of its workers."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.memory_allocator import MemoryAllocator
     from ffcv.writer import DatasetWriter
 
     # also compiles the look-up, before the fork instead of once in every worker
@@ -166,7 +167,7 @@ def _write_file(
     writer.num_samples = len(source)
     writer.prepare()
     try:
-        allocator = MemoryAllocator(str(file), writer.data_region_start, page_size)
+        allocator = _pages(file, writer.data_region_start, page_size)
         with Progress("write", len(source), "images", progress) as bar:
             allocations, bad = _run_workers(writer, allocator, source, bar)
         if bad:
@@ -174,7 +175,7 @@ def _write_file(
             raise InputError(
                 f"{source.name}: {len(bad)}{'+' if len(bad) >= MAX_BAD_SAMPLES else ''} images"
                 f" cannot be written ({named}{'; ...' if len(bad) > 5 else ''}); repair or remove"
-                " them, or lower max_resolution where they are too large"
+                " them, or do what is said of them"
             )
         written = allocator.offset + allocator.next_page_written.value * page_size
         if file.stat().st_size != written:  # a short write that nothing reported
@@ -186,28 +187,61 @@ def _write_file(
 
 
 def _page_bytes(source: Source, max_resolution: int | None) -> int:
-    """Return FFCV's page size, a power of two: an image must fit into a page, and every worker ends
-    with one partly empty."""
-    largest = 0
+    """Return FFCV's page size, a power of two, by the usual size of some images: every worker holds
+    a page, and ends with one partly empty."""
+    num_bytes = [0]
     for i in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
         try:
             height, width = source.read(int(i)).shape[:2]
         except Exception:  # the worker that meets this image again reports it
             continue
         scale = min(1.0, max_resolution / max(height, width)) if max_resolution else 1.0
-        largest = max(largest, int(height * width * 3 * scale**2))
-    if max_resolution:
-        largest = max(largest, min(3 * max_resolution**2, 64 * MIB))
-    page = 2 * MIB if 16 * largest <= 2 * MIB else 8 * MIB
-    while page < max(largest, min(4 * largest, 64 * MIB)):
+        num_bytes.append(int(height * width * 3 * scale**2))
+    usual = sorted(num_bytes)[len(num_bytes) // 2]
+    page = 2 * MIB if 16 * usual <= 2 * MIB else 8 * MIB
+    while page < min(4 * usual, 64 * MIB):
         page *= 2
     return page
+
+
+def _pages(file: Path, start: int, page_size: int) -> Any:
+    """Return FFCV's allocator, where an image that is larger than a page takes several in a row.
+
+    Readers find an image by its place and size, as this package and FFCV with `os_cache=True` do;
+    FFCV with `os_cache=False` reads images of one page only.
+    """
+    from ffcv.memory_allocator import MemoryAllocator
+
+    class Pages(MemoryAllocator):
+        def malloc(self, size: int) -> tuple[int, np.ndarray]:
+            if size <= self.page_size:
+                return super().malloc(size)
+            self.flush_page()
+            num_pages = -(-size // self.page_size)
+            with self.next_page_allocated.get_lock():
+                self.my_page = self.next_page_allocated.value
+                self.next_page_allocated.value += num_pages
+            self.page_data = np.zeros(num_pages * self.page_size, np.uint8)
+            self.page_offset = self.page_size  # full: the next image takes another page
+            at = self.offset + self.my_page * self.page_size
+            self.allocations.append((self.current_sample_id, at, size))
+            return at, self.page_data[:size]
+
+        def flush_page(self) -> None:
+            super().flush_page()
+            if (num_pages := len(self.page_data) // self.page_size) > 1:
+                with self.next_page_written.get_lock():
+                    self.next_page_written.value += num_pages - 1
+                self.page_data = np.zeros(self.page_size, np.uint8)
+
+    return Pages(str(file), start, page_size)
 
 
 def _run_workers(
     writer: Any, allocator: Any, source: Source, progress: Progress
 ) -> tuple[list[Any], dict[int, str]]:
-    """Encode all samples; return FFCV's allocations and the reason of each bad sample.
+    """Encode all samples; return FFCV's allocations and the reason of each bad sample, and count in
+    the source's tally.
 
     One pipe per worker, with its only write end in that worker: a worker that dies closes it,
     whatever lock it held.
@@ -215,6 +249,7 @@ def _run_workers(
     # sources and the allocator's counters pass by inheritance
     context = multiprocessing.get_context("fork")
     next_sample = context.Value("q", 0)
+    source.tally.clear()  # of the images that told the page size
     workers: dict[Any, Any] = {}
     allocations: list[Any] = []
     bad: dict[int, str] = {}
@@ -237,8 +272,9 @@ def _run_workers(
                     raise _worker_died(workers[receiver]) from None
                 if isinstance(message, OSError):
                     raise message
-                if isinstance(message, list):
-                    allocations += message
+                if isinstance(message, tuple) and isinstance(message[0], list):
+                    allocations += message[0]
+                    source.tally.update(message[1])
                     waiting.remove(receiver)
                 else:
                     num_done, new_bad = message
@@ -267,7 +303,7 @@ def _worker_died(worker: Any) -> Exception:
 
 def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender: Any) -> None:
     """Work as one process: claim samples in order, encode them, report (number done, bad samples),
-    then the allocations."""
+    then the allocations and what was done to images."""
     import cv2
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -276,7 +312,8 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
     cv2.setNumThreads(1)  # threads of its pool do not exist after the fork
     metadata_N = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
     image_field = writer.fields["image"]
-    write_mode = image_field.write_mode
+    write_mode, max_resolution = image_field.write_mode, image_field.max_resolution
+    image_field.max_resolution = None  # FFCV shrinks slivers to no pixel
     try:
         with allocator:
             while True:
@@ -292,31 +329,71 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
                             np.random.default_rng([PROPORTION_SEED, i]).random() < JPG_PROPORTION
                         )
                         image_field.write_mode = "jpg" if as_jpg else "raw"
-                    reason = _encode_sample(writer, allocator, source, metadata_N, i)
+                    reason = _encode_sample(
+                        writer, allocator, source, metadata_N, i, max_resolution
+                    )
                     if reason is not None:
                         bad[i] = reason
                 sender.send((last - first, bad))
-        sender.send(allocator.allocations)
+        sender.send((allocator.allocations, source.tally))
     except OSError as error:  # of the output: the disk is full
         sender.send(error)
 
 
 def _encode_sample(
-    writer: Any, allocator: Any, source: Source, metadata_N: np.ndarray, index: int
+    writer: Any,
+    allocator: Any,
+    source: Source,
+    metadata_N: np.ndarray,
+    index: int,
+    max_resolution: int | None,
 ) -> str | None:
     """Encode one sample into the current page; return the reason when that fails. An OSError comes
     from the output file."""
     from ffcv.writer import handle_sample
 
     try:
-        image = source.read(index)
+        image = shrunk(source.read(index), max_resolution)
+        _check_size(image, writer.fields["image"].write_mode)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return _reason(error)
     try:
         sample = (image, source.label_N[index])
         handle_sample(sample, index, metadata_N.dtype.names, metadata_N, allocator, writer.fields)
     except OSError:
         raise
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return _reason(error)
     return None
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line what went wrong; sentences of ours stand for themselves."""
+    text = " ".join(str(error).split())
+    return text if type(error) is ValueError and text else f"{type(error).__name__}: {text}"
+
+
+def shrunk(image: np.ndarray, max_resolution: int | None) -> np.ndarray:
+    """Scale an image [H, W, 3] down to `max_resolution` pixels at the longer side, as FFCV does,
+    but to at least one pixel."""
+    import cv2
+
+    height, width = image.shape[:2]
+    if max_resolution is None or max(height, width) <= max_resolution:
+        return image
+    ratio = max_resolution / max(height, width)
+    size = (max(int(ratio * width), 1), max(int(ratio * height), 1))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _check_size(image: np.ndarray, write_mode: str) -> None:
+    """Raise ValueError where an image cannot be stored, with the size that can."""
+    height, width = image.shape[:2]
+    longer, side = max(height, width), JPEG_SIDE if write_mode == "jpg" else SIDE
+    if longer <= side and image.nbytes <= IMAGE_BYTES:
+        return
+    fits = min(side, int(longer * (IMAGE_BYTES / image.nbytes) ** 0.5))
+    raise ValueError(
+        f"{width} x {height} pixels are too large for {write_mode} in a .beton; give"
+        f" --max-resolution {fits} or less"
+    )

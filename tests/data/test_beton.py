@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdds_dist.data import beton
+from tdds_dist.data import beton, pixels
 from tdds_dist.data import manifest as manifest_module
 from tdds_dist.data.beton import (
     ALLOCATION,
@@ -45,8 +45,9 @@ from tdds_dist.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from tdds_dist.data.pixels import PixelRules, pixel_rules
 from tdds_dist.data.sources import Source, open_source, with_corruption, with_label_noise
-from tdds_dist.data.writer import write_beton
+from tdds_dist.data.writer import _check_size, write_beton
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import fingerprint
 
@@ -157,6 +158,7 @@ def test_round_trip(tmp_path, monkeypatch, spec, write_mode, modes):
         "quality": 80,
         "max_resolution": None,
         "subset": 40,
+        **(PixelRules().settings if spec.startswith("imagefolder") else {}),
     }
     assert manifest.image_size == (
         max(image.shape[0] for image in images),
@@ -245,17 +247,106 @@ def test_ffcvs_own_writer_and_all_its_fields_are_understood(tmp_path):
     assert check(info.path, progress=False).faults == {19: ["decode"]}
 
 
-def test_large_images_are_scaled_and_fit_their_page(tmp_path):
-    # 9 MB as raw pixels, more than FFCV's default page
-    image = np.full((2000, 1500, 3), (250, 120, 3), np.uint8)
-    source = replace(open_source("synthetic:2,1,8"), reader=lambda i: image)
-    assert write(source, tmp_path / "raw.beton", write_mode="raw").image_size == (2000, 1500)
-    np.testing.assert_array_equal(read_images(tmp_path / "raw.beton", [1])[0], image)
-    manifest = write(source, tmp_path / "small.beton", max_resolution=100)
-    assert (manifest.image_size, manifest.settings["max_resolution"]) == ((100, 75), 100)
-    assert (
-        np.abs(read_images(tmp_path / "small.beton", [0])[0].astype(int) - (250, 120, 3)).max() < 6
+@pytest.mark.parametrize("write_mode", ["raw", "jpg"])
+def test_a_large_image_among_thumbnails_is_written_and_read(tmp_path, write_mode):
+    """It takes several pages, whose size fits the others; by several workers, at every place."""
+    rng = np.random.default_rng(0)
+    large = rng.integers(0, 256, (1500, 2000, 3), dtype=np.uint8)  # 9 MB; noise, 4 MB as JPEG
+    at = {41, 42, 99, 129}
+    source = replace(
+        open_source("synthetic:130,2,8"),
+        reader=lambda i: large if i in at else np.full((9, 9, 3), i, np.uint8),
     )
+    for num_workers in (1, 3):
+        out = tmp_path / f"{num_workers}.beton"
+        assert write(source, out, write_mode=write_mode, num_workers=num_workers).image_size == (
+            1500,
+            2000,
+        )
+        info = inspect_beton(out)
+        assert np.fromfile(out, HEADER, 1)[0]["page_size"] == 2 << 20
+        assert info.num_bytes < (4 * 5 + 4 + num_workers) * (2 << 20)
+        for i, image in enumerate(read_images(out, range(130))):
+            if i not in at:
+                assert np.abs(image.astype(int) - i).max() <= 1
+            elif write_mode == "raw":
+                np.testing.assert_array_equal(image, large)
+        assert check(out, progress=False).faults == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "max_resolution", "scaled"),
+    [
+        ((2000, 1500), 100, (100, 75)),
+        ((2000, 1500), 2000, (2000, 1500)),
+        ((3000, 3), 256, (256, 1)),
+        ((3, 3000), 256, (1, 256)),
+        ((1, 1), 1, (1, 1)),
+        ((70000, 2), 65500, (65500, 1)),
+    ],
+)
+def test_images_are_scaled_down_to_one_pixel_at_least(tmp_path, size, max_resolution, scaled):
+    image = np.full((*size, 3), (250, 120, 3), np.uint8)
+    source = replace(open_source("synthetic:2,1,8"), reader=lambda i: image)
+    out = tmp_path / "x.beton"
+    manifest = write(source, out, max_resolution=max_resolution, quality=100)
+    assert (manifest.image_size, manifest.settings["max_resolution"]) == (scaled, max_resolution)
+    for written in read_images(out, [0, 1]):
+        assert np.abs(written.astype(int) - (250, 120, 3)).max() < 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "write_mode", "way_out"),
+    [
+        ((65501, 1, 3), "jpg", 65500),
+        ((1, 65536, 3), "raw", 65535),
+        ((30000, 30000, 3), "raw", 26333),
+    ],
+)
+def test_an_image_too_large_for_a_beton_names_a_size_that_fits(
+    tmp_path, shape, write_mode, way_out
+):
+    image = np.broadcast_to(np.uint8(7), shape)  # no memory behind it
+    source = replace(open_source("synthetic:2,1,8"), reader=lambda i: image)
+    with pytest.raises(InputError, match=f"too large for {write_mode}.*--max-resolution {way_out}"):
+        write(source, tmp_path / "x.beton", write_mode=write_mode)
+    assert left_behind(tmp_path) == []
+    ratio = way_out / max(shape)
+    stored = np.broadcast_to(np.uint8(7), (*(max(int(ratio * side), 1) for side in shape[:2]), 3))
+    _check_size(stored, write_mode)
+    if stored.size < 1e6:
+        write(source, tmp_path / "x.beton", write_mode=write_mode, max_resolution=way_out)
+
+
+def test_what_was_done_to_pixels_is_counted_over_all_workers_and_recorded(tmp_path):
+    folder, exif = tmp_path / "images/a", Image.Exif()
+    exif[0x0112] = 6
+    folder.mkdir(parents=True)
+    for i in range(70):
+        drawing = Image.new("RGBA", (4, 2), (0, 0, 0, 51 if i % 7 == 0 else 255))
+        drawing.save(folder / f"{i:02}.png", **({"exif": exif} if i % 5 == 0 else {}))
+    spec = f"imagefolder:{folder.parent}"
+    for rules, counted, sizes, mean in (
+        (PixelRules(), {pixels.COMPOSITED: 10, pixels.TURNED: 14}, {(4, 2), (2, 4)}, 204),
+        (
+            pixel_rules(exif="ignore", background="black"),
+            {pixels.COMPOSITED: 10, pixels.NOT_TURNED: 14},
+            {(2, 4)},
+            0,
+        ),
+    ):
+        source = open_source(spec, pixels=rules)
+        out = tmp_path / f"{mean}.beton"
+        settings = write(source, out, write_mode="raw", num_workers=3).settings
+        assert dict(source.tally) == counted
+        assert settings.items() >= rules.settings.items()
+        images = read_images(out, range(70))
+        assert {image.shape[:2] for image in images} == sizes
+        assert [int(image.mean()) for image in images] == [
+            mean if i % 7 == 0 else 0 for i in range(70)
+        ]
+    with pytest.raises(InputError, match="are for imagefolder:DIR, not for digits"):
+        open_source("digits", pixels=pixel_rules(background="black"))
 
 
 def test_the_number_of_workers_changes_no_image_and_noise_survives(tmp_path, capfd, monkeypatch):

@@ -210,7 +210,9 @@ def slivers(tmp_path_factory):
     folder, source = tmp_path_factory.mktemp("slivers"), open_source(f"synthetic:{len(SHAPES)},2,8")
     source = replace(source, reader=lambda i: np.full((*SHAPES[i], 3), 20 * i, np.uint8))
     for mode in ("raw", "jpg"):
-        write_beton(source, folder / f"{mode}.beton", write_mode=mode, num_workers=1, progress=False)
+        write_beton(
+            source, folder / f"{mode}.beton", write_mode=mode, num_workers=1, progress=False
+        )
     return folder
 
 

@@ -158,25 +158,6 @@ def test_a_split_folder_is_used_and_stays_in_the_path(tmp_path):
     assert open_source(f"imagefolder:{tmp_path}", "val").path == ["val/cat/1.png", "val/dog/1.png"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "name", "color", "rgb"),
-    [
-        ("L", "x.png", 100, (100, 100, 100)),
-        ("P", "x.png", 0, (0, 0, 0)),
-        ("1", "x.png", 1, (255, 255, 255)),
-        ("RGBA", "x.png", (10, 20, 30, 0), (10, 20, 30)),
-        ("LA", "x.png", (50, 9), (50, 50, 50)),
-        ("CMYK", "x.jpg", (0, 255, 255, 0), (255, 0, 0)),
-        ("I;16", "x.png", 0x8001, (128, 128, 128)),
-    ],
-)
-def test_every_pixel_format_becomes_rgb(tmp_path, mode, name, color, rgb):
-    save(tmp_path / "a" / name, mode, color=color)
-    image = open_source(f"imagefolder:{tmp_path}").read(0)
-    assert (image.shape, image.dtype) == ((7, 9, 3), np.uint8)
-    assert np.abs(image.astype(int) - rgb).max() <= 3
-
-
 # --- CIFAR ---
 
 
