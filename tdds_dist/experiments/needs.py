@@ -41,6 +41,7 @@ INDEX_BYTES_PER_IMAGE = 170
 LARGEST_SIDE = 400  # assumed where the .beton is not there: side of the largest image, pixels
 BATCHES_IN_FLIGHT = 5  # of a pass through the images: 3 ahead, and those at both ends
 ROW_BYTES = 17  # in these buffers beside the image: label, index, whether it was decoded
+DECODING_THREADS = 16  # assumed of a rank where data.num_workers does not say
 # as they came; on CUDA those in flight, and two because the host runs ahead
 BATCHES_ON_DEVICE = {"cuda": 7, "cpu": 2}
 
@@ -50,6 +51,7 @@ _ASSUMED = (
         " after another"
     ),
     "hours are those of training: evaluation, the final pass and start-up come on top",
+    f"a rank decodes with {DECODING_THREADS} threads where data.num_workers does not say",
 )
 _ASSUMED_OF_GPUS = (
     (
@@ -345,8 +347,10 @@ def host_lines(case: Case) -> list[Line]:
     # begins while that one still has some.
     passes = [config.data.image_size] * (1 + (config.train.eval_every > 1))
     passes.append(config.data.eval_size or config.data.image_size)
-    decoded = case.rows * sum(
-        BATCHES_IN_FLIGHT * (3 * side**2 + ROW_BYTES) + 3 * case.images.largest_pixels
+    threads = config.data.num_workers or min(DECODING_THREADS, case.rows)
+    decoded = sum(
+        BATCHES_IN_FLIGHT * case.rows * (3 * side**2 + ROW_BYTES)
+        + threads * 3 * case.images.largest_pixels
         for side in passes
     )
     locked = "" if case.is_cpu else ", page-locked"
@@ -364,8 +368,8 @@ def host_lines(case: Case) -> list[Line]:
         Line(
             "decoded batches",
             decoded,
-            f"of training and evaluation{locked}, largest image"
-            f" {case.images.largest_pixels:,} pixels"
+            f"of training and evaluation{locked}; largest image"
+            f" {case.images.largest_pixels:,} pixels, in each of {threads} threads"
             + (", assumed" if case.images.label_N is None else ""),
         ),
         *(
