@@ -22,6 +22,7 @@ fake tensors cannot do: be moved in place by `Module.to`, give their memory to N
 import collections
 import contextlib
 import inspect
+import os
 import queue
 import traceback
 from contextlib import nullcontext
@@ -499,6 +500,7 @@ def everything(rank, folder, path):
     """Run all parts; return what each gave, or its traceback."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same where there is a GPU
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     watch, found = Watch(), {}
