@@ -151,7 +151,6 @@ def run_model(
     if world.device.type == "cpu":
         torch.set_num_threads(torch_threads(world.ranks_per_cpu))
     torch.set_float32_matmul_precision(config.train.matmul_precision)
-    torch.set_float32_matmul_precision(config.train.matmul_precision)
     num_classes, model_config = config.data.num_classes, config.model
     model = build_model(
         model_config.name,
