@@ -327,7 +327,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     text += [
         "",
         "`python -m benchmarks.gpu_acceptance`; its docstring says how parts run. Idle: the share"
-        " of a step, timed without the profiler, in which by the profiler no kernel or copy runs.",
+        " of a step, timed without the profiler, in which by the profiler no kernel or copy runs."
+        " Networks were compiled, and their kernels chosen, beside other parts.",
         "",
         files.provenance_line(result),
         "",

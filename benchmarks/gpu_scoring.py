@@ -45,6 +45,7 @@ PACKAGES = (
     *("torch", "torchvision", "triton", "ffcv", "numba", "numpy", "pydantic", "submitit"),
     *("pytest", "pytest-xdist", "pytest-timeout", "matplotlib", "tensorboard", "pyarrow"),
 )
+TEST_SECONDS = 100  # the longest that a test may take
 TEST_PROCESSES = 6  # each has a context of its own on the GPU
 KERNEL_SHARE = 0.6  # wanted of copy bandwidth
 MOST_PINNED = 1.25  # wanted of the state's bytes
@@ -113,26 +114,30 @@ def cuda_tests(sizes: Sizes, work: Path, found: Findings) -> None:
         return
     tests = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
     chosen = [path for path in tests if re.search(r"mark\.cuda\b", Path(path).read_text())]
-    options = ["-q", "-m", "cuda", "-p", "no:cacheprovider", f"--basetemp={work / 'pytest'}"]
+    options = ["-v", "-m", "cuda", "-p", "no:cacheprovider", f"--basetemp={work / 'pytest'}"]
     if importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(min(TEST_PROCESSES, len(os.sched_getaffinity(0))))]
-    if importlib.util.find_spec("pytest_timeout") is None:
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        options += [f"--timeout={TEST_SECONDS}"]
+    else:  # whose options are then unknown
         options += ["-o", "addopts=--strict-markers --import-mode=importlib -ra"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *chosen],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
-    for line in lines:
+    assert process.stdout is not None
+    last = "no output"
+    for line in process.stdout:  # shown at once: this part may be ended in the middle
+        print(line, end="", flush=True)
+        last = line.strip() or last
         if line.startswith(("FAILED", "ERROR")):
-            found.value("test", line[:300])
-    (work / "pytest.txt").write_text(done.stdout + done.stderr)
-    print(done.stdout[-6000:], done.stderr[-2000:], sep="\n")
-    found.check("pytest -m cuda", lines[-1].strip("= "), "none failed", done.returncode == 0)
+            found.value("test", line.strip()[:300])
+    is_met = process.wait() == 0
+    found.check("pytest -m cuda", last.strip("= "), "none failed", is_met)
 
 
 # ---- 3 threads that overwrite what others read

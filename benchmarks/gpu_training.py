@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -104,13 +106,21 @@ def _cell(sizes: Sizes, work: Path, network: str, batch: int, compiled: bool) ->
     name = f"{network}_{batch}_{'compiled' if compiled else 'eager'}_{os.getpid()}"
     folder = work / f"images_{name}"
     write_images(setting, folder, with_tree=False)
-    with distributed.session(sizes.device) as world:
+    with distributed.session(sizes.device) as world, _compiler(sizes):
         cell = Cell(setting, folder, work / f"run_{name}", world)
         cell.timed("loader")  # gives the resident images
         cell.resident = ("off", "tdds")
         yield cell
         cell.trainer.close()
         del cell
+
+
+def _compiler(sizes: Sizes) -> AbstractContextManager[object]:
+    """Let torch.compile go without its C++ compiler in a toy run: that takes minutes on a CPU, and
+    is not what a GPU uses."""
+    if sizes.on_gpu:
+        return nullcontext()
+    return mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def compile_ahead(
