@@ -60,7 +60,7 @@ def data_files(visit: Visit) -> Iterator[Finding]:
     files: dict[str, list[Any]] = {}
     try:
         train, val, labels = open_files(config)
-        preflight(config, train, val, rows)
+        preflight(config, train, val, rows, visit.device.type)
         visit.left |= {"train": train, "rows": rows}
         files = {
             "data.train": [train.num_bytes, content_sha256(train), labels.labels_sha256],

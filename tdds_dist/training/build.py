@@ -29,7 +29,7 @@ from tdds_dist.training.schedule import training_sizes
 
 
 def preflight(
-    config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int, device_type: str = "cpu"
+    config: Config, train_file: BetonInfo, val_file: BetonInfo, rows: int, device_type: str
 ) -> None:
     """Raise InputError for a network or a view that would fail at the first step of `rows` images
     per rank, on `cpu` or `cuda`.

@@ -308,7 +308,7 @@ def test_preflight_tries_every_size(config_file):
             config_file,
             ["data.crop=resized", "model.name=alexnet", "data.image_size=96", *overrides],
         )
-        preflight(config, *open_files(config)[:2], 4)
+        preflight(config, *open_files(config)[:2], 4, "cpu")
 
     check()
     check("data.progressive={start_size: 64, from_epoch: 0, to_epoch: 2}", "data.eval_size=128")
