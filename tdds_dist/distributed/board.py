@@ -14,35 +14,39 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tdds_dist.errors import InputError
-
 _POLL_SECONDS = 0.05
+_SILENT_SECONDS = 1.0  # for a rank that was waited for in vain before
 _ROUNDS = 8  # of messages to and fro, of which the fastest tells the difference of two clocks
 
 
 class Board:
     """What every rank has said, by topic. Without a launcher: a board of one rank.
 
-    Protocol: all ranks make it, and then ask for the same topics in the same order.
+    Where the ranks do not find each other within `seconds`, `problem` says why, and the others are
+    silent.
 
-    Raises:
-        InputError: the ranks do not find each other within `seconds`.
+    Protocol: all ranks make it, and then ask for the same topics in the same order.
     """
 
     def __init__(self, seconds: float):
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.problem = ""
+        self._silent: set[int] = set()
+        self._store: dist.Store = dist.HashStore()
         if "RANK" not in os.environ:
-            self._store: dist.Store = dist.HashStore()
             return
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         except (dist.DistError, RuntimeError, ValueError) as error:
             where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            raise InputError(
-                f"no answer of all {self.world_size} ranks at {where} within {seconds:.0f} s"
-                f" ({' '.join(str(error).split())[:200]})"
-            ) from error
+            self.problem = (
+                f"not all {self.world_size} ranks came to {where} within {seconds:.0f} s"
+                f" ({' '.join(str(error).split())[:200]}); start all of them, on hosts that reach"
+                " each other"
+            )
+            self._silent = set(range(self.world_size)) - {self.rank}
+            return
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"tdds/board/{restart}", store)
 
@@ -70,32 +74,35 @@ class Board:
         return self._read(topic, [rank], seconds).get(rank)
 
     def _read(self, topic: str, ranks: list[int], seconds: float) -> dict[int, Any]:
-        deadline, found = time.monotonic() + seconds, dict[int, Any]()
-        waiting = list(ranks)
+        started, found, waiting = time.monotonic(), dict[int, Any](), list(ranks)
         while waiting:
+            passed = time.monotonic() - started
             for rank in list(waiting):
                 if self._store.check([f"{topic}/{rank}"]):
                     found[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
+                    self._silent.discard(rank)
                     waiting.remove(rank)
-            if not waiting or time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_SECONDS)
-        return found
+                elif passed > (min(seconds, _SILENT_SECONDS) if rank in self._silent else seconds):
+                    self._silent.add(rank)
+                    waiting.remove(rank)
+            time.sleep(_POLL_SECONDS * bool(waiting))
+        return dict(sorted(found.items()))
 
     def clock_offsets(self, seconds: float) -> dict[int, tuple[float, float]]:
         """Measure how far the clock of every rank is ahead of rank 0's; return (seconds, give or
         take seconds) by rank, on rank 0. The time of a message to and fro bounds the error.
 
-        Protocol: every rank calls it; rank 0 asks one rank after the other.
+        Protocol: every rank calls it; rank 0 asks one rank after the other, but for those that did
+        not come.
         """
-        end = timedelta(seconds=seconds)
+        present, end = self.share("clock", True, seconds), timedelta(seconds=seconds)
         if self.rank != 0:
             for number in range(_ROUNDS):
                 self._store.wait([f"clock/{self.rank}/{number}/asked"], end)
                 self._store.set(f"clock/{self.rank}/{number}/said", repr(time.time()))
             return {}
         offsets = {0: (0.0, 0.0)}
-        for rank in range(1, self.world_size):
+        for rank in sorted(present.keys() - {0}):
             rounds = []
             for number in range(_ROUNDS):
                 before = time.time()

@@ -15,6 +15,7 @@ import torch
 
 from tdds_dist.config.run import Config
 from tdds_dist.distributed.board import Board
+from tdds_dist.errors import InputError
 from tdds_dist.experiments import doctor_machine as machine
 from tdds_dist.experiments import doctor_run as of_run
 from tdds_dist.experiments.findings import (
@@ -66,6 +67,8 @@ def doctor(
     # the one that the process group will give it
     here = torch.device("cuda" if has_cuda else "cpu")
     board = Board(machine.MEETING_SECONDS)
+    if board.problem and not board.is_main:
+        raise InputError(board.problem)  # rank 0, which has the table, will not hear of this one
     visit = Visit(board, config, here)
     visit.left["hosts"] = board.share("host", socket.gethostname(), machine.MEETING_SECONDS)
     started = time.perf_counter()

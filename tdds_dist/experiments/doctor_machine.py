@@ -21,6 +21,7 @@ import torch
 from tdds_dist.data.loader import default_workers, has_tbb, torch_threads
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed.world import ranks_per_cpu, session
+from tdds_dist.errors import InputError
 from tdds_dist.experiments.findings import Finding, State, Visit, words_of
 from tdds_dist.text import size_text
 
@@ -116,6 +117,11 @@ def contexts(visit: Visit) -> Iterator[Finding]:
     for line in lines:
         pid, _, uuid = line.partition(",")
         held.setdefault(int(pid), set()).add(uuid.strip())
+    if not ours & held.keys():
+        yield Finding(
+            "contexts", "SKIP", "nvidia-smi counts processes otherwise here (a container)"
+        )
+        return
     several = [pid for pid, uuids in held.items() if pid in ours and len(uuids) > 1]
     foreign = sorted(held.keys() - ours)
     problem = (
@@ -282,6 +288,8 @@ def meeting(visit: Visit) -> Iterator[Finding]:
         # an error, not the end of the process, when an exchange does not end in time
         os.environ |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     try:
+        if visit.board.problem:
+            raise InputError(visit.board.problem)
         visit.world = visit.stack.enter_context(session(visit.device.type, MEETING_SECONDS))
     except Exception as error:
         yield Finding(
@@ -426,8 +434,9 @@ def clocks(visit: Visit) -> Iterator[Finding]:
     offsets = visit.board.clock_offsets(_ANSWER_SECONDS)
     if visit.rank != 0:
         return
-    if visit.board.world_size == 1:
-        yield Finding("clocks", "SKIP", "one rank, one clock")
+    if len(offsets) == 1:
+        alone = visit.board.world_size == 1
+        yield Finding("clocks", "SKIP", "one rank, one clock" if alone else "no other rank came")
         return
     worst = max(offsets, key=lambda rank: abs(offsets[rank][0]))
     offset, around = offsets[worst]

@@ -110,9 +110,11 @@ def _within_its_time(visit: Visit, check: Check) -> list[Finding]:
                 torch.cuda.set_device(visit.device)
             result.extend(check.function(visit))
         except BaseException as error:
+            way_out = ""
             if check.needs == "ranks" and not isinstance(error, InputError):
                 visit.is_stuck = True  # the others are elsewhere by now
-            result.append(Finding(check.name, "FAIL", words_of(error)))
+                way_out = "open all ports between the hosts; see what the other ranks said last"
+            result.append(Finding(check.name, "FAIL", words_of(error), way_out=way_out))
 
     thread = threading.Thread(target=run, name=check.name, daemon=True)
     thread.start()
