@@ -117,7 +117,8 @@ class Data(Section):
                 )
             if not Path(path).is_file():
                 raise InputError(
-                    f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}`"
+                    f"data.{key}={path} does not exist; write it with `tdds write SOURCE {path}"
+                    f" --split {key}`"
                 )
 
 

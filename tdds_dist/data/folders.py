@@ -164,7 +164,12 @@ class _Layout:
             raise InputError(f"{here} the train split only; give imagefolder:{beside} for val")
         raise InputError(
             f"{here} {why}; hold out a part of its images by --holdout 0.1 --seed 0, the same with"
-            " --split train and with --split val, or write another folder of images without --split"
+            " --split train and with --split val, or "
+            + (
+                "leave --split out where all of them are for evaluation"
+                if self.is_flat
+                else "write another folder of images without --split"
+            )
         )
 
     def other(self, split: str) -> str | None:

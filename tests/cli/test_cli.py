@@ -372,7 +372,11 @@ def test_what_is_refused_early_does_not_wait_for_torch(config_file, finished, tm
     said = {
         ("collect", "none.yaml"): "does not exist",
         ("collect", config_file, "train.lrr=1"): "nearest valid key is 'train.lr'",
-        ("collect", config_file, "data.val=none.beton"): "data.val=",
+        (
+            "collect",
+            config_file,
+            "data.val=none.beton",
+        ): "write it with `tdds write SOURCE none.beton --split val`",
         (
             "collect",
             config_file,

@@ -10,7 +10,7 @@ from PIL import Image
 from tdds_dist.data.folders import ImageFolder, read_folder, split_role
 from tdds_dist.errors import InputError
 
-_FORMATS = {".png": "PNG", ".gif": "GIF", ".avif": "AVIF", ".tga": "TGA", ".tiff": "TIFF"}
+_FORMATS = {".png": "PNG", ".gif": "GIF", ".avif": "AVIF", ".tga": "TGA", ".bin": "TGA"}
 
 
 def make(root: Path, *names: str) -> None:
@@ -148,8 +148,8 @@ def test_labels_are_those_of_train_where_val_lacks_a_class(tmp_path):
         (cat_and_dog("train", "Train"), "train", "Train/, train/ can each be the train split; move"),
         (cat_and_dog("train", "val", "valid"), "val", "val/, valid/ can each be the val split"),
         (cat_and_dog("train", "test", "Testing"), "val", "can each be the val split"),
-        (cat_and_dog("", ""), "val", "has folders of classes but no val split; hold out .* without"),
-        (cat_and_dog("train"), "val", "has train/ but no val/; hold out a part .*--holdout 0.1"),
+        (cat_and_dog("", ""), "val", "has folders of classes but no val split; hold out .* leave --split out"),
+        (cat_and_dog("train"), "val", "has train/ but no val/; hold out .*--holdout 0.1 .* without --split$"),
         ((*cat_and_dog("train"), "val/1.jpg"), "val", "val/ without class folders that hold images"),
         (cat_and_dog("val"), None, "has val/ but no train/; add it, or give .*imagefolder:.*/val$"),
         (("train/cat/", *cat_and_dog("val")), "train", "train/ without class folders that hold"),
@@ -214,6 +214,7 @@ MIXED = (
         "dog/Thumbs.db",
     ),
     *(".git/1.jpg", "__MACOSX/cat/1.jpg", "dog/gone -> nowhere"),
+    "cat/x.bin",  # nothing but its suffix says that a TGA is one
 )
 
 
@@ -239,7 +240,7 @@ def test_an_image_is_what_pillow_opens_and_the_rest_is_counted(tmp_path):
         assert said in left_out
     assert "(such as cat/photo, cat/x.tga, cat/y.dat)" in by_content
     with pytest.raises(
-        InputError, match=r"--strict, but left out 16 files: 6 hidden.*leave --strict"
+        InputError, match=r"--strict, but left out 17 files: 6 hidden.*leave --strict"
     ):
         read(tmp_path, strict=True)
     make(tmp_path / "clean", "cat/1.jpg", "cat/2")
