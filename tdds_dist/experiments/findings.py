@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from tdds_dist.config.run import Config
-from tdds_dist.distributed.board import Board
-from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.text import table
+
+if TYPE_CHECKING:
+    import torch
+
+    from tdds_dist.distributed.board import Board
+    from tdds_dist.distributed.world import World
 
 State = Literal["OK", "SKIP", "WARN", "FAIL"]
 _WIDTHS = {"found": 52, "wanted": 34, "way_out": 58}  # of columns, characters
@@ -45,10 +47,10 @@ class Visit:
     """What a check knows: this rank, its device, the config (None: what needs none), and the
     numbers that earlier checks left for it."""
 
-    board: Board
+    board: "Board"
     config: Config | None
-    device: torch.device
-    world: World | None = None  # once the ranks have met
+    device: "torch.device"
+    world: "World | None" = None  # once the ranks have met
     left: dict[str, Any] = field(default_factory=dict)
     stack: ExitStack = field(default_factory=ExitStack)  # to be left when all is well
     is_stuck: bool = False  # a collective did not end: no other can follow it
@@ -107,6 +109,8 @@ def _within_its_time(visit: Visit, check: Check) -> list[Finding]:
     def run() -> None:
         try:
             if visit.device.type == "cuda" and visit.world is not None:
+                import torch
+
                 torch.cuda.set_device(visit.device)
             result.extend(check.function(visit))
         except BaseException as error:
