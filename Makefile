@@ -1,6 +1,6 @@
 # What a user and a contributor run. `make setup` is safe to repeat and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm test-browser lint clean
+.PHONY: help setup demo test test-slow test-slurm test-browser lint site clean
 
 # Two files at a time: more would starve the tests that start several ranks, and files keep what their tests share.
 SIDE_BY_SIDE = -n 2 --dist loadfile
@@ -31,6 +31,9 @@ test-browser: setup  ## the demo, and its report in a headless Chromium (needs r
 lint: setup  ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check -q .
 	@.venv/bin/mypy
+
+site: setup  ## the documentation as a site in build/site; fails on a broken link
+	@.venv/bin/properdocs build --quiet --strict --clean
 
 clean:  ## remove what the demo wrote
 	rm -rf runs/demo data/digits_*.beton data/digits_*.manifest.json

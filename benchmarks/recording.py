@@ -91,7 +91,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Setting:
-    """A scorer and what it is fed with; `batch` is that of one rank, `logits` the outputs' dtype."""
+    """A scorer and what it is fed with; `batch` is that of one rank, `logits` the dtype of
+    outputs."""
 
     num_samples: int
     num_classes: int

@@ -8,9 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch import scheduler
-from launch.cluster import Cluster, load_cluster
 from tdds_dist.experiments.findings import Check, Finding, Visit, words_of
+
+from . import scheduler
+from .cluster import Cluster, load_cluster
 
 _PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sacct")
 _ANSWER_SECONDS = 20.0

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.records import CAUSES, JobRecord, files_of_ranks, first_cause, log_files, read_ends
+from .records import CAUSES, JobRecord, files_of_ranks, first_cause, log_files, read_ends
 
 FORGOTTEN = "SLURM does not know it any more"
 ACTIVE = ("pending", "requeued", "running", "suspended")

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from launch.job_states import JobState, job_states
-from launch.records import JobRecord, first_cause, jobs_of, latest_submission, log_files, read_ends
 from tdds_dist.errors import InputError
 from tdds_dist.runs.status import find_runs
+
+from .job_states import JobState, job_states
+from .records import JobRecord, first_cause, jobs_of, latest_submission, log_files, read_ends
 
 _LOOK_SECONDS = 0.5  # between looks at a log that is followed
 _BLOCK_BYTES = 1 << 16

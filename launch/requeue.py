@@ -1,4 +1,5 @@
-"""Decide what becomes of a SLURM job whose ranks have ended: `python -m launch.requeue LOG_DIR CODE
+"""Decide what becomes of a SLURM job whose ranks have ended: `python -m
+tdds_dist.launch.requeue LOG_DIR CODE
 NUM_RANKS REQUEUE_FAILURES`, at the end of its sbatch file.
 
 Reads how the ranks left. srun's exit code alone does not tell: it is 0 after some aborted steps,
@@ -18,10 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.job_states import outcome_of
-from launch.records import append_end, append_line, first_cause, read_ends, read_jobs, read_lines
-from launch.scheduler import REQUEUE
 from tdds_dist.runs.directory import RunDir, complete_steps
+
+from .job_states import outcome_of
+from .records import append_end, append_line, first_cause, read_ends, read_jobs, read_lines
+from .scheduler import REQUEUE
 
 _NOT_DONE = 1
 # as tdds_dist.distributed.interruption has it; that a preempted job leaves with it the sbatch file

@@ -41,7 +41,7 @@ started=$(mktemp)                    # what status.json said before means nothin
 # shellcheck disable=SC2016  # expanded on each node
 srun --kill-on-bad-exit=1 --wait=30 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     [ "$SLURM_NODEID" = 0 ] && peer=$last || peer=$MASTER_ADDR
-    interface=$("$python" -c "import launch.rendezvous as n, sys; print(n.interface_to(sys.argv[1]) or \"\")" "$peer")
+    interface=$("$python" -c "import tdds_dist.launch.rendezvous as n, sys; print(n.interface_to(sys.argv[1]) or \"\")" "$peer")
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-${interface:+=$interface}}
     exec "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$ranks" \
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m tdds_dist "$@"' bash "$@"

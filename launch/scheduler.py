@@ -2,7 +2,7 @@
 submitit's executors.
 
 A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and
-then `launch.requeue`, which queues the job again when a rank was lost, or says what ended it.
+then `requeue`, which queues the job again when a rank was lost, or says what ended it.
 """
 
 import os
@@ -15,14 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cluster import Cluster
-from launch.task import StageTask
 from tdds_dist.errors import InputError
+
+from .cluster import Cluster
+from .task import StageTask
 
 if TYPE_CHECKING:
     from submitit import Job
 
-REQUEUE = 77  # exit code of launch.requeue: queue this job again
+REQUEUE = 77  # exit code of `requeue`: queue this job again
 # one rank down: all down, not a job that waits for its time limit
 _END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=30")
 
@@ -165,7 +166,7 @@ def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]
         "teardown": [
             "code=$?",
             (
-                f"{cluster.python} -m launch.requeue {folder} $code {cluster.num_ranks}"
+                f"{cluster.python} -m tdds_dist.launch.requeue {folder} $code {cluster.num_ranks}"
                 f" {cluster.requeue_failures}; code=$?"
             ),
             # Preempted with a warning, it has saved and left before SLURM would have queued it

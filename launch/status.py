@@ -18,9 +18,13 @@ from typing import Any
 
 import yaml
 
-from launch.job_states import JobState, explain, job_states
-from launch.logs import choose_log, follow, print_tail
-from launch.records import (
+from tdds_dist.errors import InputError
+from tdds_dist.runs.status import RunStatus, find_runs, read_status
+from tdds_dist.text import command, duration, table
+
+from .job_states import JobState, explain, job_states
+from .logs import choose_log, follow, print_tail
+from .records import (
     EndRecord,
     JobRecord,
     first_cause,
@@ -29,9 +33,6 @@ from launch.records import (
     read_ends,
     read_lines,
 )
-from tdds_dist.errors import InputError
-from tdds_dist.runs.status import RunStatus, find_runs, read_status
-from tdds_dist.text import command, duration, table
 
 _WATCH_SECONDS = 30.0  # schedulers do not like to be asked more often
 _MOST_JOBS = 30  # in the table; above, those that are done or wait are counted only

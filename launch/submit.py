@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launch import records as job_list
-from launch import scheduler
-from launch.cluster import Cluster, load_cluster
-from launch.job_states import FORGOTTEN, job_states, outcome_of
-from launch.task import StageTask
 from tdds_dist.cli.outcome import Outcome
 from tdds_dist.config.run import Config, load_config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch
+
+from . import records as job_list
+from . import scheduler
+from .cluster import Cluster, load_cluster
+from .job_states import FORGOTTEN, job_states, outcome_of
+from .task import StageTask
 
 if TYPE_CHECKING:
     from tdds_dist.experiments.grid import Stage, Step
@@ -168,7 +169,8 @@ def run(options: argparse.Namespace) -> Outcome:
     )
     print(
         f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs"
-        f" {where}{' --out' * (options.part == 'doctor')}\nstop:   scancel {_ids(records).replace(',', '')}",
+        f" {where}{' --out' * (options.part == 'doctor')}\nstop:   scancel"
+        f" {_ids(records).replace(',', '')}",
         flush=True,
     )
     code = _wait_for(records, log_dir) if options.wait else 0

@@ -8,7 +8,7 @@ How a rank leaves. Done: by returning. Asked to leave (exit code 75): all ranks 
 same step; then rank 0 hands over to submitit, whose handler has waited below ours, by sending
 itself the signal that it waits for. That queues the job again if there is a time limit or a
 preemption behind it; `scancel`, which sends SIGTERM alone, stays a cancellation. Anything else: a
-line in the job's end file says why, for `launch.requeue`, `tdds status` and people, and the exit
+line in the job's end file says why, for `requeue`, `tdds status` and people, and the exit
 code is the command's.
 """
 
@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.records import append_end
-from launch.rendezvous import interface_to, is_free, rendezvous_port
+from .records import append_end
+from .rendezvous import interface_to, is_free, rendezvous_port
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -197,7 +197,7 @@ class StageTask:
                 "resume",
                 f"{message}; not queued again ({' '.join(str(error).split())})",
             )
-        # no scontrol in this container, or it failed: `launch.requeue` asks for it from outside
+        # no scontrol in this container, or it failed: `requeue` asks for it from outside
         except Exception as error:
             self._leave(
                 EXIT_RESUME,

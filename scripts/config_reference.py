@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from launch.cluster import Cluster
 from tdds_dist.config.experiment import Experiment
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method
 from tdds_dist.config.run import Config
 from tdds_dist.config.schema import Section
+from tdds_dist.launch.cluster import Cluster
 
 HEAD = """\
 # Every key of a config

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from launch.cluster import _OF_THE_WHOLE, Cluster
 from tdds_dist.config.experiment import Experiment
 from tdds_dist.config.grid import BUILT_IN_METHODS
 from tdds_dist.config.run import Config
 from tdds_dist.config.schema import Section
+from tdds_dist.launch.cluster import _OF_THE_WHOLE, Cluster
 
 ROOTS: dict[str, type[Section]] = {"run": Config, "experiment": Experiment, "cluster": Cluster}
 # 5e-4: a number here, and text for tools that read YAML 1.1 to the letter

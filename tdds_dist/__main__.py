@@ -3,10 +3,10 @@ launcher. Nothing else in this package knows `launch`."""
 
 from collections.abc import Sequence
 
-from launch.doctor import extend_doctor
-from launch.status import add_logs, add_status
-from launch.submit import add_submit
 from tdds_dist.cli import main as cli
+from tdds_dist.launch.doctor import extend_doctor
+from tdds_dist.launch.status import add_logs, add_status
+from tdds_dist.launch.submit import add_submit
 
 COMMANDS = (extend_doctor, add_submit, add_status, add_logs)
 

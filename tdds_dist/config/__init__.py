@@ -2,7 +2,7 @@
 
 Owns reading YAML strictly, `key=value` overrides, and each key's sentence, default and rule. Loads
 no torch. May import the ground only (`errors`, `console`, `text`). Start with `run`; `schema` reads
-the files of all, a cluster file's (`launch.cluster`) too.
+the files of all, a cluster file's (`tdds_dist.launch.cluster`) too.
 """
 
 __all__ = ["experiment", "grid", "run", "schema", "scores"]  # modules that other rooms may import

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.cluster import Cluster
-from launch.submit import check_batch
 from tdds_dist.cli import parser
 from tdds_dist.config.grid import BUILT_IN_METHODS
 from tdds_dist.config.run import load_config
 from tdds_dist.errors import InputError
 from tdds_dist.experiments.grid import Stage, Step, Task, collect_stage, pipeline_stages
+from tdds_dist.launch.cluster import Cluster
+from tdds_dist.launch.submit import check_batch
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, save_coreset
 
 FROZEN = Path("frozen.yaml")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.job_states import JobState, explain, job_states
-from launch.records import (
+from tdds_dist.launch.job_states import JobState, explain, job_states
+from tdds_dist.launch.records import (
     EndRecord,
     JobRecord,
     append_end,

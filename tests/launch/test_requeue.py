@@ -19,11 +19,11 @@ import cloudpickle
 import pytest
 from submitit.core.utils import DelayedSubmission, UncompletedJobError, cloudpickle_dump
 
-from launch import rendezvous, requeue, task
-from launch.cluster import Cluster
-from launch.records import append_end, append_job, read_ends
-from launch.scheduler import REQUEUE, sbatch_text
-from launch.task import StageTask
+from tdds_dist.launch import rendezvous, requeue, task
+from tdds_dist.launch.cluster import Cluster
+from tdds_dist.launch.records import append_end, append_job, read_ends
+from tdds_dist.launch.scheduler import REQUEUE, sbatch_text
+from tdds_dist.launch.task import StageTask
 from tdds_dist.runs.lock import IN_USE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -315,7 +315,7 @@ def test_a_damaged_count_of_failures_does_not_end_the_job(tmp_path, left):
 
 def run_sbatch_file(folder, code, *, shown="", after=None, variables=(), **cluster):
     """Run the file with stand-ins for srun and scontrol; what it returned, and what scontrol was
-    told. With `after`, a stand-in for launch.requeue leaves with that code."""
+    told. With `after`, a stand-in for the requeueing leaves with that code."""
     told, log_dir, bin_ = folder / "scontrol.txt", folder / "log dir", folder / "bin"
     told.unlink(missing_ok=True)
     log_dir.mkdir(exist_ok=True)
@@ -491,8 +491,8 @@ def test_a_task_is_pickled_and_back_without_torch(tmp_path):
         )
     )
     program = (
-        "import pickle, sys; task = pickle.load(open(sys.argv[1], 'rb')); import launch.submit,"
-        " launch.requeue; print(task.__dict__ | {'heavy': sorted({'torch', 'ffcv', 'torchvision'} &"
+        "import pickle, sys; task = pickle.load(open(sys.argv[1], 'rb')); import tdds_dist.launch.submit,"
+        " tdds_dist.launch.requeue; print(task.__dict__ | {'heavy': sorted({'torch', 'ffcv', 'torchvision'} &"
         " sys.modules.keys())})"
     )
     said = subprocess.run(

@@ -27,14 +27,14 @@ import pytest
 import yaml
 from submitit.core.utils import DelayedSubmission
 
-import launch.submit
-from launch.cluster import Cluster, load_cluster
-from launch.records import append_end, log_dir_of, log_files, read_ends, read_jobs
-from launch.task import StageTask
 from tdds_dist import __main__ as program
 from tdds_dist.cli import parser
 from tdds_dist.config.run import load_config, to_dict
 from tdds_dist.errors import InputError
+from tdds_dist.launch import submit as submit_module
+from tdds_dist.launch.cluster import Cluster, load_cluster
+from tdds_dist.launch.records import append_end, log_dir_of, log_files, read_ends, read_jobs
+from tdds_dist.launch.task import StageTask
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, load_coreset, load_scores, save_coreset
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training.retrain import resolve
@@ -126,6 +126,8 @@ def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
     assert (collect.extra, select.extra) == ({"nice": 1}, {})
     assert [part.gpus_per_node for part in (collect, select, retrain, report)] == [8, 0, 8, 0]
     assert [part.time_minutes for part in (collect, select, retrain, report)] == [60, 60, 30, 60]
+    doctor = cluster.for_stage("doctor")
+    assert (doctor.num_ranks, doctor.gpus_per_node, doctor.time_minutes) == (32, 8, 10)
 
 
 # a whole file, or keys beside executor=slurm and time_minutes=5; words of the message
@@ -576,7 +578,7 @@ def test_sbatch_file_has_everything_that_the_cluster_file_says(submit, tmp_path,
     assert re.search(r" --wait=[1-9]\d* ", srun)
     assert srun.endswith(f" {python} -u -m submitit.core._submit {folder}")
     assert (
-        f"\ncode=$?\n{python} -m launch.requeue {folder} $code 6 9; code=$?\nif [ $code -eq 75 ];"
+        f"\ncode=$?\n{python} -m tdds_dist.launch.requeue {folder} $code 6 9; code=$?\nif [ $code -eq 75 ];"
         " then\n" in collect
     )
     assert collect.endswith(
@@ -617,7 +619,7 @@ def test_sbatch_file_asks_for_nothing_that_is_not_said(submit, tmp_path, slurm):
         ]
     )
     assert f" {sys.executable} -u -m submitit.core._submit '{folder}'\n" in text
-    assert f"-m launch.requeue '{folder}' $code" in text
+    assert f"-m tdds_dist.launch.requeue '{folder}' $code" in text
     assert "wckey" not in text
 
 
@@ -986,7 +988,7 @@ def patient(slurm, monkeypatch):
     clock = SimpleNamespace(
         time=time.time, strftime=time.strftime, sleep=lambda seconds: happens.pop(0)()
     )
-    monkeypatch.setattr(launch.submit, "time", clock)
+    monkeypatch.setattr(submit_module, "time", clock)
     yield happens
     assert happens == []
 
@@ -1079,8 +1081,8 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(
             import time
             from pathlib import Path
 
-            from launch.records import read_ends
             from tdds_dist.cli import main as cli
+            from tdds_dist.launch.records import read_ends
 
             def outcome(command, interruption):
                 while len(read_ends(Path(self.log_dir), self.job_id)) < self.rank:
@@ -1096,7 +1098,7 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(
             cli.outcome = outcome
             super().__call__()
 
-    monkeypatch.setattr(launch.submit, "StageTask", Hurt)
+    monkeypatch.setattr(submit_module, "StageTask", Hurt)
     cluster = (
         f"{{executor: local, time_minutes: 5, ranks_per_node: {num_ranks}, setup: [export A=1]}}"
     )
@@ -1114,7 +1116,7 @@ def test_a_rank_that_cannot_even_start_is_a_failure(submit, quiet, monkeypatch):
         def __call__(self):
             raise ImportError("no module named tdds_dist")
 
-    monkeypatch.setattr(launch.submit, "StageTask", Broken)
+    monkeypatch.setattr(submit_module, "StageTask", Broken)
     assert submit(*COLLECT, "--wait", cluster=ONE_RANK) == 1
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from launch.logs import choose_log, follow, print_tail
-from launch.records import append_end, append_job
-from launch.status import add_logs, add_status, as_data, as_lines, gather
 from tdds_dist.errors import InputError
+from tdds_dist.launch.logs import choose_log, follow, print_tail
+from tdds_dist.launch.records import append_end, append_job
+from tdds_dist.launch.status import add_logs, add_status, as_data, as_lines, gather
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.lock import RunLock
 from tdds_dist.runs.status import Pulse, find_runs, read_status
@@ -788,7 +788,7 @@ def test_status_answers_at_once_and_without_torch(run):
         )
     put_job(run, "12")
     program = (
-        "import sys; from launch.status import as_lines, gather; from pathlib import Path;"
+        "import sys; from tdds_dist.launch.status import as_lines, gather; from pathlib import Path;"
         " print(*as_lines(gather(Path(sys.argv[1]))), sep='\\n'); print({'torch', 'submitit',"
         " 'torchvision', 'ffcv', 'numba', 'pydantic'} & sys.modules.keys())"
     )

@@ -339,9 +339,9 @@ def test_shipped_files_name_their_schema_and_follow_it(kind, file):
 
 
 def test_the_schema_takes_what_the_loader_takes(tmp_path):
-    from launch.cluster import load_cluster
     from tdds_dist.config.experiment import load_experiment
     from tdds_dist.config.run import load_config
+    from tdds_dist.launch.cluster import load_cluster
 
     loads = {"run": load_config, "experiment": load_experiment, "cluster": load_cluster}
     texts = {
