@@ -68,9 +68,8 @@ def write_beton(
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{out.stem}.", suffix=".beton", dir=out.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        with new_file_beside(out, ".beton") as file:
+            temporary = Path(file.name)
         _write_file(source, temporary, settings, num_workers, progress)
         info = inspect_beton(temporary)
         if not np.array_equal(info.label_N, source.label_N):
@@ -140,8 +139,7 @@ def _publish(temporary: Path, out: Path) -> None:
     """Sync both files and rename them. An old manifest goes first, so that it never stands beside a
     new .beton."""
     with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
+        sync(file)
     manifest_path(out).unlink(missing_ok=True)
     os.replace(temporary, out)
     os.replace(manifest_path(temporary), manifest_path(out))
@@ -370,7 +368,8 @@ def _encode_sample(
 def _reason(error: Exception) -> str:
     """Say in one line what went wrong; sentences of ours stand for themselves."""
     text = " ".join(str(error).split())
-    return text if type(error) is ValueError and text else f"{type(error).__name__}: {text}"
+    ours = type(error) in (ValueError, InputError) and text
+    return text if ours else f"{type(error).__name__}: {text}"
 
 
 def shrunk(image: np.ndarray, max_resolution: int | None) -> np.ndarray:

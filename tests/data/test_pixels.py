@@ -116,8 +116,8 @@ CASES: list[tuple[str, Callable[[], bytes], Any, str]] = [
     ),
     (
         "RGB and opacity (`RGBA`)",
-        lambda: encoded(two_rows((10, 20, 30, 0), (10, 20, 30, 51))),
-        two_rows(WHITE, (206, 208, 210)),
+        lambda: encoded(two_rows((10, 20, 30, 0), (13, 20, 30, 51))),
+        two_rows(WHITE, (207, 208, 210)),
         C,
     ),
     (
