@@ -68,8 +68,9 @@ def write_beton(
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with new_file_beside(out, ".beton") as file:
-            temporary = Path(file.name)
+        descriptor, name = tempfile.mkstemp(prefix=f".{out.stem}.", suffix=".beton", dir=out.parent)
+        os.close(descriptor)
+        temporary = Path(name)
         _write_file(source, temporary, settings, num_workers, progress)
         info = inspect_beton(temporary)
         if not np.array_equal(info.label_N, source.label_N):
@@ -139,7 +140,8 @@ def _publish(temporary: Path, out: Path) -> None:
     """Sync both files and rename them. An old manifest goes first, so that it never stands beside a
     new .beton."""
     with temporary.open("rb") as file:
-        sync(file)
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
     manifest_path(out).unlink(missing_ok=True)
     os.replace(temporary, out)
     os.replace(manifest_path(temporary), manifest_path(out))
