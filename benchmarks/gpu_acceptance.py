@@ -83,12 +83,12 @@ PARTS = (
     Part("versions", "What is here", "benchmarks.gpu_scoring:versions", 60.0, 2),
     Part("race", "The kernel under load", "benchmarks.gpu_scoring:race", 70.0, 2),
     Part("overflow", "A first step that overflows", "benchmarks.gpu_training:overflow", 60.0, 1),
-    Part("doctor", "tdds doctor", "benchmarks.gpu_scoring:doctor", 90.0, 1),
-    Part("tests", "pytest -m cuda", "benchmarks.gpu_scoring:cuda_tests", 170.0, 1),
+    Part("doctor", "tdds doctor", "benchmarks.gpu_commands:doctor", 90.0, 1),
+    Part("tests", "pytest -m cuda", "benchmarks.gpu_commands:cuda_tests", 170.0, 1),
     _ahead("swin_t", 256),
     _ahead("resnet34", 256),
-    Part("codes", "Exit codes of the command line", "benchmarks.gpu_training:exit_codes", 150.0, 1),
-    Part("same", "Deterministic runs", "benchmarks.gpu_training:deterministic", 150.0, 1),
+    Part("codes", "Exit codes of the command line", "benchmarks.gpu_commands:exit_codes", 150.0, 1),
+    Part("same", "Deterministic runs", "benchmarks.gpu_commands:deterministic", 150.0, 1),
     Part("two_ranks", "Two ranks on one GPU", "benchmarks.gpu_scoring:two_ranks", 90.0, 1),
     Part("creep", "Memory over many passes", "benchmarks.gpu_training:memory_creep", 90.0, 1),
     Part(
@@ -109,7 +109,7 @@ PARTS = (
     _speed("swin_t", 256, False, 75.0),
     _speed("resnet34", 256, True, 90.0),
     _speed("swin_t", 256, True, 120.0),
-    Part("collect", "tdds collect on JPEGs", "benchmarks.gpu_training:collect_run", 120.0),
+    Part("collect", "tdds collect on JPEGs", "benchmarks.gpu_commands:collect_run", 120.0),
     _speed("resnet34", 32, False, 40.0),
     _speed("swin_t", 32, False, 40.0),
     _speed("resnet34", 32, True, 80.0),
@@ -390,9 +390,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.page_only:
         if not options.toy and not _has_gpu():
             return _refused("no CUDA device is visible, so there is nothing to accept; see --toy")
-        options.out.mkdir(parents=True, exist_ok=True)
-        if not options.only:  # else its lines count beside those of before
-            (options.out / LINES).unlink(missing_ok=True)
+        try:  # now, and not after minutes
+            options.out.mkdir(parents=True, exist_ok=True)
+            if not options.only:  # else its lines count beside those of before
+                (options.out / LINES).unlink(missing_ok=True)
+            (options.out / LINES).touch()
+        except OSError as error:
+            return _refused(f"--out {options.out} cannot be written ({error}); give another folder")
         parts = [part for part in PARTS if not options.only or part.name in options.only]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the parts as well
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:

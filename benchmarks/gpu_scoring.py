@@ -6,12 +6,10 @@ Each part is called with its sizes, a folder to work in, and what to write its f
 # C classes, M rows of a shard, N samples, R rows of an update
 
 import importlib.util
-import json
 import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -40,13 +38,10 @@ from tdds_dist.scoring import kernel_check, shard_triton
 from tdds_dist.scoring import scorer as scorer_module
 from tdds_dist.scoring.shard import Arrived, DenseRows, Shard, pack
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("torch", "torchvision", "triton", "ffcv", "numba", "numpy", "pydantic", "submitit"),
     *("pytest", "pytest-xdist", "pytest-timeout", "matplotlib", "tensorboard", "pyarrow"),
 )
-TEST_SECONDS = 100  # the longest that a test may take
-TEST_PROCESSES = 6  # each has a context of its own on the GPU
 KERNEL_SHARE = 0.6  # wanted of copy bandwidth
 MOST_PINNED = 1.25  # wanted of the state's bytes
 RANKS_SAMPLES, RANKS_EPOCHS = 997, 4
@@ -77,22 +72,6 @@ def versions(sizes: Sizes, work: Path, found: Findings) -> None:
         found.check(f"kernel for {variant}", problem or "runs", "runs", problem is None)
 
 
-def doctor(sizes: Sizes, work: Path, found: Findings) -> None:
-    """What `tdds doctor` says of this machine."""
-    command = [sys.executable, "-m", "tdds_dist", "doctor", "--json"]
-    # its kernel is compiled, or run, never interpreted
-    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=given)
-    print(done.stderr)
-    for row in json.loads(done.stdout)["checks"]:
-        text = f"{row['state']}: {row['found']}"
-        if row["state"] == "SKIP":
-            found.value(row["what"], text)
-        else:
-            found.check(row["what"], text, row["wanted"], row["state"] != "FAIL")
-    found.check("exit code", done.returncode, "0", done.returncode == 0)
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -102,42 +81,6 @@ def _version(package: str) -> str:
 
 def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
-
-
-# ---- 2 the tests
-
-
-def cuda_tests(sizes: Sizes, work: Path, found: Findings) -> None:
-    """The tests that need a CUDA device, several files at a time."""
-    if importlib.util.find_spec("pytest") is None:
-        found.skipped("pytest -m cuda", "pytest is not installed here")
-        return
-    tests = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
-    chosen = [path for path in tests if re.search(r"mark\.cuda\b", Path(path).read_text())]
-    options = ["-v", "-m", "cuda", "-p", "no:cacheprovider", f"--basetemp={work / 'pytest'}"]
-    if importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(min(TEST_PROCESSES, len(os.sched_getaffinity(0))))]
-    if importlib.util.find_spec("pytest_timeout") is not None:
-        options += [f"--timeout={TEST_SECONDS}"]
-    else:  # whose options are then unknown
-        options += ["-o", "addopts=--strict-markers --import-mode=importlib -ra"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *chosen],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    last = "no output"
-    for line in process.stdout:  # shown at once: this part may be ended in the middle
-        print(line, end="", flush=True)
-        last = line.strip() or last
-        if line.startswith(("FAILED", "ERROR")):
-            found.value("test", line.strip()[:300])
-    is_met = process.wait() == 0
-    found.check("pytest -m cuda", last.strip("= "), "none failed", is_met)
 
 
 # ---- 3 threads that overwrite what others read

@@ -103,10 +103,12 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
         pytest.skip("needs a machine without a GPU")
     assert main(["--out", str(tmp_path)]) == 2
     assert main(["--toy"]) == 2
+    assert main(["--toy", "--out", "/proc/nowhere"]) == 2
     assert main(["--page-only", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3
+    assert len(said) == 4
     assert "no CUDA device is visible" in said[0]
+    assert "cannot be written" in said[2]
     assert not list(tmp_path.iterdir())
 
 
