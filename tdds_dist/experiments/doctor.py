@@ -49,6 +49,7 @@ CHECKS = (
     Check("run directory", of_run.run_directory, 60.0, "config"),
     Check("room", of_run.room, 30.0, "config"),
     Check("training", of_run.network_speed, 60.0, "config"),
+    Check("traffic", of_run.traffic, 10.0, "config"),
     Check("no wait in a step", of_run.waits, 60.0, "ranks"),
     Check("decoding", of_run.decoding, 60.0, "config"),
 )

@@ -364,6 +364,7 @@ def links(visit: Visit) -> Iterator[Finding]:
             break
         speeds[pair] = _speed(visit, pair)
     slowest, speed = min(speeds.items(), key=lambda item: item[1])
+    visit.left["link"] = speed
     names = [visit.hosts[rank] if over_nodes else f"rank {rank}" for rank in slowest]
     median = sorted(speeds.values())[len(speeds) // 2]
     is_odd = speed < median / 3

@@ -91,6 +91,8 @@ def room(visit: Visit) -> Iterator[Finding]:
         update={"run": config.run.model_copy(update={"device": visit.device.type})}
     )
     planned = plan(on_here, num_ranks=visit.board.world_size)
+    rows, gradients = (line.value or 0.0 for line in planned.sections["network_per_rank"][1])
+    visit.left["sent_bytes"] = rows + gradients / config.train.accumulation
     needs = {line.key: line.value or 0.0 for line in planned.sections["disk"][1]}
     yield Finding(
         "room",
@@ -299,6 +301,25 @@ def network_speed(visit: Visit) -> Iterator[Finding]:
         f"{speed:,.0f} images/s on each rank ({config.model.name}, {B} at a time,"
         f" {device.type}, without loading)",
         number=speed,
+    )
+
+
+def traffic(visit: Visit) -> Iterator[Finding]:
+    """Compare what a rank sends while it trains with the slowest link that was measured."""
+    left = visit.left
+    if visit.rank != 0 or not {"sent_bytes", "images_per_second", "link"} <= left.keys():
+        return
+    needed = left["sent_bytes"] * left["images_per_second"] / left["rows"]
+    slow = needed > left["link"]
+    yield Finding(
+        "traffic",
+        "WARN" if slow else "OK",
+        f"{size_text(left['link'])}/s on the slowest link",
+        f"{size_text(needed)}/s: {size_text(left['sent_bytes'])} with each forward pass",
+        "check that the fast interface is used (`interface` of the cluster file); larger batches or"
+        " train.accumulation send gradients less often"
+        if slow
+        else "",
     )
 
 
