@@ -540,7 +540,6 @@ class _Pass:
             self._loader._free_rings.append(self._ring)
 
 
-def default_workers(ranks_per_cpu: int) -> int:
 def usable_threads(num_workers: int) -> int:
     """Return how many threads decode: at most `num_workers`, the CPUs this process may use, and
     numba's own limit, which the user may set with NUMBA_NUM_THREADS."""
@@ -548,6 +547,7 @@ def usable_threads(num_workers: int) -> int:
     return max(1, min(num_workers, len(os.sched_getaffinity(0)), limit))
 
 
+def default_workers(ranks_per_cpu: int) -> int:
     """Return the decoding threads per rank: the CPUs this process may use, shared among so many
     ranks.
 
