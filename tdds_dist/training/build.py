@@ -161,8 +161,8 @@ def _warn_of_splits(
         log.warning(
             f"{shared} of the {val.num_samples} images of data.val={config.data.val} are in"
             f" data.train={config.data.train} too, so that accuracy is partly that on training"
-            " images; write another split, or hold one out by `tdds write ... --holdout 0.1` for"
-            " both"
+            " images; write another split, or hold one out by --holdout of `tdds write`, with the"
+            " same share and seed for both files"
         )
 
 
