@@ -11,7 +11,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import tempfile
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tdds_dist.data.beton import RAW, crc32_of_images, inspect_beton
 from tdds_dist.data.manifest import Manifest, check_paths, manifest_path, write_manifest
 from tdds_dist.data.sources import Source
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import fingerprint
+from tdds_dist.runs.artifacts import fingerprint, new_file_beside, sync
 
 WRITE_MODES = ("jpg", "proportion", "raw")
 JPG_PROPORTION, PROPORTION_SEED = 0.5, 23
@@ -68,9 +67,8 @@ def write_beton(
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{out.stem}.", suffix=".beton", dir=out.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        with new_file_beside(out, ".beton") as file:
+            temporary = Path(file.name)
         _write_file(source, temporary, settings, num_workers, progress)
         info = inspect_beton(temporary)
         if not np.array_equal(info.label_N, source.label_N):
@@ -140,8 +138,7 @@ def _publish(temporary: Path, out: Path) -> None:
     """Sync both files and rename them. An old manifest goes first, so that it never stands beside a
     new .beton."""
     with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
+        sync(file)
     manifest_path(out).unlink(missing_ok=True)
     os.replace(temporary, out)
     os.replace(manifest_path(temporary), manifest_path(out))

@@ -8,10 +8,11 @@ renamed, so a name that exists is a file that is whole.
 
 # N dataset, M kept samples
 
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,6 +26,8 @@ from tdds_dist.errors import InputError
 
 # label of a sample whose class was not recorded (the authors' dynamics folders hold no labels)
 UNKNOWN_LABEL = -1
+# what a file system answers that has no fsync (FUSE mounts of object stores, some network drives)
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -116,23 +119,41 @@ def require_same_dataset(have: Fingerprint, need: Fingerprint, what: str) -> Non
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Run `write` on a temporary file in the same folder, sync it, and rename it to `path`."""
+    """Run `write` on a new file in the same folder, sync it, and rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
-    )
+    file = new_file_beside(path, ".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            sync(file)
+        os.replace(file.name, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def new_file_beside(path: Path, suffix: str) -> IO[bytes]:
+    """Create and open a hidden file in the folder of `path`, named after it.
+
+    Its permissions are those of any new file: the umask and the folder's access lists decide, and
+    nothing has to be changed later, which some file systems refuse.
+    """
+    while True:
+        with suppress(FileExistsError):
+            return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}").open("xb")
+
+
+def sync(file: IO[Any]) -> None:
+    """Write the content of a file to the disk. A file system that cannot sync is left to its own
+    ways; a failed write is raised (OSError)."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def sync_folder(folder: Path) -> None:

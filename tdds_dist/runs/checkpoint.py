@@ -40,7 +40,7 @@ from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import sync_folder, write_atomically
+from tdds_dist.runs.artifacts import sync, sync_folder, write_atomically
 from tdds_dist.runs.directory import complete_steps
 
 FORMAT = "tdds-checkpoint-1"
@@ -253,12 +253,14 @@ class Checkpoints:
                 warnings.simplefilter("ignore")
                 dcp.save(
                     tensors,
-                    storage_writer=dcp.FileSystemWriter(folder, overwrite=False),
+                    storage_writer=dcp.FileSystemWriter(folder, overwrite=False, sync_files=False),
                     process_group=self._group,
                     no_dist=self._group is None,
                 )
             for path in sorted(folder.iterdir()):
                 if self._is_mine(path.name):
+                    with path.open("rb") as file:
+                        sync(file)
                     hashes[path.name] = _describe(path)
         except (CheckpointException, OSError, RuntimeError) as caught:
             error = _one_line(caught)

@@ -26,6 +26,7 @@ from tdds_dist.runs.artifacts import (
     Scores,
     load_scores,
     save_scores,
+    sync,
     sync_folder,
     write_atomically,
 )
@@ -135,8 +136,7 @@ class RunDir:
         """Append one epoch's record to metrics.jsonl."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return one record per epoch, in order; empty when there is none yet. A last line that was

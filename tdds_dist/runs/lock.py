@@ -45,7 +45,7 @@ from typing import IO, Any
 
 from tdds_dist.console import log
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import write_atomically
+from tdds_dist.runs.artifacts import sync, write_atomically
 
 HEARTBEAT_SECONDS = 10.0
 IN_USE = "is in use by"  # stands in the refusal, for launchers: that may pass
@@ -384,8 +384,7 @@ def _write_new(path: Path, content: bytes) -> bool:
     try:
         with file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

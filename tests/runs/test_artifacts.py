@@ -1,8 +1,10 @@
 """Score files and coresets: round trips, what is refused and how, and that a file under its name is
 a whole file."""
 
+import errno
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -381,3 +383,39 @@ def test_settings_that_are_no_json_leave_nothing_behind(tmp_path):
     with pytest.raises(TypeError):
         save_scores(tmp_path / "file.npz", replace(some_scores(), settings={"window": object()}))
     assert list(tmp_path.iterdir()) == []
+
+
+# --- file systems and permissions
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_permissions_are_those_that_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize(
+    ("number", "is_written"),
+    [
+        (errno.EINVAL, True),
+        (errno.EPERM, True),
+        (errno.ENOTSUP, True),
+        (errno.EIO, False),
+        (errno.ENOSPC, False),
+    ],
+)
+def test_a_file_system_without_fsync_or_chmod_is_written_to_and_a_failed_write_is_said(
+    tmp_path, monkeypatch, number, is_written
+):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    for name in ("fsync", "chmod", "fchmod"):
+        monkeypatch.setattr(os, name, refuse)
+    with nullcontext() if is_written else pytest.raises(OSError, match=os.strerror(number)):
+        write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] * is_written
