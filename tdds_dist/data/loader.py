@@ -265,10 +265,11 @@ class _Blocks(OSCacheManager):
     """Where the file's data blocks lie: two sorted arrays, and the file as a memory map."""
 
     def __init__(self, reader: Reader):
-        order = np.argsort(reader.alloc_table["ptr"], kind="stable")
+        # an empty entry of another field lies where the next image begins
+        table = reader.alloc_table[reader.alloc_table["size"] > 0]
+        table = table[np.argsort(table["ptr"], kind="stable")]
         self.reader = reader
-        self.ptrs = np.ascontiguousarray(reader.alloc_table["ptr"][order])
-        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
+        self.ptrs, self.sizes = (np.ascontiguousarray(table[key]) for key in ("ptr", "size"))
         self.context = OSCacheContext(self)
 
 

@@ -492,7 +492,7 @@ def test_pad_crop_of_other_sizes_is_refused(betons):
 
 
 def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
-    from ffcv.fields import FloatField, IntField, RGBImageField
+    from ffcv.fields import BytesField, FloatField, IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     class Foreign:
@@ -500,12 +500,15 @@ def test_a_file_of_somebody_else_with_other_field_names(tmp_path):
             return 7
 
         def __getitem__(self, i):
-            return 0.5, i % 3, np.full((16, 16, 3), 10 * i, dtype=np.uint8)
+            # an empty entry lies at the address of the image that follows
+            blob = np.arange(i % 3, dtype=np.uint8)
+            return 0.5, i % 3, blob, np.full((16, 16, 3), 10 * i, dtype=np.uint8)
 
     path = tmp_path / "foreign.beton"
     fields = {
         "weight": FloatField(),
         "target": IntField(),
+        "blob": BytesField(),
         "picture": RGBImageField(write_mode="raw"),
     }
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(Foreign())
