@@ -398,10 +398,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             return _refused(f"--out {options.out} cannot be written ({error}); give another folder")
         parts = [part for part in PARTS if not options.only or part.name in options.only]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the parts as well
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-            work = (options.work or Path(name)).resolve()
-            run_parts(parts, options.out, work, options.toy, options.budget_seconds)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the parts as well
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+                work = (options.work or Path(name)).resolve()
+                run_parts(parts, options.out, work, options.toy, options.budget_seconds)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     lines = read_lines(options.out)
     result = result_of(lines)
     name = options.name or ("toy" if result["settings"]["toy"] else files.default_name(result))
