@@ -65,6 +65,7 @@ def provenance(
         "threads": threads or torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
     }
+    found.pop("folder", None)  # results are published: no places of the machine
     if device == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found
