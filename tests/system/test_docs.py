@@ -36,7 +36,17 @@ WITH_COMMANDS = sorted(
 SCHEMAS = {"run": "configs", "experiment": "configs/experiments", "cluster": "configs/clusters"}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # not ours
-OPTIONS_OF_OTHERS = {"--nproc-per-node", "--max-restarts", "--subset_rate", "--cpu-bind", "--nv"}
+OPTIONS_OF_OTHERS = {
+    *(
+        "--nproc-per-node",
+        "--max-restarts",
+        "--subset_rate",
+        "--cpu-bind",
+        "--gpus-per-task",
+        "--nv",
+    ),
+    *("--budget-seconds", "--only", "--page-only"),  # of benchmarks.gpu_acceptance
+}
 
 
 def example_run(
