@@ -262,6 +262,26 @@ def write_images(path: Path, side: int = 16, label_noise: float = 0, corrupt: fl
     return path
 
 
+def write_several_fields(path: Path, num_images: int = 48) -> Path:
+    """Write a `.beton` by FFCV's own writer: image i is grey 5 i in `large` and black in `small`;
+    its label is i % 2 in `fine`, and i in `row`."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    class Samples:
+        def __len__(self) -> int:
+            return num_images
+
+        def __getitem__(self, i: int) -> tuple[object, ...]:
+            black = np.zeros((8, 8, 3), np.uint8)
+            return i, black, i % 2, np.full((32, 32, 3), 5 * i, np.uint8)
+
+    fields = {"row": IntField(), "small": RGBImageField("raw")}
+    fields |= {"fine": IntField(), "large": RGBImageField("raw")}
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(Samples())
+    return path
+
+
 def manifest_of(path: Path) -> Manifest:
     """Return the manifest of a .beton that has one."""
     manifest = read_manifest(path)

@@ -182,7 +182,13 @@ def _after_write(options: argparse.Namespace, source: "Source") -> tuple[str, li
 def check(options: argparse.Namespace) -> Outcome:
     from tdds_dist.data.check import check as check_file
 
-    result = check_file(options.beton, quick=options.quick, num_workers=options.num_workers)
+    result = check_file(
+        options.beton,
+        quick=options.quick,
+        num_workers=options.num_workers,
+        image_field=options.image_field,
+        label_field=options.label_field,
+    )
     show = log.error if options.quiet or options.json else print
     for line in result.fault_lines():
         show(line)

@@ -339,6 +339,13 @@ def _add_check(parsers: Parsers) -> None:
     stage.add_argument(
         "--num-workers", type=int, metavar="W", help="decoding threads (default: one per CPU)"
     )
+    for field, usual in (("image", "the only one"), ("label", "the only int field, or label")):
+        stage.add_argument(
+            f"--{field}-field",
+            default="",
+            metavar="NAME",
+            help=f"which field holds the {field}s, in a file with several (default: {usual})",
+        )
     stage.set_defaults(run=commands.check)
 
 

@@ -71,6 +71,16 @@ class Data(Section):
 
     train: PathText = Field(description="Training .beton.")
     val: PathText = Field(description="Evaluation .beton.")
+    image_field: str = Field(
+        "", description="Field of both files that holds the images; empty: the only image field."
+    )
+    label_field: str = Field(
+        "",
+        description=(
+            "Field of both files that holds the labels; empty: the only int field, or of several"
+            " the one called label."
+        ),
+    )
     num_classes: int = Field(ge=2, description="Number of classes C; labels lie in [0, C).")
     image_size: int = Field(ge=8, description="Side of the square the model sees, pixels.")
     crop: Literal["center", "pad", "resized"] = Field(

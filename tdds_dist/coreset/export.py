@@ -439,7 +439,9 @@ def _dataset_of(
                 None,
                 f"data.train={beton} of {given.run.path} does not exist here; give --beton FILE",
             )
-    dataset = read_dataset(Path(beton), found.num_classes)
+    run = given.run
+    config = None if run is None else parse_config(run.read_config(), str(run.config_file))
+    dataset = read_dataset(Path(beton), found.num_classes, config)
     require_same_dataset(found, dataset.fingerprint, str(given.path))
     return dataset, f"{manifest_path(dataset.where)} does not exist; `tdds write` makes it"
 

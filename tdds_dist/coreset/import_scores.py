@@ -157,13 +157,13 @@ def _check_key(key: str) -> None:
 
 def _known_dataset(beton: Path | None, run: RunDir | None) -> Dataset | None:
     """Return the dataset that imported scores must fit; None when nothing says which."""
-    dataset = None if beton is None else read_dataset(beton)
-    if run is None:
+    config = None if run is None else parse_config(run.read_config(), str(run.config_file))
+    dataset = None if beton is None else read_dataset(beton, config=config)
+    if run is None or config is None:
         return dataset
-    num_classes = parse_config(run.read_config(), str(run.config_file)).data.num_classes
     train = run.train_file()
     if dataset is None and train.is_file():
-        dataset = read_dataset(train, num_classes)
+        dataset = read_dataset(train, config.data.num_classes, config)
     if not any(run.scores.glob("*.npz")):
         if dataset is None:
             raise InputError(

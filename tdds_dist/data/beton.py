@@ -23,6 +23,7 @@ from tdds_dist.config.run import Config
 from tdds_dist.console import Progress
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint, fingerprint
+from tdds_dist.text import printable
 
 JPG, RAW = 0, 1  # FFCV's storage modes of an image
 
@@ -83,12 +84,14 @@ class BetonInfo:
     size_N: np.ndarray  # uint64, bytes of the image in the file
 
 
-def inspect_beton(path: Path) -> BetonInfo:
+def inspect_beton(path: Path, image_field: str = "", label_field: str = "") -> BetonInfo:
     """Check the structure of a `.beton` and return its metadata, without FFCV and without reading
     image data.
 
-    Raises InputError when it is missing, truncated, of another version, has no single image and
-    label field, or when metadata and allocation table contradict each other.
+    image_field, label_field: the names of the fields that hold them; "" is the only image field,
+    and the only int field or the one called label. Raises InputError when the file is missing,
+    truncated, of another version, has no such field, or when metadata and allocation table
+    contradict each other.
     """
     path = Path(path)
     header, num_bytes = _read_header(path)
@@ -103,10 +106,8 @@ def inspect_beton(path: Path) -> BetonInfo:
             f" at {table_ptr} are not a finished file",
         )
     names, types = _read_fields(path, num_fields)
-    image, label = (
-        _pick_field(path, names, types, IMAGE_TYPE),
-        _pick_field(path, names, types, INT_TYPE),
-    )
+    image = _pick_field(path, names, types, IMAGE_TYPE, image_field)
+    label = _pick_field(path, names, types, INT_TYPE, label_field)
     metadata_type = np.dtype([("", FIELD_TYPES[type_id]) for type_id in types], align=True)
     data_start = start + num_samples * metadata_type.itemsize
     num_allocations = num_samples * sum(type_id not in FIXED_SIZE_TYPES for type_id in types)
@@ -139,6 +140,12 @@ def inspect_beton(path: Path) -> BetonInfo:
         data_ptr_N,
         size_N,
     )
+
+
+def inspect_split(config: Config, split: str) -> BetonInfo:
+    """Inspect the file `train` or `val` of a config, with the fields that it names."""
+    data = config.data
+    return inspect_beton(Path(getattr(data, split)), data.image_field, data.label_field)
 
 
 def dataset_fingerprint(
@@ -311,23 +318,32 @@ def _read_fields(path: Path, num_fields: int) -> tuple[list[str], list[int]]:
     return names, types
 
 
-def _pick_field(path: Path, names: list[str], types: list[int], type_id: int) -> int:
-    """Return the position of the one field of this type; of several int fields, the one named
-    label."""
+def _pick_field(path: Path, names: list[str], types: list[int], type_id: int, wanted: str) -> int:
+    """Return the position of the field of this type that is called `wanted`; where that is empty,
+    of the only one, or of several int fields of the one called label."""
+    kind, option = ("image", "image") if type_id == IMAGE_TYPE else ("int", "label")
     found = [i for i, other in enumerate(types) if other == type_id]
-    if type_id == INT_TYPE and len(found) > 1:
-        found = [i for i in found if names[i] == "label"]
-    if len(found) != 1:
-        what = (
-            "RGB image field"
-            if type_id == IMAGE_TYPE
-            else "int field (or, of several, one named label)"
-        )
+    if not found:
         raise InputError(
-            f"{path}: fields {names} must hold exactly one {what}; write the file again with `tdds"
-            " write`"
+            f"{path}: fields {names} hold no {kind} field; write the file again with `tdds write`"
         )
-    return found[0]
+    of_type = ", ".join(printable(names[i]) for i in found)
+    chosen = found
+    if wanted or (type_id == INT_TYPE and len(found) > 1):
+        chosen = [i for i in found if names[i] == (wanted or "label")]
+    if wanted and not chosen:
+        raise InputError(
+            f"{path} has no {kind} field {wanted!r}; set data.{option}_field (of `tdds check`:"
+            f" --{option}-field) to one of {of_type}, or leave it out where there is one"
+        )
+    if len(chosen) != 1:
+        first = printable(names[found[0]])
+        raise InputError(
+            f"{path} has {len(found)} {kind} fields: {of_type}; say in the config which one is"
+            f" meant, such as data.{option}_field={first} (of `tdds check`: --{option}-field"
+            f" {first})"
+        )
+    return chosen[0]
 
 
 def _allocated_bytes(
@@ -382,4 +398,4 @@ def content_here(config: Config) -> dict[str, dict[str, str]]:
     paths = Path(config.data.train), Path(config.data.val)
     if not all(path.is_file() for path in paths):
         return {}
-    return {"data": content_of((inspect_beton(paths[0]), inspect_beton(paths[1])))}
+    return {"data": content_of((inspect_split(config, "train"), inspect_split(config, "val")))}

@@ -108,19 +108,26 @@ class CheckResult:
 
 
 def check(
-    path: Path, *, quick: bool = False, num_workers: int | None = None, progress: bool = True
+    path: Path,
+    *,
+    quick: bool = False,
+    num_workers: int | None = None,
+    progress: bool = True,
+    image_field: str = "",
+    label_field: str = "",
 ) -> CheckResult:
     """Check structure, manifest, labels and every image; with `quick` only some hundred images,
     evenly spaced.
 
-    num_workers: decoding threads; by default the CPUs this process may use.
-    Raises InputError for all but bad images, which are in the result.
+    num_workers: decoding threads; by default the CPUs this process may use. image_field,
+    label_field: as for `inspect_beton`. Raises InputError for all but bad images, which are in the
+    result.
     """
     if num_workers is not None and num_workers < 1:
         raise InputError(
             f"num_workers={num_workers} must be at least 1; choose a number up to that of the CPUs"
         )
-    info = inspect_beton(path)
+    info = inspect_beton(path, image_field, label_field)
     index = _some(info.num_samples, QUICK_IMAGES) if quick else np.arange(info.num_samples)
     return _check_images(info, read_manifest(path), index, num_workers, progress)
 

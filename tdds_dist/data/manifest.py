@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from tdds_dist.config.run import Config
 from tdds_dist.data.beton import BetonInfo, _read_header, dataset_fingerprint, inspect_beton
 from tdds_dist.data.corruptions import KINDS
 from tdds_dist.errors import InputError
@@ -301,9 +302,11 @@ class Dataset:
     manifest: Manifest | None
 
 
-def read_dataset(beton: Path, num_classes: int = 0) -> Dataset:
-    """Read the samples of a .beton. `num_classes`: 0 where nothing but the file can tell."""
-    info, manifest = inspect_beton(beton), read_manifest(beton)
+def read_dataset(beton: Path, num_classes: int = 0, config: Config | None = None) -> Dataset:
+    """Read the samples of a .beton. `num_classes`: 0 where nothing but the file can tell. `config`
+    names the fields that hold image and label."""
+    fields = ("", "") if config is None else (config.data.image_field, config.data.label_field)
+    info, manifest = inspect_beton(beton, *fields), read_manifest(beton)
     is_known = num_classes > 0
     num_classes = (
         manifest.num_classes if manifest is not None else num_classes or int(info.label_N.max()) + 1

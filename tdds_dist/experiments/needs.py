@@ -21,7 +21,7 @@ import numpy as np
 from tdds_dist.config.run import Config
 from tdds_dist.config.scores import DENSE
 from tdds_dist.coreset.samplers import num_kept
-from tdds_dist.data.beton import inspect_beton
+from tdds_dist.data.beton import inspect_split
 from tdds_dist.data.manifest import check_classes, read_manifest
 from tdds_dist.distributed.partition import class_owners, rows_per_shard
 from tdds_dist.errors import InputError
@@ -180,13 +180,13 @@ def read_images(config: Config, num_samples: int | None) -> Images:
             f"data.train={path} does not exist, so the number of images is not known; give"
             f" --num-samples N, or write it with `tdds write SOURCE {path}`"
         )
-    info = inspect_beton(path)
+    info = inspect_split(config, "train")
     if info.label_N.min() < 0 or info.label_N.max() + 1 != config.data.num_classes:
         # a class may be known from the manifest only, or from the other file
-        there = [file for file in (path, Path(config.data.val)) if file.is_file()]
-        check_classes(
-            [(inspect_beton(file), read_manifest(file)) for file in there], config.data.num_classes
-        )
+        there = [info]
+        if Path(config.data.val).is_file():
+            there.append(inspect_split(config, "val"))
+        check_classes([(file, read_manifest(file.path)) for file in there], config.data.num_classes)
     pixels = int((info.width_N.astype(np.int64) * info.height_N).max())
     return Images(info.num_samples, str(path), pixels, info.label_N)
 

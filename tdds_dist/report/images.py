@@ -215,10 +215,12 @@ def spread(score_N: np.ndarray, label_N: np.ndarray) -> list[int]:
 
 def _open(facts: Facts, main: str) -> BetonInfo:
     """Open the training file; raise InputError when it is gone or holds other images."""
-    beton = Path(str(facts.config.get("data", {}).get("train", "")))
+    data = facts.config.get("data", {})
+    beton = Path(str(data.get("train", "")))
     if not beton.is_file():
         raise InputError(f"{beton} is no longer there.")
-    scores, info = facts.scores[main], inspect_beton(beton)
+    scores = facts.scores[main]
+    info = inspect_beton(beton, data.get("image_field", ""), data.get("label_field", ""))
     found = dataset_fingerprint(info, scores.fingerprint.num_classes)
     require_same_dataset(scores.fingerprint, found, f"score {main!r}")
     return info

@@ -368,13 +368,13 @@ def _open(source: Path, beton: Path | None) -> _Origin:
             " run, which gave it up (score.trajectory=false); its live scores are whole, others"
             " need another collection"
         )
-    label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton)
+    config = parse_config(run.read_config(), str(run.config_file)) if is_run else None
+    label_N, found = _labels(trajectory.labels(), trajectory.num_classes, beton, config)
     settings: dict[str, Any] = {"epochs": trajectory.num_epochs} | quarantine.noted(
         trajectory.quarantined
     )
-    if not is_run:
+    if config is None:
         return _Origin(trajectory, None, label_N, found, source, settings)
-    config = parse_config(run.read_config(), str(run.config_file))
     settings |= {"seed": config.run.seed, "world_size": run.read_env().get("world_size")}
     with suppress(InputError):  # a trajectory does not know the names of the classes
         known = any_scores(run.path).fingerprint.classes_sha256
@@ -437,11 +437,12 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
 
 
 def _labels(
-    label_N: np.ndarray, num_classes: int, beton: Path | None
+    label_N: np.ndarray, num_classes: int, beton: Path | None, config: Config | None = None
 ) -> tuple[np.ndarray, Fingerprint]:
     if beton is None:
         return label_N, fingerprint(label_N, num_classes)
-    info = inspect_beton(Path(beton))
+    fields = ("", "") if config is None else (config.data.image_field, config.data.label_field)
+    info = inspect_beton(Path(beton), *fields)
     if info.num_samples != len(label_N):
         raise InputError(
             f"--beton={beton} holds {info.num_samples} samples, the recorded outputs"

@@ -7,7 +7,6 @@ mixing.
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torchvision.transforms import v2
 
 from tdds_dist.config.run import Config
 from tdds_dist.console import log
-from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_beton
+from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_split
 from tdds_dist.data.check import quick_check
 from tdds_dist.data.loader import View, check_view
 from tdds_dist.data.manifest import Manifest, check_classes, num_shared, read_manifest
@@ -117,9 +116,9 @@ def open_files(
     """
     config.data.check_files()
     files, manifests = [], []
-    for path in (Path(config.data.train), Path(config.data.val)):
-        files.append(inspect_beton(path))
-        manifests.append(read_manifest(path))
+    for split in ("train", "val"):
+        files.append(inspect_split(config, split))
+        manifests.append(read_manifest(files[-1].path))
     names = [manifest.class_names if manifest is not None else [] for manifest in manifests]
     if all(names) and names[0] != names[1]:
         raise InputError(

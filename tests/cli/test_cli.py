@@ -24,6 +24,7 @@ from tdds_dist.coreset.samplers import min_max, top
 from tdds_dist.data.manifest import read_manifest
 from tdds_dist.runs.artifacts import load_coreset, load_scores
 from tdds_dist.runs.directory import RunDir
+from tests.make import write_several_fields
 
 
 def tdds(*arguments, ranks=1):
@@ -261,6 +262,27 @@ def test_export_import_and_compare(finished, tmp_path, capsys):
     done("compare", folder, "--pruning-rates", "0.5", "--out", tmp_path / "compare.csv")
     assert "moderate" in capsys.readouterr().out
     assert (tmp_path / "compare.csv").read_text().count("\n") > 3
+
+
+def test_every_reader_takes_the_fields_that_the_config_names(config_file, tmp_path, capsys):
+    beton, run = write_several_fields(tmp_path / "x.beton"), tmp_path / "run"
+    assert "say in the config" in refused(capsys, "check", beton)
+    done("check", beton, "--label-field", "fine", "--image-field", "large")
+    data = [f"data.train={beton}", f"data.val={beton}", "data.num_classes=2"]
+    fields = ["data.label_field=fine", "data.image_field=large"]
+    assert "say in the config" in refused(capsys, "plan", config_file, *data)
+    for command in ("plan", "collect"):
+        done(command, config_file, *data, *fields)
+    done("score", run, "--beton", beton, "--T", 3, "--K", 2, "--out", tmp_path / "s.npz")
+    done("export", run, "--format", "csv", "--beton", beton)
+    rows = (run / "export/scores.csv").read_text().splitlines()
+    label = rows[0].split(",").index("label")
+    assert [row.split(",")[label] for row in rows[1:]] == ["0", "1"] * 24
+    done("import", run / "export/scores.csv", "--column", WINDOWS[0], "--key", "x", "--run", run)
+    capsys.readouterr()
+    done("report", run, "--out", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("data:image") > 20
+    assert refused(capsys, "collect", config_file, *data, "data.label_field=row")
 
 
 # ---- bad input: exit code 2, one line, before training

@@ -38,6 +38,7 @@ from tdds_dist.data.beton import (
     stored_bytes,
 )
 from tdds_dist.data.check import check, quick_check
+from tdds_dist.data.loader import BetonLoader, View
 from tdds_dist.data.manifest import (
     check_labels,
     check_paths,
@@ -48,8 +49,10 @@ from tdds_dist.data.manifest import (
 from tdds_dist.data.pixels import PixelRules, pixel_rules
 from tdds_dist.data.sources import Source, open_source, with_corruption, with_label_noise
 from tdds_dist.data.writer import _check_size, write_beton
+from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import fingerprint
+from tests.make import write_several_fields
 
 METADATA = np.dtype([("", IMAGE), ("", "<i8")], align=True)
 METADATA_START = HEADER.itemsize + 2 * DESCRIPTOR.itemsize
@@ -245,6 +248,39 @@ def test_ffcvs_own_writer_and_all_its_fields_are_understood(tmp_path):
     assert check(info.path, progress=False).faults == {}
     zero_image(info, 19)
     assert check(info.path, progress=False).faults == {19: ["decode"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (("large", "fine"), ""),
+        (
+            ("", "fine"),
+            "has 2 image fields: small, large; say .* data.image_field=small .*--image-field small",
+        ),
+        (
+            ("large", ""),
+            "has 2 int fields: row, fine; say .* data.label_field=row .*--label-field row",
+        ),
+        (("large", "label"), "has no int field 'label'; set data.label_field .* one of row, fine"),
+        (("fine", "fine"), "has no image field 'fine'; set data.image_field .* small, large"),
+    ],
+)
+def test_one_of_several_fields_is_named(tmp_path, fields, said):
+    path = write_several_fields(tmp_path / "x.beton", 10)
+    if said:
+        with pytest.raises(InputError, match=said):
+            inspect_beton(path, *fields)
+        return
+    info = inspect_beton(path, *fields)
+    assert info.label_N.tolist() == [0, 1] * 5
+    assert [image[31, 31, 0] for image in read_images(path, [0, 9], info)] == [0, 45]
+    loader = BetonLoader(info, 10, View(32))
+    (batch,) = loader.batches(epoch_order(10, 10), rank=0, world_size=1, epoch=0)
+    index = batch.index.tolist()
+    assert sorted(index) == list(range(10))
+    assert batch.image[:, 0, 31, 31].tolist() == [5 * i for i in index]
+    assert batch.label.tolist() == [i % 2 for i in index]
 
 
 @pytest.mark.parametrize("write_mode", ["raw", "jpg"])
@@ -612,14 +648,14 @@ def test_what_is_no_file_is_refused(tmp_path, name):
         ("header", "num_samples", 0, 0, "0 samples"),
         ("header", "num_samples", 0, 2**64 - 1, "header corrupted"),
         ("header", "num_fields", 0, 0, "0 fields"),
-        ("header", "num_fields", 0, 1, "exactly one"),
+        ("header", "num_fields", 0, 1, "hold no int field"),
         ("header", "num_fields", 0, 3, NOT_WHOLE),
         ("header", "num_fields", 0, 65535, "."),
         ("header", "alloc_table_ptr", 0, 0, "not a finished file"),
         ("header", "alloc_table_ptr", 0, 2**64 - 1, "header corrupted"),
-        ("fields", "type_id", 0, 1, "exactly one RGB image field"),
-        ("fields", "type_id", 0, 0, "exactly one RGB image field"),
-        ("fields", "type_id", 1, 0, "exactly one int"),
+        ("fields", "type_id", 0, 1, "hold no image field"),
+        ("fields", "type_id", 0, 0, "hold no image field"),
+        ("fields", "type_id", 1, 0, "hold no int field"),
         ("fields", "type_id", 1, 255, "custom type 255"),
         ("fields", "type_id", 1, 77, "custom type 77"),
         ("metadata", "data_ptr", 17, 12345, "1 images, the first of them 17, are not in"),

@@ -189,7 +189,7 @@ def beton(tmp_path, monkeypatch):
     def holding(label_N: np.ndarray) -> Path:
         path = tmp_path / "train.beton"
         info = SimpleNamespace(path=path, num_samples=len(label_N), label_N=label_N)
-        monkeypatch.setattr(score_module, "inspect_beton", {path: info}.__getitem__)
+        monkeypatch.setattr(score_module, "inspect_beton", lambda found, *_: {path: info}[found])
         return path
 
     return holding
