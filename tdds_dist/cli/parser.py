@@ -725,7 +725,8 @@ def _add_export(parsers: Parsers) -> None:
             "parquet, csv   index, path, label, every score, its ranks, keep flags per pruning"
             " rate\npaths          the kept images, one path per line\nofficial      "
             " data_mask_*.npy and score_*.npy of the authors' code\ntorch-subset   a .pt with the"
-            " indices for torch.utils.data.Subset, and importances"
+            " indices for torch.utils.data.Subset, and importances\ncard           a folder for a"
+            " hub: README.md, the table as Parquet, the indices of every coreset"
         ),
     )
     stage.add_argument(

@@ -22,6 +22,7 @@ import torch
 
 from tdds_dist.config.run import parse_config
 from tdds_dist.coreset import samplers
+from tdds_dist.coreset.card import card_text
 from tdds_dist.coreset.select import choose, default_sampler, make_coreset
 from tdds_dist.data.manifest import Dataset, manifest_path, read_dataset
 from tdds_dist.errors import InputError
@@ -36,7 +37,7 @@ from tdds_dist.runs.artifacts import (
 )
 from tdds_dist.runs.directory import RunDir, write_keeping
 
-FORMATS = ("parquet", "csv", "paths", "official", "torch-subset")
+FORMATS = ("parquet", "csv", "paths", "official", "torch-subset", "card")
 DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of the keep flags, where no run says which
 CHUNK_ROWS = 1 << 16  # rows that are turned into Python objects, or into one row group, at a time
 
@@ -61,7 +62,7 @@ def export(
 
     `source` is a run directory, a score file or a coreset; `kind` one of FORMATS. Files go to
     RUN/export, or beside the file; `out` is the file to write (a folder: the file in it), for
-    `official` the folder. `pruning_rates` default to those of the run's config, else to
+    `official` and `card` the folder. `pruning_rates` default to those of the run's config, else to
     DEFAULT_RATES. Paths and labels come from `beton`, else from the run's data.train.
 
     Raises:
@@ -82,6 +83,8 @@ def export(
         )
     if kind == "official":
         return _export_official(given, _folder(source) if out is None else Path(out), rates)
+    if kind == "card":
+        return _export_card(given, out, rates, beton)
     notes: list[str] = []
     write: Callable[[IO[bytes]], object]
     if kind in ("csv", "parquet"):
@@ -350,6 +353,62 @@ def _write_parquet(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> N
         for first in range(0, len(columns["index"]), CHUNK_ROWS):
             rows = [array(values[first : first + CHUNK_ROWS]) for values in columns.values()]
             writer.write_table(pyarrow.table(rows, schema=schema))
+
+
+# ---- a folder for a hub
+
+
+def _export_card(
+    given: _Source, out: Path | None, rates: Sequence[float], beton: Path | None
+) -> tuple[list[Path], list[str]]:
+    """Write README.md, the table as Parquet, and the indices of each coreset as text, one per
+    line: of a run all its coresets, of scores one per pruning rate."""
+    folder = Path(out) if out is not None else _folder(given.path) / "card"
+    if folder.is_file():
+        raise InputError(f"out={folder} is a file, and card is several of them; give a folder")
+    notes: list[str] = []
+    if given.coreset is not None:
+        columns, meta = _coreset_table(given, given.coreset, beton, notes)
+        coresets = {given.path.stem: given.coreset}
+        settings = {given.coreset.score_key: given.coreset.settings}
+        found = given.coreset.fingerprint
+    else:
+        columns, meta = _score_table(given, rates or _configured_rates(given.run), beton, notes)
+        settings = {name: scores.settings for name, scores in given.scores.items()}
+        found = next(iter(given.scores.values())).fingerprint
+        coresets = {}
+        if given.path.is_dir():
+            for file in sorted(RunDir(given.path).coresets.glob("*.npz")):
+                coresets[file.stem] = load_coreset(file)
+        else:
+            name, scores = _one_scores(given, "card")
+            for rate in rates or _configured_rates(given.run):
+                coresets[f"{name}_p{rate:g}"], warnings = make_coreset(scores, rate)
+                notes += warnings
+    for name, coreset in coresets.items():
+        require_same_dataset(coreset.fingerprint, found, name)
+    dataset, _ = _dataset_of(given, beton, found)
+    text = card_text(
+        given.run.path.name if given.run is not None else given.path.stem,
+        "samples.parquet",
+        found,
+        None if dataset is None else dataset.manifest,
+        settings,
+        coresets,
+    )
+    writers: dict[Path, Callable[[IO[bytes]], object]] = {
+        folder / "README.md": lambda file: file.write(text.encode()),
+        folder / "samples.parquet": partial(_write_parquet, columns, meta),
+    }
+    for name, coreset in coresets.items():
+        writers[folder / "indices" / f"{name}.txt"] = partial(_write_indices, coreset)
+    for path, write in writers.items():
+        notes += write_keeping(path, write)
+    return [*writers], notes
+
+
+def _write_indices(coreset: Coreset, file: IO[bytes]) -> None:
+    file.write("".join(f"{index}\n" for index in coreset.index_M.tolist()).encode())
 
 
 # ---- the authors' pair

@@ -2,6 +2,8 @@
 the authors' pair."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +256,32 @@ def test_table_of_a_coreset(run, kind, label_N):
         np.float32
     )
     assert found_M.tobytes() == coreset.importance_M.tobytes()
+
+
+def test_card_of_a_run(run, tmp_path):
+    """Its table is that of the run, its index lists are the coresets, and its example runs."""
+    folder = tmp_path / "card"
+    paths, _ = export(run, "card", folder)
+    assert sorted(paths) == sorted(path for path in folder.rglob("*") if path.is_file())
+    (table,), _ = export(run, "parquet", tmp_path / "x.parquet")
+    assert (folder / "samples.parquet").read_bytes() == table.read_bytes()
+    files = [*(run / "coresets").glob("*.npz")]
+    for file in files:
+        indices = np.loadtxt(folder / "indices" / f"{file.stem}.txt", dtype=np.int64)
+        np.testing.assert_array_equal(indices, load_coreset(file).index_M)
+    text = (folder / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["configs"][0]["data_files"] == "samples.parquet"
+    assert load_coreset(files[0]).fingerprint.labels_sha256 in text
+    assert str(tmp_path) not in text
+    code = text.split("```python\n")[1].split("```")[0]
+    program = f"dataset = range({N})\n{code}\nprint(len(kept), samples.num_rows)"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True
+    )
+    first = sorted(file.stem for file in files)[0]
+    kept = load_coreset(run / "coresets" / f"{first}.npz").index_M
+    assert found.stdout.split() == [str(len(kept)), str(N)]
 
 
 def test_moderate_is_kept_from_the_centre_in_tables(score_file, label_N):
