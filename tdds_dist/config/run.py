@@ -36,6 +36,14 @@ class Run(Section):
     timeout_seconds: float = Field(
         600.0, gt=0, description="Longest wait in a collective before the job is ended, seconds."
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",),
+        description=(
+            "Where the numbers of epochs go besides metrics.jsonl, e.g. [tensorboard, mlflow]."
+            " wandb and mlflow have to be installed; their own variables say where they are"
+            " (WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI)."
+        ),
+    )
 
     @property
     def directory(self) -> Path:

@@ -46,6 +46,7 @@ class RunDir:
         self.log_file = self.path / "log.txt"
         self.status_file = self.path / "status.json"
         self.tensorboard = self.path / "tb"
+        self.trackers_file = self.path / "trackers.json"
         self.checkpoints = self.path / "checkpoints"
         self.trajectory = self.path / "trajectory"
         self.scores = self.path / "scores"
@@ -96,6 +97,7 @@ class RunDir:
             self.scores,
             self.models,
             self.tensorboard,
+            self.trackers_file,
         )
 
     def rewind(self, num_epochs: int) -> None:

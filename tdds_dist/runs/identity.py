@@ -23,7 +23,14 @@ SEED = "seed"  # decides the result, and is what seeds of one setting differ in
 DECIDES = "decides"  # every key that the table does not name
 
 KINDS: dict[str, str | dict[str, str]] = {
-    "run": {"name": PLACE, "dir": PLACE, "device": PLACE, "timeout_seconds": PLACE, "seed": SEED},
+    "run": {
+        "name": PLACE,
+        "dir": PLACE,
+        "device": PLACE,
+        "timeout_seconds": PLACE,
+        "trackers": PLACE,
+        "seed": SEED,
+    },
     # the files by name; their content is compared
     "data": {"train": PLACE, "val": PLACE, "num_workers": PLACE},
     "train": {

@@ -25,6 +25,7 @@ from tdds_dist.data.manifest import Manifest, check_classes, num_shared, read_ma
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint
 from tdds_dist.training.schedule import training_sizes
+from tdds_dist.training.trackers import check_trackers
 
 
 def preflight(
@@ -41,6 +42,7 @@ def preflight(
             "train.sync_batch_norm=true works on CUDA only, and without model.compile; set it to"
             " false"
         )
+    check_trackers(config)
     views = build_views(config)
     for file, view in zip((train_file, val_file), views, strict=True):
         check_view(file, view)

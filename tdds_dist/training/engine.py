@@ -40,6 +40,7 @@ from tdds_dist.training.build import (
 from tdds_dist.training.feed import Feed, Pass
 from tdds_dist.training.job import Job, Observer
 from tdds_dist.training.schedule import learning_rate, training_size, training_sizes
+from tdds_dist.training.trackers import Trackers
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class Trainer:
             self.importance_N = torch.from_numpy(job.importance_N).to(world.device)
         self.feed = feed or Feed(job)
         self.follows: Pass | None = None  # what is read after the pass that is under way
-        self.tensorboard = metrics.TensorBoard(job.run.tensorboard)
+        self.trackers = Trackers(config, job.run)
         self.group = collectives.control_group(config.run.timeout_seconds)
         self.consensus = collectives.Consensus(3, self.group)
         self._settle()
@@ -202,7 +203,7 @@ class Trainer:
             with collectives.together(job.world):
                 if job.world.is_main:
                     job.run.append_metrics(record)
-                    self.tensorboard.write(record)
+                    self.trackers.write(record)
                     line = metrics.epoch_line(
                         record, job.epochs, 0.0 if is_last else remaining_seconds
                     )
@@ -607,7 +608,7 @@ class Trainer:
     def close(self) -> None:
         """Finish reading and writing, and free the process group. A collective."""
         self.feed.close()
-        self.tensorboard.close()
+        self.trackers.close()
         self.consensus.settle([0, 0, 0])  # end the exchange that is under way
         collectives.release_group(self.group)
 

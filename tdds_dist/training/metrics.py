@@ -1,10 +1,8 @@
-"""Metrics of an epoch: accuracy on the evaluation file, memory, one line for people, scalars for
-TensorBoard."""
+"""Metrics of an epoch: accuracy on the evaluation file, memory, one line for people."""
 
 # B rows of this rank and forward pass, C classes, k best guesses
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,30 +83,6 @@ class Screen:
     def close(self) -> None:
         """Take the bar away."""
         self.progress.close()
-
-
-class TensorBoard:
-    """The numbers of epochs as TensorBoard scalars; nothing is imported or made before the
-    first."""
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-        self._writer: Any = None
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Write the numbers of epoch `record["epoch"]`; remove later ones of an earlier start."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._directory), purge_step=record["epoch"])
-        for key, value in record.items():
-            if key != "epoch" and value is not None:
-                self._writer.add_scalar(key, value, record["epoch"])
-
-    def close(self) -> None:
-        """Finish writing."""
-        if self._writer is not None:
-            self._writer.close()
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,56 @@
+"""Where the numbers of epochs go: MLflow's file store is real, as is TensorBoard."""
+
+import importlib.util
+
+import pytest
+
+from tdds_dist.config.run import load_config
+from tdds_dist.errors import InputError
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.training.trackers import Trackers, check_trackers
+
+mlflow = pytest.importorskip("mlflow")
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    return mlflow.MlflowClient(f"file:{tmp_path}/mlruns")
+
+
+def test_epochs_of_a_resumed_run_are_one_run_of_mlflow(client, config_file, tmp_path):
+    config = load_config(config_file, ["run.trackers=[tensorboard, mlflow]"])
+    run = RunDir(tmp_path / "run")
+    for epochs in ([0, 1], [2]):
+        with_all = Trackers(config, run)
+        for epoch in epochs:
+            with_all.write({"epoch": epoch, "val_top1": 10.0 * epoch, "lr": 0.1, "best": None})
+        with_all.close()
+    experiment = client.get_experiment_by_name("tdds")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == config.run.name
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.epochs"] == str(config.train.epochs)
+    history = client.get_metric_history(found.info.run_id, "val_top1")
+    assert [(each.step, each.value) for each in history] == [(0, 0.0), (1, 10.0), (2, 20.0)]
+    assert len([*run.tensorboard.iterdir()]) == 2
+
+
+def test_a_tracker_that_fails_ends_no_run(client, config_file, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://x")
+    config = load_config(config_file, ["run.trackers=[mlflow]"])
+    without = Trackers(config, RunDir(tmp_path / "run"))
+    for epoch in range(2):
+        without.write({"epoch": epoch, "lr": 0.1})
+    without.close()
+    assert caplog.text.count("MLflow failed") == 1
+    assert "the run goes on without it" in caplog.text
+
+
+def test_a_tracker_that_is_not_installed_is_refused(config_file, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = load_config(config_file, ["run.trackers=[wandb]"])
+    with pytest.raises(InputError, match=r"run\.trackers names wandb, .*`pip install wandb`"):
+        check_trackers(config)
+    check_trackers(load_config(config_file, ["run.trackers=[]"]))
