@@ -48,7 +48,7 @@ class _Console(logging.Handler):
         elif hasattr(record, "is_heading"):
             head, colon, rest = text.partition(":")
             text = paint(head, "bold", sys.stderr) + colon + rest
-        tqdm.write(text, file=sys.stderr)
+        _write(text)
 
 
 class LogFile(logging.Handler):
@@ -93,12 +93,18 @@ def speaking(quiet: bool = False) -> Iterator[list[str]]:
         log.propagate = propagate
 
 
-def is_terminal(stream: TextIO) -> bool:
+def _write(line: str) -> None:
+    """Write a line to standard error, above a bar; nowhere in a program that has closed it."""
+    if sys.stderr is not None:
+        tqdm.write(line, file=sys.stderr)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
     """Say whether the stream is a terminal that can show more than lines."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def paint(text: str, colour: str, stream: TextIO) -> str:
+def paint(text: str, colour: str, stream: TextIO | None) -> str:
     """Return the text as this stream shows it: coloured (bold, red, green, yellow) or as it is."""
     if os.environ.get("NO_COLOR") or not is_terminal(stream):
         return text
@@ -154,7 +160,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.start_t, self._bar.initial = time.time(), self._bar.n
         if self._plain and time.monotonic() - self._last_line >= self._patience + self._between:
             self._last_line = time.monotonic()
-            tqdm.write(self.line(), file=sys.stderr)
+            _write(self.line())
 
     def note(self, text: str, *, now: bool = False) -> None:
         """Set the short state behind the bar; shown `now`, or with the next step."""

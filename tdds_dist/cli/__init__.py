@@ -1,5 +1,6 @@
 """The command line: options (`parser`), what each command does with them (`commands`), what it says
-at its end (`outcome`), and exit codes (`main`). May import every room of the package; does not know
+at its end (`outcome`), what it needs around it (`surroundings`), and exit codes (`main`). May import
+every room of the package; does not know
 `launch`, whose commands are handed in.
 """
 

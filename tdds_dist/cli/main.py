@@ -7,7 +7,6 @@ adds a report of its own.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -19,7 +18,8 @@ from contextlib import contextmanager, redirect_stdout
 from tdds_dist.cli import commands
 from tdds_dist.cli.outcome import Outcome
 from tdds_dist.cli.parser import Commands, UsageError, parse
-from tdds_dist.console import paint, speaking
+from tdds_dist.cli.surroundings import PatientStream, fill_in_caches, open_standard_streams
+from tdds_dist.console import log, paint, speaking
 from tdds_dist.distributed.interruption import EXIT_RESUME, Interruption, Preempted
 from tdds_dist.errors import InputError, LostRankError
 from tdds_dist.text import same_command
@@ -30,7 +30,7 @@ _MAIN_SPEAKS_SECONDS = 2.0
 def main(arguments: Sequence[str] | None = None, extra_commands: Commands = ()) -> int:
     """Run one command; return the exit code."""
     code, message = outcome(arguments, extra_commands=extra_commands)
-    if message:
+    if message and sys.stderr is not None:
         print(
             message.replace(": error: ", f": {paint('error:', 'red', sys.stderr)} ", 1),
             file=sys.stderr,
@@ -92,9 +92,6 @@ def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -
         # a launcher queues its jobs again
         said = str(leaving) if "TDDS_JOB" in os.environ else _again(str(leaving), words)
         return EXIT_RESUME, f"tdds {options.stage}: {said}" if is_main or not leaving.agreed else ""
-    except BrokenPipeError:  # `tdds logs RUN | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0, ""
     except LostRankError as error:
         return 1, f"tdds {options.stage}: error: {error}"
 
@@ -103,9 +100,16 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> tuple[int, str]:
     """Run a stage and print its outcome; return the exit code, and the line about it."""
     quiet, as_json = (getattr(options, name, False) for name in ("quiet", "json"))
     if getattr(options, "prints_itself", False):
-        with redirect_stdout(sys.__stdout__ if isinstance(sys.stdout, _Output) else sys.stdout):
-            return (options.run(options) or Outcome()).exit_code, ""
+        is_ours = isinstance(sys.stdout, PatientStream) and sys.__stdout__ is not None
+        with redirect_stdout(sys.__stdout__ if is_ours else sys.stdout):
+            try:
+                return (options.run(options) or Outcome()).exit_code, ""
+            except BrokenPipeError:  # `tdds logs RUN | head`: nothing is left to do
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0, ""
     with speaking(quiet or not is_main) as warnings:
+        for line in fill_in_caches():
+            log.warning(line)
         with _nothing_printed(quiet or as_json):
             closing: Outcome = options.run(options) or Outcome()
         if is_main and as_json:
@@ -150,47 +154,23 @@ def _again(text: str, words: Sequence[str]) -> str:
     return f"{text}: {again}" if again.startswith("tdds ") else text
 
 
-class _Output(io.TextIOWrapper):
-    """Standard output whose reader may leave early (`tdds check FILE | head`): the stage goes on,
-    and its outcome counts."""
-
-    def write(self, text: str) -> int:
-        with self._unread():
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._unread():
-            super().flush()
-
-    @contextmanager
-    def _unread(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-
-
 def run(extra_commands: Commands = ()) -> None:
     """Run the program and leave the process without tearing the interpreter down: its order against
     the threads of gloo and FFCV would decide the exit code."""
     # no C++ traces about a rank that is gone: one line says it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if isinstance(out := sys.stdout, io.TextIOWrapper):
-        sys.stdout = _Output(
-            out.buffer,
-            out.encoding,
-            out.errors,
-            line_buffering=out.line_buffering,
-            write_through=out.write_through,
-        )
+    open_standard_streams()
     try:
         code = main(extra_commands=extra_commands)
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"tdds: error: {error}", file=sys.stderr)
+        code = 2
     except SystemExit as leaving:  # argparse
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:
         traceback.print_exc()
         code = 1
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed before we came
+    for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
