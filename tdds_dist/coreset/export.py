@@ -24,7 +24,7 @@ from tdds_dist.config.run import parse_config
 from tdds_dist.coreset import samplers
 from tdds_dist.coreset.card import card_text
 from tdds_dist.coreset.select import choose, default_sampler, make_coreset
-from tdds_dist.data.manifest import Dataset, manifest_path, read_dataset
+from tdds_dist.data.manifest import Dataset, manifest_path, not_utf8, read_dataset
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import (
     UNKNOWN_LABEL,
@@ -282,7 +282,7 @@ def _sample_columns(
     if manifest is None:
         notes.append(f"no column path: {why}")
     else:
-        columns["path"] = manifest.path
+        columns["path"] = _as_text(manifest.path)
     if dataset is not None:
         label_N = dataset.label_N
     if (label_N == UNKNOWN_LABEL).all():
@@ -513,4 +513,14 @@ def _paths(given: _Source, beton: Path | None, found: Fingerprint) -> list[str]:
     dataset, why = _dataset_of(given, beton, found)
     if dataset is None or dataset.manifest is None:
         raise InputError(f"the paths of {given.path} are not known: {why}")
-    return dataset.manifest.path
+    return _as_text(dataset.manifest.path)
+
+
+def _as_text(path_N: list[str]) -> list[str]:
+    """Return the paths; raise InputError for what no UTF-8 file can hold, which `write` refuses."""
+    if names := not_utf8(path_N):
+        raise InputError(
+            f"names that are not UTF-8: {len(names)} (such as {names[0]}); rename the images, write"
+            " the .beton again, and give it by --beton FILE"
+        )
+    return path_N

@@ -1,6 +1,7 @@
 """The manifest beside a .beton: the path, label, checksum and known noise of every global index."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,6 +194,15 @@ def check_paths(paths: Sequence[str]) -> None:
         raise ValueError(
             f"path {bad!r} must be relative, without `..`, backslashes and control characters"
         )
+
+
+def not_utf8(paths: Sequence[str]) -> list[str]:
+    """Return the paths that are not UTF-8, as bytes are written; no table or text can hold them."""
+
+    surrogate = re.compile("[\ud800-\udfff]")  # in the place of a byte
+    if not surrogate.search("\n".join(paths)):
+        return []
+    return [repr(os.fsencode(path))[1:] for path in paths if surrogate.search(path)]
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ written, checked and synced.
 import ctypes
 import multiprocessing
 import os
+import shlex
 import signal
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from tdds_dist.console import Progress
 from tdds_dist.data.beton import RAW, crc32_of_images, inspect_beton
-from tdds_dist.data.manifest import Manifest, check_paths, manifest_path, write_manifest
+from tdds_dist.data.manifest import Manifest, check_paths, manifest_path, not_utf8, write_manifest
 from tdds_dist.data.sources import Source
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import fingerprint, new_file_beside, sync
@@ -132,6 +133,13 @@ def _check_request(
         check_paths(source.path)
     except ValueError as error:
         raise InputError(f"{source.name}: {error}; rename the file") from error
+    if names := not_utf8(source.path):
+        folder = shlex.quote(source.name.removeprefix("imagefolder:"))
+        raise InputError(
+            f"{source.name}: names that are not UTF-8: {len(names)} (such as"
+            f" {', '.join(names[:3])}); rename them, from Windows's usual encoding by"
+            f" `convmv -f cp1252 -t utf8 -r --notest {folder}`"
+        )
 
 
 def _publish(temporary: Path, out: Path) -> None:

@@ -299,6 +299,19 @@ def test_moderate_is_kept_from_the_centre_in_tables(score_file, label_N):
     )
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "paths", "card"])
+def test_names_that_no_text_can_hold_are_refused(run, betons, tmp_path, kind):
+    beton = tmp_path / "old.beton"
+    beton.write_bytes(betons["train"].read_bytes())
+    manifest = read_manifest(betons["train"])
+    write_manifest(
+        tmp_path / "old.manifest.json", replace(manifest, path=["caf\udce9", *manifest.path[1:]])
+    )
+    source = next((run / "coresets").glob("*.npz"))
+    with pytest.raises(InputError, match=r"not UTF-8: 1 \(such as 'caf\\xe9'\); rename the images"):
+        export(source, kind, tmp_path / "out", beton=beton)
+
+
 # ---- kept samples
 
 

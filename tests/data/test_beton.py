@@ -584,6 +584,11 @@ def test_an_existing_file_is_overwritten_only_on_request(tmp_path):
         ("x.beton", {"num_workers": 0}, "num_workers=0"),
         ("a file/y.beton", {}, "cannot write"),
         ("x.beton", {"path": ["ok", "a\nb"]}, "must be relative.*rename the file"),
+        (
+            "x.beton",
+            {"path": ["\u20ac", "cat/caf\udce9"]},
+            r"names that are not UTF-8: 1 \(such as 'cat/caf\\xe9'\).*`convmv -f cp1252",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(tmp_path, name, settings, message):
