@@ -6,9 +6,11 @@ it is written. Keeps account of every other file, of links, and of images that a
 
 # N images of the split
 
+import errno
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +44,8 @@ _SYSTEM_NAMES = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__"),
     *("system volume information", "thumbs.db", "desktop.ini"),
 }
+# of a link that leads nowhere: the target is gone, below a file, the link itself, or no name at all
+_LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _MAX_KINDS = 12  # of files left out, which are named
 
 
@@ -69,6 +73,16 @@ def _ids_above(folder: str) -> set[tuple[int, int]]:
     return {_id(os.stat(path)) for path in (real, *real.parents)}
 
 
+def _is(test: Callable[[], bool]) -> bool:
+    """Say what a test of a directory entry finds; False for a link that leads nowhere."""
+    try:
+        return test()
+    except OSError as error:
+        if error.errno not in _LEADS_NOWHERE:
+            raise
+        return False
+
+
 def subfolders(folder: Path) -> list[Path]:
     """Return the folders in it by name, without those of the system and links to a folder above."""
     above = _ids_above(str(folder))
@@ -76,7 +90,7 @@ def subfolders(folder: Path) -> list[Path]:
         return sorted(
             Path(entry.path)
             for entry in entries
-            if entry.is_dir()
+            if _is(entry.is_dir)
             and not _is_hidden(entry.name)
             and not (entry.is_symlink() and _id(entry.stat()) in above)
         )
@@ -88,7 +102,7 @@ def has_image(folder: Path, max_looks: int | None = None, deep: bool = True) -> 
     unknown: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir() or _is_hidden(entry.name):
+            if _is(entry.is_dir) or _is_hidden(entry.name):
                 continue
             if entry.name.lower().endswith(_KNOWN_EXTENSIONS):
                 return True
@@ -113,12 +127,11 @@ def _look(path: str) -> str:
             return "image"
     except Image.DecompressionBombError:
         return "image"  # too large, which the writer says
-    except FileNotFoundError:
-        return "broken link"
     except PermissionError:
         return "unreadable"
-    except Exception:  # decoders raise many kinds over a header that they cannot read
-        return kind
+    except Exception as error:  # decoders raise many kinds over a header that they cannot read
+        nowhere = isinstance(error, OSError) and error.errno in _LEADS_NOWHERE
+        return "broken link" if nowhere else kind
 
 
 def _kind(path: str) -> str:
@@ -265,7 +278,7 @@ class Scan:
         """Account for images and folders beside the class folders that belong to no class."""
         with os.scandir(root) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir():
+                if _is(entry.is_dir):
                     if _is_hidden(entry.name):
                         self._leave_out("hidden", entry.path)
                     elif entry.is_symlink() and _id(entry.stat()) in _ids_above(str(root)):
@@ -292,7 +305,7 @@ class Scan:
                 name = entry.name
                 if _is_hidden(name):
                     self._leave_out("hidden", entry.path)
-                elif entry.is_dir():
+                elif _is(entry.is_dir):
                     below.append(entry.path)
                 elif not name.lower().endswith(self._known):
                     unknown.append(name)
@@ -301,7 +314,7 @@ class Scan:
                         known.append((name, hash((own[0], entry.inode()))))
                     else:
                         self._leave_out("no file", entry.path)
-                elif entry.is_file():
+                elif _is(entry.is_file):
                     known.append((name, hash(_id(entry.stat()))))
                     self._links["files"].append(entry.path)
                 else:

@@ -322,7 +322,14 @@ def test_one_file_in_two_classes_is_said(tmp_path, caplog):
         read(tmp_path, strict=True)
 
 
-def test_links_to_what_is_not_there_are_refused(tmp_path):
-    make(tmp_path, *cat_and_dog("."), "cat/2.jpg -> gone.jpg")
+@pytest.mark.parametrize("target", ["gone.jpg", "2.jpg", "1.jpg/2", "x" * 300])
+def test_links_that_lead_nowhere_are_refused_where_an_image_was_meant(tmp_path, target):
+    make(tmp_path, *cat_and_dog("."), f"cat/2.jpg -> {target}")
     with pytest.raises(InputError, match=r"not there: cat/2.jpg; bring the files back, or remove"):
         read(tmp_path)
+    (tmp_path / "cat/2.jpg").rename(tmp_path / "cat/link")
+    make(tmp_path, "loop -> loop", "below -> cat/1.jpg/2")
+    if target == "2.jpg":
+        (tmp_path / "cat/link").unlink()
+        make(tmp_path, "cat/link -> link")
+    assert "1 broken link (such as cat/link)" in "\n".join(read(tmp_path).notes)
