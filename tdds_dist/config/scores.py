@@ -87,6 +87,8 @@ def check_window(window: Window, preset: str, num_epochs: int | None = None) -> 
             " average"
         )
     low, high = (2, window.T) if preset == "official" else (1, window.T - 1)
+    if window.T < 2:
+        raise InputError(f"T={window.T} is too short for a window; use at least 2 epochs")
     if not low <= window.K <= high:
         raise InputError(
             f"K={window.K} must lie in [{low}, {high}] for T={window.T} and preset {preset!r}; "
