@@ -37,7 +37,7 @@ ONLY_IN = {
     "ffcv": {"data.writer", "data.loader", "data.decode"},
     "numba": {"data.loader", "data.decode"},
     "matplotlib": {"report.charts"},
-    "pyarrow": {"coreset.export"},
+    "pyarrow": {"coreset.export", "data.archives"},
     "torch.distributed": {
         "distributed.world",
         "distributed.collectives",

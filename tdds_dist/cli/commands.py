@@ -75,6 +75,8 @@ def write(options: argparse.Namespace) -> Outcome:
         formats=options.formats,
         strict=options.strict,
         pixels=pixel_rules(options.exif, options.background, options.grey_range),
+        image_field=options.image_field,
+        label_field=options.label_field,
     )
     source = with_corruption(
         with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed
@@ -140,6 +142,7 @@ def _after_write(options: argparse.Namespace, source: "Source") -> tuple[str, li
     )
     usual = {"max_resolution": None, "write_mode": "jpg", "quality": 90, "formats": "pillow"}
     usual |= {"exif": "turn", "background": "white", "grey_range": None}
+    usual |= {"image_field": "", "label_field": ""}
     given = [
         word
         for option in usual

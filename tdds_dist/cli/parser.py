@@ -196,10 +196,12 @@ def _add_write(parsers: Parsers) -> None:
         description=(
             "Write images to an FFCV file (.beton) and a manifest (index -> path, label) beside"
             " it.\n\nSOURCE is one of\n  imagefolder:DIR          DIR/<split>/<class>/<image>, or"
-            " DIR/<class>/<image> with --holdout\n  cifar10:DIR, cifar100:DIR  the extracted"
-            " archive of the python version in DIR\n  digits                   scikit-learn's"
-            " digits at 32x32, a fixed stratified 80/20 split\n  synthetic:N,CLASSES,SIZE random"
-            " images for benchmarks"
+            " DIR/<class>/<image> with --holdout\n  parquet:DIR              Hugging Face image"
+            " data sets: DIR/data/train-*.parquet and so on\n  webdataset:SHARDS        tar shards,"
+            " such as webdataset:'{train,val}-{000..099}.tar'\n  cifar10:DIR, cifar100:DIR  the"
+            " extracted archive of the python version in DIR\n  digits                  "
+            " scikit-learn's digits at 32x32, a fixed stratified 80/20 split"
+            "\n  synthetic:N,CLASSES,SIZE random images for benchmarks"
         ),
     )
     stage.add_argument(
@@ -237,6 +239,24 @@ def _add_write(parsers: Parsers) -> None:
         "--strict",
         action="store_true",
         help="refuse DIR when a file in it is left out, or is there twice",
+    )
+    stage.add_argument(
+        "--image-field",
+        default="",
+        metavar="NAME",
+        help=(
+            "of parquet: the column of the images; of webdataset: their suffix (default: the only"
+            " one there is)"
+        ),
+    )
+    stage.add_argument(
+        "--label-field",
+        default="",
+        metavar="NAME",
+        help=(
+            "of parquet: the column of the labels (default: the only one, or label); of webdataset:"
+            " their suffix, or the key of .json (default: cls, then the key label)"
+        ),
     )
     stage.add_argument(
         "--max-resolution",

@@ -1,5 +1,5 @@
-"""Sources of images: folders, CIFAR archives, scikit-learn's digits, synthetic images; and noise on
-purpose.
+"""Sources of images: folders, Parquet files, tar shards, CIFAR archives, scikit-learn's digits,
+synthetic images; and noise on purpose.
 
 Owns the order of a dataset's samples (the global index of a sample is its position here, for ever),
 their labels, class names and paths, and reading one image by index. `writer` writes them to a file.
@@ -9,6 +9,7 @@ from a seed and the index alone.
 
 # N samples of the source, C classes
 
+import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from tdds_dist.data.archives import read_parquet, read_webdataset
 from tdds_dist.data.corruptions import KINDS, corrupt
 from tdds_dist.data.folders import SPLITS, read_folder
 from tdds_dist.data.pixels import PixelRules, read_rgb
 from tdds_dist.errors import InputError
 
-FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES,SIZE"
+FORMS = (
+    "imagefolder:DIR, parquet:DIR, webdataset:SHARDS, cifar10:DIR, cifar100:DIR, digits,"
+    " synthetic:N,CLASSES,SIZE"
+)
+_ARCHIVES = {"parquet": read_parquet, "webdataset": read_webdataset}
 SPLIT_SEED, SUBSET_SEED, SYNTHETIC_SEED = 20, 21, 22
 # which labels, which images, what is done to an image
 LABEL_NOISE_SEED, CORRUPTED_SEED, CORRUPTION_SEED = 24, 25, 26
@@ -53,6 +59,8 @@ class Source:
     # what was done to the pixels of images, by the words of `pixels`: counted as they are read, and
     # by `writer` over all of them
     tally: Counter[str] = field(default_factory=Counter)
+    # int64, ascending to N: parts that are fast when one process reads them in order; None without
+    part_end: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label_N)
@@ -73,6 +81,8 @@ def open_source(
     formats: str = "pillow",
     strict: bool = False,
     pixels: PixelRules | None = None,
+    image_field: str = "",
+    label_field: str = "",
 ) -> Source:
     """Open the source that `spec` names; `subset` keeps that many samples, drawn class by class
     with a fixed seed.
@@ -80,24 +90,34 @@ def open_source(
     split: "train" or "val"; None is train, where no folder's name has to be guessed. holdout: of a
     source with one split, the share of each class that is its val split; `seed` draws it. formats:
     which files of a folder are images, "pillow" or "torchvision". strict: refuse a folder of which
-    a file is left out. pixels: what becomes of the pixels of a folder's files, by default
-    `PixelRules()`. Raises InputError for an unknown spec or split, missing or contradictory data,
-    and a subset larger than the source.
+    a file is left out. pixels: what becomes of the pixels of image files, by default
+    `PixelRules()`. image_field, label_field: which column or member of an archive they are. Raises
+    InputError for an unknown spec or split, missing or contradictory data, and a subset larger than
+    the source.
     """
     kind, _, rest = spec.partition(":")
     if split not in (None, *SPLITS):
         raise InputError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
     if formats != "pillow" and kind != "imagefolder":
         raise InputError(f"formats={formats} is for imagefolder:DIR, not for {spec}; leave it out")
-    if pixels not in (None, PixelRules()) and kind != "imagefolder":
+    if pixels not in (None, PixelRules()) and kind not in ("imagefolder", *_ARCHIVES):
         raise InputError(
-            f"exif, background and grey_range are for imagefolder:DIR, not for {spec}; leave them"
+            f"exif, background and grey_range are for files of images, not for {spec}; leave them"
             " out"
+        )
+    if (image_field or label_field) and kind not in _ARCHIVES:
+        raise InputError(
+            "image_field and label_field are for parquet:DIR and webdataset:SHARDS, not for"
+            f" {spec}; leave them out"
         )
     # the whole of its only split; one that has two is refused
     part = "train" if holdout else split
     if kind == "imagefolder" and rest:
         source = _imagefolder(spec, Path(rest), part, formats, strict, pixels or PixelRules())
+    elif kind in _ARCHIVES and rest:
+        # of one that has no split of this kind, all of it
+        part = None if holdout else split
+        source = _archive(spec, part, pixels or PixelRules(), image_field, label_field)
     elif kind in ("cifar10", "cifar100") and rest:
         source = _cifar(spec, kind, rest, part or "train")
     elif kind == "synthetic" and rest:
@@ -204,6 +224,9 @@ def _pick(source: Source, index: np.ndarray, settings: dict[str, Any]) -> Source
         source,
         path=[source.path[i] for i in index],
         label_N=source.label_N[index],
+        part_end=None
+        if source.part_end is None
+        else np.unique(np.searchsorted(index, source.part_end)),
         reader=lambda i: source.reader(int(index[i])),
         settings=source.settings | settings,
         true_label_N=None if source.true_label_N is None else source.true_label_N[index],
@@ -322,6 +345,40 @@ def _imagefolder(
         notes=found.notes,
         num_left_out=found.num_left_out,
         tally=tally,
+    )
+
+
+# --- archives ---
+
+
+def _archive(
+    spec: str, split: str | None, pixels: PixelRules, image_field: str, label_field: str
+) -> Source:
+    """Read the image files that lie in Parquet files or tar shards (see `archives`)."""
+    kind, _, rest = spec.partition(":")
+    found = _ARCHIVES[kind](spec, rest, split, image_field, label_field)
+    tally: Counter[str] = Counter()
+
+    def read(index: int) -> np.ndarray:
+        stored = found.stored(index)
+        try:
+            return read_rgb(io.BytesIO(stored), pixels, tally)
+        except UnidentifiedImageError:
+            raise ValueError(f"{len(stored):,} bytes that are no image Pillow reads") from None
+
+    return Source(
+        spec,
+        found.split,
+        found.class_names,
+        found.path,
+        found.label_N,
+        read,
+        settings=pixels.settings | found.settings,
+        splits=found.splits,
+        other=spec if len(found.splits) > 1 else None,
+        notes=found.notes,
+        tally=tally,
+        part_end=found.part_end,
     )
 
 

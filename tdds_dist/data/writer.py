@@ -321,14 +321,17 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
     image_field.max_resolution = None  # FFCV shrinks slivers to no pixel
     try:
         with allocator:
+            first = last = 0
             while True:
-                with next_sample.get_lock():
-                    first = next_sample.value
-                    next_sample.value = last = min(first + SAMPLES_PER_CLAIM, len(source))
                 if first == last:
-                    break
+                    with next_sample.get_lock():
+                        first = next_sample.value
+                        next_sample.value = last = _claim_end(source, first)
+                    if first == last:
+                        break
+                end = min(first + SAMPLES_PER_CLAIM, last)
                 bad = {}
-                for i in range(first, last):
+                for i in range(first, end):
                     if write_mode == "proportion":  # FFCV's own draw differs from run to run
                         as_jpg = (
                             np.random.default_rng([PROPORTION_SEED, i]).random() < JPG_PROPORTION
@@ -339,10 +342,19 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
                     )
                     if reason is not None:
                         bad[i] = reason
-                sender.send((last - first, bad))
+                sender.send((end - first, bad))
+                first = end
         sender.send((allocator.allocations, source.tally))
     except OSError as error:  # of the output: the disk is full
         sender.send(error)
+
+
+def _claim_end(source: Source, first: int) -> int:
+    """Return where the samples end that a process takes from `first` on: with its part of the
+    source, where it has parts."""
+    if source.part_end is None or first == len(source):
+        return min(first + SAMPLES_PER_CLAIM, len(source))
+    return int(source.part_end[np.searchsorted(source.part_end, first, side="right")])
 
 
 def _encode_sample(

@@ -381,7 +381,7 @@ def test_what_was_done_to_pixels_is_counted_over_all_workers_and_recorded(tmp_pa
         assert [int(image.mean()) for image in images] == [
             mean if i % 7 == 0 else 0 for i in range(70)
         ]
-    with pytest.raises(InputError, match="are for imagefolder:DIR, not for digits"):
+    with pytest.raises(InputError, match="are for files of images, not for digits"):
         open_source("digits", pixels=pixel_rules(background="black"))
 
 

@@ -28,7 +28,7 @@ def save(
     Image.new(mode, size, color).save(path)  # type: ignore[arg-type]
 
 
-FORMS = "imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic:N,CLASSES,SIZE"
+FORMS = "imagefolder:DIR, parquet:DIR, webdataset:SHARDS, cifar10:DIR, .*, digits, synthetic:N"
 ARCHIVE = r"download https://\S+python.tar.gz and unpack it with `tar"
 
 
