@@ -4,6 +4,10 @@
 and keeps its traceback. A message says three things: the value, the rule, the way out.
 """
 
+import re
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 
 class InputError(ValueError):
     """A value from outside (config, file, command line, logits) that breaks a rule.
@@ -15,7 +19,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, *, shared: bool = False):
-        super().__init__(message)
+        # names of files may hold line feeds; the message is one line
+        super().__init__(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], message))
         self.shared = shared
 
 

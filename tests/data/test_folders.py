@@ -177,6 +177,15 @@ def test_what_can_be_read_in_two_ways_is_refused(tmp_path, names, split, said):
         read(tmp_path, split)
 
 
+@pytest.mark.parametrize("sign", ["\n", "\r", "\x1b", "\x85", "\u2028"])
+def test_a_name_with_line_feeds_is_refused_in_one_line(tmp_path, sign):
+    make(tmp_path, *cat_and_dog("train", "val"), f"val/a{sign}b/1.jpg")
+    with pytest.raises(InputError) as refusal:
+        read(tmp_path)
+    assert sign not in str(refusal.value)
+    assert f"move {tmp_path}/val/a{repr(sign)[1:-1]}b out" in str(refusal.value)
+
+
 def test_no_way_out_leads_back(tmp_path):
     """A class without training images: each of the two ways out, from either split."""
     make(tmp_path, "train/cat/1.jpg", *cat_and_dog("val"))
