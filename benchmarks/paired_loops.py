@@ -254,7 +254,7 @@ class Bench:
             setting.size,
             setting.side == setting.size,
             setting.rows,
-            default_workers(world.local_world_size),
+            default_workers(world.ranks_per_cpu),
             setting.channels_last,
             setting.compile,
             world.device,

@@ -225,6 +225,7 @@ def _join(
             device_id=device,
         )
         return [place]
+    has_met = False
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun on one node; on several, nodes count restarts differently
@@ -238,7 +239,13 @@ def _join(
         store.set(f"tdds/place/{rank}", json.dumps(place))
         texts = store.multi_get([f"tdds/place/{other}" for other in range(world_size)])
         places: list[dict[str, Any]] = [json.loads(text) for text in texts]
-        check_gpus(places)
+        try:
+            check_gpus(places)
+        except InputError:
+            if rank == 0:
+                time.sleep(_HOST_STAYS_SECONDS)  # with plain env:// the store ends with it
+            raise
+        has_met = True
         dist.init_process_group(
             backend,
             store=store,
@@ -251,6 +258,12 @@ def _join(
     except InputError:
         raise
     except (dist.DistError, RuntimeError, ValueError) as error:
+        if has_met and device is not None:  # NCCL starts here; its cause comes last
+            raise LostRankError(
+                f"rank {os.environ.get('RANK')}: NCCL could not start"
+                f" ({' '.join(str(error).split())[-300:]}); NCCL_DEBUG=INFO says more; run the same"
+                " command again to go on"
+            ) from error
         where = (
             f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}"
             f" MASTER_PORT={os.environ.get('MASTER_PORT')}"

@@ -156,7 +156,10 @@ class Checkpoints:
         if in_background or self._buffers:  # else torch's writer makes a copy of its own
             tensors = self._staged(tensors)
 
+        self._defect = RuntimeError(f"the thread of checkpoint {step} did not begin")
+
         def write() -> None:
+            self._defect = None
             try:
                 self._error = self._write(step, folder, record, tensors)
             except BaseException as error:  # raised where the main thread looks

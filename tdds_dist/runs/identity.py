@@ -37,7 +37,7 @@ KINDS: dict[str, str | dict[str, str]] = {
         "accumulation": MAY_CHANGE,
         "log_every": PLACE,
         "eval_every": MAY_CHANGE,
-        "static_graph": PLACE,
+        "static_graph": MAY_CHANGE,
     },
     "score": {"baselines": PLACE, "final_pass": MAY_CHANGE, "on_nan": MAY_CHANGE},
     "retrain": PLACE,  # the parts that a retraining uses are in its train.* and its record

@@ -28,7 +28,9 @@ class GoodBuffers:
     """The last finite values of a network's floating-point buffers, each by itself."""
 
     def __init__(self, model: nn.Module):
-        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._buffers = [
+            buffer for buffer in model.buffers() if buffer.is_floating_point() and buffer.numel()
+        ]
         if not self._buffers:
             return
         sizes = [buffer.numel() for buffer in self._buffers]

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tdds_dist.data.loader import default_workers
 from tdds_dist.distributed import collectives, world
 from tdds_dist.distributed.world import check_gpus, ranks_per_cpu, session
-from tdds_dist.errors import InputError
+from tdds_dist.errors import InputError, LostRankError
 from tests import ranks
 from tests.jobs import free_port
 
@@ -124,6 +125,20 @@ def test_ranks_that_may_run_on_the_same_cpus(cpus_W, shared_W):
     places = [{"host": "one", "cpus": sorted(cpus)} for cpus in cpus_W]
     elsewhere = [place | {"host": "two"} for place in places]
     assert [ranks_per_cpu(place, places + elsewhere) for place in places] == shared_W
+
+
+def test_nccl_that_does_not_start_is_no_bad_input(monkeypatch):
+    """So that a job is queued again; the cause stands at the end of NCCL's text."""
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, text in (environment | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, text)
+
+    def fail(*_, **__):
+        raise dist.DistBackendError("NCCL error in: " + "x" * 400 + " the cause")
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(LostRankError, match=r"rank 0: NCCL could not start \(.*the cause\)"):
+        world._join("gloo", timedelta(seconds=20), {}, torch.device("cuda", 0))
 
 
 @pytest.mark.distributed

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tdds_dist.console import speaking
-from tdds_dist.distributed import collectives
+from tdds_dist.distributed import collectives, host_memory
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.collectives import as_shard, own_rows
 from tdds_dist.distributed.partition import shard_bounds
@@ -1081,3 +1081,12 @@ def test_a_hostile_tensor_is_refused(two, tmp_path):
     (folder / META).write_bytes(pickle.dumps(metadata))
     refused(directory, {"weight": torch.zeros(3, 4, 5)})
     assert not mark.exists()
+
+
+def test_a_thread_that_does_not_begin_is_no_saved_checkpoint(tmp_path, monkeypatch):
+    """As where choosing the device fails."""
+    monkeypatch.setattr(host_memory.DeviceThread, "run", lambda self: None)
+    checkpoints = Checkpoints(tmp_path, LONE)
+    checkpoints.save(1, {"x": torch.zeros(2)}, {})
+    with pytest.raises(RuntimeError, match="the thread of checkpoint 1 did not begin"):
+        checkpoints.finish()
