@@ -128,8 +128,6 @@ def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
     assert [part.time_minutes for part in (collect, select, retrain, report)] == [60, 60, 30, 60]
     doctor = cluster.for_stage("doctor")
     assert (doctor.num_ranks, doctor.gpus_per_node, doctor.time_minutes) == (32, 8, 10)
-    doctor = cluster.for_stage("doctor")
-    assert (doctor.num_ranks, doctor.gpus_per_node, doctor.time_minutes) == (32, 8, 10)
 
 
 # a whole file, or keys beside executor=slurm and time_minutes=5; words of the message
