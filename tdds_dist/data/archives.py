@@ -122,6 +122,18 @@ def _expanded(spec: str, text: str) -> list[str]:
     return [name for word in words for name in _expanded(spec, f"{head}{word}{tail}")]
 
 
+def _one_of(
+    found: list[tuple[Path, str]], groups: dict[tuple[Path, str], list[Path]], suffix: str
+) -> str:
+    """Return what names the first of several data sets: its folder, or a pattern of its files."""
+    (parent, name), (other, _) = found[:2]
+    if parent != other:
+        return str(parent.parent if not name and split_role(parent.name) else parent)
+    stem = groups[parent, name][0].stem
+    number = "" if stem == name else stem[len(name) : len(name) + 1] * bool(name) + "[0-9]*"
+    return f"'{parent / f'{name}{number}{suffix}'}'"
+
+
 def _role(name: str) -> str | None:
     """Return the split that the name of some files says: train, val or test."""
     if whole := split_role(name):
@@ -167,8 +179,7 @@ def _find_splits(spec: str, rest: str, suffix: str, split: str | None) -> _Split
             raise InputError(
                 f"{spec}: {shown[role]} are several data sets"
                 + (f", or several splits for {role}" if role else "")
-                + f"; name the files of one, such as {spec.partition(':')[0]}:"
-                f"'{found[0][0] / found[0][1]}*{suffix}'"
+                + f"; name one, such as {spec.partition(':')[0]}:{_one_of(found, groups, suffix)}"
             )
     unnamed = by_role.pop("", [])
     if unnamed and by_role and is_named:

@@ -158,6 +158,7 @@ def test_a_row_group_is_read_once_and_never_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(_Rows, "_read", staticmethod(counted))
     assert greys(source) == list(range(100))
     assert reads == [16] * 6 + [4]
+    assert [int(source.read(i)[0, 0, 0]) for i in (70, 69, 3, 90)] == [70, 69, 3, 90]
 
 
 def test_shards(tmp_path):
@@ -258,8 +259,8 @@ def test_both_are_written_by_several_processes(tmp_path, capsys):
         ({"test": {}}, {"split": "train"}, r"has test\* but no train split; add it"),
         ({"part-0": {}, "part-1": {}}, {"split": "val"}, "say no split; hold out"),
         ({"a/train": {}, "b/train": {}}, {}, "are several data sets, or several splits for train"),
-        ({"train-0": {}, "train_small-0": {}}, {}, "several splits for train; name the files of one"),
-        ({"cifar10": {}, "cifar100": {}}, {}, "are several data sets; name the files"),
+        ({"train-0": {}, "train_small-0": {}}, {}, "several splits for train; name one, such as"),
+        ({"cifar10": {}, "cifar100": {}}, {}, "are several data sets; name one"),
         ({"train-0": {}, "train-1": {"names": ("a", "b")}}, {}, "train-1.parquet has other columns or"),
         ({"train": {"labels": [], "label_type": pa.int64()}}, {}, "no row"),
     ],
@@ -269,6 +270,27 @@ def test_parquet_that_is_refused(tmp_path, files, options, said):
         write_rows(tmp_path / f"{name}.parquet", **{"labels": [0, 1]} | columns)
     with pytest.raises(InputError, match=said):
         open_source(f"parquet:{tmp_path}", **options)
+
+
+@pytest.mark.parametrize(
+    ("names", "one"),
+    [
+        (["a/train/0000", "a/test/0000", "b/train/0000", "b/test/0000"], "a"),
+        (["a/train-0", "b/train-0"], "a"),
+        (["train-0", "train-1", "train_small-0"], "'train-[0-9]*.parquet'"),
+        (["cifar10", "cifar100"], "'cifar10.parquet'"),
+        (["0000", "0001", "part-0"], "'[0-9]*.parquet'"),
+    ],
+)
+def test_the_way_out_of_several_data_sets_is_one_of_them(tmp_path, names, one):
+    for number, name in enumerate(names):
+        write_rows(tmp_path / f"{name}.parquet", [number])
+    with pytest.raises(InputError, match="such as parquet:") as refusal:
+        open_source(f"parquet:{tmp_path}")
+    said = str(refusal.value).rpartition("parquet:")[2]
+    assert said.replace(f"{tmp_path}/", "") == one
+    labels = open_source("parquet:" + said.strip("'")).label_N.tolist()
+    assert labels == list(range(2 if names[1].startswith(("train-1", "0001")) else 1))
 
 
 GOOD = {"a.png": png(1), "a.cls": b"0"}
