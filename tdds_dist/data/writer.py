@@ -93,6 +93,11 @@ def write_beton(
         write_manifest(manifest_path(temporary), manifest)
         _publish(temporary, out)
     except OSError as error:
+        if str(error.filename).startswith("/psm_"):  # memory that the workers share
+            raise InputError(
+                f"cannot write /dev/shm ({error.strerror}); mount it to be written, in a container"
+                " by --shm-size=1g"
+            ) from error
         raise InputError(
             f"cannot write {out} ({error}); free space there, or choose another folder"
         ) from error

@@ -87,7 +87,8 @@ def test_no_folder_at_all_is_said(bare, monkeypatch):
 )
 def test_the_work_is_done_without_standard_streams(tmp_path, streams):
     command = f"{sys.executable} -m tdds_dist write synthetic:8,2,16 x.beton --num-workers 1"
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    # something to say before the work
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "NUMBA_CACHE_DIR": f"{NOWHERE}/x"}
     shell = ["bash", "-c", f"{command} {streams}; exit ${{PIPESTATUS[0]}}"]
     assert subprocess.run(shell, cwd=tmp_path, env=environment, timeout=60).returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["x.beton", "x.manifest.json"]
