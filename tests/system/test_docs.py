@@ -45,6 +45,8 @@ OPTIONS_OF_OTHERS = {
         "--gpus-per-task",
         "--nv",
     ),
+    *("--gpus", "--ipc", "--user", "--rm", "--shm-size", "--tmpfs", "--read-only", "--network"),
+    *("--bind", "--fakeroot", "--standalone"),  # of docker, apptainer and torchrun
     *("--budget-seconds", "--only", "--page-only"),  # of benchmarks.gpu_acceptance
 }
 
@@ -260,7 +262,7 @@ def test_defaults_in_the_help_are_those_of_the_parser():
     for stage, parser in stages().items():
         for action in parser._actions:
             default = behind.get(action.dest, parser.get_default(action.dest))
-            if not action.option_strings or default in (None, False, argparse.SUPPRESS, []):
+            if not action.option_strings or default in (None, "", False, argparse.SUPPRESS, []):
                 continue
             quoted = re.search(r"default: ([^;)]+)", (action.help or "") % vars(action))
             if isinstance(action, argparse._StoreConstAction):
