@@ -15,7 +15,7 @@ from tdds_dist.config.schema import PathText, Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
 
 _ON_ONE_RANK = ("select", "report")
-_DOCTOR_MINUTES = 10
+_DOCTOR_MINUTES, _DOCTOR_GRACE_SECONDS = 10, 60  # it ends after one, and saves nothing
 _GIVEN_AS_TEXT = r"^\S*$"
 _OURS = (
     "array",
@@ -204,8 +204,8 @@ class Cluster(Section):
         changes = of_stages.get(stage, {})
         if stage == "doctor":
             values |= of_stages.get("collect", {})
-            if values["grace_seconds"] < 60 * _DOCTOR_MINUTES - 60:
-                values["time_minutes"] = min(values["time_minutes"], _DOCTOR_MINUTES)
+            values["time_minutes"] = min(values["time_minutes"], _DOCTOR_MINUTES)
+            values["grace_seconds"] = min(values["grace_seconds"], _DOCTOR_GRACE_SECONDS)
         return parse_tree(Cluster, values | changes, f"stages.{stage}")
 
     @model_validator(mode="after")

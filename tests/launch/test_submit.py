@@ -113,7 +113,7 @@ def test_every_key_of_a_cluster_file_has_its_sentence():
 
 def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
     text = """{executor: slurm, time_minutes: 60, nodes: 4, ranks_per_node: 8, gpus_per_node: 8, setup: [a], extra: {nice: 1},
-               stages: {retrain: {nodes: 1, setup: [b, c], time_minutes: 30}, select: {ranks_per_node: 2, extra: {}}}}"""
+               grace_seconds: 900, stages: {retrain: {nodes: 1, setup: [b, c], time_minutes: 30}, select: {ranks_per_node: 2, extra: {}}}}"""
     cluster = load_cluster(write(tmp_path / "cluster.yaml", text))
     collect, select, retrain, report = (cluster.for_stage(stage) for stage in STAGES)
     assert (collect.num_ranks, retrain.num_ranks, select.num_ranks, report.num_ranks) == (
@@ -127,7 +127,8 @@ def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
     assert [part.gpus_per_node for part in (collect, select, retrain, report)] == [8, 0, 8, 0]
     assert [part.time_minutes for part in (collect, select, retrain, report)] == [60, 60, 30, 60]
     doctor = cluster.for_stage("doctor")
-    assert (doctor.num_ranks, doctor.gpus_per_node, doctor.time_minutes) == (32, 8, 10)
+    assert (doctor.num_ranks, doctor.gpus_per_node) == (32, 8)
+    assert (doctor.time_minutes, doctor.grace_seconds) == (10, 60), "however long a save takes"
 
 
 # a whole file, or keys beside executor=slurm and time_minutes=5; words of the message
