@@ -23,7 +23,7 @@ class Board:
     """What every rank has said, by topic. Without a launcher: a board of one rank.
 
     Where the ranks do not find each other within `seconds`, `problem` says why, and the others are
-    silent.
+    silent. So they are where the store is lost later on, with the host that has it.
 
     Protocol: all ranks make it, and then ask for the same topics in the same order.
     """
@@ -45,7 +45,7 @@ class Board:
                 f" ({' '.join(str(error).split())[:200]}); start all of them, on hosts that reach"
                 " each other"
             )
-            self._silent = set(range(self.world_size)) - {self.rank}
+            self._stay_alone()
             return
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"tdds/board/{restart}", store)
@@ -59,7 +59,7 @@ class Board:
         """Put up this rank's value (as JSON); return those of all ranks that came within `seconds`,
         by rank."""
         self.put(topic, value)
-        return self.collect(topic, seconds)
+        return dict(sorted(({self.rank: value} | self.collect(topic, seconds)).items()))
 
     def collect(self, topic: str, seconds: float) -> dict[int, Any]:
         """Return what all ranks have put up, by rank; only what comes within `seconds`."""
@@ -67,7 +67,10 @@ class Board:
 
     def put(self, topic: str, value: Any) -> None:
         """Put up this rank's value and wait for nobody."""
-        self._store.set(f"{topic}/{self.rank}", json.dumps(value))
+        try:
+            self._store.set(f"{topic}/{self.rank}", json.dumps(value))
+        except (dist.DistError, RuntimeError):
+            self._stay_alone()
 
     def read(self, topic: str, rank: int, seconds: float) -> Any:
         """Return what a rank has put up; None where nothing came within `seconds`."""
@@ -78,8 +81,8 @@ class Board:
         while waiting:
             passed = time.monotonic() - started
             for rank in list(waiting):
-                if self._store.check([f"{topic}/{rank}"]):
-                    found[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
+                if (text := self._look(f"{topic}/{rank}")) is not None:
+                    found[rank] = json.loads(text)
                     self._silent.discard(rank)
                     waiting.remove(rank)
                 elif passed > (min(seconds, _SILENT_SECONDS) if rank in self._silent else seconds):
@@ -87,6 +90,19 @@ class Board:
                     waiting.remove(rank)
             time.sleep(_POLL_SECONDS * bool(waiting))
         return dict(sorted(found.items()))
+
+    def _look(self, key: str) -> bytes | None:
+        """Return what the store has by now; None where it has nothing, or is lost."""
+        try:
+            return self._store.get(key) if self._store.check([key]) else None
+        except (dist.DistError, RuntimeError):
+            self._stay_alone()
+            return None
+
+    def _stay_alone(self) -> None:
+        """Go on with a board of this rank's own, on which nobody else will say anything."""
+        self._silent = set(range(self.world_size))  # its own values of before are lost, too
+        self._store = dist.HashStore()
 
     def clock_offsets(self, seconds: float) -> dict[int, tuple[float, float]]:
         """Measure how far the clock of every rank is ahead of rank 0's; return (seconds, give or

@@ -70,6 +70,28 @@ def control_group(timeout_seconds: float = TIMEOUT_SECONDS) -> Group | None:
     )
 
 
+def limit_collectives(seconds: float) -> None:
+    """Give the collectives of training, from the next on, another time limit; every rank calls
+    it."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def ends_in_time(group: Group | None, seconds: float) -> bool:
+    """Say whether gloo ends a sum over the ranks of a control group with an error after `seconds`.
+
+    One rank calls it while the others do not, and the group is of no use afterwards.
+    """
+    assert group is not None
+    options = dist.AllreduceOptions()
+    options.timeout = timedelta(seconds=seconds)
+    try:
+        group.allreduce([torch.zeros(1)], options).wait()
+    except RuntimeError:
+        return True
+    return False
+
+
 def release_group(group: Group | None) -> None:
     """End a control group; every rank calls it, after its last use."""
     if group is not None:

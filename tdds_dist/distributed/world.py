@@ -110,7 +110,7 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
             dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        if world.world_size > 1 and _is_lost_peer(error):
+        if world.world_size > 1 and is_lost_peer(error):
             raise LostRankError(_roll_call(world, error, timeout_seconds)) from error
         raise
     gc.collect()
@@ -167,11 +167,15 @@ def _why_no_cuda() -> str:
     return "CUDA starts, with no device"
 
 
+def gpus_are_hidden() -> bool:
+    """Say whether CUDA_VISIBLE_DEVICES leaves no GPU to this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+
+
 def _warn_of_idle_gpu() -> None:
     """Say on the main rank that the CPU is used although this machine has a GPU: its driver is too
     old, or broken."""
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
-    if is_hidden or os.environ.get("RANK", "0") != "0" or not torch.version.cuda:
+    if gpus_are_hidden() or os.environ.get("RANK", "0") != "0" or not torch.version.cuda:
         return
     if any(path.exists() for path in _DRIVER):
         log.warning(
@@ -290,7 +294,7 @@ def set_position(text: str) -> None:
     _position = text
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
     """Say whether a collective failed because another rank is gone or silent."""
     text = str(error).lower()
     signs = (

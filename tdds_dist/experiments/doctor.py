@@ -5,6 +5,7 @@ Every rank makes the same checks in the same order and reports; rank 0 has the t
 network come first, since they are the likeliest to fail and others build on them.
 """
 
+import logging
 import socket
 import time
 from collections.abc import Iterable
@@ -29,7 +30,11 @@ from tdds_dist.experiments.findings import (
 )
 
 _REPORT_SECONDS = 90.0  # that rank 0 waits for the last report
+# that the others stay when they have found no rank 0, which may be at its own checks
+_STAY_SECONDS = 2 * _REPORT_SECONDS
 _LEAVE_SECONDS = 2.0  # that rank 0 has to print before a launcher sees others leave
+
+log = logging.getLogger("tdds")
 
 CHECKS = (
     Check("versions", machine.versions),
@@ -50,7 +55,7 @@ CHECKS = (
     Check("room", of_run.room, 30.0, "config"),
     Check("training", of_run.network_speed, 60.0, "config"),
     Check("traffic", of_run.traffic, 10.0, "config"),
-    Check("no wait in a step", of_run.waits, 60.0, "ranks"),
+    Check("no wait in a step", of_run.waits, 1.5 * of_run.COMPILE_SECONDS, "ranks"),
     Check("decoding", of_run.decoding, 60.0, "config"),
 )
 
@@ -67,9 +72,16 @@ def doctor(
     has_cuda = torch.cuda.is_available() and device != "cpu"
     # the one that the process group will give it
     here = torch.device("cuda" if has_cuda else "cpu")
-    board = Board(machine.MEETING_SECONDS)
+    board = Board(machine.COMING_SECONDS)
     if board.problem and not board.is_main:
-        raise InputError(board.problem)  # rank 0, which has the table, will not hear of this one
+        # Rank 0, which has the table, will not hear of this one, and launchers end all ranks when
+        # the first leaves.
+        log.warning(
+            f"rank {board.rank} on {socket.gethostname()}: {board.problem}; stays"
+            f" {_STAY_SECONDS:.0f} s, so that rank 0 can print what it finds"
+        )
+        time.sleep(_STAY_SECONDS)
+        raise InputError(board.problem, shared=True)  # it has been said
     visit = Visit(board, config, here)
     visit.left["hosts"] = board.share("host", socket.gethostname(), machine.MEETING_SECONDS)
     started = time.perf_counter()

@@ -20,12 +20,13 @@ import torch
 
 from tdds_dist.data.loader import default_workers, has_tbb, torch_threads
 from tdds_dist.distributed import collectives
-from tdds_dist.distributed.world import ranks_per_cpu, session
+from tdds_dist.distributed.world import gpus_are_hidden, ranks_per_cpu, session
 from tdds_dist.errors import InputError
 from tdds_dist.experiments.findings import Finding, State, Visit, words_of
 from tdds_dist.text import size_text
 
-MEETING_SECONDS = 20.0  # that ranks have to meet, and a collective to end
+COMING_SECONDS = 120.0  # that ranks have to start, each on a node that may be slow at first
+MEETING_SECONDS = 20.0  # that ranks which are there have to meet, and a collective to end
 _ANSWER_SECONDS = 30.0  # for other ranks to come to the same check
 _BROKEN_SECONDS = 2.0  # time limit of the collective that is broken on purpose
 _WARN_SKEW, _FAIL_SKEW = 1.0, 10.0  # seconds
@@ -33,6 +34,7 @@ _SHARED_MEMORY_BYTES = 256e6  # per rank of a node; NCCL and the workers of `tdd
 _PINNED_BYTES = 64 << 20
 _LINK_BYTES = 4 << 20  # that one rank sends to another when the speed is measured
 _LINK_ROUNDS = 3
+_LINKS_SECONDS = 10.0  # after which no further pair is measured
 _VERSIONS = ("torch", "torchvision", "triton", "ffcv", "numba", "numpy", "tdds-dist")
 
 
@@ -58,17 +60,29 @@ def versions(visit: Visit) -> Iterator[Finding]:
         )
     else:
         yield Finding("versions", "OK", shown, "the same on all ranks")
+    wanted = visit.config.run.device if visit.config else "auto"
     driver = _nvidia_smi("--query-gpu=driver_version")
-    if torch.cuda.is_available():
+    unused = (
+        "run.device=cpu"
+        if wanted == "cpu"
+        else "CUDA_VISIBLE_DEVICES shows no GPU"
+        if gpus_are_hidden()
+        else ""
+        if torch.version.cuda
+        else f"torch {torch.__version__} is built without CUDA"
+    )
+    if unused:
+        yield Finding("driver", "SKIP", f"{unused}; all is checked on the CPU")
+    elif torch.cuda.is_available():
         yield Finding("driver", "OK", f"{driver[0] if driver else '?'}, CUDA {torch.version.cuda}")
     elif driver:
         yield Finding(
             "driver",
-            "FAIL",
+            "FAIL" if wanted == "cuda" else "WARN",
             f"{driver[0]}, with which torch {torch.__version__} finds no device",
             f"a driver for CUDA {torch.version.cuda}",
-            "update the driver, or install a torch built for an older CUDA; see"
-            " CUDA_VISIBLE_DEVICES as well",
+            "update the driver, install a torch built for an older CUDA, or set run.device=cpu;"
+            " see CUDA_VISIBLE_DEVICES as well",
         )
     else:
         yield Finding("driver", "SKIP", "no NVIDIA driver here; all is checked on the CPU")
@@ -113,10 +127,7 @@ def contexts(visit: Visit) -> Iterator[Finding]:
         yield Finding("contexts", "SKIP", "nvidia-smi lists no processes here")
         return
     ours = {pid for host, pid in pids.values() if host == socket.gethostname()}
-    held: dict[int, set[str]] = {}
-    for line in lines:
-        pid, _, uuid = line.partition(",")
-        held.setdefault(int(pid), set()).add(uuid.strip())
+    held = _held(lines)
     if not ours & held.keys():
         yield Finding(
             "contexts", "SKIP", "nvidia-smi counts processes otherwise here (a container)"
@@ -138,6 +149,17 @@ def contexts(visit: Visit) -> Iterator[Finding]:
         "one GPU for each rank, and nobody else",
         "they take memory of the GPU (nvidia-smi)" if problem else "",
     )
+
+
+def _held(lines: list[str]) -> dict[int, set[str]]:
+    """Return the GPUs of each process, from lines "pid, uuid"; a pid that is hidden ("[N/A]") is
+    left out."""
+    held: dict[int, set[str]] = {}
+    for line in lines:
+        pid, _, uuid = line.partition(",")
+        if pid.strip().isdecimal():
+            held.setdefault(int(pid), set()).add(uuid.strip())
+    return held
 
 
 def processors(visit: Visit) -> Iterator[Finding]:
@@ -356,23 +378,26 @@ def links(visit: Visit) -> Iterator[Finding]:
         yield Finding("links", "SKIP", "one rank, nothing to send")
         return
     speeds: dict[tuple[int, int], float] = {}
-    deadline = time.monotonic() + MEETING_SECONDS / 2
+    deadline = time.monotonic() + _LINKS_SECONDS
     for pair in combinations(ends, 2):
+        speeds[pair] = _speed(visit, pair)
         # all leave at the same pair
         late = torch.tensor([float(time.monotonic() > deadline)], device=world.device)
         if collectives.sum_over_ranks(late).item():
             break
-        speeds[pair] = _speed(visit, pair)
     slowest, speed = min(speeds.items(), key=lambda item: item[1])
     visit.left["link"] = speed
     names = [visit.hosts[rank] if over_nodes else f"rank {rank}" for rank in slowest]
     median = sorted(speeds.values())[len(speeds) // 2]
     is_odd = speed < median / 3
-    pairs = f"{len(speeds)} pair{'s' * (len(speeds) > 1)} of {'nodes' if over_nodes else 'ranks'}"
+    num_pairs = len(ends) * (len(ends) - 1) // 2
+    of_all = f"{len(speeds)} of " if len(speeds) < num_pairs else ""
+    pairs = f"{num_pairs} pair{'s' * (num_pairs > 1)} of {'nodes' if over_nodes else 'ranks'}"
     yield Finding(
         "links",
         "WARN" if is_odd else "OK",
-        f"{size_text(speed)}/s each way between {names[0]} and {names[1]}, the slowest of {pairs}",
+        f"{size_text(speed)}/s each way between {names[0]} and {names[1]}, the slowest of"
+        f" {of_all}{pairs}" + (f" ({_LINKS_SECONDS:g} s were over)" if of_all else ""),
         f"about as fast as the others ({size_text(median)}/s)" if len(speeds) > 1 else "",
         "look at the network of these two" if is_odd else "",
         number=speed,
@@ -400,34 +425,28 @@ def _speed(visit: Visit, pair: tuple[int, int]) -> float:
 
 
 def time_limits(visit: Visit) -> Iterator[Finding]:
-    """Check that a collective which a rank does not join ends by its time limit."""
+    """Check that a collective of gloo which a rank does not join ends by its time limit."""
     world = visit.world
     assert world is not None
     if world.world_size == 1:
         yield Finding("time limits", "SKIP", "one rank, nobody to wait for")
         return
-    group = collectives.control_group(_BROKEN_SECONDS)
-    started = time.perf_counter()
-    if world.is_main:
-        try:
-            collectives.gather_objects(None, world, group)
-            ended = False
-        except RuntimeError:
-            ended = True
-    else:
+    group = collectives.control_group(MEETING_SECONDS)
+    if not world.is_main:
         time.sleep(_BROKEN_SECONDS + 0.5)
-        ended = True
+        return
+    started = time.perf_counter()
+    ended = collectives.ends_in_time(group, _BROKEN_SECONDS)
     seconds = time.perf_counter() - started
-    if world.is_main:
-        yield Finding(
-            "time limits",
-            "OK" if ended else "FAIL",
-            f"a collective without rank 1 ended after {seconds:.1f} s"
-            if ended
-            else "a collective without rank 1 came to an end",
-            f"an error after {_BROKEN_SECONDS:g} s",
-            "" if ended else "another version of torch",
-        )
+    yield Finding(
+        "time limits",
+        "OK" if ended else "FAIL",
+        f"gloo's, without the other ranks: an error after {seconds:.1f} s (NCCL's is not tried)"
+        if ended
+        else "gloo's: a collective without the other ranks came to an end",
+        f"an error after {_BROKEN_SECONDS:g} s",
+        "" if ended else "another version of torch",
+    )
 
 
 def clocks(visit: Visit) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from tdds_dist.data.beton import content_sha256
 from tdds_dist.data.loader import BetonLoader
+from tdds_dist.distributed.collectives import limit_collectives
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.experiments.findings import Finding, Visit, words_of
 from tdds_dist.experiments.forecast import plan
@@ -39,6 +40,7 @@ _SIGHT_SECONDS = 10.0  # until a file that one rank has written is to be seen by
 _SLOW_SECONDS = 2.0  # of writing a small file to the disk
 _FILE_TIME_SECONDS = 10.0  # that the clock of the file system may be apart from ours
 _MEASURE_SECONDS = 3.0
+COMPILE_SECONDS = 120.0  # of NCCL, while ranks compile kernels: some take far longer than others
 _CAPABILITY = 90  # of H100 and H200, for which the kernel is compiled where there is no GPU
 _CPU_ROWS = 16  # most rows of a measured step on the CPU, where a whole batch may take minutes
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -295,11 +297,16 @@ def network_speed(visit: Visit) -> Iterator[Finding]:
             torch.cuda.synchronize()
     speed = num * B / (time.perf_counter() - started)
     visit.left["images_per_second"] = speed
+    compiles = config.model.compile
     yield Finding(
         "training",
-        "OK",
-        f"{speed:,.0f} images/s on each rank ({config.model.name}, {B} at a time,"
+        "WARN" if compiles else "OK",
+        f"{speed:,.0f} images/s on each rank ({config.model.name}, eager, {B} at a time,"
         f" {device.type}, without loading)",
+        "model.compile=true, which is not measured" if compiles else "",
+        "the compiled network is faster: leave room in decoding and in the network of the hosts"
+        if compiles
+        else "",
         number=speed,
     )
 
@@ -327,6 +334,7 @@ def _step(visit: Visit, B: int, scorer: ShardedScorer | None = None) -> Any:
     """Return a training step on made-up images, shown to the scorer where there is one."""
     config, device = _config(visit), visit.device
     data, C = config.data, config.data.num_classes
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     model = (
         build_model(
             config.model.name,
@@ -377,6 +385,7 @@ def waits(visit: Visit) -> Iterator[Finding]:
     )
     scorer.expect(order)
     step = _step(visit, rows, scorer)
+    limit_collectives(COMPILE_SECONDS)
     index_SB = torch.from_numpy(order.of_rank(visit.rank, W)[1].copy()).to(visit.device)
     step(index_SB[0])
     torch.cuda.synchronize()
@@ -419,7 +428,9 @@ def decoding(visit: Visit) -> Iterator[Finding]:
         "decoding",
         "WARN" if slow else "OK",
         f"{speed:,.0f} images/s on each rank with {workers} thread{'s' * (workers > 1)}",
-        f"{needed:,.0f} images/s, as the network takes them" if needed else "",
+        f"{needed:,.0f} images/s, as the network takes them" + ", or more" * config.model.compile
+        if needed
+        else "",
         "give each rank more CPUs (cpus_per_rank), or write smaller images (tdds write"
         " --max-resolution 256) or raw ones (--write-mode raw)"
         if slow

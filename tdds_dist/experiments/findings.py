@@ -116,8 +116,15 @@ def _within_its_time(visit: Visit, check: Check) -> list[Finding]:
         except BaseException as error:
             way_out = ""
             if check.needs == "ranks" and not isinstance(error, InputError):
+                from tdds_dist.distributed.world import is_lost_peer
+
                 visit.is_stuck = True  # the others are elsewhere by now
-                way_out = "open all ports between the hosts; see what the other ranks said last"
+                way_out = (
+                    "open all ports between the hosts; see what the other ranks said last"
+                    if isinstance(error, RuntimeError) and is_lost_peer(error)
+                    else "mend on this rank what the message says; others fail here only since"
+                    " this one did"
+                )
             result.append(Finding(check.name, "FAIL", words_of(error), way_out=way_out))
 
     thread = threading.Thread(target=run, name=check.name, daemon=True)

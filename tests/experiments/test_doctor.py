@@ -13,11 +13,15 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import triton
 
+from tdds_dist.config.run import load_config
 from tdds_dist.distributed.board import Board
 from tdds_dist.distributed.world import current_world
-from tdds_dist.experiments import findings
+from tdds_dist.errors import InputError
+from tdds_dist.experiments import doctor as stage
+from tdds_dist.experiments import doctor_machine, doctor_run, findings
 from tdds_dist.experiments.doctor import CHECKS
 from tdds_dist.experiments.findings import Check, Finding, Visit, as_table, examine, merge
 from tests.jobs import free_port
@@ -192,14 +196,87 @@ def test_a_check_that_raises_or_hangs_is_a_finding_and_the_next_one_runs():
     assert "no end after 0 s" in found[1].found
 
 
-def silent_rank(rank, port):
-    """Rank 1 does not come to the check; what rank 0 finds."""
-    os.environ |= {
+@pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        (dist.DistNetworkError("no route to host"), "open all ports between the hosts"),
+        (RuntimeError("Gloo: Connection reset by peer"), "open all ports between the hosts"),
+        (RuntimeError("CUDA out of memory"), "mend on this rank what the message says"),
+        (OSError(28, "No space left on device"), "mend on this rank what the message says"),
+    ],
+)
+def test_only_what_the_network_does_is_mended_by_open_ports(error, way_out):
+    def fails_so(visit):
+        raise error
+
+    visit = alone()
+    visit.world = current_world("cpu")
+    (found,) = examine(visit, [Check("together", fails_so, needs="ranks")])
+    assert found.state == "FAIL"
+    assert found.way_out.startswith(way_out)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "visible", "cuda", "state"),
+    [
+        ("cpu", "0", "13.0", "SKIP"),
+        ("cuda", "", "13.0", "SKIP"),
+        ("auto", "0", None, "SKIP"),
+        ("auto", "0", "13.0", "WARN"),
+        ("cuda", "0", "13.0", "FAIL"),
+    ],
+)
+def test_a_driver_that_torch_cannot_use(
+    wanted, visible, cuda, state, config_file, tmp_path, monkeypatch
+):
+    if torch.cuda.is_available():
+        pytest.skip("torch can use the driver here")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 450.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    visit = alone()
+    visit.config = load_config(config_file, [f"run.device={wanted}"])
+    (driver,) = (line for line in doctor_machine.versions(visit) if line.what == "driver")
+    assert driver.state == state
+
+
+def test_processes_that_nvidia_smi_hides_are_left_out():
+    lines = ["12, GPU-a", "[N/A], GPU-b", "12, GPU-c"]
+    assert doctor_machine._held(lines) == {12: {"GPU-a", "GPU-c"}}
+
+
+def test_the_speed_is_that_of_the_eager_network_with_its_precision(config_file, monkeypatch):
+    monkeypatch.setattr(doctor_run, "_MEASURE_SECONDS", 0.0)
+    visit, usual = alone(), torch.get_float32_matmul_precision()
+    visit.left["torch_threads"] = torch.get_num_threads()
+    changes = ["model.compile=true", "train.matmul_precision=medium"]
+    visit.config = load_config(config_file, changes)
+    try:
+        (speed,) = doctor_run.network_speed(visit)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(usual)
+    assert speed.state == "WARN"
+    assert "shufflenet_v2_x0_5, eager" in speed.found
+
+
+# ---- ranks that are late, or do not come
+
+
+def place(rank, world_size, port):
+    return {
         "RANK": str(rank),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def silent_rank(rank, port):
+    """Rank 1 does not come to the check; what rank 0 finds."""
+    os.environ |= place(rank, 2, port)
     visit = Visit(Board(30.0), None, torch.device("cpu"))
     if rank == 1:
         return []
@@ -208,23 +285,62 @@ def silent_rank(rank, port):
     return examine(visit, [Check("together", fine, needs="ranks"), Check("fine", fine)])
 
 
+def lost_store(rank, port):
+    """Rank 0 leaves with the store; what rank 1 finds."""
+    os.environ |= place(rank, 2, port)
+    visit = Visit(Board(30.0), None, torch.device("cpu"), current_world("cpu"))
+    dist.barrier()
+    if rank == 0:
+        del visit
+    dist.barrier()
+    if rank == 0:
+        return []
+    return examine(visit, [Check("together", fine, needs="ranks"), Check("fine", fine)])
+
+
 @pytest.mark.distributed
-def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_told():
-    found = run_ranks(2, silent_rank, free_port())[0]
+@pytest.mark.parametrize(("function", "rank"), [(silent_rank, 0), (lost_store, 1)])
+def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_told(function, rank):
+    found = run_ranks(2, function, free_port())[rank]
     assert [(finding.what, finding.state) for finding in found] == [
         ("together", "SKIP"),
         ("fine", "OK"),
     ]
-    assert found[0].found == "not tried: rank 1 did not come"
+    assert found[0].found == f"not tried: rank {1 - rank} did not come"
+
+
+def late_rank(rank, port):
+    """Rank 1 is late, and there is time for one pair only; what rank 0 finds."""
+    os.environ |= place(rank, 3, port)
+    visit = Visit(Board(30.0), None, torch.device("cpu"), current_world("cpu"))
+    visit.left["hosts"] = dict.fromkeys(range(3), "here")
+    doctor_machine._LINKS_SECONDS = 0.0
+    links = [*doctor_machine.links(visit)]
+    time.sleep(3.0 * (rank == 1))
+    return [*links, *doctor_machine.time_limits(visit)]
+
+
+@pytest.mark.distributed
+def test_pairs_that_are_not_measured_and_a_rank_that_is_late():
+    links, limits = run_ranks(3, late_rank, free_port())[0]
+    assert "the slowest of 1 of 3 pairs of ranks (0 s were over)" in links.found
+    assert limits.state == "OK", limits
+
+
+def test_a_rank_without_the_store_stays_for_the_table_of_rank_0(monkeypatch, caplog):
+    for name, value in place(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor_machine, "COMING_SECONDS", 1.0)
+    monkeypatch.setattr(stage, "_STAY_SECONDS", 2.0)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="not all 2 ranks came"):
+        stage.doctor(None)
+    assert time.monotonic() - started > 3.0
+    assert f"rank 1 on {os.uname().nodename}: not all" in caplog.text
 
 
 def test_ranks_that_never_come_are_named_by_rank_0(monkeypatch):
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }.items():
+    for name, value in place(0, 2, free_port()).items():
         monkeypatch.setenv(name, value)
     board = Board(1.0)
     assert "not all 2 ranks came to 127.0.0.1:" in board.problem
