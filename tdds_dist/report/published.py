@@ -4,27 +4,66 @@ marked as the paper's.
 Owns the numbers and the question which of them belong to a dataset; not how they are shown.
 """
 
+import csv
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import TYPE_CHECKING, NamedTuple
 
 from tdds_dist.config.scores import _bare, base_key, is_plain
 
 if TYPE_CHECKING:
     from tdds_dist.data.manifest import Manifest
 
+# tables of clean images whose networks were trained on coresets of their own scores
+_CLEAN = ("1", "2", "3", "4")
+
+
+@cache
+def paper_rows() -> list[dict[str, str]]:
+    """Return every number of the paper's Tables 1 to 10, a row per cell, by the columns of
+    paper.csv (top-1 and its standard deviation in percent)."""
+    text = (files("tdds_dist.report") / "paper.csv").read_text(encoding="utf-8")
+    return [*csv.DictReader(text.splitlines())]
+
+
+class Cell(NamedTuple):
+    """One number of the paper: top-1 and, where it is printed, its standard deviation; percent."""
+
+    top1: float
+    std: float | None
+
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """One table: top-1 in percent by strategy, score key and pruning rate."""
+    """The numbers of one network on the clean images of one dataset: Tables 1 to 4."""
 
     dataset: str
     network: str
     num_images: int
     num_classes: int
-    full_top1: float
     windows: dict[float, tuple[int, int]]  # pruning rate -> (T, K) that the paper used for TDDS
-    # strategy "E" | "P" -> score key -> pruning rate -> top-1
-    top1: dict[str, dict[str, dict[float, float]]]
+
+    @cached_property
+    def cells(self) -> dict[str, dict[str, dict[float, Cell]]]:
+        """Return what is printed by strategy (`E`, `P`; none of the full data), score key and
+        pruning rate."""
+        found: dict[str, dict[str, dict[float, Cell]]] = {}
+        for row in paper_rows():
+            if (
+                row["table"] in _CLEAN
+                and row["dataset"] == self.dataset
+                and _bare(row["train_network"]) == _bare(self.network)
+            ):
+                of_key = found.setdefault(row["strategy"], {}).setdefault(row["method"], {})
+                std = float(row["std"]) if row["std"] else None
+                of_key[float(row["pruning_rate"])] = Cell(float(row["top1"]), std)
+        return found
+
+    @property
+    def full_top1(self) -> float:
+        """Return the top-1 of the full data, percent."""
+        return self.cells[""]["full"][0.0].top1
 
     def lookup(
         self,
@@ -49,11 +88,9 @@ class PublishedTable:
                 named and window != self.windows.get(round(pruning_rate, 4))
             ):
                 return None
-        return (
-            self.top1.get(strategy or "", {})
-            .get(base_key(score_key), {})
-            .get(round(pruning_rate, 4))
-        )
+        of_key = self.cells.get(strategy or "", {}).get(base_key(score_key), {})
+        cell = of_key.get(round(pruning_rate, 4))
+        return None if cell is None else cell.top1
 
 
 def find_table(
@@ -92,104 +129,31 @@ def find_table(
     return None
 
 
-def _by_rate(rates: tuple[float, ...], **rows: str) -> dict[str, dict[float, float]]:
-    return {
-        key: dict(zip(rates, map(float, row.split()), strict=True)) for key, row in rows.items()
-    }
-
-
-IMAGENET_RESNET34 = PublishedTable(
-    "ImageNet-1K",
-    "ResNet-34",
-    1_281_167,
-    1000,
-    73.54,
-    {0.3: (20, 10), 0.5: (20, 10), 0.7: (30, 20), 0.8: (30, 20), 0.9: (30, 20)},
-    {
-        "E": _by_rate(
-            (0.7, 0.8, 0.9),
-            tdds="64.69 62.56 53.91",
-            random="64.19 60.76 52.63",
-            entropy="62.34 56.80 43.39",
-            forgetting="64.29 62.01 52.14",
-            el2n="46.92 32.68 15.90",
-            aum="39.34 23.64 11.70",
-            moderate="64.04 61.35 52.45",
-        ),
-    },
-)
-
-IMAGENET_SWIN_T = PublishedTable(
-    "ImageNet-1K",
-    "Swin-T",
-    1_281_167,
-    1000,
-    79.58,
-    {0.25: (200, 10), 0.3: (180, 10), 0.4: (150, 10), 0.5: (100, 10)},
-    {
-        "E": _by_rate(
-            (0.25, 0.3, 0.4, 0.5),
-            tdds="79.76 79.57 79.09 78.33",
-            random="77.82 77.18 75.93 74.54",
-            forgetting="78.70 78.27 77.55 74.32",
-            moderate="77.74 77.06 75.94 74.98",
-            dyn_unc="79.54 79.14 78.49 77.64",
-        ),
-    },
-)
-
 CIFAR10 = PublishedTable(
     "CIFAR-10",
     "ResNet-18",
     50_000,
     10,
-    95.23,
     {0.3: (70, 10), 0.5: (90, 10), 0.7: (80, 10), 0.8: (30, 10), 0.9: (10, 5)},
-    {
-        "E": _by_rate(
-            (0.3, 0.5, 0.7, 0.8, 0.9),
-            tdds="95.47 95.21 93.03 91.30 85.46",
-            random="94.58 93.38 90.61 88.87 83.77",
-            entropy="94.45 91.90 86.24 83.49 72.06",
-            forgetting="95.45 95.05 89.14 76.18 45.87",
-            el2n="95.43 95.06 86.69 68.64 31.89",
-            aum="95.44 95.19 91.19 69.60 34.74",
-            moderate="93.96 92.34 89.71 87.75 83.61",
-            dyn_unc="95.08 94.03 89.40 79.76 37.12",
-        ),
-        "P": _by_rate(
-            (0.3, 0.5, 0.7),
-            tdds="95.50 95.66 93.92",
-            random="94.33 93.40 90.94",
-            ccs="95.40 95.04 93.00",
-        ),
-    },
 )
-
 CIFAR100 = PublishedTable(
     "CIFAR-100",
     "ResNet-18",
     50_000,
     100,
-    78.21,
     {0.3: (90, 10), 0.5: (70, 10), 0.7: (60, 20), 0.8: (20, 10), 0.9: (10, 5)},
-    {
-        "E": _by_rate(
-            (0.3, 0.5, 0.7, 0.8, 0.9),
-            tdds="77.56 74.04 67.78 63.01 54.51",
-            random="75.53 71.95 64.59 57.79 46.68",
-            entropy="72.39 64.44 50.73 42.86 29.56",
-            forgetting="77.38 70.76 49.92 38.42 25.82",
-            el2n="76.89 67.57 36.45 17.31 9.10",
-            aum="77.35 68.17 31.69 18.43 9.29",
-            moderate="74.60 70.29 62.81 56.52 41.82",
-            dyn_unc="73.36 65.90 50.16 39.19 15.20",
-        ),
-        "P": _by_rate(
-            (0.3, 0.5, 0.7),
-            tdds="77.95 74.98 69.46",
-            random="74.59 71.07 65.30",
-            ccs="77.14 74.45 68.92",
-        ),
-    },
+)
+IMAGENET_RESNET34 = PublishedTable(
+    "ImageNet-1K",
+    "ResNet-34",
+    1_281_167,
+    1000,
+    {0.3: (20, 10), 0.5: (20, 10), 0.7: (30, 20), 0.8: (30, 20), 0.9: (30, 20)},
+)
+IMAGENET_SWIN_T = PublishedTable(
+    "ImageNet-1K",
+    "Swin-T",
+    1_281_167,
+    1000,
+    {0.25: (200, 10), 0.3: (180, 10), 0.4: (150, 10), 0.5: (100, 10)},
 )

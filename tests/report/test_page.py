@@ -1,6 +1,7 @@
 """The report page and the terminal table, from a made-up run directory."""
 
 import dataclasses
+import hashlib
 import html
 import json
 import os
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from tdds_dist.data.writer import write_beton
 from tdds_dist.report import charts
 from tdds_dist.report.charts import Bins
 from tdds_dist.report.page import build_report
-from tdds_dist.report.published import find_table
+from tdds_dist.report.published import CIFAR10, find_table, paper_rows
 from tdds_dist.report.read import read_facts
 from tdds_dist.report.results import format_summary, summary_rows
 from tdds_dist.runs.artifacts import save_coreset
@@ -545,6 +548,18 @@ def test_settings_that_compete_keep_their_full_names(tmp_path):
 def test_published_table_of_a_dataset(name, num_classes, model, expected):
     table = find_table(name, num_classes, model)
     assert table is None if expected is None else expected in (table.dataset, table.network)
+
+
+def test_every_number_of_the_paper_is_there():
+    """The file is the one that was compared with the paper; a table lost or a digit changed shows."""
+    content = (files("tdds_dist.report") / "paper.csv").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == (
+        "e4d779421e4097a45f671f4170cd70bda48f5bfa423bd78abfdc0403e5be0fb9"
+    )
+    cells = Counter(int(row["table"]) for row in paper_rows())
+    assert cells == {1: 82, 2: 48, 3: 22, 4: 21, 5: 15, 6: 64, 7: 108, 8: 108, 9: 46, 10: 46}
+    assert CIFAR10.cells["P"]["el2n"][0.3] == (95.44, 0.15)
+    assert CIFAR10.full_top1 == 95.23  # and not that of Table 9 or 10, with noise
 
 
 def test_published_numbers_stand_beside_ours(tmp_path):
