@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        text = f"{self.prog}: error: {message}"
+        text = f"{self.prog}: error: {InputError(message)}"  # one line, whatever the words hold
         print(text, file=sys.stderr)
         raise UsageError(text)
 

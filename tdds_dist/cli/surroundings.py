@@ -115,6 +115,7 @@ class PatientStream(io.TextIOWrapper):
     """
 
     endured: set[int]  # numbers of errors that are no reason to stop
+    before: TextIO  # it shares the buffer, and would close it at its end
 
     def write(self, text: str) -> int:
         with self._enduring():
@@ -150,5 +151,5 @@ def _patient(stream: TextIO | None, endured: set[int]) -> TextIO:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
-    patient.endured = endured
+    patient.endured, patient.before = endured, stream
     return patient

@@ -142,6 +142,10 @@ class _Source:
 
 def _read_source(source: Path) -> _Source:
     run: RunDir | None
+    if not source.exists():
+        raise InputError(
+            f"{source} does not exist; give a run directory, a score file or a coreset"
+        )
     if source.is_dir():
         run = RunDir(source)
         run.read_config()  # else not a run

@@ -573,13 +573,14 @@ class Trainer:
             *module.parameters(),
             *(buffer for buffer in module.buffers() if buffer.is_floating_point()),
         ]
+        # weights whose squares overflow are as good as infinite
         is_finite = torch.isfinite(torch.stack(torch._foreach_norm(values))).all()
         if not collectives.min_over_ranks(is_finite.int()).item():
             self._observe(lambda observer: observer.check())
             raise InputError(
-                f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite, and are not"
-                f" saved; the checkpoint before is good. Lower train.lr={self.job.config.train.lr}"
-                " in a new run, or add train.warmup_epochs",
+                f"epoch {min(self.epoch + 1, self.job.epochs)}, step {self.step}: the weights are"
+                " not finite, and are not saved; checkpoints before are good. Lower"
+                f" train.lr={self.job.config.train.lr} in a new run, or add train.warmup_epochs",
                 shared=True,
             )
 

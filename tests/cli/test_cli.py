@@ -1091,6 +1091,7 @@ def test_every_stage_explains_itself():
         "write",
         "check",
         "plan",
+        "doctor",
         "collect",
         "score",
         "select",
