@@ -58,6 +58,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_parts_that_fail_hang_or_find_no_time_have_their_lines(tmp_path: Path) -> None:
     work = tmp_path / "work"
     parts = [
@@ -80,6 +81,7 @@ def test_parts_that_fail_hang_or_find_no_time_have_their_lines(tmp_path: Path) -
     assert "| sky | green | blue | NO |" in " ".join(page.split())
 
 
+@pytest.mark.slow
 def test_two_parts_run_and_a_page_comes_of_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,7 @@ def test_one_rank_that_is_well(config_file, tmp_path):
 # ---- what is not
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_clock_that_is_ahead_on_one_rank(clock_ahead):
     codes, checks = doctor(2, of_rank={1: {"LD_PRELOAD": clock_ahead}})
@@ -142,6 +143,7 @@ def test_a_clock_that_is_ahead_on_one_rank(clock_ahead):
     assert {"collectives", "links", "time limits"} <= set(states(checks, "OK"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_interface_a_file_system_and_a_compiler(config_file, read_only, broken_ptxas):
     codes, checks = doctor(
