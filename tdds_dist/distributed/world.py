@@ -127,11 +127,20 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
 
 def barrier() -> None:
     """Wait for all ranks, on the CPU where the group has a backend for it: gloo says which rank is
-    gone, where NCCL ends the process."""
-    if "cpu:" in dist.get_backend_config():
-        dist.all_reduce(torch.zeros(1))
-    else:
+    gone, where NCCL ends the process.
+
+    No tensor takes part: gloo's thread may drop the last reference to one a moment after the wait,
+    for which it needs Python's lock, and whoever holds that while the group is destroyed waits for
+    the thread.
+    """
+    if "cpu:" not in dist.get_backend_config():
         dist.barrier()
+        return
+    options = dist.BarrierOptions()
+    options.device = torch.device("cpu")  # where a GPU is bound, `dist.barrier` would take NCCL
+    work = dist.distributed_c10d._get_default_group().barrier(opts=options)
+    if work is not None:
+        work.wait()
 
 
 # ---- the place of this process
