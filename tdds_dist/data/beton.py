@@ -251,7 +251,7 @@ def read_images(
 
     info = inspect_beton(path) if info is None else info
     images = []
-    with Path(path).open("rb") as file, own_files():
+    with Path(path).open("rb") as file, own_files:
         for i in map(int, index):
             if not 0 <= i < info.num_samples:
                 raise InputError(

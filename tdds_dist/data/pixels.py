@@ -9,10 +9,10 @@ not applied. Knows no folders and no `.beton` files.
 # H height, W width
 
 import os
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -112,7 +112,7 @@ def read_rgb(file: Path | IO[bytes], rules: PixelRules, tally: Counter[str]) -> 
     Of several frames or pages the first is read. Raises ValueError for pixels that the rules do not
     cover, or for which memory is short, and whatever Pillow raises for a damaged file.
     """
-    with own_files(), Image.open(file) as image:
+    with own_files, Image.open(file) as image:
         _check_memory(image.width * image.height)
         # before it is loaded, which forgets how it is stored and turns a TIFF
         transparent = _transparent_colour(image)
@@ -131,18 +131,31 @@ def read_rgb(file: Path | IO[bytes], rules: PixelRules, tally: Counter[str]) -> 
         return np.ascontiguousarray(rgb)
 
 
-@contextmanager
-def own_files() -> Iterator[None]:
-    """Lift Pillow's limit of pixels, which is for files of strangers, and keep its remarks quiet.
-    Not for threads: both are the whole process's."""
-    limit = Image.MAX_IMAGE_PIXELS
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Image.MAX_IMAGE_PIXELS = None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+class _OwnFiles:
+    """Pillow's limit of pixels, which is for files of strangers, lifted, and its remarks quiet.
+    Both are the whole process's: from the first of several threads that enter to the last one."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._restores = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._restores.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
+                self._restores.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._restores.close()
+
+
+own_files = _OwnFiles()
 
 
 def _check_memory(num_pixels: int) -> None:

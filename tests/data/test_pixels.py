@@ -1,9 +1,11 @@
 """What becomes of the pixels of each mode and format: every row of the table in docs/images.md."""
 
 import struct
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tdds_dist.data import pixels
-from tdds_dist.data.pixels import PixelRules, pixel_rules, read_rgb, summary
+from tdds_dist.data.pixels import PixelRules, own_files, pixel_rules, read_rgb, summary
 from tdds_dist.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -407,7 +409,6 @@ def test_greys_of_12_bits_are_counted_and_flat_ones_are_no_fault():
 
 
 def test_pillows_limit_is_lifted_and_memory_is_looked_at_instead(monkeypatch):
-    before = Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = encoded(np.zeros((20, 30, 3), np.uint8))
     assert read(data)[0].shape == (20, 30, 3)
@@ -415,7 +416,17 @@ def test_pillows_limit_is_lifted_and_memory_is_looked_at_instead(monkeypatch):
     # 32 TB: refused by its header, before a byte of its pixels is looked for
     with pytest.raises(ValueError, match=r"1,600,000 million pixels take .* are free; shrink it"):
         read(b"P5 4000000 400000 255\n")
-    assert before is not None
+
+
+def test_the_limit_is_back_after_several_threads(monkeypatch):
+    """Each begins before the one before it ends."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    filters = [*warnings.filters]
+    with ExitStack() as second:
+        with own_files:
+            second.enter_context(own_files)
+        assert Image.MAX_IMAGE_PIXELS is None
+    assert (Image.MAX_IMAGE_PIXELS, [*warnings.filters]) == (100, filters)
 
 
 @pytest.mark.parametrize(
