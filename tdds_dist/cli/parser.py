@@ -758,7 +758,7 @@ def _add_export(parsers: Parsers) -> None:
     stage.add_argument(
         "--format",
         required=True,
-        choices=("parquet", "csv", "paths", "official", "torch-subset"),
+        choices=("parquet", "csv", "paths", "official", "torch-subset", "card"),
         help="what to write, see below",
     )
     stage.add_argument(

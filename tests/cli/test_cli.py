@@ -1085,6 +1085,14 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"tdds {version('tdds-dist')}\n"
 
 
+def test_every_format_of_export_can_be_asked_for():
+    """The parser does not import the module that writes them."""
+    from tdds_dist.coreset.export import FORMATS
+
+    export = build_parser(COMMANDS)._subparsers._group_actions[0].choices["export"]
+    assert next(action.choices for action in export._actions if action.dest == "format") == FORMATS
+
+
 def test_every_stage_explains_itself():
     stages = build_parser(COMMANDS)._subparsers._group_actions[0].choices
     assert list(stages) == [
