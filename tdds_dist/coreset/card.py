@@ -63,7 +63,11 @@ def card_text(
 
 
 def _dataset_rows(found: Fingerprint, manifest: Manifest | None) -> list[list[str]]:
-    rows = [["", ""], ["samples", f"{found.num_samples:,}"], ["classes", f"{found.num_classes:,}"]]
+    rows = [
+        ["property", "value"],
+        ["samples", f"{found.num_samples:,}"],
+        ["classes", f"{found.num_classes:,}"],
+    ]
     if manifest is not None:
         names = manifest.class_names
         more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
