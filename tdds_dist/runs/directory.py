@@ -273,7 +273,7 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name.replace("__main__.py", "tdds"), *sys.argv[1:]],
-        "folder": os.getcwd(),
+        "folder": _folder(),
         "commit": _commit(),
         "world_size": world_size,
         "device": device,
@@ -285,6 +285,13 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
             for name in ("tdds-dist", "torch", "torchvision", "ffcv", "numba", "numpy")
         },
     }
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # somebody has removed it
+        return ""
 
 
 def _version(package: str) -> str:

@@ -1,14 +1,16 @@
 """The numbers of epochs for trackers of experiments: TensorBoard, Weights & Biases, MLflow.
 
 One class per tracker, with `write` and `close`; each imports its package at the first record, so
-that nothing is needed that is not named in `run.trackers`. A tracker elsewhere (W&B, MLflow) that
-fails is given up with a warning: training never ends because of it.
+that nothing is needed that is not named in `run.trackers`. Training neither waits for a tracker
+elsewhere (W&B, MLflow) nor ends because of it.
 """
 
 import importlib.util
 import json
 import logging
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +22,7 @@ from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.directory import RunDir
 
 PROJECT = "tdds"  # of W&B, and experiment of MLflow, where their own variables name no other
+CLOSING_SECONDS = 30.0  # that the end of a training waits for a tracker
 log = logging.getLogger("tdds")
 
 
@@ -37,8 +40,11 @@ class Trackers:
     """All trackers of a run; for the main rank."""
 
     def __init__(self, config: Config, run: RunDir):
-        kinds = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-        self._trackers: list[Any] = [kinds[name](config, run) for name in config.run.trackers]
+        kinds: dict[str, type[WandB] | type[MLflow]] = {"wandb": WandB, "mlflow": MLflow}
+        self._trackers: list[Any] = [
+            TensorBoard(run) if name == "tensorboard" else _Elsewhere(kinds[name](config, run))
+            for name in config.run.trackers
+        ]
 
     def write(self, record: dict[str, Any]) -> None:
         """Write the numbers of epoch `record["epoch"]`."""
@@ -47,31 +53,58 @@ class Trackers:
             for key, value in record.items()
             if key != "epoch" and value is not None
         }
-        for tracker in [*self._trackers]:
-            self._try(tracker, partial(tracker.write, record["epoch"], numbers))
+        for tracker in self._trackers:
+            tracker.write(record["epoch"], numbers)
 
     def close(self) -> None:
         """Finish writing."""
-        for tracker in [*self._trackers]:
-            self._try(tracker, tracker.close)
+        for tracker in self._trackers:
+            tracker.close()
 
-    def _try(self, tracker: Any, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:
-            if isinstance(tracker, TensorBoard):  # its files are the run's own
-                raise
-            self._trackers.remove(tracker)
+
+class _Elsewhere:
+    """A tracker that a server may stand behind, in a thread of its own: all ranks would wait for an
+    answer otherwise. One that fails is given up with a warning."""
+
+    def __init__(self, tracker: "WandB | MLflow"):
+        self._tracker, self._name = tracker, type(tracker).__name__
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name=f"tracker {self._name}", daemon=True)
+
+    def write(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Let the numbers of an epoch be written."""
+        if self._thread.ident is None:
+            self._thread.start()
+        self._calls.put(partial(self._tracker.write, epoch, numbers))
+
+    def close(self) -> None:
+        """Finish writing, unless that takes too long."""
+        if self._thread.ident is None:
+            return
+        self._calls.put(self._tracker.close)
+        self._calls.put(None)
+        self._thread.join(CLOSING_SECONDS)
+        if self._thread.is_alive():
             log.warning(
-                f"{type(tracker).__name__} failed ({' '.join(str(error).split())[:200]}); the run"
-                " goes on without it"
+                f"{self._name} does not answer within {CLOSING_SECONDS:g} s, and lacks the last"
+                " epochs; metrics.jsonl has them"
+            )
+
+    def _run(self) -> None:
+        try:
+            for call in iter(self._calls.get, None):
+                call()
+        except Exception as error:
+            log.warning(
+                f"{self._name} failed ({' '.join(str(error).split())[:200]}); the run goes on"
+                " without it"
             )
 
 
 class TensorBoard:
     """TensorBoard scalars in the run directory; a resumed run replaces later epochs."""
 
-    def __init__(self, config: Config, run: RunDir):
+    def __init__(self, run: RunDir):
         self._directory = run.tensorboard
         self._writer: Any = None
 

@@ -1,12 +1,15 @@
 """Where the numbers of epochs go: MLflow's file store is real, as is TensorBoard."""
 
 import importlib.util
+import socket
+import time
 
 import pytest
 
 from tdds_dist.config.run import load_config
 from tdds_dist.errors import InputError
 from tdds_dist.runs.directory import RunDir
+from tdds_dist.training import trackers
 from tdds_dist.training.trackers import Trackers, check_trackers
 
 mlflow = pytest.importorskip("mlflow")
@@ -46,6 +49,21 @@ def test_a_tracker_that_fails_ends_no_run(client, config_file, tmp_path, caplog,
     without.close()
     assert caplog.text.count("MLflow failed") == 1
     assert "the run goes on without it" in caplog.text
+
+
+def test_a_tracker_that_does_not_answer_keeps_nobody_waiting(
+    client, config_file, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(trackers, "CLOSING_SECONDS", 0.5)
+    config = load_config(config_file, ["run.trackers=[mlflow]"])
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        waiting = Trackers(config, RunDir(tmp_path / "run"))
+        started = time.monotonic()
+        waiting.write({"epoch": 0, "lr": 0.1})
+        waiting.close()
+        assert time.monotonic() - started < 5
+    assert "MLflow does not answer within 0.5 s" in caplog.text
 
 
 def test_a_tracker_that_is_not_installed_is_refused(config_file, monkeypatch):
