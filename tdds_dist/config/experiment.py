@@ -82,6 +82,12 @@ class Experiment(Section):
             seeds=self.seeds,
         )
         for method in self.methods:
+            if other := [rate for rate in method.pruning_rates if rate not in self.pruning_rates]:
+                raise InputError(
+                    f"methods: {method.name} has pruning_rates={other}, which the experiment's"
+                    f" pruning_rates={list(self.pruning_rates)} lack; add them there, or leave them"
+                    " out"
+                )
             tdds_only = {key: getattr(method, key) for key in ("preset", "T", "K", "beta")} | {
                 "delta": None if method.delta == "kl" else method.delta
             }

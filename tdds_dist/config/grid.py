@@ -51,6 +51,9 @@ class Method(Section):
     num_strata: int | None = Field(None, ge=1, description="Of sampler ccs.")
     hard_cutoff_rate: float | None = Field(None, ge=0, lt=1, description="Of sampler ccs.")
     c_d: float | None = Field(None, gt=0, description="Of sampler beta.")
+    pruning_rates: tuple[float, ...] = Field(
+        (), description="Those of the experiment at which this row is trained; empty means all."
+    )
 
     @property
     def score_key(self) -> str:
@@ -62,6 +65,10 @@ class Method(Section):
         """Return the options of the sampler that were given."""
         given = {key: getattr(self, key) for key in ("num_strata", "hard_cutoff_rate", "c_d")}
         return {key: value for key, value in given.items() if value is not None}
+
+    def is_at(self, pruning_rate: float) -> bool:
+        """Say whether the row is trained at a pruning rate of its experiment."""
+        return not self.pruning_rates or pruning_rate in self.pruning_rates
 
 
 BUILT_IN_METHODS = {

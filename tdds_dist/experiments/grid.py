@@ -107,7 +107,8 @@ def list_cells(
     seeds: Sequence[int],
     architectures: Sequence[Architecture | None] = (None,),
 ) -> list[Cell]:
-    """List every retraining of a collection, by seed, network, strategy, rate, method."""
+    """List every retraining of a collection, by seed, network, strategy, rate, method; a method
+    with rates of its own is in the grid at those."""
     weights = {
         method: (
             method.importance
@@ -120,6 +121,7 @@ def list_cells(
         for seed, architecture, strategy, rate, method in product(
             seeds, architectures, strategies, rates, methods
         )
+        if method.is_at(rate)
     ]
 
 
@@ -172,7 +174,8 @@ def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
     cells = []
     for seed, task in collections.items():
         for rate, method in product(plan.pruning_rates, plan.methods):
-            check_method(task.config, method, rate)
+            if method.is_at(rate):
+                check_method(task.config, method, rate)
         for architecture in plan.architectures:
             config_of(plan, seed, architecture)  # says so when its overrides do not fit
         cells += list_cells(

@@ -132,10 +132,10 @@ def _table(
             ]
             for rate in plan.pruning_rates
         ]
-        importance = mine[0][0].importance
+        importance = next(outcome.importance for found in mine for outcome in found)
         label = method.name + (f", importance {importance}" if importance != "none" else "")
         lines.append([label, *map(_cell, mine)])
-        printed = [_lookup(found[0], published) for found in mine]
+        printed = [_lookup(found[0], published) if found else None for found in mine]
         if any(value is not None for value in printed):
             lines.append(
                 [

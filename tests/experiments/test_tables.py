@@ -10,6 +10,7 @@ import yaml
 
 from tdds_dist.config.experiment import Experiment
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method
+from tdds_dist.experiments.grid import check_plan
 from tdds_dist.experiments.tables import CSV_COLUMNS, CellResult, write_tables
 from tdds_dist.report import published
 from tdds_dist.runs.directory import RunDir
@@ -168,6 +169,31 @@ def test_the_table(tmp_path):
     assert "## Strategy-E\n" in text
     widths = {len(line) for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
+
+
+def test_a_method_with_rates_of_its_own_is_in_the_grid_at_those(tmp_path):
+    """EL2N at 50 % only, at which TDDS has no window: the grid has neither, the table dashes."""
+    methods = [TDDS.model_copy(update={"pruning_rates": (0.3,)}), RANDOM]
+    methods.append(Method(name="el2n", pruning_rates=(0.5,)))
+    plan = make_plan(
+        tmp_path,
+        methods=tuple(methods),
+        overrides=("score.windows=[{T: 30, K: 10, pruning_rates: [0.3]}]",),
+    )
+    _, cells = check_plan(plan)
+    found = {(cell.method.name, cell.pruning_rate) for cell in cells}
+    assert found == {("tdds", 0.3), ("random", 0.3), ("random", 0.5), ("el2n", 0.5)}
+    outcomes = [
+        outcome
+        for outcome in outcomes_of(plan, {("el2n", 0.5): [70.0, 72.0, None]})
+        if (outcome.method.name, outcome.pruning_rate) in found
+    ]
+    text = write_tables(plan, outcomes, collections_of(plan, [None] * 3))
+    assert lines_of(text)[-2:] == [
+        ["el2n", "–", "71.00 ± 1.41 (2 of 3)"],
+        ["*el2n, published*", "–", "*95.06*"],
+    ]
+    assert len(rows_of(plan)) == 4 * 3
 
 
 def test_hours_of_all_invocations_and_what_is_not_done_yet(tmp_path):
