@@ -378,6 +378,14 @@ class Retrain(Section):
         {0.8: 0.5, 0.9: 0.25},
         description="Factor on train.global_batch_size from this pruning rate on.",
     )
+    schedule_of: Literal["coreset", "full"] = Field(
+        "coreset",
+        description=(
+            "Whose steps the learning rate's warm-up and cosine span: coreset, so that it reaches"
+            " train.final_lr; full, those of all images in as many epochs, and training ends before"
+            " (older commits of the authors' code)."
+        ),
+    )
 
 
 class Checkpoint(Section):

@@ -20,7 +20,7 @@ from tdds_dist.text import MISSING, count, decimal, mean_std, percent, plus_minu
 
 _VALUE_KEYS = ("run", "name", "seed", "final_top1", "best_top1", "train_seconds")
 # what two retrainings that agree in what a row names may differ in
-_OF_A_RETRAINING = ("model.", "data.", "train.")
+_OF_A_RETRAINING = ("model.", "data.", "train.", "retrain.")
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunDir]:
@@ -197,7 +197,7 @@ def _decisive(config: dict[str, Any]) -> dict[str, str]:
     names: section.key -> value."""
     return {
         key: value
-        for key, value in setting_of(config).items()
+        for key, value in setting_of(config, "retrain").items()
         if key.startswith(_OF_A_RETRAINING) and key != "train.epochs"
     }
 

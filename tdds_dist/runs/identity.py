@@ -40,17 +40,23 @@ KINDS: dict[str, str | dict[str, str]] = {
         "static_graph": MAY_CHANGE,
     },
     "score": {"baselines": PLACE, "final_pass": MAY_CHANGE, "on_nan": MAY_CHANGE},
-    "retrain": PLACE,  # the parts that a retraining uses are in its train.* and its record
+    "retrain": PLACE,
     "checkpoint": PLACE,
     "pipeline": PLACE,
 }
-_NOT_USED_BY_RETRAIN = ("score", "collect")  # sections
+# what the table says otherwise of a retraining
+_OF_RETRAIN: dict[str, str | dict[str, str]] = {
+    "score": PLACE,
+    "collect": PLACE,
+    # these are in its train.* and its record
+    "retrain": {"epochs": PLACE, "importance": PLACE, "batch_size_rule": PLACE},
+}
 # keys of env.json that decide the result as well
 _OF_RECORD = ("stage", "strategy", "importance", "coreset_sha256")
 
 
 def _kinds(stage: str) -> dict[str, str | dict[str, str]]:
-    return KINDS if stage == "collect" else KINDS | dict.fromkeys(_NOT_USED_BY_RETRAIN, PLACE)
+    return KINDS if stage == "collect" else KINDS | _OF_RETRAIN
 
 
 def kind_of(section: str, key: str, stage: str = "collect") -> str:
@@ -130,8 +136,9 @@ def _other_images(
     ]
 
 
-def setting_of(config: dict[str, Any]) -> dict[str, str]:
-    """Return what decides the result of a run but for its seed, by `section.key`; values as text.
+def setting_of(config: dict[str, Any], stage: str = "collect") -> dict[str, str]:
+    """Return what decides the result of a run of this stage but for its seed, by `section.key`;
+    values as text.
 
     `config` is what config.yaml says, also of an older version: a key that it lacks has its
     default.
@@ -150,7 +157,7 @@ def setting_of(config: dict[str, Any]) -> dict[str, str]:
         for key, value in (
             defaults.get(section, {}) | (given if isinstance(given, dict) else {})
         ).items():
-            if kind_of(section, key) in (MAY_CHANGE, DECIDES):
+            if kind_of(section, key, stage) in (MAY_CHANGE, DECIDES):
                 found[f"{section}.{key}"] = (
                     value
                     if isinstance(value, str)

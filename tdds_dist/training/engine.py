@@ -374,12 +374,13 @@ class Trainer:
     def _update(self) -> float:
         """Make one optimizer step; return its learning rate."""
         train = self.job.config.train
+        steps_per_epoch = self.job.schedule_steps_per_epoch
         lr = learning_rate(
             self.step,
-            self.job.epochs * self.steps_per_epoch,
+            self.job.epochs * steps_per_epoch,
             train.lr,
             final=train.final_lr,
-            warmup_steps=round(train.warmup_epochs * self.steps_per_epoch),
+            warmup_steps=round(train.warmup_epochs * steps_per_epoch),
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr

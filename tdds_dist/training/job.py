@@ -4,6 +4,7 @@
 # B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N
 # dataset, M trained samples, S forward passes of an epoch, W ranks
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -93,3 +94,11 @@ class Job:
     def num_samples(self) -> int:
         """Return the number of images trained on."""
         return self.train_file.num_samples if self.subset_M is None else len(self.subset_M)
+
+    @property
+    def schedule_steps_per_epoch(self) -> int:
+        """Return the optimizer steps per epoch that the learning rate's schedule spans: those of
+        the images trained on, or of all images where retrain.schedule_of is full."""
+        of_all = self.config.retrain.schedule_of == "full"
+        images = self.train_file.num_samples if of_all else self.num_samples
+        return math.ceil(images / self.global_batch_size)

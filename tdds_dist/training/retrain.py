@@ -156,7 +156,12 @@ def _announce(
     log.info(
         f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples}"
         f" images, {epochs} epochs (Strategy-{strategy} of {base}), batch {global_batch_size},"
-        f" importance {importance}, {world.world_size} rank(s)",
+        f" importance {importance}, {world.world_size} rank(s)"
+        + (
+            f", learning rate as for all {coreset.fingerprint.num_samples} images"
+            if config.retrain.schedule_of == "full"
+            else ""
+        ),
         extra=HEADING,
     )
     mean = float(coreset.importance_M.mean())

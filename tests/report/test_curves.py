@@ -207,10 +207,9 @@ def test_runs_of_other_images_stay_apart(tmp_path):
         run.write_env(run.read_env() | {"data": {"train": "12", "val": "34"}})
     assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [2]
     runs[1].write_env(runs[1].read_env() | {"data": {"train": "12", "val": "56"}})
-    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [
-        1,
-        1,
-    ], "another evaluation"
+    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [1, 1], (
+        "another evaluation"
+    )
 
 
 def test_the_terminal_shows_one_table_per_data_set(table, tmp_path):
@@ -388,10 +387,11 @@ def test_the_sentence_names_what_differs_alone():
 # ---- trainings that are no seeds of each other
 
 
-def change(sub: RunDir, **train: object) -> None:
+def change(sub: RunDir, section: str = "train", **train: object) -> None:
     """Another setting of a retraining, as if it had been asked for."""
     config = sub.read_config()
-    sub.config_file.write_text(json.dumps(config | {"train": config["train"] | train}))
+    changed = config.get(section, {}) | train
+    sub.config_file.write_text(json.dumps(config | {section: changed}))
     if "epochs" in train:
         sub.write_result((sub.read_result() or {}) | {"epochs": train["epochs"]})
 
@@ -442,6 +442,8 @@ def test_other_settings_and_repeated_seeds_are_no_seeds(tmp_path):
     }
     page = make.page_of([run], tmp_path / "report.html")
     assert page.row("tdds E, none, train.lr=0.02")[1] == "60.00 −30.00 1 seed"
+    change(retraining(run, TDDS, 0.9, 0, 40.0, name="full"), "retrain", schedule_of="full")
+    assert summary_rows([read_facts(run)])[-1]["variant"] == "retrain.schedule_of=full"
 
 
 def test_other_epochs_are_other_lines_in_the_charts(tmp_path):

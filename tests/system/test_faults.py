@@ -978,7 +978,8 @@ def coreset(nobody_touched):
 )
 def test_retraining(run, coreset, tmp_path, strategy, num_steps, inject, codes, name):
     def options(coreset, strategy, name="again"):
-        return ["--coreset", coreset, "--strategy", strategy, "--name", name]
+        schedule = f"retrain.schedule_of={'full' if strategy == 'P' else 'coreset'}"
+        return ["--coreset", coreset, "--strategy", strategy, "--name", name, schedule]
 
     straight = Run(run.config, tmp_path / "straight")
     straight.ends([0, 0], *options(coreset, strategy), stage="retrain")
