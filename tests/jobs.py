@@ -26,13 +26,7 @@ import torch
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed",
-        "tdds_dist.training.collect",
-        "tdds_dist.training.retrain",
-        "tdds_dist.cli.main",
-    ]
+    "torch torch.distributed tdds_dist.training.collect tdds_dist.training.retrain tdds_dist.cli.main".split()
 )
 
 Inject = Callable[[int], None]

@@ -22,18 +22,7 @@ from benchmarks.files import metric
 def test_smoke_one_benchmark_runs_and_writes_its_result(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        "-m",
-        "benchmarks.checkpoint",
-        "--num-samples",
-        "500",
-        "--num-classes",
-        "10",
-        "--repetitions",
-        "1",
-        "--out",
-        str(tmp_path),
-        "--name",
-        "tiny",
+        *f"-m benchmarks.checkpoint --num-samples 500 --num-classes 10 --repetitions 1 --out {tmp_path} --name tiny".split(),
     ]
     done = subprocess.run(
         command,
@@ -52,20 +41,7 @@ def test_smoke_one_benchmark_runs_and_writes_its_result(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_loader_benchmark_compares_with_the_stock_loader(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    tiny = [
-        "--num-samples",
-        "60",
-        "--side",
-        "48",
-        "--size",
-        "32",
-        "--batch",
-        "20",
-        "--workers",
-        "1",
-        "--repetitions",
-        "2",
-    ]
+    tiny = "--num-samples 60 --side 48 --size 32 --batch 20 --workers 1 --repetitions 2".split()
     assert loader.main([*tiny, "--out", str(tmp_path), "--name", "tiny"]) == 0
     torch.set_num_threads(threads)  # which other tests share
     result = json.loads((tmp_path / "loader_tiny.json").read_text())

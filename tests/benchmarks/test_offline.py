@@ -16,18 +16,7 @@ from tdds_dist.scoring.offline import score
 
 pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).parents[1] / "golden" / "tdds_official_digits.npz"
-TINY = [
-    "--num-samples",
-    "500",
-    "--num-classes",
-    "5",
-    "--epochs",
-    "12",
-    "--repetitions",
-    "1",
-    "--cold-repetitions",
-    "1",
-]
+TINY = "--num-samples 500 --num-classes 5 --epochs 12 --repetitions 1 --cold-repetitions 1".split()
 
 
 @pytest.mark.parametrize(

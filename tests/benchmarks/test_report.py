@@ -18,17 +18,7 @@ from tdds_dist.report.scores import origin
 from tests.system.browser.chromium import find
 
 pytestmark = pytest.mark.slow
-SMALL = [
-    "--num-samples",
-    "400",
-    "--num-classes",
-    "8",
-    "--num-pictures",
-    "16",
-    "--epochs",
-    "3",
-    "--repetitions",
-]
+SMALL = "--num-samples 400 --num-classes 8 --num-pictures 16 --epochs 3 --repetitions".split()
 
 
 def test_images_share_pixels_but_not_bytes(tmp_path: Path) -> None:

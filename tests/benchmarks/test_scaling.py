@@ -24,20 +24,7 @@ RANKS = [1, 2, 3, 4]
 TINY = [
     "--ranks",
     *map(str, RANKS),
-    "--num-classes",
-    "10",
-    "33",
-    "--rows",
-    "24",
-    "--steps",
-    "5",
-    "--repetitions",
-    "1",
-    "--orders",
-    "5000",
-    "20000",
-    "--order-ranks",
-    "4",
+    *"--num-classes 10 33 --rows 24 --steps 5 --repetitions 1 --orders 5000 20000 --order-ranks 4".split(),
 ]
 GIVEN = Assumptions(24, 4, 4, 8, 450.0, 50.0, 130.0, 3.6, 10.0, 35.0)
 

@@ -58,18 +58,7 @@ TINY = [
 def test_every_part_writes_numbers_with_provenance(tmp_path: Path) -> None:
     assert (
         scorer.main(
-            [
-                *TINY,
-                "--only",
-                "imagenet",
-                "wide",
-                "ranks",
-                "step",
-                "--out",
-                str(tmp_path),
-                "--name",
-                "tiny",
-            ]
+            [*TINY, *f"--only imagenet wide ranks step --out {tmp_path} --name tiny".split()]
         )
         == 0
     )
@@ -122,17 +111,7 @@ def test_a_shard_that_does_not_fit_is_left_out_and_said(
     monkeypatch.setattr(scorer, "available_bytes", lambda: 10**9)
     assert (
         scorer.main(
-            [
-                *TINY,
-                "--only",
-                "wide",
-                "--wide-stored",
-                "float32",
-                "--out",
-                str(tmp_path),
-                "--name",
-                "tiny",
-            ]
+            [*TINY, *f"--only wide --wide-stored float32 --out {tmp_path} --name tiny".split()]
         )
         == 0
     )
@@ -339,15 +318,7 @@ def test_precision_of_a_training_run(tmp_path: Path) -> None:
         precision.main(
             [
                 *SMALL,
-                "--only",
-                "digits",
-                "--digits-stored",
-                "topk:9",
-                "topk:2",
-                "--out",
-                str(tmp_path),
-                "--name",
-                "tiny",
+                *f"--only digits --digits-stored topk:9 topk:2 --out {tmp_path} --name tiny".split(),
             ]
         )
         == 0

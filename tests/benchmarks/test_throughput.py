@@ -88,21 +88,7 @@ def result(tmp_path_factory):
         )
         assert (
             throughput.main(
-                [
-                    "--setting",
-                    f"{NETWORK},32,4,20,{NUM_IMAGES}",
-                    "--ranks",
-                    "1",
-                    "2",
-                    "--rounds",
-                    str(ROUNDS),
-                    "--device",
-                    "cpu",
-                    "--out",
-                    str(folder),
-                    "--name",
-                    "tiny",
-                ]
+                f"--setting {NETWORK},32,4,20,{NUM_IMAGES} --ranks 1 2 --rounds {ROUNDS} --device cpu --out {folder} --name tiny".split()
             )
             == 0
         )
@@ -260,18 +246,7 @@ def test_every_round_has_the_pairs_and_they_take_turns():
 def test_on_a_gpu(tmp_path):
     assert (
         throughput.main(
-            [
-                "--setting",
-                "resnet18,96,8,10,64",
-                "--ranks",
-                "1",
-                "--rounds",
-                "2",
-                "--out",
-                str(tmp_path),
-                "--name",
-                "gpu",
-            ]
+            f"--setting resnet18,96,8,10,64 --ranks 1 --rounds 2 --out {tmp_path} --name gpu".split()
         )
         == 0
     )

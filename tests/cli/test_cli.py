@@ -127,20 +127,7 @@ def test_score_recomputes_the_live_scores_bitwise_or_another_preset(finished, tm
         again = load_scores(path)
         assert (again.key, again.settings["source"]) == (name, "recorded")
         assert again.score_N.tobytes() == live[name].tobytes()
-    done(
-        "score",
-        folder,
-        "--preset",
-        "paper",
-        "--T",
-        "4",
-        "--K",
-        "3",
-        "--beta",
-        "0",
-        "--out",
-        tmp_path / "p.npz",
-    )
+    done("score", folder, *"--preset paper --T 4 --K 3 --beta 0 --out".split(), tmp_path / "p.npz")
     scores = load_scores(tmp_path / "p.npz")
     assert scores.key == "tdds_paper_T4_K3_beta0"
     assert (scores.score_N >= 0).all()
@@ -860,12 +847,7 @@ def test_only_rank_0_speaks(finished, capsys, monkeypatch, tmp_path):
         assert (
             main(
                 [
-                    "select",
-                    str(finished[0]),
-                    "--pruning-rate",
-                    "0.5",
-                    "--out",
-                    str(tmp_path / "c.npz"),
+                    *f"select {finished[0]} --pruning-rate 0.5 --out {tmp_path / 'c.npz'}".split(),
                     *manner,
                 ]
             )
@@ -1062,16 +1044,7 @@ def test_help_lists_every_stage_once_in_the_usual_order(capsys):
         if line[:2] == "  " and line[2].isalpha()
     ]
     assert sorted(listed) == sorted(build_parser(COMMANDS)._subparsers._group_actions[0].choices)
-    assert listed[:8] == [
-        "write",
-        "check",
-        "plan",
-        "collect",
-        "score",
-        "select",
-        "retrain",
-        "report",
-    ]
+    assert listed[:8] == "write check plan collect score select retrain report".split()
     assert text.index("examples:") > text.index("  logs ")
     assert max(map(len, text.splitlines())) <= 130
 
@@ -1095,24 +1068,10 @@ def test_every_format_of_export_can_be_asked_for():
 
 def test_every_stage_explains_itself():
     stages = build_parser(COMMANDS)._subparsers._group_actions[0].choices
-    assert list(stages) == [
-        "write",
-        "check",
-        "plan",
-        "doctor",
-        "collect",
-        "score",
-        "select",
-        "retrain",
-        "compare",
-        "experiment",
-        "export",
-        "import",
-        "report",
-        "submit",
-        "status",
-        "logs",
-    ]
+    assert (
+        list(stages)
+        == "write check plan doctor collect score select retrain compare experiment export import report submit status logs".split()
+    )
     for name, stage in stages.items():
         assert stage.description, name
         for action in stage._actions:

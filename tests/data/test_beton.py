@@ -435,12 +435,7 @@ def test_the_number_of_workers_changes_no_image_and_noise_survives(tmp_path, cap
     assert (manifest.noisy_N.dtype, manifest.noisy_N.sum()) == (bool, 26)
     assert (
         manifest.settings.items()
-        >= {
-            "subset": 130,
-            "label_noise": 0.2,
-            "corrupt": 0.2,
-            "noise_seed": 7,
-        }.items()
+        >= {"subset": 130, "label_noise": 0.2, "corrupt": 0.2, "noise_seed": 7}.items()
     )
     check_labels(three, 4, manifest)
     assert dataset_fingerprint(three, 4) == fingerprint(source.label_N, 4)
@@ -791,19 +786,10 @@ def test_labels_of_another_file_are_refused(copy, betons, change):
 
 def test_a_clean_manifest_has_the_keys_it_always_had(betons, copy):
     record = json.loads(manifest_path(betons["train"]).read_text())
-    assert list(record) == [
-        "format",
-        "source",
-        "split",
-        "num_samples",
-        "num_classes",
-        "class_names",
-        "beton_bytes",
-        "labels_sha256",
-        "settings",
-        "image_size",
-        "columns",
-    ]
+    assert (
+        list(record)
+        == "format source split num_samples num_classes class_names beton_bytes labels_sha256 settings image_size columns".split()
+    )
     assert record["format"] == "tdds-manifest-1"
     assert {key: len(column) for key, column in record["columns"].items()} == {
         "path": 120,

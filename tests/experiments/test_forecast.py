@@ -798,11 +798,7 @@ def test_every_way_out_of_too_little_memory_fits(tiny):
         found = check_refusal(
             tiny,
             *GPU,
-            "model.name=resnet18",
-            "data.image_size=96",
-            "train.global_batch_size=48",
-            f"train.amp={amp}",
-            "data.num_classes=400",
+            *f"model.name=resnet18 data.image_size=96 train.global_batch_size=48 train.amp={amp} data.num_classes=400".split(),
             num_ranks=num_ranks,
             num_samples=num_samples,
             gpu_memory_bytes=memory,
@@ -985,20 +981,7 @@ def test_text_and_json_have_the_same_numbers(tiny, options):
         (None, None),
         *(
             (bad, InputError)
-            for bad in (
-                "",
-                "GB",
-                "80gb",
-                "80 Gigs",
-                "-5GB",
-                "0",
-                "0GB",
-                "1e9",
-                "80GB!",
-                "8,0GB",
-                "80Gb",
-                "nan",
-            )
+            for bad in ("", "GB", "80gb", "80 Gigs", *"-5GB 0 0GB 1e9 80GB! 8,0GB 80Gb nan".split())
         ),
     ],
 )
@@ -1022,21 +1005,7 @@ def test_sizes_for_people():
 
 
 def test_the_command(config_file, capsys):
-    assert (
-        main(
-            [
-                "plan",
-                str(config_file),
-                "run.device=cuda",
-                "--gpus",
-                "2",
-                "--gpu-memory",
-                "8GB",
-                "--json",
-            ]
-        )
-        == 0
-    )
+    assert main(f"plan {config_file} run.device=cuda --gpus 2 --gpu-memory 8GB --json".split()) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["run"]["ranks"] == 2
     assert numbers["memory_per_rank"]["there_is_bytes"] == 8e9

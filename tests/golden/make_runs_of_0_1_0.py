@@ -126,17 +126,11 @@ def main() -> None:
     Path("table.yaml").write_text(TABLE)
     for split, num in (("train", "40"), ("val", "20")):
         run(
-            "write",
-            "digits",
-            f"data/{split}.beton",
-            "--split",
+            *f"write digits data/{split}.beton --split".split(),
             split,
             "--subset",
             num,
-            "--write-mode",
-            "raw",
-            "--num-workers",
-            "1",
+            *"--write-mode raw --num-workers 1".split(),
         )
     retrain = "retrain", "config.yaml", "run.dir=runs/finished", "--coreset", CORESET, "--strategy"
     run("collect", "config.yaml", "run.dir=runs/finished")

@@ -434,12 +434,7 @@ def test_what_the_ranks_left_tells_where_the_scheduler_does_not(slurm, tmp_path)
     append_end(tmp_path, "3", end("refused", time=SUBMITTED + 60))
     append_end(tmp_path, "4", end("requeued", time=SUBMITTED + 60))
     states = job_states(jobs)
-    assert [states[job_id].state for job_id in "1234"] == [
-        "finished",
-        "unknown",
-        "failed",
-        "unknown",
-    ]
+    assert [states[job_id].state for job_id in "1234"] == "finished unknown failed unknown".split()
     assert (states["3"].exit_code, states["3"].elapsed) == (2, "00:01:00")
 
 

@@ -376,13 +376,7 @@ def test_retrain_batch_may_fit_by_the_batch_size_rule(submit, coreset):
     assert (
         submit(
             rule,
-            "--dry-run",
-            "--stage",
-            "retrain",
-            "--coreset",
-            coreset,
-            "--strategy",
-            "P",
+            *f"--dry-run --stage retrain --coreset {coreset} --strategy P".split(),
             cluster=cluster,
         )
         == 0
@@ -525,10 +519,7 @@ def test_sbatch_file_has_everything_that_the_cluster_file_says(submit, tmp_path,
     """And what is printed is what is handed over, but for the ids of jobs, which only SLURM
     knows."""
     words, cluster = (
-        [
-            "train.global_batch_size=48",
-            "pipeline.scores=[tdds, random]",
-        ],
+        ["train.global_batch_size=48", "pipeline.scores=[tdds, random]"],
         yaml.safe_dump(EVERYTHING),
     )
     assert submit(*words, "--dry-run", cluster=cluster) == 0
@@ -609,10 +600,7 @@ def test_sbatch_file_asks_for_nothing_that_is_not_said(submit, tmp_path, slurm):
         [
             "cpus-per-task=1",
             f"error='{folder}/%j_0_log.err'",
-            "job-name=collect-tiny",
-            "nodes=1",
-            "ntasks-per-node=1",
-            "open-mode=append",
+            *"job-name=collect-tiny nodes=1 ntasks-per-node=1 open-mode=append".split(),
             f"output='{folder}/%j_0_log.out'",
             "requeue",
             "signal=USR2@90",

@@ -565,11 +565,9 @@ def test_what_would_not_fit_before_the_time_limit_is_saved_before_it(
         partial(_epochs_take, epoch_seconds),
         jobs.at_step(2 * STEPS + 4, jobs.signal_self(signal.SIGKILL)),
     )
-    never = [
-        "checkpoint.every_epochs=0",
-        "checkpoint.every_seconds=0",
-        "checkpoint.asynchronous=false",
-    ]
+    never = (
+        "checkpoint.every_epochs=0 checkpoint.every_seconds=0 checkpoint.asynchronous=false".split()
+    )
     codes, text = jobs.run(
         ["collect", config_file, *BASE, *never, f"run.dir={folder}"], 2, tmp_path / "out", inject
     )

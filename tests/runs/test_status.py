@@ -426,12 +426,7 @@ def test_an_experiment_shows_its_seeds_and_all_retrainings(tmp_path):
         put_retraining(
             run, "a", result={"epochs": 10, "final_top1": 90.0 + seed, "best_top1": 99.0}
         )
-    assert [path.name for path in find_runs(tmp_path / "exp")] == [
-        "seed0",
-        "seed1",
-        "seed2",
-        "seed10",
-    ]
+    assert [path.name for path in find_runs(tmp_path / "exp")] == "seed0 seed1 seed2 seed10".split()
     text = shown(tmp_path / "exp")
     assert "seed10: collect, finished" in text
     assert (

@@ -100,12 +100,10 @@ def test_blocks_of_any_world_read_back_whole(tmp_path, num_samples, world_sizes)
 
 def test_an_empty_shard_writes_no_block(tmp_path):
     write(tmp_path, *recorded(2, 1), [4])
-    assert sorted(path.name for path in (tmp_path / "epoch_0000").iterdir()) == [
-        "0000000000-0000000001.json",
-        "0000000000-0000000001.npy",
-        "0000000001-0000000002.json",
-        "0000000001-0000000002.npy",
-    ]
+    assert (
+        sorted(path.name for path in (tmp_path / "epoch_0000").iterdir())
+        == "0000000000-0000000001.json 0000000000-0000000001.npy 0000000001-0000000002.json 0000000001-0000000002.npy".split()
+    )
 
 
 def test_a_new_trajectory_has_no_epochs_and_no_files_before_its_labels(tmp_path):

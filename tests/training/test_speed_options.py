@@ -331,13 +331,7 @@ def test_preflight_tries_every_size(config_file):
 )
 def test_preflight_refuses_gradients_that_cuda_cannot_repeat(config_file, name, is_refused):
     def check(deterministic, device_type):
-        overrides = [
-            f"model.name={name}",
-            f"train.deterministic={deterministic}",
-            "data.crop=resized",
-            "data.image_size=64",
-            "data.eval_size=64",
-        ]
+        overrides = f"model.name={name} train.deterministic={deterministic} data.crop=resized data.image_size=64 data.eval_size=64".split()
         config = load_config(config_file, overrides)
         return catch(preflight, config, *open_files(config)[:2], 4, device_type)
 
@@ -384,12 +378,7 @@ def test_a_fused_optimizer_forgets_a_first_step_that_overflows(config_file, opti
     """As torch's loss scaling leaves out a step: the bits after it are those without it."""
     config = load_config(
         config_file,
-        [
-            f"train.optimizer={optimizer}",
-            f"train.nesterov={nesterov}",
-            "train.fused_optimizer=true",
-            "train.lr=0.1",
-        ],
+        f"train.optimizer={optimizer} train.nesterov={nesterov} train.fused_optimizer=true train.lr=0.1".split(),
     )
 
     def after(overflows, build):
@@ -658,10 +647,7 @@ def test_on_cuda_fused_steps_resume_bitwise(config_file, tmp_path, optimizer, am
     compared."""
     overrides = [
         *GROWING,
-        f"train.optimizer={optimizer}",
-        f"train.amp={amp}",
-        "train.lr=0.01",
-        "run.device=cuda",
+        *f"train.optimizer={optimizer} train.amp={amp} train.lr=0.01 run.device=cuda".split(),
     ]
     calls = [
         (overrides + more, {"leave_at": leave_at, "device": "cuda"})

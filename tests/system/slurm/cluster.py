@@ -592,10 +592,7 @@ class _Keeper:
 
         munge = str(self.directory / "munge.sock")
         munged = self.daemon(
-            "munged",
-            "--foreground",
-            "--force",
-            f"--socket={munge}",
+            *f"munged --foreground --force --socket={munge}".split(),
             *(
                 f"--{key}={self.directory}/{name}"
                 for key, name in {
@@ -606,12 +603,7 @@ class _Keeper:
                 }.items()
             ),
         )
-        database = [
-            f"--user={user}",
-            f"--datadir={self.directory}/mariadb",
-            f"--tmpdir={self.directory}",
-            "--innodb-log-file-size=8M",
-        ]
+        database = f"--user={user} --datadir={self.directory}/mariadb --tmpdir={self.directory} --innodb-log-file-size=8M".split()
         installed = self.daemon(
             "mariadb-install-db",
             "--no-defaults",

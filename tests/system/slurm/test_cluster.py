@@ -48,10 +48,7 @@ def submit(slurm, folder, script, *options):
     path = folder / f"job{len(list(folder.glob('job*')))}.sh"
     path.write_text(f"#!/bin/bash\n{script}\n")
     return slurm.run(
-        "sbatch",
-        "--parsable",
-        f"--output={folder}/%j.log",
-        "--open-mode=append",
+        *f"sbatch --parsable --output={folder}/%j.log --open-mode=append".split(),
         *options,
         str(path),
     )

@@ -64,17 +64,11 @@ def undisturbed(folder):
         "TDDS_CPUS_PER_RANK": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "tdds_dist",
-        "collect",
-        str(folder / "config.yaml"),
-        f"run.dir={run}",
-    ]
+    torchrun = Path(sys.executable).with_name("torchrun")
+    words = (
+        f"--standalone --nproc-per-node 2 -m tdds_dist collect {folder}/config.yaml run.dir={run}"
+    )
+    command = [str(torchrun), *words.split()]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=500)
     return run
 
@@ -83,11 +77,7 @@ def submit(slurm, folder, run, *arguments, cluster=CPU_TEST, config="config.yaml
     """`tdds submit` on the cluster, from the command line."""
     command = [
         str(Path(sys.executable).with_name("tdds")),
-        "submit",
-        str(folder / config),
-        "--cluster",
-        str(cluster),
-        f"run.dir={run}",
+        *f"submit {folder / config} --cluster {cluster} run.dir={run}".split(),
         *arguments,
     ]
     environment = os.environ | slurm.environment | {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -265,16 +255,7 @@ def lose_a_node(slurm, job_id, run):
 def preempt(slurm, job_id, run):
     """A job of the partition that goes first takes both nodes for a moment."""
     slurm.run(
-        "sbatch",
-        "--parsable",
-        "-p",
-        "main",
-        "-N2",
-        "--exclusive",
-        "-o",
-        "/dev/null",
-        "--wrap",
-        "srun sleep 1",
+        *"sbatch --parsable -p main -N2 --exclusive -o /dev/null --wrap".split(), "srun sleep 1"
     )
 
 
