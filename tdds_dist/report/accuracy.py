@@ -170,7 +170,7 @@ def accuracy_chart(rows: list[dict[str, Any]], slots: dict[str, int]) -> dict[st
         )
         + (f"; full data {full:.2f} %." if full is not None else ".")
     )
-    svg = charts.line_chart(lines, "final top-1 (%)", "images removed", alt, full, percent_x=True)
+    svg = charts.line_chart(lines, "final top-1 (%)", "images removed", alt, full, ticks="{:g} %")
     return {"svg": svg, "legend": lines, "full": full}
 
 

@@ -152,7 +152,7 @@ def line_chart(
     x_title: str,
     alt: str,
     full: float | None = None,
-    percent_x: bool = False,
+    ticks: str = "",
     may_be_log: bool = False,
     y_range: tuple[float, float] | None = None,
     marks: Sequence[float] = (),
@@ -162,8 +162,8 @@ def line_chart(
     vertical ones at `marks`.
 
     may_be_log: make the y axis logarithmic when all values are positive and span more than a factor
-    of 30. percent_x: x holds percent; only the values that occur are labelled. y_range: lowest and
-    highest value of all charts that are to be compared with this one.
+    of 30. ticks: label the values of x that occur, and no others, in this form ("{:g} %"). y_range:
+    lowest and highest value of all charts that are to be compared with this one.
     """
     values = [y for line in lines for y in line.y]
     low, high = y_range or (min(values), max(values))
@@ -207,9 +207,9 @@ def line_chart(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        if percent_x:
+        if ticks:
             axes.set_xticks(sorted({round(x, 4) for line in lines for x in line.x}))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: ticks.format(value)))
         for mark in marks:
             axes.axvline(mark, color=_INK, linewidth=0.9, linestyle=(0, (2, 2)))
         axes.margins(x=0.04, y=0.08)

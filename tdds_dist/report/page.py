@@ -27,6 +27,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.report.accuracy import accuracy_chart, finding, matrix
 from tdds_dist.report.agreement import agreement_section, between_section
 from tdds_dist.report.curves import FULL_SLOT, curve_charts, speed, speed_charts
+from tdds_dist.report.figures import ablations
 from tdds_dist.report.images import BUDGET_BYTES, sheets
 from tdds_dist.report.read import FULL_DATA, Facts, read_facts, score_names
 from tdds_dist.report.results import by_setting, experiment_name, pools, run_name, summary_rows
@@ -164,6 +165,7 @@ def _pool(
         "finding": finding(rows),
         "published": pool[0].published,
         "accuracy": accuracy_chart(rows, slots),
+        "ablations": ablations(pool),
         "curves": curve_charts(pool, slots),
     }
 
@@ -194,6 +196,7 @@ def _section(
         lambda: {"classes": class_table(facts, main, origins)},
         lambda: {
             "accuracy": None if is_pooled else accuracy_chart(rows, slots),
+            "ablations": [] if is_pooled else ablations([facts]),
             "curves": None if is_pooled else curve_charts([facts], slots),
             "speed": speed(facts),
             "speed_charts": speed_charts(facts),

@@ -278,7 +278,7 @@ def _noise_chart(
         + "."
     )
     return {
-        "svg": charts.line_chart([expected, *lines], title, "images removed", alt, percent_x=True),
+        "svg": charts.line_chart([expected, *lines], title, "images removed", alt, ticks="{:g} %"),
         "legend": [*lines, expected],
     }
 
