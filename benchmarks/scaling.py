@@ -44,7 +44,7 @@ from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import epoch_order, routing_counts
 from tdds_dist.errors import InputError
 from tdds_dist.scoring.sample_stats import SCALARS
-from tdds_dist.scoring.scorer import ShardedScorer
+from tdds_dist.scoring.scorer import ShardedScorer, steps_together
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 HEADER_BYTES = 16  # global index and label of a row
@@ -247,25 +247,25 @@ class Assumptions:
 
 
 def model(
-    world_size: int, num_samples: int, num_classes: int, given: Assumptions
+    world_size: int, num_samples: int, num_classes: int, given: Assumptions, together: int = 1
 ) -> dict[str, float]:
-    """Bytes and seconds of one rank, by arithmetic.
+    """Bytes and seconds of one rank, by arithmetic; rows of `together` steps travel at once.
 
-    Owners of a batch's rows are uniform over ranks. A step costs one call, the messages one after
-    the other (nothing overlaps: pessimistic) and the bytes over each kind of link. With B rows for
-    W ranks, a share (1 - 1/W)^B of the messages is empty.
+    Owners of a batch's rows are uniform over ranks. An exchange costs one call, the messages one
+    after the other (nothing overlaps: pessimistic) and the bytes over each kind of link. With B
+    rows for W ranks, a share (1 - 1/W)^(B together) of its messages is empty.
     """
     window = Window(30, 10)
     row = payload_bytes(1, num_classes, given.logit_bytes)
     rows_per_peer = given.rows / world_size
     in_node = min(given.node_ranks, world_size)
     node_peers, network_peers = in_node - 1, world_size - in_node
-    is_sent = 1.0 - (1.0 - 1.0 / world_size) ** given.rows
+    is_sent = 1.0 - (1.0 - 1.0 / world_size) ** (given.rows * together)
     node_bytes, network_bytes = (
         peers * rows_per_peer * row for peers in (node_peers, network_peers)
     )
-    messages = (node_peers + network_peers) * is_sent
-    seconds = 1e-6 * (
+    messages = (node_peers + network_peers) * is_sent / together
+    seconds = (1e-6 / together) * (
         given.call_us
         + is_sent * (node_peers * given.node_message_us + network_peers * given.network_message_us)
     )
@@ -280,16 +280,16 @@ def model(
         "num_samples": num_samples,
         "num_classes": num_classes,
         "steps": steps,
+        "together": together,
         "state_bytes": state,
         "step_bytes": given.rows * row,
         "sent_bytes": node_bytes + network_bytes,
         "network_bytes": network_bytes,
-        "pair_bytes": rows_per_peer * row,
+        "pair_bytes": rows_per_peer * row * together,
         "messages": messages,
         "step_seconds": seconds,
         "share_of_step": seconds / (1e-3 * given.step_ms),
-        # int64 sent and received, as an array and as lists
-        "counts_bytes": 2 * 2 * 8 * steps * world_size,
+        "counts_bytes": 2 * 8 * steps * world_size,  # int64 sent and received
         "checkpoint_bytes": num_samples * row_bytes(num_classes, given.logp_bytes, window),
     }
 
@@ -368,7 +368,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "orders": orders,
         "assumptions": asdict(given),
-        "modelled": [model(*case, given) for case in MODELLED],
+        "modelled": [
+            model(*case, given, together)
+            for case in MODELLED
+            for together in dict.fromkeys((1, steps_together(case[0], given.rows, case[2])))
+        ],
         "host_limit": host_limit(orders, options.host_gb, given.node_ranks),
         "provenance": where,
     }
@@ -498,6 +502,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             "ranks",
             "samples",
             "classes",
+            "steps together",
             "state per rank, GB",
             "sent per step, kB",
             "off the node, kB",
@@ -514,11 +519,12 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"{case['world_size']:,}",
             f"{case['num_samples']:,}",
             f"{case['num_classes']:,}",
+            str(case["together"]),
             f"{case['state_bytes'] / 1e9:.2f}",
             f"{case['sent_bytes'] / 1e3:,.0f}",
             f"{case['network_bytes'] / 1e3:,.0f}",
             f"{case['pair_bytes']:,.0f}",
-            f"{case['messages']:,.0f}",
+            f"{case['messages']:,.1f}",
             f"{1e3 * case['step_seconds']:.2f}",
             f"{case['share_of_step']:.1%}",
             f"{case['counts_bytes'] / 1e6:,.0f}",
@@ -561,16 +567,17 @@ def as_markdown(result: dict[str, Any]) -> str:
                 f"Arithmetic: B = {given['rows']}, {given['logit_bytes']}-byte logits,"
                 f" log-probabilities of {given['logp_bytes']} bytes, one window of K = 10; state as"
                 f" allocated (its formula is within {state:.2%} of what the runs above allocated)."
-                " Owners of a batch are uniform over ranks. Time of a step: one call"
+                " Owners of a batch are uniform over ranks. The rows of one step travel at once, or"
+                " those of as many as `score.route_every` chooses. Time of an exchange: one call"
                 f" ({given['call_us']:g} us), then its messages one after the other"
                 f" ({given['node_message_us']:g} us within a node of {given['node_ranks']},"
                 f" {given['network_message_us']:g} us beyond), then the bytes at"
                 f" {given['node_gb_per_s']:g} GB/s within and {given['network_gb_per_s']:g} GB/s"
-                " beyond the node, per rank and direction; nothing overlaps, no two ranks share a"
-                " link, and none of it is hidden behind backward. `of a step`: of"
-                f" {given['step_ms']:g} ms of training. Where there are more ranks than rows, most"
-                " messages are empty, and the number of the others sets the time, not their bytes."
-                " Memory of the network and its activations is not in it."
+                " beyond the node, per rank and direction; a step has its share of it. Nothing"
+                " overlaps, no two ranks share a link, and none of it is hidden behind backward."
+                f" `of a step`: of {given['step_ms']:g} ms of training. Where there are more ranks"
+                " than rows in an exchange, most messages are empty, and the number of the others"
+                " sets the time, not their bytes. Memory of the network and its activations is not in it."
             ),
             "",
             (

@@ -328,6 +328,14 @@ class Score(Section):
             " close."
         ),
     )
+    route_every: int = Field(
+        0,
+        ge=0,
+        description=(
+            "Steps whose rows travel to their owners together; 0: as few as keep a rank at 8"
+            " messages per step, 1 up to 9 ranks. No score depends on it."
+        ),
+    )
     final_pass: bool = Field(
         True,
         description=(

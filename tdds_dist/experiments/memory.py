@@ -98,19 +98,24 @@ def payload_bytes(rows: int, num_classes: int, logit_bytes: int) -> int:
     return rows * (_HEADER_BYTES + num_classes * logit_bytes)
 
 
-def recording_bytes(rows: int, num_classes: int, logit_bytes: int, storage: str = DENSE) -> int:
+def recording_bytes(
+    rows: int, num_classes: int, logit_bytes: int, storage: str = DENSE, route_every: int = 1
+) -> int:
     """Return the bytes of the routing buffers (what is sent, and about as much received) and of the
     work on received rows.
 
+    The rows of `route_every` steps travel together, and those of the next ones are held meanwhile.
     Small steps wait for each other: their rows are held, and put together to be recorded block by
     block.
     """
+    next_rows = rows * route_every if route_every > 1 else 0
+    rows *= route_every
     waits = rows * num_classes < WAITING_NUMBERS
     held = rows + waits * (WAITING_NUMBERS // num_classes)
     at_once = math.ceil(held / num_blocks(held, num_classes))
     tables = _RECORD_TABLES["dense" if storage == DENSE else "topk"]
     return (
-        payload_bytes(rows, num_classes, logit_bytes)
+        payload_bytes(rows + next_rows, num_classes, logit_bytes)
         + (1 + waits) * payload_bytes(held, num_classes, logit_bytes)
         + at_once * (tables * num_classes * 4 + _RECORD_ROW_BYTES)
     )

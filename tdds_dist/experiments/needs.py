@@ -28,6 +28,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.experiments import memory
 from tdds_dist.experiments.grid import Cell
 from tdds_dist.experiments.memory import Network
+from tdds_dist.scoring.scorer import steps_together
 from tdds_dist.text import size_text as size
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
 
@@ -133,6 +134,13 @@ class Case:
         """Return B, the rows per rank and forward pass."""
         train = self.config.train
         return per_rank_batch(train.global_batch_size, self.num_ranks, train.accumulation)
+
+    @property
+    def route_every(self) -> int:
+        """Return the passes whose rows travel to their owners together."""
+        return self.config.score.route_every or steps_together(
+            self.num_ranks, self.rows, self.config.data.num_classes
+        )
 
     @cached_property
     def network(self) -> Network:
@@ -312,7 +320,11 @@ def memory_lines(case: Case) -> list[Line]:
         Line(
             "routing buffers and recording",
             memory.recording_bytes(
-                rows, config.data.num_classes, network.logit_bytes, config.score.storage
+                rows,
+                config.data.num_classes,
+                network.logit_bytes,
+                config.score.storage,
+                case.route_every,
             ),
         ),
     ]
@@ -454,7 +466,8 @@ def network_lines(case: Case) -> list[Line]:
         Line(
             "rows to their owners, per forward pass",
             round(rows * share),
-            "all-to-all; expected, as the order is random",
+            "all-to-all; expected, as the order is random"
+            + (f"; those of {case.route_every} passes together" if case.route_every > 1 else ""),
         ),
         Line(
             "gradients, per step",

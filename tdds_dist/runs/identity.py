@@ -39,7 +39,12 @@ KINDS: dict[str, str | dict[str, str]] = {
         "eval_every": MAY_CHANGE,
         "static_graph": MAY_CHANGE,
     },
-    "score": {"baselines": PLACE, "final_pass": MAY_CHANGE, "on_nan": MAY_CHANGE},
+    "score": {
+        "baselines": PLACE,
+        "final_pass": MAY_CHANGE,
+        "on_nan": MAY_CHANGE,
+        "route_every": PLACE,
+    },
     "retrain": PLACE,
     "checkpoint": PLACE,
     "pipeline": PLACE,

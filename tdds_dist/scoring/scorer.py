@@ -2,10 +2,11 @@
 runs.
 
 Each rank owns a contiguous block of global indices. A row (index, label, logits) goes from the rank
-that visited the sample to its owner in one asynchronous all-to-all per step; the owner holds the
-previous epoch's log-probabilities of its samples and needs nothing else to compute the loss
-difference. State is N x C once, divided by the ranks, instead of T x N x C on disk. Nothing in
-`record` waits for the device: checks write flags that `check` and `end_epoch` read.
+that visited the sample to its owner in an asynchronous all-to-all: one per step, or among many
+ranks one for the rows of several steps. The owner holds the previous epoch's log-probabilities of
+its samples and needs nothing else to compute the loss difference. State is N x C once, divided by
+the ranks, instead of T x N x C on disk. Nothing in `record` waits for the device: checks write
+flags that `check` and `end_epoch` read.
 """
 
 # B rows of a call, C classes, M rows of this rank's shard, N dataset, S steps, W world size, X
@@ -41,11 +42,15 @@ from tdds_dist.runs.artifacts import fingerprint
 from tdds_dist.scoring.kernel_check import LOGIT_DTYPES, kernel_works
 from tdds_dist.scoring.quarantine import set_lowest
 from tdds_dist.scoring.sample_stats import SCALARS
-from tdds_dist.scoring.shard import BITS, Arrived, Shard, pack, update
+from tdds_dist.scoring.shard import BITS, Arrived, Shard, pack, unpack, update
 from tdds_dist.scoring.tdds import average_windows, window_variability
 from tdds_dist.scoring.trajectory import TrajectoryWriter, require_no_trajectory
 
 _NOT_QUARANTINED = -1
+# Messages per step that a rank sends at most: among more ranks rows wait for those of later steps.
+# Each message has a price whatever it holds; `benchmarks.scaling` says what that comes to.
+MESSAGES_PER_STEP = 8
+WAITING_BYTES = 64 << 20  # of rows that wait on the rank that visited the samples
 # logits that are worth the calls of an update; fewer wait for those of the next steps
 WAITING_NUMBERS = 1 << 15
 _NUM_NAMED = 8  # offending indices named in an error
@@ -70,6 +75,9 @@ class ShardedScorer:
         resume: the trajectory directory may hold epochs already; `load_state_dict` says which of
         them count, and without it
             none does.
+        route_every: steps whose rows travel together; no score depends on it. None: as many as keep
+        a rank at 8 messages per step where the order is announced and they fit into 64 MiB, else
+        1.
 
     Protocol: all ranks of the default process group construct it and call `record` equally often
     per epoch (an empty call counts), then `end_epoch`; without a process group it works alone. When
@@ -93,6 +101,7 @@ class ShardedScorer:
         trajectory_dtype: torch.dtype = torch.float32,
         on_nan: str = "stop",
         resume: bool = False,
+        route_every: int | None = None,
     ):
         if num_samples < 1 or num_classes < 2:
             raise InputError(
@@ -109,6 +118,8 @@ class ShardedScorer:
             )
         if on_nan not in ("stop", "quarantine"):
             raise InputError(f"on_nan={on_nan!r} must be 'stop' or 'quarantine'")
+        if route_every is not None and route_every < 1:
+            raise InputError(f"route_every={route_every} must be at least 1, or None to choose it")
         parse_storage(storage, num_classes)
         for window in windows:
             check_window(window, preset)
@@ -120,9 +131,14 @@ class ShardedScorer:
         self.step = 0
         self._first, self._end = shard_bounds(num_samples, self.world.world_size, self.world.rank)
         self._rows_per_shard = rows_per_shard(num_samples, self.world.world_size)
-        self._counts: tuple[list[list[int]], list[list[int]]] | None = None
-        # with the counts: rows of each step in the order of their owners
-        self._by_owner_SB: Tensor | None = None
+        self._route_every = route_every
+        self._waiting: list[Tensor] = []  # packed rows of this rank that have not left yet
+        self._waiting_dtype = torch.float32  # of their logits
+        # rows sent and received at every step, where the order is known
+        self._counts: tuple[np.ndarray, np.ndarray] | None = None
+        # then also: rows of each group in the order of their owners, counted from its first
+        self._by_owner_R: Tensor | None = None
+        self._forget_order()
         self._pending: tuple[collectives.Exchange, torch.dtype, int] | None = None
         self._arrived: list[Arrived] = []
         self._num_nonfinite = 0  # over all ranks, at the last `check`
@@ -171,18 +187,24 @@ class ShardedScorer:
         counts nor sorts. A resume in the middle of an epoch gives the order of the whole epoch, and
         the first step that is not recorded yet.
         """
-        self.step = first_step
+        self.step = self._first_step = first_step
         rank, world_size = self.world.rank, self.world.world_size
-        sends_SW, receives_SW = routing_counts(order, rank, world_size, self.num_samples)
-        self._counts = (sends_SW.tolist(), receives_SW.tolist())
+        self._counts = routing_counts(order, rank, world_size, self.num_samples)
+        index_SB = order.of_rank(rank, world_size)[1]
+        self._num_steps, self._rows = index_SB.shape
+        self._group = self._route_every or steps_together(world_size, self._rows, self.num_classes)
         if world_size > 1:
-            index_SB = order.of_rank(rank, world_size)[1]
             owner_SB = np.where(index_SB == PADDING, rank, index_SB // self._rows_per_shard)
-            by_owner_SB = torch.from_numpy(
-                np.argsort(owner_SB, axis=1, kind="stable").astype(np.int32)
+            edge = self._num_steps - (self._num_steps - first_step) % self._group
+            groups_GR = owner_SB[first_step:edge].reshape(-1, self._group * self._rows)
+            by_owner_R = np.concatenate(
+                [
+                    np.argsort(rows_GR, axis=1, kind="stable").reshape(-1)
+                    for rows_GR in (groups_GR, owner_SB[edge:].reshape(1, -1))
+                ]
             )
             # once per epoch, before its first step
-            self._by_owner_SB = by_owner_SB.to(self.world.device)
+            self._by_owner_R = torch.from_numpy(by_owner_R.astype(np.int32)).to(self.world.device)
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch: any rank, any order, each sample once per epoch.
@@ -217,45 +239,76 @@ class ShardedScorer:
             raise ValueError(
                 f"index and label must be int64, got {index_B.dtype} and {label_B.dtype}"
             )
-        self._receive()
+        if self._counts is not None and (
+            self.step >= self._num_steps or len(index_B) != self._rows
+        ):
+            raise ValueError(
+                f"record call {self.step} of epoch {self.epoch + 1} with {len(index_B)} rows"
+                " does not follow the order given to expect()"
+            )
+        if self._waiting and self._waiting_dtype != logits_BC.dtype:
+            self._send()
+        if len(self._waiting) + 1 == self._group:
+            self._receive()
         payload_BX = pack(
             index_B.to(device, non_blocking=True),
             label_B.to(device, non_blocking=True),
             logits_BC.detach().to(device),
         )
-        by_owner_B, sends, receives = self._routing(index_B)
-        if by_owner_B is not None:
-            payload_BX = payload_BX.index_select(0, by_owner_B)
-        # on their way until the next call, so that backward hides the transfer
-        # gloo knows no int16
-        exchange = collectives.exchange_rows(payload_BX.view(torch.uint8), sends, receives)
-        self._pending = (exchange, logits_BC.dtype, self.step)
+        self._waiting.append(payload_BX)
+        self._waiting_dtype = logits_BC.dtype
         self.step += 1
+        if (self.step - self._first_step) % self._group == 0 or self.step == self._num_steps:
+            self._send()
 
-    def _routing(self, index_B: Tensor) -> tuple[Tensor | None, list[int], list[int]]:
-        """Return the rows in the order of their owners (None: as they are), how many go to each
-        rank, how many come from each.
+    def _send(self) -> None:
+        """Let the rows that wait here begin their way to their owners. A collective: every rank
+        calls it after the same step.
+
+        They are on their way until the next call, so that forward and backward hide the transfer.
+        """
+        if not self._waiting:
+            return
+        self._receive()
+        first = self.step - len(self._waiting)
+        payload_RX = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        self._waiting = []
+        by_owner_R, sends, receives = self._routing(payload_RX, first)
+        if by_owner_R is not None:
+            payload_RX = payload_RX.index_select(0, by_owner_R)
+        # gloo knows no int16
+        exchange = collectives.exchange_rows(payload_RX.view(torch.uint8), sends, receives)
+        self._pending = (exchange, self._waiting_dtype, first)
+
+    def _routing(
+        self, payload_RX: Tensor, first: int
+    ) -> tuple[Tensor | None, list[int], list[int]]:
+        """Return the rows of the steps from `first` on in the order of their owners (None: as they
+        are), how many go to each rank, how many come from each.
 
         Padding rows and indices out of range stay here.
         """
-        rank, world_size = self.world.rank, self.world.world_size
+        world_size = self.world.world_size
+        if self._counts is None and world_size == 1:
+            return None, [len(payload_RX)], [len(payload_RX)]
         if self._counts is not None:
-            sends_SW, receives_SW = self._counts
-            if self.step >= len(sends_SW) or sum(sends_SW[self.step]) != len(index_B):
-                raise ValueError(
-                    f"record call {self.step} of epoch {self.epoch + 1} with {len(index_B)} rows"
-                    " does not follow the order given to expect()"
-                )
-            by_owner_B = None if self._by_owner_SB is None else self._by_owner_SB[self.step]
-            return by_owner_B, sends_SW[self.step], receives_SW[self.step]
-        if world_size == 1:
-            return None, [len(index_B)], [len(index_B)]
-        index_B = index_B.to(self.world.device, non_blocking=True)
-        in_range_B = (index_B >= 0) & (index_B < self.num_samples)
-        owner_B = torch.where(in_range_B, index_B // self._rows_per_shard, rank)
-        sends_W = torch.bincount(owner_B, minlength=world_size)
-        receives = collectives.exchange_counts(sends_W)
-        return torch.argsort(owner_B, stable=True), sends_W.tolist(), receives
+            sends, receives = (
+                counts_SW[first : self.step].sum(axis=0).tolist() for counts_SW in self._counts
+            )
+            if self._by_owner_R is None:
+                return None, sends, receives
+            done = first - self._first_step
+            if done % self._group == 0 and self.step in (first + self._group, self._num_steps):
+                begin = done * self._rows
+                return self._by_owner_R[begin : begin + len(payload_RX)], sends, receives
+        index_R = unpack(payload_RX, self._waiting_dtype)[0]
+        in_range_R = (index_R >= 0) & (index_R < self.num_samples)
+        owner_R = torch.where(in_range_R, index_R // self._rows_per_shard, self.world.rank)
+        if self._counts is None:
+            sends_W = torch.bincount(owner_R, minlength=world_size)
+            receives = collectives.exchange_counts(sends_W)
+            sends = sends_W.tolist()
+        return torch.argsort(owner_R, stable=True), sends, receives
 
     def _receive(self) -> None:
         """Take over the rows that arrived, and write them into the shard once there are enough."""
@@ -282,8 +335,16 @@ class ShardedScorer:
         else:
             update(self._shard, arrived, self.epoch > 0, self._quarantines)
 
+    def _forget_order(self) -> None:
+        """Begin an epoch of unknown order, or the rest of one, at this step."""
+        self._waiting = []
+        self._group = self._route_every or 1  # steps whose rows travel together
+        self._first_step = self.step  # of the first group
+        self._num_steps = self._rows = -1  # of the epoch; per step
+        self._counts = self._by_owner_R = None
+
     def _apply_pending(self) -> None:
-        """Write all rows that were recorded into the shard."""
+        """Write all rows that arrived or are on their way into the shard."""
         self._receive()
         self._write_arrived()
 
@@ -291,7 +352,7 @@ class ShardedScorer:
 
     def check(self) -> None:
         """Raise on every rank if any rank saw bad values in this epoch. A collective that reads
-        from the device.
+        from the device. Rows that wait for those of later steps (`route_every`) are seen later.
 
         Raises:
             NonFiniteLogitsError: with epoch, first step and global indices.
@@ -328,6 +389,8 @@ class ShardedScorer:
             not self._quarantines or num_out > _LARGEST_QUARANTINE * self.num_samples
         ):
             step = int(collectives.min_over_ranks(self._shard.nonfinite_step.clone()))
+            last = min(step + self._group, self.step) - 1
+            steps = f"step {step}" if last == step else f"steps {step} to {last}"
             named = self._name_rows(is_nonfinite_M)
             too_many = (
                 f"; {num_out} samples in all epochs are more than {_LARGEST_QUARANTINE:.0%} of"
@@ -336,7 +399,7 @@ class ShardedScorer:
                 else ""
             )
             raise NonFiniteLogitsError(
-                f"epoch {self.epoch + 1}, step {step}: NaN or infinite logits for {num_nonfinite}"
+                f"epoch {self.epoch + 1}, {steps}: NaN or infinite logits for {num_nonfinite}"
                 f" samples (global indices {named}){too_many}; lower the learning rate, check these"
                 " images, or put few of them into quarantine (on_nan)",
                 shared=True,
@@ -350,6 +413,7 @@ class ShardedScorer:
             CoverageError: some sample was not recorded exactly once; names epoch and counts. On
             every rank. InputError: as `check`.
         """
+        self._send()
         self.check()
         rows = self._end - self._first
         visits_M = self._shard.visits_M[:rows]
@@ -381,9 +445,9 @@ class ShardedScorer:
         if self.epoch > 0:
             self._advance_windows()
         self._shard.begin_epoch()
-        self._counts = self._by_owner_SB = None
         self.epoch += 1
         self.step = 0
+        self._forget_order()
 
     def _quarantine(self) -> None:
         """Mark the samples whose logits were not finite in this epoch; all marked ones are recorded
@@ -485,6 +549,7 @@ class ShardedScorer:
         Raises:
             InputError: as `check`: bad values are not kept.
         """
+        self._send()
         self.check()
         return self._state()
 
@@ -559,7 +624,7 @@ class ShardedScorer:
             if name not in ("position", "settings") and into.data_ptr() != out_of.data_ptr():
                 into.copy_(out_of)
         self.epoch, self.step = state["position"].tolist()
-        self._counts = self._by_owner_SB = None
+        self._forget_order()
         if self._trajectory is None:
             return
         self._rewind_trajectory(self._labels_sha256() if self.epoch > 0 else None)
@@ -593,3 +658,11 @@ class ShardedScorer:
         ).tolist()
         named = [index for index in gathered if index != PADDING][:_NUM_NAMED]
         return json.dumps(named)[1:-1] + (", ..." if len(named) == _NUM_NAMED else "")
+
+
+def steps_together(world_size: int, rows: int, num_classes: int) -> int:
+    """Return the steps whose rows travel together: the fewest that keep a rank at MESSAGES_PER_STEP
+    messages per step, if those rows (`rows` of each step, with logits of 4 bytes) fit into
+    WAITING_BYTES."""
+    fitting = WAITING_BYTES // (rows * (4 * num_classes + 16))
+    return max(1, min(-(-(world_size - 1) // MESSAGES_PER_STEP), fitting))

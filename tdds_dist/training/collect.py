@@ -123,6 +123,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
         trajectory_dtype=getattr(torch, config.score.trajectory_dtype),
         on_nan=config.score.on_nan,
         resume=start.resume is not None,
+        route_every=config.score.route_every or None,
     )
     if world.is_main:
         log.info(

@@ -18,6 +18,7 @@ from benchmarks.scaling import (
     payload_bytes,
 )
 from tdds_dist.distributed.partition import PADDING, epoch_order, rows_per_shard
+from tdds_dist.scoring.scorer import steps_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 RANKS = [1, 2, 3, 4]
@@ -115,13 +116,28 @@ def test_model_by_hand() -> None:
     per_sample = 10 * 4 + 9 * 4 + 8 + 3 * 4 + 9 * 4 + 4
     assert case["state_bytes"] == 240 * per_sample
     assert case["checkpoint_bytes"] == 3840 * per_sample
-    assert case["counts_bytes"] == 4 * 8 * 10 * 16
+    assert case["counts_bytes"] == 2 * 8 * 10 * 16
+    together = model(16, 16 * 24 * 10, 10, GIVEN, 4)
+    is_sent = 1.0 - (15 / 16) ** 96
+    assert together["messages"] == pytest.approx(15 * is_sent / 4)
+    assert together["pair_bytes"] == pytest.approx(4 * 84.0)
+    assert together["sent_bytes"] == case["sent_bytes"]
+    seconds = (130e-6 + is_sent * (7 * 3.6e-6 + 8 * 10e-6)) / 4 + 7 * 84.0 / 450e9 + 8 * 84.0 / 50e9
+    assert together["step_seconds"] == pytest.approx(seconds)
     lone = model(1, 1000, 10, GIVEN)
     assert (lone["sent_bytes"], lone["messages"], lone["step_seconds"]) == (
         0.0,
         0.0,
         pytest.approx(130e-6),
     )
+
+
+@pytest.mark.parametrize("world_size", [8, 16, 64, 256, 512, 1024])
+def test_routing_costs_at_most_half_a_percent_of_a_step(world_size: int) -> None:
+    """ImageNet's classes, 256 rows, 2-byte logits, 35 ms; at every number of ranks."""
+    given = replace(GIVEN, rows=256, logit_bytes=2)
+    together = steps_together(world_size, 256, 1000)
+    assert model(world_size, 1_281_167, 1000, given, together)["share_of_step"] <= 0.005
 
 
 def test_host_limit_scales_the_largest() -> None:

@@ -73,6 +73,8 @@ STREAMS = [
     ((61, 30, 24), {"storage": "topk:4"}),
     ((61, 30, 24), {"storage": "topk:4", "logp_dtype": torch.float16}),
 ]
+# order announced, steps whose rows travel together: pairs, one less than all, all
+TOGETHER = [(False, 2), (True, 2), (True, 4), (True, 64)]
 
 
 def record_stream(
@@ -140,7 +142,7 @@ def test_world_size_batch_and_announced_order_do_not_change_a_bit(
         for scores in golden:
             assert same_bits(scores, golden_alone), "the authors' stream, in batches of 60 and 37"
         for (scores, labels), (expected, expected_labels) in zip(
-            streams, [*streams_alone, *streams_alone], strict=True
+            streams, (2 + len(TOGETHER)) * streams_alone, strict=True
         ):
             assert same_bits(scores, expected)
             assert np.array_equal(labels, expected_labels)
@@ -150,8 +152,8 @@ def _all_streams(rank, world_size):
     return (
         [record_golden(rank, world_size, batch) for batch in (60, 37)],
         [
-            record_stream(rank, world_size, *sizes, known=known, **options)
-            for known in (False, True)
+            record_stream(rank, world_size, *sizes, known=known, route_every=every, **options)
+            for known, every in ((False, None), (True, None), *TOGETHER)
             for sizes, options in STREAMS
         ],
     )
