@@ -199,7 +199,9 @@ def _add_write(parsers: Parsers) -> None:
             " DIR/<class>/<image> with --holdout\n  parquet:DIR              Hugging Face image"
             " data sets: DIR/data/train-*.parquet and so on\n  webdataset:SHARDS        tar shards,"
             " such as webdataset:'{train,val}-{000..099}.tar'\n  cifar10:DIR, cifar100:DIR  the"
-            " extracted archive of the python version in DIR\n  digits                  "
+            " extracted archive of the python version in DIR\n  idx:DIR                  MNIST,"
+            " Fashion-MNIST, KMNIST, EMNIST: *-images-idx3-ubyte[.gz] and its labels in DIR\n"
+            "  digits                  "
             " scikit-learn's digits at 32x32, a fixed stratified 80/20 split"
             "\n  synthetic:N,CLASSES,SIZE random images for benchmarks"
         ),

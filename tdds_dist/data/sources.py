@@ -1,5 +1,5 @@
-"""Sources of images: folders, Parquet files, tar shards, CIFAR archives, scikit-learn's digits,
-synthetic images; and noise on purpose.
+"""Sources of images: folders, Parquet files, tar shards, CIFAR archives, IDX files as of MNIST,
+scikit-learn's digits, synthetic images; and noise on purpose.
 
 Owns the order of a dataset's samples (the global index of a sample is its position here, for ever),
 their labels, class names and paths, and reading one image by index. `writer` writes them to a file.
@@ -9,7 +9,11 @@ from a seed and the index alone.
 
 # N samples of the source, C classes
 
+import gzip
 import io
+import math
+import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,11 +26,12 @@ from PIL import Image, UnidentifiedImageError
 from tdds_dist.data.archives import read_parquet, read_webdataset
 from tdds_dist.data.corruptions import KINDS, corrupt
 from tdds_dist.data.folders import SPLITS, read_folder
+from tdds_dist.data.image_files import some
 from tdds_dist.data.pixels import PixelRules, read_rgb
 from tdds_dist.errors import InputError
 
 FORMS = (
-    "imagefolder:DIR, parquet:DIR, webdataset:SHARDS, cifar10:DIR, cifar100:DIR, digits,"
+    "imagefolder:DIR, parquet:DIR, webdataset:SHARDS, cifar10:DIR, cifar100:DIR, idx:DIR, digits,"
     " synthetic:N,CLASSES,SIZE"
 )
 _ARCHIVES = {"parquet": read_parquet, "webdataset": read_webdataset}
@@ -120,6 +125,8 @@ def open_source(
         source = _archive(spec, part, pixels or PixelRules(), image_field, label_field)
     elif kind in ("cifar10", "cifar100") and rest:
         source = _cifar(spec, kind, rest, part or "train")
+    elif kind == "idx" and rest:
+        source = _idx(spec, Path(rest), part)
     elif kind == "synthetic" and rest:
         source = _synthetic(spec, rest, part or "train")
     elif spec == "digits":
@@ -408,6 +415,157 @@ def _cifar(spec: str, kind: str, folder: str, split: str) -> Source:
         label_N,
         lambda i: np.ascontiguousarray(image_N[i]),
     )
+
+
+# --- IDX, the format of MNIST ---
+
+_IDX_IMAGES = re.compile(r"(?P<set>.*?)[-_.]?(?P<role>train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
+_IDX_SPLIT = {"train": "train", "t10k": "val", "test": "val"}
+
+
+def _idx(spec: str, place: Path, split: str | None) -> Source:
+    """Read the grey images of MNIST, Fashion-MNIST, KMNIST or EMNIST, made RGB by repetition, in
+    the order of the file.
+
+    `place`: the folder, or of several data sets in a folder DIR/NAME, the beginning of their files'
+    names, such as gzip/emnist-letters.
+    """
+    folder, wanted = (place, None) if place.is_dir() else (place.parent, place.name)
+    name, file_of = _idx_files(spec, folder, wanted)
+    split = split or "train"
+    if split not in file_of:
+        raise InputError(
+            f"{spec}: no {split} split here, only {file_of.popitem()[1].name}; put the images and"
+            f" labels of {split} beside it, named as they were published"
+            f"{', or use --holdout' if split == 'val' else ''}"
+        )
+    image_file = file_of[split]
+    image_N = _read_idx(spec, image_file, 3)
+    # of both splits, since a class may be in one of them only
+    label_of = {
+        part: _read_idx(spec, _idx_labels(spec, path), 1).astype(np.int64)
+        for part, path in file_of.items()
+    }
+    label_N = label_of[split]
+    if len(image_N) != len(label_N):
+        raise InputError(
+            f"{spec}: {image_file.name} holds {len(image_N):,} images, but its file of labels"
+            f" {len(label_N):,} labels; get both from the same place"
+        )
+    if name.startswith("emnist"):
+        image_N = image_N.swapaxes(1, 2)  # stored column by column
+    every_label = np.concatenate([*label_of.values()])
+    class_names, first, note = _idx_classes(name, folder, every_label.min(), every_label.max())
+    stem = image_file.name.removesuffix(".gz")
+    return Source(
+        spec,
+        split,
+        class_names,
+        [f"{stem}#{i:05d}" for i in range(len(label_N))],
+        label_N - first,
+        lambda i: np.repeat(image_N[i][:, :, None], 3, axis=2),
+        splits=tuple(part for part in SPLITS if part in file_of),
+        notes=[note],
+    )
+
+
+def _idx_files(spec: str, folder: Path, wanted: str | None) -> tuple[str, dict[str, Path]]:
+    """Return the name of a data set, lower case and empty for files named train- and t10k- only,
+    and its file of images by split."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{spec}: {folder} is not a directory; give the folder that holds"
+            " train-images-idx3-ubyte or train-images-idx3-ubyte.gz"
+        )
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = _IDX_IMAGES.fullmatch(path.name)
+        if match is None or wanted not in (None, match["set"]):
+            continue
+        file_of, part = found.setdefault(match["set"], {}), _IDX_SPLIT[match["role"]]
+        if part in file_of:
+            raise InputError(
+                f"{spec}: {file_of[part].name} and {path.name} are both images of {part}; move one"
+                " of them away"
+            )
+        file_of[part] = path
+    if not found:
+        below = sorted({path.parent for path in folder.glob("*/*-images[-.]idx3-ubyte*")})
+        here = folder if wanted is None else folder / wanted
+        raise InputError(
+            f"{spec}: no file {here}{'/' if wanted is None else '-'}train-images-idx3-ubyte or .gz;"
+            f" give {f'idx:{below[0]}' if below else 'the folder that holds it'}"
+        )
+    if len(found) > 1:
+        names = [f"idx:{folder / name}" for name in found if name]
+        raise InputError(f"{spec}: {len(found)} data sets lie here; name one: {some(names)}")
+    ((name, file_of),) = found.items()
+    return name.casefold(), file_of
+
+
+def _idx_labels(spec: str, images: Path) -> Path:
+    """Return the file of labels beside a file of images, packed or not, whichever is there."""
+    stem = images.name.removesuffix(".gz")
+    name = stem.replace("-images", "-labels").replace("idx3", "idx1")
+    there = [
+        path for path in (images.with_name(name), images.with_name(f"{name}.gz")) if path.is_file()
+    ]
+    if len(there) > 1:
+        raise InputError(
+            f"{spec}: {there[0].name} and {there[1].name} are both there; move one of them away"
+        )
+    if not there:
+        raise InputError(f"{spec}: {images.name} has no labels; put {name} or {name}.gz beside it")
+    return there[0]
+
+
+def _read_idx(spec: str, path: Path, num_dimensions: int) -> np.ndarray:
+    """Read an IDX file of bytes, packed by gzip or not: uint8, of the shape that it states."""
+    again = "get it again, and compare its checksum with the publisher's"
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{spec}: {path} cannot be unpacked ({error}); {again}") from error
+    except OSError as error:
+        raise InputError(f"{spec}: cannot read {path} ({error}); make it readable") from error
+    start = 4 + 4 * num_dimensions
+    magic = bytes([0, 0, 8, num_dimensions])  # 8: unsigned bytes
+    if content[:4] != magic or len(content) < start:
+        raise InputError(
+            f"{spec}: {path} begins with {content[:4].hex() or 'nothing'}, and an IDX file of"
+            f" {'images' if num_dimensions == 3 else 'labels'} with {magic.hex()} and its"
+            f" {start - 4} bytes of sizes; {again}"
+        )
+    shape = tuple(np.frombuffer(content, ">u4", num_dimensions, 4).tolist())
+    if len(content) - start != math.prod(shape) or 0 in shape:
+        raise InputError(
+            f"{spec}: {path} states {' x '.join(f'{side:,}' for side in shape)} bytes, and holds"
+            f" {len(content) - start:,}; {again}"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _idx_classes(name: str, folder: Path, lowest: int, highest: int) -> tuple[list[str], int, str]:
+    """Return class names, the label of the first, and what tells them.
+
+    The files hold numbers only. EMNIST is known by its files' names; Fashion-MNIST and KMNIST,
+    whose files have the names of MNIST's, by that of their folder. Of all others, and where a label
+    does not fit, classes are called by their numbers.
+    """
+    from torchvision.datasets import EMNIST, KMNIST, FashionMNIST
+
+    known: dict[str, list[str]] = {
+        f"emnist{split}": names for split, names in EMNIST.classes_split_dict.items()
+    } | {"fashionmnist": FashionMNIST.classes, "kmnist": KMNIST.classes}
+    around = folder.absolute()
+    for said in (name, around.name, around.parent.name if around.name == "raw" else ""):
+        names = known.get("".join(re.findall("[a-z0-9]+", said.casefold())), [])
+        first = int(names[:1] == ["N/A"])  # EMNIST's letters are 1 to 26
+        if first <= lowest and highest < len(names):
+            return names[first:], first, f"class names: those of {said}"
+    return [str(i) for i in range(highest + 1)], 0, "class names: the numbers in the file"
 
 
 # --- digits ---

@@ -1,5 +1,6 @@
 """Sources: order, labels, splits, subsets, noise on purpose, and what bad input gets."""
 
+import gzip
 import hashlib
 import pickle
 import sys
@@ -28,7 +29,7 @@ def save(
     Image.new(mode, size, color).save(path)  # type: ignore[arg-type]
 
 
-FORMS = "imagefolder:DIR, parquet:DIR, webdataset:SHARDS, cifar10:DIR, .*, digits, synthetic:N"
+FORMS = "imagefolder:DIR, .*SHARDS, cifar10:DIR, .*, idx:DIR, digits, synthetic:N"
 ARCHIVE = r"download https://\S+python.tar.gz and unpack it with `tar"
 
 
@@ -189,6 +190,143 @@ def test_cifar_keeps_the_order_of_the_archive(tmp_path, monkeypatch):
     (folder / "test_batch").write_bytes(b"damaged")
     with pytest.raises(InputError, match="missing or damaged"):
         open_source(f"cifar10:{tmp_path}")
+
+
+# --- IDX ---
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+
+
+def idx(data: np.ndarray, kind: int = 8) -> bytes:
+    """The bytes of an IDX file, here of arrays of up to three dimensions."""
+    return bytes([0, 0, kind, data.ndim]) + np.array(data.shape, ">u4").tobytes() + data.tobytes()
+
+
+def save_idx(
+    folder: Path, part: str = "train", labels: object = (2, 0, 1), end: str = ".gz"
+) -> np.ndarray:
+    """Write random images of 5 x 4 pixels and these labels; return the images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    label_N = np.array(labels, np.uint8)
+    image_N = np.random.default_rng(len(part)).integers(0, 256, (len(label_N), 5, 4), np.uint8)
+    for name, data in (("images-idx3", image_N), ("labels-idx1", label_N)):
+        content = gzip.compress(idx(data)) if end else idx(data)
+        (folder / f"{part}-{name}-ubyte{end}").write_bytes(content)
+    return image_N
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_idx_files_are_read_in_their_order_and_grey_becomes_rgb(tmp_path, end):
+    image_N = save_idx(tmp_path, "train", end=end)
+    val_N = save_idx(tmp_path, "t10k", [3, 3], end="")
+    train, val = (open_source(f"idx:{tmp_path}", split) for split in ("train", "val"))
+    assert train.path == [f"train-images-idx3-ubyte#0000{i}" for i in range(3)]
+    assert val.path[1] == "t10k-images-idx3-ubyte#00001"
+    assert (train.label_N.tolist(), val.label_N.tolist()) == ([2, 0, 1], [3, 3])
+    assert train.label_N.dtype == np.int64
+    assert train.class_names == val.class_names == ["0", "1", "2", "3"]  # 3 is in val only
+    assert train.splits == ("train", "val")
+    for channel in range(3):
+        np.testing.assert_array_equal(train.read(2)[:, :, channel], image_N[2])
+        np.testing.assert_array_equal(val.read(0)[:, :, channel], val_N[0])
+    assert both(train, 0.4, 1).settings == {"label_noise": 0.4, "corrupt": 0.4, "noise_seed": 1}
+
+
+def test_emnist_is_turned_and_its_letters_begin_at_1(tmp_path):
+    image_N = save_idx(tmp_path, "emnist-letters-train", [1, 26, 3])
+    save_idx(tmp_path, "emnist-letters-test", [2])
+    save_idx(tmp_path, "emnist-balanced-train", [0, 46])
+    with pytest.raises(InputError, match=rf"name one: idx:{tmp_path}/emnist-balanced, .*-letters$"):
+        open_source(f"idx:{tmp_path}")
+    train = open_source(f"idx:{tmp_path}/emnist-letters")
+    assert train.class_names == list("abcdefghijklmnopqrstuvwxyz")
+    assert train.label_N.tolist() == [0, 25, 2]
+    np.testing.assert_array_equal(train.read(1)[:, :, 0], image_N[1].T)
+    assert open_source(f"idx:{tmp_path}/emnist-letters", "val").label_N.tolist() == [1]
+    balanced = open_source(f"idx:{tmp_path}/emnist-balanced")
+    assert "".join(balanced.class_names) == "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
+
+
+@pytest.mark.parametrize(
+    ("folder", "labels", "last"),
+    [
+        ("fashion-mnist", [0, 1], "Ankle boot"),
+        ("FashionMNIST/raw", [9], "Ankle boot"),
+        ("KMNIST", [3], "wo"),
+        ("fashion-mnist/copy", [9], "9"),  # another folder may hold anything
+        ("fashion-mnist", [10], "10"),  # and this is another data set
+        ("mnist", [7], "7"),
+    ],
+)
+def test_classes_are_named_where_the_folder_says_what_they_are(tmp_path, folder, labels, last):
+    save_idx(tmp_path / folder, labels=labels)
+    source = open_source(f"idx:{tmp_path / folder}")
+    assert source.class_names[-1] == last
+    assert source.label_N.tolist() == labels
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "split", "match"),
+    [
+        (
+            LABELS,
+            None,
+            "train",
+            f"{IMAGES} has no labels; put train-labels-idx1-ubyte or .* beside",
+        ),
+        (IMAGES, None, "train", "no file .*/train-images-idx3-ubyte or .gz; give the folder"),
+        ("train-images-idx3-ubyte", b"", "train", "both images of train; move one of them away"),
+        ("train-labels-idx1-ubyte", b"", "train", "are both there; move one of them away"),
+        (IMAGES, b"\x1f\x8b", "train", "cannot be unpacked .*; get it again"),
+        (IMAGES, gzip.compress(idx(np.zeros((3, 5, 4), "u1")))[:-9], "train", "cannot be unpacked"),
+        (IMAGES, b"<html>", "train", "cannot be unpacked"),
+        (IMAGES, gzip.compress(b""), "train", "begins with nothing, and .* images with 00000803"),
+        (IMAGES, gzip.compress(idx(np.zeros(3, "u1"))), "train", "begins with 00000801, and"),
+        (LABELS, gzip.compress(idx(np.zeros(3, ">i4"), 12)), "train", "begins with 00000c01, and"),
+        (LABELS, gzip.compress(idx(np.zeros(3, "u1"))[:7]), "train", "its 4 bytes of sizes"),
+        (
+            LABELS,
+            gzip.compress(idx(np.zeros(3, "u1"))[:-1]),
+            "train",
+            "states 3 bytes, and holds 2",
+        ),
+        (IMAGES, gzip.compress(idx(np.zeros((3, 5, 4), "u1")) + b"x"), "train", "3 x 5 x 4 .* 61"),
+        (IMAGES, gzip.compress(idx(np.zeros((0, 5, 4), "u1"))), "train", "0 x 5 x 4 .* holds 0"),
+        (IMAGES, gzip.compress(idx(np.zeros((4, 5, 4), "u1"))), "train", "4 images, .* 3 labels"),
+        (None, None, "val", f"no val split here, only {IMAGES}; .* or use --holdout"),
+    ],
+)
+def test_idx_files_that_are_not_whole_are_refused(tmp_path, name, content, split, match):
+    save_idx(tmp_path)
+    if name is not None and content is None:
+        (tmp_path / name).unlink()
+    elif name is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=match):
+        open_source(f"idx:{tmp_path}", split)
+
+
+def test_the_folder_of_idx_files_is_named_where_another_is_given(tmp_path):
+    save_idx(tmp_path / "MNIST/raw", labels=[0, 1, 1, 0])
+    with pytest.raises(InputError, match=f"; give idx:{tmp_path}/MNIST/raw$"):
+        open_source(f"idx:{tmp_path}/MNIST")
+    with pytest.raises(InputError, match="is not a directory; give the folder"):
+        open_source(f"idx:{tmp_path}/nowhere/kmnist")
+    assert len(open_source(f"idx:{tmp_path}/MNIST/raw", "val", holdout=0.25)) == 1
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs dataset-fashion-mnist of Debian")
+def test_fashion_mnist_is_what_was_published():
+    train, val = (open_source(f"idx:{FASHION_MNIST}", split) for split in ("train", "val"))
+    assert np.bincount(train.label_N).tolist() == [6000] * 10
+    assert np.bincount(val.label_N).tolist() == [1000] * 10
+    assert train.class_names[train.label_N[0]] == "Ankle boot"
+    assert train.read(0).shape == (28, 28, 3)
+    grey_N = np.stack([train.read(i)[:, :, 0] for i in range(len(train))])
+    assert (round(grey_N.mean(), 1), round(grey_N.std(), 1)) == (72.9, 90.0)  # as in configs/
 
 
 # --- synthetic ---
