@@ -14,7 +14,8 @@ import numpy as np
 
 from tdds_dist.errors import InputError
 
-HARD_CUTOFF_OF_RATE = {0.8: 0.2, 0.9: 0.3}  # CCS, from this pruning rate on
+# from this pruning rate on; 0.3 at 0.9 is the command in CCS's README (CIFAR-10)
+HARD_CUTOFF_OF_RATE = {0.8: 0.2, 0.9: 0.3}
 BETA_SUM = 16.0  # alpha + beta of DUAL's Beta distribution; beta itself is at most 15
 NUM_ANCHORS = 10  # highest-scored samples that place it
 EDGE = 1e-6  # the Beta density is looked up this far inside (0, 1), and its beta is no smaller
@@ -94,8 +95,8 @@ def per_class(
 
 
 def default_hard_cutoff(pruning_rate: float) -> float:
-    """Return the fraction of hardest samples that CCS drops first: 0.3 from pruning rate 0.9 on,
-    0.2 from 0.8 on, 0 below."""
+    """Return the fraction of hardest samples that `ccs` drops first unless told otherwise: 0.3 from
+    pruning rate 0.9 on, 0.2 from 0.8 on, 0 below."""
     reached = [rate for rate in HARD_CUTOFF_OF_RATE if rate <= pruning_rate + 1e-9]
     return HARD_CUTOFF_OF_RATE[max(reached)] if reached else 0.0
 

@@ -30,7 +30,7 @@ def forgetting(correct_TN: np.ndarray, never_learned: str = "inf") -> np.ndarray
 
     `correct_TN` float32 [T, N], 1 or 0; returns float32 [N]. Samples that no epoch gets right have
     no event to count: `inf` ranks them above all others, as data-diet does, with the finite score T
-    (a count never exceeds T / 2); `0` leaves them at 0, as CCS and DeepCore do.
+    (a count never exceeds T / 2); `0` leaves them at 0, as CCS does.
 
     Raises:
         InputError: fewer than 2 epochs, unknown `never_learned`.
@@ -90,11 +90,11 @@ def aum(margin_TN: np.ndarray, keep: str = "hardest") -> np.ndarray:
 
 
 def dyn_unc(p_label_TN: np.ndarray, window: int = 10) -> np.ndarray:
-    """Compute Dyn-Unc (He et al., CVPR 2024, arXiv 2306.05175): mean over windows of the unbiased
-    std of the label's probability.
+    """Compute Dyn-Unc (He et al., CVPR 2024 Workshops, arXiv 2306.05175): mean over windows of the
+    unbiased std of the label's probability.
 
-    `p_label_TN` float32 [T, N]; `window` is J, in epochs, and T - J + 1 windows are averaged;
-    returns float32 [N].
+    `p_label_TN` float32 [T, N]; `window` is J, in epochs, and T - J + 1 windows are averaged (the
+    code of its authors leaves out the last); returns float32 [N].
 
     Raises:
         InputError: `window` below 2 or above T.

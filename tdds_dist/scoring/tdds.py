@@ -1,10 +1,10 @@
 """TDDS: window variability and its average over windows (arXiv 2311.13613, Eq. 11 and 12), in both
 presets.
 
-`official` is what the authors' released code computes (it produced the published numbers); `paper`
-is what the equations say. Loss differences (Eq. 10) are in `sample_stats`. Sums over epochs are
-written as loops on purpose: a library reduction over the first axis changes its summation order
-with the number of columns, and scores must not depend on how many samples share a shard.
+`official` is what the authors' code computes; `paper` is what the equations say. Loss differences
+(Eq. 10) are in `sample_stats`. Sums over epochs are written as loops on purpose: a library
+reduction over the first axis changes its summation order with the number of columns, and scores
+must not depend on how many samples share a shard.
 """
 
 # M samples (any number of columns), m some of them, D differences per window, T trajectory length
