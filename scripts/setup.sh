@@ -22,8 +22,7 @@ then missing+=(python3-venv python3-dev); fi
 if ((${#missing[@]})); then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "installing system packages: ${missing[*]}"
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+        scripts/apt_install.sh "${missing[@]}"
     else
         cat >&2 <<TXT
 These system packages are missing: ${missing[*]}

@@ -9,9 +9,5 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "the browser tests need a Chromium or Chrome (Debian: chromium; elsewhere: CHROMIUM=/path/to/it)" >&2
     exit 1
 fi
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
 echo "== installing for the browser tests: chromium" >&2
-export DEBIAN_FRONTEND=noninteractive
-{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >"$log" 2>&1 </dev/null || {
-    tail -n 30 "$log" >&2; exit 1; }
+"$(dirname "$0")/../../../scripts/apt_install.sh" chromium fonts-dejavu-core

@@ -20,15 +20,10 @@ fi
 
 # Package scripts ask policy-rc.d before they start a service; 101 means no. Left alone where the system has its own.
 policy=/usr/sbin/policy-rc.d
-log=$(mktemp)
-if [ -e "$policy" ]; then
-    trap 'rm -f "$log"' EXIT
-else
-    trap 'rm -f "$policy" "$log"' EXIT
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod 755 "$policy"
 fi
 echo "== installing for the SLURM tests: ${packages[*]}" >&2
-export DEBIAN_FRONTEND=noninteractive
-{ apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >"$log" 2>&1 </dev/null || {
-    tail -n 30 "$log" >&2; exit 1; }
+"$(dirname "$0")/../../../scripts/apt_install.sh" "${packages[@]}"
