@@ -76,6 +76,7 @@ def config(**changes: dict[str, Any]) -> dict[str, Any]:
 def start(
     path: Path,
     train: Path | str = "gone.beton",
+    /,
     num_classes: int = NUM_CLASSES,
     stage: dict[str, Any] | None = None,
     **changes: dict[str, Any],
@@ -140,9 +141,10 @@ def retraining(
     importance: str = "none",
     name: str | None = None,
     class_balanced: bool = False,
+    **changes: Any,
 ) -> RunDir:
     """Write a retraining; `final=None` leaves it unfinished after one epoch, its log cut in the
-    middle of a line."""
+    middle of a line. `changes` are those of its config."""
     method = score_key + ("_balanced" if class_balanced else "")
     asked = {
         "strategy": strategy,
@@ -155,6 +157,7 @@ def retraining(
         run.retrain / (name or f"{score_key}_p{rate:g}_{strategy}_{importance}_seed{seed}"),
         "train.beton",
         stage={"stage": "retrain", **asked},
+        **changes,
     )
     log(sub, 1 if final is None else 3)
     if final is None:

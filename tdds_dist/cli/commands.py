@@ -664,5 +664,13 @@ def report(options: argparse.Namespace) -> Outcome:
         {"retrainings": sum(row["name"] != "collect" for _, rows in found for row in rows)},
         f"open {path} in a browser",
         text="\n".join([*tables, ""]),
-        rows=[{"about": title.splitlines(), **row} for title, rows in found for row in rows],
+        rows=[
+            {
+                "about": title.splitlines(),
+                **row,
+                "published": row["published"] and row["published"]._asdict(),
+            }
+            for title, rows in found
+            for row in rows
+        ],
     )

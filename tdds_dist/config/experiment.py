@@ -12,20 +12,21 @@ from tdds_dist.config.schema import PathText, Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
 
 
-class Architecture(Section):
-    """A network to retrain with; the coreset stays that of the network of the collection."""
+class Variant(Section):
+    """A way to retrain, such as another network or batch; the coresets stay those of the
+    collection."""
 
     name: str = Field(
-        description="Name of the network in files and tables.",
+        description="Name of the variant in files and tables.",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
     )
     overrides: tuple[str, ...] = Field(
-        description="Changes to the config, e.g. model.name=vgg16_bn."
+        description="Changes to the config, e.g. model.name=vgg16_bn; [] for none."
     )
 
 
 class Experiment(Section):
-    """A table of retrainings: methods x pruning rates x strategies x seeds (x architectures), one
+    """A table of retrainings: methods x pruning rates x strategies x seeds (x variants), one
     collection per seed."""
 
     name: str = Field(
@@ -46,14 +47,25 @@ class Experiment(Section):
     seeds: tuple[int, ...] = Field(
         (0,), min_length=1, description="One collection, and one retraining per cell, for each."
     )
-    architectures: tuple[Architecture, ...] = Field(
-        (), description="Networks to retrain with; empty means the config's."
+    variants: tuple[Variant, ...] = Field(
+        (),
+        description=(
+            "Ways to retrain on the same coresets, e.g. with other networks; empty means the"
+            " config's."
+        ),
     )
 
     @property
     def directory(self) -> Path:
         """Return the directory of the experiment."""
         return Path(self.dir or f"runs/{self.name}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and "architectures" in tree:
+            raise InputError("architectures is called variants now; rename the key")
+        return tree
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -70,7 +82,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Experiment":
-        for key in ("methods", "architectures"):
+        for key in ("methods", "variants"):
             names = [item.name for item in getattr(self, key)]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise InputError(f"{key}: the names {sorted(twice)} stand twice; give each another")

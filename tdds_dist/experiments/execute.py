@@ -140,7 +140,7 @@ def _experiment(
 
 
 def _task(plan: Experiment, cell: Cell) -> Task:
-    return retrain_task(cell, config_of(plan, cell.seed, cell.architecture))
+    return retrain_task(cell, config_of(plan, cell.seed, cell.variant))
 
 
 def _clear_the_way(tasks: list[Task], force: bool) -> None:
@@ -213,7 +213,7 @@ def _finish(
     if others := finished - {cell.run.path for cell in cells}:
         log.info(
             f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or"
-            " networks, and are not in the table"
+            " variants, and are not in the table"
         )
 
 
@@ -240,12 +240,13 @@ def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | Non
         cell.method,
         cell.pruning_rate,
         cell.strategy,
-        cell.network,
+        cell.variant_name,
         cell.importance,
         cell.seed,
         result,
         coreset.method if coreset else "",
-        *shares,
+        shares[0],
+        shares[1],
     )
 
 

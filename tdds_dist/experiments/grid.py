@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tdds_dist.config.experiment import Architecture, Experiment
+from tdds_dist.config.experiment import Experiment, Variant
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method
 from tdds_dist.config.run import Config, load_config, parse_baselines
 from tdds_dist.config.scores import Window, check_window
@@ -31,14 +31,14 @@ class Cell:
     method: Method
     pruning_rate: float
     strategy: str
-    architecture: Architecture | None
+    variant: Variant | None
     seed: int
     collection: RunDir
     importance: str
 
     @property
     def coreset_file(self) -> Path:
-        """Return the path of its coreset, shared by strategies, architectures and seeds of one
+        """Return the path of its coreset, shared by strategies, variants and seeds of one
         collection."""
         return self.collection.coresets / coreset_name(self.method.name, self.pruning_rate)
 
@@ -46,7 +46,7 @@ class Cell:
     def name(self) -> str:
         """Return its folder under retrain/ of the collection."""
         return retrain_name(
-            self.coreset_file, self.strategy, self.importance, self.seed, self.network
+            self.coreset_file, self.strategy, self.importance, self.seed, self.variant_name
         )
 
     @property
@@ -55,9 +55,9 @@ class Cell:
         return RunDir(self.collection.retrain / self.name)
 
     @property
-    def network(self) -> str:
-        """Return the name of the network, empty for that of the collection."""
-        return self.architecture.name if self.architecture else ""
+    def variant_name(self) -> str:
+        """Return the name of the variant, empty for the config's way to retrain."""
+        return self.variant.name if self.variant else ""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def list_cells(
     rates: Sequence[float],
     strategies: Sequence[str],
     seeds: Sequence[int],
-    architectures: Sequence[Architecture | None] = (None,),
+    variants: Sequence[Variant | None] = (None,),
 ) -> list[Cell]:
-    """List every retraining of a collection, by seed, network, strategy, rate, method; a method
+    """List every retraining of a collection, by seed, variant, strategy, rate, method; a method
     with rates of its own is in the grid at those."""
     weights = {
         method: (
@@ -117,9 +117,9 @@ def list_cells(
         for method in methods
     }
     return [
-        Cell(method, rate, strategy, architecture, seed, run, weights[method])
-        for seed, architecture, strategy, rate, method in product(
-            seeds, architectures, strategies, rates, methods
+        Cell(method, rate, strategy, variant, seed, run, weights[method])
+        for seed, variant, strategy, rate, method in product(
+            seeds, variants, strategies, rates, methods
         )
         if method.is_at(rate)
     ]
@@ -140,12 +140,12 @@ def pipeline_cells(config: Config, strategies: Sequence[str] | None = None) -> l
 
 
 def retrain_task(cell: Cell, config: Config) -> Task:
-    """Return the run of a cell, `config` having its seed and network."""
+    """Return the run of a cell, `config` having its seed and variant."""
     what = (
         f"{cell.method.name} p={cell.pruning_rate:g}"
-        f" {cell.strategy}{' ' + cell.network if cell.network else ''}, seed {cell.seed}"
+        f" {cell.strategy}{' ' + cell.variant_name if cell.variant else ''}, seed {cell.seed}"
     )
-    settings = {"row": cell.method.name} | ({"network": cell.network} if cell.network else {})
+    settings = {"row": cell.method.name} | ({"variant": cell.variant_name} if cell.variant else {})
     return Task(
         what,
         cell.run.path,
@@ -176,8 +176,8 @@ def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
         for rate, method in product(plan.pruning_rates, plan.methods):
             if method.is_at(rate):
                 check_method(task.config, method, rate)
-        for architecture in plan.architectures:
-            config_of(plan, seed, architecture)  # says so when its overrides do not fit
+        for variant in plan.variants:
+            config_of(plan, seed, variant)  # says so when its overrides do not fit
         cells += list_cells(
             task.config,
             RunDir(task.directory),
@@ -185,7 +185,7 @@ def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
             plan.pruning_rates,
             plan.strategies,
             (seed,),
-            plan.architectures or (None,),
+            plan.variants or (None,),
         )
     return collections, cells
 
@@ -229,9 +229,9 @@ def check_method(config: Config, method: Method, rate: float) -> None:
         raise InputError(f"methods: {method.name}: {error}") from error
 
 
-def config_of(plan: Experiment, seed: int, architecture: Architecture | None = None) -> Config:
+def config_of(plan: Experiment, seed: int, variant: Variant | None = None) -> Config:
     """Return the config of a run of the experiment."""
-    overrides = [*plan.overrides, *(architecture.overrides if architecture else ())]
+    overrides = [*plan.overrides, *(variant.overrides if variant else ())]
     directory = plan.directory / f"seed{seed}"
     return load_config(
         plan.config,

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from tdds_dist.config.grid import Method
 from tdds_dist.config.run import Config, load_config
 from tdds_dist.data.manifest import read_manifest
 from tdds_dist.errors import InputError
-from tdds_dist.report.published import PublishedTable, find_table
+from tdds_dist.report.published import Images, Printed, footnotes, images_of, lookup
 from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.directory import RunDir
-from tdds_dist.text import MISSING, decimal, duration, markdown_table, mean_std, percent, plus_minus
+from tdds_dist.text import MISSING, duration, markdown_table, mean_std, percent, plus_minus
+from tdds_dist.training.schedule import batch_size_factor
 
 CSV_COLUMNS = (
     "method",
     "score",
     "sampler",
     "importance",
-    "network",
+    "variant",
     "strategy",
     "pruning_rate",
     "seed",
@@ -38,6 +39,8 @@ CSV_COLUMNS = (
     "best_top1",
     "train_seconds",
     "published_top1",
+    "published_std",
+    "published_table",
     "wrong_labels_kept",
     "corrupted_kept",
 )
@@ -49,23 +52,25 @@ NOISE = {
 
 @dataclass(frozen=True)
 class CellResult:
-    """One retraining of an experiment; `result` is None until it is done, `network` empty for that
-    of the collection.
+    """One retraining of an experiment; `result` is None until it is done, `variant` empty for the
+    config's way to retrain.
 
     `key` is its coreset's score and way of choosing (`Coreset.method`), empty while there is none.
-    Of images known to be mislabelled or corrupted, the shares that the coreset keeps.
+    Of images known to be mislabelled or corrupted, the shares that the coreset keeps. `printed` is
+    filled in by `write_tables`.
     """
 
     method: Method
     pruning_rate: float
     strategy: str
-    network: str
+    variant: str
     importance: str
     seed: int
     result: dict[str, Any] | None
     key: str = ""
     wrong_labels_kept: float | None = None
     corrupted_kept: float | None = None
+    printed: Printed | None = None
 
 
 def write_tables(
@@ -74,40 +79,62 @@ def write_tables(
     """Write table.md and cells.csv into the experiment's directory; return the Markdown.
     `collections` is by seed."""
     config = load_config(plan.config, plan.overrides)
-    published = _published(config)
+    outcomes, printed = _beside(plan, config, outcomes)
     full = {seed: run.read_result() for seed, run in collections.items()}
-    parts = [_heading(plan, config, outcomes, collections), _full_data(full, published)]
-    for network in dict.fromkeys(outcome.network for outcome in outcomes):
+    parts = [_heading(plan, config, outcomes, collections), _full_data(full, printed)]
+    for variant in dict.fromkeys(outcome.variant for outcome in outcomes):
         for strategy in plan.strategies:
             group = [
                 outcome
                 for outcome in outcomes
-                if (outcome.network, outcome.strategy) == (network, strategy)
+                if (outcome.variant, outcome.strategy) == (variant, strategy)
             ]
-            where = f"Strategy-{strategy}" + (f", retrained with {network}" if network else "")
-            parts.append(f"## {where}\n\n{_table(plan, group, None if network else published)}")
+            where = f"Strategy-{strategy}" + (f", retrained with {variant}" if variant else "")
+            parts.append(f"## {where}\n\n{_table(plan, group)}")
+    parts.append("\n".join(footnotes([printed, *(outcome.printed for outcome in outcomes)])))
     parts += [_noise_table(plan, outcomes, key) for key in NOISE]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(plan.directory / "table.md", lambda file: file.write(text.encode()))
-    rows = _csv(outcomes, published)
+    rows = _csv(outcomes)
     write_atomically(plan.directory / "cells.csv", lambda file: file.write(rows.encode()))
     return text
 
 
-def _published(config: Config) -> PublishedTable | None:
-    """Return the paper's table for these images and this network; none for images that were
-    changed."""
+def _images(config: Config) -> Images | None:
+    """Return the paper's images that these are, if they are."""
     try:
         manifest = read_manifest(Path(config.data.train))
     except InputError:
         manifest = None
-    return find_table(config.data.train, config.data.num_classes, config.model.name, manifest)
+    return images_of(config.data.train, config.data.num_classes, manifest)
 
 
-def _lookup(outcome: CellResult, published: PublishedTable | None) -> float | None:
-    if published is None or outcome.network or not outcome.key:
-        return None
-    return published.lookup(outcome.strategy, outcome.key, outcome.pruning_rate, outcome.importance)
+def _beside(
+    plan: Experiment, config: Config, outcomes: Sequence[CellResult]
+) -> tuple[list[CellResult], Printed | None]:
+    """Return the outcomes with what the paper prints for each, and its number of the full data."""
+    images, model = _images(config), config.model.model_dump()
+    variants = {"": config} | {
+        variant.name: load_config(plan.config, [*plan.overrides, *variant.overrides])
+        for variant in plan.variants
+    }
+
+    def printed(outcome: CellResult) -> Printed | None:
+        own, rate = variants[outcome.variant], outcome.pruning_rate
+        factor = batch_size_factor(rate, own.retrain.batch_size_rule)
+        return lookup(
+            images,
+            model,
+            own.model.model_dump(),
+            strategy=outcome.strategy,
+            key=outcome.key,
+            pruning_rate=rate,
+            batch_size=round(own.train.global_batch_size * factor),
+            importance=outcome.importance,
+        )
+
+    full = lookup(images, model, model)
+    return [replace(outcome, printed=printed(outcome)) for outcome in outcomes], full
 
 
 def _cell(outcomes: Sequence[CellResult]) -> str:
@@ -117,9 +144,7 @@ def _cell(outcomes: Sequence[CellResult]) -> str:
     return text if len(done) in (0, len(outcomes)) else f"{text} ({len(done)} of {len(outcomes)})"
 
 
-def _table(
-    plan: Experiment, outcomes: Sequence[CellResult], published: PublishedTable | None
-) -> str:
+def _table(plan: Experiment, outcomes: Sequence[CellResult]) -> str:
     """Write methods in rows and pruning rates in columns; below a method what the paper prints,
     where it does."""
     lines = [["final top-1 (%), images removed", *map(percent, plan.pruning_rates)]]
@@ -135,14 +160,10 @@ def _table(
         importance = next(outcome.importance for found in mine for outcome in found)
         label = method.name + (f", importance {importance}" if importance != "none" else "")
         lines.append([label, *map(_cell, mine)])
-        printed = [_lookup(found[0], published) if found else None for found in mine]
-        if any(value is not None for value in printed):
-            lines.append(
-                [
-                    f"*{method.name}, published*",
-                    *(MISSING if value is None else f"*{decimal(value)}*" for value in printed),
-                ]
-            )
+        printed = [found[0].printed if found else None for found in mine]
+        if any(printed):
+            values = (MISSING if number is None else f"*{number.text}*" for number in printed)
+            lines.append([f"*{method.name}, published*", *values])
     return markdown_table(lines)
 
 
@@ -151,8 +172,8 @@ def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> 
     nothing is known."""
     first = [
         outcome
-        for outcome in outcomes  # strategies and networks share their coresets
-        if (outcome.network, outcome.strategy) == (outcomes[0].network, outcomes[0].strategy)
+        for outcome in outcomes  # strategies and variants share their coresets
+        if (outcome.variant, outcome.strategy) == (outcomes[0].variant, outcomes[0].strategy)
     ]
     if all(getattr(outcome, key) is None for outcome in first):
         return ""
@@ -171,13 +192,13 @@ def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> 
     return f"## {NOISE[key]}\n\n{markdown_table(lines)}"
 
 
-def _full_data(full: dict[int, dict[str, Any] | None], published: PublishedTable | None) -> str:
+def _full_data(full: dict[int, dict[str, Any] | None], printed: Printed | None) -> str:
     whole = [
         result
         for result in full.values()
         if result is not None and result["epochs"] == result["epochs_planned"]
     ]
-    paper = f"; published: {published.full_top1:.2f}" if published else ""
+    paper = f"; published: {printed.text}" if printed else ""
     if not whole:
         stopped = (
             "Collections stopped before the end of their schedule, so they give no accuracy on the"
@@ -228,25 +249,26 @@ def _times(plan: Experiment) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def _csv(outcomes: Sequence[CellResult], published: PublishedTable | None) -> str:
+def _csv(outcomes: Sequence[CellResult]) -> str:
     """Write one line per retraining, also those that are not done."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for outcome in outcomes:
         result = outcome.result or {}
-        paper = _lookup(outcome, published)
+        paper = outcome.printed
+        of_paper = (paper.top1, paper.std, paper.table) if paper else (None,) * 3
         values = [
             outcome.method.name,
             outcome.method.score_key,
             outcome.method.sampler or "",
             outcome.importance,
-            outcome.network,
+            outcome.variant,
             outcome.strategy,
             outcome.pruning_rate,
             outcome.seed,
             *(result.get(key, "") for key in CSV_COLUMNS[8:13]),
-            "" if paper is None else paper,
+            *("" if value is None else value for value in of_paper),
             *(
                 "" if share is None else share
                 for share in (outcome.wrong_labels_kept, outcome.corrupted_kept)

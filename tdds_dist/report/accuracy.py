@@ -9,6 +9,7 @@ from typing import Any
 
 from tdds_dist.config.scores import base_key, is_plain
 from tdds_dist.report import charts
+from tdds_dist.report.published import footnotes
 from tdds_dist.report.read import FULL_DATA
 from tdds_dist.text import percent
 
@@ -25,7 +26,8 @@ def matrix(rows: list[dict[str, Any]]) -> dict[str, Any]:
     `rates`: the columns; `full`: the rows of the full data; `unknown`: those of which the rate is
     not known; `lines`: a dict per setting with `score`, `name`, `detail` (strategy, importance) and
     `cells`, one per rate: None, or the row with `is_best` (highest of its column, strategy and
-    network) and `num_unfinished`; `num_seeds`: the largest number of trainings behind a cell.
+    network) and `num_unfinished`; `num_seeds`: the largest number of trainings behind a cell;
+    `notes`: where the numbers of the paper are from.
     """
     several = _several_epochs(rows)
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -60,12 +62,7 @@ def matrix(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "lines": [*lines.values()],
         "unknown": [row for row in rows if row["pruning_rate"] is None],
         "num_seeds": max(num_seeds, default=0),
-        "has_published": any(
-            cell["published"] is not None
-            for line in lines.values()
-            for cell in line["cells"]
-            if cell
-        ),
+        "notes": footnotes(row["published"] for row in rows),
     }
 
 

@@ -29,6 +29,7 @@ from tdds_dist.report.agreement import agreement_section, between_section
 from tdds_dist.report.curves import FULL_SLOT, curve_charts, speed, speed_charts
 from tdds_dist.report.figures import ablations
 from tdds_dist.report.images import BUDGET_BYTES, sheets
+from tdds_dist.report.published import printed_tables
 from tdds_dist.report.read import FULL_DATA, Facts, read_facts, score_names
 from tdds_dist.report.results import by_setting, experiment_name, pools, run_name, summary_rows
 from tdds_dist.report.scores import (
@@ -163,7 +164,7 @@ def _pool(
         "rows": rows,
         "matrix": matrix(rows),
         "finding": finding(rows),
-        "published": pool[0].published,
+        "published": printed_tables(row["published"] for row in rows),
         "accuracy": accuracy_chart(rows, slots),
         "ablations": ablations(pool),
         "curves": curve_charts(pool, slots),
@@ -227,7 +228,7 @@ def _section(
         "rows": rows,
         "matrix": matrix(rows),
         "finding": finding(rows),
-        "published": None if is_pooled else facts.published,
+        "published": [] if is_pooled else printed_tables(row["published"] for row in rows),
         "problems": facts.problems,
         "main": main,
         "provenance": _provenance(facts),

@@ -14,7 +14,7 @@ from typing import Any
 from tdds_dist.config.scores import base_key, is_plain, score_order
 from tdds_dist.coreset.agreement import in_order
 from tdds_dist.errors import InputError
-from tdds_dist.report.published import PublishedTable, find_table
+from tdds_dist.report.published import Images, images_of
 from tdds_dist.runs.artifacts import (
     Coreset,
     Fingerprint,
@@ -26,7 +26,16 @@ from tdds_dist.runs.artifacts import (
 from tdds_dist.runs.directory import RunDir
 
 FULL_DATA = "full data"
-_SETTING_KEYS = ("strategy", "importance", "pruning_rate", "method", "row", "model", "network")
+_SETTING_KEYS = (
+    "strategy",
+    "importance",
+    "pruning_rate",
+    "method",
+    "row",
+    "model",
+    "variant",
+    "network",  # what older runs call a variant
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Facts:
     scores: dict[str, Scores]
     coresets: dict[str, Coreset]
     manifest: Any  # data.manifest.Manifest, or None when there is none
-    published: PublishedTable | None
+    images: Images | None  # of the paper
     names: dict[str, str]
     problems: list[str]
 
@@ -123,8 +132,8 @@ def read_facts(run: RunDir) -> Facts:
         *(score.fingerprint.num_samples for score in scores.values()),
     ]
     num_images = next((size for size in sizes if size is not None), None)
-    table = find_table(
-        str(data.get("train", "")), int(data.get("num_classes") or 0), model, manifest, num_images
+    images = images_of(
+        str(data.get("train", "")), int(data.get("num_classes") or 0), manifest, num_images
     )
     retrained = sorted(
         (_read_retrained(sub, model, problems) for sub in run.retrain_runs()), key=_retrained_order
@@ -139,7 +148,7 @@ def read_facts(run: RunDir) -> Facts:
         scores,
         coresets,
         manifest,
-        table,
+        images,
         _short_names([*scores], retrained),
         problems,
     )
@@ -204,9 +213,9 @@ def _read_retrained(run: RunDir, model: str, problems: list[str]) -> Retrained:
     }
     setting |= {key: env[key] for key in _SETTING_KEYS if key in env}
     setting |= result or {}
-    setting["network"] = setting.get("network") or (
-        setting["model"] if setting.get("model", model) != model else None
-    )
+    has_other = setting.get("model", model) != model
+    other = setting.get("variant") or setting.get("model") if has_other else None
+    setting["network"] = setting.get("network") or other
     return Retrained(run.path.name, setting, result, _read_metrics(run), env, config)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from tdds_dist.config.scores import score_order
 from tdds_dist.errors import InputError
-from tdds_dist.report.published import PublishedTable
+from tdds_dist.report.published import Printed, footnotes, lookup
 from tdds_dist.report.read import FULL_DATA, Facts, Retrained, read_facts, score_names
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.identity import setting_of
-from tdds_dist.text import MISSING, count, decimal, mean_std, percent, plus_minus, signed, table
+from tdds_dist.text import MISSING, count, mean_std, percent, plus_minus, signed, table
 
 _VALUE_KEYS = ("run", "name", "seed", "final_top1", "best_top1", "train_seconds")
 # what two retrainings that agree in what a row names may differ in
@@ -113,11 +113,11 @@ def summary_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     None), `importance`, `variant` (settings that tell it from a row that is alike in these, else
     ""), `pruning_rate`, `num_images`, `epochs`, `seeds` (list), `final_top1`, `best_top1` (means,
     percent), `final_top1_std`, `best_top1_std` (sample standard deviation over seeds, None for
-    one), `difference` (final top-1 minus the reference row's), `is_reference`, `published` (the
-    paper's number, or None), `status` ("finished" or how far it got), `name` ("collect", "retrain",
-    or that of an unfinished run), `runs` (the collections' names where several runs are summed up
-    and their settings differ, else ""), `values` (a dict per training: `run`, `name`, `seed`,
-    `final_top1`, `best_top1`, `train_seconds`).
+    one), `difference` (final top-1 minus the reference row's), `is_reference`, `published` (what
+    the paper prints, or None), `status` ("finished" or how far it got), `name` ("collect",
+    "retrain", or that of an unfinished run), `runs` (the collections' names where several runs are
+    summed up and their settings differ, else ""), `values` (a dict per training: `run`, `name`,
+    `seed`, `final_top1`, `best_top1`, `train_seconds`).
 
     The reference is the retraining on the full data, and where there is none the collection run,
     unless that was stopped before the end of its schedule.
@@ -211,7 +211,6 @@ def _row_key(sub: Retrained) -> tuple[Any, ...]:
 
 
 def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[dict[str, Any]]:
-    published = group[0].published
     collected, rows = _collect_rows(group), []
     trained: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     unfinished = []
@@ -223,17 +222,18 @@ def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[
                 "run": run_name(facts),
                 "name": sub.name,
                 "seed": sub.setting.get("seed"),
+                "published": _published(facts, sub),
                 **(sub.result or {}),
             }
             if sub.result is not None:
                 trained.setdefault(key, []).append(value)
             else:
-                row = _row(names, published, sub.name, key, [value])
+                row = _row(names, sub.name, key, [value])
                 unfinished.append(
                     row | {"status": _progress(sub.metrics, sub.setting.get("epochs"))}
                 )
     rows = sorted(
-        (_row(names, published, "retrain", key, results) for key, results in trained.items()),
+        (_row(names, "retrain", key, results) for key, results in trained.items()),
         key=_row_order,
     )
     full = [
@@ -270,6 +270,7 @@ def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
             "run": run_name(facts),
             "name": "collect",
             "seed": facts.config.get("run", {}).get("seed"),
+            "published": _published(facts),
             **result,
         }
         if facts.result is None:
@@ -284,9 +285,7 @@ def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
     rows = []
     epochs = group[0].config.get("train", {}).get("epochs")
     for key, values in by_status.items():
-        row = _row(
-            {}, group[0].published, "collect", (FULL_DATA, None, None, 0.0, epochs, ""), values
-        )
+        row = _row({}, "collect", (FULL_DATA, None, None, 0.0, epochs, ""), values)
         rows.append(row | {"status": key if key == "finished" else key[0]})
     return sorted(rows, key=lambda row: row["status"] != "finished")
 
@@ -310,7 +309,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
             ">",
             lambda row: "reference" if row["is_reference"] else signed(row["difference"]),
         ),
-        ("published", ">", lambda row: decimal(row["published"])),
+        ("published", ">", lambda row: row["published"] and row["published"].text),
         ("status", "<", lambda row: row["status"]),
     ]
     if all(row["published"] is None for row in rows):
@@ -326,7 +325,12 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     right = [number for number, (_, side, _) in enumerate(columns) if side == ">"]
-    text = "\n".join(table([[name for name, _, _ in columns], *cells], right, num_heads=1))
+    text = "\n".join(
+        [
+            *table([[name for name, _, _ in columns], *cells], right, num_heads=1),
+            *footnotes(row["published"] for row in rows),
+        ]
+    )
     return text.translate(str.maketrans("–−", "--"))
 
 
@@ -335,7 +339,6 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
 
 def _row(
     names: dict[str, str],
-    published: PublishedTable | None,
     name: str,
     key: tuple[Any, ...],
     results: list[dict[str, Any]],
@@ -362,14 +365,27 @@ def _row(
         "difference": None,
         "is_reference": False,
         "status": "finished",
-        "published": (
-            published.lookup(strategy, results[0].get("method", score), rate, importance)
-            if published and " on " not in score
-            else None
-        ),
+        "published": results[0]["published"],
         "runs": "",
         "values": [{key: result.get(key) for key in _VALUE_KEYS} for result in results],
     }
+
+
+def _published(facts: Facts, sub: Retrained | None = None) -> Printed | None:
+    """Return what the paper prints for a retraining, or for the collection."""
+    model = facts.config.get("model", {})
+    if sub is None:
+        return lookup(facts.images, model, model)
+    return lookup(
+        facts.images,
+        model,
+        sub.config.get("model", {}),
+        key=sub.setting.get("method", sub.score),
+        pruning_rate=sub.setting.get("pruning_rate"),
+        strategy=sub.strategy,
+        batch_size=sub.config.get("train", {}).get("global_batch_size"),
+        importance=sub.setting.get("importance"),
+    )
 
 
 def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -80,7 +80,7 @@ def test_built_in_names_stand_for_methods(plan_file):
 
 def test_defaults_and_overrides(plan_file):
     plan = load_experiment(plan_file)
-    assert (plan.seeds, plan.strategies, plan.architectures) == ((0,), ("E",), ())
+    assert (plan.seeds, plan.strategies, plan.variants) == ((0,), ("E",), ())
     assert plan.directory == Path("runs/small")
     plan = load_experiment(
         plan_file, ["seeds=[3, 1]", "dir=/elsewhere", "overrides=[train.lr=0.2]", "strategies=[P]"]
@@ -140,13 +140,11 @@ def test_defaults_and_overrides(plan_file):
         ("seeds=[-1]", "must not be negative"),
         ("strategies=[E, Q]", "strategies.1='Q'"),
         (
-            "architectures=[{name: a, overrides: []}, {name: a, overrides: []}]",
-            "architectures: the names ['a'] stand twice",
+            "variants=[{name: a, overrides: []}, {name: a, overrides: []}]",
+            "variants: the names ['a'] stand twice",
         ),
-        (
-            "architectures=[{name: a, override: []}]",
-            "the nearest valid key is 'architectures.0.overrides'",
-        ),
+        ("variants=[{name: a, override: []}]", "the nearest valid key is 'variants.0.overrides'"),
+        ("architectures=[]", "architectures is called variants now; rename the key"),
         ("seed=[1]", "unknown key 'seed'; the nearest valid key is 'seeds'"),
         ("name=a/b", "name='a/b'"),
     ],
@@ -181,13 +179,14 @@ def test_shipped_experiment(path, monkeypatch):
     plan = load_experiment(path)
     collections, cells = check_plan(plan)
     assert list(collections) == list(plan.seeds)
-    num = len(plan.methods) * len(plan.pruning_rates) * len(plan.strategies) * len(plan.seeds)
-    assert len(cells) == num * max(1, len(plan.architectures))
+    num = sum(method.is_at(rate) for method in plan.methods for rate in plan.pruning_rates)
+    num *= len(plan.strategies) * len(plan.seeds) * max(1, len(plan.variants))
+    assert len(cells) == num
     assert len({cell.run.path for cell in cells}) == len(cells)
     config = load_config(plan.config, plan.overrides)
     for method in plan.methods:
         if method.score_key == "tdds" and method.T is None:
-            for rate in plan.pruning_rates:
+            for rate in filter(method.is_at, plan.pruning_rates):
                 assert config.train.epochs >= config.window_for(rate).T
 
 
@@ -313,7 +312,7 @@ def test_the_table_is_what_lies_on_disk(finished):
         for key in ("num_images", "epochs", "final_top1", "best_top1", "train_seconds"):
             assert float(row[key]) == result[key], key
         assert int(row["num_images"]) == round(120 * (1 - float(row["pruning_rate"])))
-        assert (row["score"], row["network"], row["published_top1"]) == (row["method"], "", "")
+        assert (row["score"], row["variant"], row["published_top1"]) == (row["method"], "", "")
         by_cell.setdefault((row["method"], float(row["pruning_rate"])), []).append(
             result["final_top1"]
         )
@@ -615,7 +614,7 @@ def test_two_at_a_time_are_refused(betons, tmp_path, no_workers):
         ),
         (["overrides=[train.epochs=3, score.trajectory=false]"], "set score.trajectory=true"),
         (
-            ["architectures=[{name: a, overrides: [model.nam=vgg11]}]", "methods=[random]"],
+            ["variants=[{name: a, overrides: [model.nam=vgg11]}]", "methods=[random]"],
             "unknown key 'model.nam'",
         ),
     ],
@@ -656,7 +655,7 @@ FAILING = {
     "methods": ["random", {"name": "balanced", "score": "random", "class_balanced": True}],
     "pruning_rates": [0.95],
     "seeds": [0],
-    "architectures": [
+    "variants": [
         {"name": "same", "overrides": []},
         {"name": "bad", "overrides": ["train.lr=1e30"]},
     ],
@@ -665,7 +664,7 @@ FAILING = {
 
 def check_failing(directory: Path) -> None:
     """6 images cannot hold 10 classes, lr=1e30 diverges, and the one cell that can work did."""
-    rows = {(row["method"], row["network"]): row["final_top1"] for row in rows_of(directory)}
+    rows = {(row["method"], row["variant"]): row["final_top1"] for row in rows_of(directory)}
     assert {key for key, top1 in rows.items() if top1} == {("random", "same")}
     assert len(rows) == 4
     text = (directory / "table.md").read_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tdds_dist.config.experiment import Experiment
+from tdds_dist.config.experiment import Experiment, Variant
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method
 from tdds_dist.experiments.grid import check_plan
 from tdds_dist.experiments.tables import CSV_COLUMNS, CellResult, write_tables
@@ -26,13 +26,14 @@ def make_plan(
     train: str = "data/cifar10_train.beton",
     network: str = "resnet18",
     num_classes: int = 10,
+    batch: int = 128,
     **changes: object,
 ) -> Experiment:
     config = make_config(
         run={"name": "c"},
-        model={"name": network},
+        model={"name": network, "cifar_stem": num_classes < 1000},
         data={"train": train, "num_classes": num_classes},
-        train={"epochs": 30, "global_batch_size": 100},
+        train={"epochs": 30, "global_batch_size": batch},
         score={"windows": [{"T": 30, "K": 10}]},
     )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -85,7 +86,7 @@ def outcomes_of(
                 )
                 fields = {
                     "strategy": "E",
-                    "network": "",
+                    "variant": "",
                     "importance": "batch" if method.score_key == "tdds" else "none",
                 }
                 key = KEYS.get(method.name, method.name)
@@ -153,15 +154,15 @@ def test_the_table(tmp_path):
     assert lines_of(text) == [
         ["final top-1 (%), images removed", "30 %", "50 %"],
         ["tdds, importance batch", "93.00 ± 3.61", "80.50 ± 0.71 (2 of 3)"],
-        ["*tdds, published*", "*95.47*", "*95.21*"],
+        ["*tdds, published*", "*95.47 ± 0.06*", "*95.21 ± 0.04*"],
         ["random", "50.25 (1 of 3)", "–"],
-        ["*random, published*", "*94.58*", "*93.38*"],
+        ["*random, published*", "*94.58 ± 0.04*", "*93.38 ± 0.17*"],
     ]
     # deviations -7/6, -1/6, 8/6: sqrt(114/36/2)
     assert "Full data: 95.17 ± 1.26 (3 seeds; published: 95.23)." in text
     assert text.startswith("# hand\n")
     assert (
-        "resnet18, 20 epochs, batch 100, data/cifar10_train.beton; seeds 0, 1, 2; 6 of 12"
+        "resnet18, 20 epochs, batch 128, data/cifar10_train.beton; seeds 0, 1, 2; 6 of 12"
         " retrainings done." in text
     )
     assert "cpu, 2 rank(s) per run" in text
@@ -191,7 +192,7 @@ def test_a_method_with_rates_of_its_own_is_in_the_grid_at_those(tmp_path):
     text = write_tables(plan, outcomes, collections_of(plan, [None] * 3))
     assert lines_of(text)[-2:] == [
         ["el2n", "–", "71.00 ± 1.41 (2 of 3)"],
-        ["*el2n, published*", "–", "*95.06*"],
+        ["*el2n, published*", "–", "*95.06 ± 0.04*"],
     ]
     assert len(rows_of(plan)) == 4 * 3
 
@@ -232,10 +233,10 @@ def test_csv_has_one_line_per_retraining(tmp_path):
     assert (plan.directory / "cells.csv").read_text() == "\n".join(
         [
             ",".join(CSV_COLUMNS),
-            "tdds,tdds,,batch,,E,0.3,0,35000,20,90.0,91.0,360.0,95.47,,",
-            "tdds,tdds,,batch,,E,0.3,1,,,,,,95.47,,",
-            "half,aum,ccs,none,,E,0.3,0,35000,20,70.5,71.5,360.0,,,",
-            "half,aum,ccs,none,,E,0.3,1,35000,20,71.5,72.5,360.0,,,",
+            "tdds,tdds,,batch,,E,0.3,0,35000,20,90.0,91.0,360.0,95.47,0.06,1,,",
+            "tdds,tdds,,batch,,E,0.3,1,,,,,,95.47,0.06,1,,",
+            "half,aum,ccs,none,,E,0.3,0,35000,20,70.5,71.5,360.0,,,,,",
+            "half,aum,ccs,none,,E,0.3,1,35000,20,71.5,72.5,360.0,,,,,",
             "",
         ]
     )
@@ -244,7 +245,7 @@ def test_csv_has_one_line_per_retraining(tmp_path):
         "score",
         "sampler",
         "importance",
-        "network",
+        "variant",
         "strategy",
         "pruning_rate",
         "seed",
@@ -254,6 +255,8 @@ def test_csv_has_one_line_per_retraining(tmp_path):
         "best_top1",
         "train_seconds",
         "published_top1",
+        "published_std",
+        "published_table",
         "wrong_labels_kept",
         "corrupted_kept",
     )
@@ -293,24 +296,26 @@ def test_strategy_p_has_its_own_numbers(tmp_path):
     assert "## Strategy-P\n" in text
     printed = [line for line in lines_of(text) if "published" in line[0]]
     assert printed == [
-        ["*tdds, published*", "*95.66*", "–"],
-        ["*ccs, published*", "*95.04*", "–"],
-        ["*el2n, published*", "*94.61*", "–"],
+        ["*tdds, published*", "*95.66 ± 0.08*", "–"],
+        ["*ccs, published*", "*95.04 ± 0.37*", "–"],
+        ["*el2n, published*", "*94.61 ± 0.20*", "–"],
     ]
 
 
-# which table belongs to which images and network: test_report
+# which number belongs to what: tests/report/test_published.py
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"train": "data/cifar100.beton", "num_classes": 100}, True),
         ({"num_classes": 100}, False),
         ({"network": "vgg16_bn"}, False),
+        ({"batch": 256}, False),
         (
             {
                 "train": "imagenet.beton",
                 "num_classes": 1000,
                 "network": "resnet34",
+                "batch": 256,
                 "pruning_rates": (0.7,),
             },
             True,
@@ -324,47 +329,86 @@ def test_published_rows_are_for_the_papers_images_and_network(tmp_path, changes,
     )
 
 
-def test_another_network_has_a_table_of_its_own(tmp_path):
-    """Coresets of ResNet-18, trained on with another network: nothing of the paper's Table 1."""
-    plan = make_plan(tmp_path)
-    runs = collections_of(plan, [None] * 3)
+def test_variants_have_tables_and_published_numbers_of_their_own(tmp_path):
+    """Coresets of ResNet-18: Table 1, Table 6 for the full batch, Table 7 for another network."""
+    changes = {
+        "full": ["retrain.batch_size_rule={}"],
+        "vgg16": ["model.name=vgg16_bn"],
+        "resnet34": ["model.name=resnet34"],
+        "half": ["train.global_batch_size=64"],
+        "usual": [],
+    }
+    variants = [Variant(name=name, overrides=tuple(words)) for name, words in changes.items()]
+    plan = make_plan(
+        tmp_path, methods=(RANDOM,), pruning_rates=(0.7, 0.8), variants=tuple(variants)
+    )
     outcomes = [
-        *outcomes_of(plan, {("tdds", 0.3): [90.0, 92.0, 97.0]}),
-        *outcomes_of(plan, {("tdds", 0.3): [60.0, 60.0, 60.0]}, network="vgg16"),
+        replace(outcome, result=outcome.result and {**outcome.result, "final_top1": 60.0 + number})
+        for number, name in enumerate(changes)
+        for outcome in outcomes_of(plan, {("random", 0.7): [0, 0, 0]}, variant=name)
     ]
-    text = write_tables(plan, outcomes, runs)
-    own, other = text.split("## Strategy-E, retrained with vgg16\n")
-    assert "93.00 ± 3.61" in own
-    assert "60.00 ± 0.00" in other
-    assert "published" in own.split("## Strategy-E\n")[1]
-    assert "published" not in other
-    assert {row["published_top1"] != "" for row in rows_of(plan) if row["network"] == "vgg16"} == {
-        False
+    text = write_tables(plan, outcomes, collections_of(plan, [None] * 3))
+    parts = text.split("## Strategy-E, retrained with ")[1:]
+    found = {part.split()[0]: lines_of(part)[1:] for part in parts}
+    assert found == {
+        "full": [
+            ["random", "60.00 ± 0.00", "–"],
+            ["*random, published*", "*90.61 ± 0.44*", "*86.92 ± 0.28*"],
+        ],
+        "vgg16": [["random", "61.00 ± 0.00", "–"], ["*random, published*", "*88.55*", "–"]],
+        "resnet34": [["random", "62.00 ± 0.00", "–"]],
+        "half": [["random", "63.00 ± 0.00", "–"]],
+        "usual": [
+            ["random", "64.00 ± 0.00", "–"],
+            ["*random, published*", "*90.61 ± 0.44*", "*88.87 ± 0.47*"],
+        ],
+    }
+    assert "Published: Tables 1, 6, 7 of arXiv 2311.13613, not ours.\nTables 7 to 10 name" in text
+    numbers = {
+        (row["variant"], row["pruning_rate"]): row["published_table"] for row in rows_of(plan)
+    }
+    assert {key: table for key, table in numbers.items() if table} == {
+        ("full", "0.7"): "1",
+        ("full", "0.8"): "6",
+        ("vgg16", "0.7"): "7",
+        ("usual", "0.7"): "1",
+        ("usual", "0.8"): "1",
     }
 
 
 @pytest.mark.parametrize("kind", ["clean", "labels", "images", "part"])
 def test_images_that_were_changed_or_left_out_have_no_published_row(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(
-        published, "CIFAR10", replace(published.CIFAR10, num_images=21 if kind == "part" else 20)
-    )
+    size = 21 if kind == "part" else 20
+    monkeypatch.setitem(published.DATASETS, "cifar10", ("CIFAR-10", size, 10))
     path, label_N = tmp_path / "some_train.beton", np.arange(20) % 10
     true_label_N = (
-        np.where(np.arange(20) < 4, (label_N + 1) % 10, label_N) if kind == "labels" else None
+        np.where(np.arange(20) < 5, (label_N + 1) % 10, label_N) if kind == "labels" else None
     )
     write_header(
         path,
         label_N,
         10,
         true_label_N,
-        ["noise"] * 2 + [""] * 18 if kind == "images" else None,
+        ["fog"] * 2 + [""] * 18 if kind == "images" else None,
         source="cifar10",
     )
     assert bool(published_rows(make_plan(tmp_path, train=str(path)))) == (kind == "clean")
 
 
+def test_the_papers_noise_has_its_own_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(published.DATASETS, "cifar100", ("CIFAR-100", 20, 100))
+    path, label_N = tmp_path / "some_train.beton", np.arange(20)
+    true_N = np.where(np.arange(20) < 4, (label_N + 1) % 100, label_N)
+    write_header(path, label_N, 100, true_N, source="cifar100")
+    plan = make_plan(tmp_path, train=str(path), num_classes=100, methods=(RANDOM, CCS))
+    text = write_tables(plan, outcomes_of(plan, {}), collections_of(plan, [94.0, None, None]))
+    assert "Full data: 94.00 (1 seed; published: 65.48)." in text
+    assert ["*ccs, published*", "*53.38 ± 0.86*", "*40.59 ± 0.21*"] in lines_of(text)
+    assert "Published: Table 10 of arXiv 2311.13613, not ours.\nTables 7 to 10 name" in text
+
+
 def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
-    plan = make_plan(tmp_path)
+    plan = make_plan(tmp_path, variants=(Variant(name="vgg16", overrides=()),))
     outcomes = outcomes_of(plan, {})
     assert "Wrong labels" not in write_tables(plan, outcomes, collections_of(plan, [None] * 3))
     shares = {
@@ -380,7 +424,7 @@ def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
         )
         for outcome in outcomes
     ]
-    other = [replace(outcome, network="vgg16", wrong_labels_kept=0.99) for outcome in outcomes]
+    other = [replace(outcome, variant="vgg16", wrong_labels_kept=0.99) for outcome in outcomes]
     text = write_tables(plan, outcomes + other, collections_of(plan, [None] * 3))
     table = lines_of(text.split("## Wrong labels in the coreset")[1])
     assert table == [
