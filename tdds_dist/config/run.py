@@ -147,7 +147,11 @@ class Model(Section):
         description="torchvision name, e.g. resnet18, resnet34, swin_t, shufflenet_v2_x0_5."
     )
     cifar_stem: bool = Field(
-        False, description="Small-image stem: first convolution 3x3 stride 1, no max-pool."
+        False,
+        description=(
+            "Network for small images: first convolution 3x3 stride 1, no max-pool; of VGG, one"
+            " linear layer in place of the classifier for ImageNet."
+        ),
     )
     channels_last: bool = Field(
         True, description="channels_last memory format (faster convolutions on GPUs)."

@@ -311,12 +311,19 @@ def classifier_layer(model: nn.Module, num_classes: int) -> nn.Linear | None:
 
 def _use_cifar_stem(model: Any, name: str) -> None:
     """Replace the first convolution by one of 3x3 and stride 1, and drop the max-pool, as ResNets
-    on CIFAR have it."""
+    on CIFAR have it. VGG begins like that: in place of its classifier for ImageNet it gets one
+    linear layer on the mean of the last feature map, which is one pixel for 32x32 images."""
+    if name.startswith("vgg"):
+        head = nn.Linear(512, model.classifier[-1].out_features)
+        nn.init.normal_(head.weight, 0, 0.01)  # as torchvision begins linear layers of VGG
+        nn.init.zeros_(head.bias)
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), head
+        return
     family = next((family for family in _FIRST_CONVOLUTION if name.startswith(family)), None)
     if family is None:
         raise InputError(
             f"model.cifar_stem=true is not known for {name!r}; it is for"
-            f" {', '.join(_FIRST_CONVOLUTION)}"
+            f" {', '.join(_FIRST_CONVOLUTION)}, vgg"
         )
     path = _FIRST_CONVOLUTION[family]
     old = model.get_submodule(path)

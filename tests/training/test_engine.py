@@ -300,6 +300,13 @@ def test_networks_by_name():
             first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
             assert (first.kernel_size, first.stride, first.padding) == ((3, 3), (1, 1), (1, 1))
             assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        # 13 convolutions of 3x3 with batch norm, and one linear layer, as VGG-16 is used on CIFAR
+        model = build_model("vgg16_bn", 10, cifar_stem=True, channels_last=False)
+        widths = [64, 64, 128, 128, *[256] * 3, *[512] * 6]
+        inputs = [3, *widths[:-1]]
+        num = sum(9 * a * b + 3 * b for a, b in zip(inputs, widths, strict=True)) + 513 * 10
+        assert sum(parameter.numel() for parameter in model.parameters()) == num
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(InputError, match="cifar_stem"):
         build_model("swin_t", 10, cifar_stem=True)
     with pytest.raises(InputError, match="not a torchvision classifier"):
