@@ -169,12 +169,20 @@ def test_routing_buffers_are_those_of_a_real_step(dtype):
 
 @pytest.mark.parametrize("kind", ["dense", "topk"])
 @pytest.mark.parametrize(
-    ("rows", "num_classes"), [(64, 1000), (256, 100), (1024, 10), (24, 10), (8, 9000)]
+    ("rows", "num_classes", "together"),
+    [(64, 1000, 1), (256, 100, 1), (1024, 10, 1), (24, 10, 1), (8, 9000, 1), (16, 1000, 5)],
 )
-def test_recording_takes_no_more_than_planned(rows, num_classes, kind):
+def test_recording_takes_no_more_than_planned(rows, num_classes, together, kind):
     storage = kind if kind == "dense" else f"topk:{max(1, num_classes // 10)}"
-    num_samples = rows * max(4, 2 * WAITING_NUMBERS // (rows * num_classes))
-    scorer = ShardedScorer(num_samples, num_classes, [Window(3, 2)], device="cpu", storage=storage)
+    num_samples = rows * max(4 * together, 2 * WAITING_NUMBERS // (rows * num_classes))
+    scorer = ShardedScorer(
+        num_samples,
+        num_classes,
+        [Window(3, 2)],
+        device="cpu",
+        storage=storage,
+        route_every=together,
+    )
 
     def batch(first):
         index_B = torch.arange(first, first + rows)
@@ -190,7 +198,7 @@ def test_recording_takes_no_more_than_planned(rows, num_classes, kind):
         for arguments in batches:
             scorer.record(*arguments)
         scorer._apply_pending()
-    planned = footprint.recording_bytes(rows, num_classes, 4, storage)
+    planned = footprint.recording_bytes(rows, num_classes, 4, storage, together)
     assert 0.7 * planned < alive.peak_bytes <= planned
 
 
