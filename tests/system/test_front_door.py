@@ -1,4 +1,4 @@
-"""The front door, with what users bring: 300 folders of images, each made from a seed, go through
+"""The front door, with what users bring: 100 folders of images, each made from a seed, go through
 write, check, collect, select and export.
 
 Every command must end with exit code 0 or with 2 and one line; where one is refused, nothing is left
@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SEEDS, LANES, BATCH, SECONDS_PER_SEED = 300, 2, 25, 60
+SEEDS, LANES, BATCH, SECONDS_PER_SEED = 100, 2, 25, 60
 
 # --- a folder, and what must become of it ---
 

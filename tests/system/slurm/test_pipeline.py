@@ -20,6 +20,7 @@ import pytest
 from tdds_dist.runs.directory import RunDir
 from tests.jobs import differences, state_of
 from tests.system.slurm.cluster import SlurmCluster
+from tests.system.slurm.test_cluster import until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -208,10 +209,6 @@ def test_pipeline_from_one_command(slurm, folder, undisturbed):
 Hurt = Callable[[SlurmCluster, str, Path], None]
 
 
-def requeue(slurm, job_id, run):
-    slurm.run("scontrol", "requeue", job_id)
-
-
 def send_usr2(slurm, job_id, run):
     slurm.run("scancel", "--signal=USR2", job_id)
 
@@ -231,7 +228,7 @@ def kill_a_rank(slurm, job_id, run):
     os.kill(pid, signal.SIGKILL)
 
 
-def kill_a_rank_that_starts(slurm, job_id, run):
+def requeue_and_kill_a_rank_that_starts(slurm, job_id, run):
     """Before training srun's SIGTERM finds the other rank unprepared."""
     slurm.run("scontrol", "requeue", job_id)
     slurm.wait_for(job_id, "PENDING")
@@ -275,48 +272,43 @@ def preempt_with_sigterm_alone(slurm, job_id, run):
         slurm.run("scontrol", "reconfigure")
 
 
-_SCAVENGERS = (preempt, preempt_with_sigterm_alone)
-_NOTICED_LATE = (kill_stepd_of_the_second_node, kill_slurmd, lose_a_node)
-
-
 @pytest.mark.parametrize(
-    "hurt",
+    ("hurts", "changes"),
     [
-        requeue,
-        send_usr2,
-        send_usr2_in_a_container,
-        kill_stepd_of_the_second_node,
-        kill_a_rank,
-        kill_a_rank_that_starts,
-        kill_slurmd,
-        lose_a_node,
-        preempt,
-        preempt_with_sigterm_alone,
+        ([send_usr2, kill_a_rank, requeue_and_kill_a_rank_that_starts], {}),
+        ([send_usr2_in_a_container], {"container": "/usr/bin/env PATH=/nowhere"}),
+        ([preempt, preempt_with_sigterm_alone], {"partition": "scavenger"}),
+        # what SLURM notices late
+        ([kill_stepd_of_the_second_node], {"setup": slow_first_start}),
+        ([kill_slurmd], {"setup": slow_first_start}),
+        ([lose_a_node], {"setup": slow_first_start}),
     ],
-    ids=lambda hurt: hurt.__name__,
+    ids=lambda value: "+".join(hurt.__name__ for hurt in value) if isinstance(value, list) else "",
 )
-def test_a_collection_that_is_hurt_goes_on(slurm, folder, undisturbed, hurt):
-    run = folder / hurt.__name__
-    changes = {
-        "container": "/usr/bin/env PATH=/nowhere",
-        "venv": str(Path(sys.executable).parents[1]),
-    }
-    cluster = cluster_file(
-        folder,
-        partition="scavenger" if hurt in _SCAVENGERS else "main",
-        setup=slow_first_start(folder) if hurt in _NOTICED_LATE else ["set -e"],
-        **(changes if hurt is send_usr2_in_a_container else {}),
-    )
+def test_a_collection_that_is_hurt_goes_on(slurm, folder, undisturbed, hurts, changes):
+    """One hurt every three epochs."""
+    run = folder / hurts[0].__name__
+    if "setup" in changes:
+        changes = {"setup": changes["setup"](folder)}
+    if "container" in changes:
+        changes = changes | {"venv": str(Path(sys.executable).parents[1])}
+    cluster = cluster_file(folder, **{"partition": "main", "setup": ["set -e"]} | changes)
     done = submit(slurm, folder, run, "--stage", "collect", cluster=cluster)
     assert done.returncode == 0, done.stderr
     (job_id,) = job_ids(run)["collect"]
-    until_epoch(run, 3)
-    hurt(slurm, job_id, run)
+    for number, hurt in enumerate(hurts):
+        until_epoch(run, 3 * number + 3)
+        before = slurm.restarts(job_id)
+        hurt(slurm, job_id, run)
+        if hurt is not hurts[-1]:
+            until(lambda before=before: slurm.restarts(job_id) > before)
+            slurm.wait_for(job_id, "RUNNING")
     slurm.wait_for(job_id, "COMPLETED", 400)
     # without it the ranks go on, and may be done before SLURM misses it
-    if hurt is not kill_stepd_of_the_second_node:
-        assert slurm.restarts(job_id) >= 1, log_text(run)
-        assert len(RunDir(run).read_env()["resumes"]) >= 1
+    if hurts != [kill_stepd_of_the_second_node]:
+        num_starts = len(hurts) + (requeue_and_kill_a_rank_that_starts in hurts)
+        assert slurm.restarts(job_id) >= num_starts, log_text(run)
+        assert len(RunDir(run).read_env()["resumes"]) >= len(hurts)
     check_as_if_nothing_happened(run, undisturbed)
 
 
