@@ -106,32 +106,10 @@ def test_an_empty_shard_writes_no_block(tmp_path):
     )
 
 
-def test_a_new_trajectory_has_no_epochs_and_no_files_before_its_labels(tmp_path):
-    writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, is_main=True)
-    assert not list(tmp_path.iterdir())
-    writer.write_labels(
-        np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256
-    )
-    trajectory = Trajectory(tmp_path)
-    assert trajectory.num_epochs == 0
-    assert trajectory.read("first").shape == (0, 10)
-
-
 def test_an_epoch_written_again_replaces_the_first_try(folder):
     again = np.ones((3, 4), dtype=np.float32)
     TrajectoryWriter(folder, NAMES, 10, 4, 4, 8, is_main=False).append(1, again)
     np.testing.assert_array_equal(Trajectory(folder).read("first")[1, 4:8], again[0])
-
-
-def test_files_are_plain_arrays_without_leftovers(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(files) == 1 + 2 * 3 + 2 * 9, "meta.json, and a sidecar beside each block"
-    for path in files:
-        if path.suffix == ".npy":
-            assert np.load(path, allow_pickle=False).dtype in (np.float32, np.int64)
-    meta = json.loads((folder / "meta.json").read_text())
-    assert meta["scalars"] == list(NAMES)
-    assert meta["checksums"] is True
 
 
 def test_wrong_shape_is_a_defect_of_the_caller(tmp_path):
@@ -251,6 +229,7 @@ def flips(path: Path) -> Iterator[int]:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_sidecars_hold_place_and_checksums(tmp_path, dtype):
     write(tmp_path, *recorded(10, 2), [3, 1], dtype)
+    assert json.loads((tmp_path / "meta.json").read_text())["checksums"] is True
     places = {
         f"epoch_0000/{block}": (0, first, end)
         for block, first, end in (
