@@ -1,12 +1,16 @@
 """The paper's numbers: all of them are there, each is found for what it is of, and for nothing else."""
 
 import hashlib
+import re
 from collections import Counter
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tdds_dist.config.experiment import load_experiment
+from tdds_dist.config.run import load_config
 from tdds_dist.data.corruptions import KINDS
 from tdds_dist.report import published
 from tdds_dist.report.published import (
@@ -254,3 +258,43 @@ def test_tables_of_what_is_shown():
     assert [number.top1 for number in six.lines["random"]] == [86.92, 88.87, 76.71, 83.77]
     assert seven.title == "Table 7: CIFAR-10, resnet18, trained on vgg16"
     assert printed_tables([]) == []
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("table*.yaml")), ids=lambda path: path.stem.partition("_")[0]
+)
+def test_headers_of_configs_repeat_the_paper(path, monkeypatch):
+    """Lines such as `TDDS vgg16 94.45 93.74 91.34` under `Published, ... p = .3/.5/.7 (full 95.23`."""
+    monkeypatch.chdir(CONFIGS.parents[1])
+    plan = load_experiment(path)
+    config = load_config(plan.config, plan.overrides)
+    table = int(re.match(r"table(\d+)_", path.name)[1])
+    head, _, rest = path.read_text().partition("\n# Published")
+    assert f"# The paper's Table {table} (arXiv 2311.13613)" in head
+    dataset = images_of(config.data.train, config.data.num_classes).dataset
+    numbers = [row for row in paper_rows() if (row.table, row.dataset) == (table, dataset)]
+    rates = [float(rate) for rate in re.search(r"p = ([./\d]+)", rest)[1].split("/")]
+    assert rates == [*plan.pruning_rates] == sorted({row.pruning_rate for row in numbers} - {0})
+    assert {method.name for method in plan.methods} == {row.method for row in numbers} - {"full"}
+    (full,) = {
+        row.top1
+        for row in paper_rows()
+        if (row.method, row.dataset, row.train_network, row.images.noise)
+        == ("full", dataset, config.model.name, numbers[0].images.noise)
+    }
+    assert f"full {full:.2f}" in rest
+    lines = re.findall(r"\n#   (\w+) +(?:([a-z]\w+|[\d/]+) +)?((?:[ \d]\d\.\d\d ?)+)(?=\n)", rest)
+    assert {"tdds", "random"} <= {name.lower() for name, _, _ in lines} or table == 5
+    for name, what, values in lines:
+        for rate, value in zip(rates, values.split(), strict=True):
+            assert [
+                row
+                for row in numbers
+                if (row.method, row.pruning_rate, row.top1) == (name.lower(), rate, float(value))
+                and (
+                    not what or what == row.train_network or str(row.batch_size) in what.split("/")
+                )
+            ], (name, what, rate, value)
