@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -122,6 +123,20 @@ def test_links_and_files_named_in_the_docs_exist():
             r"`((?:configs|docs|launch|tests|benchmarks|scripts)/[\w./-]*\w)`", text
         ):
             assert (ROOT / name).exists(), (page.name, name)
+
+
+def test_functions_named_in_the_docs_exist_and_the_page_on_the_paper_has_no_empty_cell():
+    rooms = "|".join(path.parent.name for path in (ROOT / "tdds_dist").glob("*/__init__.py"))
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(rf"`((?:{rooms})\.[a-z]\w*\.\w[\w.]*)`", page.read_text())
+    }
+    assert "scoring.tdds.average_windows" in named
+    for name in named:
+        pkgutil.resolve_name(f"tdds_dist.{name}")
+    for line in (ROOT / "docs/paper.md").read_text().splitlines():
+        assert not re.search(r"\|\s*\|", line), line
 
 
 # ---- commands and options
