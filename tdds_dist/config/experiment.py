@@ -37,6 +37,14 @@ class Experiment(Section):
         (), description="Changes to that config, e.g. train.epochs=20."
     )
     dir: PathText = Field("", description="Where everything goes; empty means runs/<name>.")
+    collections: PathText = Field(
+        "",
+        description=(
+            "Directory of another experiment, whose finished collections are taken over, seed by"
+            " seed; they must be of the same settings and images. Empty: every seed is collected"
+            " here."
+        ),
+    )
     methods: tuple[Method, ...] = Field(
         min_length=1, description="Names of methods, or methods with options."
     )
@@ -93,6 +101,11 @@ class Experiment(Section):
             strategies=self.strategies,
             seeds=self.seeds,
         )
+        if self.collections and Path(self.collections).resolve() == self.directory.resolve():
+            raise InputError(
+                f"collections={self.collections} is the experiment's own directory; name another,"
+                " or leave it out"
+            )
         for method in self.methods:
             if other := [rate for rate in method.pruning_rates if rate not in self.pruning_rates]:
                 raise InputError(

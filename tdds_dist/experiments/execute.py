@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from tdds_dist.config.experiment import Experiment
 from tdds_dist.config.grid import Method
-from tdds_dist.config.run import Config, load_config, parse_baselines
+from tdds_dist.config.run import Config, load_config, parse_baselines, to_dict
 from tdds_dist.console import HEADING, Progress, log
 from tdds_dist.coreset.agreement import noise_kept
 from tdds_dist.coreset.select import changes, find_scores, make_coreset, put, random_scores
@@ -41,7 +42,7 @@ from tdds_dist.experiments.grid import (
 from tdds_dist.experiments.processes import run_in_processes
 from tdds_dist.experiments.tables import CellResult, write_tables
 from tdds_dist.runs.artifacts import Scores, load_coreset, load_scores, write_atomically
-from tdds_dist.runs.directory import RunDir, any_scores, move_aside
+from tdds_dist.runs.directory import RunDir, any_scores, copy_run, move_aside
 from tdds_dist.runs.lock import RunLock
 from tdds_dist.scoring.offline import BASELINES, MODEL_SCORES, file_key, score, score_all
 from tdds_dist.text import duration
@@ -97,6 +98,7 @@ def _experiment(
     with together(world):
         if world.is_main:
             _clear_the_way([*collections.values()], force)
+            _take_over(plan, [*collections.values()])
             _clear_the_way(
                 [
                     _task(plan, cell)
@@ -156,6 +158,29 @@ def _clear_the_way(tasks: list[Task], force: bool) -> None:
                 pass
     for directory, (what, _) in found.items():
         log.warning(f"{what}; it is moved aside to {move_aside(directory)}")
+
+
+def _take_over(plan: Experiment, tasks: list[Task]) -> None:
+    """Copy the finished collections of another experiment to where this one has none.
+
+    Raises:
+        InputError: one of other settings or images.
+    """
+    images: dict[Any, Any] = {}
+    for task in tasks:
+        source = replace(task, directory=Path(plan.collections) / task.directory.name)
+        if not plan.collections or task.directory.exists():
+            continue
+        if not source.is_done:
+            log.info(f"{source.directory} is no finished collection; {task.title} is run here")
+            continue
+        if problem := in_the_way(source, images):
+            raise InputError(
+                f"collections={plan.collections}: {problem[0]}; keep those settings, or leave"
+                " collections out"
+            )
+        copy_run(RunDir(source.directory), RunDir(task.directory), to_dict(task.config))
+        log.info(f"{task.title}: a copy of {source.directory}")
 
 
 def _is_readable(coreset_file: Path) -> bool:

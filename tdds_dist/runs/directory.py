@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -174,6 +175,38 @@ class RunDir:
         write_atomically(
             path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode())
         )
+
+
+def copy_run(source: RunDir, target: RunDir, config: dict[str, Any]) -> None:
+    """Copy a finished collection, without coresets and retrainings, to where nothing is; `config`
+    is the same with the name and place of the copy.
+
+    Arrays and weights, which are replaced and never changed, are links to the same content where
+    the file system has such.
+    """
+    part = target.path.with_name(f".{target.path.name}.part")
+    inside = (source.coresets, source.retrain, source.checkpoints, source.report_file)
+    left_out = shutil.ignore_patterns(*(path.name for path in inside), "before-*", "run.lock*")
+
+    def copy(file: str, to: str) -> None:
+        try:
+            if Path(file).suffix not in (".npy", ".npz", ".pt"):
+                raise OSError
+            os.link(file, to)
+        except OSError:
+            shutil.copy2(file, to)
+
+    try:
+        if part.exists():  # of a copy that was stopped
+            shutil.rmtree(part)
+        shutil.copytree(source.path, part, ignore=left_out, copy_function=copy)
+        RunDir(part).write_start(config, source.read_env() | {"copy_of": str(source.path)})
+        part.rename(target.path)
+    except OSError as error:
+        raise InputError(
+            f"cannot copy {source.path} to {target.path} ({error}); make room, or leave collections"
+            " out"
+        ) from error
 
 
 def complete_steps(directory: Path) -> dict[int, Path]:

@@ -448,6 +448,51 @@ def test_stages_by_hand_give_the_same(finished, tmp_path):
         os.sched_setaffinity(0, cpus)
 
 
+def test_collections_of_another_experiment_are_taken_over(finished, betons, tmp_path, no_workers):
+    """Nothing is collected again, and what this experiment adds does not change the other."""
+    source = finished[1]
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    path = write_plan(tmp_path, betons, "other", collections=str(source), methods=["random"])
+    with pytest.raises(AssertionError, match="a worker process was started"):
+        experiment(load_experiment(path), jobs=2)  # a retraining: the collections are there
+    for seed in SEEDS:
+        run, of = RunDir(tmp_path / "other" / f"seed{seed}"), RunDir(source / f"seed{seed}")
+        assert run.read_config()["run"] == of.read_config()["run"] | {
+            "name": f"other_seed{seed}",
+            "dir": str(run.path),
+        }
+        assert run.read_env() == of.read_env() | {"copy_of": str(of.path)}
+        assert run.read_result() == of.read_result()
+        assert [file.name for file in run.coresets.iterdir()] == [
+            f"random_p{rate}.npz" for rate in RATES
+        ]
+        assert not run.retrain.exists()
+        (array,) = run.trajectory.glob("epoch_0000/*.npy")
+        assert array.samefile(of.trajectory / "epoch_0000" / array.name)
+    RunDir(tmp_path / "other/seed0").append_metrics({"epoch": 3})
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+
+
+def test_collections_of_other_settings_are_refused(finished, betons, tmp_path, no_workers):
+    path = write_plan(tmp_path, betons, "other", collections=str(finished[1]))
+    message = expect_refusal(path, "train.lr=0.06")
+    assert message.startswith(
+        f"collections={finished[1]}: {finished[1]}/seed0 holds a run of other"
+    )
+    assert message.endswith(
+        "(train.lr was 0.05, now 0.06); keep those settings, or leave collections out"
+    )
+    assert not (tmp_path / "other/seed0").exists()
+    assert "is the experiment's own directory" in expect_refusal(path, f"dir={finished[1]}")
+
+
+def test_collections_that_are_not_there_are_run(betons, tmp_path, failing_workers):
+    path = write_plan(tmp_path, betons, "other", collections=str(tmp_path / "gone"))
+    assert experiment(load_experiment(path))[1] == [
+        f"collect, seed {seed}: no such file" for seed in SEEDS
+    ]
+
+
 # ---- refused before anything runs
 
 
