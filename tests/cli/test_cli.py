@@ -24,6 +24,7 @@ from tdds_dist.coreset.samplers import min_max, top
 from tdds_dist.data.manifest import read_manifest
 from tdds_dist.runs.artifacts import load_coreset, load_scores
 from tdds_dist.runs.directory import RunDir
+from tests import jobs
 from tests.make import write_several_fields
 
 
@@ -161,21 +162,14 @@ def test_class_balanced_and_random_coresets(finished, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("strategy", "epochs"), [("E", 5), ("P", 25)])
+@pytest.mark.parametrize(("strategy", "epochs"), [("E", 5), ("P", 5)])
 def test_retrain_on_a_coreset(finished, finished_run, strategy, epochs):
-    """Of 24 images: Strategy-E keeps the epochs, Strategy-P the steps; both halve the batch."""
+    """Of 24 images: Strategy-E keeps 5 epochs, Strategy-P the steps of one; both halve the batch."""
     folder, config, _ = finished
     run = finished_run.retrained
     if strategy == "P":
-        done(
-            "retrain",
-            config,
-            "--coreset",
-            finished_run.coreset,
-            "--strategy",
-            "P",
-            "train.eval_every=100",
-        )
+        options = "--strategy P retrain.epochs=1 train.eval_every=100".split()
+        done("retrain", config, "--coreset", finished_run.coreset, *options)
         run = RunDir(folder).retrain / f"{finished_run.coreset.stem}_P_batch_seed0"
     expected = {
         "num_images": 24,
@@ -1087,27 +1081,26 @@ def test_every_stage_explains_itself():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
 def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path):
-    """Digits, 12 epochs: batch norm sees other batches on 2 ranks than on 1, so scores differ; less
-    than between seeds."""
+    """Digits, 6 epochs: batch norm sees other batches on 2 ranks than on 1, so scores differ; less
+    than between seeds. Of unrelated scores the rank correlation is below 0.1."""
     from scipy.stats import spearmanr
 
-    root = Path(__file__).resolve().parents[2]
     for split in ("train", "val"):
-        assert main(["write", "digits", str(tmp_path / f"{split}.beton"), "--split", split]) == 0
+        done("write", "digits", tmp_path / f"{split}.beton", "--split", split, "--quiet")
+    config = CLUSTER.parents[1] / "digits.yaml"
+    data = [f"data.{split}={tmp_path}/{split}.beton" for split in ("train", "val")]
+    settings = "run.device=cpu model.name=shufflenet_v2_x0_5 train.epochs=6 train.eval_every=6"
     score = {}
     for ranks, seed in [(1, 0), (2, 0), (2, 1)]:
-        folder = tmp_path / f"run{ranks}{seed}"
-        done = tdds("collect", root / "configs/digits.yaml", f"run.dir={folder}", f"run.seed={seed}", "run.device=cpu",
-                    f"data.train={tmp_path}/train.beton", f"data.val={tmp_path}/val.beton", "train.eval_every=9",
-                    "train.epochs=12", "score.windows=[{T: 12, K: 10}]", ranks=ranks)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        score[ranks, seed] = load_scores(
-            folder / "scores" / "tdds_official_T12_K10_beta0.9.npz"
-        ).score_N
+        run = RunDir(tmp_path / f"run{ranks}{seed}")
+        words = ["collect", config, f"run.dir={run.path}", f"run.seed={seed}", *data]
+        words += [*settings.split(), "score.windows=[{T: 6, K: 5}]", "score.final_pass=false"]
+        codes, said = jobs.run(words, ranks, tmp_path / f"said{ranks}{seed}", deadline=250)
+        assert codes == [0] * ranks, said
+        score[ranks, seed] = load_scores(run.scores / "tdds_official_T6_K5_beta0.9.npz").score_N
     ranks_differ = spearmanr(score[1, 0], score[2, 0])[0]
     seeds_differ = spearmanr(score[2, 0], score[2, 1])[0]
     print(f"rank correlation: 1 and 2 ranks {ranks_differ:.3f}, two seeds {seeds_differ:.3f}")
     assert ranks_differ >= seeds_differ
-    assert ranks_differ > 0.2
+    assert ranks_differ > 0.15

@@ -13,6 +13,7 @@ writes them anew; read the diff, then commit it.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -250,91 +251,57 @@ def test_cluster_file_that_is_not_there_or_not_text(tmp_path):
 # ---- checks before submission
 
 
-RETRAIN = ["--stage", "retrain", "--coreset", "CORESET", "--strategy", "E"]
+RETRAIN = "--stage retrain --coreset CORESET --strategy E"
 COLLECT = ["--stage", "collect"]
-BAD_INPUT = [
+ON_CPU = "gpus_per_node: 1, stages: {retrain: {gpus_per_node: 0}}"
+BAD_INPUT = [  # keys of a cluster file with executor: slurm, or all of it; words; what is said
     (
         "{executor: local, time_minutes: 5, ranks_per_node: 5}",
-        COLLECT,
-        (
-            "collect on 5 ranks: train.global_batch_size=24 is not divisible by world_size=5; use"
-            " 20 or 25"
-        ),
+        "--stage collect",
+        "collect on 5 ranks: train.global_batch_size=24 is n",
     ),
     (
-        "{executor: slurm, time_minutes: 5, nodes: 2, ranks_per_node: 8}",
-        COLLECT,
-        "collect on 16 ranks: train.global_batch_size=24 is not divisible by world_size=16",
+        "nodes: 2, ranks_per_node: 8",
+        "--stage collect",
+        "collect on 16 ranks: train.global_batch_si",
     ),
     (
-        "{executor: slurm, time_minutes: 5, ranks_per_node: 8}",
-        ["--stage", "pipeline"],
-        (
-            "retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5"
-            " (retrain.batch_size_rule)"
-        ),
+        "ranks_per_node: 8",
+        "--stage pipeline",
+        "retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5"
+        " (retrain.batch_size_rule)",
     ),
-    (
-        "{executor: slurm, time_minutes: 5, stages: {retrain: {ranks_per_node: 7}}}",
-        [],
-        "retrain at pruning rate 0.5 on 7 ranks: train.global_batch_size=24 is not",
-    ),
-    (
-        "{executor: slurm, time_minutes: 5, ranks_per_node: 8}",
-        RETRAIN,
-        "retrain at pruning rate 0.8 on 8 ranks",
-    ),
-    (
-        (
-            "{executor: slurm, time_minutes: 5, gpus_per_node: 1, stages: {retrain: {gpus_per_node:"
-            " 0}}}"
-        ),
-        ["run.device=cuda"],
-        "the cluster file asks for no GPU",
-    ),
-    ("NONE", [], "cluster.yaml does not exist; configs/clusters/ holds examples"),
+    ("stages: {retrain: {ranks_per_node: 7}}", "", "retrain at pruning rate 0.5 on 7 ranks: train"),
+    ("ranks_per_node: 8", RETRAIN, "retrain at pruning rate 0.8 on 8 ranks"),
+    (ON_CPU, "run.device=cuda", "the cluster file asks for no GPU"),
+    ("NONE", "", "cluster.yaml does not exist; configs/clusters/ holds examples"),
     *(
         (ONE_RANK, words, message)
         for words, message in (
-            ([*COLLECT, "train.leraning_rate=1"], "unknown key 'train.leraning_rate'"),
-            (["train.epochs=2"], "T=3 is longer than train.epochs=2"),
+            ("--stage collect train.leraning_rate=1", "unknown key 'train.leraning_rate'"),
+            ("train.epochs=2", "T=3 is longer than train.epochs=2"),
+            ("--stage collect --strategy E", "--strategy belongs to --stage retrain; leave it out"),
+            ("--name x", "--name belongs to --stage retrain; leave it out of --stage pipeline"),
+            ("--stage retrain --strategy E", "--stage retrain needs --coreset; see `tdds submit "),
+            ("--stage retrain --coreset CORESET", "--stage retrain needs --strategy"),
+            ("--stage retrain --coreset no.npz --strategy E", "no.npz does not exist"),
+            (f"--stage retrain --coreset {__file__} --strategy E", __file__),
+            ("--stage collect run.device=cuda", "no GPU; set gpus_per_node or run.device"),
+            (f"{RETRAIN} train.accumulation=7", "is not divisible by world_size=1 x "),
             (
-                [*COLLECT, "--strategy", "E"],
-                "--strategy belongs to --stage retrain; leave it out of --stage",
-            ),
-            (
-                ["--name", "x"],
-                "--name belongs to --stage retrain; leave it out of --stage pipeline",
-            ),
-            (
-                ["--stage", "retrain", "--strategy", "E"],
-                "--stage retrain needs --coreset; see `tdds submit --help`",
-            ),
-            (["--stage", "retrain", "--coreset", "CORESET"], "--stage retrain needs --strategy"),
-            (
-                ["--stage", "retrain", "--coreset", "no.npz", "--strategy", "E"],
-                "no.npz does not exist",
-            ),
-            (["--stage", "retrain", "--coreset", __file__, "--strategy", "E"], __file__),
-            (
-                [*COLLECT, "run.device=cuda"],
-                "the cluster file asks for no GPU; set gpus_per_node or run.device",
-            ),
-            ([*RETRAIN, "train.accumulation=7"], "is not divisible by world_size=1 x "),
-            (
-                ["pipeline.scores=[moderate]", "score.final_pass=false"],
+                "pipeline.scores=[moderate] score.final_pass=false",
                 "moderate needs score.final_pass=true; switch it on",
             ),
             (
-                ["pipeline.scores=[el2n]", "score.trajectory=false"],
+                "pipeline.scores=[el2n] score.trajectory=false",
                 "el2n is scored from the trajectory; set score.traject",
             ),
             (
-                ["score.windows=[{T: 3, K: 2}]"],
+                "'score.windows=[{T: 3, K: 2}]'",
                 "no window of score.windows serves a pruning rate; set pipeline.pruning_",
             ),
             (
-                ["pipeline.pruning_rates=[0.7]"],
+                "pipeline.pruning_rates=[0.7]",
                 "pipeline.pruning_rates has 0.7, which no window of score.windows serves",
             ),
         )
@@ -346,14 +313,13 @@ BAD_INPUT = [
 def test_bad_input_is_refused_before_anything_is_written(
     submit, coreset, tmp_path, cluster, words, message
 ):
-    words = [coreset if word == "CORESET" else word for word in words]
+    words = shlex.split(words.replace("CORESET", str(coreset)))
+    if cluster == "NONE":
+        cluster = tmp_path / "cluster.yaml"
+    elif not cluster.startswith("{"):
+        cluster = f"{{executor: slurm, time_minutes: 5, {cluster}}}"
     for also in ([], ["--dry-run"]):
-        assert (
-            submit(
-                *words, *also, cluster=tmp_path / "cluster.yaml" if cluster == "NONE" else cluster
-            )
-            == 2
-        )
+        assert submit(*words, *also, cluster=cluster) == 2
         assert submit.err.startswith("tdds submit: error: ")
         assert message in submit.err
         assert (submit.err.count("\n"), submit.out) == (1, "")
@@ -1133,67 +1099,45 @@ def test_a_local_job_in_the_background_is_not_submitted_again(submit, tmp_path, 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_the_whole_pipeline_here_and_again(submit, tmp_path, quiet):
-    words, run = ["pipeline.scores=[tdds, random]", *SHORT], tmp_path / "run"
-    names = ["tdds_p0.5_E_batch_seed0", "random_p0.5_E_none_seed0"]
+def test_the_whole_pipeline_here_and_what_is_missing_again(submit, tmp_path, quiet):
+    run, name = tmp_path / "run", "tdds_p0.5_E_batch_seed0"
 
-    def submitted():
+    def submitted(*more):
         """Lines about what was done."""
+        words = ["pipeline.scores=[tdds]", *SHORT, *more]
         assert submit(*words, cluster=LOCAL) == 0, submit.err
-        return [
-            line.removesuffix(" is done")
-            for line in submit.out.splitlines()
-            if line.endswith(" is done")
-        ]
+        lines = [line for line in submit.out.splitlines() if line.endswith(" is done")]
+        return [line.removesuffix(" is done") for line in lines]
 
-    assert submitted() == [
-        "collect: collect",
-        "select: 2 coresets",
-        *(f"retrain: {name}" for name in names),
-        "report: report",
-    ]
-    listed = read_jobs(run / "jobs")
-    assert [(job.stage, job.num_ranks) for job in listed] == [
-        ("collect", 2),
-        ("select", 1),
-        ("retrain", 2),
-        ("retrain", 2),
-        ("report", 1),
-    ]
-    for folder, epochs in ((run, 2), *((run / "retrain" / name, 2) for name in names)):
-        assert json.loads((folder / "result.json").read_text())["epochs"] == epochs
+    def listed():
+        return [(job.stage, job.num_ranks) for job in read_jobs(run / "jobs")]
+
+    done = ["collect: collect", "select: 1 coreset", f"retrain: {name}", "report: report"]
+    assert submitted() == done
+    assert listed() == [("collect", 2), ("select", 1), ("retrain", 2), ("report", 1)]
+    for folder in (run, run / "retrain" / name):
+        assert json.loads((folder / "result.json").read_text())["epochs"] == 2
         assert RunDir(folder).read_env()["world_size"] == 2
     scores = load_scores(run / "scores" / "tdds_official_T2_K2_beta0.9.npz").score_N
     assert scores.shape == (120,)
     assert np.isfinite(scores).all()
-    assert sorted(path.name for path in (run / "coresets").iterdir()) == [
-        "random_p0.5.npz",
-        "tdds_p0.5.npz",
-    ]
-    assert (run / "report.html").is_file()
-    collect = listed[0].id
+    assert [path.name for path in (run / "coresets").iterdir()] == ["tdds_p0.5.npz"]
+    collect = read_jobs(run / "jobs")[0].id
     assert list(log_files(run / "jobs", collect, "err")) == [0, 1]
     assert read_ends(run / "jobs", collect) == []
     assert (status_of(run)["state"], status_of(run)["job"]) == ("finished", collect)
 
     assert submitted() == []
     assert (
-        submit.out == "everything is done: collect, select, 2 x retrain, report; the page:"
+        submit.out == "everything is done: collect, select, retrain, report; the page:"
         f" {run}/report.html\n"
     )
-    assert len(read_jobs(run / "jobs")) == 5
-
-    other, report = (
-        run / "retrain" / names[1] / "result.json",
-        (run / "report.html").stat().st_mtime_ns,
-    )
-    before = other.read_text(), (run / "result.json").stat().st_mtime_ns
-    shutil.rmtree(run / "retrain" / names[0])
-    assert submitted() == [f"retrain: {names[0]}", "report: report"]
-    assert (run / "retrain" / names[0] / "result.json").is_file()
-    assert (other.read_text(), (run / "result.json").stat().st_mtime_ns) == before
-    assert (run / "report.html").stat().st_mtime_ns > report
-    assert len(read_jobs(run / "jobs")) == 7
+    before = [(run / file).stat().st_mtime_ns for file in ("result.json", "report.html")]
+    shutil.rmtree(run / "retrain" / name)
+    assert submitted() == done[2:]
+    assert listed()[4:] == [("retrain", 2), ("report", 1)]
+    after = [(run / file).stat().st_mtime_ns for file in ("result.json", "report.html")]
+    assert (after[0], after[1] > before[1]) == (before[0], True)
 
 
 # ---- asked to leave

@@ -404,12 +404,6 @@ def test_kill_at_the_worst_moments(run, nobody_touched, chain):
     assert ("is finished already" in text) == (step is None)
 
 
-@slow
-def test_a_lone_rank_is_killed(run, nobody_touched):
-    run.ends([-9], SYNC, inject=at_step(9, KILL), resumes=5)
-    run.goes_on(nobody_touched(1))
-
-
 # ---- asked to leave
 
 SIGNALS = {
@@ -869,7 +863,7 @@ def test_defects_nan_and_a_rank_that_hangs(run, nobody_touched, tmp_path):
 
 
 @slow
-def test_three_ranks_of_which_one_hangs_one_is_killed_and_ten_interruptions(
+def test_three_ranks_of_which_one_hangs_one_is_killed_and_five_interruptions(
     run, nobody_touched, tmp_path
 ):
     hangs(run, 3, 0, tmp_path)
@@ -883,7 +877,7 @@ def test_three_ranks_of_which_one_hangs_one_is_killed_and_ten_interruptions(
     assert_named(run.starts[-1], 2, "rank {rank}, epoch 2, step", "ended")
     chance = random.Random(3)
     at = 5  # the step that the next start goes on from
-    for _ in range(10):
+    for _ in range(5):
         step = min(at + chance.randint(1, 4), STEPS - 2)
         kind, rank = chance.choice(("leave", "kill one", "kill all")), chance.randrange(3)
         if kind == "leave":
@@ -896,7 +890,7 @@ def test_three_ranks_of_which_one_hangs_one_is_killed_and_ten_interruptions(
         else:
             run.ends([-9] * 3, inject=at_step(step, KILL))
         at = max((int(name[5:]) for name in run.checkpoints), default=0)
-    run.faults = ["ten interruptions at random steps (3 ranks)"]
+    run.faults = ["five interruptions at random steps (3 ranks)"]
     run.goes_on(nobody_touched(3))
 
 
@@ -1037,7 +1031,7 @@ def test_exit_codes_are_those_of_the_protocol_each_time(tmp_path):
         (jobs.is_interrupted, 130),
     ]
     wrong = []
-    for number in range(25):
+    for number in range(10):
         function, code = programs[number % len(programs)]
         codes, text = jobs.run(
             [], 2, tmp_path / function.__name__, jobs.program(function), deadline=60
