@@ -298,6 +298,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
         (IMAGES, gzip.compress(idx(np.zeros((4, 5, 4), "u1"))), "train", "4 images, .* 3 labels"),
         (None, None, "val", f"no val split here, only {IMAGES}; .* or use --holdout"),
     ],
+    ids=lambda part: "bytes" if isinstance(part, bytes) else None,  # gzip puts the time into them
 )
 def test_idx_files_that_are_not_whole_are_refused(tmp_path, name, content, split, match):
     save_idx(tmp_path)
