@@ -630,6 +630,7 @@ def export(options: argparse.Namespace) -> Outcome:
         options.format,
         options.out,
         pruning_rates=options.pruning_rates,
+        ranks=options.ranks,
         beton=options.beton,
     )
     return Outcome(paths, notes=[f"note: {note}" for note in notes])

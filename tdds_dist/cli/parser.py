@@ -772,6 +772,12 @@ def _add_export(parsers: Parsers) -> None:
         help="of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)",
     )
     stage.add_argument(
+        "--no-ranks",
+        dest="ranks",
+        action="store_false",
+        help="leave ranks out of tables, a third smaller as Parquet: they follow from the scores",
+    )
+    stage.add_argument(
         "--beton",
         type=Path,
         metavar="FILE",

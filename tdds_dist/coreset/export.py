@@ -55,6 +55,7 @@ def export(
     out: Path | None = None,
     *,
     pruning_rates: Sequence[float] = (),
+    ranks: bool = True,
     beton: Path | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Write scores or a coreset in a format of another tool; return the files, and one line each of
@@ -63,7 +64,8 @@ def export(
     `source` is a run directory, a score file or a coreset; `kind` one of FORMATS. Files go to
     RUN/export, or beside the file; `out` is the file to write (a folder: the file in it), for
     `official` and `card` the folder. `pruning_rates` default to those of the run's config, else to
-    DEFAULT_RATES. Paths and labels come from `beton`, else from the run's data.train.
+    DEFAULT_RATES. Without `ranks` tables lack them: they follow from the scores, and pack badly.
+    Paths and labels come from `beton`, else from the run's data.train.
 
     Raises:
         InputError: a format that does not fit the source, scores that are not finite, a .beton of
@@ -84,7 +86,7 @@ def export(
     if kind == "official":
         return _export_official(given, _folder(source) if out is None else Path(out), rates)
     if kind == "card":
-        return _export_card(given, out, rates, beton)
+        return _export_card(given, out, rates, ranks, beton)
     notes: list[str] = []
     write: Callable[[IO[bytes]], object]
     if kind in ("csv", "parquet"):
@@ -92,7 +94,9 @@ def export(
         if given.coreset is not None:
             columns, meta = _coreset_table(given, given.coreset, beton, notes)
         else:
-            columns, meta = _score_table(given, rates or _configured_rates(given.run), beton, notes)
+            columns, meta = _score_table(
+                given, rates or _configured_rates(given.run), ranks, beton, notes
+            )
         write = partial(_write_csv if kind == "csv" else _write_parquet, columns, meta)
     else:
         coreset, name = _one_coreset(given, kind, rates, notes)
@@ -225,19 +229,22 @@ def _one_coreset(
 
 
 def _score_table(
-    given: _Source, rates: Sequence[float], beton: Path | None, notes: list[str]
+    given: _Source, rates: Sequence[float], ranks: bool, beton: Path | None, notes: list[str]
 ) -> tuple[Columns, dict[str, Any]]:
     """Make a table of one row per sample: index, path and labels, then each score with its rank and
     keep flags."""
     any_score = next(iter(given.scores.values()))
     columns = _sample_columns(given, beton, any_score.fingerprint, any_score.label_N, notes)
     for name, scores in given.scores.items():
-        rank_N = np.empty(len(scores.score_N), dtype=np.int64)
-        rank_N[samplers.descending(scores.score_N)] = np.arange(1, len(rank_N) + 1)
-        own: Columns = {name: scores.score_N, f"rank_{name}": rank_N}
+        own: Columns = {name: scores.score_N}
+        num_samples = len(scores.score_N)
+        if ranks:
+            rank_N = np.empty(num_samples, dtype=np.int64)
+            rank_N[samplers.descending(scores.score_N)] = np.arange(1, num_samples + 1)
+            own[f"rank_{name}"] = rank_N
         own |= {f"extra_{name}_{extra}": values_N for extra, values_N in scores.extra.items()}
         own |= {
-            f"keep_{name}_p{rate:g}": _flags(choose(scores, rate), len(rank_N)) for rate in rates
+            f"keep_{name}_p{rate:g}": _flags(choose(scores, rate), num_samples) for rate in rates
         }
         if both := sorted(columns.keys() & own.keys()):
             raise InputError(
@@ -342,6 +349,13 @@ def _cells(values: np.ndarray | list[str]) -> list[Any]:
     return cells
 
 
+_ENCODING = {
+    "float": "BYTE_STREAM_SPLIT",
+    "int64": "DELTA_BINARY_PACKED",
+    "string": "DELTA_BYTE_ARRAY",
+}
+
+
 def _write_parquet(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -353,7 +367,15 @@ def _write_parquet(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> N
         [(name, array(values[:1]).type) for name, values in columns.items()],
         metadata={"tdds": json.dumps(meta, sort_keys=True)},
     )
-    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+    # scores and ranks hardly repeat, so that a dictionary of them helps nobody
+    encoding = {field.name: _ENCODING.get(str(field.type)) for field in schema}
+    with pyarrow.parquet.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding={name: found for name, found in encoding.items() if found},
+    ) as writer:
         for first in range(0, len(columns["index"]), CHUNK_ROWS):
             rows = [array(values[first : first + CHUNK_ROWS]) for values in columns.values()]
             writer.write_table(pyarrow.table(rows, schema=schema))
@@ -363,7 +385,7 @@ def _write_parquet(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> N
 
 
 def _export_card(
-    given: _Source, out: Path | None, rates: Sequence[float], beton: Path | None
+    given: _Source, out: Path | None, rates: Sequence[float], ranks: bool, beton: Path | None
 ) -> tuple[list[Path], list[str]]:
     """Write README.md, the table as Parquet, and the indices of each coreset as text, one per
     line: of a run all its coresets, of scores one per pruning rate."""
@@ -377,7 +399,9 @@ def _export_card(
         settings = {given.coreset.score_key: given.coreset.settings}
         found = given.coreset.fingerprint
     else:
-        columns, meta = _score_table(given, rates or _configured_rates(given.run), beton, notes)
+        columns, meta = _score_table(
+            given, rates or _configured_rates(given.run), ranks, beton, notes
+        )
         settings = {name: scores.settings for name, scores in given.scores.items()}
         found = next(iter(given.scores.values())).fingerprint
         coresets = {}
@@ -393,7 +417,7 @@ def _export_card(
         require_same_dataset(coreset.fingerprint, found, name)
     dataset, _ = _dataset_of(given, beton, found)
     text = card_text(
-        given.run.path.name if given.run is not None else given.path.stem,
+        given.run.read_config()["run"]["name"] if given.run is not None else given.path.stem,
         "samples.parquet",
         found,
         None if dataset is None else dataset.manifest,

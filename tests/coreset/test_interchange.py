@@ -170,6 +170,14 @@ def test_parquet_of_a_run_is_the_csv_with_types_and_settings(run, monkeypatch):
     assert [str(value) for value in table[f"keep_{FIRST}_p0.25"].to_pylist()] == [
         row[f"keep_{FIRST}_p0.25"] for row in read_csv(as_csv)
     ]
+    chunks = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    score = chunks.column(table.column_names.index(FIRST))
+    assert score.encodings == ("RLE", "BYTE_STREAM_SPLIT")
+    assert score.compression == "ZSTD"
+    (small,), _ = export(run, "parquet", pruning_rates=[0.25], ranks=False)
+    assert pyarrow.parquet.read_schema(small).names == [
+        name for name in table.column_names if not name.startswith("rank_")
+    ]
 
 
 def test_a_score_file_alone_has_no_paths_and_says_so(score_file, betons):
@@ -261,9 +269,9 @@ def test_table_of_a_coreset(run, kind, label_N):
 def test_card_of_a_run(run, tmp_path):
     """Its table is that of the run, its index lists are the coresets, and its example runs."""
     folder = tmp_path / "card"
-    paths, _ = export(run, "card", folder)
+    paths, _ = export(run, "card", folder, ranks=False)
     assert sorted(paths) == sorted(path for path in folder.rglob("*") if path.is_file())
-    (table,), _ = export(run, "parquet", tmp_path / "x.parquet")
+    (table,), _ = export(run, "parquet", tmp_path / "x.parquet", ranks=False)
     assert (folder / "samples.parquet").read_bytes() == table.read_bytes()
     files = [*(run / "coresets").glob("*.npz")]
     for file in files:
@@ -274,6 +282,8 @@ def test_card_of_a_run(run, tmp_path):
     assert front["configs"][0]["data_files"] == "samples.parquet"
     assert load_coreset(files[0]).fingerprint.labels_sha256 in text
     assert str(tmp_path) not in text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert front["pretty_name"] == f"Scores and coresets of {config['run']['name']}"
     code = text.split("```python\n")[1].split("```")[0]
     program = f"dataset = range({N})\n{code}\nprint(len(kept), samples.num_rows)"
     found = subprocess.run(
