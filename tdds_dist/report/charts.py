@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STRIP_INCHES = 0.19  # height of a coreset's strip
 NUM_LEVELS = 5  # of its darkness
+BAR_STEP, BARS_WIDTH = 3.0, 12.0  # points between error bars at one place, and over all of them
 MAX_POINTS = 400  # of one line; longer ones are thinned
 # the median lies below this part of the range, tails aside: the axis is made logarithmic
 SKEWED = 0.1
@@ -174,34 +175,7 @@ def line_chart(
 
         if full is not None:
             axes.axhline(full, color=_slot(99), linewidth=1, linestyle=(0, (1, 2)))
-        for number, line in enumerate(lines):
-            x, y = (
-                _thin(values, MAX_POINTS // 5 if line.width < 1 else MAX_POINTS)
-                for values in (line.x, line.y)
-            )
-            (artist,) = axes.plot(
-                x,
-                y,
-                color=_slot(line.slot),
-                linestyle=(0, (4, 2)) if line.dashed else "-",
-                alpha=line.opacity,
-                marker=line.marker or ("o" if len(x) == 1 else ""),
-                markevery=max(1, len(x) // 8),
-                linewidth=line.width,
-            )
-            artist.set_gid(f"line-{number}")
-            if line.error is not None and any(line.error):
-                bars = axes.errorbar(
-                    x,
-                    y,
-                    yerr=line.error,
-                    fmt="none",
-                    ecolor=_slot(line.slot),
-                    elinewidth=1,
-                    capsize=2,
-                )
-                for part in (*bars.lines[1], *bars.lines[2]):
-                    part.set_gid(f"bars-{number}")
+        _draw_lines(axes, lines)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -227,6 +201,52 @@ def line_chart(
         [line.title or line.label for line in lines],
         series=[line.series for line in lines],
     )
+
+
+def _draw_lines(axes: "Axes", lines: Sequence[Line]) -> None:
+    """Draw lines with their error bars; those that have some stand side by side, a few points
+    apart, or bars would hide each other."""
+    from matplotlib.transforms import ScaledTranslation
+
+    with_bars = [number for number, line in enumerate(lines) if any(line.error or ())]
+    for number, line in enumerate(lines):
+        x, y = (
+            _thin(values, MAX_POINTS // 5 if line.width < 1 else MAX_POINTS)
+            for values in (line.x, line.y)
+        )
+        place = axes.transData
+        if number in with_bars:
+            step = min(BAR_STEP, BARS_WIDTH / len(with_bars))
+            points = step * (with_bars.index(number) - (len(with_bars) - 1) / 2)
+            place += ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+        (artist,) = axes.plot(
+            x,
+            y,
+            transform=place,
+            color=_slot(line.slot),
+            linestyle=(0, (4, 2)) if line.dashed else "-",
+            alpha=line.opacity,
+            marker=line.marker or ("o" if len(x) == 1 else ""),
+            markevery=max(1, len(x) // 8),
+            linewidth=line.width,
+        )
+        artist.set_gid(f"line-{number}")
+        if number in with_bars:
+            bars = axes.errorbar(
+                x,
+                y,
+                yerr=line.error,
+                transform=place,
+                fmt="none",
+                ecolor=_slot(line.slot),
+                elinewidth=1,
+                capsize=2,
+            )
+            for part in (*bars.lines[1], *bars.lines[2]):
+                part.set_gid(f"bars-{number}")
+    for line in (lines[number] for number in with_bars):  # moved, it does not count by itself
+        for sign in (-1, 1):
+            axes.update_datalim(np.column_stack([line.x, line.y + sign * np.array(line.error)]))
 
 
 @dataclass(frozen=True, eq=False)

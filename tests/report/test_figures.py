@@ -272,3 +272,17 @@ def test_only_values_that_occur_are_labelled():
     line = charts.Line("K = 5", [10, 20, 70], [80.0, 81.0, 82.0], 1)
     svg = charts.line_chart([line], "top-1", "T", "", ticks="{:g} epochs")
     assert re.findall(r">(\d+ epochs)<", svg) == ["10 epochs", "20 epochs", "70 epochs"]
+
+
+def test_error_bars_stand_side_by_side_and_within_the_chart():
+    lines = [
+        charts.Line(name, [1, 2], [50.0, 50.0], 1, error=[30.0, 0.0], series=name) for name in "ab"
+    ]
+    svg = charts.line_chart(lines, "top-1", "T", "")
+    bars = re.findall(r'<g data-series="(\w)"> <path d="M ([\d.]+) ([\d.]+) L [\d.]+ ([\d.]+)', svg)
+    assert [name for name, *_ in bars] == ["a", "b"]
+    (left, low, high), (right, *_) = ([float(number) for number in rest] for _, *rest in bars)
+    assert right - left == pytest.approx(charts.BAR_STEP, abs=0.01)
+    height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[1])
+    assert 20 < high < low < height - 20
+    assert low - high > height / 2
