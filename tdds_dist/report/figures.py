@@ -117,7 +117,7 @@ def _trained(group: Sequence[Facts]) -> list[_Trained]:
     for facts in group:
         for sub in facts.retrained:
             top1, rate = sub.setting.get("final_top1"), sub.setting.get("pruning_rate")
-            if sub.result is None or not rate or top1 is None:
+            if not rate or top1 is None:
                 continue
             chosen, coreset = _coreset(facts, sub)
             score = str(chosen.get("score") or base_key(sub.setting.get("method", sub.score)))
