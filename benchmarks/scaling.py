@@ -577,8 +577,8 @@ def as_markdown(result: dict[str, Any]) -> str:
                 " overlaps, no two ranks share a link, and none of it is hidden behind backward."
                 f" `of a step`: of {given['step_ms']:g} ms of training. Where there are more ranks"
                 " than rows in an exchange, most messages are empty, and the number of the others"
-                " sets the time, not their bytes. Memory of the network and its activations is not in"
-                " it."
+                " sets the time, not their bytes. Memory of the network and its activations is not"
+                " in it."
             ),
             "",
             (
