@@ -1,6 +1,6 @@
 # What a user and a contributor run. `make setup` is safe to repeat and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-slurm test-browser lint site clean
+.PHONY: help setup demo paper-digits test test-slow test-slurm test-browser lint site clean
 
 # Two files at a time: more would starve the tests that start several ranks, and files keep what their tests share.
 SIDE_BY_SIDE = -n 2 --dist loadfile
@@ -13,6 +13,9 @@ setup:  ## system packages, .venv, the package (needs root only for missing syst
 
 demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/demo/report.html
 	@scripts/demo.sh
+
+paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn's digits; two hours, goes on where it was
+	@scripts/paper_on_digits.sh
 
 test: setup  ## the tests, under 5 minutes on 2 cores
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and not slurm and not browser"

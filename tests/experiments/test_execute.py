@@ -21,7 +21,7 @@ import yaml
 from tdds_dist.cli.main import main
 from tdds_dist.config.experiment import load_experiment
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method
-from tdds_dist.config.run import load_config, parse_config
+from tdds_dist.config.run import load_config, parse_config, to_dict
 from tdds_dist.data.manifest import read_manifest
 from tdds_dist.data.sources import open_source, with_label_noise
 from tdds_dist.data.writer import write_beton
@@ -38,6 +38,7 @@ from tdds_dist.runs.artifacts import (
     save_scores,
 )
 from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.identity import setting_of
 from tests.make import select
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,12 @@ def test_shipped_experiment(path, monkeypatch):
     assert len(cells) == num
     assert len({cell.run.path for cell in cells}) == len(cells)
     config = load_config(plan.config, plan.overrides)
+    if plan.collections:  # of the other experiment, and as this one's are
+        other = load_experiment(path.with_name(f"{Path(plan.collections).name}.yaml"))
+        assert Path(plan.collections) == other.directory
+        theirs = load_config(other.config, other.overrides)
+        assert setting_of(to_dict(config)) == setting_of(to_dict(theirs))
+        assert (config.data.train, {*plan.seeds}) == (theirs.data.train, {*other.seeds})
     for method in plan.methods:
         if method.score_key == "tdds" and method.T is None:
             for rate in filter(method.is_at, plan.pruning_rates):
