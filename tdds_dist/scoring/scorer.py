@@ -195,8 +195,9 @@ class ShardedScorer:
         self._group = self._route_every or steps_together(world_size, self._rows, self.num_classes)
         if world_size > 1:
             owner_SB = np.where(index_SB == PADDING, rank, index_SB // self._rows_per_shard)
-            edge = self._num_steps - (self._num_steps - first_step) % self._group
-            groups_GR = owner_SB[first_step:edge].reshape(-1, self._group * self._rows)
+            num_groups = (self._num_steps - first_step) // self._group
+            edge = first_step + num_groups * self._group
+            groups_GR = owner_SB[first_step:edge].reshape(num_groups, self._group * self._rows)
             by_owner_R = np.concatenate(
                 [
                     np.argsort(rows_GR, axis=1, kind="stable").reshape(-1)
