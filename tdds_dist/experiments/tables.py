@@ -216,10 +216,14 @@ def _heading(
     plan: Experiment, config: Config, outcomes: Sequence[CellResult], collections: dict[int, RunDir]
 ) -> str:
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
+    envs = [run.read_env() for run in collections.values()]
+    copies = [str(Path(env["copy_of"]).parent) for env in envs if "copy_of" in env]
     collected = [
-        result for run in collections.values() if (result := run.read_result()) is not None
+        result
+        for run, env in zip(collections.values(), envs, strict=True)
+        if "copy_of" not in env and (result := run.read_result()) is not None
     ]
-    env = next((env for run in collections.values() if (env := run.read_env())), {})
+    env = next(filter(None, envs), {})
     training = sum(result["train_seconds"] for result in [*results, *collected])
     seconds = sum(record["seconds"] for record in _times(plan))
     versions = env.get("versions", {})
@@ -232,6 +236,10 @@ def _heading(
             f" {', '.join(map(str, plan.seeds))}; {len(results)} of {len(outcomes)} retrainings"
             " done. Mean ± standard deviation over seeds: each seed is a collection of its own,"
             " and the retraining from it."
+            + "".join(
+                f" {copies.count(source)} of the collections are copied from {source}."
+                for source in dict.fromkeys(copies)
+            )
         ),
         "",
         (

@@ -474,6 +474,9 @@ def test_collections_of_another_experiment_are_taken_over(finished, betons, tmp_
             f"random_p{rate}.npz" for rate in RATES
         ]
         assert not run.retrain.exists()
+        text = (tmp_path / "other/table.md").read_text()
+        assert f"2 of the collections are copied from {source}." in text
+        assert "; 0 s of training in " in text, "that of the collections took place elsewhere"
         (array,) = run.trajectory.glob("epoch_0000/*.npy")
         assert array.samefile(of.trajectory / "epoch_0000" / array.name)
     RunDir(tmp_path / "other/seed0").append_metrics({"epoch": 3})
