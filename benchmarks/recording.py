@@ -443,7 +443,7 @@ class Steps:
         self._scorer = setting.scorer()
         # no padding
         self._index_SB = torch.from_numpy(
-            epoch_order(setting.num_samples, setting.batch).index_SG[:-1]
+            epoch_order(setting.num_samples, setting.batch).of_rank(0, 1)[1][:-1]
         )
         self._label_N = torch.randint(setting.num_classes, (setting.num_samples,))
         self._step = 0

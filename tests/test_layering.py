@@ -303,7 +303,8 @@ def test_nothing_in_the_package_reads_the_variables_of_slurm():
 def test_pure_modules_touch_nothing_outside(module):
     """No files, no processes, no process group, no environment."""
     names = {name.split(".")[0] for name in imported_names(TREES[module])}
-    assert names <= {"collections", "dataclasses", "math", "typing", "numpy", "torch", "tdds_dist"}
+    pure = {"collections", "concurrent", "dataclasses", "math", "threading", "typing"}
+    assert names <= pure | {"numpy", "torch", "tdds_dist"}
     called = {
         ast.unparse(node.func) for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)
     }

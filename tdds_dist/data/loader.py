@@ -212,9 +212,17 @@ class BetonLoader(ffcv.Loader):
             Compiler.set_enabled(True)
 
     def batches(
-        self, order: EpochOrder, *, rank: int, world_size: int, epoch: int, size: int | None = None
+        self,
+        order: EpochOrder,
+        *,
+        rank: int,
+        world_size: int,
+        epoch: int,
+        first_step: int = 0,
+        size: int | None = None,
     ) -> "Batches":
-        """Start decoding the batches of `rank` in `order`, one per step; return their iterator.
+        """Start decoding the batches of `rank` in `order`, one per step from `first_step` on;
+        return their iterator.
 
         size: side of the images where it is not the view's (never with crop=pad).
 
@@ -223,12 +231,15 @@ class BetonLoader(ffcv.Loader):
             RuntimeError: the loading thread failed or stalled.
         """
         assert size in (None, self.view.size) or self.view.crop != "pad", (size, self.view)
-        sample_SB, index_SB = (
-            np.ascontiguousarray(part) for part in order.of_rank(rank, world_size)
-        )
-        assert sample_SB.shape[1] == self.batch_size, (sample_SB.shape, self.batch_size)
+        assert order.global_batch_size == self.batch_size * world_size, (order, self.batch_size)
         ring = self._take_ring(size or self.view.size)
-        return Batches(_Pass(self, ring, sample_SB, index_SB, epoch))
+
+        def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for step in range(first_step, order.num_steps):
+                sample_1B, index_1B = order.of_rank(rank, world_size, step, step + 1)
+                yield sample_1B[0], index_1B[0]
+
+        return Batches(_Pass(self, ring, rows(), epoch))
 
     def release(self) -> None:
         """Give back the memory of passes that are over; a later pass takes new memory."""
@@ -405,13 +416,12 @@ class _Pass:
         self,
         loader: BetonLoader,
         ring: _Ring,
-        sample_SB: np.ndarray,
-        index_SB: np.ndarray,
+        rows: Iterator[tuple[np.ndarray, np.ndarray]],
         epoch: int,
     ):
         self.error: BaseException | None = None
         self._loader, self._ring, self._epoch = loader, ring, epoch
-        self._sample_SB, self._index_SB = sample_SB, index_SB
+        self._rows = rows  # of each step: the samples to read, and their global indices
         with loader.memory_manager.context as context:  # it stays open
             self._file = context.state
         self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | None] = queue.Queue(
@@ -434,11 +444,11 @@ class _Pass:
         copied: list[torch.cuda.Event | None] = [None] * num_slots
         try:
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
-                for step, sample_B in enumerate(self._sample_SB):
+                for step, (sample_B, index_B) in enumerate(self._rows):
                     slot = step % num_slots
                     if (event := copied[slot]) is not None:
                         event.synchronize()
-                    batch = self._load(sample_B, slot, self._index_SB[step])
+                    batch = self._load(sample_B, slot, index_B)
                     if stream is not None:
                         batch = Batch(
                             *(

@@ -6,45 +6,62 @@ only decides how each global batch is dealt to ranks. Hence the same samples mee
 at every world size, and every rank can compute what all others send without asking. The last step
 of an epoch is filled up with repeats of the epoch's first samples so that all ranks see full
 batches; such a padding row carries index -1 and reaches no score.
+
+Any steps can be asked for without those before. Up to 16.8 million samples the order is NumPy's
+permutation, kept whole in at most 64 MiB; beyond, a bijection gives the sample at each position
+by itself, and nothing is kept.
 """
 
 # G global batch, B rows per rank and step (G = W B), W world size, S steps, N samples, M rows per
-# shard (ceil(N / W))
+# shard (ceil(N / W)), R rounds
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 PADDING = -1  # global index of a padding row; negative, since loops test `index >= 0`
+LARGEST_PERMUTATION = 1 << 24  # samples whose order is kept whole, 4 bytes each
+# of the bijection; after 4 nothing distinguishes it from a random order (tests/distributed)
+_ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The visit order of one epoch, all ranks together.
+    """The visit order of one epoch, all ranks together; `epoch_order` makes it.
 
-    `sample_SG` holds the sample read at each row (padding rows hold a repeat), `index_SG` the same
-    with PADDING in padding rows. Row g of a step belongs to rank g mod W, so that the real rows of
-    a short last step spread evenly.
+    `index_at` gives the global indices at the given positions of the epoch, int64 [P] -> int64 [P].
+    Row g of step s is at position s G + g and belongs to rank g mod W, so that the real rows of a
+    short last step spread evenly.
     """
 
-    sample_SG: np.ndarray  # int64
-    index_SG: np.ndarray  # int64
+    num_samples: int
+    global_batch_size: int
+    index_at: Callable[[np.ndarray], np.ndarray]
 
     @property
     def num_steps(self) -> int:
-        return len(self.sample_SG)
+        return -(-self.num_samples // self.global_batch_size)
 
-    def of_rank(self, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (sample_SB, index_SB) of one rank, int64 [S, G / W] each."""
-        return self.sample_SG[:, rank::world_size], self.index_SG[:, rank::world_size]
+    def of_rank(
+        self, rank: int, world_size: int, first_step: int = 0, end_step: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (sample_SB, index_SB) of one rank in steps [first_step, end_step), int64
+        [S, G / W] each: the samples to read, and the same with PADDING in padding rows. Rank 0 of 1
+        has the rows of all."""
+        end_step = self.num_steps if end_step is None else end_step
+        step_S = np.arange(first_step, end_step, dtype=np.int64)
+        row_B = np.arange(rank, self.global_batch_size, world_size)
+        position_SB = step_S[:, None] * self.global_batch_size + row_B
+        sample_SB = self.index_at((position_SB % self.num_samples).reshape(-1))
+        sample_SB = sample_SB.reshape(position_SB.shape)
+        return sample_SB, np.where(position_SB < self.num_samples, sample_SB, PADDING)
 
-    def num_real_S(self) -> np.ndarray:
-        """Return the rows per step that are not padding, over all ranks; int64 [S]."""
-        return (self.index_SG != PADDING).sum(axis=1)
-
-    def from_step(self, step: int) -> "EpochOrder":
-        """Return the rest of the epoch, for a resume at `step`."""
-        return EpochOrder(self.sample_SG[step:], self.index_SG[step:])
+    def num_real(self, step: int) -> int:
+        """Return the rows of a step that are not padding, over all ranks."""
+        return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
 
 
 def epoch_order(
@@ -64,19 +81,62 @@ def epoch_order(
             " least 1"
         )
     assert subset is None or len(subset) == num_samples, (num_samples, len(subset))
-    index_N = (
-        np.random.default_rng([seed, epoch]).permutation(num_samples)
-        if shuffle
-        else np.arange(num_samples)
+    if not shuffle:
+        index_at: Callable[[np.ndarray], np.ndarray] = np.asarray
+    elif num_samples <= LARGEST_PERMUTATION:
+        index_at = _Permutation(num_samples, [seed, epoch])
+    else:
+        index_at = _Bijection(num_samples, [seed, epoch])
+    if subset is None:
+        return EpochOrder(num_samples, global_batch_size, index_at)
+    return EpochOrder(
+        num_samples, global_batch_size, lambda position_P: subset[index_at(position_P)]
     )
-    if subset is not None:
-        index_N = subset[index_N]
-    num_steps = -(-num_samples // global_batch_size)
-    shape = (num_steps, global_batch_size)
-    sample_SG = np.resize(index_N.astype(np.int64), shape)  # np.resize repeats from the start
-    index_SG = sample_SG.copy()
-    index_SG.reshape(-1)[num_samples:] = PADDING
-    return EpochOrder(sample_SG, index_SG)
+
+
+class _Permutation:
+    """NumPy's `default_rng(key).permutation(num_samples)`, made when it is first asked for: by the
+    thread that decodes, while the loop is still in the epoch before."""
+
+    def __init__(self, num_samples: int, key: list[int]):
+        self._num_samples, self._key, self._lock = num_samples, key, threading.Lock()
+        self._index_N: np.ndarray | None = None
+
+    def __call__(self, position_P: np.ndarray) -> np.ndarray:
+        with self._lock:
+            if self._index_N is None:
+                self._index_N = np.arange(self._num_samples, dtype=np.int32)
+                np.random.default_rng(self._key).shuffle(self._index_N)
+        return self._index_N[position_P].astype(np.int64)
+
+
+class _Bijection:
+    """A keyed bijection on [0, num_samples), for positions one by one.
+
+    Rounds of an addition and a multiplication by an odd number modulo a power of two, and a shift
+    of the upper half onto the lower: each can be undone, so no two positions meet. The power of two
+    is at most twice the number of samples; what lands beyond goes through the rounds again (cycle
+    walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+    """
+
+    def __init__(self, num_samples: int, key: list[int]):
+        bits = max(2, (num_samples - 1).bit_length())
+        self._end = np.uint64(num_samples)
+        self._mask, self._half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
+        key_R2 = np.random.default_rng(key).integers(0, 1 << 63, (_ROUNDS, 2), dtype=np.uint64)
+        self._key_R2 = key_R2 | np.array([0, 1], dtype=np.uint64)
+
+    def __call__(self, position_P: np.ndarray) -> np.ndarray:
+        index_P = self._rounds(position_P.astype(np.uint64))
+        while len(beyond := np.flatnonzero(index_P >= self._end)):
+            index_P[beyond] = self._rounds(index_P[beyond])
+        return index_P.astype(np.int64)
+
+    def _rounds(self, word_P: np.ndarray) -> np.ndarray:
+        for add, multiply in self._key_R2:
+            word_P = (word_P + add) * multiply & self._mask
+            word_P ^= word_P >> self._half
+        return word_P
 
 
 def rows_per_shard(num_samples: int, world_size: int) -> int:
@@ -109,24 +169,57 @@ def routing_counts(
     world_size: int,
     num_samples: int,
     owner_N: np.ndarray | None = None,
+    first_step: int = 0,
+    end_step: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows that `rank` sends to, and receives from, each rank at every step: two int64
-    [S, W].
+    """Return the rows that `rank` sends to, and receives from, each rank at every step of
+    [first_step, end_step): two int64 [S, W].
 
     A real row goes to the owner of its index (that of its shard, or `owner_N` int64 [N]); a padding
     row stays where it is.
     """
-    num_steps, global_batch_size = order.index_SG.shape
-    rows = rows_per_shard(num_samples, world_size)
+    index_SG = order.of_rank(0, 1, first_step, end_step)[1]
+    num_steps, global_batch_size = index_SG.shape
     visitor_G = np.arange(global_batch_size) % world_size
-    owner_of_row_SG = order.index_SG // rows if owner_N is None else owner_N[order.index_SG]
-    owner_SG = np.where(order.index_SG == PADDING, visitor_G, owner_of_row_SG)
-    step_SG = np.broadcast_to(np.arange(num_steps)[:, None], owner_SG.shape)
+    if owner_N is None:
+        owner_SG = index_SG // rows_per_shard(num_samples, world_size)
+    else:
+        owner_SG = owner_N[index_SG]
+    if first_step + num_steps == order.num_steps:  # only the last step has padding
+        owner_SG = np.where(index_SG == PADDING, visitor_G, owner_SG)
+    cell_SG = np.arange(0, num_steps * world_size, world_size)[:, None]
 
-    def count(cell: np.ndarray) -> np.ndarray:
-        return np.bincount(cell, minlength=num_steps * world_size).reshape(num_steps, world_size)
+    def count(rank_R: np.ndarray) -> np.ndarray:
+        return np.bincount(rank_R, minlength=num_steps * world_size).reshape(num_steps, world_size)
 
-    mine_S_B = (step_SG * world_size + owner_SG)[:, rank::world_size]
-    to_me_SG = owner_SG == rank
-    cell_SG = step_SG * world_size + visitor_G
-    return count(mine_S_B.reshape(-1)), count(cell_SG[to_me_SG])
+    sent_SB = (owner_SG + cell_SG)[:, rank::world_size]
+    return count(sent_SB.reshape(-1)), count((visitor_G + cell_SG)[owner_SG == rank])
+
+
+class SplitSizes:
+    """Rows that this rank sends to, and receives from, each rank, in groups of steps that follow
+    one another; a thread computes those of the next group meanwhile."""
+
+    def __init__(self, order: EpochOrder, rank: int, world_size: int, num_samples: int):
+        self.num_steps = order.num_steps
+        self.num_rows = len(range(rank, order.global_batch_size, world_size))  # per step
+        self._arguments = (order, rank, world_size, num_samples, None)
+        self._thread = ThreadPoolExecutor(1, "split sizes")
+        self._next: tuple[tuple[int, int], Future[tuple[list[int], list[int]]]] | None = None
+
+    def take(self, first_step: int, end_step: int, next_end: int) -> tuple[list[int], list[int]]:
+        """Return (sends, receives) of steps [first_step, end_step), and begin with those of
+        [end_step, next_end)."""
+        ahead, self._next = self._next, None
+        if ahead is not None and ahead[0] == (first_step, end_step):
+            found = ahead[1].result()
+        else:
+            found = self._of(first_step, end_step)
+        if end_step < (next_end := min(next_end, self.num_steps)):
+            steps = end_step, next_end
+            self._next = steps, self._thread.submit(self._of, *steps)
+        return found
+
+    def _of(self, first_step: int, end_step: int) -> tuple[list[int], list[int]]:
+        sends_SW, receives_SW = routing_counts(*self._arguments, first_step, end_step)
+        return sends_SW.sum(axis=0).tolist(), receives_SW.sum(axis=0).tolist()

@@ -37,7 +37,7 @@ CONTEXT_BYTES = 1_000_000_000
 MARGIN = 0.05  # assumed, of all else: what the caching allocator cannot use between its blocks
 # assumed, in host memory: Python, torch and its libraries
 PROCESS_BYTES = {"cuda": 3_000_000_000, "cpu": 900_000_000}
-# in host memory: what the loader knows of each image, and one epoch's order and routing; measured
+# in host memory: what the loader knows of each image, and the order of an epoch; measured
 INDEX_BYTES_PER_IMAGE = 170
 LARGEST_SIDE = 400  # assumed where the .beton is not there: side of the largest image, pixels
 BATCHES_IN_FLIGHT = 5  # of a pass through the images: 3 ahead, and those at both ends
@@ -375,7 +375,7 @@ def host_lines(case: Case) -> list[Line]:
         Line(
             "index of the images",
             INDEX_BYTES_PER_IMAGE * num_images,
-            "in the loader; order and routing of an epoch",
+            "in the loader, and the order of an epoch",
         ),
         Line(
             "decoded batches",

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from tdds_dist.distributed import collectives, world
 from tdds_dist.distributed.partition import (
     PADDING,
     EpochOrder,
-    routing_counts,
+    SplitSizes,
     rows_per_shard,
     shard_bounds,
 )
@@ -134,10 +133,7 @@ class ShardedScorer:
         self._route_every = route_every
         self._waiting: list[Tensor] = []  # packed rows of this rank that have not left yet
         self._waiting_dtype = torch.float32  # of their logits
-        # rows sent and received at every step, where the order is known
-        self._counts: tuple[np.ndarray, np.ndarray] | None = None
-        # then also: rows of each group in the order of their owners, counted from its first
-        self._by_owner_R: Tensor | None = None
+        self._split_sizes: SplitSizes | None = None  # where the order is known
         self._forget_order()
         self._pending: tuple[collectives.Exchange, torch.dtype, int] | None = None
         self._arrived: list[Arrived] = []
@@ -183,29 +179,16 @@ class ShardedScorer:
         """Announce the visit order of the epoch that starts now, as `distributed.partition`
         computes it.
 
-        Then `record` must be called with exactly those rows, step by step, and neither exchanges
-        counts nor sorts. A resume in the middle of an epoch gives the order of the whole epoch, and
-        the first step that is not recorded yet.
+        Then `record` must be called with exactly those rows, step by step, and exchanges no counts.
+        A resume in the middle of an epoch gives the order of the whole epoch, and the first step
+        that is not recorded yet.
         """
+        self._forget_order()
         self.step = self._first_step = first_step
         rank, world_size = self.world.rank, self.world.world_size
-        self._counts = routing_counts(order, rank, world_size, self.num_samples)
-        index_SB = order.of_rank(rank, world_size)[1]
-        self._num_steps, self._rows = index_SB.shape
+        self._split_sizes = SplitSizes(order, rank, world_size, self.num_samples)
+        self._num_steps, self._rows = order.num_steps, self._split_sizes.num_rows
         self._group = self._route_every or steps_together(world_size, self._rows, self.num_classes)
-        if world_size > 1:
-            owner_SB = np.where(index_SB == PADDING, rank, index_SB // self._rows_per_shard)
-            num_groups = (self._num_steps - first_step) // self._group
-            edge = first_step + num_groups * self._group
-            groups_GR = owner_SB[first_step:edge].reshape(num_groups, self._group * self._rows)
-            by_owner_R = np.concatenate(
-                [
-                    np.argsort(rows_GR, axis=1, kind="stable").reshape(-1)
-                    for rows_GR in (groups_GR, owner_SB[edge:].reshape(1, -1))
-                ]
-            )
-            # once per epoch, before its first step
-            self._by_owner_R = torch.from_numpy(by_owner_R.astype(np.int32)).to(self.world.device)
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch: any rank, any order, each sample once per epoch.
@@ -240,7 +223,7 @@ class ShardedScorer:
             raise ValueError(
                 f"index and label must be int64, got {index_B.dtype} and {label_B.dtype}"
             )
-        if self._counts is not None and (
+        if self._split_sizes is not None and (
             self.step >= self._num_steps or len(index_B) != self._rows
         ):
             raise ValueError(
@@ -290,22 +273,17 @@ class ShardedScorer:
         Padding rows and indices out of range stay here.
         """
         world_size = self.world.world_size
-        if self._counts is None and world_size == 1:
+        if world_size == 1:
             return None, [len(payload_RX)], [len(payload_RX)]
-        if self._counts is not None:
-            sends, receives = (
-                counts_SW[first : self.step].sum(axis=0).tolist() for counts_SW in self._counts
-            )
-            if self._by_owner_R is None:
-                return None, sends, receives
-            done = first - self._first_step
-            if done % self._group == 0 and self.step in (first + self._group, self._num_steps):
-                begin = done * self._rows
-                return self._by_owner_R[begin : begin + len(payload_RX)], sends, receives
         index_R = unpack(payload_RX, self._waiting_dtype)[0]
+        if self._split_sizes is not None:
+            ahead = self._group - (self.step - self._first_step) % self._group
+            sends, receives = self._split_sizes.take(first, self.step, self.step + ahead)
+            if self.step < self._num_steps:  # no padding: by index is by owner
+                return torch.argsort(index_R), sends, receives
         in_range_R = (index_R >= 0) & (index_R < self.num_samples)
         owner_R = torch.where(in_range_R, index_R // self._rows_per_shard, self.world.rank)
-        if self._counts is None:
+        if self._split_sizes is None:
             sends_W = torch.bincount(owner_R, minlength=world_size)
             receives = collectives.exchange_counts(sends_W)
             sends = sends_W.tolist()
@@ -342,7 +320,7 @@ class ShardedScorer:
         self._group = self._route_every or 1  # steps whose rows travel together
         self._first_step = self.step  # of the first group
         self._num_steps = self._rows = -1  # of the epoch; per step
-        self._counts = self._by_owner_R = None
+        self._split_sizes = None
 
     def _apply_pending(self) -> None:
         """Write all rows that arrived or are on their way into the shard."""

@@ -82,7 +82,6 @@ class Trainer:
         # loss, correct, images of this epoch
         self.totals_3 = torch.zeros(3, dtype=torch.float64, device=world.device)
         self._all_rows = torch.tensor(self.rows, device=world.device)
-        self.rows_S: list[int] = []  # real ones of each forward pass of this epoch, over all ranks
         self.observer_seconds = 0.0  # host time that the observer took of this epoch
         self.history: dict[str, Any] = {
             "record": {},
@@ -257,13 +256,12 @@ class Trainer:
         ranks)."""
         job, train, epoch = self.job, self.job.config.train, self.epoch
         order, batches = self.feed.take(("train", epoch), self.micro)
-        step_weight, self.rows_S = step_weights(job, order), order.num_real_S().tolist()
         self.model.train()
         seconds_before, self.observer_seconds = self.history["partial"]
         self._observe(lambda observer: observer.expect(order, self.micro))
         if self.micro == 0:
             self.totals_3.zero_()
-        lr = 0.0
+        lr = weight = 0.0
         started = time.perf_counter()
         self.screen.begin_epoch(epoch)
         for batch in batches:
@@ -271,9 +269,12 @@ class Trainer:
             self._look_ahead(order.num_steps - self.micro)
             is_last = self.micro + 1 == order.num_steps
             is_update = (self.micro + 1) % train.accumulation == 0 or is_last
+            if self.micro % train.accumulation == 0:
+                weight = step_weight(job, order, self.micro)
+            num_rows = order.num_real(self.micro)
             with nullcontext() if is_update else self.model.no_sync():
-                self._forward_backward(batch, step_weight[self.micro])
-            self.screen.progress.advance(self.rows_S[self.micro])
+                self._forward_backward(batch, weight, num_rows)
+            self.screen.progress.advance(num_rows)
             self.micro += 1
             if is_update:
                 lr = self._update()
@@ -311,8 +312,11 @@ class Trainer:
             self.feed.start(self.follows)
             self.follows = None
 
-    def _forward_backward(self, batch: Any, weight: float) -> None:
-        """Run forward, show the outputs to the observer, run backward."""
+    def _forward_backward(self, batch: Any, weight: float, num_rows: int) -> None:
+        """Run forward, show the outputs to the observer, run backward.
+
+        `weight`: see `step_weight`; `num_rows`: of all ranks, without padding.
+        """
         job, train = self.job, self.job.config.train
         image, target = self.input_stage(batch.image), batch.label
         clean_BC = (
@@ -327,7 +331,7 @@ class Trainer:
             lambda observer: observer.record(batch.index, shown_BC, batch.label), timed=True
         )
         # Only the last step of an epoch has padding; the others need no mask.
-        real_B = None if self.rows_S[self.micro] == self.micro_batch else batch.index >= 0
+        real_B = None if num_rows == self.micro_batch else batch.index >= 0
         if job.tolerates_nonfinite:
             finite_B = torch.isfinite(logits_BC).all(dim=1)
             real_B, logits_BC = (
@@ -618,18 +622,21 @@ class Trainer:
         return autocast(self.job.config, self.job.world.device)
 
 
-def step_weights(job: Job, order: EpochOrder) -> list[float]:
-    """Return the factor on the sum of losses of each forward pass: W / rows of its optimizer step,
-    times the batch importance.
+def step_weight(job: Job, order: EpochOrder, micro: int) -> float:
+    """Return the factor on the sum of losses in the forward passes of the optimizer step that pass
+    `micro` of this epoch belongs to: W / rows of the step, times the batch importance.
 
     DDP averages gradients over ranks, hence the W.
     """
-    step_of_S = np.arange(order.num_steps) // job.config.train.accumulation
-    rows_S = np.bincount(step_of_S, weights=order.num_real_S())[step_of_S]
-    factor_S = job.world.world_size / rows_S
+    accumulation = job.config.train.accumulation
+    first = micro - micro % accumulation
+    end = min(first + accumulation, order.num_steps)
+    rows = sum(order.num_real(number) for number in range(first, end))
+    factor = job.world.world_size / rows
     if job.importance == "batch":
         assert job.importance_N is not None
-        importance_SG = np.where(order.index_SG >= 0, job.importance_N[order.index_SG], 0.0)
-        total_S = np.bincount(step_of_S, weights=importance_SG.sum(axis=1))[step_of_S]
-        factor_S = factor_S * total_S / rows_S
-    return factor_S.tolist()
+        index_SG = order.of_rank(0, 1, first, end)[1]
+        importance_SG = np.where(index_SG >= 0, job.importance_N[index_SG], 0.0)
+        total = np.bincount(np.zeros(end - first, int), weights=importance_SG.sum(axis=1))[0]
+        factor = factor * total / rows
+    return float(factor)

@@ -57,7 +57,7 @@ class Feed:
         found = self._started.pop(which, None)
         if found is None:
             order = self.order(which)
-            found = order, self._batches(which, order.from_step(first_step))
+            found = order, self._batches(which, order, first_step)
         self._taken = found[1]
         return found
 
@@ -83,9 +83,14 @@ class Feed:
             subset=job.subset_M,
         )
 
-    def _batches(self, which: Pass, order: EpochOrder) -> Batches:
+    def _batches(self, which: Pass, order: EpochOrder, first_step: int = 0) -> Batches:
         job, (kind, epoch) = self._job, which
         size = training_size(job.config, epoch, job.epochs) if kind == "train" else None
         return self._loaders[kind].batches(
-            order, rank=job.world.rank, world_size=job.world.world_size, epoch=epoch, size=size
+            order,
+            rank=job.world.rank,
+            world_size=job.world.world_size,
+            epoch=epoch,
+            first_step=first_step,
+            size=size,
         )

@@ -178,9 +178,7 @@ def run_model(
     )
     order = epoch_order(train_file.num_samples, rows * world.world_size, shuffle=False)
     gatherer = _ByClass(train_file.label_N, world)
-    sends_SW, receives_SW = routing_counts(
-        order, world.rank, world.world_size, train_file.num_samples, gatherer.owner_N
-    )
+    ranks = world.rank, world.world_size
     entropy_N = torch.zeros(train_file.num_samples, device=world.device)
     caught: list[Tensor] = []
     layer = classifier_layer(model, num_classes)
@@ -198,13 +196,12 @@ def run_model(
             real_B = batch.index >= 0
             entropy_N.index_add_(0, batch.index.clamp_min(0), torch.where(real_B, entropy_B, 0.0))
             if layer is not None:
-                gatherer.add(
-                    batch.index,
-                    caught.pop().float().flatten(1),
-                    sends_SW[step].tolist(),
-                    receives_SW[step].tolist(),
+                counts = routing_counts(
+                    order, *ranks, train_file.num_samples, gatherer.owner_N, step, step + 1
                 )
-            progress.advance(int((order.index_SG[step] >= 0).sum()))
+                sends, receives = (count_1W[0].tolist() for count_1W in counts)
+                gatherer.add(batch.index, caught.pop().float().flatten(1), sends, receives)
+            progress.advance(order.num_real(step))
     values = {"entropy": collectives.sum_over_ranks(entropy_N).cpu().numpy()}
     if hook is None:
         if world.is_main:

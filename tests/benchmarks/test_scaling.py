@@ -4,14 +4,12 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks.ranks import run_on_ranks
 from benchmarks.scaling import (
     DTYPES,
     Assumptions,
-    host_limit,
     main,
     measure_order,
     model,
@@ -116,7 +114,6 @@ def test_model_by_hand() -> None:
     per_sample = 10 * 4 + 9 * 4 + 8 + 3 * 4 + 9 * 4 + 4
     assert case["state_bytes"] == 240 * per_sample
     assert case["checkpoint_bytes"] == 3840 * per_sample
-    assert case["counts_bytes"] == 2 * 8 * 10 * 16
     together = model(16, 16 * 24 * 10, 10, GIVEN, 4)
     is_sent = 1.0 - (15 / 16) ** 96
     assert together["messages"] == pytest.approx(15 * is_sent / 4)
@@ -140,26 +137,8 @@ def test_routing_costs_at_most_half_a_percent_of_a_step(world_size: int) -> None
     assert model(world_size, 1_281_167, 1000, given, together)["share_of_step"] <= 0.005
 
 
-def test_host_limit_scales_the_largest() -> None:
-    orders = [
-        {
-            "num_samples": size,
-            "order_seconds": size / 1e7,
-            "counts_seconds": size / 1e7,
-            "peak_bytes": 60.0 * size,
-        }
-        for size in (10**6, 10**7)
-    ]
-    orders[0]["peak_bytes"] = 1e12  # must not be looked at
-    found = host_limit(orders, 960.0, 8)
-    assert found["seconds_at_1e9"] == pytest.approx(200.0)
-    assert found["host_bytes_at_1e9"] == pytest.approx(480e9)
-    assert found["largest_num_samples"] == pytest.approx(2e9)
-
-
-def test_memory_of_an_order_counts_what_is_kept() -> None:
+def test_an_order_is_timed_from_nothing_and_per_step() -> None:
     # here, memory that earlier tests gave back would be used again
     (found,) = run_on_ranks(1, measure_order, 400_000, 1000, 4)
-    assert found["kept_bytes"] == 2 * 8 * 400_000 + 2 * 8 * 400 * 4
-    assert found["peak_bytes"] > 0.9 * found["kept_bytes"]
-    assert np.isfinite([found["order_seconds"], found["counts_seconds"]]).all()
+    assert 4 * 400_000 * 0.9 < found.pop("peak_bytes") < 60e6
+    assert all(0 < seconds < 10 for seconds in found.values())

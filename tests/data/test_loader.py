@@ -321,15 +321,15 @@ def test_batches_are_channels_last_and_the_last_one_is_full(betons):
 def test_an_epoch_can_start_in_the_middle(betons):
     order = epoch_order(97, 10, epoch=3)
     loader = loader_of(betons["raw"], 10, VIEWS["pad"])
-    whole, rest = list(_copies(loader, order)), list(_copies(loader, order.from_step(6)))
+    whole, rest = list(_copies(loader, order)), list(_copies(loader, order, first_step=6))
     assert len(rest) == 4
     for found, expected in zip(rest, whole[6:], strict=True):
         assert torch.equal(found.index, expected.index)
         assert torch.equal(found.image, expected.image)
 
 
-def _copies(loader, order):
-    for batch in loader.batches(order, rank=0, world_size=1, epoch=3):
+def _copies(loader, order, **options):
+    for batch in loader.batches(order, rank=0, world_size=1, epoch=3, **options):
         yield replace(batch, image=batch.image.clone(), index=batch.index.clone())
 
 

@@ -2,14 +2,18 @@
 looping over ranks."""
 
 import re
-from itertools import chain, product
+import time
+import tracemalloc
+from itertools import chain, pairwise, product
 
 import numpy as np
 import pytest
 
+from tdds_dist.distributed import partition
 from tdds_dist.distributed.partition import (
     PADDING,
     EpochOrder,
+    SplitSizes,
     class_owners,
     epoch_order,
     routing_counts,
@@ -39,6 +43,7 @@ def owner_of(index: int, num_samples: int, world_size: int) -> int:
 # ---- the visit order of an epoch
 
 
+@pytest.mark.usefixtures("orders")
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_union_over_ranks_is_every_sample_once(world_size, shuffle):
@@ -48,11 +53,11 @@ def test_union_over_ranks_is_every_sample_once(world_size, shuffle):
     for N, B in product(sizes(W), PER_RANK_BATCHES):
         order = epoch_order(N, W * B, seed=3, epoch=5, shuffle=shuffle)
         assert order.num_steps == -(-N // (W * B))
-        assert (order.index_SG[:-1] != PADDING).all()
-        assert order.num_real_S().tolist() == [W * B] * (order.num_steps - 1) + [
-            N - W * B * (order.num_steps - 1)
-        ]
-        assert ((order.sample_SG >= 0) & (order.sample_SG < N)).all()
+        sample_SG, index_SG = order.of_rank(0, 1)
+        assert (index_SG[:-1] != PADDING).all()
+        real_S = [order.num_real(step) for step in range(order.num_steps)]
+        assert real_S == (index_SG != PADDING).sum(axis=1).tolist()
+        assert ((sample_SG >= 0) & (sample_SG < N)).all()
         real, real_in_last_step = [], []
         for rank in range(W):
             sample_SB, index_SB = order.of_rank(rank, W)
@@ -70,7 +75,7 @@ def test_union_over_ranks_is_every_sample_once(world_size, shuffle):
 def test_the_same_samples_meet_at_every_world_size(num_samples):
     order = epoch_order(num_samples, 24, seed=7, epoch=2)
     for step in range(order.num_steps):
-        want = sorted(order.index_SG[step].tolist())
+        want = sorted(order.of_rank(0, 1)[1][step].tolist())
         for W in (1, 2, 3, 4, 6, 8):
             met = [order.of_rank(rank, W)[1][step].tolist() for rank in range(W)]
             assert sorted(chain.from_iterable(met)) == want
@@ -80,21 +85,16 @@ def test_the_same_samples_meet_at_every_world_size(num_samples):
 def test_every_seed_and_epoch_has_its_own_order():
     """Also epoch 0 of different seeds, and pairs with equal products or sums; the global batch
     plays no part."""
-    orders = {
-        (seed, epoch): epoch_order(97, 8, seed=seed, epoch=epoch)
-        for seed in range(5)
-        for epoch in range(5)
-    }
-    assert len({order.sample_SG.tobytes() for order in orders.values()}) == len(orders)
-    for (seed, epoch), order in orders.items():
-        again = epoch_order(97, 8, seed=seed, epoch=epoch)
-        np.testing.assert_array_equal(again.sample_SG, order.sample_SG)
+
+    def visited(batch, **options):
+        return epoch_order(97, batch, **options).of_rank(0, 1)[0].reshape(-1)[:97]
+
+    orders = {key: visited(8, seed=key[0], epoch=key[1]) for key in product(range(5), range(5))}
+    assert len({index_N.tobytes() for index_N in orders.values()}) == len(orders)
+    for (seed, epoch), index_N in orders.items():
         for batch in (1, 8, 96, 97, 98, 1000):
-            other = epoch_order(97, batch, seed=seed, epoch=epoch)
-            np.testing.assert_array_equal(
-                other.index_SG.reshape(-1)[:97], order.index_SG.reshape(-1)[:97]
-            )
-    np.testing.assert_array_equal(epoch_order(97, 97, shuffle=False).sample_SG[0], np.arange(97))
+            np.testing.assert_array_equal(visited(batch, seed=seed, epoch=epoch), index_N)
+    np.testing.assert_array_equal(visited(97, shuffle=False), np.arange(97))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -102,20 +102,101 @@ def test_every_seed_and_epoch_has_its_own_order():
 def test_subset_is_visited_once_and_nothing_else(num_kept, shuffle):
     subset = np.sort(np.random.default_rng(0).permutation(100)[:num_kept])
     order = epoch_order(num_kept, 8, seed=1, shuffle=shuffle, subset=subset)
-    real = order.index_SG[order.index_SG != PADDING]
+    sample_SG, index_SG = order.of_rank(0, 1)
+    real = index_SG[index_SG != PADDING]
     np.testing.assert_array_equal(np.sort(real), subset)
-    assert np.isin(order.sample_SG, subset).all()
+    assert np.isin(sample_SG, subset).all()
     if not shuffle:
         np.testing.assert_array_equal(real, subset)
 
 
-def test_resume_continues_the_same_order():
+@pytest.mark.usefixtures("orders")
+def test_any_steps_come_without_the_others():
     order = epoch_order(97, 8, seed=1, epoch=3)
-    for step in range(order.num_steps + 1):
-        rest = order.from_step(step)
-        assert rest.num_steps == order.num_steps - step
-        np.testing.assert_array_equal(rest.sample_SG, order.sample_SG[step:])
-        np.testing.assert_array_equal(rest.index_SG, order.index_SG[step:])
+    whole = order.of_rank(1, 2)
+    for first, end in product(range(order.num_steps + 1), repeat=2):
+        if first <= end:
+            for part, all_steps in zip(order.of_rank(1, 2, first, end), whole, strict=True):
+                np.testing.assert_array_equal(part, all_steps[first:end])
+
+
+# ---- orders that are kept whole, and those of which nothing is kept
+
+
+@pytest.fixture(params=["permutation", "bijection"])
+def orders(request, monkeypatch):
+    """Both ways to make an order, whatever its length."""
+    if request.param == "bijection":
+        monkeypatch.setattr(partition, "LARGEST_PERMUTATION", 0)
+
+
+def test_orders_up_to_16_million_samples_are_numpys_permutations():
+    """Runs of all versions resume with the order that they were started with."""
+    for num_samples, seed, epoch in [(1, 0, 0), (1437, 2, 7), (70_000, 0, 1)]:
+        want = np.random.default_rng([seed, epoch]).permutation(num_samples)
+        order = epoch_order(num_samples, num_samples, seed=seed, epoch=epoch)
+        np.testing.assert_array_equal(order.of_rank(0, 1)[0][0], want)
+    assert partition.LARGEST_PERMUTATION * 4 == 64 << 20
+
+
+def bijection(num_samples: int, *key: int) -> np.ndarray:
+    return partition._Bijection(num_samples, [*key])(np.arange(num_samples))
+
+
+def test_the_bijection_is_one_to_one_at_every_length():
+    for num_samples in [*range(1, 70), 1023, 1024, 1025, 100_003]:
+        for epoch in range(3):
+            index_N = bijection(num_samples, num_samples, epoch)
+            assert index_N.dtype == np.int64
+            np.testing.assert_array_equal(np.sort(index_N), np.arange(num_samples))
+
+
+@pytest.mark.parametrize("num_samples", [1000, 1 << 14, 40_009])
+def test_the_bijection_looks_like_a_random_order(num_samples):
+    """Of 200 epochs each statistic has the mean and spread that random permutations have: index
+    against position, against the next position, and against the next epoch; the same for odd and
+    even; a table of 16 x 16 stretches of positions and indices; fixed points."""
+    orders = [bijection(num_samples, seed, epoch) for seed in range(2) for epoch in range(100)]
+    position_N = np.arange(num_samples)
+
+    def correlations(pairs):
+        return [np.corrcoef(*pair)[0, 1] * np.sqrt(num_samples) for pair in pairs]
+
+    def stretches(index_N):
+        cell_N = position_N * 16 // num_samples * 16 + index_N * 16 // num_samples
+        expected = num_samples / 256
+        found = np.bincount(cell_N, minlength=256)
+        return (((found - expected) ** 2 / expected).sum() - 225) / np.sqrt(450)
+
+    for values in (
+        correlations((position_N, index_N) for index_N in orders),
+        correlations((index_N[:-1], index_N[1:]) for index_N in orders),
+        correlations(pairwise(orders)),
+        correlations((position_N % 2, index_N % 2) for index_N in orders),
+        correlations((index_N[:-1] % 2, index_N[1:] % 2) for index_N in orders),
+        [stretches(index_N) for index_N in orders],
+    ):
+        assert abs(np.mean(values)) < 4 / np.sqrt(len(values))
+        assert 0.8 < np.std(values) < 1.2
+    fixed = sum(int((index_N == position_N).sum()) for index_N in orders)
+    assert abs(fixed - len(orders)) < 4 * np.sqrt(len(orders))
+
+
+def test_a_billion_samples_need_no_memory_and_no_time():
+    """A step in the middle of the epoch, of the rows of 1,024 ranks; the limits are loose, the
+    numbers are in benchmarks/scaling.py."""
+    order = epoch_order(10**9, 32 * 1024, seed=1, epoch=2)
+    tracemalloc.start()
+    started = time.perf_counter()
+    sample_1B, _ = order.of_rank(5, 1024, order.num_steps // 2, order.num_steps // 2 + 1)
+    routing_counts(order, 5, 1024, 10**9, None, order.num_steps - 1)
+    seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16e6
+    assert seconds < 1.0
+    assert sample_1B.shape == (1, 32)
+    assert len(set(sample_1B[0])) == 32
+    assert sample_1B.max() > 1 << 24
 
 
 @pytest.mark.parametrize(("num_samples", "global_batch_size"), [(0, 4), (-1, 4), (4, 0)])
@@ -201,8 +282,25 @@ def test_routing_counts(W, owners):
             np.testing.assert_array_equal(sends_SW, want_SWW[:, rank, :])
             np.testing.assert_array_equal(receives_SW, want_SWW[:, :, rank])
             assert (sends_SW.sum(axis=1) == B).all(), "each row goes to one place"
-            rest_SW = routing_counts(order.from_step(order.num_steps // 2), rank, W, N, owner_N)[1]
-            np.testing.assert_array_equal(rest_SW, receives_SW[order.num_steps // 2 :])
+            half = order.num_steps // 2
+            rest_SW = routing_counts(order, rank, W, N, owner_N, half)[1]
+            np.testing.assert_array_equal(rest_SW, receives_SW[half:])
+
+
+@pytest.mark.parametrize("group", [1, 3, 100])
+def test_split_sizes_of_groups_are_sums_over_their_steps(group):
+    """Also when a group ends early, as before a checkpoint."""
+    order = epoch_order(97, 8, seed=1)
+    sends_SW, receives_SW = routing_counts(order, 1, 4, 97)
+    sizes_of = SplitSizes(order, 1, 4, 97)
+    step = 0
+    while step < order.num_steps:
+        end = min(step + (1 if step == 4 else group), order.num_steps)
+        found = sizes_of.take(step, end, end + group)
+        assert found == tuple(
+            count_SW[step:end].sum(axis=0).tolist() for count_SW in (sends_SW, receives_SW)
+        )
+        step = end
 
 
 def test_routing_counts_of_a_subset_use_owners_of_the_full_dataset():

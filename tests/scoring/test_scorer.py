@@ -324,7 +324,7 @@ def test_record_never_reads_from_the_device(known):
         if known:
             scorer.expect(order)
         with Forbid():
-            for sample_B in torch.from_numpy(order.sample_SG):
+            for sample_B in torch.from_numpy(order.of_rank(0, 1)[0]):
                 scorer.record(sample_B, logits_NC[sample_B], label_N[sample_B])
         scorer.end_epoch()
     for read in (

@@ -63,9 +63,7 @@ def whole_scorer(is_fused):
         logits, label = torch.randn(23, 6, generator=generator), torch.arange(23) % 6
         order = epoch_order(23, 8, epoch=epoch)
         scorer.expect(order)
-        for sample, index in zip(
-            torch.from_numpy(order.sample_SG), torch.from_numpy(order.index_SG), strict=True
-        ):
+        for sample, index in zip(*map(torch.from_numpy, order.of_rank(0, 1)), strict=True):
             scorer.record(index, logits[sample], label[sample])
         scorer.end_epoch()
     return scorer.gather()[Window(4, 3, 0.9)], scorer.gather_labels()

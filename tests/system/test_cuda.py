@@ -26,7 +26,7 @@ def scores_on(device, dtype=torch.float32, forbid_sync=False, storage="dense", f
     for epoch in range(6):
         order = epoch_order(500, 64, epoch=epoch)
         scorer.expect(order)
-        rows = [torch.from_numpy(index_B) for index_B in order.index_SG]
+        rows = [torch.from_numpy(index_B) for index_B in order.of_rank(0, 1)[1]]
         batches = [
             (index.to(device), logits_TNC[epoch, index].to(device), label_N[index].to(device))
             for index in rows

@@ -475,7 +475,7 @@ def test_the_same_scorer_may_go_back_and_forget_the_order_it_was_told():
     run.scorer.load_state_dict(state)
     assert run.position == 7
     order = epoch_order(case.num_samples, case.global_batch, seed=3, epoch=1)
-    rest = torch.from_numpy(order.sample_SG[2:].reshape(-1)[: case.num_samples - 12].copy())
+    rest = torch.from_numpy(order.of_rank(0, 1, 2)[0].reshape(-1)[: case.num_samples - 12].copy())
     run.scorer.record(rest, run.logits_TNC[1][rest], run.label_N[rest])
     run.scorer.end_epoch()
     assert differing(run.finish(), _at(case, case.num_actions).outcome()) == []
@@ -526,7 +526,7 @@ def _nan_before_save(rank, folder):
 @pytest.mark.distributed
 def test_what_is_not_finite_is_never_kept(tmp_path):
     order = epoch_order(23, 6, seed=3, epoch=1)
-    step = next(step for step, index_G in enumerate(order.index_SG) if 22 in index_G)
+    step = next(step for step, index_G in enumerate(order.of_rank(0, 1)[1]) if 22 in index_G)
     for outcomes, newest, finite, nonfinite in run_ranks(3, _nan_before_save, tmp_path):
         bad = [number for number, (error, _) in enumerate(outcomes) if error]
         assert bad == list(range(5 + step, 9))

@@ -143,7 +143,7 @@ def test_one_epoch_against_a_literal_loop(config_file, tmp_path):
         optimizer = torch.optim.SGD(
             model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
-        for step, index in enumerate(epoch_order(120, 36).index_SG):
+        for step, index in enumerate(epoch_order(120, 36).of_rank(0, 1)[1]):
             batch = torch.from_numpy(index[index >= 0])
             logits = model((images[batch].float() - 78.0) / 90.0)
             loss_B = F.cross_entropy(logits, label[batch], reduction="none", label_smoothing=0.1)
