@@ -55,6 +55,9 @@ class EpochOrder:
         step_S = np.arange(first_step, end_step, dtype=np.int64)
         row_B = np.arange(rank, self.global_batch_size, world_size)
         position_SB = step_S[:, None] * self.global_batch_size + row_B
+        if end_step < self.num_steps:
+            sample_SB = self.index_at(position_SB.reshape(-1)).reshape(position_SB.shape)
+            return sample_SB, sample_SB
         sample_SB = self.index_at((position_SB % self.num_samples).reshape(-1))
         sample_SB = sample_SB.reshape(position_SB.shape)
         return sample_SB, np.where(position_SB < self.num_samples, sample_SB, PADDING)
@@ -121,22 +124,32 @@ class _Bijection:
 
     def __init__(self, num_samples: int, key: list[int]):
         bits = max(2, (num_samples - 1).bit_length())
-        self._end = np.uint64(num_samples)
-        self._mask, self._half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
-        key_R2 = np.random.default_rng(key).integers(0, 1 << 63, (_ROUNDS, 2), dtype=np.uint64)
-        self._key_R2 = key_R2 | np.array([0, 1], dtype=np.uint64)
+        self._word = np.dtype(
+            np.uint32 if bits <= 32 else np.uint64
+        )  # arithmetic modulo 2^32 wraps
+        self._end, self._half, self._mask = (
+            self._word.type(number) for number in (num_samples, (bits + 1) // 2, (1 << bits) - 1)
+        )
+        key_R2 = np.random.default_rng(key).integers(0, 1 << 63, (_ROUNDS, 2)).astype(self._word)
+        self._key_R2 = key_R2 | np.array([0, 1], dtype=self._word)
 
     def __call__(self, position_P: np.ndarray) -> np.ndarray:
-        index_P = self._rounds(position_P.astype(np.uint64))
+        index_P = position_P.astype(self._word)
+        self._rounds(index_P)
         while len(beyond := np.flatnonzero(index_P >= self._end)):
-            index_P[beyond] = self._rounds(index_P[beyond])
+            again = index_P[beyond]
+            self._rounds(again)
+            index_P[beyond] = again
         return index_P.astype(np.int64)
 
-    def _rounds(self, word_P: np.ndarray) -> np.ndarray:
+    def _rounds(self, word_P: np.ndarray) -> None:
+        shifted_P = np.empty_like(word_P)
         for add, multiply in self._key_R2:
-            word_P = (word_P + add) * multiply & self._mask
-            word_P ^= word_P >> self._half
-        return word_P
+            word_P += add
+            word_P *= multiply
+            word_P &= self._mask
+            np.right_shift(word_P, self._half, out=shifted_P)
+            word_P ^= shifted_P
 
 
 def rows_per_shard(num_samples: int, world_size: int) -> int:
@@ -179,21 +192,26 @@ def routing_counts(
     row stays where it is.
     """
     index_SG = order.of_rank(0, 1, first_step, end_step)[1]
-    num_steps, global_batch_size = index_SG.shape
-    visitor_G = np.arange(global_batch_size) % world_size
+    num_steps = len(index_SG)
+    sent_SB = index_SG[:, rank::world_size]
     if owner_N is None:
-        owner_SG = index_SG // rows_per_shard(num_samples, world_size)
+        first, end = shard_bounds(num_samples, world_size, rank)
+        owner_SB = sent_SB // rows_per_shard(num_samples, world_size)
+        is_mine_SG = (index_SG >= first) & (index_SG < end)
     else:
-        owner_SG = owner_N[index_SG]
-    if first_step + num_steps == order.num_steps:  # only the last step has padding
-        owner_SG = np.where(index_SG == PADDING, visitor_G, owner_SG)
-    cell_SG = np.arange(0, num_steps * world_size, world_size)[:, None]
+        owner_SB, is_mine_SG = owner_N[sent_SB], owner_N[index_SG] == rank
+    is_padding_SB = sent_SB == PADDING
+    owner_SB[is_padding_SB] = rank
+    is_mine_SG[index_SG == PADDING] = False
+    is_mine_SG[:, rank::world_size] |= is_padding_SB
 
-    def count(rank_R: np.ndarray) -> np.ndarray:
-        return np.bincount(rank_R, minlength=num_steps * world_size).reshape(num_steps, world_size)
+    def count(step_R: np.ndarray, rank_R: np.ndarray) -> np.ndarray:
+        cell_R = (step_R * world_size + rank_R).reshape(-1)
+        return np.bincount(cell_R, minlength=num_steps * world_size).reshape(num_steps, world_size)
 
-    sent_SB = (owner_SG + cell_SG)[:, rank::world_size]
-    return count(sent_SB.reshape(-1)), count((visitor_G + cell_SG)[owner_SG == rank])
+    step_R, row_R = np.nonzero(is_mine_SG)
+    step_SB = np.arange(num_steps)[:, None]
+    return count(step_SB, owner_SB), count(step_R, row_R % world_size)
 
 
 class SplitSizes:

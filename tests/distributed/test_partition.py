@@ -139,6 +139,19 @@ def test_orders_up_to_16_million_samples_are_numpys_permutations():
     assert partition.LARGEST_PERMUTATION * 4 == 64 << 20
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "want"),
+    [
+        (10**9, [547574584, 148777142, 564132153, 704258890]),
+        (10**11, [10434523859, 89291047786, 78132052168, 74484002497]),
+    ],
+)
+def test_longer_orders_stay_as_they_are(num_samples, want):
+    """In 32 and in 64 bits; a run goes on with the order that it was started with."""
+    order = epoch_order(num_samples, 4, seed=1, epoch=2)
+    assert order.of_rank(0, 1, 7, 8)[0].tolist() == [want]
+
+
 def bijection(num_samples: int, *key: int) -> np.ndarray:
     return partition._Bijection(num_samples, [*key])(np.arange(num_samples))
 
