@@ -177,9 +177,9 @@ def _log_steps(path: Path) -> None:
 
     forward_backward, update, seen = Trainer._forward_backward, Trainer._update, []
 
-    def look(trainer: Any, batch: Any, weight: float) -> float:
+    def look(trainer: Any, batch: Any, *arguments: Any) -> None:
         seen.extend(batch.index.tolist())
-        return forward_backward(trainer, batch, weight)
+        forward_backward(trainer, batch, *arguments)
 
     def count(trainer: Any) -> float:
         lr = update(trainer)
@@ -334,15 +334,15 @@ def nan_logits(rank: int, step: int, indices: Sequence[int]) -> None:
 
     forward_backward = Trainer._forward_backward
 
-    def hurt(trainer: Any, batch: Any, weight: float) -> float:
+    def hurt(trainer: Any, batch: Any, *arguments: Any) -> None:
         if trainer.step + 1 != step:
-            return forward_backward(trainer, batch, weight)
+            return forward_backward(trainer, batch, *arguments)
         bad_B = torch.isin(batch.index, torch.tensor(indices))
         hook = trainer.model.register_forward_hook(
             lambda _, __, out_BC: torch.where(bad_B[:, None], torch.nan, out_BC)
         )
         try:
-            return forward_backward(trainer, batch, weight)
+            return forward_backward(trainer, batch, *arguments)
         finally:
             hook.remove()
 
