@@ -119,6 +119,14 @@ class Data(Section):
     )
     mean: tuple[float, float, float] = Field(description="Mean per channel on 0..255.")
     std: tuple[float, float, float] = Field(description="Standard deviation per channel on 0..255.")
+    order: Literal["random", "blocks"] = Field(
+        "random",
+        description=(
+            "Order of training images: random, or blocks: contiguous blocks of about 16 MB in"
+            " random order, shuffled within pools of them that are read ahead, for files larger"
+            " than memory. Each image once per epoch in either."
+        ),
+    )
     num_workers: int = Field(
         0,
         ge=0,

@@ -17,11 +17,13 @@ one stream (FFCV makes five for every pass, and torch keeps the memory of each t
 # B rows per rank and step, S steps, N samples of the file, W threads
 
 import math
+import mmap
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -46,11 +48,16 @@ from torch import Tensor
 
 from tdds_dist.data import decode
 from tdds_dist.data.beton import IMAGE, BetonInfo
+from tdds_dist.data.pixels import available_bytes
 from tdds_dist.distributed import host_memory
 from tdds_dist.distributed.partition import EpochOrder
 from tdds_dist.errors import InputError
 
 BATCHES_AHEAD = 3  # decoded before they are asked for
+BLOCK_BYTES = 16 << 20  # of an order in blocks
+_MOST_BLOCK_ROWS = 1 << 13  # bounds the memory of orders.Blocks to 40 MB
+_GAP_BYTES = 1 << 16  # between images; what is read along rather than left out
+_READ_BYTES = 1 << 22
 THREAD_NAME = "decoding"  # of a pass, before the number of its epoch
 # no batch for that long is an error; the first batch may wait for compilation
 STALL_SECONDS = 300.0
@@ -185,6 +192,7 @@ class BetonLoader(ffcv.Loader):
         self.num_workers = usable_threads(num_workers)
         self.drop_last, self.distributed, self.recompile, self.seed = False, False, False, seed
         self.reader = Reader(self.fname)
+        self._info = info
         self.indices = np.arange(self.reader.num_samples, dtype=np.int64)
         self.memory_manager = _Blocks(self.reader)
         self.next_epoch = 0
@@ -234,12 +242,22 @@ class BetonLoader(ffcv.Loader):
         assert order.global_batch_size == self.batch_size * world_size, (order, self.batch_size)
         ring = self._take_ring(size or self.view.size)
 
-        def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        rows = self._rows(order, rank, world_size, first_step)
+        return Batches(_Pass(self, ring, rows, epoch))
+
+    def _rows(
+        self, order: EpochOrder, rank: int, world_size: int, first_step: int
+    ) -> Generator[tuple[np.ndarray, np.ndarray]]:
+        """Yield of each step the samples to read, and their global indices; int64 [B] both."""
+        pages = None
+        if order.pool_at(first_step) is not None:
+            pages = _ReadAhead(self._info, self.memory_manager.context, order, rank, world_size)
+        with pages or nullcontext():
             for step in range(first_step, order.num_steps):
+                if pages is not None:
+                    pages.begin(step)
                 sample_1B, index_1B = order.of_rank(rank, world_size, step, step + 1)
                 yield sample_1B[0], index_1B[0]
-
-        return Batches(_Pass(self, ring, rows(), epoch))
 
     def release(self) -> None:
         """Give back the memory of passes that are over; a later pass takes new memory."""
@@ -282,6 +300,76 @@ class _Blocks(OSCacheManager):
         self.reader = reader
         self.ptrs, self.sizes = (np.ascontiguousarray(table[key]) for key in ("ptr", "size"))
         self.context = OSCacheContext(self)
+
+
+class _ReadAhead:
+    """The pools of an order in the system's cache of the file: a thread reads them before they are
+    needed, and they are given back after, where the file is larger than half of the free memory."""
+
+    def __init__(
+        self,
+        info: BetonInfo,
+        context: OSCacheContext,
+        order: EpochOrder,
+        rank: int,
+        world_size: int,
+    ):
+        self._info, self._context = info, context
+        self._order, self._ranks = order, (rank, world_size)
+        self._pool: int | None = None
+        self._ranges: dict[int, list[tuple[int, int]]] = {}  # of pools that are held: first, end
+        self._gives_back = info.num_bytes > available_bytes() / 2
+        self._is_over = False
+
+    def __enter__(self) -> "_ReadAhead":
+        self._file = os.open(self._info.path, os.O_RDONLY)
+        self._thread = ThreadPoolExecutor(1, "reading ahead")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        self._thread.shutdown(cancel_futures=True)
+        os.close(self._file)
+
+    def begin(self, step: int) -> None:
+        """Say that the rows of a step are needed now."""
+        pool = self._order.pool_at(step)
+        if pool is None or pool == self._pool:
+            return
+        before, self._pool = self._pool, pool
+        for number in (pool, pool + 1):
+            if number not in self._ranges:
+                self._ranges[number] = self._find(number)
+                self._thread.submit(self._read, self._ranges[number])
+        held = self._ranges.pop(before) if before is not None else []
+        if self._gives_back:
+            for first, end in held:
+                start = first - first % mmap.PAGESIZE
+                self._context.mmap._mmap.madvise(mmap.MADV_DONTNEED, start, end - start)
+                os.posix_fadvise(self._file, first, end - first, os.POSIX_FADV_DONTNEED)
+
+    def _find(self, pool: int) -> list[tuple[int, int]]:
+        """Return the bytes of a pool as few ranges, in the order of the file."""
+        index_P = self._order.pool(*self._ranks, pool)
+        if len(index_P) == 0:
+            return []
+        first_P = self._info.data_ptr_N[index_P].astype(np.int64)
+        by_place_P = np.argsort(first_P)
+        first_P, size_P = first_P[by_place_P], self._info.size_N[index_P][by_place_P]
+        end_P = first_P + size_P.astype(np.int64)
+        cut = np.flatnonzero(first_P[1:] > end_P[:-1] + _GAP_BYTES)
+        firsts, ends = first_P[[0, *cut + 1]], end_P[[*cut, -1]]
+        return list(zip(firsts.tolist(), ends.tolist(), strict=True))
+
+    def _read(self, ranges: list[tuple[int, int]]) -> None:
+        # A request to read ahead (posix_fadvise) is cut short by the system; a read is not.
+        buffer = bytearray(_READ_BYTES)
+        for first, end in ranges:
+            for start in range(first, end, _READ_BYTES):
+                if self._is_over:
+                    return
+                piece = memoryview(buffer)[: min(_READ_BYTES, end - start)]
+                os.preadv(self._file, [piece], start)
 
 
 class _LoadImage(Operation):
@@ -416,12 +504,12 @@ class _Pass:
         self,
         loader: BetonLoader,
         ring: _Ring,
-        rows: Iterator[tuple[np.ndarray, np.ndarray]],
+        rows: Generator[tuple[np.ndarray, np.ndarray]],
         epoch: int,
     ):
         self.error: BaseException | None = None
         self._loader, self._ring, self._epoch = loader, ring, epoch
-        self._rows = rows  # of each step: the samples to read, and their global indices
+        self._rows = rows  # of `BetonLoader._rows`
         with loader.memory_manager.context as context:  # it stays open
             self._file = context.state
         self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | None] = queue.Queue(
@@ -460,6 +548,7 @@ class _Pass:
                     if not self._offer((batch, copied[slot])):
                         break
         finally:
+            self._rows.close()
             for event in filter(None, copied):
                 event.synchronize()  # the next pass fills the same slots
 
@@ -549,6 +638,11 @@ class _Pass:
         if not self._thread.is_alive() and not self._is_over:
             self._is_over = True
             self._loader._free_rings.append(self._ring)
+
+
+def block_rows(info: BetonInfo) -> int:
+    """Return the images of a file that make a block of about BLOCK_BYTES."""
+    return max(1, min(_MOST_BLOCK_ROWS, BLOCK_BYTES * info.num_samples // info.num_bytes))
 
 
 def usable_threads(num_workers: int) -> int:

@@ -7,39 +7,36 @@ at every world size, and every rank can compute what all others send without ask
 of an epoch is filled up with repeats of the epoch's first samples so that all ranks see full
 batches; such a padding row carries index -1 and reaches no score.
 
-Any steps can be asked for without those before. Up to 16.8 million samples the order is NumPy's
-permutation, kept whole in at most 64 MiB; beyond, a bijection gives the sample at each position
-by itself, and nothing is kept.
+Any steps can be asked for without those before: `orders` gives the sample at each position.
 """
 
 # G global batch, B rows per rank and step (G = W B), W world size, S steps, N samples, M rows per
-# shard (ceil(N / W)), R rounds
+# shard (ceil(N / W))
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from tdds_dist.distributed.orders import Blocks, shuffled
+
 PADDING = -1  # global index of a padding row; negative, since loops test `index >= 0`
-LARGEST_PERMUTATION = 1 << 24  # samples whose order is kept whole, 4 bytes each
-# of the bijection; after 4 nothing distinguishes it from a random order (tests/distributed)
-_ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class EpochOrder:
     """The visit order of one epoch, all ranks together; `epoch_order` makes it.
 
-    `index_at` gives the global indices at the given positions of the epoch, int64 [P] -> int64 [P].
-    Row g of step s is at position s G + g and belongs to rank g mod W, so that the real rows of a
-    short last step spread evenly.
+    `place_at` gives the samples at the given positions of the epoch, int64 [P] -> int64 [P]; of a
+    `subset` (int64, global indices) those are places in it. Row g of step s is at position s G + g
+    and belongs to rank g mod W, so that the real rows of a short last step spread evenly.
     """
 
     num_samples: int
     global_batch_size: int
-    index_at: Callable[[np.ndarray], np.ndarray]
+    place_at: Callable[[np.ndarray], np.ndarray]
+    subset: np.ndarray | None = None
 
     @property
     def num_steps(self) -> int:
@@ -55,12 +52,25 @@ class EpochOrder:
         step_S = np.arange(first_step, end_step, dtype=np.int64)
         row_B = np.arange(rank, self.global_batch_size, world_size)
         position_SB = step_S[:, None] * self.global_batch_size + row_B
-        if end_step < self.num_steps:
-            sample_SB = self.index_at(position_SB.reshape(-1)).reshape(position_SB.shape)
+        has_padding = end_step >= self.num_steps
+        real_SB = position_SB % self.num_samples if has_padding else position_SB
+        sample_SB = self._of_subset(self.place_at(real_SB.reshape(-1))).reshape(real_SB.shape)
+        if not has_padding:
             return sample_SB, sample_SB
-        sample_SB = self.index_at((position_SB % self.num_samples).reshape(-1))
-        sample_SB = sample_SB.reshape(position_SB.shape)
         return sample_SB, np.where(position_SB < self.num_samples, sample_SB, PADDING)
+
+    def pool_at(self, step: int) -> int | None:
+        """Return the number of the pools that the first rows of a step come from; None when the
+        order has no pools."""
+        return self.place_at.pool_at(step) if isinstance(self.place_at, Blocks) else None
+
+    def pool(self, rank: int, world_size: int, number: int) -> np.ndarray:
+        """Return the samples of the pools of that number that a rank takes rows from, int64."""
+        assert isinstance(self.place_at, Blocks)
+        return self._of_subset(self.place_at.indices(rank, world_size, number))
+
+    def _of_subset(self, place_P: np.ndarray) -> np.ndarray:
+        return place_P if self.subset is None else self.subset[place_P]
 
     def num_real(self, step: int) -> int:
         """Return the rows of a step that are not padding, over all ranks."""
@@ -75,81 +85,26 @@ def epoch_order(
     epoch: int = 0,
     shuffle: bool = True,
     subset: np.ndarray | None = None,
+    block_rows: int | None = None,
 ) -> EpochOrder:
     """Return the visit order of one epoch over [0, num_samples), or over the global indices
-    `subset` (int64 [num_samples])."""
+    `subset` (int64 [num_samples], sorted).
+
+    `block_rows`: shuffle within pools of blocks of so many consecutive samples, for files that do
+    not fit into memory (`orders.Blocks`).
+    """
     if num_samples < 1 or global_batch_size < 1:
         raise ValueError(
             f"num_samples={num_samples} and global_batch_size={global_batch_size} must be at"
             " least 1"
         )
     assert subset is None or len(subset) == num_samples, (num_samples, len(subset))
-    if not shuffle:
-        index_at: Callable[[np.ndarray], np.ndarray] = np.asarray
-    elif num_samples <= LARGEST_PERMUTATION:
-        index_at = _Permutation(num_samples, [seed, epoch])
-    else:
-        index_at = _Bijection(num_samples, [seed, epoch])
-    if subset is None:
-        return EpochOrder(num_samples, global_batch_size, index_at)
-    return EpochOrder(
-        num_samples, global_batch_size, lambda position_P: subset[index_at(position_P)]
-    )
-
-
-class _Permutation:
-    """NumPy's `default_rng(key).permutation(num_samples)`, made when it is first asked for: by the
-    thread that decodes, while the loop is still in the epoch before."""
-
-    def __init__(self, num_samples: int, key: list[int]):
-        self._num_samples, self._key, self._lock = num_samples, key, threading.Lock()
-        self._index_N: np.ndarray | None = None
-
-    def __call__(self, position_P: np.ndarray) -> np.ndarray:
-        with self._lock:
-            if self._index_N is None:
-                self._index_N = np.arange(self._num_samples, dtype=np.int32)
-                np.random.default_rng(self._key).shuffle(self._index_N)
-        return self._index_N[position_P].astype(np.int64)
-
-
-class _Bijection:
-    """A keyed bijection on [0, num_samples), for positions one by one.
-
-    Rounds of an addition and a multiplication by an odd number modulo a power of two, and a shift
-    of the upper half onto the lower: each can be undone, so no two positions meet. The power of two
-    is at most twice the number of samples; what lands beyond goes through the rounds again (cycle
-    walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
-    """
-
-    def __init__(self, num_samples: int, key: list[int]):
-        bits = max(2, (num_samples - 1).bit_length())
-        self._word = np.dtype(
-            np.uint32 if bits <= 32 else np.uint64
-        )  # arithmetic modulo 2^32 wraps
-        self._end, self._half, self._mask = (
-            self._word.type(number) for number in (num_samples, (bits + 1) // 2, (1 << bits) - 1)
-        )
-        key_R2 = np.random.default_rng(key).integers(0, 1 << 63, (_ROUNDS, 2)).astype(self._word)
-        self._key_R2 = key_R2 | np.array([0, 1], dtype=self._word)
-
-    def __call__(self, position_P: np.ndarray) -> np.ndarray:
-        index_P = position_P.astype(self._word)
-        self._rounds(index_P)
-        while len(beyond := np.flatnonzero(index_P >= self._end)):
-            again = index_P[beyond]
-            self._rounds(again)
-            index_P[beyond] = again
-        return index_P.astype(np.int64)
-
-    def _rounds(self, word_P: np.ndarray) -> None:
-        shifted_P = np.empty_like(word_P)
-        for add, multiply in self._key_R2:
-            word_P += add
-            word_P *= multiply
-            word_P &= self._mask
-            np.right_shift(word_P, self._half, out=shifted_P)
-            word_P ^= shifted_P
+    place_at: Callable[[np.ndarray], np.ndarray] = np.asarray
+    if shuffle and block_rows is not None:
+        place_at = Blocks(num_samples, global_batch_size, [seed, epoch], block_rows)
+    elif shuffle:
+        place_at = shuffled(num_samples, [seed, epoch])
+    return EpochOrder(num_samples, global_batch_size, place_at, subset)
 
 
 def rows_per_shard(num_samples: int, world_size: int) -> int:

@@ -9,7 +9,7 @@ orders and sizes are functions of config and epoch.
 from collections.abc import Iterator
 from typing import Literal
 
-from tdds_dist.data.loader import Batch, Batches, BetonLoader, default_workers
+from tdds_dist.data.loader import Batch, Batches, BetonLoader, block_rows, default_workers
 from tdds_dist.distributed.partition import EpochOrder, epoch_order
 from tdds_dist.training.build import build_views
 from tdds_dist.training.job import Job
@@ -73,6 +73,7 @@ class Feed:
     def order(self, which: Pass) -> EpochOrder:
         """Return the order of a whole pass, all ranks together."""
         job, (kind, epoch) = self._job, which
+        by_blocks = job.config.data.order == "blocks"
         if kind == "val":
             return epoch_order(job.val_file.num_samples, self._global_rows, shuffle=False)
         return epoch_order(
@@ -81,6 +82,7 @@ class Feed:
             seed=job.config.run.seed,
             epoch=epoch,
             subset=job.subset_M,
+            block_rows=block_rows(job.train_file) if by_blocks else None,
         )
 
     def _batches(self, which: Pass, order: EpochOrder, first_step: int = 0) -> Batches:

@@ -23,11 +23,12 @@ from tdds_dist.data.loader import (
     THREAD_NAME,
     BetonLoader,
     View,
+    _ReadAhead,
     find_undecodable,
 )
 from tdds_dist.data.sources import open_source
 from tdds_dist.data.writer import write_beton
-from tdds_dist.distributed.partition import epoch_order
+from tdds_dist.distributed.partition import PADDING, epoch_order
 from tdds_dist.errors import InputError
 from tests.ranks import run_ranks
 
@@ -326,6 +327,50 @@ def test_an_epoch_can_start_in_the_middle(betons):
     for found, expected in zip(rest, whole[6:], strict=True):
         assert torch.equal(found.index, expected.index)
         assert torch.equal(found.image, expected.image)
+
+
+@pytest.mark.parametrize("free", [0, 1 << 60])
+def test_an_order_in_blocks_reads_its_pools_ahead(betons, monkeypatch, free):
+    """Every byte of an image once, in ranges of several, also where memory is given back; the
+    images are those of any other order."""
+    asked, read, given_back = [], [], []
+    find, read_file, advise = _ReadAhead._find, os.preadv, os.posix_fadvise
+
+    def note_found(pages, pool):
+        asked.extend(found := find(pages, pool))
+        return found
+
+    def note_read(file, buffers, start):
+        read.append((start, start + read_file(file, buffers, start)))
+
+    def note_advice(file, start, length, advice):
+        given_back.append((start, start + length))
+        advise(file, start, length, advice)
+
+    monkeypatch.setattr("tdds_dist.data.loader.available_bytes", lambda: free)
+    monkeypatch.setattr("tdds_dist.data.loader._GAP_BYTES", 0)
+    monkeypatch.setattr(_ReadAhead, "_find", note_found)
+    monkeypatch.setattr(os, "preadv", note_read)
+    monkeypatch.setattr(os, "posix_fadvise", note_advice)
+    loader = loader_of(betons["raw"], 10, VIEWS["pad"])
+    batches = list(_copies(loader, epoch_order(97, 10, epoch=3, block_rows=2)))
+    info = inspect_beton(betons["raw"])
+    for index in range(97):
+        first, size = int(info.data_ptr_N[index]), int(info.size_N[index])
+        assert sum(start <= first and first + size <= end for start, end in asked) == 1
+    assert len(asked) < 97
+    assert 0 < len(read) <= len(asked)
+    assert set(read) <= set(asked), "in the same pieces, as these are small"
+    assert bool(given_back) == (free == 0)
+    assert set(given_back) < set(asked)
+    wanted = {
+        int(index): image
+        for batch in _copies(loader, epoch_order(97, 10, epoch=3))
+        for index, image in zip(batch.index, batch.image, strict=True)
+    }
+    for batch in batches:
+        for index, image in zip(batch.index, batch.image, strict=True):
+            assert index == PADDING or torch.equal(image, wanted[int(index)])
 
 
 def _copies(loader, order, **options):

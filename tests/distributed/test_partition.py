@@ -9,7 +9,7 @@ from itertools import chain, pairwise, product
 import numpy as np
 import pytest
 
-from tdds_dist.distributed import partition
+from tdds_dist.distributed import orders
 from tdds_dist.distributed.partition import (
     PADDING,
     EpochOrder,
@@ -43,7 +43,7 @@ def owner_of(index: int, num_samples: int, world_size: int) -> int:
 # ---- the visit order of an epoch
 
 
-@pytest.mark.usefixtures("orders")
+@pytest.mark.usefixtures("both_kinds")
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_union_over_ranks_is_every_sample_once(world_size, shuffle):
@@ -89,9 +89,9 @@ def test_every_seed_and_epoch_has_its_own_order():
     def visited(batch, **options):
         return epoch_order(97, batch, **options).of_rank(0, 1)[0].reshape(-1)[:97]
 
-    orders = {key: visited(8, seed=key[0], epoch=key[1]) for key in product(range(5), range(5))}
-    assert len({index_N.tobytes() for index_N in orders.values()}) == len(orders)
-    for (seed, epoch), index_N in orders.items():
+    found = {key: visited(8, seed=key[0], epoch=key[1]) for key in product(range(5), range(5))}
+    assert len({index_N.tobytes() for index_N in found.values()}) == len(found)
+    for (seed, epoch), index_N in found.items():
         for batch in (1, 8, 96, 97, 98, 1000):
             np.testing.assert_array_equal(visited(batch, seed=seed, epoch=epoch), index_N)
     np.testing.assert_array_equal(visited(97, shuffle=False), np.arange(97))
@@ -110,7 +110,7 @@ def test_subset_is_visited_once_and_nothing_else(num_kept, shuffle):
         np.testing.assert_array_equal(real, subset)
 
 
-@pytest.mark.usefixtures("orders")
+@pytest.mark.usefixtures("both_kinds")
 def test_any_steps_come_without_the_others():
     order = epoch_order(97, 8, seed=1, epoch=3)
     whole = order.of_rank(1, 2)
@@ -124,10 +124,10 @@ def test_any_steps_come_without_the_others():
 
 
 @pytest.fixture(params=["permutation", "bijection"])
-def orders(request, monkeypatch):
+def both_kinds(request, monkeypatch):
     """Both ways to make an order, whatever its length."""
     if request.param == "bijection":
-        monkeypatch.setattr(partition, "LARGEST_PERMUTATION", 0)
+        monkeypatch.setattr(orders, "LARGEST_PERMUTATION", 0)
 
 
 def test_orders_up_to_16_million_samples_are_numpys_permutations():
@@ -136,7 +136,7 @@ def test_orders_up_to_16_million_samples_are_numpys_permutations():
         want = np.random.default_rng([seed, epoch]).permutation(num_samples)
         order = epoch_order(num_samples, num_samples, seed=seed, epoch=epoch)
         np.testing.assert_array_equal(order.of_rank(0, 1)[0][0], want)
-    assert partition.LARGEST_PERMUTATION * 4 == 64 << 20
+    assert orders.LARGEST_PERMUTATION * 4 == 64 << 20
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_longer_orders_stay_as_they_are(num_samples, want):
 
 
 def bijection(num_samples: int, *key: int) -> np.ndarray:
-    return partition._Bijection(num_samples, [*key])(np.arange(num_samples))
+    return orders._Bijection(num_samples, [*key])(np.arange(num_samples))
 
 
 def test_the_bijection_is_one_to_one_at_every_length():
@@ -169,7 +169,7 @@ def test_the_bijection_looks_like_a_random_order(num_samples):
     """Of 200 epochs each statistic has the mean and spread that random permutations have: index
     against position, against the next position, and against the next epoch; the same for odd and
     even; a table of 16 x 16 stretches of positions and indices; fixed points."""
-    orders = [bijection(num_samples, seed, epoch) for seed in range(2) for epoch in range(100)]
+    found = [bijection(num_samples, seed, epoch) for seed in range(2) for epoch in range(100)]
     position_N = np.arange(num_samples)
 
     def correlations(pairs):
@@ -182,17 +182,81 @@ def test_the_bijection_looks_like_a_random_order(num_samples):
         return (((found - expected) ** 2 / expected).sum() - 225) / np.sqrt(450)
 
     for values in (
-        correlations((position_N, index_N) for index_N in orders),
-        correlations((index_N[:-1], index_N[1:]) for index_N in orders),
-        correlations(pairwise(orders)),
-        correlations((position_N % 2, index_N % 2) for index_N in orders),
-        correlations((index_N[:-1] % 2, index_N[1:] % 2) for index_N in orders),
-        [stretches(index_N) for index_N in orders],
+        correlations((position_N, index_N) for index_N in found),
+        correlations((index_N[:-1], index_N[1:]) for index_N in found),
+        correlations(pairwise(found)),
+        correlations((position_N % 2, index_N % 2) for index_N in found),
+        correlations((index_N[:-1] % 2, index_N[1:] % 2) for index_N in found),
+        [stretches(index_N) for index_N in found],
     ):
         assert abs(np.mean(values)) < 4 / np.sqrt(len(values))
         assert 0.8 < np.std(values) < 1.2
-    fixed = sum(int((index_N == position_N).sum()) for index_N in orders)
-    assert abs(fixed - len(orders)) < 4 * np.sqrt(len(orders))
+    fixed = sum(int((index_N == position_N).sum()) for index_N in found)
+    assert abs(fixed - len(found)) < 4 * np.sqrt(len(found))
+
+
+# ---- orders in blocks
+
+# samples, global batch, rows of a block: one block, fewer than a pool, lanes that end unevenly
+BLOCKS = [(1, 4, 3), (97, 8, 100), (97, 12, 5), (1000, 12, 1), (1000, 48, 3), (4999, 96, 7)]
+
+
+@pytest.mark.parametrize(("num_samples", "batch", "rows"), BLOCKS)
+def test_blocks_visit_every_sample_once_in_an_order_of_every_epoch(num_samples, batch, rows):
+    def visited(epoch):
+        order = epoch_order(num_samples, batch, seed=1, epoch=epoch, block_rows=rows)
+        index_SG = order.of_rank(0, 1)[1]
+        return index_SG[index_SG != PADDING]
+
+    for index_N in (visited(0), visited(1)):
+        assert index_N.dtype == np.int64
+        np.testing.assert_array_equal(np.sort(index_N), np.arange(num_samples))
+    assert num_samples == 1 or (visited(0) != visited(1)).any()
+    np.testing.assert_array_equal(visited(1), visited(1))
+
+
+@pytest.mark.parametrize(("num_samples", "batch", "rows"), BLOCKS)
+@pytest.mark.parametrize("W", [1, 2, 3, 4])
+def test_a_rank_finds_its_rows_in_its_pools_and_the_next(num_samples, batch, rows, W):
+    subset = np.sort(np.random.default_rng(0).permutation(2 * num_samples)[:num_samples])
+    order = epoch_order(num_samples, batch, seed=1, subset=subset, block_rows=rows)
+    for rank in range(W):
+        read = 0
+        for step in range(order.num_steps):
+            pool = order.pool_at(step)
+            held = np.concatenate([order.pool(rank, W, number) for number in (pool, pool + 1)])
+            index_B = order.of_rank(rank, W, step, step + 1)[1][0]
+            assert np.isin(index_B[index_B != PADDING], held).all()
+        for number in range(order.pool_at(order.num_steps - 1) + 2):
+            read += len(order.pool(rank, W, number))
+        if order.place_at.num_lanes % W == 0:
+            assert read == (order.of_rank(rank, W)[1] != PADDING).sum(), "nothing of others"
+
+
+def test_the_longer_the_file_the_more_lanes_and_no_rank_reads_anothers_blocks():
+    order = epoch_order(1_281_167, 1024, seed=1, block_rows=150)  # ImageNet in 16 MB
+    assert order.place_at.num_lanes == 64
+    step = order.num_steps // 2
+    pools = [order.pool(rank, 8, order.pool_at(step)) for rank in range(8)]
+    assert [len(pool) for pool in pools] == [8 * 4 * 150] * 8
+    assert len(np.unique(np.concatenate(pools))) == 64 * 4 * 150
+    for pool in pools:
+        runs = np.split(np.sort(pool), np.flatnonzero(np.diff(np.sort(pool)) > 1) + 1)
+        assert len(runs) <= 8 * 5, "whole blocks, cut where lanes meet"
+
+
+def test_rows_of_a_pool_are_mixed():
+    """Neighbours in the order are no neighbours in the file, and every lane has blocks from all
+    over it."""
+    order = epoch_order(64_000, 64, seed=3, block_rows=10)
+    index_SG = order.of_rank(0, 1)[0]
+    lanes = order.place_at.num_lanes
+    lane_S = index_SG[:, ::lanes].reshape(-1)
+    assert (np.abs(np.diff(lane_S)) == 1).mean() < 0.15, "1 of 20 rows, and 2 of its 4 blocks"
+    assert abs(np.corrcoef(np.arange(len(lane_S)), lane_S)[0, 1]) < 0.3
+    places = index_SG.mean(axis=1) / 64_000
+    assert abs(places.mean() - 0.5) < 0.01
+    assert places.std() < 0.08
 
 
 def test_a_billion_samples_need_no_memory_and_no_time():

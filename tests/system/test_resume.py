@@ -40,6 +40,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     bad: tuple[tuple[int, int, float], ...] = ()  # (epoch, sample, value that its logits hold)
     options: dict = field(default_factory=dict, hash=False)
+    block_rows: int | None = None
+
+    def order(self, epoch):
+        return epoch_order(
+            self.num_samples, self.global_batch, seed=3, epoch=epoch, block_rows=self.block_rows
+        )
 
     @property
     def num_actions(self):
@@ -87,7 +93,7 @@ class Run:
 
     def act(self):
         scorer, case = self.scorer, self.case
-        order = epoch_order(case.num_samples, case.global_batch, seed=3, epoch=scorer.epoch)
+        order = case.order(scorer.epoch)
         if case.known and self.announced != scorer.epoch:
             scorer.expect(order, first_step=scorer.step)
             self.announced = scorer.epoch
@@ -155,9 +161,10 @@ CASES = {
     "as many as ranks": Case(num_samples=3, global_batch=2),
     "float16 trajectory": Case(known=False, options={"trajectory_dtype": torch.float16}),
     "two samples": Case(num_samples=2, global_batch=2),
-    "quarantine": Case(
+    "quarantine, blocks": Case(
         num_samples=300,
         global_batch=75,
+        block_rows=7,
         bad=((0, 7, torch.inf), (2, 123, torch.nan), (3, 7, torch.nan)),
         options={"on_nan": "quarantine"},
     ),
@@ -311,7 +318,7 @@ def _plans(seed, num_interruptions):
         (1, "official", 6),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((2, "paper", 20), (3, "quarantine", 20), (4, "official", 20))
+            for case in ((2, "paper", 20), (3, "quarantine, blocks", 20), (4, "official", 20))
         ),
     ],
 )
@@ -321,7 +328,7 @@ def test_interrupted_many_times(tmp_path, seed, name, num_interruptions):
     case = Case(num_samples=29, epochs=7, windows=(Window(7, 3, 0.9), Window(5, 4, 0.0)))
     if name == "paper":
         case = replace(case, preset="paper", known=False, options={"logp_dtype": torch.float16})
-    if name == "quarantine":
+    if name == "quarantine, blocks":
         case = replace(
             case,
             num_samples=301,
@@ -474,7 +481,7 @@ def test_the_same_scorer_may_go_back_and_forget_the_order_it_was_told():
         run.act()
     run.scorer.load_state_dict(state)
     assert run.position == 7
-    order = epoch_order(case.num_samples, case.global_batch, seed=3, epoch=1)
+    order = case.order(1)
     rest = torch.from_numpy(order.of_rank(0, 1, 2)[0].reshape(-1)[: case.num_samples - 12].copy())
     run.scorer.record(rest, run.logits_TNC[1][rest], run.label_N[rest])
     run.scorer.end_epoch()
