@@ -1,7 +1,7 @@
 """The authors' code and this package on the same images: do scores and accuracies differ by more
 than those of two seeds do?
 
-    python -m benchmarks.authors CHECKOUT                # scikit-learn's digits on the CPU, 3 seeds
+    python -m benchmarks.authors CHECKOUT --no-flip      # scikit-learn's digits on the CPU, 3 seeds
     python -m benchmarks.authors CHECKOUT --data cifar10:DIR --network resnet18 --cifar-stem \\
         --epochs 200 --batch 128 --lr 0.1
 
@@ -13,13 +13,14 @@ from it); their `models.resnet` by the network that ours trains; and, without a 
 whether there is one by True, and `.cuda()` by nothing, so that they run on the CPU. No file of
 theirs is changed or copied.
 
-Both sides: one process, the authors' augmentation (flip, crop with padding 4) and normalisation,
-SGD with Nesterov momentum 0.9 and weight decay 5e-4, cosine per step without warm-up, the same
-batch on the coreset (no batch rule), importance: mean of the batch. Each seed scores and retrains
-by its own scores. The work folder keeps what is finished; the same command goes on.
+Both sides: one process, the authors' augmentation (flip, unless `--no-flip` makes that nothing for
+both, since a mirrored 2 is no 2; crop with padding 4) and normalisation, SGD with Nesterov momentum
+0.9 and weight decay 5e-4, cosine per step without warm-up, the same batch on the coreset (no batch
+rule), importance: mean of the batch. Each seed scores and retrains by its own scores. The work
+folder keeps what is finished; the same command goes on.
 """
 
-# N samples, S seeds
+# N samples
 
 import argparse
 import ast
@@ -52,7 +53,7 @@ REPOSITORY = "https://github.com/zhangxin-xd/Dataset-Pruning-TDDS"
 CONFIGS = Path(__file__).parents[1] / "configs"
 DATASETS = {10: "cifar10", 100: "cifar100"}  # of theirs and of our configs, by number of classes
 # what a work folder is of; seeds and rates may be added
-SETTINGS = ("data", "network", "cifar_stem", "epochs", "batch", "lr", "window")
+SETTINGS = ("data", "no_flip", "network", "cifar_stem", "epochs", "batch", "lr", "window")
 NUM_IMAGES = 50_000  # that their sources name
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SIDE = 32  # pixels; their random crop
@@ -62,26 +63,29 @@ SIDES = ("theirs", "ours")
 # ---- in a process of theirs
 
 
-def run_script(checkout: Path, script: str, images: Path, network: str, cifar_stem: bool) -> None:
-    """Run a script of theirs with `sys.argv` as its arguments, on the images of this folder."""
+def run_script(options: argparse.Namespace) -> None:
+    """Run the script `options.run` of theirs with `sys.argv` as its arguments."""
+    images, network = options.work / "images", options.network
     num_images = len(np.load(images / "train_label.npy"))
     torchvision.datasets.CIFAR10 = torchvision.datasets.CIFAR100 = _images_in(images)
     models = types.ModuleType("models")
     models.resnet = types.SimpleNamespace(  # type: ignore[attr-defined]
         **{
             network: lambda num_class: build_model(
-                network, num_class, cifar_stem=cifar_stem, channels_last=False
+                network, num_class, cifar_stem=options.cifar_stem, channels_last=False
             )
         }
     )
     sys.modules["models"] = models
+    if options.no_flip:
+        torchvision.transforms.RandomHorizontalFlip = lambda: lambda image: image
     if not torch.cuda.is_available():
         for owner in (torch.Tensor, torch.nn.Module):
             owner.cuda = lambda itself: itself  # type: ignore[method-assign, assignment]
-    sys.path.insert(0, str(checkout))
-    tree = ast.parse((checkout / script).read_text(), script)
+    sys.path.insert(0, str(options.checkout))
+    tree = ast.parse((options.checkout / options.run).read_text(), options.run)
     tree = ast.fix_missing_locations(_OnTheseImages(num_images).visit(tree))
-    exec(compile(tree, script, "exec"), {"__name__": "__main__"})
+    exec(compile(tree, options.run, "exec"), {"__name__": "__main__"})
 
 
 class _OnTheseImages(ast.NodeTransformer):
@@ -152,6 +156,7 @@ def theirs(options: argparse.Namespace, seed: int, dataset: str) -> dict[str, An
             [
                 *("benchmarks.authors", options.checkout, "--run", name, "--work", options.work),
                 *("--network", options.network, *["--cifar-stem"] * options.cifar_stem),
+                *["--no-flip"] * options.no_flip,
                 *("--", *words),
             ]
         )
@@ -192,6 +197,7 @@ def ours(options: argparse.Namespace, seed: int, dataset: str) -> dict[str, Any]
         *(f"data.{split}={options.work}/images/{split}.beton" for split in ("train", "val")),
         *(f"run.dir={folder}", f"run.seed={seed}", f"model.name={options.network}"),
         *(f"model.cifar_stem={str(options.cifar_stem).lower()}", f"train.epochs={options.epochs}"),
+        f"data.flip={str(not options.no_flip).lower()}",
         *(f"train.global_batch_size={options.batch}", f"train.lr={options.lr}"),
         *(f"score.windows=[{window}]", "score.final_pass=false", "retrain.batch_size_rule={}"),
     ]
@@ -320,7 +326,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     ]
     about = (
         f"{settings['data']} ({result['num_images']['train']:,} images to train on,"
-        f" {result['num_images']['val']:,} to evaluate on), {settings['network']},"
+        f" {result['num_images']['val']:,} to evaluate on)"
+        f"{', none mirrored' if settings['no_flip'] else ''}, {settings['network']},"
         f" {settings['epochs']} epochs, batch {settings['batch']}, learning rate"
         f" {settings['lr']:g}. TDDS over all epochs with K = {settings['window']}, preset"
         f" `official`; seeds {', '.join(map(str, settings['seeds']))} on each side, mean ± sample"
@@ -355,6 +362,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkout", type=Path, help="folder with the authors' code")
     parser.add_argument("--work", type=Path, default=Path("runs/authors"), metavar="DIR")
     parser.add_argument("--data", default="digits", help="source as `tdds write` takes it")
+    parser.add_argument("--no-flip", action="store_true", help="mirror no image, on both sides")
     parser.add_argument("--network", default="shufflenet_v2_x0_5", help="a torchvision classifier")
     parser.add_argument("--cifar-stem", action="store_true", help="3 x 3 stem without pooling")
     parser.add_argument("--epochs", type=int, default=30)
@@ -383,8 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.checkout, options.work = options.checkout.resolve(), options.work.resolve()
     if options.run:
         sys.argv = [options.run, *script_words]
-        folder = options.work / "images"
-        run_script(options.checkout, options.run, folder, options.network, options.cifar_stem)
+        run_script(options)
         return 0
     return files.run("authors", options, check, measure, as_markdown)
 
