@@ -167,8 +167,12 @@ class BetonLoader(ffcv.Loader):
 
     Args:
         info: the file, as `inspect_beton` found it; any names for its one image and one label
-        field. batch_size: rows per step of this rank. view: what is done to images. device: where
-        batches go. num_workers: decoding threads. seed: of the augmentation.
+            field.
+        batch_size: rows per step of this rank.
+        view: what is done to images.
+        device: where batches go.
+        num_workers: decoding threads.
+        seed: of the augmentation.
 
     Raises:
         InputError: the file is unfit for the view.

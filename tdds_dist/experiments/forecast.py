@@ -131,11 +131,14 @@ def plan(
     """Forecast what `config` takes on `num_ranks` ranks.
 
     Args:
-        num_samples: N; by default the training .beton says it. gpu_memory_bytes: of one GPU; by
-        default that of a visible one, and no limit where there is none. disk_bytes: by default what
-        is free where the run directory lies. images_per_second: over all ranks; by default as
-        measured in the run `measured_in`, or in the config's own. strategies: of the retrainings,
-        which are those of the config's section `pipeline`; by default its own.
+        num_samples: N; by default the training .beton says it.
+        gpu_memory_bytes: of one GPU; by default that of a visible one, and no limit where there is
+            none.
+        disk_bytes: by default what is free where the run directory lies.
+        images_per_second: over all ranks; by default as measured in the run `measured_in`, or in
+            the config's own.
+        strategies: of the retrainings, which are those of the config's section `pipeline`; by
+            default its own.
 
     Raises:
         InputError: the config cannot be run so, or something does not fit; names options with which

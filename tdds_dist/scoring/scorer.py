@@ -60,23 +60,25 @@ class ShardedScorer:
     """Computes TDDS for several windows during training, in any training loop.
 
     Args:
-        num_samples: N, size of the dataset; global indices are 0 .. N - 1. num_classes: C, width of
-        the logits. windows: the settings (T, K, beta) to score. preset: `official` (the authors'
-        code) or `paper` (the equations); see `scoring.tdds`. device: where logits live and state is
-        kept; default CUDA when available. logp_dtype: precision of the stored log-probabilities,
-        float32 or float16. storage: `dense` keeps those of all classes; `topk:K` the K largest, the
-        label's, and the mean of the others. trajectory: directory to which every epoch's scalars
-        are appended; None keeps no record. trajectory_dtype: precision of the scalars in that
-        directory, float32 or float16. Only float32 gives the same
-            scores again bit by bit. on_nan: NaN or infinite logits of a sample `stop` the run, or
-        put the sample into `quarantine`: it is listed
-            (`quarantined`), recorded as zeros from then on, and scored as the lowest of all.
+        num_samples: N, size of the dataset; global indices are 0 .. N - 1.
+        num_classes: C, width of the logits.
+        windows: the settings (T, K, beta) to score.
+        preset: `official` (the authors' code) or `paper` (the equations); see `scoring.tdds`.
+        device: where logits live and state is kept; default CUDA when available.
+        logp_dtype: precision of the stored log-probabilities, float32 or float16.
+        storage: `dense` keeps those of all classes; `topk:K` the K largest, the label's, and the
+            mean of the others.
+        trajectory: directory to which every epoch's scalars are appended; None keeps no record.
+        trajectory_dtype: precision of the scalars in that directory, float32 or float16. Only
+            float32 gives the same scores again bit by bit.
+        on_nan: NaN or infinite logits of a sample `stop` the run, or put the sample into
+            `quarantine`: it is listed (`quarantined`), recorded as zeros from then on, and scored
+            as the lowest of all.
         resume: the trajectory directory may hold epochs already; `load_state_dict` says which of
-        them count, and without it
-            none does.
+            them count, and without it none does.
         route_every: steps whose rows travel together; no score depends on it. None: as many as keep
-        a rank at 8 messages per step where the order is announced and they fit into 64 MiB, else
-        1.
+            a rank at 8 messages per step where the order is announced and they fit into 64 MiB,
+            else 1.
 
     Protocol: all ranks of the default process group construct it and call `record` equally often
     per epoch (an empty call counts), then `end_epoch`; without a process group it works alone. When
