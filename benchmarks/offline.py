@@ -22,7 +22,6 @@ import argparse
 import gc
 import itertools
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -39,6 +38,7 @@ import torch
 from benchmarks import files
 from benchmarks.ranks import run_on_ranks
 from benchmarks.windowed import windowed_scores
+from tdds_dist.distributed.host_memory import peak_bytes, reset_peak
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import fingerprint, load_scores
 from tdds_dist.scoring.offline import score, score_all
@@ -147,29 +147,6 @@ def _score(side: str, folder: Path, size: Size) -> np.ndarray:
         folder, preset="official", T=size.T, K=size.K, beta=0.9, out=folder / "ours.npz"
     )
     return load_scores(path).score_N
-
-
-def reset_peak() -> bool:
-    """Let the kernel count the peak of the resident memory from now on; False where it does not,
-    with or without saying so."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return peak_bytes(True) <= _status_bytes("VmRSS") + 10_000_000  # both are counted in lots
-
-
-def peak_bytes(has_reset: bool) -> int:
-    """Peak of the resident memory since the reset, or of all the process."""
-    if has_reset:
-        return _status_bytes("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _status_bytes(key: str) -> int:
-    """A line of what the kernel says of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def _delivered_bytes() -> int:

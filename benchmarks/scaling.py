@@ -37,11 +37,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import files
-from benchmarks.offline import peak_bytes, reset_peak
 from benchmarks.ranks import run_on_ranks
 from tdds_dist.config.scores import Window
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.collectives import COLLECTIVES
+from tdds_dist.distributed.host_memory import peak_bytes, reset_peak
 from tdds_dist.distributed.partition import epoch_order, routing_counts
 from tdds_dist.errors import InputError
 from tdds_dist.scoring.sample_stats import SCALARS
@@ -52,13 +53,6 @@ HEADER_BYTES = 16  # global index and label of a row
 LOGIT_SCALE = 3.0
 NUM_BATCHES = 4  # distinct batches of outputs
 NUM_ORDER_STEPS = 20  # of an order that are timed
-COLLECTIVES = (
-    "all_to_all_single",
-    "all_reduce",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "barrier",
-)
 MODELLED = (
     (8, 1_281_167, 1000),
     (64, 1_281_167, 1000),
@@ -103,34 +97,18 @@ def row_bytes(num_classes: int, logp_bytes: int, window: Window) -> int:
 
 
 @contextmanager
-def _watched(counts: dict[str, int], seconds: dict[str, float]) -> Iterator[None]:
-    """Count calls and bytes of collectives, and the time that exchanged rows are waited for."""
-
-    def counting(name: str, real: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            counts[name] += 1
-            if name == "all_to_all_single":
-                rows_BX, sends = arguments[1], arguments[3]
-                others = [rows for rank, rows in enumerate(sends) if rank != dist.get_rank()]
-                counts["bytes"] += rows_BX.numel() * rows_BX.element_size()
-                counts["sent"] += sum(others) * rows_BX.shape[1] * rows_BX.element_size()
-                counts["messages"] += sum(rows > 0 for rows in others)
-            return real(*arguments, **options)
-
-        return call
+def _waits() -> Iterator[list[float]]:
+    """List the seconds that exchanged rows are waited for."""
+    seconds: list[float] = []
 
     def waiting(exchange: collectives.Exchange, real: Any = collectives.Exchange.wait) -> Any:
         started = time.perf_counter()
         received = real(exchange)
-        seconds["wait"] += time.perf_counter() - started
+        seconds.append(time.perf_counter() - started)
         return received
 
-    watched = {name: counting(name, getattr(dist, name)) for name in COLLECTIVES}
-    with (
-        mock.patch.multiple(dist, **watched),
-        mock.patch.object(collectives.Exchange, "wait", waiting),
-    ):
-        yield
+    with mock.patch.object(collectives.Exchange, "wait", waiting):
+        yield seconds
 
 
 def record_epochs(settings: list[Setting]) -> list[dict[str, Any]]:
@@ -148,8 +126,8 @@ def _record(setting: Setting, world: distributed.World) -> dict[str, Any]:
         * LOGIT_SCALE
     )
     logits_PBC = logits_PBC.to(DTYPES[setting.logits])
-    counts, seconds = dict.fromkeys((*COLLECTIVES, "bytes", "sent", "messages"), 0), {"wait": 0.0}
     steps: dict[str, int] = {}
+    at_end: dict[str, int] = {}
     per_epoch: dict[str, list[float]] = {
         name: [] for name in ("expect", "record", "wait", "end_epoch", "exchange")
     }
@@ -161,18 +139,18 @@ def _record(setting: Setting, world: distributed.World) -> dict[str, Any]:
         started = time.perf_counter()
         scorer.expect(order)
         expected = time.perf_counter()
-        counts |= dict.fromkeys(counts, 0)
-        seconds["wait"] = 0.0
-        with _watched(counts, seconds):
+        with collectives.counted() as counts, _waits() as waits:
             for step in range(setting.steps):
                 scorer.record(
                     index_SB[step],
                     logits_PBC[step % NUM_BATCHES],
                     sample_SB[step] % setting.num_classes,
                 )
-            recorded, steps = time.perf_counter(), dict(counts)
-            waited = seconds["wait"]
+            recorded, waited = time.perf_counter(), sum(waits)
+            names = (*COLLECTIVES, "bytes", "sent", "messages")
+            steps = {name: counts[name] for name in names}
             scorer.end_epoch()
+            at_end = {name: counts[name] - steps[name] for name in COLLECTIVES}
         ended = time.perf_counter()
         if epoch > 0:
             found = {
@@ -184,7 +162,6 @@ def _record(setting: Setting, world: distributed.World) -> dict[str, Any]:
             }
             for name, value in found.items():
                 per_epoch[name].append(value)
-    at_end = {name: counts[name] - steps[name] for name in COLLECTIVES}
     return {
         "steps": steps,
         "at_epoch_end": at_end,

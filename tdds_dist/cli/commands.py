@@ -217,6 +217,8 @@ def plan(options: argparse.Namespace) -> Outcome:
     from tdds_dist.experiments.forecast import plan as plan_resources
 
     config = _load_config(options)
+    if options.rehearse is not None:
+        return _rehearse(options, config)
     found = plan_resources(
         config,
         num_ranks=options.gpus,
@@ -247,6 +249,17 @@ def plan(options: argparse.Namespace) -> Outcome:
     else:
         then = command("submit", options.config, *options.overrides, "--cluster", "CLUSTER.yaml")
     return Outcome(next=then, text=found.as_text(), data=found.as_json(), is_the_product=True)
+
+
+def _rehearse(options: argparse.Namespace, config: "Config") -> Outcome:
+    from tdds_dist.experiments.rehearsal import rehearse
+
+    for name in ("gpu_memory", "disk", "images_per_second", "measured_in", "strategies"):
+        if getattr(options, name) is not None:
+            option = "--from" if name == "measured_in" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} means nothing with --rehearse; leave one of them out")
+    found = rehearse(config, options.rehearse, options.num_samples)
+    return Outcome(text=found.as_text(), data=found.as_json(), is_the_product=True)
 
 
 def doctor(options: argparse.Namespace) -> Outcome | None:

@@ -394,12 +394,22 @@ def _add_plan(parsers: Parsers) -> None:
         ),
     )
     _add_config(stage)
-    stage.add_argument(
+    ranks = stage.add_mutually_exclusive_group()
+    ranks.add_argument(
         "--gpus",
         type=int,
         default=1,
         metavar="G",
         help="number of ranks, on all nodes together (default: 1)",
+    )
+    ranks.add_argument(
+        "--rehearse",
+        type=int,
+        metavar="W",
+        help=(
+            "instead, be the first, the middle and the last of W ranks in turn, without the others,"
+            " and count what they send, hold and compute for scores"
+        ),
     )
     stage.add_argument(
         "--gpu-memory",

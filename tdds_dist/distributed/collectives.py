@@ -3,7 +3,8 @@
 # B rows of a call, F flags, M rows per shard, N dataset, R rows received, W world size, X numbers
 # of a row
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from tdds_dist.distributed.partition import rows_per_shard
-from tdds_dist.distributed.world import _CONTROL_SHARE, TIMEOUT_SECONDS, Group, World
+from tdds_dist.distributed.world import _CONTROL_SHARE, TIMEOUT_SECONDS, Group, World, current_world
 from tdds_dist.distributed.world import barrier as world_barrier
 from tdds_dist.errors import InputError
 
@@ -300,3 +301,64 @@ def data_parallel(
         limits.recompile_limit = max(limits.recompile_limit, 8 + num_compiled)
         replicas.compile(dynamic=False)  # kernels for a size are faster than kernels for any
     return replicas
+
+
+# ---- rehearsals
+
+
+@contextmanager
+def fake_session(rank: int, world_size: int) -> Iterator[World]:
+    """Be one rank, on the CPU, of many that are not there: collectives return at once and move
+    nothing."""
+    import torch.testing._internal.distributed.fake_pg as fake  # registers its backend
+
+    if dist.is_initialized():
+        raise InputError("there is a process group already; rehearse in a process without one")
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield current_world("cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+COLLECTIVES = (
+    "all_to_all_single",
+    "all_reduce",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "barrier",
+)  # that are called here
+
+
+@contextmanager
+def counted(deliver: Callable[[Tensor], object] = lambda received: None) -> Iterator[Counter[str]]:
+    """Count the calls of each collective inside, at torch.distributed.
+
+    Of all-to-alls of rows also the `bytes` that are handed over, those `sent` to other ranks, and
+    the `messages`: ranks that get some. `deliver` is called with the tensor that rows arrive in,
+    for a process group that moves nothing.
+    """
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            if name == "all_to_all_single" and len(arguments) > 2:
+                received_RX, rows_BX, _, sends = arguments
+                others = [rows for rank, rows in enumerate(sends) if rank != dist.get_rank()]
+                counts["bytes"] += rows_BX.nbytes
+                counts["sent"] += sum(others) * rows_BX.shape[1] * rows_BX.element_size()
+                counts["messages"] += sum(rows > 0 for rows in others)
+                deliver(received_RX)
+            return real(*arguments, **options)
+
+        return call
+
+    replaced = {name: getattr(dist, name) for name in COLLECTIVES}
+    for name, real in replaced.items():
+        setattr(dist, name, counting(name, real))
+    try:
+        yield counts
+    finally:
+        for name, real in replaced.items():
+            setattr(dist, name, real)

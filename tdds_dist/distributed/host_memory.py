@@ -1,4 +1,5 @@
-"""Host memory that copies to and from a GPU go through, and threads that use the GPU.
+"""Host memory that copies to and from a GPU go through, threads that use the GPU, and what this
+process holds.
 
 torch's page-locked memory is rounded up to powers of two and stays with the process for good. Here
 it is exact to the page, and goes back to the system with the last array or tensor that is made of
@@ -8,10 +9,12 @@ it.
 import itertools
 import logging
 import mmap
+import resource
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,3 +86,26 @@ def _lock(block: np.ndarray, device: torch.device) -> None:
 def _unlock(address: int, device: torch.device) -> None:
     with torch.cuda.device(device):
         torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def reset_peak() -> bool:
+    """Let the kernel count the peak of the resident memory from now on; return False where it does
+    not, with or without saying so."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return peak_bytes(True) <= resident_bytes() + 10_000_000  # both are counted in lots
+
+
+def peak_bytes(has_reset: bool) -> int:
+    """Return the peak of the resident memory since the reset, or of all the process."""
+    if has_reset:
+        return resident_bytes("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes(key: str = "VmRSS") -> int:
+    """Return what the kernel says of this process' resident memory: now, or its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024

@@ -15,5 +15,6 @@ __all__ = [
     "memory",
     "needs",
     "processes",
+    "rehearsal",
     "tables",
 ]

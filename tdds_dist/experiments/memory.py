@@ -338,6 +338,20 @@ def checkpoint_bytes(config: Config, network: Network, num_samples: int, world_s
     )
 
 
+def share_bytes(
+    config: Config, network: Network, num_samples: int, world_size: int, rank: int = 0
+) -> int:
+    """Return the bytes of tensors that a rank writes of a checkpoint: its rows, what is its own,
+    and about as much as others of what all hold alike."""
+    first, end = shard_bounds(num_samples, world_size, rank)
+    return (
+        (end - first) * sum(_row_bytes(config).values())
+        + network.buffers
+        + _RANDOM_STATE_BYTES
+        + _replicated_bytes(config, network) // world_size
+    )
+
+
 def staged_bytes(config: Config, network: Network, num_samples: int, world_size: int) -> int:
     """Return the host bytes that a rank takes while a checkpoint is written.
 

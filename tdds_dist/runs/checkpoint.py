@@ -24,7 +24,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from tdds_dist.distributed import collectives, host_memory
 from tdds_dist.distributed import world as distributed
@@ -66,14 +67,19 @@ class Checkpoints:
     `tdds`.
 
     Args:
-        directory: where they lie; made when the first is saved. world: the ranks; by default those
-        of the process group. keep: how many of the latest stay, at least 2 (the last one may be the
-        one that a disk has damaged). asynchronous: write in the background: `save` returns once the
-        state is copied to host memory. stop_on_error: a save that fails ends the run; else it is
-        said, and the run goes on with those there are. guard: raises InputError when the directory
-        is not ours any more; asked on the main rank before every save. about: JSON of the main rank
-        that every checkpoint carries beside its record, e.g. config and dataset. on_complete:
-        called on the main rank when a checkpoint is there, perhaps by another thread.
+        directory: where they lie; made when the first is saved.
+        world: the ranks; by default those of the process group.
+        keep: how many of the latest stay, at least 2 (the last one may be the one that a disk has
+            damaged).
+        asynchronous: write in the background: `save` returns once the state is copied to host
+            memory.
+        stop_on_error: a save that fails ends the run; else it is said, and the run goes on with
+            those there are.
+        guard: raises InputError when the directory is not ours any more; asked on the main rank
+            before every save.
+        about: JSON of the main rank that every checkpoint carries beside its record, e.g. config
+            and dataset.
+        on_complete: called on the main rank when a checkpoint is there, perhaps by another thread.
     """
 
     def __init__(
@@ -473,6 +479,33 @@ class Checkpoints:
                     " remove it and use the one before it",
                     shared=True,
                 ) from error
+
+
+def plan_of_rank(tensors: dict[str, Tensor], world: World) -> SavePlan:
+    """Return what torch's planner would have this rank write, before ranks that hold the same agree
+    on one."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(tensors, is_coordinator=world.is_main)
+    return planner.create_local_plan()
+
+
+def planned_bytes(plans: Mapping[int, SavePlan], world_size: int) -> dict[int, int]:
+    """Return the bytes of tensors that each rank of `plans` writes; all other ranks hold what these
+    have in common, of which torch gives each tensor to the rank with the least so far."""
+    alike = set.intersection(*({item.index for item in plan.items} for plan in plans.values()))
+    some = next(iter(plans.values()))
+    other = replace(some, items=[item for item in some.items if item.index in alike])
+    dealt = DefaultSavePlanner()._dedup_save_plans(
+        [plans.get(rank, other) for rank in range(world_size)]
+    )
+    parts = {
+        rank: [item.tensor_data for item in dealt[rank].items if item.tensor_data is not None]
+        for rank in plans
+    }
+    return {
+        rank: sum(part.chunk.sizes.numel() * part.properties.dtype.itemsize for part in written)
+        for rank, written in parts.items()
+    }
 
 
 class _Reader(dcp.FileSystemReader):

@@ -126,3 +126,15 @@ def test_every_other_thread_is_named_here():
         "tdds_dist/runs/lock.py",  # the sign of life
         "tdds_dist/training/trackers.py",  # is given numbers, never a tensor
     }
+
+
+def test_peak_of_memory_counts_from_the_reset() -> None:
+    with mmap.mmap(-1, 64_000_000) as large:  # what malloc frees may stay with the process
+        large.write(bytes(len(large)))
+        with_large = host_memory.peak_bytes(True)
+    assert abs(host_memory.peak_bytes(True) - with_large) < 5_000_000, (
+        "a peak stays; the kernel counts in lots"
+    )
+    if not host_memory.reset_peak():
+        pytest.skip("this system does not reset the peak")
+    assert host_memory.peak_bytes(True) < with_large - 50_000_000
