@@ -8,9 +8,11 @@ truncated and corrupted files without an error. The content of the images is not
 
 # N samples, A entries of the allocation table
 
+import fcntl
 import hashlib
 import io
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from tdds_dist.config.run import Config
 from tdds_dist.console import Progress
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint, fingerprint
-from tdds_dist.text import printable
+from tdds_dist.text import printable, size_text
 
 JPG, RAW = 0, 1  # FFCV's storage modes of an image
 
@@ -61,6 +63,7 @@ FIXED_SIZE_TYPES = (0, INT_TYPE)
 
 CONTENT_IMAGES = 256  # whose bytes go into `content_sha256`
 IMAGES_PER_READ = 1024  # that one thread takes at a time
+_PIECE_BYTES = 64 << 20  # of a copy; what is copied again after a crash
 
 
 # --- inspecting ---
@@ -385,6 +388,77 @@ def _check_images(path: Path, image_N: np.ndarray, size_N: np.ndarray) -> None:
             f"image {first} has mode {image_N['mode'][first]}, {image_N['width'][first]} x "
             f"{image_N['height'][first]} pixels and {size_N[first]} bytes, which cannot be",
         )
+
+
+# --- a copy on the node's own disk ---
+
+
+def local_copy(path: Path, folder: Path) -> Path:
+    """Return the copy of a file in a folder of this node, made where it is not there yet.
+
+    Every process of the node may call it at once: one copies, the others wait for it. A copy that
+    was stopped goes on behind the last piece whose SHA-256 still fits, and every piece is read back
+    from the disk before it counts. Copies stay, for the next run; one of a file that has changed
+    since has another name.
+
+    Raises:
+        InputError: too little space.
+    """
+    about = path.stat()
+    copy = folder / f"{path.stem}-{about.st_size}-{about.st_mtime_ns}{path.suffix}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(f"{copy}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists():
+            partial = Path(f"{copy}.partial")
+            _copy_pieces(path, partial, Path(f"{copy}.sums"))
+            os.replace(partial, copy)
+    return copy
+
+
+def _copy_pieces(path: Path, partial: Path, sums: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as source, open(partial, "a+b") as target, open(sums, "a+") as noted:
+        noted.seek(0)
+        target.seek(0)
+        done = 0
+        for line in noted.read().split():
+            if _sha256(target.read(min(_PIECE_BYTES, size - done))) != line:
+                break
+            done = min(done + _PIECE_BYTES, size)
+        noted.truncate(len(_sha256(b"") + "\n") * -(-done // _PIECE_BYTES))
+        target.truncate(done)
+        source.seek(done)
+        free = shutil.disk_usage(partial.parent).free
+        if free < size - done:
+            raise InputError(
+                f"data.cache: the copy of {path} takes {size_text(size - done)} more, and"
+                f" {partial.parent} has {size_text(free)} free; give it more room, remove copies"
+                " there that no run needs, or leave data.cache out"
+            )
+        with Progress(f"copy {path.name}", size, "bytes", visible=True, done=done) as progress:
+            while piece := source.read(min(_PIECE_BYTES, size - done)):
+                target.write(piece)
+                target.flush()
+                os.fsync(target.fileno())
+                os.posix_fadvise(target.fileno(), done, len(piece), os.POSIX_FADV_DONTNEED)
+                found = _sha256(piece)
+                if _sha256(os.pread(target.fileno(), len(piece), done)) != found:
+                    raise InputError(
+                        f"data.cache: {partial} does not hold what was written to it; the disk is"
+                        " damaged, use another one"
+                    )
+                noted.write(found + "\n")
+                noted.flush()
+                done += len(piece)
+                progress.advance(len(piece))
+        if done != size:
+            raise InputError(f"{path} became shorter while it was copied; start the run again")
+    sums.unlink()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def content_of(files: tuple[BetonInfo, BetonInfo]) -> dict[str, str]:

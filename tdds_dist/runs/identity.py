@@ -32,7 +32,7 @@ KINDS: dict[str, str | dict[str, str]] = {
         "seed": SEED,
     },
     # the files by name; their content is compared
-    "data": {"train": PLACE, "val": PLACE, "num_workers": PLACE},
+    "data": {"train": PLACE, "val": PLACE, "cache": PLACE, "num_workers": PLACE},
     "train": {
         "accumulation": MAY_CHANGE,
         "log_every": PLACE,

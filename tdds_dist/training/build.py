@@ -7,6 +7,8 @@ mixing.
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torchvision.transforms import v2
 
 from tdds_dist.config.run import Config
 from tdds_dist.console import log
-from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_split
+from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_split, local_copy
 from tdds_dist.data.check import quick_check
 from tdds_dist.data.loader import View, check_view
 from tdds_dist.data.manifest import Manifest, check_classes, num_shared, read_manifest
@@ -134,6 +136,9 @@ def open_files(
             quick_check(info, manifest)
         _warn_of_splits(config, files[0].label_N, names[0], *manifests)
     found = dataset_fingerprint(files[0], config.data.num_classes, names[0])
+    if config.data.cache:
+        folder = Path(config.data.cache)
+        files = [replace(info, path=local_copy(info.path, folder)) for info in files]
     return files[0], files[1], found
 
 

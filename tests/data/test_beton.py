@@ -5,12 +5,15 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,7 @@ from tdds_dist.data.beton import (
     dataset_fingerprint,
     evenly_spaced,
     inspect_beton,
+    local_copy,
     read_images,
     stored_bytes,
 )
@@ -950,3 +954,67 @@ def test_stored_bytes_of_a_file_that_shrank_is_an_input_error(copy):
     copy.unlink()
     with pytest.raises(InputError, match="cannot be read"):
         list(stored_bytes(info, [last]))
+
+
+# --- a copy on the node's own disk ---
+
+
+@pytest.fixture
+def pieces(tmp_path, monkeypatch):
+    """A file of four pieces, a folder for its copy, and the pieces that are written, as they are."""
+    monkeypatch.setattr(beton, "_PIECE_BYTES", 100)
+    written, write = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (write(file), written.append(file)))
+    source = tmp_path / "a.beton"
+    source.write_bytes(np.random.default_rng(0).bytes(350))
+    return source, tmp_path / "node" / "cache", written
+
+
+def test_a_copy_is_made_once_and_again_when_the_file_changes(pieces):
+    source, folder, written = pieces
+    with ThreadPoolExecutor(4) as pool:
+        copies = set(pool.map(lambda _: local_copy(source, folder), range(4)))
+    assert len(copies) == 1
+    assert len(written) == 4
+    (copy,) = copies
+    assert copy.read_bytes() == source.read_bytes()
+    os.utime(source, ns=(1, 1))
+    assert local_copy(source, folder) != copy
+    assert len(written) == 8
+    assert {path.suffix for path in folder.iterdir()} == {".beton", ".lock"}
+
+
+@pytest.mark.parametrize(("damaged", "again"), [(None, 2), (150, 3), (0, 4)])
+def test_a_copy_goes_on_behind_what_is_whole(pieces, monkeypatch, damaged, again):
+    source, folder, written = pieces
+    pread = os.pread
+
+    def full(file, size, start):
+        if start == 200:
+            raise OSError(28, "No space left on device")
+        return pread(file, size, start)
+
+    monkeypatch.setattr(os, "pread", full)
+    with pytest.raises(OSError, match="No space"):
+        local_copy(source, folder)
+    monkeypatch.setattr(os, "pread", pread)
+    (partial,) = folder.glob("*.partial")
+    if damaged is not None:
+        content = bytearray(partial.read_bytes())
+        content[damaged] ^= 1
+        partial.write_bytes(content)
+    written.clear()
+    assert local_copy(source, folder).read_bytes() == source.read_bytes()
+    assert len(written) == again
+
+
+def test_a_disk_that_is_too_small_or_lies_is_refused(pieces, monkeypatch):
+    source, folder, written = pieces
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=349))
+        with pytest.raises(InputError, match=r"takes 350 B more, and .*cache has 349 B free"):
+            local_copy(source, folder)
+    assert written == []
+    monkeypatch.setattr(os, "pread", lambda file, size, start: b"\0" * size)
+    with pytest.raises(InputError, match="does not hold what was written"):
+        local_copy(source, folder)

@@ -335,6 +335,15 @@ def test_splits_of_two_datasets_are_named_as_that(tmp_path, config_file, betons)
         open_files(load_config(config_file, [f"data.val={val}"]))
 
 
+def test_training_reads_the_copies_on_the_nodes_disk(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
+    plain = load_config(config_file)
+    cached = load_config(config_file, ["data.cache=$NODE_DISK/betons"])
+    for there, here in zip(open_files(plain)[:2], open_files(cached)[:2], strict=True):
+        assert here.path.parent == tmp_path / "disk" / "betons"
+        assert here.path.read_bytes() == there.path.read_bytes()
+
+
 def test_a_class_may_be_in_one_split_only_and_no_message_leads_back(tmp_path, config_file, caplog):
     """Three classes in training, a fourth in evaluation; with and without manifests."""
     source = open_source("synthetic:40,4,16")
