@@ -21,6 +21,7 @@ import numpy as np
 
 from tdds_dist.distributed.orders import Blocks, shuffled
 
+_POSITIONS_AT_ONCE = 1 << 18  # of an epoch, whose ranks and owners are counted together
 PADDING = -1  # global index of a padding row; negative, since loops test `index >= 0`
 
 
@@ -194,5 +195,11 @@ class SplitSizes:
         return found
 
     def _of(self, first_step: int, end_step: int) -> tuple[list[int], list[int]]:
-        sends_SW, receives_SW = routing_counts(*self._arguments, first_step, end_step)
-        return sends_SW.sum(axis=0).tolist(), receives_SW.sum(axis=0).tolist()
+        """Count a few steps at a time: hundreds of many ranks would take gigabytes at once."""
+        at_once = max(1, _POSITIONS_AT_ONCE // self._arguments[0].global_batch_size)
+        sums_2W = np.zeros((2, self._arguments[2]), dtype=np.int64)
+        for step in range(first_step, end_step, at_once):
+            counts = routing_counts(*self._arguments, step, min(step + at_once, end_step))
+            sums_2W += [counts_SW.sum(axis=0) for counts_SW in counts]
+        sends, receives = sums_2W.tolist()
+        return sends, receives

@@ -365,8 +365,9 @@ def test_routing_counts(W, owners):
 
 
 @pytest.mark.parametrize("group", [1, 3, 100])
-def test_split_sizes_of_groups_are_sums_over_their_steps(group):
-    """Also when a group ends early, as before a checkpoint."""
+def test_split_sizes_of_groups_are_sums_over_their_steps(group, monkeypatch):
+    """Also when a group ends early, as before a checkpoint; three steps are counted at a time."""
+    monkeypatch.setattr("tdds_dist.distributed.partition._POSITIONS_AT_ONCE", 3 * 8)
     order = epoch_order(97, 8, seed=1)
     sends_SW, receives_SW = routing_counts(order, 1, 4, 97)
     sizes_of = SplitSizes(order, 1, 4, 97)
