@@ -13,9 +13,10 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -98,6 +99,7 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
         own = torch.device("cpu")
         places = _join("gloo", timedelta(seconds=timeout_seconds), place)
     world = replace(current_world(own), ranks_per_cpu=ranks_per_cpu(place, places))
+    hosts = [each["host"] for each in places]
     preempted = None
     try:
         yield world
@@ -111,7 +113,7 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
         raise
     except RuntimeError as error:
         if world.world_size > 1 and is_lost_peer(error):
-            raise LostRankError(_roll_call(world, error, timeout_seconds)) from error
+            raise LostRankError(_roll_call(world, error, timeout_seconds, hosts)) from error
         raise
     gc.collect()
     try:
@@ -119,7 +121,7 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
     # a rank that is through it may have left before this one hears of it
     except RuntimeError as error:
         if "closed by peer" not in str(error).lower():
-            raise
+            raise LostRankError(_roll_call(world, error, timeout_seconds, hosts)) from error
     dist.destroy_process_group()
     if preempted is not None:
         raise preempted
@@ -288,6 +290,20 @@ def _join(
                 " `torchrun --standalone`, which finds a free one"
             ) from error
         seconds = timeout.total_seconds()
+        if has_met:
+            everyone = _with_hosts(range(world_size), [each["host"] for each in places])
+            raise InputError(
+                f"the ranks {everyone} met at {where} and could not connect to each other within"
+                f" {seconds:.0f} s ({text}); unless one ended, set GLOO_SOCKET_IFNAME on each host"
+                " to the interface that leads to the others (`ip address`)"
+            ) from error
+        try:
+            socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)
+        except OSError as unknown:
+            raise InputError(
+                f"{where} does not resolve on {socket.gethostname()} ({unknown}); give a name or an"
+                " address that all hosts know"
+            ) from error
         raise InputError(
             f"{os.environ.get('WORLD_SIZE')} ranks could not meet at {where} within {seconds:.0f} s"
             f" ({text}); start all of them, on hosts that reach each other"
@@ -320,36 +336,61 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
-def _roll_call(world: World, error: RuntimeError, timeout_seconds: float) -> str:
+def _roll_call(world: World, error: RuntimeError, timeout_seconds: float, hosts: list[str]) -> str:
     """Name the ranks that do not answer: every rank whose collective failed says so in the store
-    and counts the others."""
+    and counts the others. `hosts` by rank."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the launcher ends us soon; first say why
     kind = "did not answer" if "time" in str(error).lower() else "ended"
     missing = {rank for rank in range(world.world_size) if rank != world.rank}
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"tdds/lost/{world.rank}", _position)
-        deadline = time.monotonic() + min(_ROLL_CALL_SECONDS, max(1.0, timeout_seconds))
-        while missing and time.monotonic() < deadline:
-            missing = {rank for rank in missing if not store.check([f"tdds/lost/{rank}"])}
-            time.sleep(0.1)
-        if world.is_main:
-            time.sleep(_HOST_STAYS_SECONDS)  # with plain env:// the store ends with this process
-    except (dist.DistError, RuntimeError):
-        missing = {0} & missing or missing  # with plain env:// it is rank 0 that hosts the store
+    seconds = min(_ROLL_CALL_SECONDS, max(1.0, timeout_seconds))
+    is_over = threading.Event()
+
+    def call() -> None:
+        with suppress(dist.DistError, RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"tdds/lost/{world.rank}", _position)
+            deadline = time.monotonic() + seconds
+            while missing and time.monotonic() < deadline:
+                missing.difference_update(
+                    [rank for rank in missing if store.check([f"tdds/lost/{rank}"])]
+                )
+                time.sleep(0.1)
+            is_over.set()
+
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(seconds + _HOST_STAYS_SECONDS)  # behind a cut cable the store never answers
+    lost = sorted(missing)
+    if not is_over.is_set() and 0 in missing:
+        lost = [0]  # with plain env:// it is rank 0 that hosts the store
+    if world.is_main:
+        time.sleep(_HOST_STAYS_SECONDS)  # with plain env:// the store ends with this process
     first_line = " ".join(str(error).split())[:200]
-    if not missing:
+    me = f"rank {_with_hosts([world.rank], hosts)}, {_position}"
+    if not lost:
+        everyone = _with_hosts(range(world.world_size), hosts)
+        network = f" and all still answer: is the network whole between the ranks {everyone}?"
         return (
-            f"rank {world.rank}, {_position}: ranks lost each other ({first_line}); run the same"
-            " command again to go on"
+            f"{me}: ranks lost each other{network if len({*hosts}) > 1 else ''} ({first_line});"
+            " run the same command again to go on"
         )
-    who = f"rank {min(missing)}"
-    if len(missing) > 1:  # a rank that is gone can delay others in noticing it
-        who = f"at least one of the ranks {', '.join(str(rank) for rank in sorted(missing))}"
+    who = f"rank {_with_hosts(lost, hosts)}"
+    if len(lost) > 1:  # a rank that is gone can delay others in noticing it
+        who = f"at least one of the ranks {_with_hosts(lost, hosts)}"
     waited = (
         f" within {timeout_seconds:g} s (run.timeout_seconds)" if kind == "did not answer" else ""
     )
     return (
-        f"rank {world.rank}, {_position}: {who} {kind}{waited} ({first_line}); see what that rank"
-        " said last, and run the same command again to go on"
+        f"{me}: {who} {kind}{waited} ({first_line}); see what that rank said last, and run the"
+        " same command again to go on"
     )
+
+
+def _with_hosts(ranks: Iterable[int], hosts: list[str]) -> str:
+    """Return these ranks as text, with their hosts where there are several."""
+    if len({*hosts}) == 1:
+        return ", ".join(map(str, ranks))
+    by_host: dict[str, list[str]] = {}
+    for rank in ranks:
+        by_host.setdefault(hosts[rank], []).append(str(rank))
+    return "; ".join(f"{', '.join(found)} on {host}" for host, found in by_host.items())

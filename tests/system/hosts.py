@@ -78,6 +78,14 @@ class Host:
     def run(self, *words: object) -> None:
         subprocess.run(self.command(*words), check=True, capture_output=True)
 
+    def add_dead_interface(self) -> str:
+        """Add the interface `eth1`, which leads nowhere; return its address."""
+        address = f"10.88.0.{self.number}"
+        self.run("ip", "tuntap", "add", "mode", "tun", "eth1")
+        self.run("ip", "address", "add", f"{address}/24", "dev", "eth1")
+        self.run("ip", "link", "set", "eth1", "up")
+        return address
+
     def know(self, names: dict[str, str]) -> None:
         """Make these the only names (with their addresses) that this host can resolve."""
         lines = [f"{address} {name}\n" for name, address in names.items()]
@@ -100,11 +108,12 @@ class Hosts:
             for name, value in properties.items():
                 setattr(cable, name, value)
 
-    def enters(self, **environment: str) -> jobs.Inject:
-        """Return an inject that puts rank r on host r + 1, each alone there, with this
-        environment."""
-        pids = [host.holder.pid for host in self.all]
-        return _Enters(pids, {"MASTER_ADDR": self[1].name} | environment)
+    def enters(self, *numbers: int, **environment: str) -> jobs.Inject:
+        """Return an inject that puts rank r on the host of the r-th number (by default one on each),
+        with this environment."""
+        numbers = numbers or tuple(host.number for host in self.all)
+        pids = [self[number].holder.pid for number in numbers]
+        return _Enters(pids, {"MASTER_ADDR": self[numbers[0]].name} | environment)
 
 
 @dataclass
@@ -113,9 +122,13 @@ class _Enters:
     environment: dict[str, str]
 
     def __call__(self, rank: int) -> None:
-        enter(self.pids[rank])
+        here = self.pids[rank]
+        enter(here)
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
-        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} | self.environment
+        os.environ |= {
+            "LOCAL_RANK": str(self.pids[:rank].count(here)),
+            "LOCAL_WORLD_SIZE": str(self.pids.count(here)),
+        } | self.environment
 
 
 def enter(pid: int, kinds: Sequence[str] = ("net", "uts", "mnt")) -> None:

@@ -1,16 +1,24 @@
 """Collections over several hosts, and what becomes of them when the network between the hosts, or
 one of them, fails (`hosts.py`)."""
 
+import itertools
 import os
+import re
+import signal
+import statistics
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests import jobs
+from tdds_dist.runs.directory import RunDir
+from tests import jobs, make
+from tests.jobs import at_call, at_step, nap
 from tests.system import hosts as network
-from tests.system.test_faults import Reference, assert_nothing_shows
+from tests.system.test_faults import LAUNCHED, WRITE, Reference, assert_nothing_shows, wait_for
 
 reason = network.why_not()
 pytestmark = [
@@ -62,6 +70,25 @@ def two(tmp_path):
         yield hosts
 
 
+@pytest.fixture
+def start(words, tmp_path):
+    """Start the command, always on the same run directory, with an inject for each rank."""
+    numbers = itertools.count()
+
+    def started(ranks, *injects, settings=()):
+        folder = tmp_path / f"start{next(numbers)}"
+        inject = jobs.all_of(*injects)
+        return jobs.Job([*words, f"run.dir={tmp_path}/run", *settings], ranks, folder, inject)
+
+    return started
+
+
+def ends(job, codes):
+    found = job.wait(120)
+    assert found == codes, job.text
+    return [output.read_text() for output in job.outputs]
+
+
 def torchrun(hosts, *words, options=()):
     """Start torchrun with a rank on each host."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[1].name}:29400"]
@@ -83,4 +110,143 @@ def test_torchrun_on_two_hosts(two, words, on_one_host, tmp_path):
     started = torchrun(two, "-m", "tdds_dist", *words, f"run.dir={tmp_path}/run")
     said = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
+    assert_nothing_shows(tmp_path / "run", on_one_host(2))
+
+
+# ---- hosts that are slow, or silent for a while
+
+
+def test_three_hosts_of_which_one_stands_still(tmp_path, start, on_one_host):
+    flag = tmp_path / "asleep"
+    with network.hosts(3, tmp_path) as hosts:
+        job = start(3, hosts.enters(), at_step(8, nap(flag, 60), [0]))
+        wait_for(flag)
+        job.kill(1, signal.SIGSTOP)
+        flag.unlink()
+        time.sleep(3)
+        assert len(job.steps()) <= 8
+        job.kill(1, signal.SIGCONT)
+        ends(job, [0, 0, 0])
+    assert_nothing_shows(tmp_path / "run", on_one_host(3))
+
+
+@pytest.mark.parametrize("inject", [at_step, at_call], ids=["epoch", "checkpoint"])
+def test_a_cable_is_cut_in_one_direction_for_5_s(two, tmp_path, start, on_one_host, inject):
+    flag = tmp_path / "asleep"
+    moment = (8,) if inject is at_step else (WRITE, 1)
+    job = start(2, two.enters(), inject(*moment, nap(flag, 60), [0]))
+    wait_for(flag)
+    two.cables[1, 2].is_cut = True
+    flag.unlink()
+    time.sleep(5)
+    assert max(job.steps()) <= 8
+    two.cables[1, 2].is_cut = False
+    ends(job, [0, 0])
+    assert_nothing_shows(tmp_path / "run", on_one_host(2))
+
+
+NETWORKS = {
+    "5 ms": {"delay_seconds": 0.005},
+    "50 ms": {"delay_seconds": 0.05},
+    "1 % lost": {"loss": 0.01},
+    "100 Mbit/s": {"bytes_per_second": 100e6 / 8},
+}
+
+
+def seconds_per_epoch(run):
+    """The median but for the first epoch, in which everything is loaded."""
+    return statistics.median(each["epoch_seconds"] for each in RunDir(run).read_metrics()[1:])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_slow_networks(two, tmp_path, words, start, on_one_host, name):
+    """What recording costs there is printed (`pytest -s`): the same epochs without it are those of
+    a retraining on all images."""
+    run, every = tmp_path / "run", tmp_path / "all.npz"
+    two.set(**NETWORKS[name])
+    ends(start(2, two.enters()), [0, 0])
+    assert_nothing_shows(run, on_one_host(2))
+    make.select(run, 0.0, score="random", out=every)
+    options = ["--coreset", every, "--strategy", "E", "--name", "all", f"run.dir={run}"]
+    job = jobs.Job(["retrain", *words[1:], *options], 2, tmp_path / "plain", two.enters())
+    ends(job, [0, 0])
+    recorded, plain = seconds_per_epoch(run), seconds_per_epoch(run / "retrain" / "all")
+    print(f"\n{name}: {recorded:.2f} s an epoch, {plain:.2f} s without recording")
+    assert recorded < 3 * plain
+
+
+# ---- hosts that are gone
+
+
+CUTS = {
+    "epoch": (partial(at_step, 8), [(1, 2)], 2),
+    "checkpoint": (partial(at_call, WRITE, 2), [(2, 1)], 2),
+    "both ways, of three": (partial(at_step, 8), [(1, 3), (3, 1), (2, 3), (3, 2)], 3),
+    "end": (partial(at_call, "tdds_dist.distributed.world:barrier", 1), [(1, 2), (2, 1)], 2),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_cable_is_cut_for_ever(tmp_path, start, on_one_host, name):
+    """Every rank ends within twice the time-out and says who is not heard, and where; the run goes
+    on without that host."""
+    inject, cut, ranks = CUTS[name]
+    flag = tmp_path / "asleep"
+    with network.hosts(ranks, tmp_path) as hosts:
+        hurt = inject(nap(flag, 60), [0])
+        job = start(ranks, hosts.enters(), hurt, settings=["run.timeout_seconds=5"])
+        wait_for(flag)
+        for pair in cut:
+            hosts.cables[pair].is_cut = True
+        since = time.monotonic()
+        flag.unlink()
+        said = ends(job, [1] * ranks)
+        assert time.monotonic() - since < 2 * 5 + 8  # and a busy machine
+        assert "Traceback" not in job.text
+        if name == "epoch":  # what host2 says still arrives
+            assert (
+                "all still answer: is the network whole between the ranks 0 on host1; 1" in said[0]
+            )
+        else:
+            assert f"rank {ranks - 1} on host{ranks} did not answer within 5 s" in said[0]
+        assert (
+            f"rank {ranks - 1} on host{ranks}, epoch {3 if name == 'end' else 2}, step" in said[-1]
+        )
+        assert "rank 0 on host1 did not answer within 5 s (run.timeout_seconds)" in said[-1]
+        text = "".join(ends(start(ranks, hosts.enters(*[2] * ranks)), [0] * ranks))
+    assert ("is finished already" if name == "end" else "resumes at epoch 2, step 5") in text
+    assert_nothing_shows(tmp_path / "run", on_one_host(ranks))
+
+
+def test_names_and_interfaces_that_lead_nowhere(two, tmp_path, start, on_one_host):
+    short = ["run.timeout_seconds=4"]
+    two[2].know({"host2": two[2].address})
+    said = ends(start(2, two.enters(), settings=short), [2, 2])
+    assert "2 ranks could not meet at MASTER_ADDR=host1" in said[0]
+    assert re.search(r"MASTER_ADDR=host1 MASTER_PORT=\d+ does not resolve on host2", said[1])
+    for host in two.all:  # names itself by an address that the other cannot reach
+        own = host.add_dead_interface()
+        host.know({each.name: own if each is host else each.address for each in two.all})
+    address = two[1].address
+    for text in ends(start(2, two.enters(MASTER_ADDR=address), settings=short), [2, 2]):
+        assert f"the ranks 0 on host1; 1 on host2 met at MASTER_ADDR={address}" in text
+        assert "GLOO_SOCKET_IFNAME on each host to the interface that leads to" in text
+    ends(start(2, two.enters(MASTER_ADDR=address, GLOO_SOCKET_IFNAME="eth0")), [0, 0])
+    assert_nothing_shows(tmp_path / "run", on_one_host(2))
+
+
+def test_torchrun_starts_lost_ranks_again_on_two_hosts(
+    two, tmp_path, words, on_one_host, monkeypatch
+):
+    """Its agents keep the store between restarts, and count them differently, unless told not to."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    program = tmp_path / "launched.py"
+    text = LAUNCHED.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path))
+    program.write_text(text.replace("jobs.all_of(jobs.quick, kill)", "kill"))
+    options = ["--max-restarts", "2"]
+    settings = [f"run.dir={tmp_path}/run", "run.timeout_seconds=30"]
+    started = torchrun(two, program, *words, *settings, options=options)
+    said = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "resumes at epoch 2, step 5" in "".join(said)
     assert_nothing_shows(tmp_path / "run", on_one_host(2))
