@@ -255,10 +255,15 @@ def average_buffers(model: nn.Module) -> None:
     replicas agree."""
     if not dist.is_initialized():
         return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= dist.get_world_size()
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])  # one exchange, not one for each
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    means = flat.split([buffer.numel() for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def barrier() -> None:
