@@ -146,6 +146,7 @@ def test_a_cable_is_cut_in_one_direction_for_5_s(two, tmp_path, start, on_one_ho
 
 
 NETWORKS = {
+    "whole": {},
     "5 ms": {"delay_seconds": 0.005},
     "50 ms": {"delay_seconds": 0.05},
     "1 % lost": {"loss": 0.01},
@@ -194,25 +195,25 @@ def test_a_cable_is_cut_for_ever(tmp_path, start, on_one_host, name):
     flag = tmp_path / "asleep"
     with network.hosts(ranks, tmp_path) as hosts:
         hurt = inject(nap(flag, 60), [0])
-        job = start(ranks, hosts.enters(), hurt, settings=["run.timeout_seconds=5"])
+        job = start(ranks, hosts.enters(), hurt, settings=["run.timeout_seconds=8"])
         wait_for(flag)
         for pair in cut:
             hosts.cables[pair].is_cut = True
         since = time.monotonic()
         flag.unlink()
         said = ends(job, [1] * ranks)
-        assert time.monotonic() - since < 2 * 5 + 8  # and a busy machine
+        assert time.monotonic() - since < 2 * 8 + 20  # and a busy machine
         assert "Traceback" not in job.text
         if name == "epoch":  # what host2 says still arrives
             assert (
                 "all still answer: is the network whole between the ranks 0 on host1; 1" in said[0]
             )
         else:
-            assert f"rank {ranks - 1} on host{ranks} did not answer within 5 s" in said[0]
+            assert f"rank {ranks - 1} on host{ranks} did not answer within 8 s" in said[0]
         assert (
             f"rank {ranks - 1} on host{ranks}, epoch {3 if name == 'end' else 2}, step" in said[-1]
         )
-        assert "rank 0 on host1 did not answer within 5 s (run.timeout_seconds)" in said[-1]
+        assert "rank 0 on host1 did not answer within 8 s (run.timeout_seconds)" in said[-1]
         text = "".join(ends(start(ranks, hosts.enters(*[2] * ranks)), [0] * ranks))
     assert ("is finished already" if name == "end" else "resumes at epoch 2, step 5") in text
     assert_nothing_shows(tmp_path / "run", on_one_host(ranks))
