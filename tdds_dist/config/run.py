@@ -131,7 +131,8 @@ class Data(Section):
         description=(
             "Order of training images: random, or blocks: contiguous blocks of about 16 MB in"
             " random order, shuffled within pools of them that are read ahead, for files larger"
-            " than memory. Each image once per epoch in either."
+            " than memory; pools hold an eighth of the file, at most 8.6 GB in all. Each image once"
+            " per epoch in either."
         ),
     )
     num_workers: int = Field(

@@ -16,7 +16,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -393,8 +393,8 @@ def _check_images(path: Path, image_N: np.ndarray, size_N: np.ndarray) -> None:
 # --- a copy on the node's own disk ---
 
 
-def local_copy(path: Path, folder: Path) -> Path:
-    """Return the copy of a file in a folder of this node, made where it is not there yet.
+def local_copy(info: BetonInfo, folder: Path) -> BetonInfo:
+    """Return the file as a copy in a folder of this node, made where it is not there yet.
 
     Every process of the node may call it at once: one copies, the others wait for it. A copy that
     was stopped goes on behind the last piece whose SHA-256 still fits, and every piece is read back
@@ -402,18 +402,30 @@ def local_copy(path: Path, folder: Path) -> Path:
     since has another name.
 
     Raises:
-        InputError: too little space.
+        InputError: the folder cannot be written, has too little space, or the file changed
+        meanwhile.
     """
-    about = path.stat()
-    copy = folder / f"{path.stem}-{about.st_size}-{about.st_mtime_ns}{path.suffix}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(f"{copy}.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not copy.exists():
-            partial = Path(f"{copy}.partial")
-            _copy_pieces(path, partial, Path(f"{copy}.sums"))
-            os.replace(partial, copy)
-    return copy
+    path, about = info.path, info.path.stat()
+    name = f"{path.stem}-{content_sha256(info)[:16]}-{about.st_mtime_ns}{path.suffix}"
+    copy = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{copy}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not copy.exists() or copy.stat().st_size != about.st_size:
+                partial, sums = Path(f"{copy}.partial"), Path(f"{copy}.sums")
+                _copy_pieces(path, partial, sums)
+                now = path.stat()
+                if (now.st_size, now.st_mtime_ns) != (about.st_size, about.st_mtime_ns):
+                    raise InputError(f"{path} changed while it was copied; start the run again")
+                os.replace(partial, copy)
+                sums.unlink()
+    except OSError as error:
+        raise InputError(
+            f"data.cache={folder}: {error}; give a folder on the node's own disk that you may write"
+            " and that has room, or leave data.cache out"
+        ) from error
+    return replace(info, path=copy)
 
 
 def _copy_pieces(path: Path, partial: Path, sums: Path) -> None:
@@ -452,9 +464,6 @@ def _copy_pieces(path: Path, partial: Path, sums: Path) -> None:
                 noted.flush()
                 done += len(piece)
                 progress.advance(len(piece))
-        if done != size:
-            raise InputError(f"{path} became shorter while it was copied; start the run again")
-    sums.unlink()
 
 
 def _sha256(data: bytes) -> str:

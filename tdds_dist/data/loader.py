@@ -23,7 +23,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -55,7 +55,7 @@ from tdds_dist.errors import InputError
 
 BATCHES_AHEAD = 3  # decoded before they are asked for
 BLOCK_BYTES = 16 << 20  # of an order in blocks
-_MOST_BLOCK_ROWS = 1 << 13  # bounds the memory of orders.Blocks to 40 MB
+_MOST_BLOCK_ROWS = 1 << 12  # bounds the tables of orders.Blocks to 17 MB each
 _GAP_BYTES = 1 << 16  # between images; what is read along rather than left out
 _READ_BYTES = 1 << 22
 THREAD_NAME = "decoding"  # of a pass, before the number of its epoch
@@ -254,7 +254,7 @@ class BetonLoader(ffcv.Loader):
     ) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """Yield of each step the samples to read, and their global indices; int64 [B] both."""
         pages = None
-        if order.pool_at(first_step) is not None:
+        if order.pools_at(first_step) is not None:
             pages = _ReadAhead(self._info, self.memory_manager.context, order, rank, world_size)
         with pages or nullcontext():
             for step in range(first_step, order.num_steps):
@@ -320,8 +320,8 @@ class _ReadAhead:
     ):
         self._info, self._context = info, context
         self._order, self._ranks = order, (rank, world_size)
-        self._pool: int | None = None
         self._ranges: dict[int, list[tuple[int, int]]] = {}  # of pools that are held: first, end
+        self._reads: list[Future[None]] = []
         self._gives_back = info.num_bytes > available_bytes() / 2
         self._is_over = False
 
@@ -337,20 +337,21 @@ class _ReadAhead:
 
     def begin(self, step: int) -> None:
         """Say that the rows of a step are needed now."""
-        pool = self._order.pool_at(step)
-        if pool is None or pool == self._pool:
-            return
-        before, self._pool = self._pool, pool
-        for number in (pool, pool + 1):
+        pools = self._order.pools_at(step)
+        assert pools is not None
+        for number in pools:
             if number not in self._ranges:
                 self._ranges[number] = self._find(number)
-                self._thread.submit(self._read, self._ranges[number])
-        held = self._ranges.pop(before) if before is not None else []
-        if self._gives_back:
-            for first, end in held:
-                start = first - first % mmap.PAGESIZE
-                self._context.mmap._mmap.madvise(mmap.MADV_DONTNEED, start, end - start)
-                os.posix_fadvise(self._file, first, end - first, os.POSIX_FADV_DONTNEED)
+                self._reads.append(self._thread.submit(self._read, self._ranges[number]))
+        for number in [number for number in self._ranges if number < pools.start]:
+            held = self._ranges.pop(number)
+            if self._gives_back:
+                for first, end in held:
+                    start = first - first % mmap.PAGESIZE
+                    self._context.mmap._mmap.madvise(mmap.MADV_DONTNEED, start, end - start)
+                    os.posix_fadvise(self._file, first, end - first, os.POSIX_FADV_DONTNEED)
+        while self._reads and self._reads[0].done():
+            self._reads.pop(0).result()  # raises what the read did
 
     def _find(self, pool: int) -> list[tuple[int, int]]:
         """Return the bytes of a pool as few ranges, in the order of the file."""

@@ -5,11 +5,11 @@ a bijection gives the sample at each position by itself, and nothing is kept. `B
 within pools of contiguous blocks, for files that do not fit into memory.
 """
 
-# G rows of a step over all ranks, L lanes, N samples, P positions, R rounds
+# C cells, L lanes, N samples, P positions, R rounds or rows
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ LARGEST_PERMUTATION = 1 << 24  # samples whose order is kept whole, 4 bytes each
 _ROUNDS = 6
 _MOST_LANES = 64
 _BLOCKS_OF_POOL = 4
+_TABLES = 3  # that are kept: of the rows of a rank, of those of all, and across two pools
 _PART_OF_FILE = 8  # pools in use, and as many that are read ahead, are at most this part of it
 
 
@@ -55,19 +56,17 @@ class _Bijection:
 
     def __init__(self, num_samples: int, key: list[int]):
         bits = max(2, (num_samples - 1).bit_length())
-        self._word = np.dtype(
-            np.uint32 if bits <= 32 else np.uint64
-        )  # arithmetic modulo 2^32 wraps
-        self._end, self._half, self._mask = (
-            self._word.type(number) for number in (num_samples, (bits + 1) // 2, (1 << bits) - 1)
-        )
+        # arithmetic modulo 2^32 wraps
+        self._word = np.dtype(np.uint32 if bits <= 32 else np.uint64)
+        self._last = self._word.type(num_samples - 1)
+        self._half, self._mask = self._word.type((bits + 1) // 2), self._word.type((1 << bits) - 1)
         key_R2 = np.random.default_rng(key).integers(0, 1 << 63, (_ROUNDS, 2)).astype(self._word)
         self._key_R2 = key_R2 | np.array([0, 1], dtype=self._word)
 
     def __call__(self, position_P: np.ndarray) -> np.ndarray:
         index_P = position_P.astype(self._word)
         self._rounds(index_P)
-        while len(beyond := np.flatnonzero(index_P >= self._end)):
+        while len(beyond := np.flatnonzero(index_P > self._last)):
             again = index_P[beyond]
             self._rounds(again)
             index_P[beyond] = again
@@ -86,77 +85,71 @@ class _Bijection:
 class Blocks:
     """A random order that reads a file block by block.
 
-    Blocks of `block_rows` consecutive samples are put into a random order and dealt to lanes. A
-    lane takes its blocks in pools, and shuffles the rows of a pool. Row g of every step comes from
-    lane g mod L, so on W ranks, where W divides L, each rank reads whole blocks of its own. The
-    order itself does not depend on W. The more blocks, the more lanes (at most 64, a divisor of G)
-    and blocks in a pool (at most 4).
+    Blocks of `block_rows` consecutive samples are put into a random order and dealt to L lanes. A
+    lane takes its blocks in pools, and shuffles the rows of a pool. Position p of the epoch comes
+    from lane p mod L, so on W ranks, where W divides L, each rank reads whole blocks of its own.
+    The order depends neither on W nor on the batch. The more blocks, the more lanes (a power of
+    two, at most 64) and blocks in a pool (at most 4).
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, key: list[int], block_rows: int):
+    def __init__(self, num_samples: int, key: list[int], block_rows: int):
         self._num_samples, self._rows, self._key = num_samples, block_rows, key
         num_blocks = -(-num_samples // block_rows)
-        self._block_of = np.random.default_rng(key).permutation(num_blocks)
+        self._block_of = np.arange(num_blocks, dtype=np.int32)
+        np.random.default_rng(key).shuffle(self._block_of)
         self._short_at = int(np.flatnonzero(self._block_of == num_blocks - 1)[0])
-        # blocks of all pools
-        most = num_blocks // (2 * _PART_OF_FILE)
-        most_lanes = max(1, min(_MOST_LANES, most // _BLOCKS_OF_POOL))
-        self.num_lanes = max(n for n in range(1, most_lanes + 1) if global_batch_size % n == 0)
-        self._global_batch_size = global_batch_size
-        self._rows_per_step = global_batch_size // self.num_lanes  # of a lane
-        # a step takes rows of two pools at most
-        of_pool = max(min(_BLOCKS_OF_POOL, most), -(-self._rows_per_step // block_rows))
-        self._pool_rows = block_rows * of_pool
-        steps, rest = divmod(num_samples, global_batch_size)
-        length_L = [
-            steps * self._rows_per_step + len(range(lane, rest, self.num_lanes))
-            for lane in range(self.num_lanes)
-        ]
+        most = max(1, num_blocks // (2 * _PART_OF_FILE))  # blocks of the pools in use
+        self._pool_rows = block_rows * min(_BLOCKS_OF_POOL, most)
+        self.num_lanes = 1 << min(_MOST_LANES, max(1, most // _BLOCKS_OF_POOL)).bit_length() - 1
+        length_L = [len(range(lane, num_samples, self.num_lanes)) for lane in range(self.num_lanes)]
         self._start_L = np.concatenate([[0], np.cumsum(length_L)])
-        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        # by cells (pool and lane): the indices of their rows, and where each begins
+        self._tables: OrderedDict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, position_P: np.ndarray) -> np.ndarray:
-        step_P, row_P = np.divmod(position_P, self._global_batch_size)
-        lane_P = row_P % self.num_lanes
-        pool_P, within_P = np.divmod(
-            step_P * self._rows_per_step + row_P // self.num_lanes, self._pool_rows
-        )
-        place_P = np.empty_like(position_P)
-        many = int(pool_P.max(initial=0)) + 1
-        for cell in np.unique(lane_P * many + pool_P):
-            lane, pool = divmod(int(cell), many)
-            is_here_P = (lane_P == lane) & (pool_P == pool)
-            first, order = self._pool(lane, pool)
-            place_P[is_here_P] = first + order[within_P[is_here_P]]
-        return self._index_at(place_P)
+        if len(position_P) == 0:
+            return position_P
+        lane_P = position_P & (self.num_lanes - 1)
+        pool_P, within_P = np.divmod(position_P >> self.num_lanes.bit_length() - 1, self._pool_rows)
+        cell_P = pool_P * self.num_lanes + lane_P
+        lowest = int(cell_P.min())
+        cells = np.flatnonzero(np.bincount(cell_P - lowest)) + lowest
+        index_R, first_row_C = self._table(tuple(cells.tolist()))
+        return index_R[first_row_C[cell_P - lowest] + within_P]
 
-    def pool_at(self, step: int) -> int:
-        """Return which of its pools each lane takes its first row of a step from."""
-        return step * self._rows_per_step // self._pool_rows
+    def pool_at(self, position: int) -> int:
+        """Return the lowest pool that positions from `position` on come from."""
+        return position // self.num_lanes // self._pool_rows
 
-    def indices(self, rank: int, world_size: int, pool: int) -> np.ndarray:
-        """Return the indices of that pool of every lane that the rows of a rank come from, int64;
-        lanes that have ended have none."""
-        row_B = np.arange(rank, self._global_batch_size, world_size)
-        places = []
-        for lane in np.unique(row_B % self.num_lanes):
-            first = self._start_L[lane] + pool * self._pool_rows
-            places.append(np.arange(first, min(first + self._pool_rows, self._start_L[lane + 1])))
-        return self._index_at(np.concatenate(places))
+    def indices(self, lanes: Iterable[int], pool: int) -> np.ndarray:
+        """Return the indices of that pool of each lane, int64; lanes that have ended have none."""
+        return self._index_at(np.concatenate([self._places(lane, pool) for lane in lanes]))
 
-    def _pool(self, lane: int, pool: int) -> tuple[int, np.ndarray]:
-        """Return where a pool begins in the sequence of blocks, and the order of its rows."""
+    def _places(self, lane: int, pool: int) -> np.ndarray:
+        """Return the places of a pool in the sequence of blocks, in the order of the file."""
         first = int(self._start_L[lane]) + pool * self._pool_rows
+        return np.arange(first, min(first + self._pool_rows, int(self._start_L[lane + 1])))
+
+    def _table(self, cells: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shuffled indices of the pools of these cells one after the other, and where
+        each begins, by cell counted from the lowest."""
         with self._lock:
-            if (order := self._orders.get((lane, pool))) is None:
-                size = min(self._pool_rows, int(self._start_L[lane + 1]) - first)
-                order = np.arange(size, dtype=np.int32)
-                np.random.default_rng([*self._key, lane, pool]).shuffle(order)
-                self._orders[lane, pool] = order
-                if len(self._orders) > 2 * self.num_lanes:
-                    self._orders.popitem(last=False)
-        return first, order
+            if (found := self._tables.get(cells)) is None:
+                pools = []
+                for cell in cells:
+                    pool, lane = divmod(cell, self.num_lanes)
+                    places = self._places(lane, pool)
+                    np.random.default_rng([*self._key, lane, pool]).shuffle(places)
+                    pools.append(places)
+                first_row_C = np.zeros(cells[-1] - cells[0] + 1, dtype=np.int64)
+                sizes = [len(places) for places in pools]
+                first_row_C[np.array(cells) - cells[0]] = np.cumsum([0, *sizes[:-1]])
+                found = self._index_at(np.concatenate(pools)), first_row_C
+                self._tables[cells] = found
+                if len(self._tables) > _TABLES:
+                    self._tables.popitem(last=False)
+        return found
 
     def _index_at(self, place_P: np.ndarray) -> np.ndarray:
         """Return the indices at places of the sequence of blocks, of which the last of the file may
@@ -164,4 +157,4 @@ class Blocks:
         missing = len(self._block_of) * self._rows - self._num_samples
         is_after_P = place_P >= (self._short_at + 1) * self._rows - missing
         block_P, row_P = np.divmod(place_P + missing * is_after_P, self._rows)
-        return self._block_of[block_P] * self._rows + row_P
+        return self._block_of[block_P].astype(np.int64) * self._rows + row_P

@@ -13,6 +13,7 @@ Any steps can be asked for without those before: `orders` gives the sample at ea
 # G global batch, B rows per rank and step (G = W B), W world size, S steps, N samples, M rows per
 # shard (ceil(N / W))
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,15 +61,22 @@ class EpochOrder:
             return sample_SB, sample_SB
         return sample_SB, np.where(position_SB < self.num_samples, sample_SB, PADDING)
 
-    def pool_at(self, step: int) -> int | None:
-        """Return the number of the pools that the first rows of a step come from; None when the
-        order has no pools."""
-        return self.place_at.pool_at(step) if isinstance(self.place_at, Blocks) else None
+    def pools_at(self, step: int) -> range | None:
+        """Return the numbers of the pools that the rows of a step come from, and the next; None
+        when the order has no pools."""
+        if not isinstance(self.place_at, Blocks):
+            return None
+        first, last = (
+            self.place_at.pool_at(number * self.global_batch_size) for number in (step, step + 1)
+        )
+        return range(first, last + 2)
 
     def pool(self, rank: int, world_size: int, number: int) -> np.ndarray:
         """Return the samples of the pools of that number that a rank takes rows from, int64."""
         assert isinstance(self.place_at, Blocks)
-        return self._of_subset(self.place_at.indices(rank, world_size, number))
+        apart = math.gcd(world_size, self.place_at.num_lanes)
+        lanes = range(rank % apart, self.place_at.num_lanes, apart)
+        return self._of_subset(self.place_at.indices(lanes, number))
 
     def _of_subset(self, place_P: np.ndarray) -> np.ndarray:
         return place_P if self.subset is None else self.subset[place_P]
@@ -102,7 +110,7 @@ def epoch_order(
     assert subset is None or len(subset) == num_samples, (num_samples, len(subset))
     place_at: Callable[[np.ndarray], np.ndarray] = np.asarray
     if shuffle and block_rows is not None:
-        place_at = Blocks(num_samples, global_batch_size, [seed, epoch], block_rows)
+        place_at = Blocks(num_samples, [seed, epoch], block_rows)
     elif shuffle:
         place_at = shuffled(num_samples, [seed, epoch])
     return EpochOrder(num_samples, global_batch_size, place_at, subset)
@@ -189,10 +197,14 @@ class SplitSizes:
             found = ahead[1].result()
         else:
             found = self._of(first_step, end_step)
-        if end_step < (next_end := min(next_end, self.num_steps)):
-            steps = end_step, next_end
-            self._next = steps, self._thread.submit(self._of, *steps)
+        self.begin(end_step, next_end)
         return found
+
+    def begin(self, first_step: int, end_step: int) -> None:
+        """Begin with steps [first_step, end_step), as far as there are such."""
+        if first_step < (end_step := min(end_step, self.num_steps)):
+            steps = first_step, end_step
+            self._next = steps, self._thread.submit(self._of, *steps)
 
     def _of(self, first_step: int, end_step: int) -> tuple[list[int], list[int]]:
         """Count a few steps at a time: hundreds of many ranks would take gigabytes at once."""

@@ -191,6 +191,8 @@ class ShardedScorer:
         self._split_sizes = SplitSizes(order, rank, world_size, self.num_samples)
         self._num_steps, self._rows = order.num_steps, self._split_sizes.num_rows
         self._group = self._route_every or steps_together(world_size, self._rows, self.num_classes)
+        if world_size > 1:
+            self._split_sizes.begin(first_step, first_step + self._group)
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch: any rank, any order, each sample once per epoch.

@@ -6,8 +6,8 @@ mixing.
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_split, 
 from tdds_dist.data.check import quick_check
 from tdds_dist.data.loader import View, check_view
 from tdds_dist.data.manifest import Manifest, check_classes, num_shared, read_manifest
+from tdds_dist.distributed.collectives import gather_objects, together
+from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint
 from tdds_dist.training.schedule import training_sizes
@@ -80,6 +82,7 @@ def preflight(
 
 # Of the operations for which torch.use_deterministic_algorithms raises on CUDA, the only one that
 # torchvision's classifiers use (AlexNet, VGG). Pooling to one pixel is a mean, another operation.
+_COPY_POLL_SECONDS = 1.0
 _WITHOUT_DETERMINISTIC_GRADIENT = "aten::_adaptive_avg_pool2d"
 
 
@@ -136,10 +139,26 @@ def open_files(
             quick_check(info, manifest)
         _warn_of_splits(config, files[0].label_N, names[0], *manifests)
     found = dataset_fingerprint(files[0], config.data.num_classes, names[0])
-    if config.data.cache:
-        folder = Path(config.data.cache)
-        files = [replace(info, path=local_copy(info.path, folder)) for info in files]
     return files[0], files[1], found
+
+
+def on_this_node(config: Config, files: Sequence[BetonInfo], world: World) -> list[BetonInfo]:
+    """Return the files, or where the config has `data.cache` their copies on this node's disk. A
+    collective.
+
+    Raises:
+        InputError: as `local_copy`; on every rank.
+    """
+    if not config.data.cache:
+        return [*files]
+    folder = Path(config.data.cache)
+    with ThreadPoolExecutor(1) as thread:
+        copies = [thread.submit(local_copy, info, folder) for info in files]
+        # nodes may take longer than each other by more than the time-out of a collective
+        while not all(gather_objects(all(copy.done() for copy in copies), world)):
+            wait(copies, timeout=_COPY_POLL_SECONDS)
+    with together(world):
+        return [copy.result() for copy in copies]
 
 
 def _warn_of_splits(

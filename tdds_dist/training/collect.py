@@ -22,7 +22,7 @@ from tdds_dist.scoring import quarantine
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.trajectory import whole_epochs
 from tdds_dist.text import size_text
-from tdds_dist.training.build import open_files, preflight
+from tdds_dist.training.build import on_this_node, open_files, preflight
 from tdds_dist.training.engine import fit
 from tdds_dist.training.final_pass import score_weights
 from tdds_dist.training.job import Job
@@ -78,6 +78,7 @@ def collect(
     with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
         if start.result is not None:
             return [run.scores / name for name in start.result["scores"]]
+        train_file, val_file = on_this_node(config, (train_file, val_file), world)
         job = Job(
             config,
             world,

@@ -37,6 +37,7 @@ from tdds_dist.training.build import (
     build_model,
     build_views,
     classifier_layer,
+    on_this_node,
     open_files,
 )
 
@@ -60,6 +61,7 @@ def final_pass(directory: Path, world: World) -> list[Path]:
                 found, any_scores(run.path).fingerprint, f"data.train={train_file.path}"
             )
         result = {"epochs": len(run.read_metrics())} | (run.read_result() or {})
+    (train_file,) = on_this_node(config, [train_file], world)
     return score_weights(config, world, run, train_file, found, result)
 
 

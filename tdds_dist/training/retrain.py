@@ -17,7 +17,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Coreset, load_coreset, require_same_dataset
 from tdds_dist.runs.directory import RunDir, retrain_name
 from tdds_dist.runs.entry import entered
-from tdds_dist.training.build import open_files, preflight
+from tdds_dist.training.build import on_this_node, open_files, preflight
 from tdds_dist.training.engine import fit
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
@@ -70,6 +70,7 @@ def retrain(
     with entered(run, resolved, setting | data, world, fresh=fresh, force=force) as start:
         if start.result is not None:
             return run
+        train_file, val_file = on_this_node(config, (train_file, val_file), world)
         importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
         importance_N[coreset.index_M] = coreset.importance_M
         if world.is_main:

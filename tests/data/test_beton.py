@@ -961,60 +961,76 @@ def test_stored_bytes_of_a_file_that_shrank_is_an_input_error(copy):
 
 @pytest.fixture
 def pieces(tmp_path, monkeypatch):
-    """A file of four pieces, a folder for its copy, and the pieces that are written, as they are."""
-    monkeypatch.setattr(beton, "_PIECE_BYTES", 100)
+    """A file of five pieces, a folder for its copy, and the pieces that are written, as they are."""
+    source = tmp_path / "a.beton"
+    write_beton(open_source("synthetic:6,2,8", "train", None), source, progress=False)
+    info = inspect_beton(source)
+    monkeypatch.setattr(beton, "_PIECE_BYTES", -(-info.num_bytes // 5))
     written, write = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (write(file), written.append(file)))
-    source = tmp_path / "a.beton"
-    source.write_bytes(np.random.default_rng(0).bytes(350))
-    return source, tmp_path / "node" / "cache", written
+    return info, tmp_path / "node" / "cache", written
 
 
 def test_a_copy_is_made_once_and_again_when_the_file_changes(pieces):
-    source, folder, written = pieces
+    info, folder, written = pieces
     with ThreadPoolExecutor(4) as pool:
-        copies = set(pool.map(lambda _: local_copy(source, folder), range(4)))
+        copies = {each.path for each in pool.map(lambda _: local_copy(info, folder), range(4))}
     assert len(copies) == 1
-    assert len(written) == 4
+    assert len(written) == 5
     (copy,) = copies
-    assert copy.read_bytes() == source.read_bytes()
-    os.utime(source, ns=(1, 1))
-    assert local_copy(source, folder) != copy
-    assert len(written) == 8
+    assert copy.read_bytes() == info.path.read_bytes()
+    os.utime(info.path, ns=(1, 1))
+    assert local_copy(info, folder).path != copy
+    assert len(written) == 10
     assert {path.suffix for path in folder.iterdir()} == {".beton", ".lock"}
+    copy.write_bytes(b"short")
+    os.utime(info.path, ns=(1, int(copy.stem.split("-")[-1])))
+    assert local_copy(info, folder).path.read_bytes() == info.path.read_bytes()
 
 
-@pytest.mark.parametrize(("damaged", "again"), [(None, 2), (150, 3), (0, 4)])
+@pytest.mark.parametrize(("damaged", "again"), [(None, 3), (1, 4), (0, 5)])
 def test_a_copy_goes_on_behind_what_is_whole(pieces, monkeypatch, damaged, again):
-    source, folder, written = pieces
+    """`damaged` is the piece in which a bit flips after the disk was full."""
+    info, folder, written = pieces
     pread = os.pread
 
     def full(file, size, start):
-        if start == 200:
+        if start == 2 * beton._PIECE_BYTES:
             raise OSError(28, "No space left on device")
         return pread(file, size, start)
 
     monkeypatch.setattr(os, "pread", full)
-    with pytest.raises(OSError, match="No space"):
-        local_copy(source, folder)
+    with pytest.raises(InputError, match=r"data\.cache=.*No space left on device; give a folder"):
+        local_copy(info, folder)
     monkeypatch.setattr(os, "pread", pread)
     (partial,) = folder.glob("*.partial")
     if damaged is not None:
         content = bytearray(partial.read_bytes())
-        content[damaged] ^= 1
+        content[damaged * beton._PIECE_BYTES + 1] ^= 1
         partial.write_bytes(content)
     written.clear()
-    assert local_copy(source, folder).read_bytes() == source.read_bytes()
+    assert local_copy(info, folder).path.read_bytes() == info.path.read_bytes()
     assert len(written) == again
 
 
-def test_a_disk_that_is_too_small_or_lies_is_refused(pieces, monkeypatch):
-    source, folder, written = pieces
+def test_a_disk_that_is_too_small_or_lies_and_a_file_that_changes_are_refused(pieces, monkeypatch):
+    info, folder, written = pieces
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=349))
-        with pytest.raises(InputError, match=r"takes 350 B more, and .*cache has 349 B free"):
-            local_copy(source, folder)
+        with pytest.raises(InputError, match=r"takes .*B more, and .*cache has 349 B free"):
+            local_copy(info, folder)
     assert written == []
-    monkeypatch.setattr(os, "pread", lambda file, size, start: b"\0" * size)
-    with pytest.raises(InputError, match="does not hold what was written"):
-        local_copy(source, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", lambda file, size, start: b"\0" * size)
+        with pytest.raises(InputError, match="does not hold what was written"):
+            local_copy(info, folder)
+    copy_pieces = beton._copy_pieces
+
+    def while_it_changes(path, *names):
+        copy_pieces(path, *names)
+        path.touch()
+
+    monkeypatch.setattr(beton, "_copy_pieces", while_it_changes)
+    with pytest.raises(InputError, match="changed while it was copied"):
+        local_copy(info, folder)
+    assert not list(folder.glob("*.beton"))

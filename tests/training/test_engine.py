@@ -24,7 +24,7 @@ from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training import engine
-from tdds_dist.training.build import build_model, open_files
+from tdds_dist.training.build import build_model, on_this_node, open_files
 from tdds_dist.training.collect import collect, observed
 from tdds_dist.training.engine import fit
 from tdds_dist.training.job import Job
@@ -339,7 +339,10 @@ def test_training_reads_the_copies_on_the_nodes_disk(config_file, tmp_path, monk
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
     plain = load_config(config_file)
     cached = load_config(config_file, ["data.cache=$NODE_DISK/betons"])
-    for there, here in zip(open_files(plain)[:2], open_files(cached)[:2], strict=True):
+    files = open_files(plain)[:2]
+    world = distributed.current_world("cpu")
+    assert on_this_node(plain, files, world) == [*files]
+    for there, here in zip(files, on_this_node(cached, files, world), strict=True):
         assert here.path.parent == tmp_path / "disk" / "betons"
         assert here.path.read_bytes() == there.path.read_bytes()
 
