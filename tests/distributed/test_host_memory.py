@@ -123,6 +123,7 @@ def test_every_other_thread_is_named_here():
     assert plain <= {
         "tdds_dist/distributed/host_memory.py",
         "tdds_dist/experiments/findings.py",  # chooses it itself, once there is one
+        "tdds_dist/distributed/world.py",  # asks the store
         "tdds_dist/runs/lock.py",  # the sign of life
         "tdds_dist/training/trackers.py",  # is given numbers, never a tensor
     }
