@@ -41,7 +41,8 @@ def test_ranks_that_leave_first_are_no_failure_of_the_last(monkeypatch, said, ou
         with outcome, session("cpu"):
             pass
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a process that lost a rank blocks them
+        # a process that lost a rank blocks them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if dist.is_initialized():
             dist.destroy_process_group()
 
