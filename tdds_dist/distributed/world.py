@@ -292,10 +292,15 @@ def _join(
         seconds = timeout.total_seconds()
         if has_met:
             everyone = _with_hosts(range(world_size), [each["host"] for each in places])
+            if "by peer" in text:
+                raise LostRankError(
+                    f"rank {rank}: one of the ranks {everyone} ended at the start ({text}); see"
+                    " what it said last, and run the same command again to go on"
+                ) from error
             raise InputError(
-                f"the ranks {everyone} met at {where} and could not connect to each other within"
-                f" {seconds:.0f} s ({text}); unless one ended, set GLOO_SOCKET_IFNAME on each host"
-                " to the interface that leads to the others (`ip address`)"
+                f"the ranks {everyone} met at {where} and could not connect to each other ({text});"
+                " set GLOO_SOCKET_IFNAME on each host to the interface that leads to the others"
+                " (`ip address`)"
             ) from error
         try:
             socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)
