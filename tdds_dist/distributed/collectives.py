@@ -66,9 +66,11 @@ def control_group(timeout_seconds: float = TIMEOUT_SECONDS) -> Group | None:
     """
     if not dist.is_initialized():
         return None
-    return dist.new_group(
+    group = dist.new_group(
         backend="gloo", timeout=timedelta(seconds=_CONTROL_SHARE * timeout_seconds)
     )
+    dist.barrier(group)  # one that ends it at once would cut connections that others still make
+    return group
 
 
 def limit_collectives(seconds: float) -> None:
