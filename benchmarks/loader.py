@@ -141,6 +141,21 @@ def as_markdown(result: dict[str, Any]) -> str:
     )
 
 
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all that read a file alone."""
+    parser.add_argument("--batch", type=int, default=128, metavar="B", help="images per batch")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="W",
+        help="decoding threads",
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=5, metavar="R", help="counted epochs of each kind"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write JSON and Markdown."""
     parser = argparse.ArgumentParser(
@@ -161,20 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="S",
         help="side of the images that come out, pixels",
     )
-    parser.add_argument("--batch", type=int, default=128, metavar="B", help="images per batch")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="W",
-        help="decoding threads",
-    )
     parser.add_argument(
         "--write-mode", choices=("jpg", "raw"), default="jpg", help="how images are stored"
     )
-    parser.add_argument(
-        "--repetitions", type=int, default=5, metavar="R", help="counted epochs of each loader"
-    )
+    add_reading_options(parser)
     files.add_options(parser, "loader")
     options = parser.parse_args(arguments)
     result = measure(

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import files
+from benchmarks.loader import add_reading_options
 from benchmarks.ranks import run_on_ranks
 from tdds_dist.data.beton import inspect_beton
 from tdds_dist.data.loader import BetonLoader, View, block_rows
@@ -73,9 +74,8 @@ def epoch(path: Path, order: str, batch: int, workers: int, group: Path | None) 
     loader = BetonLoader(info, batch, View(side), num_workers=workers)
     rows = block_rows(info) if order == "blocks" else None
     visits = epoch_order(info.num_samples, batch, epoch=1, block_rows=rows)
-    warm_up = loader.batches(visits, rank=0, world_size=1, epoch=1)
-    next(warm_up)  # compiles
-    warm_up.close()
+    first = epoch_order(batch, batch, shuffle=False)
+    list(loader.batches(first, rank=0, world_size=1, epoch=1))  # compiles
     before, started = _bytes_read(), time.perf_counter()
     num = sum(
         int((part.index >= 0).sum())
@@ -186,6 +186,15 @@ def as_markdown(result: dict[str, Any]) -> str:
     )
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raise InputError for a file that fits."""
+    if not 0 < options.memory_gb < options.file_gb:
+        raise InputError(
+            f"--memory-gb {options.memory_gb:g} must lie between 0 and --file-gb"
+            f" {options.file_gb:g}"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write JSON and Markdown."""
     parser = argparse.ArgumentParser(
@@ -196,22 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--file-gb", type=float, default=4.0, metavar="GB", help="size of the file")
     parser.add_argument("--memory-gb", type=float, default=1.0, metavar="GB", help="the limit")
     parser.add_argument("--side", type=int, default=192, metavar="S", help="of images, pixels")
-    parser.add_argument("--batch", type=int, default=256, metavar="B", help="images per batch")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="W",
-        help="decoding threads",
-    )
-    parser.add_argument("--repetitions", type=int, default=3, metavar="R", help="counted epochs")
     parser.add_argument("--folder", default=None, metavar="DIR", help="where the file is written")
+    add_reading_options(parser)
     files.add_options(parser, "memory_limit")
     options = parser.parse_args(arguments)
-    result = measure(options)
-    name = options.name or f"{files.default_name(result)}_{options.side}"
-    files.save(options.out, name, result, as_markdown(result))
-    return 0
+    return files.run("memory_limit", options, check, measure, as_markdown)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _POSITIONS_AT_ONCE = 1 << 18  # of an epoch, whose ranks and owners are counted 
 PADDING = -1  # global index of a padding row; negative, since loops test `index >= 0`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochOrder:
     """The visit order of one epoch, all ranks together; `epoch_order` makes it.
 

@@ -29,6 +29,7 @@ from tdds_dist.training.build import (
     autocast,
     build_model,
     build_optimizer,
+    build_scorer,
     build_views,
     open_files,
     preflight,
@@ -373,16 +374,7 @@ def waits(visit: Visit) -> Iterator[Finding]:
     rows = per_rank_batch(config.train.global_batch_size, W, config.train.accumulation)
     num_steps = 4
     order = epoch_order(num_steps * rows * W, rows * W)
-    scorer = ShardedScorer(
-        num_steps * rows * W,
-        config.data.num_classes,
-        config.windows(),
-        config.score.preset,
-        visit.device,
-        logp_dtype=getattr(torch, config.score.logp_dtype),
-        storage=config.score.storage,
-        on_nan=config.score.on_nan,
-    )
+    scorer = build_scorer(config, num_steps * rows * W, visit.device)
     scorer.expect(order)
     step = _step(visit, rows, scorer)
     limit_collectives(COMPILE_SECONDS)

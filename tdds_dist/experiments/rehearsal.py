@@ -39,10 +39,9 @@ from tdds_dist.errors import InputError
 from tdds_dist.experiments import memory
 from tdds_dist.experiments.needs import Case, network_lines, read_images
 from tdds_dist.runs.checkpoint import plan_of_rank, planned_bytes
-from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.shard import pack
 from tdds_dist.text import size_text as size
-from tdds_dist.training.build import build_on_meta, build_optimizer
+from tdds_dist.training.build import build_on_meta, build_optimizer, build_scorer
 from tdds_dist.training.state import Replicas, tensors_of
 
 MIN_PASSES = 24
@@ -219,17 +218,7 @@ def _rehearse(
     config, num_samples = case.config, case.images.num_samples
     gc.collect()
     has_reset, before = host_memory.reset_peak(), host_memory.resident_bytes()
-    scorer = ShardedScorer(
-        num_samples,
-        config.data.num_classes,
-        config.windows(),
-        config.score.preset,
-        world.device,
-        logp_dtype=getattr(torch, config.score.logp_dtype),
-        storage=config.score.storage,
-        on_nan=config.score.on_nan,
-        route_every=config.score.route_every or None,
-    )
+    scorer = build_scorer(config, num_samples, world.device)
     for table in scorer.state_dict().values():
         collectives.own_rows(table).add_(0)  # a page of zeros takes memory when it is written
     with_state = host_memory.resident_bytes()

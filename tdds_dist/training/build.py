@@ -28,6 +28,7 @@ from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint
+from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.training.schedule import training_sizes
 from tdds_dist.training.trackers import check_trackers
 
@@ -82,8 +83,8 @@ def preflight(
 
 # Of the operations for which torch.use_deterministic_algorithms raises on CUDA, the only one that
 # torchvision's classifiers use (AlexNet, VGG). Pooling to one pixel is a mean, another operation.
-_COPY_POLL_SECONDS = 1.0
 _WITHOUT_DETERMINISTIC_GRADIENT = "aten::_adaptive_avg_pool2d"
+_COPY_POLL_SECONDS = 1.0
 
 
 class _Operations(TorchDispatchMode):
@@ -152,13 +153,40 @@ def on_this_node(config: Config, files: Sequence[BetonInfo], world: World) -> li
     if not config.data.cache:
         return [*files]
     folder = Path(config.data.cache)
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         copies = [thread.submit(local_copy, info, folder) for info in files]
         # nodes may take longer than each other by more than the time-out of a collective
         while not all(gather_objects(all(copy.done() for copy in copies), world)):
             wait(copies, timeout=_COPY_POLL_SECONDS)
-    with together(world):
-        return [copy.result() for copy in copies]
+        with together(world):
+            return [copy.result() for copy in copies]
+    finally:
+        # a signal ends the program at once; the next start goes on with the copy
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+def build_scorer(
+    config: Config, num_samples: int, device: torch.device, **options: Any
+) -> ShardedScorer:
+    """Make a scorer as the config asks for it. A collective.
+
+    `options`: what no config decides, `trajectory` and `resume` of `ShardedScorer`.
+    """
+    score = config.score
+    return ShardedScorer(
+        num_samples,
+        config.data.num_classes,
+        config.windows(),
+        score.preset,
+        device,
+        logp_dtype=getattr(torch, score.logp_dtype),
+        storage=score.storage,
+        trajectory_dtype=getattr(torch, score.trajectory_dtype),
+        on_nan=score.on_nan,
+        route_every=score.route_every or None,
+        **options,
+    )
 
 
 def _warn_of_splits(

@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tdds_dist.config.run import Config
 from tdds_dist.config.scores import differences_per_window, window_settings
 from tdds_dist.console import HEADING, log
@@ -22,7 +20,7 @@ from tdds_dist.scoring import quarantine
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.trajectory import whole_epochs
 from tdds_dist.text import size_text
-from tdds_dist.training.build import on_this_node, open_files, preflight
+from tdds_dist.training.build import build_scorer, on_this_node, open_files, preflight
 from tdds_dist.training.engine import fit
 from tdds_dist.training.final_pass import score_weights
 from tdds_dist.training.job import Job
@@ -112,19 +110,12 @@ def observed(job: Job, scorer: ShardedScorer) -> Job:
 def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     """Train and score, with the run directory locked."""
     config, world, run, train_file = job.config, job.world, job.run, job.train_file
-    scorer = ShardedScorer(
+    scorer = build_scorer(
+        config,
         train_file.num_samples,
-        config.data.num_classes,
-        config.windows(),
-        config.score.preset,
         world.device,
-        logp_dtype=getattr(torch, config.score.logp_dtype),
-        storage=config.score.storage,
         trajectory=run.trajectory if config.score.trajectory else None,
-        trajectory_dtype=getattr(torch, config.score.trajectory_dtype),
-        on_nan=config.score.on_nan,
         resume=start.resume is not None,
-        route_every=config.score.route_every or None,
     )
     if world.is_main:
         log.info(

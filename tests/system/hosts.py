@@ -158,6 +158,7 @@ def hosts(number: int, folder: Path) -> Iterator[Hosts]:
     made, devices = Hosts([]), {}
     stop, over = os.pipe()
     with contextlib.ExitStack() as stack:
+        stack.callback(os.close, stop)
         for each in range(1, number + 1):
             files = folder / f"hosts{each}"
             files.write_text("")
@@ -183,7 +184,6 @@ def hosts(number: int, folder: Path) -> Iterator[Hosts]:
         stack.callback(network.join)
         stack.callback(os.close, over)
         yield made
-    os.close(stop)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
