@@ -259,7 +259,11 @@ def as_lines(status: Status) -> list[str]:
 
 
 # of states that are no words for people
-_WORDS = {"new": "not started", "lost": "ended without a word"}
+_WORDS = {
+    "new": "not started",
+    "lost": "ended without a word",
+    "copying": "copying to data.cache",
+}
 
 
 def run_lines(status: RunStatus) -> list[str]:

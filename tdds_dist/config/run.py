@@ -119,11 +119,12 @@ class Data(Section):
     )
     mean: tuple[float, float, float] = Field(description="Mean per channel on 0..255.")
     std: tuple[float, float, float] = Field(description="Standard deviation per channel on 0..255.")
-    cache: PathText = Field(
+    cache: str = Field(
         "",
         description=(
-            "Folder on each node's own disk, such as $TMPDIR, to which both files are copied before"
-            " training, once per node, and where they stay; empty: they are read where they lie."
+            "Folder on each node's own disk, to which both files are copied before training, once"
+            " per node, and where they stay; variables are those of the node, as in '$TMPDIR'"
+            " (quoted). Empty: files are read where they lie."
         ),
     )
     order: Literal["random", "blocks"] = Field(

@@ -24,7 +24,7 @@ from tdds_dist.text import duration
 
 BEAT_SECONDS = 5.0  # between updates of status.json
 STALE_SECONDS = 120.0  # without an update a job is looked for that still holds the run
-ACTIVE = ("starting", "training", "scoring")
+ACTIVE = ("starting", "copying", "training", "scoring")
 _TAIL_BYTES = 1 << 16
 
 
@@ -60,8 +60,8 @@ class Pulse:
         return self._is_main and time.monotonic() - self._last >= BEAT_SECONDS
 
     def beat(self, state: str, **fields: Any) -> None:
-        """Write status.json now. `state`: starting, training, scoring, finished, failed, or
-        stopped: asked to leave, and able to go on. `epoch` counts finished epochs."""
+        """Write status.json now. `state`: starting, copying, training, scoring, finished, failed,
+        or stopped: asked to leave, and able to go on. `epoch` counts finished epochs."""
         if not self._is_main:
             return
         self._last = time.monotonic()
@@ -94,8 +94,8 @@ class RunStatus:
 
     directory: str
     stage: str  # collect | retrain
-    # new starting training scoring finished stopped failed, or lost: nobody works on it, and it did
-    # not say why
+    # new starting copying training scoring finished stopped failed, or lost: nobody works on it, and
+    # it did not say why
     state: str
     epoch: int | None = None  # epochs finished
     epochs: int | None = None

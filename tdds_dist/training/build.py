@@ -19,6 +19,7 @@ from torchvision import models as zoo
 from torchvision.transforms import v2
 
 from tdds_dist.config.run import Config
+from tdds_dist.config.schema import expand_path
 from tdds_dist.console import log
 from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_split, local_copy
 from tdds_dist.data.check import quick_check
@@ -28,6 +29,7 @@ from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint
+from tdds_dist.runs.status import Pulse
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.training.schedule import training_sizes
 from tdds_dist.training.trackers import check_trackers
@@ -143,7 +145,9 @@ def open_files(
     return files[0], files[1], found
 
 
-def on_this_node(config: Config, files: Sequence[BetonInfo], world: World) -> list[BetonInfo]:
+def on_this_node(
+    config: Config, files: Sequence[BetonInfo], world: World, pulse: Pulse | None = None
+) -> list[BetonInfo]:
     """Return the files, or where the config has `data.cache` their copies on this node's disk. A
     collective.
 
@@ -152,13 +156,18 @@ def on_this_node(config: Config, files: Sequence[BetonInfo], world: World) -> li
     """
     if not config.data.cache:
         return [*files]
-    folder = Path(config.data.cache)
+    with together(world):
+        folder = Path(expand_path(config.data.cache))
+    if pulse is not None:
+        pulse.beat("copying")
     thread = ThreadPoolExecutor(1)
     try:
         copies = [thread.submit(local_copy, info, folder) for info in files]
         # nodes may take longer than each other by more than the time-out of a collective
         while not all(gather_objects(all(copy.done() for copy in copies), world)):
             wait(copies, timeout=_COPY_POLL_SECONDS)
+            if pulse is not None and pulse.is_due:
+                pulse.beat("copying")
         with together(world):
             return [copy.result() for copy in copies]
     finally:

@@ -76,7 +76,7 @@ def collect(
     with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
         if start.result is not None:
             return [run.scores / name for name in start.result["scores"]]
-        train_file, val_file = on_this_node(config, (train_file, val_file), world)
+        train_file, val_file = on_this_node(config, (train_file, val_file), world, start.pulse)
         job = Job(
             config,
             world,

@@ -70,7 +70,7 @@ def retrain(
     with entered(run, resolved, setting | data, world, fresh=fresh, force=force) as start:
         if start.result is not None:
             return run
-        train_file, val_file = on_this_node(config, (train_file, val_file), world)
+        train_file, val_file = on_this_node(config, (train_file, val_file), world, start.pulse)
         importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
         importance_N[coreset.index_M] = coreset.importance_M
         if world.is_main:

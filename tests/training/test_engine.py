@@ -23,6 +23,7 @@ from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
 from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.status import Pulse
 from tdds_dist.training import engine
 from tdds_dist.training.build import build_model, on_this_node, open_files
 from tdds_dist.training.collect import collect, observed
@@ -342,9 +343,13 @@ def test_training_reads_the_copies_on_the_nodes_disk(config_file, tmp_path, monk
     files = open_files(plain)[:2]
     world = distributed.current_world("cpu")
     assert on_this_node(plain, files, world) == [*files]
-    for there, here in zip(files, on_this_node(cached, files, world), strict=True):
+    pulse = Pulse(tmp_path / "status.json", "collect", 1, is_main=True)
+    for there, here in zip(files, on_this_node(cached, files, world, pulse), strict=True):
         assert here.path.parent == tmp_path / "disk" / "betons"
         assert here.path.read_bytes() == there.path.read_bytes()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "copying"
+    # the variable is one of the node that trains, not of the one that submits
+    assert cached.data.cache == "$NODE_DISK/betons"
 
 
 def test_a_class_may_be_in_one_split_only_and_no_message_leads_back(tmp_path, config_file, caplog):
