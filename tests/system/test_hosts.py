@@ -43,6 +43,7 @@ def words(betons):
         "train.global_batch_size=24",
         "train.deterministic=true",
         "score.windows=[{T: 3, K: 3, pruning_rates: [0.5]}]",
+        "checkpoint.every_epochs=1",
         "checkpoint.asynchronous=false",
         "run.device=cpu",
     ]
