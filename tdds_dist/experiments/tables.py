@@ -227,11 +227,12 @@ def _heading(
     training = sum(result["train_seconds"] for result in [*results, *collected])
     seconds = sum(record["seconds"] for record in _times(plan))
     versions = env.get("versions", {})
+    retrained = f" (retrainings {epochs})" if (epochs := config.retrain.epochs) else ""
     lines = [
         f"# {plan.name}",
         "",
         (
-            f"{config.model.name}, {config.train.epochs} epochs, batch"
+            f"{config.model.name}, {config.train.epochs} epochs{retrained}, batch"
             f" {config.train.global_batch_size}, {config.data.train}; seeds"
             f" {', '.join(map(str, plan.seeds))}; {len(results)} of {len(outcomes)} retrainings"
             " done. Mean ± standard deviation over seeds: each seed is a collection of its own,"

@@ -161,6 +161,8 @@ def test_the_table(tmp_path):
     # deviations -7/6, -1/6, 8/6: sqrt(114/36/2)
     assert "Full data: 95.17 ± 1.26 (3 seeds; published: 95.23)." in text
     assert text.startswith("# hand\n")
+    shorter = plan.model_copy(update={"overrides": (*plan.overrides, "retrain.epochs=15")})
+    assert "resnet18, 20 epochs (retrainings 15), batch" in write_tables(shorter, outcomes, {})
     assert (
         "resnet18, 20 epochs, batch 128, data/cifar10_train.beton; seeds 0, 1, 2; 6 of 12"
         " retrainings done." in text
