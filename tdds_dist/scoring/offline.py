@@ -31,6 +31,7 @@ from tdds_dist.runs.artifacts import (
 from tdds_dist.runs.directory import RunDir, any_scores, put_scores
 from tdds_dist.scoring import baselines, quarantine
 from tdds_dist.scoring.official_outputs import Dynamics, is_dynamics
+from tdds_dist.scoring.sample_stats import VISITED
 from tdds_dist.scoring.tdds import score_trajectory
 from tdds_dist.scoring.trajectory import Trajectory
 from tdds_dist.text import command
@@ -405,9 +406,10 @@ def _score_windows(
     scalar, absolute = delta_scalar(delta, preset)
     delta_TN = origin.recorded.read(scalar, max(window.T for window in windows))
     delta_TN = np.abs(delta_TN) if absolute else delta_TN
+    visited_TN = _visited(origin.recorded, len(delta_TN))
     paths = []
     for window in windows:
-        score_N = origin.quarantine(score_trajectory(delta_TN, window, preset))
+        score_N = origin.quarantine(score_trajectory(delta_TN, window, preset, visited_TN))
         if score_N.min() == score_N.max():
             log.warning(
                 f"all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing,"
@@ -420,6 +422,14 @@ def _score_windows(
     return paths
 
 
+def _visited(recorded: Recorded, num_epochs: int) -> np.ndarray | None:
+    """Return where samples were visited, float32 [T, N]; None where all were in all epochs."""
+    if VISITED not in getattr(recorded, "scalars", ()):
+        return None
+    visited_TN = recorded.read(VISITED, num_epochs)
+    return None if visited_TN.all() else visited_TN
+
+
 def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> list[Path]:
     if key == "tdds":
         windows, preset = origin.windows(None, None, None, None)
@@ -430,6 +440,15 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
         return [origin.save(folder, key, score_N, {"score": key, "draw_seed": seed})]
     baseline = BASELINES[key]
     num_epochs = check_options(key, options, (), origin.recorded.num_epochs)
+    if (visited_TN := _visited(origin.recorded, num_epochs)) is not None:
+        whole = int(visited_TN.all(axis=1).argmin())
+        way_out = (
+            f"lower it to {whole} by num_epochs or el2n_epochs" if whole > 1 else "collect instead"
+        )
+        raise InputError(
+            f"score {key} looks at {num_epochs} epochs, and from epoch {whole + 1} on samples were"
+            f" skipped; {way_out}"
+        )
     values_TN = origin.recorded.read(baseline.scalar(options), num_epochs)
     score_N, extra, settings = baseline.compute(values_TN, options)
     setting = {"score": key, "T": num_epochs} | settings

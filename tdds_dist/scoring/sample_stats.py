@@ -27,6 +27,9 @@ SCALARS = (
     "el2n",  # || p' - onehot(y) ||_2
     "correct",  # 1 where y has the (first) largest logit
 )
+# 1 where the sample was visited in the epoch; 0: the others are those of its last visit. Recorded
+# where epochs may skip samples.
+VISITED = "visited"
 DELTAS = SCALARS[:3]  # need the previous epoch; NaN in the first
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,9 +41,14 @@ from tdds_dist.errors import CoverageError, InputError, NonFiniteLogitsError
 from tdds_dist.runs.artifacts import fingerprint
 from tdds_dist.scoring.kernel_check import LOGIT_DTYPES, kernel_works
 from tdds_dist.scoring.quarantine import set_lowest
-from tdds_dist.scoring.sample_stats import SCALARS
+from tdds_dist.scoring.sample_stats import SCALARS, VISITED
 from tdds_dist.scoring.shard import BITS, Arrived, Shard, pack, unpack, update
-from tdds_dist.scoring.tdds import average_windows, window_variability
+from tdds_dist.scoring.tdds import (
+    average_own_window,
+    average_windows,
+    put_own_difference,
+    window_variability,
+)
 from tdds_dist.scoring.trajectory import TrajectoryWriter, require_no_trajectory
 
 _NOT_QUARANTINED = -1
@@ -79,6 +85,10 @@ class ShardedScorer:
         route_every: steps whose rows travel together; no score depends on it. None: as many as keep
             a rank at 8 messages per step where the order is announced and they fit into 64 MiB,
             else 1.
+        partial_epochs: from the second on, epochs may visit a part of the samples, the `subset` of
+            the order given to `expect`. An epoch in which a sample is skipped does not exist for
+            it: its loss difference is against its last visit, its windows run over its own last
+            visits. The trajectory has one more scalar, `visited`.
 
     Protocol: all ranks of the default process group construct it and call `record` equally often
     per epoch (an empty call counts), then `end_epoch`; without a process group it works alone. When
@@ -103,6 +113,7 @@ class ShardedScorer:
         on_nan: str = "stop",
         resume: bool = False,
         route_every: int | None = None,
+        partial_epochs: bool = False,
     ):
         if num_samples < 1 or num_classes < 2:
             raise InputError(
@@ -136,6 +147,7 @@ class ShardedScorer:
         self._waiting: list[Tensor] = []  # packed rows of this rank that have not left yet
         self._waiting_dtype = torch.float32  # of their logits
         self._split_sizes: SplitSizes | None = None  # where the order is known
+        self._scheduled_M: Tensor | None = None  # None: all samples
         self._forget_order()
         self._pending: tuple[collectives.Exchange, torch.dtype, int] | None = None
         self._arrived: list[Arrived] = []
@@ -144,6 +156,7 @@ class ShardedScorer:
             self._first, self._end, num_classes, storage, logp_dtype, self.world.device
         )
         self._is_fused = kernel_works(self._shard, self._quarantines)
+        self._partial_epochs = partial_epochs
         self._allocate()
         self._trajectory = None
         self._clears_trajectory = resume
@@ -153,7 +166,7 @@ class ShardedScorer:
                     require_no_trajectory(Path(trajectory))
             self._trajectory = TrajectoryWriter(
                 trajectory,
-                SCALARS,
+                SCALARS + (VISITED,) * partial_epochs,
                 num_samples,
                 num_classes,
                 self._first,
@@ -174,6 +187,10 @@ class ShardedScorer:
         # slot of the difference into epoch t: t mod K
         self._delta_KM = torch.zeros(num_slots, rows, device=device)
         self._average_AM = torch.zeros(len(self.windows), rows, device=device)
+        # epochs, before this one, in which each sample was visited
+        self._num_visits_M: Tensor | None = None
+        if self._partial_epochs:
+            self._num_visits_M = torch.zeros(rows, dtype=torch.int32, device=device)
 
     # ---- one step
 
@@ -184,8 +201,13 @@ class ShardedScorer:
         Then `record` must be called with exactly those rows, step by step, and exchanges no counts.
         A resume in the middle of an epoch gives the order of the whole epoch, and the first step
         that is not recorded yet.
+
+        Raises:
+            ValueError: a subset without `partial_epochs`, in the first epoch, or not of [0, N).
         """
         self._forget_order()
+        if order.subset is not None:
+            self._scheduled_M = self._mask_of(order.subset)
         self.step = self._first_step = first_step
         rank, world_size = self.world.rank, self.world.world_size
         self._split_sizes = SplitSizes(order, rank, world_size, self.num_samples)
@@ -193,6 +215,19 @@ class ShardedScorer:
         self._group = self._route_every or steps_together(world_size, self._rows, self.num_classes)
         if world_size > 1:
             self._split_sizes.begin(first_step, first_step + self._group)
+
+    def _mask_of(self, subset: np.ndarray) -> Tensor:
+        """Return which samples of this shard are in the subset, bool [M]."""
+        if not self._partial_epochs or self.epoch == 0:
+            raise ValueError(
+                f"epoch {self.epoch + 1} visits {len(subset)} of {self.num_samples} samples; only"
+                " epochs after the first may skip some, with partial_epochs=True"
+            )
+        if len(subset) and not 0 <= subset.min() <= subset.max() < self.num_samples:
+            raise ValueError(f"the subset holds indices outside [0, {self.num_samples})")
+        mask_N = np.zeros(self.num_samples, dtype=bool)
+        mask_N[subset] = True
+        return torch.from_numpy(mask_N[self._first : self._end]).to(self.world.device)
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch: any rank, any order, each sample once per epoch.
@@ -324,6 +359,7 @@ class ShardedScorer:
         self._group = self._route_every or 1  # steps whose rows travel together
         self._first_step = self.step  # of the first group
         self._num_steps = self._rows = -1  # of the epoch; per step
+        self._scheduled_M = None
         self._split_sizes = None
 
     def _apply_pending(self) -> None:
@@ -393,22 +429,27 @@ class ShardedScorer:
         """Close the epoch: verify coverage, append the trajectory, advance windows.
 
         Raises:
-            CoverageError: some sample was not recorded exactly once; names epoch and counts. On
-            every rank. InputError: as `check`.
+            CoverageError: some scheduled sample was not recorded exactly once, or another one was;
+            names epoch and counts. On every rank. InputError: as `check`.
         """
         self._send()
         self.check()
         rows = self._end - self._first
         visits_M = self._shard.visits_M[:rows]
-        missing, repeated = collectives.sum_over_ranks(
-            torch.stack([(visits_M == 0).sum(), (visits_M > 1).sum()])
+        due_M = torch.ones_like(visits_M)
+        if self._scheduled_M is not None:
+            due_M.copy_(self._scheduled_M)
+        scheduled, missing, repeated = collectives.sum_over_ranks(
+            torch.stack([due_M.sum(), (visits_M < due_M).sum(), (visits_M > due_M).sum()])
         ).tolist()
         if missing or repeated:
-            named = self._name_rows(visits_M != 1)
+            named = self._name_rows(visits_M != due_M)
             raise CoverageError(
-                f"epoch {self.epoch + 1}: of {self.num_samples} samples {missing} were not recorded"
-                f" and {repeated} more than once (global indices {named}); record every sample"
-                " exactly once per epoch and give rows that merely fill a batch the index -1",
+                f"epoch {self.epoch + 1}: of {scheduled} samples {missing} were not recorded"
+                f" and {repeated} more than once"
+                + (" or though not scheduled" if self._scheduled_M is not None else "")
+                + f" (global indices {named}); record every sample exactly once per epoch and give"
+                " rows that merely fill a batch the index -1",
                 shared=True,
             )
         self._quarantine()
@@ -422,10 +463,14 @@ class ShardedScorer:
                     self._trajectory.write_labels(
                         self._shard.label_M[:rows].cpu().numpy(), labels_sha256
                     )
-                self._trajectory.append(
-                    self.epoch, self._shard.scalars_MF[:rows].T.contiguous().cpu().numpy()
-                )
-        if self.epoch > 0:
+                columns_MF = self._shard.scalars_MF[:rows]
+                if self._partial_epochs:
+                    columns_MF = torch.cat([columns_MF, visits_M[:, None]], dim=1)
+                self._trajectory.append(self.epoch, columns_MF.T.contiguous().cpu().numpy())
+        if self._num_visits_M is not None:
+            self._advance_own_windows(self._num_visits_M, visits_M > 0)
+            self._num_visits_M += visits_M
+        elif self.epoch > 0:
             self._advance_windows()
         self._shard.begin_epoch()
         self.epoch += 1
@@ -466,7 +511,36 @@ class ShardedScorer:
             )
             average_windows(average_M, variability_M, window.beta, num_windows)
 
+    def _advance_own_windows(self, num_visits_M: Tensor, is_visited_M: Tensor) -> None:
+        """Do as `_advance_windows`, each sample by its own visits, of which there were
+        `num_visits_M` before this epoch."""
+        column = SCALARS.index(DELTA_OF_PRESET[self.preset])
+        put_own_difference(
+            self._delta_KM,
+            self._shard.scalars_MF[: len(num_visits_M), column],
+            num_visits_M,
+            is_visited_M,
+        )
+        for window, average_M in zip(self.windows, self._average_AM, strict=True):
+            if self.epoch < window.T:
+                average_own_window(
+                    average_M, self._delta_KM, num_visits_M, is_visited_M, window, self.preset
+                )
+
     # ---- results
+
+    def gather_last(self, *names: str) -> Tensor:
+        """Return these scalars of each sample's last visit by global index, float32 [N, number of
+        names] on the CPU, on every rank; between two epochs. A collective."""
+        columns = [SCALARS.index(name) for name in names]
+        rows_MF = self._shard.scalars_MF[: self._end - self._first, columns]
+        return collectives.all_gather_shards(rows_MF, self.num_samples, self.world).cpu()
+
+    def gather_so_far(self, window: Window) -> Tensor:
+        """Return what a window has scored up to now by global index, float32 [N] on the CPU, on
+        every rank: after t epochs, the score of the same K and beta with T = t. A collective."""
+        average_M = self._average_AM[self.windows.index(window)]
+        return collectives.all_gather_shards(average_M, self.num_samples, self.world).cpu()
 
     @property
     def is_complete(self) -> bool:
@@ -539,6 +613,8 @@ class ShardedScorer:
     def _state(self) -> dict[str, Tensor]:
         rows = self._end - self._first
         tables = self._shard.tables() | {"quarantined": self._quarantined_M}
+        if self._num_visits_M is not None:
+            tables["num_visits"] = self._num_visits_M
         state = {
             name: collectives.as_shard(table[:rows], self.num_samples, self.world)
             for name, table in tables.items()
@@ -573,6 +649,8 @@ class ShardedScorer:
                     f"the state was saved with another storage than {self._shard.storage!r}; resume"
                     " with the one it was saved with"
                 )
+            if "num_visits" in state and self._num_visits_M is None:
+                raise InputError("the state was saved with partial_epochs=True; resume with it")
             if missing := [name for name in mine if name not in state]:
                 raise InputError(
                     f"the state has no {missing[0]!r}; resume with one that"
@@ -627,6 +705,7 @@ class ShardedScorer:
             self._quarantined_M,
             self._delta_KM,
             self._average_AM,
+            *(() if self._num_visits_M is None else (self._num_visits_M,)),
         )
         return sum(table.numel() * table.element_size() for table in tables)
 

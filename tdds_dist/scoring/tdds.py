@@ -7,8 +7,8 @@ reduction over the first axis changes its summation order with the number of col
 must not depend on how many samples share a shard.
 """
 
-# M samples (any number of columns), m some of them, D differences per window, T trajectory length
-# in epochs, K window size
+# M samples (any number of columns), m some of them, D differences per window, S slots of the ring,
+# T trajectory length in epochs, K window size
 
 from collections.abc import Sequence
 
@@ -49,14 +49,85 @@ def average_windows(
     average_M.mul_(1.0 - weight).add_(variability_M * weight)
 
 
-def score_trajectory(delta_TM: np.ndarray, window: Window, preset: str) -> np.ndarray:
+# ---- epochs that skip samples: each sample has windows over its own visits
+
+
+def put_own_difference(
+    delta_SM: Tensor, delta_M: Tensor, num_visits_M: Tensor, is_visited_M: Tensor
+) -> None:
+    """Put the difference into its visit v, counted from 0, in slot v mod S of each sample that was
+    visited (bool [M]) after `num_visits_M` = v visits; the first visit has none."""
+    slot_1M = (num_visits_M % len(delta_SM)).long()[None]
+    has_one_1M = (is_visited_M & (num_visits_M > 0))[None]
+    delta_SM.scatter_(
+        0, slot_1M, torch.where(has_one_1M, delta_M[None], delta_SM.gather(0, slot_1M))
+    )
+
+
+def average_own_window(
+    average_M: Tensor,
+    delta_SM: Tensor,
+    num_visits_M: Tensor,
+    is_visited_M: Tensor,
+    window: Window,
+    preset: str,
+) -> None:
+    """Fold the window that ends with this visit into the average of each visited sample that has
+    one, in place; the others keep theirs. For a sample that was always visited, bit for bit
+    `average_windows`."""
+    num_differences = differences_per_window(window, preset)
+    num_windows_M = num_visits_M - num_differences + 1
+    # in time order; of a sample without a full window any numbers, which are not used
+    variability_M = window_variability(
+        [
+            delta_SM.gather(0, ((num_windows_M + back) % len(delta_SM)).long()[None])[0]
+            for back in range(num_differences)
+        ],
+        preset,
+    )
+    weight_M: Tensor | float = window.beta
+    if window.beta == SIMPLE_AVERAGE:
+        weight_M = 1.0 / num_windows_M.clamp_min(1).double()
+    new_M = average_M * _float(1.0 - weight_M) + variability_M * _float(weight_M)
+    average_M.copy_(torch.where(is_visited_M & (num_windows_M >= 1), new_M, average_M))
+
+
+def _float(weight: Tensor | float) -> Tensor | float:
+    """Round a weight as torch rounds one that is a number."""
+    return weight.float() if isinstance(weight, Tensor) else weight
+
+
+def _score_own_visits(
+    delta_TM: np.ndarray, visited_TM: np.ndarray, window: Window, preset: str
+) -> np.ndarray:
+    num_slots, num_samples = differences_per_window(window, preset), delta_TM.shape[1]
+    delta_SM, average_M = torch.zeros(num_slots, num_samples), torch.zeros(num_samples)
+    num_visits_M = torch.zeros(num_samples, dtype=torch.int32)
+    for delta_M, visited_M in zip(delta_TM[: window.T], visited_TM, strict=False):
+        is_visited_M = torch.from_numpy(visited_M > 0)
+        put_own_difference(
+            delta_SM, torch.from_numpy(np.ascontiguousarray(delta_M)), num_visits_M, is_visited_M
+        )
+        average_own_window(average_M, delta_SM, num_visits_M, is_visited_M, window, preset)
+        num_visits_M += is_visited_M
+    return average_M.numpy()
+
+
+# ---- from what was recorded
+
+
+def score_trajectory(
+    delta_TM: np.ndarray, window: Window, preset: str, visited_TM: np.ndarray | None = None
+) -> np.ndarray:
     """Compute the score of each sample from its recorded loss differences; float32 [M].
 
     `delta_TM` float32 [>= T, M]: row t is the difference between epochs t - 1 and t; row 0 is not
-    read. The same operations in the same order as those of `scorer` during training, hence the same
-    bits.
+    read. `visited_TM` says where samples were visited, when some were not. The same operations in
+    the same order as those of `scorer` during training, hence the same bits.
     """
     check_window(window, preset, len(delta_TM))
+    if visited_TM is not None:
+        return _score_own_visits(delta_TM, visited_TM, window, preset)
     num_differences = differences_per_window(window, preset)
     score_M = np.zeros(delta_TM.shape[1], dtype=np.float32)
     for first in range(0, len(score_M), _COLUMNS):
