@@ -23,6 +23,7 @@ import numpy as np
 from tdds_dist.distributed.orders import Blocks, shuffled
 
 _POSITIONS_AT_ONCE = 1 << 18  # of an epoch, whose ranks and owners are counted together
+ALL = "all"  # digest of the visits to every sample, each with weight 1
 PADDING = -1  # global index of a padding row; negative, since loops test `index >= 0`
 
 
@@ -84,6 +85,16 @@ class EpochOrder:
     def num_real(self, step: int) -> int:
         """Return the rows of a step that are not padding, over all ranks."""
         return min(self.global_batch_size, self.num_samples - step * self.global_batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """The samples that an epoch visits: `subset_M` int64, sorted (None: all), the weight of each in
+    the loss by global index, `weight_N` float32 (None: 1), and a hash of both."""
+
+    subset_M: np.ndarray | None = None
+    weight_N: np.ndarray | None = None
+    digest: str = ALL
 
 
 def epoch_order(

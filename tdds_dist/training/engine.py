@@ -25,7 +25,7 @@ from tdds_dist.data.loader import BATCHES_AHEAD, torch_threads
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.interruption import Preempted
-from tdds_dist.distributed.partition import EpochOrder
+from tdds_dist.distributed.partition import EpochOrder, Visits
 from tdds_dist.errors import InputError
 from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.training import metrics, nonfinite, state
@@ -75,7 +75,6 @@ class Trainer:
         self.job = job
         self.rows = job.rows
         self.micro_batch = self.rows * world.world_size
-        self.steps_per_epoch = math.ceil(job.num_samples / job.global_batch_size)
         self.step = 0  # optimizer steps done
         self.epoch = 0
         self.micro = 0  # forward passes done in this epoch
@@ -91,6 +90,7 @@ class Trainer:
             "resumes": 0,
             "train_seconds": 0.0,
             "partial": [0.0, 0.0],
+            "images_seen": 0,  # in epochs that have ended
         }
         self.last_save = self.started = time.perf_counter()
         self.steps_since_save = 0
@@ -130,10 +130,8 @@ class Trainer:
         self.mix = build_mix(config)
         needs_scaling = world.device.type == "cuda" and config.train.amp == "fp16"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=needs_scaling)
-        self.importance_N = None
-        if job.importance == "sample":
-            self.importance_N = torch.from_numpy(job.importance_N).to(world.device)
         self.feed = feed or Feed(job)
+        self._visit(Visits(job.subset_M, job.importance_N))
         self.follows: Pass | None = None  # what is read after the pass that is under way
         self.trackers = Trackers(config, job.run)
         self.group = collectives.control_group(config.run.timeout_seconds)
@@ -141,14 +139,32 @@ class Trainer:
         self._settle()
         if job.resume is not None:
             self._resume(job.resume)
+        elif job.schedule is not None:
+            self._visit(job.schedule.decide(0))
         self.good_buffers = nonfinite.GoodBuffers(model) if job.tolerates_nonfinite else None
         self.screen = metrics.Screen(
             job.epochs,
-            job.num_samples,
-            job.epochs_run,
+            self.epoch,
+            self.history["images_seen"] + sum(self._images_ahead()),
             world.is_main,
-            done=self.epoch * job.num_samples + self.micro * self.micro_batch,
+            done=self.history["images_seen"] + self.micro * self.micro_batch,
         )
+
+    def _visit(self, visits: Visits) -> None:
+        """Let the epoch that comes next, or goes on, have these samples and weights."""
+        job, subset_M = self.job, visits.subset_M
+        self.visits = self.feed.visits = visits
+        self.num_images = job.train_file.num_samples if subset_M is None else len(subset_M)
+        self.importance_N = None
+        if job.importance == "sample" and visits.weight_N is not None:
+            self.importance_N = torch.from_numpy(visits.weight_N).to(job.world.device)
+
+    def _images_ahead(self) -> list[int]:
+        """Return the images of this epoch and the most of each one after it."""
+        epoch, end, schedule = self.epoch, self.job.epochs_run, self.job.schedule
+        if schedule is None or epoch >= end:
+            return [self.num_images] * (end - epoch)
+        return [self.num_images, *map(schedule.most_images, range(epoch + 1, end))]
 
     def _settle(self) -> None:
         """Make one pass without effect; compile, where asked to, for the images of the first
@@ -182,9 +198,16 @@ class Trainer:
             next_epoch: Pass | None = None if is_last else ("train", self.epoch + 1)
             is_evaluated = is_last or (self.epoch + 1) % job.config.train.eval_every == 0
             self.follows = ("val", self.epoch) if is_evaluated else next_epoch
+            if not is_evaluated and job.schedule is not None:
+                self.follows = None  # what that visits is not known yet
             record = self.train_epoch()
             self._check_guard()
             self._observe(lambda observer: observer.end_epoch(), timed=True)
+            history["images_seen"] += self.num_images
+            if job.schedule is not None and not is_last:
+                self._visit(job.schedule.decide(self.epoch + 1))
+                if not is_evaluated:
+                    self.feed.start(("train", self.epoch + 1))
             record[metrics.OBSERVER_SHARE] = self.observer_seconds / record["epoch_seconds"]
             if is_evaluated:
                 self.follows = next_epoch
@@ -227,6 +250,8 @@ class Trainer:
 
     def _result(self) -> dict[str, Any]:
         job, record, best = self.job, self.history["record"], self.history["best"]
+        seen = self.history["images_seen"]
+        pruned = {"images_seen": seen, "images_of_full": self.epoch * job.num_samples}
         return {
             "num_images": job.num_samples,
             "epochs": self.epoch,
@@ -241,10 +266,11 @@ class Trainer:
             "best_epoch": best["epoch"],
             "train_seconds": self._train_seconds(),
             "resumes": self.history["resumes"],
+            # the usual epoch of a pruned training has the mean number of images
             "median_images_per_second": (
-                job.num_samples / float(np.median(self.history["epoch_seconds"]))
+                seen / self.epoch / float(np.median(self.history["epoch_seconds"]))
             ),
-        }
+        } | (pruned if job.schedule is not None else {})
 
     def _train_seconds(self) -> float:
         return self.history["train_seconds"] + time.perf_counter() - self.started
@@ -270,7 +296,7 @@ class Trainer:
             is_last = self.micro + 1 == order.num_steps
             is_update = (self.micro + 1) % train.accumulation == 0 or is_last
             if self.micro % train.accumulation == 0:
-                weight = step_weight(job, order, self.micro)
+                weight = step_weight(job, order, self.micro, self.visits.weight_N)
             num_rows = order.num_real(self.micro)
             with nullcontext() if is_update else self.model.no_sync():
                 self._forward_backward(batch, weight, num_rows)
@@ -301,9 +327,9 @@ class Trainer:
             "train_loss": loss,
             "train_top1": top1,
             "epoch_seconds": epoch_seconds,
-            "images_per_second": job.num_samples / epoch_seconds,
+            "images_per_second": self.num_images / epoch_seconds,
             "memory_bytes": metrics.memory_bytes(job.world.device),
-        }
+        } | ({"images": self.num_images} if job.schedule is not None else {})
 
     def _look_ahead(self, num_left: int) -> None:
         """Start what follows when this pass has no more to decode than is on its way, with
@@ -380,7 +406,7 @@ class Trainer:
         train = self.job.config.train
         steps_per_epoch = self.job.schedule_steps_per_epoch
         lr = learning_rate(
-            self.step,
+            self._position(steps_per_epoch),
             self.job.epochs * steps_per_epoch,
             train.lr,
             final=train.final_lr,
@@ -400,6 +426,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return lr
+
+    def _position(self, steps_per_epoch: int) -> float:
+        """Return where the learning rate's schedule stands, in steps of full epochs.
+
+        By epochs: each epoch spans as much of the schedule, however many steps it has. Without a
+        skipped sample this is the number of steps done, exactly.
+        """
+        job = self.job
+        if job.schedule is None:
+            return self.step
+        first_pass = (self.micro - 1) // job.config.train.accumulation
+        if job.total_images is not None:
+            seen = self.history["images_seen"] + first_pass * job.global_batch_size
+            return job.epochs * steps_per_epoch * seen / job.total_images
+        num_steps = math.ceil(self.num_images / job.global_batch_size)
+        return self.epoch * steps_per_epoch + first_pass * steps_per_epoch / num_steps
 
     def _read_totals(self, epoch: int, started: float) -> tuple[float, float]:
         """Return mean loss and top-1 (percent) of the epoch that began at `started`, over all
@@ -425,8 +467,16 @@ class Trainer:
             "epoch": self.epoch,
             "epochs": epochs,
             "step": self.step,
-            "steps": epochs * self.steps_per_epoch,
+            "steps": self.step
+            - self._steps_of_epoch()
+            + sum(
+                math.ceil(images / self.job.global_batch_size) for images in self._images_ahead()
+            ),
         }
+
+    def _steps_of_epoch(self) -> int:
+        """Return the optimizer steps done in this epoch."""
+        return -(-self.micro // self.job.config.train.accumulation)
 
     def _epoch_seconds(self) -> float:
         """Return the seconds of an epoch, evaluation and scoring included: the median so far (0
@@ -443,7 +493,7 @@ class Trainer:
         job.pulse.beat(
             "training",
             **self._progress(),
-            images_per_second=share * job.num_samples / seconds,
+            images_per_second=share * self.num_images / seconds,
             eta_seconds=epochs_left * (self._epoch_seconds() or seconds / share),
         )
 
@@ -530,6 +580,10 @@ class Trainer:
         self.epoch, self.step = record["epoch"], record["step"]
         self.micro = record["steps_of_epoch"] * config.train.accumulation
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
+        # a checkpoint of an older version, which skipped nothing, does not say it
+        self.history.setdefault("images_seen", self.epoch * self.num_images)
+        if self.job.schedule is not None and self.epoch < self.job.epochs_run:
+            self._visit(self.job.schedule.recall(self.epoch, record["visits"]))
         observed = self._observer_state()
         state.restore(
             self.job.checkpoints,
@@ -554,7 +608,8 @@ class Trainer:
         record = {
             "epoch": self.epoch,
             "step": self.step,
-            "steps_of_epoch": -(-self.micro // self.job.config.train.accumulation),
+            "steps_of_epoch": self._steps_of_epoch(),
+            "visits": self.visits.digest,
             "world_size": self.job.world.world_size,
             "scaler": self.scaler.state_dict(),
             "history": self.history | {"train_seconds": train_seconds},
@@ -622,7 +677,7 @@ class Trainer:
         return autocast(self.job.config, self.job.world.device)
 
 
-def step_weight(job: Job, order: EpochOrder, micro: int) -> float:
+def step_weight(job: Job, order: EpochOrder, micro: int, importance_N: np.ndarray | None) -> float:
     """Return the factor on the sum of losses in the forward passes of the optimizer step that pass
     `micro` of this epoch belongs to: W / rows of the step, times the batch importance.
 
@@ -633,10 +688,9 @@ def step_weight(job: Job, order: EpochOrder, micro: int) -> float:
     end = min(first + accumulation, order.num_steps)
     rows = sum(order.num_real(number) for number in range(first, end))
     factor = job.world.world_size / rows
-    if job.importance == "batch":
-        assert job.importance_N is not None
+    if job.importance == "batch" and importance_N is not None:
         index_SG = order.of_rank(0, 1, first, end)[1]
-        importance_SG = np.where(index_SG >= 0, job.importance_N[index_SG], 0.0)
+        importance_SG = np.where(index_SG >= 0, importance_N[index_SG], 0.0)
         total = np.bincount(np.zeros(end - first, int), weights=importance_SG.sum(axis=1))[0]
         factor = factor * total / rows
     return float(factor)

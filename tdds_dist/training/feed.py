@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from tdds_dist.data.loader import Batch, Batches, BetonLoader, block_rows, default_workers
-from tdds_dist.distributed.partition import EpochOrder, epoch_order
+from tdds_dist.distributed.partition import EpochOrder, Visits, epoch_order
 from tdds_dist.training.build import build_views
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import training_size
@@ -20,7 +20,8 @@ Pass = tuple[Literal["train", "val"], int]
 
 
 class Feed:
-    """Give this rank the batches of a job."""
+    """Give this rank the batches of a job. `visits`: the samples of the training pass that is asked
+    for next."""
 
     def __init__(self, job: Job):
         data, world = job.config.data, job.world
@@ -38,6 +39,7 @@ class Feed:
             for (kind, file), view in zip(files.items(), build_views(job.config), strict=True)
         }
         self._job, self._global_rows = job, job.rows * world.world_size
+        self.visits = Visits(job.subset_M)
         self._started: dict[Pass, tuple[EpochOrder, Batches]] = {}
         self._taken: Batches | None = None
 
@@ -76,12 +78,13 @@ class Feed:
         by_blocks = job.config.data.order == "blocks"
         if kind == "val":
             return epoch_order(job.val_file.num_samples, self._global_rows, shuffle=False)
+        subset_M = self.visits.subset_M
         return epoch_order(
-            job.num_samples,
+            job.train_file.num_samples if subset_M is None else len(subset_M),
             self._global_rows,
             seed=job.config.run.seed,
             epoch=epoch,
-            subset=job.subset_M,
+            subset=subset_M,
             block_rows=block_rows(job.train_file) if by_blocks else None,
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tdds_dist.config.run import Config
 from tdds_dist.data.beton import BetonInfo
 from tdds_dist.distributed.interruption import Interruption
-from tdds_dist.distributed.partition import EpochOrder
+from tdds_dist.distributed.partition import EpochOrder, Visits
 from tdds_dist.distributed.world import World
 from tdds_dist.runs.checkpoint import Checkpoint, Checkpoints
 from tdds_dist.runs.directory import RunDir
@@ -47,13 +47,28 @@ class Observer(Protocol):
         """Go on from there. A collective."""
 
 
+class Schedule(Protocol):
+    """Says which samples each epoch visits, where that changes during training. Every rank calls
+    every method equally often."""
+
+    def decide(self, epoch: int) -> Visits:
+        """Return the samples of the epoch that comes next. A collective."""
+
+    def recall(self, epoch: int, digest: str) -> Visits:
+        """Return those of the epoch to go on in, whose `digest` a checkpoint has. A collective."""
+
+    def most_images(self, epoch: int) -> int:
+        """Return the number of samples of an epoch, or the most that it can be."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run.
 
     `subset_M` int64 restricts it to these global indices. `importance_N` float32 by global index
     weighs the loss as `importance` says: `sample` weighs each sample by its own, `batch` by the
-    mean over its global batch.
+    mean over its global batch. A `schedule` says both anew for each epoch; then learning rates
+    follow the images seen, of `total_images`, or where that is None the epochs.
     """
 
     config: Config
@@ -70,6 +85,8 @@ class Job:
     subset_M: np.ndarray | None = None
     importance_N: np.ndarray | None = None
     importance: str = "none"
+    schedule: Schedule | None = None
+    total_images: int | None = None
     stops_after: int | None = None  # epochs after which to end, short of the schedule's `epochs`
     checkpoints: Checkpoints | None = None
     resume: Checkpoint | None = None

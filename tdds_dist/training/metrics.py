@@ -51,16 +51,14 @@ class Screen:
     """The one bar of a training, over all its epochs, with what was last read of it. Reads nothing
     from the device itself.
 
-    epochs: of the schedule; epochs_run: after which it will end; done: images that an earlier start
-    has seen.
+    epochs: of the schedule; epoch: where it begins; num_images: of all epochs that will run; done:
+    images that an earlier start has seen.
     """
 
-    def __init__(self, epochs: int, num_samples: int, epochs_run: int, visible: bool, done: int):
+    def __init__(self, epochs: int, epoch: int, num_images: int, visible: bool, done: int):
         self._epochs, self._figures = epochs, ""
-        self._epoch = f"epoch {min(done // num_samples + 1, epochs)}/{epochs}"
-        self.progress = Progress(
-            "training", epochs_run * num_samples, "", visible, done, self._epoch
-        )
+        self._epoch = f"epoch {min(epoch + 1, epochs)}/{epochs}"
+        self.progress = Progress("training", num_images, "", visible, done, self._epoch)
 
     def begin_epoch(self, epoch: int) -> None:
         """Show that epoch `epoch`, counted from 0, starts or goes on."""

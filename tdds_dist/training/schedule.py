@@ -11,7 +11,7 @@ STRATEGIES = ("E", "P")
 
 
 def learning_rate(
-    step: int, total_steps: int, peak: float, *, warmup_steps: int = 0, final: float = 0.0
+    step: float, total_steps: int, peak: float, *, warmup_steps: int = 0, final: float = 0.0
 ) -> float:
     """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine
     from `peak` to `final`.
