@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tdds_dist.coreset.select import choose
     from tdds_dist.distributed.partition import EpochOrder, epoch_order
     from tdds_dist.errors import InputError
+    from tdds_dist.pruning.plan import PruningPlan
+    from tdds_dist.pruning.schedule import PruningSchedule
     from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, load_scores
     from tdds_dist.runs.checkpoint import Checkpoints
     from tdds_dist.scoring.scorer import ShardedScorer
@@ -23,6 +25,8 @@ __all__ = [
     "Coreset",
     "EpochOrder",
     "InputError",
+    "PruningPlan",
+    "PruningSchedule",
     "Scores",
     "ShardedScorer",
     "Trajectory",
@@ -37,6 +41,8 @@ _MODULES = {
     "Coreset": "runs.artifacts",
     "EpochOrder": "distributed.partition",
     "InputError": "errors",
+    "PruningPlan": "pruning.plan",
+    "PruningSchedule": "pruning.schedule",
     "Scores": "runs.artifacts",
     "ShardedScorer": "scoring.scorer",
     "Trajectory": "scoring.trajectory",

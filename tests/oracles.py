@@ -276,3 +276,28 @@ def inclusion_probabilities(weights: Sequence[float], num: int) -> list[float]:
         for drawn in order:
             included[drawn] += probability
     return included
+
+
+# ---- pruning inside a training
+
+
+def infobatch(p_label: Sequence[float], rate: float) -> tuple[list[int], int, float]:
+    """The samples of loss below the mean, how many of them stay, and the weight of those."""
+    losses = [-math.log(p) for p in p_label]
+    average = mean(losses)
+    light = [] if len(set(losses)) == 1 else [i for i, loss in enumerate(losses) if loss < average]
+    stay = max(1, len(light) - round(rate * len(light)))
+    return light, stay, len(light) / stay
+
+
+def hard_first(p_label: Sequence[float], threshold: float, least: int) -> list[int]:
+    """Those below the threshold, or the `least` lowest (of different probabilities)."""
+    below = [i for i, p in enumerate(p_label) if p < threshold]
+    if len(below) >= min(least, len(p_label)):
+        return below
+    return sorted(sorted(range(len(p_label)), key=lambda i: p_label[i])[:least])
+
+
+def largest_losses(p_label: Sequence[float], among: Sequence[int], num: int) -> list[int]:
+    """The `num` of largest loss among some samples (of different probabilities)."""
+    return sorted(sorted(among, key=lambda i: p_label[i])[:num])

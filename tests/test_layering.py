@@ -24,6 +24,7 @@ ROOMS = (
     ("data",),
     ("scoring",),
     ("coreset", "training"),
+    ("pruning",),
     ("report",),
     ("experiments",),
     ("cli",),
@@ -56,6 +57,8 @@ PURE = (
     "scoring.tdds",
     "scoring.baselines",
     "coreset.samplers",
+    "pruning.rules",
+    "pruning.plan",
 )
 
 

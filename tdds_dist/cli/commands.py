@@ -329,6 +329,45 @@ def _training_numbers(run: "RunDir") -> dict[str, Any]:
     }
 
 
+def train(options: argparse.Namespace) -> Outcome | None:
+    config = _load_config(options)
+    with _shared():
+        config.check_train()
+    if _is_alone():
+        config.data.check_files()
+
+    from tdds_dist.pruning.train import plan_of, schedule_table
+    from tdds_dist.pruning.train import train as run_train
+
+    if options.schedule_only:
+        from tdds_dist.data.beton import inspect_split
+
+        plan = plan_of(config, inspect_split(config, "train").num_samples)
+        counts = [plan.num_images(epoch) for epoch in range(plan.epochs)]
+        data = {
+            "images": counts,
+            "total": plan.total_images,
+            "most": sum(plan.most_images(epoch) for epoch in range(plan.epochs)),
+            "full": plan.epochs * plan.num_samples,
+        }
+        return Outcome(text=schedule_table(plan), data=data, is_the_product=True)
+
+    from tdds_dist.distributed.world import session
+
+    with (
+        options.interruption as interruption,
+        session(config.run.device, config.run.timeout_seconds) as world,
+    ):
+        run = run_train(
+            config, world, fresh=options.fresh, force=options.force, interruption=interruption
+        )
+        if not world.is_main:
+            return None
+    result = run.read_result() or {}
+    seen = {key: result.get(key) for key in ("images_seen", "images_of_full")}
+    return Outcome([run.path], _training_numbers(run) | seen)
+
+
 def select_command(config: "Config", directory: Path, score: str = "") -> str:
     """Return the command that makes coresets of a run at every rate that a window serves, by a
     score; without one by the windows, or by the first of them where none serves a rate."""

@@ -138,7 +138,7 @@ def _after_interruption(stage: str, words: Sequence[str]) -> str:
         return ""
     if stage == "submit":
         return "; `tdds status RUN` shows what is queued and what runs"
-    if stage in ("collect", "retrain", "experiment"):
+    if stage in ("collect", "retrain", "train", "experiment"):
         left = (
             "the same command goes on from the last checkpoint, or starts over where there is"
             " none yet"

@@ -32,6 +32,8 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "failed": "{} failed".format,
     "jobs": "{} jobs".format,
     "epochs": "{} epochs".format,
+    "images_seen": "{:,} images seen".format,
+    "images_of_full": "{:,} of a full training".format,
     "seconds": duration,
     "images_per_second": "{:,.0f} images/s".format,
     "final_top1": "final top-1 {:.2f} %".format,

@@ -27,6 +27,7 @@ _GROUPS = {
         "retrain",
         "report",
     ),
+    "instead": ("train",),
     "several runs": ("experiment", "compare"),
     "other tools": ("export", "import"),
     "jobs": ("doctor", "submit", "status", "logs"),
@@ -143,6 +144,7 @@ def build_parser(extra_commands: Commands = ()) -> argparse.ArgumentParser:
         _add_score,
         _add_select,
         _add_retrain,
+        _add_train,
         _add_compare,
         _add_experiment,
         _add_export,
@@ -491,6 +493,29 @@ def _add_collect(parsers: Parsers) -> None:
     _add_config(stage)
     _add_fresh(stage)
     stage.set_defaults(run=commands.collect)
+
+
+def _add_train(parsers: Parsers) -> None:
+    stage = parsers.add_parser(
+        "train",
+        help="one training that skips images on the way",
+        description=(
+            "Train once, and skip in each epoch the images that the section prune of the config"
+            " says: by their scores, losses or probabilities so far. Under torchrun, or alone. Ends"
+            " with models/ and result.json in the run directory, which says how many images were"
+            " seen; pruning/ has the images of each epoch. Stopped, by a signal or a crash, it goes"
+            " on from its last checkpoint when started again, on any number of ranks that divides"
+            " the batch."
+        ),
+    )
+    _add_config(stage)
+    stage.add_argument(
+        "--schedule-only",
+        action="store_true",
+        help="print epochs and images, against a full training, and do nothing",
+    )
+    _add_fresh(stage)
+    stage.set_defaults(run=commands.train)
 
 
 def _add_fresh(stage: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tdds_dist.config.grid import Pipeline
+from tdds_dist.config.prune import READS, Prune
 from tdds_dist.config.schema import (
     PathText,
     Section,
@@ -456,6 +457,7 @@ class Config(Section):
     retrain: Retrain = Retrain()
     checkpoint: Checkpoint = Checkpoint()
     pipeline: Pipeline = Pipeline()
+    prune: Prune = Prune()
 
     def windows(self) -> list[Window]:
         """Return the settings to score."""
@@ -566,10 +568,37 @@ class Config(Section):
                     f"score.windows: T={setting.T} is longer than train.epochs={self.train.epochs};"
                     " lower T or train longer"
                 )
+        self._check_view()
+
+    def _check_view(self) -> None:
         if (self.train.mixup or self.train.cutmix) and self.score.view == "train":
             raise InputError(
                 "train.mixup and train.cutmix change the images that are scored; set"
                 " score.view=clean (one more forward pass per step) or switch both off"
+            )
+
+    def check_train(self) -> None:
+        """Check the rules that matter to a pruned training only."""
+        self._check_view()
+        given = self.prune.model_fields_set - {
+            "method",
+            "start",
+            "full_last",
+            "schedule_by",
+            "twin",
+        }
+        if unread := sorted(given - {*READS[self.prune.method]}):
+            default = Prune()
+            unread = [key for key in unread if getattr(self.prune, key) != getattr(default, key)]
+        if unread:
+            raise InputError(
+                f"prune.{unread[0]}={getattr(self.prune, unread[0])} means nothing with"
+                f" prune.method={self.prune.method}; leave it out"
+            )
+        if self.score.on_nan == "quarantine":
+            raise InputError(
+                "score.on_nan=quarantine keeps images out of scores, and a pruned training has no"
+                " rule for them; set score.on_nan=stop"
             )
 
 

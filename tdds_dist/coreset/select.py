@@ -170,7 +170,7 @@ def make_coreset(
         settings["c_d"] = options.get("c_d", DEFAULT_C_D)
     coreset = Coreset(
         index_M,
-        _importance(scores, rest_n)[kept_M],
+        importance_of(scores)[index_M],
         scores.key,
         pruning_rate,
         scores.fingerprint,
@@ -365,12 +365,14 @@ def importance_kind(scores: Scores) -> str:
     return "score" if scores.settings.get("preset") == "paper" else "min_max"
 
 
-def _importance(scores: Scores, rest_n: np.ndarray) -> np.ndarray:
-    """Return the importance of the samples `rest_n`, float32 [n]."""
-    kind, score_n = importance_kind(scores), scores.score_N[rest_n]
-    if kind == "uniform":
-        return np.ones_like(score_n)
-    return score_n if kind == "score" else samplers.min_max(score_n)
+def importance_of(scores: Scores) -> np.ndarray:
+    """Return the importance of each sample, float32 [N]; 1 for the quarantined."""
+    kind, rest_n = importance_kind(scores), quarantine.eligible(scores)
+    importance_N = np.ones(len(scores.score_N), dtype=np.float32)
+    if kind != "uniform":
+        score_n = scores.score_N[rest_n]
+        importance_N[rest_n] = score_n if kind == "score" else samplers.min_max(score_n)
+    return importance_N
 
 
 def _default_path(source: Path, coreset: Coreset) -> Path:

@@ -104,6 +104,11 @@ def read_facts(run: RunDir) -> Facts:
             data["train"] = str(run.train_file())
     manifest = _read_manifest(data.get("train"), problems)
     env, result = _read_env(run, problems), _read_record(run.read_result, run.result_file, problems)
+    if env.get("stage") == "train":
+        raise InputError(
+            f"{run.path} is a pruned training, which has no report yet; {run.result_file.name} and"
+            f" {run.metrics_file.name} there have its numbers"
+        )
     own = _own_dataset(scores, (result or {}).get("num_images"), manifest)
     for name in [*scores]:
         if own is not None and (

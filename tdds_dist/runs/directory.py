@@ -50,6 +50,7 @@ class RunDir:
         self.trackers_file = self.path / "trackers.json"
         self.checkpoints = self.path / "checkpoints"
         self.trajectory = self.path / "trajectory"
+        self.pruning = self.path / "pruning"
         self.scores = self.path / "scores"
         self.coresets = self.path / "coresets"
         self.models = self.path / "models"
@@ -95,6 +96,7 @@ class RunDir:
             self.report_file,
             self.checkpoints,
             self.trajectory,
+            self.pruning,
             self.scores,
             self.models,
             self.tensorboard,

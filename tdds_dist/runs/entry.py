@@ -299,7 +299,8 @@ def _prepare(
         if run.read_metrics():  # epochs of a start that did not come to its first checkpoint
             aside = move_aside(run.metrics_file, run.trajectory, run.models, run.tensorboard)
             log.info(f"the epochs that it had recorded are moved aside to {aside}")
-        shutil.rmtree(run.trajectory, ignore_errors=True)
+        for folder in (run.trajectory, run.pruning):
+            shutil.rmtree(folder, ignore_errors=True)
         run.rewind(0)
         run.start(
             to_dict(config),

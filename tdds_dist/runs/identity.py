@@ -48,6 +48,7 @@ KINDS: dict[str, str | dict[str, str]] = {
     "retrain": PLACE,
     "checkpoint": PLACE,
     "pipeline": PLACE,
+    "prune": PLACE,
 }
 # what the table says otherwise of a retraining
 _OF_RETRAIN: dict[str, str | dict[str, str]] = {
@@ -61,6 +62,8 @@ _OF_RECORD = ("stage", "strategy", "importance", "coreset_sha256")
 
 
 def _kinds(stage: str) -> dict[str, str | dict[str, str]]:
+    if stage == "train":  # a pruned training, which never stops early
+        return {key: kinds for key, kinds in KINDS.items() if key != "prune"} | {"collect": PLACE}
     return KINDS if stage == "collect" else KINDS | _OF_RETRAIN
 
 

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from tdds_dist.config.run import Config
 from tdds_dist.config.schema import expand_path
+from tdds_dist.config.scores import Window
 from tdds_dist.console import log
 from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_split, local_copy
 from tdds_dist.data.check import quick_check
@@ -176,17 +177,22 @@ def on_this_node(
 
 
 def build_scorer(
-    config: Config, num_samples: int, device: torch.device, **options: Any
+    config: Config,
+    num_samples: int,
+    device: torch.device,
+    windows: Sequence[Window] = (),
+    **options: Any,
 ) -> ShardedScorer:
-    """Make a scorer as the config asks for it. A collective.
+    """Make a scorer as the config asks for it, by default with its windows. A collective.
 
-    `options`: what no config decides, `trajectory` and `resume` of `ShardedScorer`.
+    `options`: what no config decides, `trajectory`, `resume` and `partial_epochs` of
+    `ShardedScorer`.
     """
     score = config.score
     return ShardedScorer(
         num_samples,
         config.data.num_classes,
-        config.windows(),
+        windows or config.windows(),
         score.preset,
         device,
         logp_dtype=getattr(torch, score.logp_dtype),

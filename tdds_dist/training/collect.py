@@ -72,7 +72,7 @@ def collect(
         setting: dict[str, Any] = {"stage": "collect"} | (settings or {})
         if world.is_main:
             setting["data"] = content_of((train_file, val_file))
-    refuse = partial(_lacks, run) if config.score.trajectory else lambda found: ""
+    refuse = partial(lacks_trajectory, run) if config.score.trajectory else lambda found: ""
     with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
         if start.result is not None:
             return [run.scores / name for name in start.result["scores"]]
@@ -168,7 +168,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
     return paths
 
 
-def _lacks(run: RunDir, found: Checkpoint) -> str:
+def lacks_trajectory(run: RunDir, found: Checkpoint) -> str:
     """Say what a checkpoint needs of the trajectory and does not find."""
     num_epochs, reason = whole_epochs(run.trajectory)
     if num_epochs >= found.record["epoch"]:

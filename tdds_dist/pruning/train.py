@@ -1,0 +1,170 @@
+"""Stage `train`: one training that skips samples while it runs."""
+
+from functools import partial
+from typing import Any
+
+from tdds_dist.config.run import Config
+from tdds_dist.config.scores import Window
+from tdds_dist.console import HEADING, log
+from tdds_dist.data.beton import content_of
+from tdds_dist.distributed.collectives import together
+from tdds_dist.distributed.interruption import Interruption
+from tdds_dist.distributed.world import World
+from tdds_dist.errors import InputError
+from tdds_dist.pruning.plan import BY_SCORE, PruningPlan
+from tdds_dist.pruning.schedule import PruningSchedule, check_score_window, record_problem
+from tdds_dist.runs.checkpoint import Checkpoint
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.entry import entered
+from tdds_dist.text import table
+from tdds_dist.training.build import build_scorer, on_this_node, open_files, preflight
+from tdds_dist.training.collect import lacks_trajectory
+from tdds_dist.training.engine import fit
+from tdds_dist.training.job import Job
+from tdds_dist.training.schedule import per_rank_batch
+
+
+def train(
+    config: Config,
+    world: World,
+    *,
+    fresh: bool = False,
+    force: bool = False,
+    interruption: Interruption | None = None,
+) -> RunDir:
+    """Run the stage, or go on with it; return its run directory.
+
+    Every rank calls it. Bad input is found before the first training step and raised on every rank.
+    A run with a checkpoint goes on, a finished one is left as it is; `fresh` starts over (`force`:
+    also where there is a run).
+
+    Raises:
+        Preempted: `interruption` asked for it; the state is saved.
+    """
+    run = RunDir(config.run.directory)
+    with together(world):
+        rows = per_rank_batch(
+            config.train.global_batch_size, world.world_size, config.train.accumulation
+        )
+        train_file, val_file, _ = open_files(config, decode_some=world.is_main)
+        preflight(config, train_file, val_file, rows, world.device.type)
+        plan = plan_of(config, train_file.num_samples)
+        setting: dict[str, Any] = {"stage": "train"}
+        if world.is_main:
+            setting["data"] = content_of((train_file, val_file))
+    refuse = partial(_lacks, run, config, plan)
+    with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
+        if start.result is not None:
+            return run
+        train_file, val_file = on_this_node(config, (train_file, val_file), world, start.pulse)
+        window = _window(config)
+        scorer = build_scorer(
+            config,
+            train_file.num_samples,
+            world.device,
+            windows=[window],
+            trajectory=run.trajectory if config.score.trajectory else None,
+            resume=start.resume is not None,
+            partial_epochs=True,
+        )
+        if world.is_main:
+            total = plan.total_images
+            seen = "" if total is None else f", {_share(total, plan)} of the images of a full one"
+            log.info(
+                f"train {config.run.name}: {plan.num_samples} images, {plan.epochs} epochs,"
+                f" {plan.method}{' (random twin)' if plan.twin else ''}{seen},"
+                f" {world.world_size} rank(s) on {world.device.type}",
+                extra=HEADING,
+            )
+        job = Job(
+            config,
+            world,
+            run,
+            train_file,
+            val_file,
+            config.train.epochs,
+            config.train.global_batch_size,
+            observer=scorer,
+            clean_view=config.score.view == "clean",
+            importance=plan.loss_weights,
+            schedule=PruningSchedule(plan, scorer, window=window, folder=run.pruning),
+            total_images=plan.total_images if config.prune.schedule_by == "images" else None,
+            checkpoints=start.checkpoints,
+            resume=start.resume,
+            interruption=interruption or Interruption(),
+            pulse=start.pulse,
+            guard=start.guard,
+        )
+        start.finish(
+            setting | {"method": plan.method, "twin": plan.twin, "rate": plan.rate} | fit(job)
+        )
+    return run
+
+
+def plan_of(config: Config, num_samples: int) -> PruningPlan:
+    """Return what a config's training prunes of so many images; raise InputError for what does not
+    fit."""
+    config.check_train()
+    prune, batch = config.prune, config.train.global_batch_size
+    settings = prune.model_dump(exclude={"schedule_by"})
+    if prune.method in BY_SCORE and prune.start is None:
+        settings["start"] = config.window_for(prune.rate).T
+    try:
+        plan = PruningPlan(
+            num_samples=num_samples,
+            epochs=config.train.epochs,
+            seed=config.run.seed,
+            least=batch,
+            **settings,
+        )
+        check_score_window(plan, _window(config), config.score.preset)
+    except InputError as error:
+        raise InputError(f"prune.{error}") from None
+    if prune.schedule_by == "images" and plan.total_images is None:
+        raise InputError(
+            f"prune.schedule_by=images needs the images of the whole training in advance, and"
+            f" method={prune.method} decides them on the way; use prune.schedule_by=epochs"
+        )
+    return plan
+
+
+def schedule_table(plan: PruningPlan) -> str:
+    """Return epochs and images of a training, before it runs, as lines for a person."""
+    rows, first = [["epochs", "images each"]], 0
+    for epoch in range(1, plan.epochs + 1):
+        if epoch == plan.epochs or _said(plan, epoch) != _said(plan, first):
+            rows.append([f"{first + 1} to {epoch}", _said(plan, first)])
+            first = epoch
+    total = sum(plan.most_images(epoch) for epoch in range(plan.epochs))
+    most = "at most " if plan.total_images is None else ""
+    rows.append(["all", f"{most}{total:,} ({most}{_share(total, plan)} of a full training)"])
+    return "\n".join(table(rows, right=(1,)))
+
+
+def _said(plan: PruningPlan, epoch: int) -> str:
+    num = plan.num_images(epoch)
+    return f"at most {plan.num_samples:,}" if num is None else f"{num:,}"
+
+
+def _share(total: int, plan: PruningPlan) -> str:
+    return f"{100 * total / (plan.epochs * plan.num_samples):.1f} %"
+
+
+def _window(config: Config) -> Window:
+    """Return K and beta of the window that serves the rate, or of the first, over the whole
+    training."""
+    try:
+        window = config.window_for(config.prune.rate)
+    except InputError:
+        window = config.windows()[0]
+    return Window(config.train.epochs, window.K, window.beta)
+
+
+def _lacks(run: RunDir, config: Config, plan: PruningPlan, found: Checkpoint) -> str:
+    """Say what a checkpoint needs of the run directory and does not find."""
+    epoch = found.record["epoch"]
+    if config.score.trajectory and (problem := lacks_trajectory(run, found)):
+        return problem
+    if epoch >= plan.epochs:
+        return ""
+    return record_problem(run.pruning, epoch, found.record["visits"], plan.num_samples)

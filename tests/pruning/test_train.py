@@ -1,0 +1,266 @@
+"""The stage `train`: nothing skipped is plain training, what is skipped is counted, and a run that
+is stopped ends as one that was not."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tdds_dist.cli.main import main
+from tdds_dist.config.run import load_config
+from tdds_dist.distributed import world as distributed
+from tdds_dist.distributed.interruption import Interruption, Preempted
+from tdds_dist.errors import InputError
+from tdds_dist.pruning.train import train
+from tdds_dist.report.read import read_facts
+from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.identity import DECIDES, PLACE, kind_of
+from tdds_dist.scoring.trajectory import Trajectory
+from tdds_dist.training import engine
+from tdds_dist.training.collect import collect
+from tdds_dist.training.schedule import learning_rate
+from tests.ranks import catch, run_ranks
+from tests.training.test_engine import tiny_model
+
+EPOCHS, BATCH = 6, 24
+BASE = [
+    f"train.epochs={EPOCHS}",
+    "train.eval_every=2",
+    "train.deterministic=true",
+    "score.final_pass=false",
+    "train.lr=0.5",
+    "score.windows=[{T: 3, K: 3, pruning_rates: [0.0, 0.5]}]",
+]
+WITHOUT = {  # methods that prune nothing
+    "none": [],
+    "static": ["prune.rate=0.0"],
+    "refresh": ["prune.rate=0.0"],
+    "infobatch": ["prune.rate=0.0"],
+    "hard_first": ["prune.threshold=1.1"],
+    "progressive": ["prune.rate=0.0", "prune.drawn=1.0"],
+}
+PRUNED = {
+    "static": ["prune.rate=0.5", "prune.importance=sample", "prune.start=3"],
+    "refresh": ["prune.rate=0.5", "prune.start=3", "prune.every=2", "prune.twin=true"],
+    "infobatch": ["prune.rate=0.5"],
+    "hard_first": ["prune.threshold=0.6", "train.warmup_epochs=2"],
+    "progressive": ["prune.rate=0.35", "prune.schedule_by=images"],
+}
+
+
+def settings(config_file, directory, method, more):
+    return load_config(
+        config_file, [f"run.dir={directory}", f"prune.method={method}", *BASE, *more]
+    )
+
+
+def outcome(run):
+    weights = torch.load(run.models / "final.pt", weights_only=True)
+    trajectory = Trajectory(run.trajectory)
+    return (
+        {name: value.numpy().tobytes() for name, value in weights.items()},
+        {name: trajectory.read(name).tobytes() for name in trajectory.scalars},
+        {path.name: path.read_bytes() for path in sorted(run.pruning.glob("*.npz"))},
+        [
+            {key: record.get(key) for key in ("epoch", "step", "lr", "train_loss", "images")}
+            for record in run.read_metrics()
+        ],
+    )
+
+
+def _without(rank, config_file, folder):
+    engine.build_model = tiny_model
+    world = distributed.current_world("cpu")
+    plain = settings(config_file, folder / "plain", "none", [])
+    collect(plain, world)
+    found = {"plain": outcome(RunDir(folder / "plain"))}
+    for method, more in WITHOUT.items():
+        found[method] = outcome(train(settings(config_file, folder / method, method, more), world))
+    return found
+
+
+@pytest.mark.distributed
+def test_where_nothing_is_skipped_it_is_plain_training_bit_for_bit(config_file, tmp_path):
+    """Weights, recorded scalars and learning rates."""
+    found = run_ranks(2, _without, config_file, tmp_path, deadline=280.0)[0]
+    weights, scalars, _, records = found.pop("plain")
+    for method, (own_weights, own_scalars, files, own_records) in found.items():
+        assert own_weights == weights, method
+        visited = np.frombuffer(own_scalars.pop("visited"), np.float32)
+        assert (visited == 1.0).all()
+        assert own_scalars == scalars, method
+        assert files == {}
+        for record, own in zip(records, own_records, strict=True):
+            assert own == record | {"images": 120}, method
+
+
+def _pruned(rank, config_file, folder, stop):
+    """Train; `stop` leaves every run once, in the middle of its fifth epoch, and starts it
+    again."""
+    engine.build_model = tiny_model
+    world = distributed.current_world("cpu")
+    found = {}
+    for method, more in PRUNED.items():
+        config = settings(config_file, folder / method, method, more)
+        if stop:
+            _leave(config, world)
+        run = train(config, world)
+        found[method] = outcome(run), run.read_result()
+    return found
+
+
+def _leave(config, world):
+    interruption, update = Interruption(), engine.Trainer._update
+
+    def until(trainer):
+        if trainer.epoch == 4 and trainer.micro == 1:
+            interruption._first = "SIGUSR1"
+        return update(trainer)
+
+    engine.Trainer._update = until
+    with pytest.raises(Preempted):
+        train(config, world, interruption=interruption)
+    engine.Trainer._update = update
+
+
+@pytest.fixture(scope="module")
+def pruned(betons, tmp_path_factory):
+    from tests.conftest import write_config
+
+    folder = tmp_path_factory.mktemp("pruned")
+    config_file = write_config(betons, folder)
+    return run_ranks(1, _pruned, config_file, folder, False, deadline=280.0)[0], folder, config_file
+
+
+@pytest.mark.distributed
+def test_what_is_skipped_is_counted(pruned):
+    found, folder, _ = pruned
+    for method, ((_, scalars, files, records), result) in found.items():
+        visited_TN = np.frombuffer(scalars["visited"], np.float32).reshape(EPOCHS, 120)
+        images = [record["images"] for record in records]
+        assert images == visited_TN.sum(axis=1).tolist(), method
+        assert images[0] == 120
+        assert min(images) < 120
+        assert result["images_seen"] == sum(images)
+        assert result["images_of_full"] == EPOCHS * 120
+        steps = np.cumsum([math.ceil(number / BATCH) for number in images]).tolist()
+        assert [record["step"] for record in records] == steps
+        for epoch in range(EPOCHS):
+            path = folder / method / "pruning" / f"epoch_{epoch:04d}.npz"
+            assert path.exists() == (path.name in files)
+            if images[epoch] == 120:
+                continue
+            with np.load(path) as file:
+                kept = np.unpackbits(file["kept"], count=120)
+            assert kept.tolist() == visited_TN[epoch].tolist(), (method, epoch)
+    counts = {method: [r["images"] for r in found[method][0][3]] for method in PRUNED}
+    assert counts["static"] == [120] * 3 + [60] * 3
+    assert counts["refresh"] == [120] * 3 + [60] * 3
+    assert counts["progressive"] == [120] + [78] * 5
+    assert counts["infobatch"][-1] == counts["hard_first"][-1] == 120, "full at the end"
+
+
+@pytest.mark.distributed
+def test_learning_rates_follow_epochs_or_images(pruned):
+    """The rate of an epoch's last step: by epochs the same share of a shorter epoch is the same
+    place in the schedule."""
+    for method, ((_, _, _, records), _) in pruned[0].items():
+        seen = 0
+        for record in records:
+            num_steps = math.ceil(record["images"] / BATCH)
+            position = 5 * (record["epoch"] + (num_steps - 1) / num_steps)
+            if method == "progressive":
+                done = seen + (num_steps - 1) * BATCH
+                position = EPOCHS * 5 * done / (120 + 5 * 78)
+            warmup = 10 if method == "hard_first" else 0
+            expected = learning_rate(position, EPOCHS * 5, 0.5, warmup_steps=warmup)
+            assert record["lr"] == pytest.approx(expected, abs=1e-12), (method, record)
+            seen += record["images"]
+
+
+@pytest.mark.distributed
+def test_stopped_in_mid_schedule_it_ends_as_if_it_was_not(pruned, tmp_path):
+    found, _, config_file = pruned
+    resumed = run_ranks(1, _pruned, config_file, tmp_path, True, deadline=280.0)[0]
+    for method, (outcome_of_one, result) in found.items():
+        assert resumed[method][1]["resumes"] == 1
+        assert resumed[method][1]["images_seen"] == result["images_seen"]
+        assert resumed[method][0] == outcome_of_one, method
+
+
+def _with_another_set(rank, config_file, folder):
+    engine.build_model = tiny_model
+    world = distributed.current_world("cpu")
+    config = settings(config_file, folder, "infobatch", [*PRUNED["infobatch"], "checkpoint.keep=2"])
+    _leave(config, world)
+    path = folder / "pruning/epoch_0004.npz"
+    path.write_bytes((folder / "pruning/epoch_0003.npz").read_bytes())
+    for old in sorted((folder / "checkpoints").glob("step_*"))[:-1]:
+        old.rename(folder / old.name)
+    return catch(train, config, world)
+
+
+@pytest.mark.distributed
+def test_another_set_than_the_checkpoints_is_refused(config_file, tmp_path):
+    kind, text = run_ranks(1, _with_another_set, config_file, tmp_path / "run")[0]
+    assert kind == "InputError"
+    assert "epoch_0004.npz holds another set" in text
+    assert "where that of epoch 5 should be" in text
+
+
+# ---- before anything runs
+
+
+def test_the_schedule_alone(config_file, tmp_path, capsys):
+    words = ["prune.method=static", "prune.rate=0.5", *BASE, "train.epochs=10"]
+    assert main(["train", str(config_file), *words, "--schedule-only", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["images"] == [120] * 3 + [60] * 7, "T of the window that serves the rate"
+    assert (said["total"], said["full"]) == (780, 1200)
+    assert main(["train", str(config_file), *words, "--schedule-only"]) == 0
+    text = capsys.readouterr().out
+    assert "1 to 3" in text
+    assert "65.0 % of a full training" in text
+    assert main(["train", str(config_file), "prune.method=infobatch", "--schedule-only"]) == 0
+    assert "at most 120" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["method=infobatch", "rate=0.5", "schedule_by=images"], "use prune.schedule_by=epochs"),
+        (
+            ["method=infobatch", "every=3"],
+            "prune.every=3 means nothing with prune.method=infobatch",
+        ),
+        (["method=static", "rate=0.3"], "no window of score.windows serves pruning_rate=0.3"),
+        (["method=static", "rate=0.5", "start=9"], "prune.start=9 must lie in [1, 6]"),
+        (["method=static", "rate=0.5", "start=2"], "prune.start=2 must be at least 3"),
+        (["method=progressive", "rate=0.1"], "prune.drawn=0.75 must be at least"),
+    ],
+)
+def test_what_is_refused(config_file, words, expected):
+    config = load_config(config_file, [*BASE, *(f"prune.{word}" for word in words)])
+    from tdds_dist.pruning.train import plan_of
+
+    with pytest.raises(InputError) as caught:
+        plan_of(config, 120)
+    assert expected in str(caught.value)
+    with pytest.raises(InputError, match=r"score\.on_nan=quarantine"):
+        plan_of(load_config(config_file, ["score.on_nan=quarantine"]), 120)
+
+
+def test_what_decides_a_pruned_training():
+    assert kind_of("prune", "rate", "train") == DECIDES
+    assert kind_of("collect", "stop_after", "train") == PLACE
+    assert kind_of("prune", "rate", "collect") == kind_of("prune", "rate", "retrain") == PLACE
+
+
+@pytest.mark.distributed
+def test_the_report_refuses_one(pruned):
+    kind, text = catch(read_facts, RunDir(pruned[1] / "static"))
+    assert kind == "InputError"
+    assert "is a pruned training, which has no report yet; result.json" in text
