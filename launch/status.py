@@ -478,6 +478,8 @@ def next_step(status: Status) -> str:
             " makes it anew"
         )
     run = status.runs[0]
+    if run.stage == "train":
+        return f"the weights are in {status.directory / 'models' / 'final.pt'}; nothing is left"
     if run.stage == "retrain":
         return _report_or_page(status.directory.parent.parent, runs)
     if status.retrainings:

@@ -6,14 +6,15 @@ from pydantic import Field
 
 from tdds_dist.config.schema import Section
 
-# of a method, the keys that it reads beside those that all read
+# of a method, the keys that it reads
+_ALL = ("start", "full_last", "schedule_by", "twin")
 READS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "static": ("rate", "sampler", "class_balanced", "importance"),
-    "refresh": ("rate", "sampler", "class_balanced", "importance", "every", "explore"),
-    "infobatch": ("rate",),
-    "hard_first": ("threshold",),
-    "progressive": ("rate", "drawn"),
+    "static": (*_ALL, "rate", "sampler", "class_balanced", "importance"),
+    "refresh": (*_ALL, "rate", "sampler", "class_balanced", "importance", "every", "explore"),
+    "infobatch": (*_ALL, "rate"),
+    "hard_first": (*_ALL, "threshold"),
+    "progressive": (*_ALL, "rate", "drawn"),
 }
 
 
@@ -73,8 +74,8 @@ class Prune(Section):
         ge=0,
         le=1,
         description=(
-            "Share of the skipped images that refresh visits all the same, drawn at random, so that"
-            " their scores stay alive; in place of as many of lowest score."
+            "Share of the images that refresh visits, which are drawn at random from those that it"
+            " would skip, so that their scores stay alive; in place of as many of lowest score."
         ),
     )
     sampler: Literal["top", "centre", "ccs"] = Field(

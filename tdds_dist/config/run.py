@@ -580,16 +580,12 @@ class Config(Section):
     def check_train(self) -> None:
         """Check the rules that matter to a pruned training only."""
         self._check_view()
-        given = self.prune.model_fields_set - {
-            "method",
-            "start",
-            "full_last",
-            "schedule_by",
-            "twin",
-        }
-        if unread := sorted(given - {*READS[self.prune.method]}):
-            default = Prune()
-            unread = [key for key in unread if getattr(self.prune, key) != getattr(default, key)]
+        default = Prune(method=self.prune.method)
+        unread = [
+            key
+            for key in sorted(Prune.model_fields.keys() - {*READS[self.prune.method]})
+            if getattr(self.prune, key) != getattr(default, key)
+        ]
         if unread:
             raise InputError(
                 f"prune.{unread[0]}={getattr(self.prune, unread[0])} means nothing with"

@@ -56,10 +56,11 @@ class PruningPlan:
                 " that is kept of it; raise one of them"
             )
         first, last = self.first_pruned, self.epochs - self.num_full_last
-        if self.method != "none" and not 1 <= first <= last:
+        if self.method != "none" and not 1 <= first < last:
             raise InputError(
-                f"start={first} must lie in [1, {last}]: epochs from start on are pruned, the first"
-                f" and the last {self.num_full_last} of {self.epochs} are not"
+                f"start={first} leaves no epoch to prune: those from start on are pruned, the first"
+                f" and the last {self.num_full_last} of {self.epochs} are not; lower start (to 1 at"
+                " least) or full_last, or train longer"
             )
 
     @property

@@ -119,7 +119,7 @@ class PruningSchedule:
         assert num is not None
         num_explored = 0
         if plan.method == "refresh":
-            num_explored = min(round(plan.explore * (plan.num_samples - num)), num - 1)
+            num_explored = min(round(plan.explore * num), num - 1)
         label_N = scorer.gather_labels().numpy()
         scores = Scores(
             "tdds",

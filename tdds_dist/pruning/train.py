@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from tdds_dist.config.run import Config
-from tdds_dist.config.scores import Window
+from tdds_dist.config.scores import Window, check_window
 from tdds_dist.console import HEADING, log
 from tdds_dist.data.beton import content_of
 from tdds_dist.distributed.collectives import together
@@ -76,6 +76,10 @@ def train(
                 f" {world.world_size} rank(s) on {world.device.type}",
                 extra=HEADING,
             )
+        by_epochs = (
+            config.prune.schedule_by == "epochs"
+            or plan.total_images == plan.epochs * plan.num_samples
+        )
         job = Job(
             config,
             world,
@@ -88,7 +92,8 @@ def train(
             clean_view=config.score.view == "clean",
             importance=plan.loss_weights,
             schedule=PruningSchedule(plan, scorer, window=window, folder=run.pruning),
-            total_images=plan.total_images if config.prune.schedule_by == "images" else None,
+            # by epochs too where nothing is skipped: to the bit that of a plain training
+            total_images=None if by_epochs else plan.total_images,
             checkpoints=start.checkpoints,
             resume=start.resume,
             interruption=interruption or Interruption(),
@@ -108,7 +113,17 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
     prune, batch = config.prune, config.train.global_batch_size
     settings = prune.model_dump(exclude={"schedule_by"})
     if prune.method in BY_SCORE and prune.start is None:
-        settings["start"] = config.window_for(prune.rate).T
+        try:
+            settings["start"] = config.window_for(prune.rate).T
+        except InputError:
+            raise InputError(
+                f"prune.rate={prune.rate}: no window of score.windows serves it, whose T would be"
+                " the first epoch to prune; set prune.start, or add the rate to a window"
+            ) from None
+    try:
+        check_window(window := _window(config), config.score.preset)
+    except InputError as error:
+        raise InputError(f"score.windows: {error}") from None
     try:
         plan = PruningPlan(
             num_samples=num_samples,
@@ -117,7 +132,7 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
             least=batch,
             **settings,
         )
-        check_score_window(plan, _window(config), config.score.preset)
+        check_score_window(plan, window, config.score.preset)
     except InputError as error:
         raise InputError(f"prune.{error}") from None
     if prune.schedule_by == "images" and plan.total_images is None:
@@ -152,12 +167,15 @@ def _share(total: int, plan: PruningPlan) -> str:
 
 def _window(config: Config) -> Window:
     """Return K and beta of the window that serves the rate, or of the first, over the whole
-    training."""
+    training; K as far as it fits where nothing is pruned by this score."""
     try:
         window = config.window_for(config.prune.rate)
     except InputError:
         window = config.windows()[0]
-    return Window(config.train.epochs, window.K, window.beta)
+    epochs, K = config.train.epochs, window.K
+    if config.prune.method not in BY_SCORE:
+        K = min(K, epochs if config.score.preset == "official" else epochs - 1)
+    return Window(epochs, K, window.beta)
 
 
 def _lacks(run: RunDir, config: Config, plan: PruningPlan, found: Checkpoint) -> str:

@@ -109,7 +109,8 @@ def differences(run: RunDir, config: Config, setting: dict[str, Any]) -> list[st
             was = before[section].get(key)
             if kind_of(section, key, setting["stage"]) in (PLACE, MAY_CHANGE):
                 continue
-            if (section, key) == ("score", "windows"):  # which rates a window serves may change
+            # which rates a window serves may change, but where it says when pruning begins
+            if (section, key) == ("score", "windows") and setting["stage"] != "train":
                 was, now = (
                     [{**window, "pruning_rates": ()} for window in windows]
                     for windows in (was, now)

@@ -93,9 +93,9 @@ class RunStatus:
     """The state of one run directory. None and "" stand for what no file says."""
 
     directory: str
-    stage: str  # collect | retrain
-    # new starting copying training scoring finished stopped failed, or lost: nobody works on it, and
-    # it did not say why
+    stage: str  # collect | retrain | train
+    # new starting copying training scoring finished stopped failed, or lost: nobody works on it,
+    # and it did not say why
     state: str
     epoch: int | None = None  # epochs finished
     epochs: int | None = None

@@ -302,9 +302,10 @@ class _Origin:
     def _scored_live(self) -> tuple[list[Window], str]:
         """Return windows and preset of the run's config, or of the scorer that another training
         loop had."""
-        if self.config is not None:
-            return self.config.windows(), self.config.score.preset
         scored = self.recorded.scored if isinstance(self.recorded, Trajectory) else None
+        is_partial = VISITED in getattr(self.recorded, "scalars", ())  # one window over all epochs
+        if self.config is not None and not is_partial:
+            return self.config.windows(), self.config.score.preset
         if scored is None:
             return [], "official"
         return [
@@ -416,6 +417,8 @@ def _score_windows(
                 " raise K"
             )
         settings = window_settings(window, preset, delta)
+        if visited_TN is not None:
+            settings["visits"] = "partial"
         paths.append(
             origin.save(out or origin.folder, window.key(preset, delta), score_N, settings)
         )

@@ -159,6 +159,11 @@ def on_this_node(
         return [*files]
     with together(world):
         folder = Path(expand_path(config.data.cache))
+        if not folder.is_absolute():
+            raise InputError(
+                f"data.cache={config.data.cache} is {str(folder)!r} here; give a folder of the"
+                " node's own disk as a whole path, or a variable that holds one"
+            )
     if pulse is not None:
         pulse.beat("copying")
     thread = ThreadPoolExecutor(1)
@@ -170,10 +175,13 @@ def on_this_node(
             if pulse is not None and pulse.is_due:
                 pulse.beat("copying")
         with together(world):
-            return [copy.result() for copy in copies]
+            copied = [copy.result() for copy in copies]
     finally:
         # a signal ends the program at once; the next start goes on with the copy
         thread.shutdown(wait=False, cancel_futures=True)
+    if pulse is not None:
+        pulse.beat("starting")
+    return copied
 
 
 def build_scorer(

@@ -90,7 +90,7 @@ class Trainer:
             "resumes": 0,
             "train_seconds": 0.0,
             "partial": [0.0, 0.0],
-            "images_seen": 0,  # in epochs that have ended
+            "images": [],  # of each epoch that has ended
         }
         self.last_save = self.started = time.perf_counter()
         self.steps_since_save = 0
@@ -145,9 +145,9 @@ class Trainer:
         self.screen = metrics.Screen(
             job.epochs,
             self.epoch,
-            self.history["images_seen"] + sum(self._images_ahead()),
+            sum(self.history["images"]) + sum(self._images_ahead()),
             world.is_main,
-            done=self.history["images_seen"] + self.micro * self.micro_batch,
+            done=sum(self.history["images"]) + self.micro * self.micro_batch,
         )
 
     def _visit(self, visits: Visits) -> None:
@@ -203,7 +203,7 @@ class Trainer:
             record = self.train_epoch()
             self._check_guard()
             self._observe(lambda observer: observer.end_epoch(), timed=True)
-            history["images_seen"] += self.num_images
+            history["images"].append(self.num_images)
             if job.schedule is not None and not is_last:
                 self._visit(job.schedule.decide(self.epoch + 1))
                 if not is_evaluated:
@@ -221,7 +221,7 @@ class Trainer:
             history["epoch_seconds"].append(record["epoch_seconds"])
             history["wall_seconds"].append(time.perf_counter() - epoch_started)
             history["stopped"] = is_last
-            remaining_seconds = self._epoch_seconds() * (job.epochs_run - self.epoch - 1)
+            remaining_seconds = self._image_seconds() * sum(self._images_ahead()[1:])
             with collectives.together(job.world):
                 if job.world.is_main:
                     job.run.append_metrics(record)
@@ -250,8 +250,10 @@ class Trainer:
 
     def _result(self) -> dict[str, Any]:
         job, record, best = self.job, self.history["record"], self.history["best"]
-        seen = self.history["images_seen"]
-        pruned = {"images_seen": seen, "images_of_full": self.epoch * job.num_samples}
+        pruned = {
+            "images_seen": sum(self.history["images"]),
+            "images_of_full": self.epoch * job.num_samples,
+        }
         return {
             "num_images": job.num_samples,
             "epochs": self.epoch,
@@ -266,9 +268,8 @@ class Trainer:
             "best_epoch": best["epoch"],
             "train_seconds": self._train_seconds(),
             "resumes": self.history["resumes"],
-            # the usual epoch of a pruned training has the mean number of images
-            "median_images_per_second": (
-                seen / self.epoch / float(np.median(self.history["epoch_seconds"]))
+            "median_images_per_second": float(
+                np.median(np.divide(self.history["images"], self.history["epoch_seconds"]))
             ),
         } | (pruned if job.schedule is not None else {})
 
@@ -438,7 +439,7 @@ class Trainer:
             return self.step
         first_pass = (self.micro - 1) // job.config.train.accumulation
         if job.total_images is not None:
-            seen = self.history["images_seen"] + first_pass * job.global_batch_size
+            seen = sum(self.history["images"]) + first_pass * job.global_batch_size
             return job.epochs * steps_per_epoch * seen / job.total_images
         num_steps = math.ceil(self.num_images / job.global_batch_size)
         return self.epoch * steps_per_epoch + first_pass * steps_per_epoch / num_steps
@@ -485,16 +486,23 @@ class Trainer:
             float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
         )
 
+    def _image_seconds(self) -> float:
+        """Return the same per image of an epoch."""
+        history = self.history
+        per_image = np.divide(history["wall_seconds"], history["images"])
+        return float(np.median(per_image)) if len(per_image) else 0.0
+
     def _beat(self, share: float) -> None:
         """Update status.json when this share of the epoch is done."""
         job, seconds = self.job, self.history["partial"][0]
         assert job.pulse is not None
-        epochs_left = job.epochs_run - self.epoch - share
+        done = share * self.num_images
         job.pulse.beat(
             "training",
             **self._progress(),
-            images_per_second=share * self.num_images / seconds,
-            eta_seconds=epochs_left * (self._epoch_seconds() or seconds / share),
+            images_per_second=done / seconds,
+            eta_seconds=(sum(self._images_ahead()) - done)
+            * (self._image_seconds() or seconds / done),
         )
 
     # ---- leaving and going on
@@ -581,7 +589,7 @@ class Trainer:
         self.micro = record["steps_of_epoch"] * config.train.accumulation
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
         # a checkpoint of an older version, which skipped nothing, does not say it
-        self.history.setdefault("images_seen", self.epoch * self.num_images)
+        self.history.setdefault("images", [self.num_images] * self.epoch)
         if self.job.schedule is not None and self.epoch < self.job.epochs_run:
             self._visit(self.job.schedule.recall(self.epoch, record["visits"]))
         observed = self._observer_state()

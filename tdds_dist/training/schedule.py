@@ -19,7 +19,7 @@ def learning_rate(
     Without warm-up this is torch's CosineAnnealingLR stepped once per batch, as the authors train.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * min(1.0, (step + 1) / warmup_steps)  # step: between two of them by images
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 

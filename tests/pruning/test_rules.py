@@ -165,8 +165,8 @@ def test_when_a_plan_decides_anew():
         ({"method": "all"}, "method='all' must be one of none, static"),
         ({"method": "infobatch", "rate": 1.0}, "rate=1.0 must lie in [0, 1)"),
         ({"method": "progressive", "rate": 0.1, "drawn": 0.5}, "drawn=0.5 must be at least"),
-        ({"method": "static", "rate": 0.1, "start": 9}, "start=9 must lie in [1, 8]"),
-        ({"method": "static", "rate": 0.1, "start": 0}, "start=0 must lie in [1, 8]"),
+        ({"method": "static", "rate": 0.1, "start": 9}, "start=9 leaves no epoch to prune"),
+        ({"method": "static", "rate": 0.1, "start": 0}, "lower start (to 1 at least)"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, words):

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tdds_dist.cli.main import main
-from tdds_dist.config.run import load_config
+from tdds_dist.config.run import load_config, to_dict
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.interruption import Interruption, Preempted
 from tdds_dist.errors import InputError
 from tdds_dist.pruning.train import train
 from tdds_dist.report.read import read_facts
 from tdds_dist.runs.directory import RunDir
-from tdds_dist.runs.identity import DECIDES, PLACE, kind_of
+from tdds_dist.runs.identity import DECIDES, PLACE, differences, kind_of
 from tdds_dist.scoring.trajectory import Trajectory
 from tdds_dist.training import engine
 from tdds_dist.training.collect import collect
@@ -24,11 +24,13 @@ from tdds_dist.training.schedule import learning_rate
 from tests.ranks import catch, run_ranks
 from tests.training.test_engine import tiny_model
 
-EPOCHS, BATCH = 6, 24
+EPOCHS, BATCH = 6, 28  # of 120 images: the last step is padded
 BASE = [
     f"train.epochs={EPOCHS}",
     "train.eval_every=2",
     "train.deterministic=true",
+    f"train.global_batch_size={BATCH}",
+    "train.accumulation=2",
     "score.final_pass=false",
     "train.lr=0.5",
     "score.windows=[{T: 3, K: 3, pruning_rates: [0.0, 0.5]}]",
@@ -43,6 +45,7 @@ WITHOUT = {  # methods that prune nothing
 }
 PRUNED = {
     "static": ["prune.rate=0.5", "prune.importance=sample", "prune.start=3"],
+    "unweighted": ["prune.method=static", "prune.rate=0.5", "prune.start=3"],
     "refresh": ["prune.rate=0.5", "prune.start=3", "prune.every=2", "prune.twin=true"],
     "infobatch": ["prune.rate=0.5"],
     "hard_first": ["prune.threshold=0.6", "train.warmup_epochs=2"],
@@ -115,7 +118,7 @@ def _leave(config, world):
     interruption, update = Interruption(), engine.Trainer._update
 
     def until(trainer):
-        if trainer.epoch == 4 and trainer.micro == 1:
+        if trainer.epoch == 4 and trainer.micro == 2:
             interruption._first = "SIGUSR1"
         return update(trainer)
 
@@ -137,7 +140,7 @@ def pruned(betons, tmp_path_factory):
 @pytest.mark.distributed
 def test_what_is_skipped_is_counted(pruned):
     found, folder, _ = pruned
-    for method, ((_, scalars, files, records), result) in found.items():
+    for method, ((_, scalars, _, records), result) in found.items():
         visited_TN = np.frombuffer(scalars["visited"], np.float32).reshape(EPOCHS, 120)
         images = [record["images"] for record in records]
         assert images == visited_TN.sum(axis=1).tolist(), method
@@ -149,12 +152,17 @@ def test_what_is_skipped_is_counted(pruned):
         assert [record["step"] for record in records] == steps
         for epoch in range(EPOCHS):
             path = folder / method / "pruning" / f"epoch_{epoch:04d}.npz"
-            assert path.exists() == (path.name in files)
+            assert path.exists() == (images[epoch] < 120), (method, epoch)
             if images[epoch] == 120:
                 continue
             with np.load(path) as file:
                 kept = np.unpackbits(file["kept"], count=120)
             assert kept.tolist() == visited_TN[epoch].tolist(), (method, epoch)
+    # the same images in every epoch, but for the weights of their losses
+    assert found["static"][0][1]["visited"] == found["unweighted"][0][1]["visited"]
+    losses = [[r["train_loss"] for r in found[name][0][3]] for name in ("static", "unweighted")]
+    assert losses[0][:4] == losses[1][:4]
+    assert losses[0][4:] != losses[1][4:]
     counts = {method: [r["images"] for r in found[method][0][3]] for method in PRUNED}
     assert counts["static"] == [120] * 3 + [60] * 3
     assert counts["refresh"] == [120] * 3 + [60] * 3
@@ -236,10 +244,11 @@ def test_the_schedule_alone(config_file, tmp_path, capsys):
             ["method=infobatch", "every=3"],
             "prune.every=3 means nothing with prune.method=infobatch",
         ),
-        (["method=static", "rate=0.3"], "no window of score.windows serves pruning_rate=0.3"),
-        (["method=static", "rate=0.5", "start=9"], "prune.start=9 must lie in [1, 6]"),
+        (["method=static", "rate=0.3"], "prune.rate=0.3: no window of score.windows serves it"),
+        (["method=static", "rate=0.5", "start=9"], "prune.start=9 leaves no epoch to prune"),
         (["method=static", "rate=0.5", "start=2"], "prune.start=2 must be at least 3"),
         (["method=progressive", "rate=0.1"], "prune.drawn=0.75 must be at least"),
+        (["twin=true"], "prune.twin=true means nothing with prune.method=none"),
     ],
 )
 def test_what_is_refused(config_file, words, expected):
@@ -253,7 +262,27 @@ def test_what_is_refused(config_file, words, expected):
         plan_of(load_config(config_file, ["score.on_nan=quarantine"]), 120)
 
 
-def test_what_decides_a_pruned_training():
+def test_without_a_score_any_number_of_epochs_will_do(config_file):
+    """K of the config's windows is 3."""
+    from tdds_dist.pruning.train import plan_of
+
+    short = [*BASE, "train.epochs=2"]
+    assert plan_of(load_config(config_file, [*short, "prune.method=infobatch"]), 120).epochs == 2
+    with pytest.raises(InputError, match=r"score\.windows: K=3 must lie in \[2, 2\]"):
+        plan_of(load_config(config_file, [*short, "prune.method=static", "prune.start=1"]), 120)
+
+
+def test_what_decides_a_pruned_training(config_file, tmp_path):
+    run = RunDir(tmp_path / "run")
+    was, now = (
+        load_config(config_file, [f"score.windows=[{{T: 3, K: 3, pruning_rates: [{rate}]}}]"])
+        for rate in (0.5, 0.3)
+    )
+    for stage, is_another in (("train", True), ("collect", False)):  # the T of the rate
+        run.start(to_dict(was), {"stage": stage}, 1, "cpu")
+        assert any("score.windows" in key for key in differences(run, now, {"stage": stage})) == (
+            is_another
+        )
     assert kind_of("prune", "rate", "train") == DECIDES
     assert kind_of("collect", "stop_after", "train") == PLACE
     assert kind_of("prune", "rate", "collect") == kind_of("prune", "rate", "retrain") == PLACE
