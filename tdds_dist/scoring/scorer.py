@@ -519,7 +519,6 @@ class ShardedScorer:
             self._delta_KM,
             self._shard.scalars_MF[: len(num_visits_M), column],
             num_visits_M,
-            is_visited_M,
         )
         for window, average_M in zip(self.windows, self._average_AM, strict=True):
             if self.epoch < window.T:

@@ -52,16 +52,13 @@ def average_windows(
 # ---- epochs that skip samples: each sample has windows over its own visits
 
 
-def put_own_difference(
-    delta_SM: Tensor, delta_M: Tensor, num_visits_M: Tensor, is_visited_M: Tensor
-) -> None:
-    """Put the difference into its visit v, counted from 0, in slot v mod S of each sample that was
-    visited (bool [M]) after `num_visits_M` = v visits; the first visit has none."""
+def put_own_difference(delta_SM: Tensor, delta_M: Tensor, num_visits_M: Tensor) -> None:
+    """Put the difference into visit v, counted from 0, in slot v mod S of each sample, after
+    `num_visits_M` = v visits; the first visit has none. That of a sample which was skipped stands
+    where no window looks, until its next visit replaces it."""
     slot_1M = (num_visits_M % len(delta_SM)).long()[None]
-    has_one_1M = (is_visited_M & (num_visits_M > 0))[None]
-    delta_SM.scatter_(
-        0, slot_1M, torch.where(has_one_1M, delta_M[None], delta_SM.gather(0, slot_1M))
-    )
+    delta_1M = torch.where(num_visits_M > 0, delta_M, 0.0)[None]
+    delta_SM.scatter_(0, slot_1M, delta_1M)
 
 
 def average_own_window(
@@ -105,9 +102,7 @@ def _score_own_visits(
     num_visits_M = torch.zeros(num_samples, dtype=torch.int32)
     for delta_M, visited_M in zip(delta_TM[: window.T], visited_TM, strict=False):
         is_visited_M = torch.from_numpy(visited_M > 0)
-        put_own_difference(
-            delta_SM, torch.from_numpy(np.ascontiguousarray(delta_M)), num_visits_M, is_visited_M
-        )
+        put_own_difference(delta_SM, torch.from_numpy(np.ascontiguousarray(delta_M)), num_visits_M)
         average_own_window(average_M, delta_SM, num_visits_M, is_visited_M, window, preset)
         num_visits_M += is_visited_M
     return average_M.numpy()
