@@ -14,7 +14,7 @@ setup:  ## system packages, .venv, the package (needs root only for missing syst
 demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/demo/report.html
 	@scripts/demo.sh
 
-paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn's digits; two hours, goes on where it was
+paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn's digits; under two hours, goes on where it was
 	@scripts/paper_on_digits.sh
 
 test: setup  ## the tests, under 5 minutes on 2 cores

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's tables and figures in small, on 1,797 real images: every experiment of configs/experiments/digits_*.yaml, and its report.
-# About two hours on 2 cores. Started again, it goes on where it was; what is done is not repeated.
+# Under two hours on 2 cores. Started again, it goes on where it was; what is done is not repeated.
 # Arguments change keys of every experiment, e.g. `scripts/paper_on_digits.sh 'seeds=[0]'`; JOBS runs go at a time.
 set -uo pipefail
 cd "$(dirname "$0")/.."

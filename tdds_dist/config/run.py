@@ -1,6 +1,7 @@
 """Every key of a run and of an experiment, each with its sentence; strict about unknown keys,
 overridable by `key=value`."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -588,7 +589,7 @@ class Config(Section):
         ]
         if unread:
             raise InputError(
-                f"prune.{unread[0]}={getattr(self.prune, unread[0])} means nothing with"
+                f"prune.{unread[0]}={json.dumps(getattr(self.prune, unread[0]))} means nothing with"
                 f" prune.method={self.prune.method}; leave it out"
             )
         if self.score.on_nan == "quarantine":
