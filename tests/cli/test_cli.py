@@ -1064,7 +1064,7 @@ def test_every_stage_explains_itself():
     stages = build_parser(COMMANDS)._subparsers._group_actions[0].choices
     assert (
         list(stages)
-        == "write check plan doctor collect score select retrain compare experiment export import report submit status logs".split()
+        == "write check plan doctor collect score select retrain train compare experiment export import report submit status logs".split()
     )
     for name, stage in stages.items():
         assert stage.description, name

@@ -343,11 +343,12 @@ def test_training_reads_the_copies_on_the_nodes_disk(config_file, tmp_path, monk
     files = open_files(plain)[:2]
     world = distributed.current_world("cpu")
     assert on_this_node(plain, files, world) == [*files]
-    pulse = Pulse(tmp_path / "status.json", "collect", 1, is_main=True)
+    pulse, states = Pulse(tmp_path / "status.json", "collect", 1, is_main=True), []
+    monkeypatch.setattr(pulse, "beat", states.append)
     for there, here in zip(files, on_this_node(cached, files, world, pulse), strict=True):
         assert here.path.parent == tmp_path / "disk" / "betons"
         assert here.path.read_bytes() == there.path.read_bytes()
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "copying"
+    assert (states[0], states[-1]) == ("copying", "starting")
     # the variable is one of the node that trains, not of the one that submits
     assert cached.data.cache == "$NODE_DISK/betons"
 
