@@ -94,6 +94,16 @@ def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
     assert kept_first.tolist() == [int(index) for index in found[1].split(", ")]
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"]
+)
+def test_the_example_that_skips_images_sees_as_many_as_planned(launcher):
+    """1,797 images in the first epoch, 899 in each of 11 others."""
+    said = example_run("pruning_loop.py", "progressive", launcher=launcher)
+    assert "saw 11686 of 21564 images" in said
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_example_that_resumes_gives_what_it_gives_uninterrupted(tmp_path):
