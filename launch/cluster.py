@@ -45,7 +45,7 @@ _HAVE_KEYS = (
 )
 _OF_THE_WHOLE = ("executor", "log_dir", "stages")  # the same for every stage
 
-Stage = Literal["collect", "select", "retrain", "report", "doctor"]
+Stage = Literal["collect", "select", "retrain", "report", "train", "doctor"]
 
 
 class Cluster(Section):

@@ -38,7 +38,7 @@ from .task import StageTask
 if TYPE_CHECKING:
     from tdds_dist.experiments.grid import Stage, Step
 
-_TRAINS = ("doctor", "collect", "retrain")  # stages on the ranks of a training
+_TRAINS = ("doctor", "collect", "retrain", "train")  # stages on the ranks of a training
 _POLL_SECONDS = 5.0
 _RECHECK_SECONDS = 1.0
 # without an answer of SLURM about the jobs that are left, after which `--wait` ends
@@ -72,10 +72,11 @@ def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     stage.add_argument(
         "--stage",
         dest="part",
-        choices=("doctor", "collect", "retrain", "pipeline"),
+        choices=("doctor", "collect", "retrain", "pipeline", "train"),
         default="pipeline",
         help=(
-            "what to submit; doctor: `tdds doctor` with what collect asks for (default: pipeline)"
+            "what to submit; doctor: `tdds doctor` with what collect asks for; train: `tdds train`"
+            " (default: pipeline)"
         ),
     )
     stage.add_argument(
@@ -224,6 +225,7 @@ def plan(
         check_what_is_done,
         collect_stage,
         pipeline_stages,
+        train_stage,
     )
 
     given = [
@@ -244,6 +246,8 @@ def plan(
         stages = (
             [collect_stage(config, frozen)]
             if options.part == "collect"
+            else [train_stage(config, frozen)]
+            if options.part == "train"
             else pipeline_stages(config, frozen)
         )
     if config.run.device == "cuda" and not all(

@@ -67,13 +67,14 @@ class Task:
     title: str
     directory: Path
     config: Config
-    coreset_file: Path | None = None  # None: a collection
+    coreset_file: Path | None = None  # None: a run of its own, of this stage
     strategy: str = "E"
     importance: str = "none"
     name: str = ""
     pruning_rate: float = 0.0
     method: Method | None = None  # that chose the coreset, where it is known
     settings: dict[str, Any] | None = None
+    stage: str = "collect"
 
     @property
     def cost(self) -> float:
@@ -261,7 +262,7 @@ def _resolved(task: Task) -> tuple[RunDir, Config, dict[str, Any]]:
     """Return where a task runs, its config in full, and what else decides its result but for the
     images."""
     if task.coreset_file is None:
-        return RunDir(task.directory), task.config, {"stage": "collect"}
+        return RunDir(task.directory), task.config, {"stage": task.stage}
     from tdds_dist.training.retrain import resolve
 
     return resolve(
@@ -317,7 +318,7 @@ class Step:
 class Stage:
     """Jobs that may run at the same time."""
 
-    name: str  # collect, select, retrain or report
+    name: str  # collect, select, retrain, report, train or doctor
     steps: tuple[Step, ...]
 
     @property
@@ -329,11 +330,19 @@ class Stage:
 def collect_stage(config: Config, frozen: Path) -> Stage:
     """Return the collection of a config; `frozen` is the file that the jobs read it from."""
     config.check_collect()
-    task = Task("collect", config.run.directory, config)
-    return Stage(
-        "collect",
-        (Step("collect", (("collect", str(frozen)),), str(task.directory), task.is_done, task),),
-    )
+    return _one_run("collect", config, frozen)
+
+
+def train_stage(config: Config, frozen: Path) -> Stage:
+    """Return the pruned training of a config, as `collect_stage`."""
+    config.check_train()
+    return _one_run("train", config, frozen)
+
+
+def _one_run(stage: str, config: Config, frozen: Path) -> Stage:
+    task = Task(stage, config.run.directory, config, stage=stage)
+    command = (stage, str(frozen))
+    return Stage(stage, (Step(stage, (command,), str(task.directory), task.is_done, task),))
 
 
 def retrain_step(task: Task, frozen: Path, *overrides: str) -> Step:
@@ -511,7 +520,8 @@ def check_what_is_done(config: Config, stages: Iterable[Stage]) -> None:
     ]
     data = content_here(config) if done else {}
     for task in done:
-        how, way_out, changed = "collected", "keep those", list[str]()
+        how = "collected" if task.stage == "collect" else "trained"
+        way_out, changed = "keep those", list[str]()
         if (coreset := task.coreset_file) is not None:
             if not coreset.is_file():
                 continue

@@ -1254,3 +1254,12 @@ def test_torchrun_script_of_this_checkout():
     )
     assert done.returncode == 0, done.stderr
     assert "usage: tdds collect" in done.stdout
+
+
+def test_a_pruned_training_is_one_job(submit):
+    words = ("--stage", "train", "--dry-run", "prune.method=infobatch", "prune.rate=0.5")
+    assert submit(*words) == 0
+    assert "#SBATCH --job-name=train-" in submit.out
+    assert re.search(r"tdds train \S+/train-\w+\.yaml", submit.out)
+    assert submit(*words, "prune.every=3") == 2
+    assert "prune.every=3 means nothing with prune.method=infobatch" in submit.err
