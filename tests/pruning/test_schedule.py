@@ -128,24 +128,21 @@ def test_sets_weights_and_scores_are_the_same_bits_on_any_ranks(world_size, alon
             assert counts_TN[epoch].tolist() == expected.tolist(), (case, epoch)
 
 
-# in a pruned epoch, where another follows; of `static` and `refresh` one that decided nothing
-PLACES = {
-    "static": (4, 1),
-    "refresh": (4, 1),
-    "infobatch": (2, 2),
-    "hard_first": (3, 0),
-    "progressive": (5, 2),
-}
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, 3), (3, 2), *(pytest.param(*ranks, marks=pytest.mark.slow) for ranks in ((2, 1), (3, 1)))],
+)
 def test_a_run_that_goes_on_has_the_same_sets_weights_and_scores(before, after, alone, tmp_path):
-    run_ranks(before, _left, tmp_path, PLACES)
-    for found in run_ranks(after, _gone_on, tmp_path, PLACES):
+    """Stopped at a random (epoch, step), each method at another."""
+    draws = np.random.default_rng([before, after])
+    places = {method: (int(draws.integers(EPOCHS)), int(draws.integers(2))) for method in PLANS}
+    places["hard_first"] = (places["hard_first"][0], 0)  # may have one step only
+    run_ranks(before, _left, tmp_path, places)
+    for found in run_ranks(after, _gone_on, tmp_path, places):
         for method, (seen, scores) in found.items():
             whole_seen, whole_scores = alone[method, False][0]
-            assert seen == whole_seen[PLACES[method][0] :], method
+            assert seen == whole_seen[places[method][0] :], method
             assert scores == whole_scores, method
 
 
