@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,12 @@ def resident_bytes(field: str) -> int:
 # ---- one rank, or one shard
 
 
+def _places(
+    place_at: Callable[[np.ndarray], np.ndarray], subset: np.ndarray, position_P: np.ndarray
+) -> np.ndarray:
+    return subset[place_at(position_P)]
+
+
 def measure_table(setting: Setting, passes: int, rows: int | None = None) -> dict[str, Any]:
     """Time and memory of a process that owns all samples; `passes` timed, all of them or `rows`
     random ones in each."""
@@ -242,9 +248,9 @@ def measure_table(setting: Setting, passes: int, rows: int | None = None) -> dic
         scorer = setting.scorer()
         seconds, end_seconds = [], []
         for number in range(1 + passes):
-            order = epoch_order(
-                rows or setting.num_samples, setting.batch, epoch=number, subset=subset
-            )
+            order = epoch_order(rows or setting.num_samples, setting.batch, epoch=number)
+            if subset is not None:  # the epoch never ends, so nothing counts who is missing
+                order = replace(order, place_at=partial(_places, order.place_at, subset))
             seconds.append(record_seconds(scorer, outputs, order))
             if rows is None:
                 started = time.perf_counter()

@@ -174,7 +174,7 @@ def test_slow_networks(two, tmp_path, words, start, on_one_host, name):
     ends(job, [0, 0])
     recorded, plain = seconds_per_epoch(run), seconds_per_epoch(run / "retrain" / "all")
     print(f"\n{name}: {recorded:.2f} s an epoch, {plain:.2f} s without recording")
-    assert recorded < 3 * plain
+    assert recorded < 3 * plain + 1  # TCP waits 0.2 s and more for what is lost
 
 
 # ---- hosts that are gone
