@@ -187,7 +187,10 @@ BAD_CLUSTERS = [
     ),
     ("extra: [exclusive]", "extra=('exclusive',): input should be a valid dictionary"),
     ("extra: {gres: [gpu]}", "extra.gres.str=('gpu',): input should be a valid"),
-    ("stages: {train: {nodes: 1}}", "stages.train='train': input should be 'collect', 'select'"),
+    (
+        "stages: {training: {nodes: 1}}",
+        "stages.training='training': input should be 'collect', 'select'",
+    ),
     ("stages: {select: 3}", "stages.select=3: input should be a valid dictionary"),
     ("stages: {retrain: {node: 1}}", "stages.retrain: unknown key 'node'; the nearest"),
     ("stages: {retrain: {nodes: 0}}", "stages.retrain: nodes=0: input should be greater"),
