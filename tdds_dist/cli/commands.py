@@ -23,6 +23,8 @@ from tdds_dist.text import command, printable
 if TYPE_CHECKING:
     from tdds_dist.config.run import Config
     from tdds_dist.data.sources import Source
+    from tdds_dist.distributed.interruption import Interruption
+    from tdds_dist.distributed.world import World
     from tdds_dist.runs.directory import RunDir
 
 _USUAL_RATE = "0.5"  # in a command that comes next, where nothing says which
@@ -39,6 +41,18 @@ def _shared() -> Iterator[None]:
     except InputError as error:
         error.shared = True
         raise
+
+
+@contextmanager
+def _ranks(options: argparse.Namespace, config: "Config") -> "Iterator[tuple[World, Interruption]]":
+    """Join the ranks of a stage; signals ask it to leave."""
+    from tdds_dist.distributed.world import session
+
+    with (
+        options.interruption as interruption,
+        session(config.run.device, config.run.timeout_seconds) as world,
+    ):
+        yield world, interruption
 
 
 def _load_config(options: argparse.Namespace) -> "Config":
@@ -289,16 +303,12 @@ def collect(options: argparse.Namespace) -> Outcome | None:
     if _is_alone():
         config.data.check_files()
 
-    from tdds_dist.distributed.world import session
     from tdds_dist.runs.directory import RunDir
     from tdds_dist.training.collect import collect as run_collect
 
     run = RunDir(config.run.directory)
     was_finished = run.result_file.is_file() and not options.fresh
-    with (
-        options.interruption as interruption,
-        session(config.run.device, config.run.timeout_seconds) as world,
-    ):
+    with _ranks(options, config) as (world, interruption):
         paths = run_collect(
             config, world, fresh=options.fresh, force=options.force, interruption=interruption
         )
@@ -352,12 +362,8 @@ def train(options: argparse.Namespace) -> Outcome | None:
         }
         return Outcome(text=schedule_table(plan), data=data, is_the_product=True)
 
-    from tdds_dist.distributed.world import session
-
-    with (
-        options.interruption as interruption,
-        session(config.run.device, config.run.timeout_seconds) as world,
-    ):
+    was_finished = config.run.directory.joinpath("result.json").is_file() and not options.fresh
+    with _ranks(options, config) as (world, interruption):
         run = run_train(
             config, world, fresh=options.fresh, force=options.force, interruption=interruption
         )
@@ -365,7 +371,9 @@ def train(options: argparse.Namespace) -> Outcome | None:
             return None
     result = run.read_result() or {}
     seen = {key: result.get(key) for key in ("images_seen", "images_of_full")}
-    return Outcome([run.path], _training_numbers(run) | seen)
+    files = [path for path in (run.result_file, run.models / "final.pt") if path.is_file()]
+    wrote, there = ([], files) if was_finished else (files, [])
+    return Outcome(wrote, _training_numbers(run) | seen, there=there)
 
 
 def select_command(config: "Config", directory: Path, score: str = "") -> str:
@@ -391,13 +399,9 @@ def retrain(options: argparse.Namespace) -> Outcome | None:
         load_coreset(options.coreset)
         config.data.check_files()
 
-    from tdds_dist.distributed.world import session
     from tdds_dist.training.retrain import retrain as run_retrain
 
-    with (
-        options.interruption as interruption,
-        session(config.run.device, config.run.timeout_seconds) as world,
-    ):
+    with _ranks(options, config) as (world, interruption):
         run = run_retrain(
             config,
             world,
@@ -422,7 +426,6 @@ def experiment(options: argparse.Namespace) -> Outcome | None:
         table_of = load_experiment(options.config, options.overrides)
         config = load_config(table_of.config, table_of.overrides)
 
-    from tdds_dist.distributed.world import session
     from tdds_dist.experiments.execute import experiment as run_experiment
 
     started = time.perf_counter()
@@ -433,10 +436,7 @@ def experiment(options: argparse.Namespace) -> Outcome | None:
                 " other; leave it out",
                 shared=True,
             )
-        with (
-            options.interruption as interruption,
-            session(config.run.device, config.run.timeout_seconds) as world,
-        ):
+        with _ranks(options, config) as (world, interruption):
             table, failed = run_experiment(
                 table_of, force=options.force, world=world, interruption=interruption
             )

@@ -27,7 +27,7 @@ _GROUPS = {
         "retrain",
         "report",
     ),
-    "instead": ("train",),
+    "pruning during one training": ("train",),
     "several runs": ("experiment", "compare"),
     "other tools": ("export", "import"),
     "jobs": ("doctor", "submit", "status", "logs"),

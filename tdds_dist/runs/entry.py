@@ -297,7 +297,9 @@ def _prepare(
                 left.unlink()
     if resume is None:
         if run.read_metrics():  # epochs of a start that did not come to its first checkpoint
-            aside = move_aside(run.metrics_file, run.trajectory, run.models, run.tensorboard)
+            aside = move_aside(
+                run.metrics_file, run.trajectory, run.pruning, run.models, run.tensorboard
+            )
             log.info(f"the epochs that it had recorded are moved aside to {aside}")
         for folder in (run.trajectory, run.pruning):
             shutil.rmtree(folder, ignore_errors=True)

@@ -225,9 +225,9 @@ class ShardedScorer:
             )
         if len(subset) and not 0 <= subset.min() <= subset.max() < self.num_samples:
             raise ValueError(f"the subset holds indices outside [0, {self.num_samples})")
-        mask_N = np.zeros(self.num_samples, dtype=bool)
-        mask_N[subset] = True
-        return torch.from_numpy(mask_N[self._first : self._end]).to(self.world.device)
+        mask_M = np.zeros(self._end - self._first, dtype=bool)
+        mask_M[subset[(subset >= self._first) & (subset < self._end)] - self._first] = True
+        return torch.from_numpy(mask_M).to(self.world.device)
 
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch: any rank, any order, each sample once per epoch.

@@ -487,7 +487,8 @@ class Trainer:
         )
 
     def _image_seconds(self) -> float:
-        """Return the same per image of an epoch."""
+        """Return the seconds of an epoch per image, evaluation and scoring included: the median so
+        far (0 before the first)."""
         history = self.history
         per_image = np.divide(history["wall_seconds"], history["images"])
         return float(np.median(per_image)) if len(per_image) else 0.0

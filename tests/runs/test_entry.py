@@ -53,6 +53,8 @@ def stopped_after(run, config, num_epochs, *, had_checkpoint):
 def test_a_run_without_a_checkpoint_yet_starts_over(run, config, every_epochs):
     """Also after several epochs: the first save may have been under way."""
     stopped_after(run, config, 3, had_checkpoint=False)
+    run.pruning.mkdir()
+    (run.pruning / "epoch_0001.npz").touch()
     changed = config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": every_epochs})}
     )
@@ -66,6 +68,7 @@ def test_a_run_without_a_checkpoint_yet_starts_over(run, config, every_epochs):
     assert f"the epochs that it had recorded are moved aside to {aside}" in run.read_env()["notes"]
     assert len(RunDir(aside).read_metrics()) == 3
     assert (aside / "trajectory" / "epoch_0000").is_dir()
+    assert (aside / "pruning" / "epoch_0001.npz").is_file()
 
 
 @pytest.mark.parametrize("every_epochs", [0, 1, 5])

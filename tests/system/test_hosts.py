@@ -155,9 +155,9 @@ NETWORKS = {
 }
 
 
-def seconds_per_epoch(run):
-    """The median but for the first epoch, in which everything is loaded."""
-    return statistics.median(each["epoch_seconds"] for each in RunDir(run).read_metrics()[1:])
+def epoch_seconds(run):
+    """Of all epochs but the first, in which everything is loaded."""
+    return [each["epoch_seconds"] for each in RunDir(run).read_metrics()[1:]]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -172,9 +172,10 @@ def test_slow_networks(two, tmp_path, words, start, on_one_host, name):
     options = ["--coreset", every, "--strategy", "E", "--name", "all", f"run.dir={run}"]
     job = jobs.Job(["retrain", *words[1:], *options], 2, tmp_path / "plain", two.enters())
     ends(job, [0, 0])
-    recorded, plain = seconds_per_epoch(run), seconds_per_epoch(run / "retrain" / "all")
-    print(f"\n{name}: {recorded:.2f} s an epoch, {plain:.2f} s without recording")
-    assert recorded < 3 * plain + 1  # TCP waits 0.2 s and more for what is lost
+    recorded, plain = epoch_seconds(run), epoch_seconds(run / "retrain" / "all")
+    said = f"{statistics.median(recorded):.2f} s an epoch, {statistics.median(plain):.2f} s"
+    print(f"\n{name}: {said} without recording")
+    assert min(recorded) < 3 * min(plain)  # TCP waits 0.2 s for one packet: half of an epoch
 
 
 # ---- hosts that are gone
