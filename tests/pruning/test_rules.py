@@ -6,7 +6,7 @@ import pytest
 
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.pruning import rules
-from tdds_dist.pruning.plan import PruningPlan
+from tdds_dist.pruning.plan import METHODS, PruningPlan
 from tests import oracles
 from tests.ranks import catch
 
@@ -173,3 +173,19 @@ def test_what_does_not_fit_is_refused(settings, words):
     kind, text = catch(PruningPlan, num_samples=100, epochs=8, **settings)
     assert kind == "InputError"
     assert words in text
+
+
+def test_the_weights_of_which_method_reach_the_loss():
+    """InfoBatch's always, each by its sample: they keep the mean gradient as it was."""
+    found = {
+        method: PruningPlan(method, 100, 8, rate=0.5, importance="batch").loss_weights
+        for method in METHODS
+    }
+    assert found == {
+        "none": "none",
+        "static": "batch",
+        "refresh": "batch",
+        "infobatch": "sample",
+        "hard_first": "none",
+        "progressive": "none",
+    }
