@@ -57,7 +57,8 @@ BATCHES_AHEAD = 3  # decoded before they are asked for
 BLOCK_BYTES = 16 << 20  # of an order in blocks
 _MOST_BLOCK_ROWS = 1 << 12  # bounds the tables of orders.Blocks to 17 MB each
 _GAP_BYTES = 1 << 16  # between images; what is read along rather than left out
-_READ_BYTES = 1 << 22
+_STEPS_AHEAD = 4  # of which images are asked for, in an order without blocks
+_ASKED_BYTES = 1 << 17  # no system cuts a request to read ahead below that
 THREAD_NAME = "decoding"  # of a pass, before the number of its epoch
 # no batch for that long is an error; the first batch may wait for compilation
 STALL_SECONDS = 300.0
@@ -253,12 +254,10 @@ class BetonLoader(ffcv.Loader):
         self, order: EpochOrder, rank: int, world_size: int, first_step: int
     ) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """Yield of each step the samples to read, and their global indices; int64 [B] both."""
-        pages = None
-        if order.pools_at(first_step) is not None:
-            pages = _ReadAhead(self._info, self.memory_manager.context, order, rank, world_size)
-        with pages or nullcontext():
+        pages = _ReadAhead(self._info, self.memory_manager.context, order, rank, world_size)
+        with pages if pages.is_of_use else nullcontext():
             for step in range(first_step, order.num_steps):
-                if pages is not None:
+                if pages.is_of_use:
                     pages.begin(step)
                 sample_1B, index_1B = order.of_rank(rank, world_size, step, step + 1)
                 yield sample_1B[0], index_1B[0]
@@ -307,8 +306,14 @@ class _Blocks(OSCacheManager):
 
 
 class _ReadAhead:
-    """The pools of an order in the system's cache of the file: a thread reads them before they are
-    needed, and they are given back after, where the file is larger than half of the free memory."""
+    """What comes next of an order, in the system's cache of the file: a thread asks for it before
+    it is needed.
+
+    Of an order in blocks these are pools; where the file is larger than half of the free memory
+    they are given back after. Of another order these are the images of the next steps, and only of
+    such a file: left alone, the system reads as much around every page as its disk's settings say,
+    often megabytes for one image.
+    """
 
     def __init__(
         self,
@@ -320,14 +325,18 @@ class _ReadAhead:
     ):
         self._info, self._context = info, context
         self._order, self._ranks = order, (rank, world_size)
-        self._ranges: dict[int, list[tuple[int, int]]] = {}  # of pools that are held: first, end
+        self._ranges: dict[int, list[tuple[int, int]]] = {}  # of parts that are held: first, end
         self._reads: list[Future[None]] = []
-        self._gives_back = info.num_bytes > available_bytes() / 2
+        self._is_large = info.num_bytes > available_bytes() / 2
+        self._has_pools = order.pools_at(0) is not None
         self._is_over = False
+        self.is_of_use = self._has_pools or self._is_large
 
     def __enter__(self) -> "_ReadAhead":
         self._file = os.open(self._info.path, os.O_RDONLY)
         self._thread = ThreadPoolExecutor(1, "reading ahead")
+        if self._is_large:
+            self._context.mmap._mmap.madvise(mmap.MADV_RANDOM)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -337,15 +346,16 @@ class _ReadAhead:
 
     def begin(self, step: int) -> None:
         """Say that the rows of a step are needed now."""
-        pools = self._order.pools_at(step)
-        assert pools is not None
-        for number in pools:
+        parts = self._order.pools_at(step)
+        if parts is None:
+            parts = range(step, min(step + _STEPS_AHEAD, self._order.num_steps))
+        for number in parts:
             if number not in self._ranges:
                 self._ranges[number] = self._find(number)
-                self._reads.append(self._thread.submit(self._read, self._ranges[number]))
-        for number in [number for number in self._ranges if number < pools.start]:
+                self._reads.append(self._thread.submit(self._ask_for, self._ranges[number]))
+        for number in [number for number in self._ranges if number < parts.start]:
             held = self._ranges.pop(number)
-            if self._gives_back:
+            if self._is_large and self._has_pools:
                 for first, end in held:
                     start = first - first % mmap.PAGESIZE
                     self._context.mmap._mmap.madvise(mmap.MADV_DONTNEED, start, end - start)
@@ -353,9 +363,12 @@ class _ReadAhead:
         while self._reads and self._reads[0].done():
             self._reads.pop(0).result()  # raises what the read did
 
-    def _find(self, pool: int) -> list[tuple[int, int]]:
-        """Return the bytes of a pool as few ranges, in the order of the file."""
-        index_P = self._order.pool(*self._ranks, pool)
+    def _find(self, number: int) -> list[tuple[int, int]]:
+        """Return the bytes of a pool, or of a step, as few ranges, in the order of the file."""
+        if self._has_pools:
+            index_P = self._order.pool(*self._ranks, number)
+        else:
+            index_P = self._order.of_rank(*self._ranks, number, number + 1)[0][0]
         if len(index_P) == 0:
             return []
         first_P = self._info.data_ptr_N[index_P].astype(np.int64)
@@ -366,15 +379,13 @@ class _ReadAhead:
         firsts, ends = first_P[[0, *cut + 1]], end_P[[*cut, -1]]
         return list(zip(firsts.tolist(), ends.tolist(), strict=True))
 
-    def _read(self, ranges: list[tuple[int, int]]) -> None:
-        # A request to read ahead (posix_fadvise) is cut short by the system; a read is not.
-        buffer = bytearray(_READ_BYTES)
+    def _ask_for(self, ranges: list[tuple[int, int]]) -> None:
         for first, end in ranges:
-            for start in range(first, end, _READ_BYTES):
+            for start in range(first, end, _ASKED_BYTES):
                 if self._is_over:
                     return
-                piece = memoryview(buffer)[: min(_READ_BYTES, end - start)]
-                os.preadv(self._file, [piece], start)
+                size = min(_ASKED_BYTES, end - start)
+                os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)
 
 
 class _LoadImage(Operation):

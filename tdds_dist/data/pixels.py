@@ -12,7 +12,8 @@ import os
 import threading
 import warnings
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -171,24 +172,37 @@ def _check_memory(num_pixels: int) -> None:
 
 
 def available_bytes() -> int:
-    """Return the memory that this process may still take: that of the machine, or of its container,
-    in bytes."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-        pages = free * 1024
-    except (OSError, StopIteration, ValueError):
-        pass
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (
-            (folder / name).read_text().strip() for name in ("memory.max", "memory.current")
-        )
-        pages = min(pages, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or none with a limit
-        pass
-    return max(pages, 0)
+    """Return the memory that this process may still take, in bytes: that of the machine, or what is
+    left of the limit of a container or a job, where caches of files count as free."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo") as file:
+        free = 1024 * next(int(line.split()[1]) for line in file if line[:13] == "MemAvailable:")
+    return max(0, min([free, *_left_in_groups()]))
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield what is left of the limit of each control group that this process is in, the groups
+    around it included."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, place = line.split(":", 2)
+            if kinds not in ("", "memory"):
+                continue
+            limit, used, root = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", Path("/sys/fs/cgroup/memory"))
+                if kinds
+                else ("memory.max", "memory.current", Path("/sys/fs/cgroup"))
+            )
+            group = root / place.lstrip("/")
+            for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
+                # no such group here, or one without a limit
+                with suppress(OSError, ValueError, KeyError):
+                    most, now = (int((folder / name).read_text()) for name in (limit, used))
+                    words = (folder / "memory.stat").read_text().split()
+                    stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+                    whole = "total_" if kinds else ""  # the groups in it too
+                    cached = stat[f"{whole}active_file"] + stat[f"{whole}inactive_file"]
+                    yield most - now + cached
 
 
 # --- turning ---

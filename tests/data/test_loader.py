@@ -329,40 +329,40 @@ def test_an_epoch_can_start_in_the_middle(betons):
         assert torch.equal(found.image, expected.image)
 
 
-@pytest.mark.parametrize("free", [0, 1 << 60])
-def test_an_order_in_blocks_reads_its_pools_ahead(betons, monkeypatch, free):
-    """Every byte of an image once, in ranges of several, also where memory is given back; the
-    images are those of any other order."""
-    asked, read, given_back = [], [], []
-    find, read_file, advise = _ReadAhead._find, os.preadv, os.posix_fadvise
+@pytest.mark.parametrize(("free", "block_rows"), [(0, 2), (1 << 60, 2), (0, None), (1 << 60, None)])
+def test_bytes_are_asked_for_ahead(betons, monkeypatch, free, block_rows):
+    """Every byte of an image once: in blocks, also where memory is given back, and in any order of
+    a file that memory may not hold; the images are the same."""
+    found, asked, given_back = [], [], []
+    find, advise = _ReadAhead._find, os.posix_fadvise
 
-    def note_found(pages, pool):
-        asked.extend(found := find(pages, pool))
-        return found
-
-    def note_read(file, buffers, start):
-        read.append((start, start + read_file(file, buffers, start)))
+    def note_found(pages, number):
+        found.extend(ranges := find(pages, number))
+        return ranges
 
     def note_advice(file, start, length, advice):
-        given_back.append((start, start + length))
+        notes = asked if advice == os.POSIX_FADV_WILLNEED else given_back
+        notes.append((start, start + length))
         advise(file, start, length, advice)
 
     monkeypatch.setattr("tdds_dist.data.loader.available_bytes", lambda: free)
     monkeypatch.setattr("tdds_dist.data.loader._GAP_BYTES", 0)
     monkeypatch.setattr(_ReadAhead, "_find", note_found)
-    monkeypatch.setattr(os, "preadv", note_read)
     monkeypatch.setattr(os, "posix_fadvise", note_advice)
     loader = loader_of(betons["raw"], 10, VIEWS["pad"])
-    batches = list(_copies(loader, epoch_order(97, 10, epoch=3, block_rows=2)))
+    batches = list(_copies(loader, epoch_order(97, 10, epoch=3, block_rows=block_rows)))
     info = inspect_beton(betons["raw"])
+    is_asked = block_rows is not None or free == 0
+    times_N = np.bincount(epoch_order(97, 10, epoch=3).of_rank(0, 1)[0].ravel())  # with padding
     for index in range(97):
         first, size = int(info.data_ptr_N[index]), int(info.size_N[index])
-        assert sum(start <= first and first + size <= end for start, end in asked) == 1
-    assert len(asked) < 97
-    assert 0 < len(read) <= len(asked)
-    assert set(read) <= set(asked), "in the same pieces, as these are small"
-    assert bool(given_back) == (free == 0)
-    assert set(given_back) < set(asked)
+        times = times_N[index] if block_rows is None else 1
+        num = sum(start <= first and first + size <= end for start, end in found)
+        assert num == times * is_asked
+    assert set(asked) <= set(found), "in the same pieces, as these are small"
+    assert bool(asked) == is_asked
+    assert bool(given_back) == (block_rows is not None and free == 0)
+    assert set(given_back) < set(found) or not is_asked
     wanted = {
         int(index): image
         for batch in _copies(loader, epoch_order(97, 10, epoch=3))

@@ -1,6 +1,8 @@
 """What becomes of the pixels of each mode and format: every row of the table in docs/images.md."""
 
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections import Counter
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from benchmarks.memory_limit import limited
 from tdds_dist.data import pixels
 from tdds_dist.data.pixels import PixelRules, own_files, pixel_rules, read_rgb, summary
 from tdds_dist.errors import InputError
@@ -453,3 +456,21 @@ def test_the_summary_counts_by_kind():
     ]
     assert "(0..4095 to 0..255)" in summary(tally, pixel_rules(grey_range="0,4095").settings)[0]
     assert summary(Counter(), PixelRules().settings) == []
+
+
+def test_free_memory_is_what_a_job_was_given():
+    """In a group inside one with a limit, as a cluster makes them for a job and its steps."""
+    program = (
+        "import os, sys; from pathlib import Path; from tdds_dist.data.pixels import available_bytes\n"
+        "Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid())); print(available_bytes())"
+    )
+    with ExitStack() as stack:
+        try:
+            group = stack.enter_context(limited(10**9))
+            (step := group / "step").mkdir()
+        except (InputError, OSError) as error:
+            pytest.skip(str(error))
+        stack.callback(step.rmdir)
+        command = [sys.executable, "-c", program, str(step)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert 5e8 < int(said) <= 1e9
