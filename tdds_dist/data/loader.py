@@ -375,7 +375,8 @@ class _ReadAhead:
         by_place_P = np.argsort(first_P)
         first_P, size_P = first_P[by_place_P], self._info.size_N[index_P][by_place_P]
         end_P = first_P + size_P.astype(np.int64)
-        cut = np.flatnonzero(first_P[1:] > end_P[:-1] + _GAP_BYTES)
+        gap = _GAP_BYTES if self._has_pools else 0
+        cut = np.flatnonzero(first_P[1:] > end_P[:-1] + gap)
         firsts, ends = first_P[[0, *cut + 1]], end_P[[*cut, -1]]
         return list(zip(firsts.tolist(), ends.tolist(), strict=True))
 
