@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,11 @@ from tdds_dist.config.scores import Window
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.pruning.plan import PruningPlan
 from tdds_dist.pruning.schedule import PruningSchedule
+from tdds_dist.report.accuracy import format_trainings, training_rows
+from tdds_dist.report.read import read_facts
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.scoring.scorer import ShardedScorer
-from tdds_dist.text import markdown_table, mean_std, plus_minus
+from tdds_dist.text import markdown_table
 
 METHODS = {
     "static, p = 0.3": ("method=static", "rate=0.3", "start=20"),
@@ -43,24 +44,20 @@ METHODS = {
 }
 
 
-def trained(config: Path, folder: Path, seed: int, *words: str) -> dict[str, Any]:
-    """Return the result of a training, and run it first unless it has finished."""
+def trained(config: Path, folder: Path, seed: int, *words: str) -> RunDir:
+    """Run a training unless it has finished; return its directory."""
     run = RunDir(folder)
-    if (result := run.read_result()) is None:
+    if run.read_result() is None:
         place = (f"run.dir={folder}", f"run.seed={seed}", f"run.name={folder.name}")
         command = [sys.executable, "-m", "tdds_dist", "train", str(config), *words, *place]
         subprocess.run(command, check=True)
-        result = run.read_result()
-    assert result is not None
-    return result
+    return run
 
 
-def rows(
-    config: Path, out: Path, num_seeds: int, words: list[str], jobs: int
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the name of each row of the table, and a result per seed; `jobs` runs at a time."""
+def runs(config: Path, out: Path, num_seeds: int, words: list[str], jobs: int) -> list[RunDir]:
+    """Return the runs of all methods, twins and shorter trainings; `jobs` run at a time."""
 
-    def of_seeds(stem: str, *more: str) -> list[dict[str, Any]]:
+    def of_seeds(stem: str, *more: str) -> list[RunDir]:
         with ThreadPoolExecutor(jobs) as pool:
             return [
                 *pool.map(
@@ -69,19 +66,64 @@ def rows(
                 )
             ]
 
-    yield "full training", of_seeds("full")
-    for name, keys in METHODS.items():
+    found = of_seeds("full")
+    for keys in METHODS.values():
         stem = "_".join(key.partition("=")[2] for key in keys)
         prune = [f"prune.{key}" for key in keys]
-        own = of_seeds(stem, *prune)
-        yield name, own
-        yield f"{name}: random twin", of_seeds(f"{stem}_twin", *prune, "prune.twin=true")
-        seen = statistics.fmean(result["images_seen"] / result["num_images"] for result in own)
-        epochs = round(seen)
-        yield (
-            f"{name}: shorter full training",
-            of_seeds(f"shorter{epochs}", f"train.epochs={epochs}"),
-        )
+        found += (own := of_seeds(stem, *prune))
+        found += of_seeds(f"{stem}_twin", *prune, "prune.twin=true")
+        results = [run.read_result() or {} for run in own]
+        seen = statistics.fmean(result["images_seen"] / result["num_images"] for result in results)
+        found += of_seeds(f"shorter{round(seen)}", f"train.epochs={round(seen)}")
+    return [*{run.path: run for run in found}.values()]
+
+
+def write_results(runs: list[RunDir], out: Path) -> None:
+    """Write the table of `tdds report`, the same as a figure, and a row per training."""
+    found = [read_facts(run) for run in runs]
+    rows = training_rows(found)
+    commits = sorted({str(facts.env.get("commit")) for facts in found})
+    about = f"\n{len(runs)} trainings; commit {', '.join(commits)}, {found[0].env.get('cpu')}.\n"
+    (out / "table.md").write_text(f"```\n{format_trainings(rows)}\n```\n{about}")
+    with (out / "trainings.csv").open("w") as file:
+        print("run,seed,epochs,images_seen,images_of_full,final_top1,train_seconds", file=file)
+        for facts in found:
+            result = facts.result or {}
+            keys = ("seed", "epochs", "images_seen", "images_of_full", "final_top1")
+            values = [str(result[key]) for key in keys]
+            print(
+                facts.run.path.name, *values, f"{result['train_seconds']:.1f}", sep=",", file=file
+            )
+    draw(rows, out / "figure.svg")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw final top-1 over images seen: a colour per method, its random twin dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, colours = figure.subplots(), dict[str, str]()
+    for row in sorted(rows, key=lambda row: row["share"]):
+        colours.setdefault(row["family"], f"C{len(colours)}")
+    for family, colour in colours.items():
+        for is_twin in (False, True):
+            line = [row for row in rows if (row["family"], row["is_twin"]) == (family, is_twin)]
+            line.sort(key=lambda row: row["share"])
+            axes.errorbar(
+                [row["share"] for row in line],
+                [row["final_top1"] for row in line],
+                [row["final_top1_std"] or 0.0 for row in line],
+                color=colour,
+                linestyle="--" if is_twin else "-",
+                marker="s" if is_twin else "o",
+                elinewidth=0.5,
+                label=f"{family}: random twin" if is_twin else family,
+            )
+    axes.set_xlabel("images seen, of a full training (%)")
+    axes.set_ylabel("final top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def decisions(num_samples: int, epochs: int = 30) -> str:
@@ -132,24 +174,9 @@ def main() -> None:
         return
     if options.config is None:
         parser.error("give a config, e.g. configs/digits.yaml, or --decisions")
-    lines = [["", "images seen, % of a full training", "final top-1, %"]]
-    full_images = 0.0
-    for name, results in rows(
-        options.config, options.out, options.seeds, options.overrides, options.jobs
-    ):
-        seen = [result["images_seen"] for result in results]
-        full_images = full_images or statistics.fmean(seen)
-        top1 = [result["final_top1"] for result in results]
-        lines.append(
-            [
-                name,
-                f"{100 * statistics.fmean(seen) / full_images:.1f}",
-                plus_minus(*mean_std(top1)),
-            ]
-        )
-        text = markdown_table(lines) + "\n"
-        (options.out / "table.md").write_text(text)
-    print(text)
+    words = (options.overrides, options.jobs)
+    write_results(runs(options.config, options.out, options.seeds, *words), options.out)
+    print((options.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -258,10 +258,13 @@ def plan(options: argparse.Namespace) -> Outcome:
             f"train.global_batch_size={config.train.global_batch_size} is larger than the"
             f" {int(images)} images and repeats some to fill up{fits}"
         )
+    stage = "collect" if config.prune.method == "none" else "train"
     if options.gpus <= _RANKS_OF_A_NODE:
-        then = command("collect", options.config, *options.overrides, ranks=options.gpus)
+        then = command(stage, options.config, *options.overrides, ranks=options.gpus)
     else:
-        then = command("submit", options.config, *options.overrides, "--cluster", "CLUSTER.yaml")
+        only = ("--stage", stage) if stage == "train" else ()
+        words = (options.config, *options.overrides, "--cluster", "CLUSTER.yaml")
+        then = command("submit", *words, *only)
     return Outcome(next=then, text=found.as_text(), data=found.as_json(), is_the_product=True)
 
 
@@ -360,7 +363,12 @@ def train(options: argparse.Namespace) -> Outcome | None:
             "most": sum(plan.most_images(epoch) for epoch in range(plan.epochs)),
             "full": plan.epochs * plan.num_samples,
         }
-        return Outcome(text=schedule_table(plan), data=data, is_the_product=True)
+        text = schedule_table(plan, options.images_per_second)
+        return Outcome(text=text, data=data, is_the_product=True)
+    if options.images_per_second is not None:
+        raise InputError(
+            "--images-per-second belongs to --schedule-only; leave it out", shared=True
+        )
 
     was_finished = config.run.directory.joinpath("result.json").is_file() and not options.fresh
     with _ranks(options, config) as (world, interruption):
@@ -704,14 +712,18 @@ def import_(options: argparse.Namespace) -> Outcome:
 
 
 def report(options: argparse.Namespace) -> Outcome:
+    from tdds_dist.report.accuracy import format_trainings, training_rows
     from tdds_dist.report.page import build_report
-    from tdds_dist.report.results import find_runs, format_summary, summary_tables
+    from tdds_dist.report.read import read_facts
+    from tdds_dist.report.results import find_runs, format_summary, pools, summary_tables
 
     check_out(options.out, "Written by <code>tdds report</code>")
     runs = find_runs(options.runs)
     path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
     found = summary_tables(runs)
+    trained = [rows for pool in pools([*map(read_facts, runs)]) if (rows := training_rows(pool))]
     tables = [f"\n{title}\n{format_summary(rows)}" for title, rows in found]
+    tables += [f"\ntrainings by images seen\n{format_trainings(rows)}" for rows in trained]
     return Outcome(
         [path],
         {"retrainings": sum(row["name"] != "collect" for _, rows in found for row in rows)},
@@ -725,5 +737,6 @@ def report(options: argparse.Namespace) -> Outcome:
             }
             for title, rows in found
             for row in rows
-        ],
+        ]
+        + [{"about": ["trainings by images seen"], **row} for rows in trained for row in rows],
     )

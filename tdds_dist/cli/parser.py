@@ -514,6 +514,12 @@ def _add_train(parsers: Parsers) -> None:
         action="store_true",
         help="print epochs and images, against a full training, and do nothing",
     )
+    stage.add_argument(
+        "--images-per-second",
+        type=float,
+        metavar="X",
+        help="print hours as well, at this speed of all ranks together",
+    )
     _add_fresh(stage)
     stage.set_defaults(run=commands.train)
 

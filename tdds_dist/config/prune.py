@@ -10,7 +10,7 @@ from tdds_dist.config.schema import Section
 _ALL = ("start", "full_last", "schedule_by", "twin")
 READS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "static": (*_ALL, "rate", "sampler", "class_balanced", "importance"),
+    "static": (*_ALL, "rate", "score", "sampler", "class_balanced", "importance"),
     "refresh": (*_ALL, "rate", "sampler", "class_balanced", "importance", "every", "explore"),
     "infobatch": (*_ALL, "rate"),
     "hard_first": (*_ALL, "threshold"),
@@ -24,10 +24,11 @@ class Prune(Section):
     method: Literal["none", "static", "refresh", "infobatch", "hard_first", "progressive"] = Field(
         "none",
         description=(
-            "none: every image in every epoch. static: from epoch start on those of highest TDDS."
-            " refresh: the same, chosen again every few epochs. infobatch: a share of those of loss"
-            " below the mean is dropped, the others of them weigh more. hard_first: those that the"
-            " network is not sure of. progressive: those of largest loss in a random share."
+            "none: every image in every epoch. static: from epoch start on those of highest score."
+            " refresh: those of highest TDDS, chosen again every few epochs. infobatch: a share of"
+            " those of loss below the mean is dropped, the others of them weigh more. hard_first:"
+            " those that the network is not sure of. progressive: those of largest loss in a random"
+            " share."
         ),
     )
     rate: float = Field(
@@ -78,7 +79,14 @@ class Prune(Section):
             " would skip, so that their scores stay alive; in place of as many of lowest score."
         ),
     )
-    sampler: Literal["top", "centre", "ccs"] = Field(
+    score: Literal["tdds", "forgetting", "el2n", "aum", "dyn_unc", "dual"] = Field(
+        "tdds",
+        description=(
+            "What static chooses by; all but tdds are computed from the trajectory, with the"
+            " options of score.baselines."
+        ),
+    )
+    sampler: Literal["top", "centre", "ccs", "beta"] = Field(
         "top", description="How static and refresh choose by score, as in `tdds select`."
     )
     class_balanced: bool = Field(

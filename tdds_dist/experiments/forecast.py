@@ -22,6 +22,7 @@ from tdds_dist.experiments.needs import (
     Case,
     Line,
     Training,
+    as_trained,
     assumptions,
     check_batches,
     disk_lines,
@@ -151,7 +152,15 @@ def plan(
         )
     config.check_collect()
     images = read_images(config, num_samples)
-    case = Case(config, images, num_ranks, tuple(pipeline_cells(config, strategies)))
+    cells = pipeline_cells(config, strategies)
+    if config.prune.method != "none":
+        if strategies:
+            raise InputError(
+                f"--strategies means nothing with prune.method={config.prune.method}, of which"
+                " `tdds train` is planned; leave it out, or set prune.method=none"
+            )
+        config, cells = as_trained(config, images.num_samples), []
+    case = Case(config, images, num_ranks, tuple(cells))
     trainings = list_trainings(case)
     check_batches(case)
     limits = find_limits(case, gpu_memory_bytes, disk_bytes)

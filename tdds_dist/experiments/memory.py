@@ -66,7 +66,9 @@ def scorer_bytes(
         "averages over windows": rows * per_row["average"],
         "scalars of this epoch": (rows + spare) * per_row["scalars"],
         "labels, visits and marks": (
-            (rows + spare) * per_row["marks"] + rows * per_row["quarantined"] + 3 * 8
+            (rows + spare) * per_row["marks"]
+            + rows * (per_row["quarantined"] + per_row.get("own visits", 0))
+            + 3 * 8
         ),
     }
 
@@ -90,6 +92,7 @@ def _row_bytes(config: Config) -> dict[str, int]:
         "scalars": 4 * len(SCALARS),
         "marks": 8 + 4 + 4,  # label, visits, not finite
         "quarantined": 4,
+        **({} if config.prune.method == "none" else {"own visits": 4}),
     }
 
 
@@ -309,7 +312,9 @@ def trajectory_bytes(config: Config, num_samples: int) -> int:
     """Return the bytes of one epoch of the trajectory, without the few hundred of file headers and
     checksums."""
     return (
-        num_samples * len(SCALARS) * _BYTES_OF[config.score.trajectory_dtype]
+        num_samples
+        * (len(SCALARS) + (config.prune.method != "none"))
+        * _BYTES_OF[config.score.trajectory_dtype]
         if config.score.trajectory
         else 0
     )
@@ -326,7 +331,8 @@ def checkpoint_bytes(config: Config, network: Network, num_samples: int, world_s
     scorer."""
     own = network.buffers + _RANDOM_STATE_BYTES
     num_replicated = network.num_parameters * (2 + 2 * (config.train.optimizer == "adamw"))
-    num_tables = len(_row_bytes(config)) + 2 if num_samples else 0  # marks are three of them
+    # marks are three of them
+    num_tables = len(_row_bytes(config)) + 2 if num_samples else 0
     num_tensors = num_replicated + world_size * (network.num_buffers + 2 + num_tables)
     return (
         _replicated_bytes(config, network)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tdds_dist.config.run import Config
+from tdds_dist.config.run import Config, ScoreWindow
 from tdds_dist.config.scores import DENSE
 from tdds_dist.coreset.samplers import num_kept
 from tdds_dist.data.beton import inspect_split
@@ -28,6 +28,8 @@ from tdds_dist.errors import InputError
 from tdds_dist.experiments import memory
 from tdds_dist.experiments.grid import Cell
 from tdds_dist.experiments.memory import Network
+from tdds_dist.pruning.plan import PruningPlan
+from tdds_dist.pruning.train import plan_of, window_of
 from tdds_dist.scoring.scorer import steps_together
 from tdds_dist.text import size_text as size
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
@@ -82,19 +84,21 @@ class Images:
 
 @dataclass(frozen=True)
 class Training:
-    """A collection or a retraining. `hours` on all ranks together, None where the speed is not
-    known."""
+    """A collection or a retraining, or one that prunes inside. `hours` on all ranks together, None
+    where the speed is not known; `pruned_to`: images of all epochs where those skip some, at
+    most."""
 
     name: str
     num_images: int
     epochs: int
     global_batch_size: int
     hours: float | None = None
+    pruned_to: int | None = None
 
     @property
     def images_seen(self) -> int:
         """Return the number of images seen in all epochs."""
-        return self.num_images * self.epochs
+        return self.num_images * self.epochs if self.pruned_to is None else self.pruned_to
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,13 @@ class Case:
         return self.config.score.route_every or steps_together(
             self.num_ranks, self.rows, self.config.data.num_classes
         )
+
+    @cached_property
+    def pruning(self) -> PruningPlan | None:
+        """Return what the training prunes inside, if it does."""
+        if self.config.prune.method == "none":
+            return None
+        return plan_of(self.config, self.images.num_samples)
 
     @cached_property
     def network(self) -> Network:
@@ -199,14 +210,32 @@ def read_images(config: Config, num_samples: int | None) -> Images:
     return Images(info.num_samples, str(path), pixels, info.label_N)
 
 
+def as_trained(config: Config, num_samples: int) -> Config:
+    """Return the config with the windows that its run really scores: one over all epochs of a
+    training that prunes inside, which has no final pass."""
+    prune, window = config.prune, window_of(config)
+    if prune.method == "none":
+        return config
+    start = plan_of(config, num_samples).first_pruned
+    one = ScoreWindow(T=window.T, K=window.K, beta=window.beta, pruning_rates=(prune.rate,))
+    score = config.score.model_copy(update={"windows": (one,), "final_pass": False})
+    prune = prune.model_copy(update={"start": start})
+    return config.model_copy(update={"score": score, "prune": prune})
+
+
 def list_trainings(case: Case) -> list[Training]:
-    """List the collection, then the retrainings.
+    """List the collection, then the retrainings; only the training where that prunes inside.
 
     Raises:
         InputError: a batch that cannot be dealt out evenly.
     """
     config, num_images = case.config, case.images.num_samples
     train = config.train
+    if case.pruning is not None:
+        batch = case.rows * case.num_ranks * train.accumulation
+        seen = sum(map(case.pruning.most_images, range(train.epochs)))
+        name = f"train, {config.prune.method}"
+        return [Training(name, num_images, train.epochs, batch, pruned_to=seen)]
     stops_early = config.collect.stop_after == "last_window"
     epochs = max(window.T for window in config.windows()) if stops_early else train.epochs
     found = [
@@ -247,7 +276,9 @@ def check_batches(case: Case) -> None:
 
 def assumptions(case: Case) -> list[str]:
     """Return the assumptions behind the numbers, as sentences."""
-    return [*(() if case.is_cpu else _ASSUMED_OF_GPUS), *_ASSUMED]
+    unknown = case.pruning is not None and case.pruning.total_images is None
+    seen = [f"images seen are at most so many: {case.config.prune.method} decides them on the way"]
+    return [*(() if case.is_cpu else _ASSUMED_OF_GPUS), *(seen if unknown else ()), *_ASSUMED]
 
 
 # ---- the lines; in those of memory and disk the last one is what must fit
@@ -424,6 +455,10 @@ def disk_lines(case: Case) -> list[Line]:
     )
     models = 2 * memory.model_file_bytes(network)
     coresets = sum(12 * training.num_images for training in trainings[1:])
+    num_sets = 0  # of epochs that skip images: two bits an image, and weights
+    if case.pruning is not None:
+        num_sets = sum(not case.pruning.is_full(epoch) for epoch in range(trainings[0].epochs))
+    bits = 2 + 32 * (case.pruning is not None and case.pruning.loss_weights == "sample")
     first = [
         Line(
             "trajectory",
@@ -437,6 +472,10 @@ def disk_lines(case: Case) -> list[Line]:
         Line("scores", 12 * num_images * num_scores, f"{num_scores} files"),
         Line("models", models, "final.pt, best.pt"),
     ]
+    if num_sets:
+        first.append(
+            Line("sets of epochs", num_sets * bits * num_images // 8, "uncompressed, at most")
+        )
     later = [
         Line("coresets", coresets),
         Line("models of retrainings", models * (len(trainings) - 1)),

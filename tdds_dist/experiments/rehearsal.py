@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdds_dist.config.prune import Prune
 from tdds_dist.config.run import Config
 from tdds_dist.data.beton import inspect_split
 from tdds_dist.data.pixels import available_bytes
@@ -115,6 +116,7 @@ def rehearse(config: Config, num_ranks: int, num_samples: int | None = None) -> 
     if num_ranks < 1:
         raise InputError(f"--rehearse={num_ranks} must be at least 1: it is the number of ranks")
     config.check_collect()
+    config = config.model_copy(update={"prune": Prune()})  # the collection is rehearsed
     case = Case(config, read_images(config, num_samples), num_ranks)
     _check_memory(case)
     order = _order(case, blocks := _block_rows(config, num_samples))

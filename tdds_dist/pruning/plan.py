@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from tdds_dist.errors import InputError
 
 METHODS = ("none", "static", "refresh", "infobatch", "hard_first", "progressive")
-BY_SCORE = ("static", "refresh")  # prune by TDDS; the others by the last visit's probability
+BY_SCORE = ("static", "refresh")  # the others prune by the last visit's probability
+SCORES = ("tdds", "forgetting", "el2n", "aum", "dyn_unc", "dual")
 _INFOBATCH_SHARE = 0.875  # of the epochs, which are pruned
 
 
@@ -37,6 +38,7 @@ class PruningPlan:
     full_last: int | None = None
     every: int = 1
     explore: float = 0.1
+    score: str = "tdds"
     sampler: str = "top"
     class_balanced: bool = False
     importance: str = "none"
@@ -55,6 +57,13 @@ class PruningPlan:
                 f"drawn={self.drawn:g} must be at least 1 - rate={1.0 - self.rate:g}, the share"
                 " that is kept of it; raise one of them"
             )
+        if self.score not in (SCORES if self.method == "static" else SCORES[:1]):
+            raise InputError(
+                f"score={self.score!r} must be one of {', '.join(SCORES)}, and tdds but for static:"
+                " the others say nothing of samples that epochs skipped"
+            )
+        if self.sampler == "beta" and self.score != "dual":
+            raise InputError(f"sampler=beta needs score=dual, and score={self.score}; change one")
         first, last = self.first_pruned, self.epochs - self.num_full_last
         if self.method != "none" and not 1 <= first < last:
             raise InputError(
@@ -62,6 +71,11 @@ class PruningPlan:
                 f" and the last {self.num_full_last} of {self.epochs} are not; lower start (to 1 at"
                 " least) or full_last, or train longer"
             )
+
+    @property
+    def is_by_tdds(self) -> bool:
+        """Say whether TDDS decides which samples are kept."""
+        return self.method in BY_SCORE and self.score == "tdds"
 
     @property
     def first_pruned(self) -> int:

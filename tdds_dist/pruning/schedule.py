@@ -12,9 +12,11 @@ a run that goes on reads the set of its epoch back.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tdds_dist.config.run import Baselines
 from tdds_dist.config.scores import Window, differences_per_window, window_settings
 from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.partition import ALL, Visits
@@ -22,6 +24,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.pruning import rules
 from tdds_dist.pruning.plan import BY_SCORE, PruningPlan
 from tdds_dist.runs.artifacts import Scores, fingerprint, write_atomically
+from tdds_dist.scoring.offline import BASELINES, check_options
 from tdds_dist.scoring.scorer import ShardedScorer
 
 
@@ -33,6 +36,8 @@ class PruningSchedule:
         scorer: sees every forward pass, and has `partial_epochs`.
         window: of the scorer's windows, the one whose score so far static and refresh prune by; its
             T is that of the whole training.
+        baselines: options of the other scores that static may prune by, from the trajectory of the
+            scorer.
         folder: where decisions are recorded; None keeps no record.
 
     Protocol: before each epoch all ranks call `decide`, between `end_epoch` of the scorer and its
@@ -45,9 +50,11 @@ class PruningSchedule:
         scorer: ShardedScorer,
         *,
         window: Window | None = None,
+        baselines: Baselines | None = None,
         folder: Path | None = None,
     ):
-        check_score_window(plan, window, scorer.preset)
+        self._baselines = Baselines() if baselines is None else baselines
+        check_score(plan, window, scorer.preset, self._baselines)
         self.plan, self._scorer, self._window, self._folder = plan, scorer, window, folder
         self._visits = Visits()
 
@@ -113,21 +120,13 @@ class PruningSchedule:
         takes a share at random from what this leaves."""
         from tdds_dist.coreset.select import choose, importance_of  # reads configs
 
-        plan, scorer = self.plan, self._scorer
-        assert self._window is not None
+        plan = self.plan
         num = plan.num_images(key[1])
         assert num is not None
         num_explored = 0
         if plan.method == "refresh":
             num_explored = min(round(plan.explore * num), num - 1)
-        label_N = scorer.gather_labels().numpy()
-        scores = Scores(
-            "tdds",
-            scorer.gather_so_far(self._window).numpy(),
-            label_N,
-            fingerprint(label_N, scorer.num_classes),
-            window_settings(self._window, scorer.preset),
-        )
+        scores = self._scores_so_far(key[1])
         kept_N = np.zeros(plan.num_samples, dtype=bool)
         kept_N[
             choose(
@@ -143,11 +142,43 @@ class PruningSchedule:
             weight_N = importance_of(scores)
         return rules.explored(kept_N, num_explored, key), weight_N
 
+    def _scores_so_far(self, num_epochs: int) -> Scores:
+        plan, scorer = self.plan, self._scorer
+        label_N = scorer.gather_labels().numpy()
+        of_data = label_N, fingerprint(label_N, scorer.num_classes)
+        if plan.is_by_tdds:
+            assert self._window is not None
+            score_N = scorer.gather_so_far(self._window).numpy()
+            settings = window_settings(self._window, scorer.preset)
+            return Scores("tdds", score_N, *of_data, settings)
+        options, extra, settings = self._baselines, list[str](), dict[str, Any]()
 
-def check_score_window(plan: PruningPlan, window: Window | None, preset: str) -> None:
-    """Raise InputError when the method prunes by score, and the window does not span the training
-    or tells no samples apart by its start."""
-    if plan.method not in BY_SCORE:
+        def compute(values_TM: np.ndarray) -> np.ndarray:
+            score_M, extra_M, found = BASELINES[plan.score].compute(values_TM, options)
+            extra.extend(extra_M)
+            settings.update({"score": plan.score, **found})
+            return np.stack([score_M, *extra_M.values()], axis=1)
+
+        looked_at = check_options(plan.score, options, (), num_epochs)
+        scalar = BASELINES[plan.score].scalar(options)
+        found_NX = scorer.gather_recorded(scalar, looked_at, compute).numpy()
+        columns = dict(zip(extra, found_NX[:, 1:].T, strict=True))
+        return Scores(plan.score, found_NX[:, 0].copy(), *of_data, settings, columns)
+
+
+def check_score(
+    plan: PruningPlan, window: Window | None, preset: str, baselines: Baselines
+) -> None:
+    """Raise InputError when the method prunes by score, and the window does not span the training,
+    or the score tells no samples apart by its start."""
+    if not plan.is_by_tdds:
+        if plan.method == "static":
+            check_options(plan.score, baselines, (), plan.first_pruned)
+            if plan.score == "aum" and (plan.sampler, baselines.aum_keep) == ("ccs", "easiest"):
+                raise InputError(
+                    "sampler=ccs cuts off what ranks first as too hard, and aum_keep=easiest ranks"
+                    " easy samples first; set aum_keep=hardest"
+                )
         return
     if window is None or plan.epochs > window.T:
         raise InputError(

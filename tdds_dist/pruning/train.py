@@ -12,7 +12,7 @@ from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.pruning.plan import BY_SCORE, PruningPlan
-from tdds_dist.pruning.schedule import PruningSchedule, check_score_window, record_problem
+from tdds_dist.pruning.schedule import PruningSchedule, check_score, record_problem
 from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.entry import entered
@@ -57,7 +57,7 @@ def train(
         if start.result is not None:
             return run
         train_file, val_file = on_this_node(config, (train_file, val_file), world, start.pulse)
-        window = _window(config)
+        window = window_of(config)
         scorer = build_scorer(
             config,
             train_file.num_samples,
@@ -91,7 +91,13 @@ def train(
             observer=scorer,
             clean_view=config.score.view == "clean",
             importance=plan.loss_weights,
-            schedule=PruningSchedule(plan, scorer, window=window, folder=run.pruning),
+            schedule=PruningSchedule(
+                plan,
+                scorer,
+                window=window,
+                baselines=config.score.baselines,
+                folder=run.pruning,
+            ),
             # by epochs too where nothing is skipped: to the bit that of a plain training
             total_images=None if by_epochs else plan.total_images,
             checkpoints=start.checkpoints,
@@ -121,7 +127,7 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
                 " the first epoch to prune; set prune.start, or add the rate to a window"
             ) from None
     try:
-        check_window(window := _window(config), config.score.preset)
+        check_window(window := window_of(config), config.score.preset)
     except InputError as error:
         raise InputError(f"score.windows: {error}") from None
     try:
@@ -132,9 +138,13 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
             least=batch,
             **settings,
         )
-        check_score_window(plan, window, config.score.preset)
+        check_score(plan, window, config.score.preset, config.score.baselines)
     except InputError as error:
         raise InputError(f"prune.{error}") from None
+    if plan.score != "tdds" and not config.score.trajectory:
+        raise InputError(
+            f"prune.score={plan.score} is computed from the trajectory; set score.trajectory=true"
+        )
     if prune.schedule_by == "images" and plan.total_images is None:
         raise InputError(
             f"prune.schedule_by=images needs the images of the whole training in advance, and"
@@ -143,8 +153,9 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
     return plan
 
 
-def schedule_table(plan: PruningPlan) -> str:
-    """Return epochs and images of a training, before it runs, as lines for a person."""
+def schedule_table(plan: PruningPlan, images_per_second: float | None = None) -> str:
+    """Return epochs and images of a training, and the hours at a speed, before it runs, as lines
+    for a person."""
     rows, first = [["epochs", "images each"]], 0
     for epoch in range(1, plan.epochs + 1):
         if epoch == plan.epochs or _said(plan, epoch) != _said(plan, first):
@@ -153,6 +164,11 @@ def schedule_table(plan: PruningPlan) -> str:
     total = sum(plan.most_images(epoch) for epoch in range(plan.epochs))
     most = "at most " if plan.total_images is None else ""
     rows.append(["all", f"{most}{total:,} ({most}{_share(total, plan)} of a full training)"])
+    if images_per_second is not None:
+        hours, full = (
+            images / images_per_second / 3600 for images in (total, plan.epochs * plan.num_samples)
+        )
+        rows.append(["hours", f"{most}{hours:,.2f} (full training {full:,.2f})"])
     return "\n".join(table(rows, right=(1,)))
 
 
@@ -165,7 +181,7 @@ def _share(total: int, plan: PruningPlan) -> str:
     return f"{100 * total / (plan.epochs * plan.num_samples):.1f} %"
 
 
-def _window(config: Config) -> Window:
+def window_of(config: Config) -> Window:
     """Return K and beta of the window that serves the rate, or of the first, over the whole
     training; K as far as it fits where nothing is pruned by this score."""
     try:
@@ -173,7 +189,7 @@ def _window(config: Config) -> Window:
     except InputError:
         window = config.windows()[0]
     epochs, K = config.train.epochs, window.K
-    if config.prune.method not in BY_SCORE:
+    if config.prune.method not in BY_SCORE or config.prune.score != "tdds":
         K = min(K, epochs if config.score.preset == "official" else epochs - 1)
     return Window(epochs, K, window.beta)
 

@@ -1,17 +1,21 @@
-"""The headline of the report: final top-1 against the pruning rate, as a matrix, a chart and a
-sentence.
+"""The headlines of the report: final top-1 against the pruning rate, as a matrix, a chart and a
+sentence, and against the images seen.
 
-Owns what is shown of the rows of `results`; reads nothing. A cell that is missing or unfinished
-stays visible.
+Owns what is shown of the rows of `results`, and of the trainings that prune inside; reads nothing.
+A cell that is missing or unfinished stays visible.
 """
 
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
+from tdds_dist.config.prune import READS, Prune
 from tdds_dist.config.scores import base_key, is_plain
 from tdds_dist.report import charts
 from tdds_dist.report.published import footnotes
-from tdds_dist.report.read import FULL_DATA
-from tdds_dist.text import percent
+from tdds_dist.report.read import FULL_DATA, Facts
+from tdds_dist.runs.identity import setting_of
+from tdds_dist.text import MISSING, count, mean_std, percent, plus_minus, signed, table
 
 # the sentence is about this pruning rate where it was retrained at, else about the largest
 ASKED_RATE = 0.8
@@ -271,3 +275,183 @@ def _cost(row: dict[str, Any], name: str) -> str:
     if change < 0:
         return f"costs {-change:.2f} points with {name}, down to {final}"
     return f"gains {change:.2f} points with {name}, up to {final}"
+
+
+# ---- against the images seen
+
+
+SAME_BUDGET = 3.0  # percentage points of images between trainings that are compared with each other
+_ALL_IMAGES = "all images"
+
+
+def training_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
+    """Return a row for each setting of `tdds train` among the runs of the same data, seeds
+    averaged, and for each retraining of a collection, with the images that all of it saw; [] where
+    nothing was pruned inside a training.
+
+    Keys of a row: `family` (name without the rate, the epochs, or that it is the random twin),
+    `name`, `is_twin`, `images` (mean over seeds; of a retraining with the T epochs of the
+    collection that its score looks at), `share` (percent of the longest training on all images, or
+    of the method's own epochs on all), `epochs`, `seeds`, `final_top1`, `final_top1_std`, `to_twin`
+    and `to_full` (difference of final top-1 to the random twin, and to the training on all images
+    whose share is nearest, at most SAME_BUDGET away; None without one), `num_unfinished`.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Facts]] = {}
+    for facts in pool:
+        if facts.is_pruned_training:
+            groups.setdefault(tuple(sorted(setting_of(facts.config, "train").items())), []).append(
+                facts
+            )
+    if not groups:
+        return []
+    rows = {key: _training_row(group) for key, group in groups.items()}
+    for key, row in rows.items():
+        own = dict(key)
+        twin = rows.get(tuple(sorted((own | {"prune.twin": "true"}).items())))
+        if twin is not None and not row["is_twin"]:
+            row["twin"] = twin
+    found = [*rows.values(), *_retraining_rows(pool)]
+    longest = [row["of_full"] for row in rows.values() if row["family"] == _ALL_IMAGES]
+    for row in found:
+        full = max(longest, default=0) or max(each["of_full"] for each in rows.values())
+        row["share"] = row["images"] and full and 100 * row["images"] / full
+    whole = [row for row in found if row["family"] == _ALL_IMAGES and row["final_top1"] is not None]
+    for row in found:
+        near = [
+            other
+            for other in whole
+            if row["share"] and abs(other["share"] - row["share"]) <= SAME_BUDGET
+        ]
+        rival = min(near, key=lambda other: abs(other["share"] - row["share"]), default=None)
+        row["to_full"] = None if row["family"] == _ALL_IMAGES else _to(row, rival)
+        row["to_twin"] = _to(row, row.pop("twin", None))
+    return sorted(found, key=lambda row: (row["family"] != _ALL_IMAGES, row["family"]))
+
+
+def _to(row: dict[str, Any], other: dict[str, Any] | None) -> float | None:
+    if other is None or None in (row["final_top1"], other["final_top1"]):
+        return None
+    return float(row["final_top1"] - other["final_top1"])
+
+
+def _training_row(group: Sequence[Facts]) -> dict[str, Any]:
+    prune = group[0].config.get("prune", {})
+    method, epochs = prune.get("method", "none"), group[0].config.get("train", {}).get("epochs")
+    usual = Prune(method=method).model_dump() if method in READS else {}
+    # a key that the config of an older version lacks has its default
+    own = {
+        key: prune[key] for key in READS.get(method, ()) if prune.get(key, usual[key]) != usual[key]
+    }
+    is_twin, rate = bool(own.pop("twin", False)), own.pop("rate", None)
+    family = method + "".join(f", {key} {value}" for key, value in own.items())
+    name = f"{family}, rate {rate:g}" if rate is not None else family
+    if method == "none":
+        family, name = _ALL_IMAGES, f"{_ALL_IMAGES}, {epochs} epochs"
+    results = [
+        facts.result
+        for facts in group
+        if facts.result is not None and {"images_seen", "images_of_full"} <= {*facts.result}
+    ]
+    return _budget_row(
+        family, f"{name}: random twin" if is_twin else name, is_twin, epochs, results
+    ) | {
+        "images": fmean(result["images_seen"] for result in results) if results else None,
+        "of_full": max((result["images_of_full"] for result in results), default=0),
+        "num_unfinished": len(group) - len(results),
+    }
+
+
+def _retraining_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
+    """Rows of the retrainings whose coreset says how long its score was collected for; random
+    coresets need no collection."""
+    groups: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
+    for facts in pool:
+        for sub in facts.retrained:
+            collected, result = facts.result or {}, sub.result or {}
+            settings = result.get("coreset_settings", {})
+            if not sub.setting.get("pruning_rate") or not all(
+                {"num_images", "epochs"} <= {*each} for each in (collected, result)
+            ):
+                continue
+            T = settings.get("T", 0 if base_key(sub.score) == "random" else collected["epochs"])
+            images = T * collected["num_images"] + result["epochs"] * result["num_images"]
+            key = (facts.names.get(sub.score, sub.score), sub.strategy, sub.setting["importance"])
+            groups.setdefault((*key, sub.setting["pruning_rate"], result["epochs"]), []).append(
+                (images, result)
+            )
+    rows = []
+    for (score, strategy, importance, rate, epochs), values in groups.items():
+        how = "retrain" if base_key(score) == "random" else "collect and retrain"
+        family = f"{how}: {setting(score, strategy, importance)}"
+        name = f"{family}, rate {rate:g}"
+        row = _budget_row(family, name, False, epochs, [result for _, result in values])
+        rows.append(row | {"images": fmean(images for images, _ in values), "num_unfinished": 0})
+    return rows
+
+
+def _budget_row(
+    family: str, name: str, is_twin: bool, epochs: int, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    final, final_std = mean_std(result.get("final_top1") for result in results)
+    return {
+        "family": family,
+        "name": name,
+        "is_twin": is_twin,
+        "epochs": epochs,
+        "seeds": sorted(result["seed"] for result in results if "seed" in result),
+        "final_top1": final,
+        "final_top1_std": final_std,
+    }
+
+
+def format_trainings(rows: list[dict[str, Any]]) -> str:
+    """Write the rows of `training_rows` as an aligned plain-text table."""
+    head = ["training", "epochs", "images seen", "of full", "seeds", "final top-1", "vs twin"]
+    lines = [
+        [
+            row["name"],
+            count(row["epochs"]),
+            count(row["images"] and round(row["images"])),
+            MISSING if row["share"] is None else f"{row['share']:.1f} %",
+            str(len(row["seeds"])),
+            plus_minus(row["final_top1"], row["final_top1_std"]),
+            MISSING if row["to_twin"] is None else signed(row["to_twin"]),
+            MISSING if row["to_full"] is None else signed(row["to_full"]),
+        ]
+        for row in rows
+    ]
+    cells = table([[*head, "vs shorter"], *lines], range(1, 8), num_heads=1)
+    return "\n".join(cells).translate(str.maketrans("–−", "--"))
+
+
+def images_chart(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Draw final top-1 against the images seen, a line per family, random twins dashed."""
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["final_top1"] is not None and row["share"] is not None:
+            groups.setdefault((row["family"], row["is_twin"]), []).append(row)
+    slots = {family: number for number, family in enumerate(dict.fromkeys(f for f, _ in groups))}
+    lines = []
+    for (family, is_twin), group in groups.items():
+        group.sort(key=lambda row: row["share"])
+        lines.append(
+            charts.Line(
+                f"{family}: random twin" if is_twin else family,
+                slot=charts.FULL_SLOT if family == _ALL_IMAGES else 1 + slots[family] % 9,
+                series=f"b{slots[family]}",
+                x=[row["share"] for row in group],
+                y=[row["final_top1"] for row in group],
+                error=[row["final_top1_std"] or 0 for row in group],
+                dashed=is_twin,
+                marker="s" if is_twin else "o",
+            )
+        )
+    if not lines:
+        return None
+    alt = "Final top-1 against images seen. " + "; ".join(
+        f"{line.label}: "
+        + ", ".join(f"{y:.2f} % at {x:.0f} %" for x, y in zip(line.x, line.y, strict=True))
+        for line in lines
+    )
+    title = "images seen, of a full training (%)"
+    return {"svg": charts.line_chart(lines, "final top-1 (%)", title, alt + "."), "legend": lines}

@@ -22,6 +22,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FULL_SLOT = 99  # colour of the full data: the ink of the page
 STRIP_INCHES = 0.19  # height of a coreset's strip
 NUM_LEVELS = 5  # of its darkness
 BAR_STEP, BARS_WIDTH = 3.0, 12.0  # points between error bars at one place, and over all of them
@@ -174,7 +175,7 @@ def line_chart(
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         if full is not None:
-            axes.axhline(full, color=_slot(99), linewidth=1, linestyle=(0, (1, 2)))
+            axes.axhline(full, color=_slot(FULL_SLOT), linewidth=1, linestyle=(0, (1, 2)))
         _draw_lines(axes, lines)
         if log:
             axes.set_yscale("log")

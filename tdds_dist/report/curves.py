@@ -18,7 +18,7 @@ from tdds_dist.report.read import FULL_DATA, Facts, Retrained, score_names
 from tdds_dist.report.results import by_setting, run_name, variants
 from tdds_dist.text import percent
 
-FULL_SLOT, FULL_RETRAINED_SLOT = 99, 98  # colours of the full data: the ink of the page, and a grey
+FULL_RETRAINED_SLOT = 98  # colour of a retraining on the full data, a grey
 # line widths: one of the trainings behind a mean; what lies below a line that may be the same
 _THIN, _WIDE = 0.6, 3.5
 GIB = 1024**3
@@ -143,7 +143,7 @@ def _runs(
         f"collection{name}",
         None,
         None,
-        FULL_SLOT,
+        charts.FULL_SLOT,
         False,
         1.5,
         "none",
@@ -333,7 +333,7 @@ def speed_charts(facts: Facts) -> dict[str, Any] | None:
             if mean:
                 label, slot = (
                     _rate_label(rate, len(members)),
-                    (FULL_SLOT if rate is None else FULL_RETRAINED_SLOT),
+                    (charts.FULL_SLOT if rate is None else FULL_RETRAINED_SLOT),
                 )
                 lines.append(
                     charts.Line(

@@ -24,9 +24,16 @@ import yaml
 from tdds_dist.config.scores import base_key
 from tdds_dist.console import Progress, log
 from tdds_dist.errors import InputError
-from tdds_dist.report.accuracy import accuracy_chart, finding, matrix
+from tdds_dist.report.accuracy import (
+    accuracy_chart,
+    finding,
+    images_chart,
+    matrix,
+    training_rows,
+)
 from tdds_dist.report.agreement import agreement_section, between_section
-from tdds_dist.report.curves import FULL_SLOT, curve_charts, speed, speed_charts
+from tdds_dist.report.charts import FULL_SLOT
+from tdds_dist.report.curves import curve_charts, speed, speed_charts
 from tdds_dist.report.figures import ablations
 from tdds_dist.report.images import BUDGET_BYTES, sheets
 from tdds_dist.report.published import printed_tables
@@ -93,14 +100,16 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
     with Progress(
         "report", len(runs) * (1 + len(_PARTS)) + 1, "", visible=os.environ.get("RANK", "0") == "0"
     ) as progress:
-        found = []
+        every = []
         for run in runs:
             progress.note(f"reading {run.path.name}", now=True)
-            found.append(read_facts(run))
+            every.append(read_facts(run))
             progress.advance()
+        trainings = [part for pool in pools(every) if (part := _trainings(pool))["rows"]]
+        found = [facts for facts in every if not facts.is_pruned_training]
         together = [pool for pool in pools(found) if len(pool) > 1]
         pooled = {facts.run.path for pool in together for facts in pool}
-        budget_bytes = BUDGET_BYTES // len(found)
+        budget_bytes = BUDGET_BYTES // max(1, len(found))
         sections = [
             _section(facts, num_thumbnails, budget_bytes, facts.run.path in pooled, progress)
             for facts in found
@@ -115,6 +124,8 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
         )
         text = page.get_template("page.html.j2").render(
             title=_title(runs, sections),
+            num_runs=len(runs),
+            trainings=trainings,
             sections=sections,
             pools=[_pool(pool, found, sections) for pool in together],
             between=between_section(
@@ -125,7 +136,7 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
             script=script,
             written=time.strftime("%Y-%m-%d %H:%M"),
         )
-    for facts in found:
+    for facts in every:
         for problem in facts.problems:
             log.warning(problem)
 
@@ -139,8 +150,21 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
 
 def _title(runs: Sequence[RunDir], sections: Sequence[dict[str, Any]]) -> str:
     if len(runs) == 1:
-        return sections[0]["name"]
+        return sections[0]["name"] if sections else runs[0].path.resolve().name
     return experiment_name(runs) or f"{len(runs)} runs"
+
+
+def _trainings(pool: list[Facts]) -> dict[str, Any]:
+    """Return what the template shows of the trainings that prune inside, by images seen."""
+    rows = training_rows(pool)
+    own = [facts for facts in pool if facts.is_pruned_training]
+    return {
+        "dataset": _dataset_of(pool[0]),
+        "rows": rows,
+        "chart": images_chart(rows),
+        "runs": [(run_name(facts), _provenance(facts)) for facts in own],
+        "problems": [problem for facts in own for problem in facts.problems],
+    }
 
 
 def _pool(
@@ -215,9 +239,7 @@ def _section(
     return computed | {
         "name": run_name(facts),
         "is_pooled": is_pooled,
-        "dataset": _dataset_name(
-            str(getattr(facts.manifest, "source", "")), str(data.get("train", "?"))
-        ),
+        "dataset": _dataset_of(facts),
         "num_images": next((size for size in sizes if size is not None), None),
         "num_classes": data.get("num_classes"),
         "model": facts.config.get("model", {}).get("name", "?"),
@@ -300,8 +322,10 @@ def _config_text(value: Any) -> str:
     return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _dataset_name(source: str, beton: str) -> str:
-    """Return the source's name without the folders above it, or the file's."""
+def _dataset_of(facts: Facts) -> str:
+    """Return the name of the images' source without the folders above it, or of their file."""
+    source = str(getattr(facts.manifest, "source", ""))
+    beton = str(facts.config.get("data", {}).get("train", "?"))
     kind, _, folder = source.partition(":")
     return printable(
         f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name

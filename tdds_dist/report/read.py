@@ -86,6 +86,11 @@ class Facts:
     names: dict[str, str]
     problems: list[str]
 
+    @property
+    def is_pruned_training(self) -> bool:
+        """Say whether it is a run of `tdds train`, not of `tdds collect`."""
+        return self.env.get("stage") == "train"
+
 
 def read_facts(run: RunDir) -> Facts:
     """Read one run directory; raise InputError when it is none."""
@@ -104,11 +109,6 @@ def read_facts(run: RunDir) -> Facts:
             data["train"] = str(run.train_file())
     manifest = _read_manifest(data.get("train"), problems)
     env, result = _read_env(run, problems), _read_record(run.read_result, run.result_file, problems)
-    if env.get("stage") == "train":
-        raise InputError(
-            f"{run.path} is a pruned training, which has no report yet; {run.result_file.name} and"
-            f" {run.metrics_file.name} there have its numbers"
-        )
     own = _own_dataset(scores, (result or {}).get("num_images"), manifest)
     for name in [*scores]:
         if own is not None and (

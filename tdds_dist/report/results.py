@@ -94,11 +94,13 @@ def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
 
 
 def summary_tables(runs: Sequence[RunDir]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return a table for each run, or one for the runs of the same data together; with the
+    """Return a table for each collection, or one for those of the same data together; with the
     directories it is about."""
     return [
         ("\n".join(str(facts.run.path) for facts in pool), summary_rows(pool))
-        for pool in pools([*map(read_facts, runs)])
+        for pool in pools(
+            [facts for facts in map(read_facts, runs) if not facts.is_pruned_training]
+        )
     ]
 
 

@@ -57,13 +57,16 @@ _OF_RETRAIN: dict[str, str | dict[str, str]] = {
     # these are in its train.* and its record
     "retrain": {"epochs": PLACE, "importance": PLACE, "batch_size_rule": PLACE},
 }
+# a pruned training may choose by a baseline
+_SCORE_OF_TRAIN = {"final_pass": MAY_CHANGE, "on_nan": MAY_CHANGE, "route_every": PLACE}
 # keys of env.json that decide the result as well
 _OF_RECORD = ("stage", "strategy", "importance", "coreset_sha256")
 
 
 def _kinds(stage: str) -> dict[str, str | dict[str, str]]:
     if stage == "train":  # a pruned training, which never stops early
-        return {key: kinds for key, kinds in KINDS.items() if key != "prune"} | {"collect": PLACE}
+        rest = {section: kinds for section, kinds in KINDS.items() if section != "prune"}
+        return rest | {"collect": PLACE, "score": _SCORE_OF_TRAIN}
     return KINDS if stage == "collect" else KINDS | _OF_RETRAIN
 
 

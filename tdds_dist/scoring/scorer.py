@@ -13,7 +13,7 @@ flags that `check` and `end_epoch` read.
 # numbers of a packed row
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from tdds_dist.scoring.tdds import (
     put_own_difference,
     window_variability,
 )
-from tdds_dist.scoring.trajectory import TrajectoryWriter, require_no_trajectory
+from tdds_dist.scoring.trajectory import Trajectory, TrajectoryWriter, require_no_trajectory
 
 _NOT_QUARANTINED = -1
 # Messages per step that a rank sends at most: among more ranks rows wait for those of later steps.
@@ -540,6 +540,26 @@ class ShardedScorer:
         every rank: after t epochs, the score of the same K and beta with T = t. A collective."""
         average_M = self._average_AM[self.windows.index(window)]
         return collectives.all_gather_shards(average_M, self.num_samples, self.world).cpu()
+
+    def gather_recorded(
+        self, scalar: str, num_epochs: int, compute: Callable[[np.ndarray], np.ndarray]
+    ) -> Tensor:
+        """Return what is computed of a scalar in the trajectory, by global index, float32 [N, X] on
+        the CPU, on every rank; between two epochs. A collective.
+
+        `compute` gets the scalar of the first epochs for the samples of this rank, float32
+        [num_epochs, M], and returns float32 [M, X].
+
+        Raises:
+            InputError: no trajectory, or a damaged one; on every rank.
+        """
+        with collectives.together(self.world):
+            if self._trajectory is None:
+                raise InputError("this score is computed from the trajectory; give the scorer one")
+            recorded = Trajectory(self._trajectory.directory, num_epochs)
+            values_TM = recorded.read(scalar, num_epochs, range(self._first, self._end))
+            found_MX = torch.from_numpy(compute(values_TM)).to(self.world.device)
+        return collectives.all_gather_shards(found_MX, self.num_samples, self.world).cpu()
 
     @property
     def is_complete(self) -> bool:

@@ -97,7 +97,7 @@ class TrajectoryWriter:
     ):
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-        self._directory = Path(directory)
+        self.directory = Path(directory)
         self._scalars = scalars
         self._num_samples = num_samples
         self._first, self._end = first, end
@@ -133,7 +133,7 @@ class TrajectoryWriter:
             whole up to there.
         """
         assert next_epoch >= 0, next_epoch
-        directory = self._directory
+        directory = self.directory
         if next_epoch > 0 or (directory / "meta.json").exists():
             before = Trajectory(directory, next_epoch)
             differs = [
@@ -183,7 +183,7 @@ class TrajectoryWriter:
         """
         if self._is_main:
             text = json.dumps(self._meta | {"labels_sha256": labels_sha256}, indent=2)
-            write_atomically(self._directory / "meta.json", lambda file: file.write(text.encode()))
+            write_atomically(self.directory / "meta.json", lambda file: file.write(text.encode()))
         self._write(_LABELS, label_M.astype(np.int64))
 
     def append(self, epoch: int, scalars_FM: np.ndarray) -> None:
@@ -205,12 +205,12 @@ class TrajectoryWriter:
         assert all(
             0 <= index < self._num_samples and epoch >= 0 for index, epoch in epoch_of_index.items()
         )
-        quarantine.write(self._directory, epoch_of_index)
+        quarantine.write(self.directory, epoch_of_index)
 
     def _write(self, place: int | str, array: np.ndarray) -> None:
         if not self._rows:  # an empty shard has no block
             return
-        path = self._directory / _folder_name(place) / f"{self._first:010d}-{self._end:010d}.npy"
+        path = self.directory / _folder_name(place) / f"{self._first:010d}-{self._end:010d}.npy"
         sidecar = {
             "epoch": place,
             "first": self._first,
@@ -254,8 +254,11 @@ class Trajectory:
             )
         self.num_epochs = len(epochs)
 
-    def read(self, scalar: str, num_epochs: int | None = None) -> np.ndarray:
-        """Return one scalar of the first `num_epochs` epochs (default all), float32 [T, N]."""
+    def read(
+        self, scalar: str, num_epochs: int | None = None, rows: range | None = None
+    ) -> np.ndarray:
+        """Return one scalar of the first `num_epochs` epochs (default all), float32 [T, N], or of
+        these rows only."""
         if scalar not in self.scalars:
             raise InputError(
                 f"{self.directory} has no scalar {scalar!r}; it has {', '.join(self.scalars)}"
@@ -267,10 +270,14 @@ class Trajectory:
                 "lower T or collect longer"
             )
         row = self.scalars.index(scalar)
-        values_TN = np.empty((num_epochs, self.num_samples), dtype=np.float32)
+        rows = range(self.num_samples) if rows is None else rows
+        values_TN = np.empty((num_epochs, len(rows)), dtype=np.float32)
         for epoch in range(num_epochs):
-            for first, end, block_RM in self._read_blocks(epoch, (row,)):
-                values_TN[epoch, first:end] = block_RM[0]
+            for first, end, block_RM in self._read_blocks(epoch, (row,), rows):
+                of_both = slice(max(first, rows.start), min(end, rows.stop))
+                values_TN[epoch, of_both.start - rows.start : of_both.stop - rows.start] = block_RM[
+                    0
+                ][of_both.start - first : of_both.stop - first]
         return values_TN
 
     def labels(self) -> np.ndarray:
@@ -350,16 +357,19 @@ class Trajectory:
         return meta
 
     def _read_blocks(
-        self, place: int | str, rows: Sequence[int]
+        self, place: int | str, rows: Sequence[int], samples: range | None = None
     ) -> Iterator[tuple[int, int, list[np.ndarray]]]:
         """Yield first and end index of each block of an epoch, or of the labels (one row), and
-        these rows of it, mapped and verified: R arrays [end - first]."""
+        these rows of it, mapped and verified: R arrays [end - first]; of all blocks, or those that
+        hold some of the samples."""
         shape, dtype = (
             ((), np.dtype(np.int64))
             if place == _LABELS
             else ((len(self.scalars),), np.dtype(self.dtype))
         )
         for first, end, path in self._blocks(self.directory / _folder_name(place)):
+            if samples is not None and (end <= samples.start or samples.stop <= first):
+                continue
             block_FM = np.atleast_2d(self._load(path, (*shape, end - first), dtype))
             crc32_F = self._read_sidecar(path, place, first, end, len(block_FM))
             for row in rows:

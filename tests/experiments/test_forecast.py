@@ -111,6 +111,7 @@ SAME_WINDOW_TWICE = (
         [ONE_WINDOW, "score.storage=topk:3"],
         [ONE_WINDOW, "score.storage=topk:9", "data.num_classes=40000", "score.logp_dtype=float16"],
         [ONE_WINDOW, "data.num_classes=257", "score.on_nan=quarantine"],
+        [ONE_WINDOW, "prune.method=infobatch"],
     ],
 )
 @pytest.mark.parametrize(("num_samples", "world_size"), [(97, 1), (97, 3), (10, 3), (5, 4), (1, 1)])
@@ -130,6 +131,7 @@ def test_scorer_bytes_are_those_of_a_real_scorer(
             logp_dtype=getattr(torch, config.score.logp_dtype),
             on_nan=config.score.on_nan,
             storage=config.score.storage,
+            partial_epochs=config.prune.method != "none",
         )
         real = storage_bytes(tables_of(scorer))
         predicted = footprint.scorer_bytes(config, num_samples, world_size, rank)

@@ -1,20 +1,25 @@
 """Sets that do not depend on ranks or interruptions, and what is recorded of them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from tdds_dist import Checkpoints, ShardedScorer, Window
+from tdds_dist.config.run import Baselines
 from tdds_dist.coreset.select import make_coreset
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import ALL, epoch_order
 from tdds_dist.pruning.plan import PruningPlan
 from tdds_dist.pruning.schedule import PruningSchedule, record_problem
-from tdds_dist.runs.artifacts import Scores, fingerprint
+from tdds_dist.runs.artifacts import Scores, fingerprint, load_scores
+from tdds_dist.scoring import offline
 from tests.ranks import catch, run_ranks
 from tests.scoring.test_scorer import random_stream
 
 N, CLASSES, BATCH, EPOCHS = 61, 7, 12, 7
+BASELINES = Baselines(el2n_epochs=2, uncertainty_window=2)
 WINDOW = Window(EPOCHS, 3, 0.9)
 PLANS = {
     "static": {"rate": 0.4, "start": 3, "importance": "sample"},
@@ -32,9 +37,14 @@ class Run:
         settings = PLANS[method] | more
         self.world = distributed.current_world("cpu")
         self.logits_TNC, self.label_N = random_stream(N, CLASSES, EPOCHS)
-        self.scorer = ShardedScorer(N, CLASSES, [WINDOW], device="cpu", partial_epochs=True)
+        recorded = folder / "trajectory" if "score" in settings else None
+        self.scorer = ShardedScorer(
+            N, CLASSES, [WINDOW], device="cpu", trajectory=recorded, partial_epochs=True
+        )
         plan = PruningPlan(method, N, EPOCHS, seed=4, twin=twin, **settings)
-        self.schedule = PruningSchedule(plan, self.scorer, window=WINDOW, folder=folder / "sets")
+        self.schedule = PruningSchedule(
+            plan, self.scorer, window=WINDOW, baselines=BASELINES, folder=folder / "sets"
+        )
         self.checkpoints = Checkpoints(folder / "checkpoints", self.world, asynchronous=False)
         self.seen = []  # by epoch the set, as bytes
         self.counts = np.zeros((EPOCHS, N), dtype=int)  # own visits of this rank
@@ -165,6 +175,47 @@ def test_static_keeps_what_select_would_of_a_collection(tmp_path):
         assert kept_in(run, epoch).tolist() == coreset.index_M.tolist()
     weight_N = np.frombuffer(run.seen[3][3], dtype=np.float32)
     assert weight_N[coreset.index_M].tolist() == coreset.importance_M.tolist()
+
+
+OTHERS = {
+    "forgetting": {},
+    "el2n": {"class_balanced": True},
+    "aum": {"sampler": "ccs"},
+    "dyn_unc": {"sampler": "centre"},
+    "dual": {"sampler": "beta"},
+}
+
+
+def _by_others(rank, folder):
+    return {
+        score: Run("static", folder / score, score=score, **more).go().seen
+        for score, more in OTHERS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    return run_ranks(2, _by_others, tmp_path_factory.mktemp("by_two"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("score", OTHERS)
+def test_static_keeps_what_select_would_by_any_score(score, tmp_path, by_two):
+    """Of the scores that `tdds score` computes from the epochs up to there; on two ranks too."""
+    more = OTHERS[score]
+    run = Run("static", tmp_path, score=score, **more).go()
+    options = ["el2n_epochs=2", "uncertainty_window=2"]
+    reads = [
+        option for option in options if option.split("=")[0] in offline.BASELINES[score].options
+    ]
+    cut = tmp_path / "first_epochs"
+    shutil.copytree(tmp_path / "trajectory", cut)
+    for epoch in range(3, EPOCHS):
+        shutil.rmtree(cut / f"epoch_{epoch:04d}")
+    (path,), _ = offline.score_all(cut, [score], options=reads)
+    coreset, _ = make_coreset(load_scores(path), 0.4, seed=4, **more)
+    assert kept_in(run, 3).tolist() == coreset.index_M.tolist()
+    assert all(seen[score] == run.seen for seen in by_two)
 
 
 def test_refresh_chooses_again_and_explores(tmp_path):

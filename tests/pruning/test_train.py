@@ -3,10 +3,12 @@ is stopped ends as one that was not."""
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tdds_dist.cli.main import main
 from tdds_dist.config.run import load_config, to_dict
@@ -14,6 +16,7 @@ from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.interruption import Interruption, Preempted
 from tdds_dist.errors import InputError
 from tdds_dist.pruning.train import train
+from tdds_dist.report.accuracy import training_rows
 from tdds_dist.report.read import read_facts
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.identity import DECIDES, PLACE, differences, kind_of
@@ -247,12 +250,18 @@ def test_the_schedule_alone(config_file, tmp_path, capsys):
         (["method=static", "rate=0.3"], "prune.rate=0.3: no window of score.windows serves it"),
         (["method=static", "rate=0.5", "start=9"], "prune.start=9 leaves no epoch to prune"),
         (["method=static", "rate=0.5", "start=2"], "prune.start=2 must be at least 3"),
+        (["method=refresh", "rate=0.5", "score=el2n"], 'prune.score="el2n" means nothing'),
+        (["method=static", "rate=0.5", "sampler=beta"], "prune.sampler=beta needs score=dual"),
+        (["method=static", "rate=0.5", "score=el2n"], "el2n_epochs=10 is longer than the 3"),
+        (["method=static", "rate=0.5", "score=aum", "sampler=ccs"], "set aum_keep=hardest"),
+        (["method=static", "rate=0.5", "score=aum"], "set score.trajectory=true"),
         (["method=progressive", "rate=0.1"], "prune.drawn=0.75 must be at least"),
         (["twin=true"], "prune.twin=true means nothing with prune.method=none"),
     ],
 )
 def test_what_is_refused(config_file, words, expected):
-    config = load_config(config_file, [*BASE, *(f"prune.{word}" for word in words)])
+    more = ["score.trajectory=false", "score.baselines.aum_keep=easiest"]
+    config = load_config(config_file, [*BASE, *more, *(f"prune.{word}" for word in words)])
     from tdds_dist.pruning.train import plan_of
 
     with pytest.raises(InputError) as caught:
@@ -288,8 +297,64 @@ def test_what_decides_a_pruned_training(config_file, tmp_path):
     assert kind_of("prune", "rate", "collect") == kind_of("prune", "rate", "retrain") == PLACE
 
 
+# ---- in the report and in a plan
+
+
 @pytest.mark.distributed
-def test_the_report_refuses_one(pruned):
-    kind, text = catch(read_facts, RunDir(pruned[1] / "static"))
-    assert kind == "InputError"
-    assert "is a pruned training, which has no report yet; result.json" in text
+def test_accuracy_against_images_seen(pruned, tmp_path):
+    """Of two seeds of a method, its twin, a full training and a shorter one; as a table, in JSON
+    and on the page."""
+    top1 = {}
+
+    def run(name, copied, *keys, **result):
+        folder = shutil.copytree(pruned[1] / copied, tmp_path / name)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        for key, value in keys:
+            section, _, name_of = key.partition(".")
+            config[section][name_of] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        found = json.loads((folder / "result.json").read_text()) | result
+        (folder / "result.json").write_text(json.dumps(found))
+        top1[name] = found["final_top1"]
+        return found
+
+    own = run("own", "unweighted", final_top1=50.0)
+    run("seed1", "unweighted", ("run.seed", 1), final_top1=60.0, seed=1)
+    run("twin", "unweighted", ("prune.twin", True), final_top1=58.0)
+    none = [("prune.method", "none"), ("prune.rate", 0.0), ("prune.start", None)]
+    run("full", "unweighted", *none, images_seen=720, final_top1=70.0)
+    shorter = [*none, ("train.epochs", 4)]
+    run("shorter", "unweighted", *shorter, images_seen=535, images_of_full=480, final_top1=61.0)
+    assert (own["images_seen"], own["images_of_full"]) == (540, 720)
+    names = ["own", "seed1", "twin", "full", "shorter"]
+    facts = [read_facts(RunDir(tmp_path / name)) for name in names]
+    rows = {row["name"]: row for row in training_rows(facts)}
+    assert {
+        name: (row["share"], row["final_top1"], row["to_twin"]) for name, row in rows.items()
+    } == {
+        "all images, 6 epochs": (100.0, 70.0, None),
+        "all images, 4 epochs": (pytest.approx(100 * 535 / 720), 61.0, None),
+        "static, start 3, rate 0.5": (75.0, 55.0, -3.0),
+        "static, start 3, rate 0.5: random twin": (75.0, 58.0, None),
+    }
+    static = rows["static, start 3, rate 0.5"]
+    assert (static["seeds"], static["to_full"]) == ([0, 1], -6.0)
+    page = tmp_path / "report.html"
+    code = main(["report", *(str(tmp_path / name) for name in names), "--out", str(page), "--json"])
+    assert code == 0
+    text = page.read_text()
+    assert "Accuracy against images seen" in text
+    assert "static, start 3, rate 0.5: random twin" in text
+
+
+def test_what_a_plan_says(config_file, capsys):
+    words = ["prune.method=static", "prune.rate=0.5", *BASE, "train.epochs=10", "run.device=cpu"]
+    options = ["--num-samples", "120", "--images-per-second", "0.1", "--json"]
+    assert main(["plan", str(config_file), *words, *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (training,) = said["trainings"]
+    assert (training["name"], training["images_seen"]) == ("train, static", 780)
+    assert training["hours"] == pytest.approx(780 / 0.1 / 3600)
+    assert said["disk"]["sets_of_epochs_bytes"] == 7 * 2 * 120 // 8
+    assert main(["train", str(config_file), *words, "--schedule-only", *options[2:4]]) == 0
+    assert "2.17 (full training 3.33)" in capsys.readouterr().out
