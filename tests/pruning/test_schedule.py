@@ -123,7 +123,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_sets_weights_and_scores_are_the_same_bits_on_any_ranks(world_size, alone, tmp_path):
     """And each scheduled sample is handed over once in its epoch, over all ranks, the others not at
     all."""

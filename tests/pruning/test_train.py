@@ -103,25 +103,25 @@ def test_where_nothing_is_skipped_it_is_plain_training_bit_for_bit(config_file, 
 
 
 def _pruned(rank, config_file, folder, stop):
-    """Train; `stop` leaves every run once, in the middle of its fifth epoch, and starts it
-    again."""
+    """Train; `stop` leaves every run at these (epoch, forward pass), one after the other, and
+    starts it again."""
     engine.build_model = tiny_model
     world = distributed.current_world("cpu")
     found = {}
     for method, more in PRUNED.items():
         config = settings(config_file, folder / method, method, more)
-        if stop:
-            _leave(config, world)
+        for place in stop:
+            _leave(config, world, *place)
         run = train(config, world)
         found[method] = outcome(run), run.read_result()
     return found
 
 
-def _leave(config, world):
+def _leave(config, world, epoch=4, micro=2):
     interruption, update = Interruption(), engine.Trainer._update
 
     def until(trainer):
-        if trainer.epoch == 4 and trainer.micro == 2:
+        if (trainer.epoch, trainer.micro) == (epoch, micro):
             interruption._first = "SIGUSR1"
         return update(trainer)
 
@@ -137,7 +137,7 @@ def pruned(betons, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("pruned")
     config_file = write_config(betons, folder)
-    return run_ranks(1, _pruned, config_file, folder, False, deadline=280.0)[0], folder, config_file
+    return run_ranks(1, _pruned, config_file, folder, (), deadline=280.0)[0], folder, config_file
 
 
 @pytest.mark.distributed
@@ -194,11 +194,28 @@ def test_learning_rates_follow_epochs_or_images(pruned):
 @pytest.mark.distributed
 def test_stopped_in_mid_schedule_it_ends_as_if_it_was_not(pruned, tmp_path):
     found, _, config_file = pruned
-    resumed = run_ranks(1, _pruned, config_file, tmp_path, True, deadline=280.0)[0]
+    resumed = run_ranks(1, _pruned, config_file, tmp_path, [(4, 2)], deadline=280.0)[0]
     for method, (outcome_of_one, result) in found.items():
         assert resumed[method][1]["resumes"] == 1
         assert resumed[method][1]["images_seen"] == result["images_seen"]
         assert resumed[method][0] == outcome_of_one, method
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_stopped_in_random_epochs_on_two_ranks(pruned, tmp_path):
+    draws, folders = np.random.default_rng(18), (tmp_path / "whole", tmp_path / "stopped")
+    epochs = sorted(draws.choice(EPOCHS, 3, replace=False).tolist())
+    places = [(epoch, 2) for epoch in epochs]
+    whole, stopped = (
+        run_ranks(2, _pruned, pruned[2], folder, stop, deadline=560.0)
+        for folder, stop in zip(folders, ((), places), strict=True)
+    )
+    for of_whole, of_stopped in zip(whole, stopped, strict=True):
+        for method, (outcome_of_one, result) in of_whole.items():
+            assert of_stopped[method][1]["resumes"] == 3
+            assert of_stopped[method][1]["images_seen"] == result["images_seen"]
+            assert of_stopped[method][0] == outcome_of_one, (method, places)
 
 
 def _with_another_set(rank, config_file, folder):

@@ -28,7 +28,14 @@ from tdds_dist.runs.artifacts import Coreset, Scores, save_coreset, save_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs/examples"
-LOOPS = ("own_loop.py", "timm_loop.py", "lightning_loop.py")
+LOOPS = (
+    "own_loop",
+    "timm_loop",
+    "lightning_loop",
+    "pruning_loop",
+    "pruning_timm",
+    "pruning_lightning",
+)
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # class folders whose natural order is another than their alphabetical one
 SIZES = {"1": 3, "10": 4, "2": 5}
@@ -104,7 +111,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_is_short(name):
-    assert len((EXAMPLES / name).read_text().splitlines()) < 60
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
 
 
 @pytest.mark.distributed
@@ -128,6 +135,22 @@ def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, lau
     assert re.fullmatch(
         rf"(?:loss [\d.]+; )?scored {num_samples} images; kept first: \[\d+(?:, \d+){{4}}\]", said
     ), said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"]
+)
+@pytest.mark.parametrize(
+    ("package", "seen"), [("timm", "6292 of 10782"), ("lightning", "11686 of 21564")]
+)
+def test_the_loop_of_a_library_skips_images(package, seen, launcher, tmp_path):
+    """All in the first epoch, 899 of 1,797 in each other; `end_epoch` counts them."""
+    pytest.importorskip(package)
+    command = [sys.executable, *launcher, str(EXAMPLES / f"pruning_{package}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"saw {seen} images" in done.stdout
 
 
 # ---- the index of one's own data
