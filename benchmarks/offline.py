@@ -41,7 +41,7 @@ from benchmarks.windowed import windowed_scores
 from tdds_dist.distributed.host_memory import peak_bytes, reset_peak
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import fingerprint, load_scores
-from tdds_dist.scoring.offline import score, score_all
+from tdds_dist.scoring.offline import BASELINES, score, score_all
 from tdds_dist.scoring.sample_stats import SCALARS
 from tdds_dist.scoring.trajectory import TrajectoryWriter
 
@@ -52,7 +52,7 @@ SIZES = (
     "12500x100x15x10",
     "12500x100x30x20",
 )
-KEYS = ("tdds", "forgetting", "el2n", "aum", "dyn_unc", "dual", "random")
+KEYS = ("tdds", "random", *BASELINES)
 NUM_BLOCKS = 8  # ranks that seem to have written the trajectory
 LOGIT_SCALE = 3.0  # spread of made-up logits; a trained network's are of this order
 LOGIT_STEP = 0.5  # and how far they move in an epoch

@@ -177,6 +177,15 @@ def dual(p_label: Sequence[float], window: int) -> float:
     )
 
 
+def csl(p_label: Sequence[float]) -> float:
+    """Cumulative sample loss, each at most that of 2^-24."""
+    return sum(-math.log(max(p, 2.0**-24)) for p in p_label)
+
+
+def variability(p_label: Sequence[float]) -> float:
+    return math.sqrt(squared_deviations(p_label) / len(p_label))
+
+
 def median(values: Sequence[float]) -> float:
     """The middle value; of an even number, half-way between the two in the middle."""
     ranked = sorted(values)

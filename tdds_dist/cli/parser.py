@@ -573,7 +573,10 @@ def _add_score(parsers: Parsers) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="only this one (again for more): tdds, forgetting, el2n, aum, dyn_unc, dual, random",
+        help=(
+            "only this one (again for more): tdds, random, forgetting, el2n, aum, dyn_unc, dual,"
+            " csl, confidence, variability, correctness"
+        ),
     )
     stage.add_argument(
         "--final-pass",

@@ -86,6 +86,10 @@ BUILT_IN_METHODS = {
                 "moderate",
                 "dyn_unc",
                 "dual",
+                "csl",
+                "confidence",
+                "variability",
+                "correctness",
             )
         ),
         Method(name="ccs", score="aum", sampler="ccs"),

@@ -79,7 +79,18 @@ class Prune(Section):
             " would skip, so that their scores stay alive; in place of as many of lowest score."
         ),
     )
-    score: Literal["tdds", "forgetting", "el2n", "aum", "dyn_unc", "dual"] = Field(
+    score: Literal[
+        "tdds",
+        "forgetting",
+        "el2n",
+        "aum",
+        "dyn_unc",
+        "dual",
+        "csl",
+        "confidence",
+        "variability",
+        "correctness",
+    ] = Field(
         "tdds",
         description=(
             "What static chooses by; all but tdds are computed from the trajectory, with the"

@@ -128,6 +128,10 @@ SCORE_KEYS = (
     "moderate",
     "dyn_unc",
     "dual",
+    "csl",
+    "confidence",
+    "variability",
+    "correctness",
     "ccs",
 )
 

@@ -10,7 +10,18 @@ from tdds_dist.errors import InputError
 
 METHODS = ("none", "static", "refresh", "infobatch", "hard_first", "progressive")
 BY_SCORE = ("static", "refresh")  # the others prune by the last visit's probability
-SCORES = ("tdds", "forgetting", "el2n", "aum", "dyn_unc", "dual")
+SCORES = (
+    "tdds",
+    "forgetting",
+    "el2n",
+    "aum",
+    "dyn_unc",
+    "dual",
+    "csl",
+    "confidence",
+    "variability",
+    "correctness",
+)
 _INFOBATCH_SHARE = 0.875  # of the epochs, which are pruned
 
 

@@ -15,6 +15,7 @@ from tdds_dist.errors import InputError
 
 NEVER_LEARNED = ("inf", "0")
 AUM_KEEP = ("hardest", "easiest")
+_SMALLEST = 2.0**-24  # probability in `csl`
 _COLUMNS = 2**14  # samples looked at together in every window, so that they stay in the cache
 
 
@@ -115,6 +116,41 @@ def mean_probability(p_label_TN: np.ndarray) -> np.ndarray:
     """Average the label's probability over epochs, in [0, 1], float32 [N]: what DUAL's Beta
     sampling looks at."""
     return _mean_over_epochs(p_label_TN).astype(np.float32)
+
+
+def csl(p_label_TN: np.ndarray) -> np.ndarray:
+    """Compute the cumulative sample loss (Ravikumar et al., ICML 2025): the sum over epochs of -log
+    p of the label, float32 [N]; high where a sample is memorized, or its label wrong.
+
+    A loss counts at most 16.6 nats: 2^-24 is the smallest probability that a recording in float16
+    holds.
+    """
+    total_N = np.zeros(p_label_TN.shape[1])
+    for p_N in p_label_TN:
+        total_N -= np.log(np.maximum(p_N.astype(np.float64), _SMALLEST))
+    return total_N.astype(np.float32)
+
+
+def confidence(p_label_TN: np.ndarray) -> np.ndarray:
+    """Compute minus the confidence of dataset cartography (Swayamdipta et al., EMNLP 2020, arXiv
+    2009.10795), the mean over epochs of p of the label, float32 [N]: hard samples rank first."""
+    return (-_mean_over_epochs(p_label_TN)).astype(np.float32)
+
+
+def variability(p_label_TN: np.ndarray) -> np.ndarray:
+    """Compute the variability of dataset cartography: the standard deviation over epochs (divided
+    by T) of p of the label, float32 [N]. Ambiguous samples rank first."""
+    mean_N = _mean_over_epochs(p_label_TN)
+    squares_N = np.zeros_like(mean_N)
+    for p_N in p_label_TN:
+        squares_N += np.square(p_N - mean_N)
+    return np.sqrt(squares_N / len(p_label_TN)).astype(np.float32)
+
+
+def correctness(correct_TN: np.ndarray) -> np.ndarray:
+    """Compute minus the correctness of dataset cartography, the number of epochs that get a sample
+    right, float32 [N]: those that few get right rank first."""
+    return (-correct_TN.sum(axis=0, dtype=np.float64)).astype(np.float32)
 
 
 def moderate(feature_MD: np.ndarray, label_M: np.ndarray) -> np.ndarray:

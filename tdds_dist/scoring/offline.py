@@ -53,6 +53,10 @@ class Baseline:
     options: tuple[str, ...]  # keys of score.baselines that it reads
 
 
+def _of_all_epochs(scalar: str, score: Callable[[np.ndarray], np.ndarray]) -> Baseline:
+    return Baseline(lambda o: scalar, lambda v, o: (score(v), {}, {}), ("num_epochs",))
+
+
 BASELINES = {
     "forgetting": Baseline(
         lambda o: "correct",
@@ -87,6 +91,10 @@ BASELINES = {
         ),
         ("uncertainty_window", "num_epochs"),
     ),
+    "csl": _of_all_epochs("p_label", baselines.csl),
+    "confidence": _of_all_epochs("p_label", baselines.confidence),
+    "variability": _of_all_epochs("p_label", baselines.variability),
+    "correctness": _of_all_epochs("correct", baselines.correctness),
 }
 _IN_NAMES = {
     "never_learned": "never{}",

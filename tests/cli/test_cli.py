@@ -190,6 +190,7 @@ def test_score_all_and_score_key(finished, tmp_path, capsys):
     changes."""
     folder, _, _ = finished
     always = {*WINDOWS, "random", "forgetting", "aum"}
+    always |= {"csl", "confidence", "variability", "correctness"}
     for name, options, keys in (
         ("all", ["--all"], always),
         ("two", ["--score", "aum", "--score", "forgetting"], {"aum", "forgetting"}),

@@ -20,6 +20,7 @@ from tdds_dist.experiments.grid import Stage, Step, Task, collect_stage, pipelin
 from tdds_dist.launch.cluster import Cluster
 from tdds_dist.launch.submit import check_batch
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, save_coreset
+from tdds_dist.scoring.offline import BASELINES
 
 FROZEN = Path("frozen.yaml")
 TEXT = """
@@ -204,7 +205,7 @@ def test_every_score_is_computed_once_and_only_where_it_is_not_there(run):
     )
     (select,) = stages["select"].steps
     scores = [command for command in select.commands if command[0] == "score"]
-    assert [command[3] for command in scores] == ["forgetting", "el2n", "aum", "dyn_unc", "dual"]
+    assert [command[3] for command in scores] == [*BASELINES]
     assert scores[1][2:] == ("--score", "el2n", "el2n_epochs=10")
     assert len(select.commands) == len(scores) + 2 * len(BUILT_IN_METHODS)
     ccs = next(command for command in select.commands if "ccs_p0.5" in command[-1])

@@ -183,6 +183,7 @@ OTHERS = {
     "aum": {"sampler": "ccs"},
     "dyn_unc": {"sampler": "centre"},
     "dual": {"sampler": "beta"},
+    "csl": {},
 }
 
 

@@ -20,6 +20,8 @@ OF_PROBABILITIES = {
     "dyn_unc": lambda p_TN: baselines.dyn_unc(p_TN, 5),
     "dual": lambda p_TN: baselines.dual(p_TN, 5),
     "mean_probability": baselines.mean_probability,
+    "csl": baselines.csl,
+    "variability": baselines.variability,
     "el2n": lambda p_TN: baselines.el2n(p_TN, 7),
     "aum": lambda p_TN: baselines.aum(p_TN - np.float32(0.5)),
     "forgetting": lambda p_TN: baselines.forgetting((p_TN > 0.6).astype(np.float32)),
@@ -150,6 +152,11 @@ def test_means_of_probabilities(data):
     found = baselines.mean_probability(p_TN)
     check(found, [oracles.mean(column) for column in columns])
     assert 0 <= found.min() <= found.max() <= 1
+    check(baselines.confidence(p_TN), [-oracles.mean(column) for column in columns])
+    check(baselines.variability(p_TN), [oracles.variability(column) for column in columns])
+    check(baselines.csl(p_TN), [oracles.csl(column) for column in columns])
+    right_TN = (p_TN > 0.5).astype(np.float32)
+    check(baselines.correctness(right_TN), [-sum(p > 0.5 for p in column) for column in columns])
 
 
 def test_windows_by_hand():
@@ -218,7 +225,9 @@ def peak_bytes(call, *arguments) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name", ["dyn_unc", "dual", "mean_probability", "el2n"])
+@pytest.mark.parametrize(
+    "name", ["dyn_unc", "dual", "mean_probability", "el2n", "csl", "variability"]
+)
 def test_no_trajectory_in_float64(name):
     p_TN = np.random.default_rng(0).random((100, 10_000), dtype=np.float32)
     assert peak_bytes(OF_PROBABILITIES[name], p_TN) < p_TN.size * 8 / 6

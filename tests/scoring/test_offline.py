@@ -24,7 +24,7 @@ from tdds_dist.scoring import official_outputs as dynamics_module
 from tdds_dist.scoring import offline as score_module
 from tdds_dist.scoring import tdds as tdds_module
 from tdds_dist.scoring.official_outputs import Dynamics
-from tdds_dist.scoring.offline import score, score_all
+from tdds_dist.scoring.offline import BASELINES, score, score_all
 from tdds_dist.scoring.sample_stats import SCALARS, log_probabilities, sample_scalars
 from tdds_dist.scoring.trajectory import TrajectoryWriter
 from tests import oracles
@@ -455,6 +455,10 @@ ORACLES = {
     "aum": lambda s: oracles.aum(s["logit"], "hardest"),
     "dyn_unc": lambda s: oracles.dyn_unc(s["p_label"], 10),
     "dual": lambda s: oracles.dual(s["p_label"], 10),
+    "csl": lambda s: oracles.csl(s["p_label"]),
+    "confidence": lambda s: -oracles.mean(s["p_label"]),
+    "variability": lambda s: oracles.variability(s["p_label"]),
+    "correctness": lambda s: -sum(s["correct"]),
 }
 
 
@@ -473,6 +477,7 @@ DEFAULT_SETTINGS = {
     "aum": {"score": "aum", "T": 30, "aum_of": "logit", "keep": "hardest"},
     "dyn_unc": {"score": "dyn_unc", "T": 30, "J": 10},
     "dual": {"score": "dual", "T": 30, "J": 10},
+    **{key: {"score": key, "T": 30} for key in ("csl", "confidence", "variability", "correctness")},
 }
 
 
@@ -694,10 +699,8 @@ def test_dynamics_folder_without_labels_gives_what_needs_none(golden, dynamics, 
     paths, skipped = score_all(dynamics, out=tmp_path)
     assert [path.name for path in paths] == ["tdds_official_T30_K10_beta0.9.npz", "random.npz"]
     assert_golden(paths[0], golden_score(golden, 30, 10, 0.9))
-    assert [
-        reason.split(":")[0] for reason in skipped
-    ] == "forgetting el2n aum dyn_unc dual entropy moderate".split()
-    assert all("holds no labels" in reason and "--beton FILE" in reason for reason in skipped[:5])
+    assert [reason.split(":")[0] for reason in skipped] == [*BASELINES, "entropy", "moderate"]
+    assert all("holds no labels" in reason and "--beton FILE" in reason for reason in skipped[:-2])
     with pytest.raises(
         InputError,
         match=r"holds no labels, which logit_margin needs; give the dataset with --beton FILE",
@@ -845,7 +848,8 @@ def test_short_recording_gives_what_it_can(golden, dynamics, tmp_path, beton):
     """With 5 epochs, windows of 10 do not fit."""
     folder = copied(dynamics, tmp_path, 5)
     paths, skipped = score_all(folder, beton=beton(golden["labels"]))
-    assert [path.name for path in paths] == ["random.npz", "forgetting.npz", "aum.npz"]
+    short = "random forgetting aum csl confidence variability correctness"
+    assert [path.stem for path in paths] == short.split()
     assert {path.parent for path in paths} == {folder}, "beside the outputs"
     assert [
         reason.split(":")[0] for reason in skipped
@@ -1393,7 +1397,7 @@ def test_quarantined_samples_have_the_lowest_of_every_score(run):
     score_all(run)
     score(run, delta="el2n")
     clean = {path.stem: load_scores(path) for path in (run / "scores").iterdir()}
-    assert len(clean) == 10, "two windows, two of an ablation, and six others"
+    assert len(clean) == 14, "two windows, two of an ablation, and ten others"
     assert all("quarantined" not in scores.settings for scores in clean.values())
     quarantined = sorted({int(np.argmax(scores.score_N)) for scores in clean.values()} | {3, 599})
     assert len(quarantined) > 5

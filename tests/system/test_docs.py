@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from tdds_dist.runs.artifacts import load_scores
-from tdds_dist.scoring.offline import score, score_all
+from tdds_dist.scoring.offline import BASELINES, score, score_all
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -82,11 +82,7 @@ def test_the_example_loop_runs_and_leaves_every_score(launcher, tmp_path):
     assert {path.stem for path in paths} == {
         "tdds_official_T12_K5_beta0.9",
         "random",
-        "forgetting",
-        "el2n",
-        "aum",
-        "dyn_unc",
-        "dual",
+        *BASELINES,
     }
     assert [reason.split(":")[0] for reason in skipped] == ["entropy", "moderate"]
     (live,) = score(trajectory, T=12, K=5, beta=0.9, out=tmp_path / "live.npz")
