@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tdds_dist.config.schema import Section
+from tdds_dist.config.scores import SCORE_KEYS
 from tdds_dist.errors import InputError
 
 
@@ -74,24 +75,7 @@ class Method(Section):
 BUILT_IN_METHODS = {
     method.name: method
     for method in (
-        *(
-            Method(name=name)
-            for name in (
-                "tdds",
-                "random",
-                "entropy",
-                "forgetting",
-                "el2n",
-                "aum",
-                "moderate",
-                "dyn_unc",
-                "dual",
-                "csl",
-                "confidence",
-                "variability",
-                "correctness",
-            )
-        ),
+        *(Method(name=name) for name in SCORE_KEYS if name != "ccs"),
         Method(name="ccs", score="aum", sampler="ccs"),
         Method(name="dual_beta", score="dual", sampler="beta"),
     )

@@ -6,6 +6,19 @@ from pydantic import Field
 
 from tdds_dist.config.schema import Section
 
+MethodName = Literal["none", "static", "refresh", "infobatch", "hard_first", "progressive"]
+ScoreName = Literal[
+    "tdds",
+    "forgetting",
+    "el2n",
+    "aum",
+    "dyn_unc",
+    "dual",
+    "csl",
+    "confidence",
+    "variability",
+    "correctness",
+]
 # of a method, the keys that it reads
 _ALL = ("start", "full_last", "schedule_by", "twin")
 READS: dict[str, tuple[str, ...]] = {
@@ -21,7 +34,7 @@ READS: dict[str, tuple[str, ...]] = {
 class Prune(Section):
     """What a training skips while it runs (`tdds train`). Epochs are counted from 0."""
 
-    method: Literal["none", "static", "refresh", "infobatch", "hard_first", "progressive"] = Field(
+    method: MethodName = Field(
         "none",
         description=(
             "none: every image in every epoch. static: from epoch start on those of highest score."
@@ -79,18 +92,7 @@ class Prune(Section):
             " would skip, so that their scores stay alive; in place of as many of lowest score."
         ),
     )
-    score: Literal[
-        "tdds",
-        "forgetting",
-        "el2n",
-        "aum",
-        "dyn_unc",
-        "dual",
-        "csl",
-        "confidence",
-        "variability",
-        "correctness",
-    ] = Field(
+    score: ScoreName = Field(
         "tdds",
         description=(
             "What static chooses by; all but tdds are computed from the trajectory, with the"

@@ -5,23 +5,14 @@ in advance."""
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
+from tdds_dist.config.prune import MethodName, ScoreName
 from tdds_dist.errors import InputError
 
-METHODS = ("none", "static", "refresh", "infobatch", "hard_first", "progressive")
+METHODS: tuple[str, ...] = get_args(MethodName)
 BY_SCORE = ("static", "refresh")  # the others prune by the last visit's probability
-SCORES = (
-    "tdds",
-    "forgetting",
-    "el2n",
-    "aum",
-    "dyn_unc",
-    "dual",
-    "csl",
-    "confidence",
-    "variability",
-    "correctness",
-)
+SCORES: tuple[str, ...] = get_args(ScoreName)
 _INFOBATCH_SHARE = 0.875  # of the epochs, which are pruned
 
 
