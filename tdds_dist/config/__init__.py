@@ -5,4 +5,5 @@ no torch. May import the ground only (`errors`, `console`, `text`). Start with `
 the files of all, a cluster file's (`tdds_dist.launch.cluster`) too.
 """
 
-__all__ = ["experiment", "grid", "run", "schema", "scores"]  # modules that other rooms may import
+# modules that other rooms may import
+__all__ = ["experiment", "grid", "prune", "run", "schema", "scores"]

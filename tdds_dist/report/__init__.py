@@ -5,4 +5,5 @@ Owns reading finished and unfinished runs, averaging over seeds, charts and the 
 then `page`.
 """
 
-__all__ = ["page", "published", "read", "results", "scores"]  # that other rooms may import
+# modules that other rooms may import
+__all__ = ["accuracy", "page", "published", "read", "results", "scores"]
