@@ -582,6 +582,7 @@ def _final_pass(options: argparse.Namespace) -> Outcome | None:
 
 
 def select(options: argparse.Namespace) -> Outcome:
+    from tdds_dist.config.grid import options_of_sampler
     from tdds_dist.coreset.select import changes, check_place, plan_coreset, put
 
     sampler = "ccs" if options.score == "ccs" else options.sampler
@@ -590,8 +591,7 @@ def select(options: argparse.Namespace) -> Outcome:
         for key in ("num_strata", "hard_cutoff_rate", "c_d")
         if (value := getattr(options, key)) is not None
     }
-    fitting = {"ccs": {"num_strata", "hard_cutoff_rate"}, "beta": {"c_d"}}.get(sampler or "", set())
-    if wrong := sorted(set(given) - fitting):
+    if wrong := [key for key in given if key not in options_of_sampler(sampler, options.score)]:
         raise InputError(
             f"--{wrong[0].replace('_', '-')} does nothing with sampler {sampler or 'top'}; leave it"
             f" out, or choose --sampler {'beta' if wrong[0] == 'c_d' else 'ccs'}"

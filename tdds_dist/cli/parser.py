@@ -666,8 +666,8 @@ def _add_select(parsers: Parsers) -> None:
         type=float,
         metavar="R",
         help=(
-            "of sampler ccs: share of all images dropped as too hard (default: 0.2 from P = 0.8,"
-            " 0.3 from 0.9)"
+            "of samplers ccs and top: share of all images of highest score that is dropped as too"
+            " hard (default of ccs: 0.2 from P = 0.8, 0.3 from 0.9; of top: 0)"
         ),
     )
     stage.add_argument(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tdds_dist.config.grid import BUILT_IN_METHODS, Method, check_axes
+from tdds_dist.config.grid import BUILT_IN_METHODS, Method, check_axes, options_of_sampler
 from tdds_dist.config.run import Config
 from tdds_dist.config.schema import PathText, Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
@@ -128,9 +128,7 @@ class Experiment(Section):
                     f"methods: {method.name} has options={list(method.options)}, which belong to"
                     " other scores; use preset, delta, T, K, beta"
                 )
-            fitting = {"ccs": ("num_strata", "hard_cutoff_rate"), "beta": ("c_d",)}.get(
-                method.sampler or "", ()
-            )
+            fitting = options_of_sampler(method.sampler, method.score_key)
             if wrong := [key for key in method.selector_options if key not in fitting]:
                 raise InputError(
                     f"methods: {method.name} has {wrong[0]}, which does nothing with sampler"

@@ -10,6 +10,16 @@ from tdds_dist.config.scores import SCORE_KEYS
 from tdds_dist.errors import InputError
 
 
+def options_of_sampler(sampler: str | None, score_key: str) -> tuple[str, ...]:
+    """Return the options of a sampler; without one of that which the score is meant for."""
+    options = {
+        "top": ("hard_cutoff_rate",),
+        "ccs": ("num_strata", "hard_cutoff_rate"),
+        "beta": ("c_d",),
+    }
+    return options.get(sampler or ("centre" if score_key == "moderate" else "top"), ())
+
+
 class Method(Section):
     """One row of an experiment: a score, how samples are chosen by it, and how they are weighted in
     retraining."""
@@ -50,7 +60,7 @@ class Method(Section):
         (), description="Of other scores: keys of score.baselines, e.g. el2n_epochs=20."
     )
     num_strata: int | None = Field(None, ge=1, description="Of sampler ccs.")
-    hard_cutoff_rate: float | None = Field(None, ge=0, lt=1, description="Of sampler ccs.")
+    hard_cutoff_rate: float | None = Field(None, ge=0, lt=1, description="Of samplers ccs and top.")
     c_d: float | None = Field(None, gt=0, description="Of sampler beta.")
     pruning_rates: tuple[float, ...] = Field(
         (), description="Those of the experiment at which this row is trained; empty means all."

@@ -35,9 +35,33 @@ def num_kept(num_samples: int, pruning_rate: float) -> int:
     return kept
 
 
-def top(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
-    """Take the `num` samples of highest score; sorted int64 [num]."""
-    return np.sort(descending(score_N, seed)[:num]).astype(np.int64)
+def top(score_N: np.ndarray, num: int, seed: int = 0, hard_cutoff_rate: float = 0.0) -> np.ndarray:
+    """Take the `num` samples of highest score, after the round(hard_cutoff_rate N) highest of all
+    were dropped as too hard (double-end pruning of ELFS, Zheng et al., ICLR 2025, arXiv
+    2406.04273); sorted int64 [num].
+
+    Raises:
+        InputError: `hard_cutoff_rate` outside [0, 1) or so large that fewer than `num` are left.
+    """
+    first = _num_hardest(len(score_N), num, hard_cutoff_rate) if hard_cutoff_rate else 0
+    return np.sort(descending(score_N, seed)[first : first + num]).astype(np.int64)
+
+
+def _num_hardest(num_samples: int, num: int, hard_cutoff_rate: float) -> int:
+    if not 0.0 <= hard_cutoff_rate < 1.0:
+        raise InputError(
+            f"hard_cutoff_rate={hard_cutoff_rate} must lie in [0, 1): it is the fraction dropped as"
+            " too hard"
+        )
+    num_hardest = round(hard_cutoff_rate * num_samples)
+    if num > num_samples - num_hardest:
+        largest = 10_000 * (num_samples - num) // num_samples / 10_000
+        raise InputError(
+            f"hard_cutoff_rate={hard_cutoff_rate} leaves {num_samples - num_hardest} of"
+            f" {num_samples} samples, fewer than the {num} to keep; use at most {largest:g} or"
+            " prune more"
+        )
+    return num_hardest
 
 
 def descending(score_N: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -138,19 +162,7 @@ def ccs(
     num_samples = len(score_N)
     if num_strata < 1:
         raise InputError(f"num_strata={num_strata} must be at least 1; CCS uses 50")
-    if not 0.0 <= hard_cutoff_rate < 1.0:
-        raise InputError(
-            f"hard_cutoff_rate={hard_cutoff_rate} must lie in [0, 1): it is the fraction dropped as"
-            " too hard"
-        )
-    num_hardest = round(hard_cutoff_rate * num_samples)
-    if num > num_samples - num_hardest:
-        largest = 10_000 * (num_samples - num) // num_samples / 10_000
-        raise InputError(
-            f"hard_cutoff_rate={hard_cutoff_rate} leaves {num_samples - num_hardest} of"
-            f" {num_samples} samples, fewer than the {num} to keep; use at most {largest:g} or"
-            " prune more"
-        )
+    num_hardest = _num_hardest(num_samples, num, hard_cutoff_rate)
     rest_m = np.setdiff1d(np.arange(num_samples), top(score_N, num_hardest, seed))
     stratum_m = _strata(score_N[rest_m], num_strata)
     budget_S = stratum_budgets(np.bincount(stratum_m, minlength=num_strata), num)

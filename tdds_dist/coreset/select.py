@@ -48,10 +48,10 @@ def choose(
 ) -> np.ndarray:
     """Return the kept global indices, sorted int64 [M], M = N - round(p N).
 
-    `sampler`: `top`, `centre` (Moderate), `ccs` (strata; `num_strata`, `hard_cutoff_rate`, by
-    default that of the pruning rate), `beta` (DUAL's weighted draw; `c_d`); default the one the
-    score is meant for. `class_balanced` applies it to each class by itself. `seed` decides draws
-    and ties. Quarantined samples (`settings["quarantined"]`) are never kept: it chooses among the
+    `sampler`: `top` (below `hard_cutoff_rate`, by default 0), `centre` (Moderate), `ccs` (strata;
+    `num_strata`, `hard_cutoff_rate`, by default that of the pruning rate), `beta` (DUAL's weighted
+    draw; `c_d`); default the one the score is meant for. `class_balanced` applies it to each class
+    by itself. `seed` decides draws and ties. Quarantined samples (`settings["quarantined"]`) are never kept: it chooses among the
     others, all of them if they are fewer than M.
 
     Raises:
@@ -70,12 +70,17 @@ def choose(
         )
     num = min(samplers.num_kept(len(scores.score_N), pruning_rate), len(rest_n))
     pick: Callable[..., np.ndarray]
+    if hard_cutoff_rate is not None and sampler not in ("top", "ccs"):
+        raise InputError(
+            f"hard_cutoff_rate={hard_cutoff_rate:g} does nothing with sampler {sampler}; leave it"
+            " out, or choose sampler top or ccs"
+        )
+    if (sampler == "ccs" or hard_cutoff_rate) and scores.settings.get("keep") == "easiest":
+        raise InputError(
+            f"score {scores.key!r} ranks easy samples first, and what ranks first is cut off as too"
+            " hard; score again with aum_keep=hardest"
+        )
     if sampler == "ccs":
-        if scores.settings.get("keep") == "easiest":
-            raise InputError(
-                f"score {scores.key!r} ranks easy samples first, and sampler ccs cuts off what"
-                " ranks first as too hard; score again with aum_keep=hardest"
-            )
         cutoff = (
             samplers.default_hard_cutoff(pruning_rate)
             if hard_cutoff_rate is None
@@ -89,8 +94,10 @@ def choose(
                 " at; use --score dual"
             )
         p_mean_n = scores.extra["p_mean"][rest_n]
+    elif sampler == "centre":
+        pick = samplers.centre
     else:
-        pick = samplers.centre if sampler == "centre" else samplers.top
+        pick = partial(samplers.top, hard_cutoff_rate=hard_cutoff_rate or 0.0)
 
     def pick_among(member_m: np.ndarray, quota: int, draw_seed: int) -> np.ndarray:
         if sampler == "beta":
@@ -159,13 +166,13 @@ def make_coreset(
             "seed": seed,
         }
     )
+    own = options.get("hard_cutoff_rate")
+    settings |= {} if own is None else {"own_hard_cutoff_rate": own, "hard_cutoff_rate": own}
     if sampler == "ccs":
-        own = options.get("hard_cutoff_rate")
         settings |= {
             "num_strata": options.get("num_strata", DEFAULT_STRATA),
             "hard_cutoff_rate": samplers.default_hard_cutoff(pruning_rate) if own is None else own,
         }
-        settings |= {} if own is None else {"own_hard_cutoff_rate": own}
     if sampler == "beta":
         settings["c_d"] = options.get("c_d", DEFAULT_C_D)
     coreset = Coreset(

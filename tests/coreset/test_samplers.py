@@ -224,8 +224,11 @@ def test_ccs_options_change_the_draw():
 def test_cutoff_drops_exactly_the_hardest(cutoff):
     score_N = np.random.default_rng(0).permutation(1000).astype(np.float32)
     num_rest = 1000 - round(1000 * cutoff)
-    kept = ccs(score_N, num_rest, hard_cutoff_rate=cutoff)
-    assert sorted(score_N[kept].tolist()) == list(range(num_rest))
+    for sampler in (ccs, top):
+        kept = sampler(score_N, num_rest, hard_cutoff_rate=cutoff)
+        assert sorted(score_N[kept].tolist()) == list(range(num_rest))
+    kept = top(score_N, 100, hard_cutoff_rate=cutoff)
+    assert sorted(score_N[kept].tolist()) == list(range(num_rest - 100, num_rest))
 
 
 def test_ccs_is_uniform_inside_a_stratum():

@@ -1247,6 +1247,7 @@ def test_ccs_by_its_name(scored):
             "ccs_aum_cut0.1_strata20_balanced_s7_p0.8",
         ),
         ({"score": "el2n", "sampler": "ccs"}, "ccs_el2n_s0_p0.8"),
+        ({"score": "el2n", "hard_cutoff_rate": 0.1}, "el2n_cut0.1_p0.8"),
         ({"score": "dual", "sampler": "beta"}, "beta_dual_s0_p0.8"),
         ({"score": "dual", "sampler": "beta", "c_d": 4.0}, "beta_dual_s0_p0.8"),
         (
@@ -1317,6 +1318,10 @@ def test_tdds_is_weighed_by_itself_whatever_the_sampler(scored, key):
         (
             {"score": "el2n", "sampler": "median"},
             r"sampler='median' is unknown; use one of top, ccs, centre, beta",
+        ),
+        (
+            {"score": "moderate", "hard_cutoff_rate": 0.1},
+            r"hard_cutoff_rate=0\.1 does nothing with sampler centre",
         ),
         (
             {"score": "ccs", "hard_cutoff_rate": 0.6},
