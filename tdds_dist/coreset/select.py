@@ -51,8 +51,8 @@ def choose(
     `sampler`: `top` (below `hard_cutoff_rate`, by default 0), `centre` (Moderate), `ccs` (strata;
     `num_strata`, `hard_cutoff_rate`, by default that of the pruning rate), `beta` (DUAL's weighted
     draw; `c_d`); default the one the score is meant for. `class_balanced` applies it to each class
-    by itself. `seed` decides draws and ties. Quarantined samples (`settings["quarantined"]`) are never kept: it chooses among the
-    others, all of them if they are fewer than M.
+    by itself. `seed` decides draws and ties. Quarantined samples (`settings["quarantined"]`) are
+    never kept: it chooses among the others, all of them if they are fewer than M.
 
     Raises:
         InputError: a sampler that does not fit the score, scores that are not finite, a rate that
