@@ -12,6 +12,9 @@ unfit counts as failed.
 
 # B rows of the batch, S output side, W threads
 
+from tdds_dist.data import ffcv_start  # noqa: F401
+
+# isort: split
 import ffcv.libffcv
 import llvmlite.binding
 import numba

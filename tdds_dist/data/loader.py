@@ -32,6 +32,9 @@ from typing import Any, Literal
 # the others abort with two loaders, or after a fork
 os.environ.setdefault("NUMBA_THREADING_LAYER", "tbb")
 
+from tdds_dist.data import ffcv_start  # noqa: F401
+
+# isort: split
 import ffcv
 import numba
 import numpy as np

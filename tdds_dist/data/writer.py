@@ -161,11 +161,13 @@ def _write_file(
     source: Source, file: Path, settings: dict[str, Any], num_workers: int, progress: bool
 ) -> None:
     """Fill `file` by FFCV's own steps, with `_work` in the place of its workers."""
+    from tdds_dist.data import ffcv_start  # noqa: F401
+
+    # isort: split
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.writer import DatasetWriter
 
-    # also compiles the look-up, before the fork instead of once in every worker
     assert IMAGE_MODES["raw"] == RAW
     image_field = RGBImageField(
         settings["write_mode"], settings["max_resolution"], jpeg_quality=settings["quality"]

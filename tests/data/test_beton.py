@@ -457,6 +457,16 @@ def test_importing_beton_does_not_import_ffcv():
     )
 
 
+@pytest.mark.parametrize("module", ["decode", "loader", "ffcv_start"])
+def test_importing_ffcv_compiles_nothing(module):
+    code = (
+        f"import tdds_dist.data.{module}, ffcv.fields.rgb_image as of, numba.typed;"
+        " print(type(of.IMAGE_MODES), of.IMAGE_MODES, type(numba.typed.Dict()).__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "<class 'dict'> {'jpg': 0, 'raw': 1} numba.typed.typeddict\n"
+
+
 # --- writing that fails ---
 
 
