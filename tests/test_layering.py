@@ -35,8 +35,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 UNSEEN = {"report": {"training"}}  # rooms above that it may not import all the same
 # dependency: the modules or rooms that may import it
 ONLY_IN = {
-    "ffcv": {"data.ffcv_start", "data.writer", "data.loader", "data.decode"},
-    "numba": {"data.ffcv_start", "data.loader", "data.decode"},
+    "ffcv": {"data.writer", "data.loader", "data.decode"},
+    "numba": {"data.loader", "data.decode"},
     "matplotlib": {"report.charts"},
     "pyarrow": {"coreset.export", "data.archives"},
     "torch.distributed": {

@@ -12,14 +12,21 @@ unfit counts as failed.
 
 # B rows of the batch, S output side, W threads
 
-from tdds_dist.data import ffcv_start  # noqa: F401
-
-# isort: split
-import ffcv.libffcv
 import llvmlite.binding
 import numba
+import numba.typed
 import numpy as np
 from numba import types
+
+# FFCV keeps the numbers of its two image modes in a dictionary of numba, for which numba compiles
+# for 4 seconds in every process. Only Python code reads them, so that a plain one does. Whoever
+# imports FFCV imports this module first.
+_compiled = numba.typed.Dict
+numba.typed.Dict = dict
+try:
+    import ffcv.libffcv
+finally:
+    numba.typed.Dict = _compiled
 
 CENTER, PAD, RESIZED = 0, 1, 2  # ways to crop
 JPEG = 0  # FFCV's image mode; 1 is raw

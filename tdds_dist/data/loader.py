@@ -32,7 +32,7 @@ from typing import Any, Literal
 # the others abort with two loaders, or after a fork
 os.environ.setdefault("NUMBA_THREADING_LAYER", "tbb")
 
-from tdds_dist.data import ffcv_start  # noqa: F401
+from tdds_dist.data import decode  # before FFCV
 
 # isort: split
 import ffcv
@@ -49,7 +49,6 @@ from ffcv.pipeline.state import State
 from ffcv.reader import Reader
 from torch import Tensor
 
-from tdds_dist.data import decode
 from tdds_dist.data.beton import IMAGE, BetonInfo
 from tdds_dist.data.pixels import available_bytes
 from tdds_dist.distributed import host_memory

@@ -161,7 +161,7 @@ def _write_file(
     source: Source, file: Path, settings: dict[str, Any], num_workers: int, progress: bool
 ) -> None:
     """Fill `file` by FFCV's own steps, with `_work` in the place of its workers."""
-    from tdds_dist.data import ffcv_start  # noqa: F401
+    from tdds_dist.data import decode  # noqa: F401  before FFCV
 
     # isort: split
     from ffcv.fields import IntField, RGBImageField

@@ -457,7 +457,7 @@ def test_importing_beton_does_not_import_ffcv():
     )
 
 
-@pytest.mark.parametrize("module", ["decode", "loader", "ffcv_start"])
+@pytest.mark.parametrize("module", ["decode", "loader"])
 def test_importing_ffcv_compiles_nothing(module):
     code = (
         f"import tdds_dist.data.{module}, ffcv.fields.rgb_image as of, numba.typed;"

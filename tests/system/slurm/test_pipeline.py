@@ -63,7 +63,11 @@ score: {{windows: [{{T: 10, K: 5, pruning_rates: [0.5]}}, {{T: 5, K: 3, pruning_
 @pytest.fixture(scope="module")
 def undisturbed(folder):
     """The same collection under torchrun, on as many ranks, with nothing done to it."""
-    run = folder / "undisturbed"
+    return run_here(folder, "collect", folder / "undisturbed")
+
+
+def run_here(folder, stage, run, *settings):
+    """Run a stage under torchrun, on two ranks; return its directory."""
     environment = os.environ | {
         "OMP_WAIT_POLICY": "PASSIVE",
         "TDDS_CPUS_PER_RANK": "1",
@@ -71,9 +75,9 @@ def undisturbed(folder):
     }
     torchrun = Path(sys.executable).with_name("torchrun")
     words = (
-        f"--standalone --nproc-per-node 2 -m tdds_dist collect {folder}/config.yaml run.dir={run}"
+        f"--standalone --nproc-per-node 2 -m tdds_dist {stage} {folder}/config.yaml run.dir={run}"
     )
-    command = [str(torchrun), *words.split()]
+    command = [str(torchrun), *words.split(), *settings]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=500)
     return run
 
@@ -332,6 +336,26 @@ def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm, folder, u
     assert slurm.restarts(job_id) == 1
     assert "time limit: saved at" in (run / "log.txt").read_text()
     check_as_if_nothing_happened(run, undisturbed)
+
+
+def test_a_pruned_training_is_queued_again_in_mid_schedule(slurm, folder):
+    settings = ["prune.method=infobatch", "prune.rate=0.5"]
+    run = folder / "pruned"
+    done = submit(slurm, folder, run, *settings, "--stage", "train")
+    assert done.returncode == 0, done.stderr
+    (job_id,) = job_ids(run)["train"]
+    until_epoch(run, 5)
+    send_usr2(slurm, job_id, run)
+    slurm.wait_for(job_id, "COMPLETED", 400)
+    assert slurm.restarts(job_id) == 1
+    undisturbed = run_here(folder, "train", folder / "pruned_here", *settings)
+    check_as_if_nothing_happened(run, undisturbed)
+    sets, others = (
+        {path.name: path.read_bytes() for path in sorted(RunDir(each).pruning.glob("*.npz"))}
+        for each in (run, undisturbed)
+    )
+    assert sets == others
+    assert len(sets) == 9, "1 to 9 of 12: the last eighth, and more, visits all"
 
 
 def test_a_cancelled_job_is_not_queued_again(slurm, folder):
