@@ -6,9 +6,9 @@ the program and may hurt it there: what it wraps is real, what it adds is the fa
 
 import argparse
 import contextlib
+import gc
 import importlib
 import itertools
-import multiprocessing
 import os
 import resource
 import signal
@@ -23,14 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    "torch torch.distributed tdds_dist.training.collect tdds_dist.training.retrain tdds_dist.cli.main".split()
-)
+from tests.golden.make_runs_of_0_1_0 import tiny_network  # noqa: F401 - now torchvision has it
+from tests.ranks import forkserver
 
 Inject = Callable[[int], None]
 EVERYBODY = tuple(range(16))
+# a program: the commands in its first argument, a line each, with the options of the others
+IN_TURN = """
+import shlex, sys
+from tdds_dist.__main__ import main
+for line in sys.argv[1].strip().splitlines():
+    assert main([*shlex.split(line), *sys.argv[2:]]) == 0, line
+"""
 
 
 class Job:
@@ -54,7 +58,7 @@ class Job:
         port = port or free_port()
         self.started = time.monotonic()
         self.processes = [
-            _context.Process(
+            forkserver.Process(
                 target=_main, args=(words, rank, world_size, port, str(folder), inject)
             )
             for rank in range(world_size)
@@ -136,6 +140,7 @@ def free_port() -> int:
 def _main(
     words: list[str], rank: int, world_size: int, port: int, folder: str, inject: Inject | None
 ) -> None:
+    gc.freeze()  # what the server has loaded is no garbage: looking takes half a second
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -273,12 +278,13 @@ def at_call(
 
 
 def quick(rank: int) -> None:
-    """Lost ranks are counted sooner than after 10 s, and evaluation makes epochs 1 to 3 the best so
-    far (the network learns too little in these tests)."""
+    """Lost ranks are counted sooner than after 10 s, no rank waits for a launcher to end it, and
+    evaluation makes epochs 1 to 3 the best so far (the network learns too little in these tests)."""
+    from tdds_dist.cli import main
     from tdds_dist.distributed import world as distributed
     from tdds_dist.training.engine import Trainer
 
-    distributed._ROLL_CALL_SECONDS = 2.0
+    distributed._ROLL_CALL_SECONDS, main._MAIN_SPEAKS_SECONDS = 2.0, 0.0
     evaluate = Trainer.evaluate
 
     def rise(trainer: Any, epoch: int) -> dict[str, float]:

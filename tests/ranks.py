@@ -1,7 +1,7 @@
 """Run a function on several ranks with gloo, each in its own process, under a deadline.
 
-Processes are forked from a server that has torch loaded (a fresh interpreter per rank would import
-it each time).
+Processes are forked from a server that has loaded what they need (a fresh interpreter per rank would
+import it each time). There is one server for a session, also for `tests.jobs`.
 """
 
 import multiprocessing
@@ -25,9 +25,10 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 # to parametrize with
 WORLDS = [1, 3, *(pytest.param(world_size, marks=pytest.mark.slow) for world_size in (2, 4))]
 NOT_MET = 111  # exit code of a rank that found no process group
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed", "tdds_dist.training.engine", "tdds_dist.scoring.scorer"]
+forkserver = multiprocessing.get_context("forkserver")
+# also what torch loads late: for the first optimizer, the first sharded tensor, the first event file
+forkserver.set_forkserver_preload(
+    "tdds_dist.cli.main tdds_dist.training.collect tdds_dist.training.retrain torch._dynamo torch.distributed.tensor torch.utils.tensorboard".split()
 )
 
 
@@ -36,7 +37,7 @@ def run_ranks(
 ) -> list[Any]:
     """Return the results of `function(rank, *arguments)` by rank; AssertionError when a rank
     raises, dies or hangs."""
-    results: Any = _context.Queue()
+    results: Any = forkserver.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = _start(world_size, folder, function, arguments, results)
         by_rank: dict[int, Any] = {}
@@ -111,7 +112,7 @@ def _start(
     results: Any,
 ) -> list[BaseProcess]:
     processes = [
-        _context.Process(
+        forkserver.Process(
             target=_main,
             args=(rank, world_size, f"{folder}/store", function, arguments, results),
             daemon=True,

@@ -151,9 +151,9 @@ def test_cpus_are_divided_only_among_ranks_that_share_them(is_bound):
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
-    results, port = ranks._context.Queue(), free_port()
+    results, port = ranks.forkserver.Queue(), free_port()
     processes = [
-        ranks._context.Process(
+        ranks.forkserver.Process(
             target=_count_cpus,
             args=(rank, cpus[rank::2] if is_bound else cpus, port, results),
             daemon=True,
