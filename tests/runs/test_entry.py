@@ -251,6 +251,7 @@ def test_seeds_of_one_setting(config, config_file, override, same):
 
 
 BASE = (
+    "model.name=tiny_network",
     "train.deterministic=true",
     "train.epochs=4",
     "score.windows=[{T: 4, K: 3}]",

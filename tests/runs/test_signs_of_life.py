@@ -47,6 +47,7 @@ KEYS = {
 }
 SETTING = {"stage": "collect", "data": {"train": "a", "val": "b"}}
 BASE = (
+    "model.name=tiny_network",
     "train.deterministic=true",
     "train.epochs=4",
     "score.windows=[{T: 4, K: 3}]",
