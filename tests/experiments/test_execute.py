@@ -39,6 +39,7 @@ from tdds_dist.runs.artifacts import (
 )
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.identity import setting_of
+from tests.golden.make_runs_of_0_1_0 import in_this_process
 from tests.make import select
 
 ROOT = Path(__file__).parents[2]
@@ -391,7 +392,9 @@ def test_what_is_missing_is_run_again_with_the_same_result(copied):
 
 
 @pytest.mark.slow
-def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(betons, tmp_path):
+def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(
+    betons, tmp_path, monkeypatch
+):
     from tdds_dist.distributed.interruption import Interruption, Preempted
     from tdds_dist.training.collect import collect
 
@@ -411,6 +414,7 @@ def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(
         "train.accumulation=2",
         "score.on_nan=quarantine",
     )
+    monkeypatch.setattr(experiment_module, "run_in_processes", in_this_process)
     assert experiment(load_experiment(path, changes))[1] == []
     assert run.metrics_file.read_bytes().startswith(recorded)
     assert len(run.read_metrics()) == 3
@@ -418,13 +422,16 @@ def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(
 
 
 @pytest.mark.slow
-def test_stages_by_hand_give_the_same(finished, tmp_path):
+def test_stages_by_hand_give_the_same_and_a_rate_may_be_added_without_collecting_again(
+    betons, tmp_path, monkeypatch
+):
     from tdds_dist.training.collect import collect
     from tdds_dist.training.retrain import retrain
 
-    path, directory = finished
+    path = write_plan(tmp_path, betons, seeds=[1], pruning_rates=[0.5])
     plan = load_experiment(path)
-    ours = RunDir(directory / "seed1")
+    assert experiment(plan, jobs=2)[1] == []
+    ours = RunDir(plan.directory / "seed1")
     cpus = os.sched_getaffinity(0)
     # as many as a worker had: sums over threads depend on their number
     os.sched_setaffinity(0, sorted(cpus)[::2])
@@ -440,19 +447,35 @@ def test_stages_by_hand_give_the_same(finished, tmp_path):
                 load_scores(file).score_N.tobytes()
                 == load_scores(ours.scores / file.name).score_N.tobytes()
             ), file.name
-        for method, rate, importance in [("tdds", 0.5, "batch"), ("moderate", 0.8, "none")]:
+        for method, importance in [("tdds", "batch"), ("moderate", "none")]:
             coreset, _ = select(
-                hand.path, rate, score=method, seed=1, out=tmp_path / f"{method}.npz"
+                hand.path, 0.5, score=method, seed=1, out=tmp_path / f"{method}.npz"
             )
-            theirs = load_coreset(ours.coresets / f"{method}_p{rate}.npz")
+            theirs = load_coreset(ours.coresets / f"{method}_p0.5.npz")
             assert np.array_equal(load_coreset(coreset).index_M, theirs.index_M)
             with session("cpu") as world:
                 result = retrain(config, world, coreset, "E", importance=importance).read_result()
-            wanted = RunDir(ours.retrain / f"{method}_p{rate}_E_{importance}_seed1").read_result()
+            wanted = RunDir(ours.retrain / f"{method}_p0.5_E_{importance}_seed1").read_result()
             for key in ("final_top1", "final_loss", "best_top1"):
                 assert result[key] == wanted[key], (method, key)
     finally:
         os.sched_setaffinity(0, cpus)
+
+    collected = ours.result_file.stat().st_mtime_ns
+    windows = "[{T: 3, K: 3, pruning_rates: [0.5]}, {T: 3, K: 2, pruning_rates: [0.8, 0.9]}]"
+    more = load_experiment(
+        path,
+        [
+            f'overrides=["train.epochs=3", "score.windows={windows}"]',
+            "pruning_rates=[0.5, 0.9]",
+            "methods=[tdds]",
+        ],
+    )
+    monkeypatch.setattr(experiment_module, "run_in_processes", in_this_process)
+    assert experiment(more)[1] == []
+    assert ours.result_file.stat().st_mtime_ns == collected
+    rows = rows_of(plan.directory)
+    assert [row["pruning_rate"] for row in rows if row["final_top1"]] == ["0.5", "0.9"]
 
 
 def test_collections_of_another_experiment_are_taken_over(finished, betons, tmp_path, no_workers):
@@ -569,34 +592,6 @@ def test_with_force_other_settings_are_moved_aside(copied, no_runs, caplog):
         assert (moved / file.relative_to(kept)).read_bytes() == file.read_bytes()
     assert [run.path.name for run in results.find_runs([directory])] == ["seed1"]
     assert [run.name for run in status.find_runs(directory)] == ["seed1"]
-
-
-@pytest.mark.slow
-def test_a_rate_may_be_added_without_collecting_again(copied):
-    path, directory = copied
-    collected = [file.stat().st_mtime_ns for file in sorted(directory.glob("seed*/result.json"))]
-    window = (
-        "score.windows=[{T: 3, K: 3, pruning_rates: [0.5]}, {T: 3, K: 2, pruning_rates: [0.8,"
-        " 0.9]}]"
-    )
-    plan = load_experiment(
-        path,
-        [
-            f'overrides=["train.epochs=3", "{window}"]',
-            "pruning_rates=[0.5, 0.8, 0.9]",
-            "seeds=[0]",
-            "methods=[tdds]",
-        ],
-    )
-    assert experiment(plan)[1] == []
-    assert [
-        file.stat().st_mtime_ns for file in sorted(directory.glob("seed*/result.json"))
-    ] == collected
-    assert [row["pruning_rate"] for row in rows_of(directory) if row["final_top1"]] == [
-        "0.5",
-        "0.8",
-        "0.9",
-    ]
 
 
 def test_noise_of_another_file_is_not_said_of_these_coresets(copied, betons, tmp_path):
