@@ -29,7 +29,7 @@ GIVEN = Assumptions(24, 4, 4, 8, 450.0, 50.0, 130.0, 3.6, 10.0, 35.0)
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(forked_ranks: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("scaling")
     assert main([*TINY, "--out", str(folder), "--name", "tiny"]) == 0
     page = (folder / "scaling_tiny.md").read_text()

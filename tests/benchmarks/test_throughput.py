@@ -65,6 +65,7 @@ def measure_watched(evidence, setting, folder, run):
         )
         return block
 
+    os.environ["TDDS_CPUS_PER_RANK"] = "1"
     BareLoop.__init__, Bench.timed = remember, look
     found = measure_rank(setting, folder, run)
     (Path(evidence) / f"{setting.num_ranks}_{os.environ['RANK']}.json").write_text(
@@ -74,11 +75,10 @@ def measure_watched(evidence, setting, folder, run):
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(forked_ranks, tmp_path_factory):
     """(numbers, page, notes by ranks and rank) of one run on one rank and one on two."""
     folder = tmp_path_factory.mktemp("throughput")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TDDS_CPUS_PER_RANK", "1")
         patch.setattr(
             throughput,
             "measure_rank",
