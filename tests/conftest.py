@@ -20,6 +20,21 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What takes longest of `make test-slow`, longest first. Whoever is done takes the next file: one of
+# these as the last would be waited for.
+LONG_FILES = "faults hosts speed_options submit throughput execute gpu_acceptance front_door cli resume scorer".split()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist: by the number of tests
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr.startswith("slow"):
+        place = {f"test_{name}": number for number, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files: `train` and `val` (digits, JPEG), `raw` (97 random images of 32x32, uncompressed),
