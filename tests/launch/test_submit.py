@@ -1175,7 +1175,7 @@ def until_epoch(run, epoch, is_alive, deadline=90.0):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_local_job_that_is_preempted_is_queued_again_and_comes_to_the_same(
-    submit, config_file, tmp_path, quiet
+    config_file, tmp_path, quiet
 ):
     """submitit's local controller starts it again on exit code 144."""
     run = tmp_path / "run"
@@ -1201,7 +1201,9 @@ def test_a_local_job_that_is_preempted_is_queued_again_and_comes_to_the_same(
     result = RunDir(run).read_result()
     assert (result["epochs"], result["resumes"]) == (6, 1)
     straight = tmp_path / "straight"
-    assert submit(*COLLECT, "--wait", *LONG, f"run.dir={straight}", cluster=LOCAL) == 0, submit.err
+    words = ["collect", config_file, *LONG, f"run.dir={straight}"]
+    codes, said = jobs.run(words, 2, tmp_path / "said")
+    assert codes == [0, 0], said
     assert jobs.differences(jobs.state_of(straight), jobs.state_of(run)) == []
 
 
