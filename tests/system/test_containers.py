@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs import IN_TURN
+
 ROOT = Path(__file__).parents[2]
 UID = 12345
 CONFIG = """
@@ -20,17 +22,21 @@ model: {name: shufflenet_v2_x0_5}
 train: {epochs: 3, global_batch_size: 16, lr: 0.02, warmup_epochs: 0}
 score: {preset: official, windows: [{T: 3, K: 3, pruning_rates: [0.5]}]}
 """
-COMMANDS = """
+# all but the collection, on two ranks, by one process
+BEFORE, AFTER = (
+    """
 write synthetic:96,3,32 train.beton
 write synthetic:30,3,32 val.beton --split val
 check train.beton
-collect tiny.yaml
+""",
+    """
 score runs/tiny --score aum
 select runs/tiny --pruning-rate 0.5 --score aum
 retrain tiny.yaml --coreset runs/tiny/coresets/aum_p0.5.npz --strategy E
 export runs/tiny/coresets/aum_p0.5.npz --format parquet
 report runs/tiny
-"""
+""",
+)
 
 
 def test_both_images_are_made_from_the_same_files_by_the_script_of_the_tests():
@@ -79,11 +85,12 @@ def as_nobody(tmp_path):
 def test_the_whole_way_as_an_unknown_user_in_a_read_only_installation(as_nobody, tmp_path):
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     python = shlex.quote(sys.executable)
-    ranks = f"{python} -m torch.distributed.run --standalone --nproc-per-node 2"
-    text = "".join(
-        f"{ranks if line.startswith('collect') else python} -m tdds_dist {line} --quiet\n"
-        for line in COMMANDS.strip().splitlines()
+    ranks = f"{python} -m torch.distributed.run --standalone --nproc-per-node 2 -m tdds_dist"
+    before, after = (
+        f"{python} -c {shlex.quote(IN_TURN)} {shlex.quote(lines)} --quiet"
+        for lines in (BEFORE, AFTER)
     )
+    text = f"{before}\n{ranks} collect tiny.yaml --quiet\n{after}\n"
     done = as_nobody(
         f"touch {ROOT}/x 2>/dev/null && exit 9\nexport PYTHONPATH={ROOT}\n{text}"
         f"test -d /var/tmp/tdds-{UID}/numba_cache",

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.jobs import IN_TURN
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
@@ -109,6 +111,19 @@ def test_the_wheel_holds_the_program_and_nothing_else(wheel):
     assert held == wanted
 
 
+SMALL = """data.train=data/train.beton data.val=data/val.beton data.num_classes=4 train.epochs=3 run.dir=run
+ train.global_batch_size=20 train.warmup_epochs=0 run.device=cpu
+ 'score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]'""".replace("\n", "")
+COMMANDS = f"""
+write synthetic:40,4,32 data/val.beton --split val
+collect configs/digits.yaml {SMALL}
+select run --pruning-rate 0.5
+retrain run/config.yaml --coreset run/coresets/tdds_official_T3_K2_beta0.9_p0.5.npz --strategy E
+report run
+submit configs/digits.yaml {SMALL} --cluster configs/clusters/cpu_test.yaml --dry-run
+"""
+
+
 def test_the_program_runs_far_from_the_checkout(installed, tmp_path):
     """Write, collect, score, select, retrain, report with the installed files only, templates and
     configs included."""
@@ -129,61 +144,12 @@ def test_the_program_runs_far_from_the_checkout(installed, tmp_path):
         run(installed / "bin/python", "-m", "tdds_dist", "submit", "--help", cwd=tmp_path)
     )
     (tmp_path / "configs").symlink_to(installed / "share/tdds/configs")
-    for split in ("train", "val"):
-        done(
-            run(
-                tdds,
-                "write",
-                "synthetic:40,4,32",
-                f"data/{split}.beton",
-                "--split",
-                split,
-                cwd=tmp_path,
-            )
-        )
-    small = (
-        "data.train=data/train.beton",
-        "data.val=data/val.beton",
-        "data.num_classes=4",
-        "train.epochs=3",
-        "train.global_batch_size=20",
-        "train.warmup_epochs=0",
-        "run.device=cpu",
-        "run.dir=run",
-        "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]",
-    )
-    alone = {"OMP_NUM_THREADS": "1"}
-    done(run(tdds, "collect", "configs/digits.yaml", *small, cwd=tmp_path, **alone))
-    done(run(tdds, "select", "run", "--pruning-rate", "0.5", cwd=tmp_path))
-    (coreset,) = (tmp_path / "run/coresets").glob("*.npz")
-    done(
-        run(
-            tdds,
-            "retrain",
-            "run/config.yaml",
-            "--coreset",
-            coreset,
-            "--strategy",
-            "E",
-            cwd=tmp_path,
-            **alone,
-        )
-    )
-    done(run(tdds, "report", "run", cwd=tmp_path))
-    assert "</html>" in (tmp_path / "run/report.html").read_text()
+    done(run(tdds, *"write synthetic:40,4,32 data/train.beton".split(), cwd=tmp_path))
     shown = done(
-        run(
-            tdds,
-            "submit",
-            "configs/digits.yaml",
-            *small,
-            "--cluster",
-            "configs/clusters/cpu_test.yaml",
-            "--dry-run",
-            cwd=tmp_path,
-        )
+        run(installed / "bin/python", "-c", IN_TURN, COMMANDS, cwd=tmp_path, OMP_NUM_THREADS="1")
     )
-    assert str(installed) in shown  # the python of the jobs
+    assert "</html>" in (tmp_path / "run/report.html").read_text()
+    assert str(installed) in shown.partition("#SBATCH")[2]  # the python of the jobs
 
 
 PROGRAM = """\
