@@ -294,6 +294,17 @@ def quick(rank: int) -> None:
 
 
 @later
+def in_turn(*actions: Callable[[], object]) -> None:
+    for action in actions:
+        action()
+
+
+@later
+def pause(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@later
 def signal_self(number: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), number)
 

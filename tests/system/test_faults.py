@@ -28,7 +28,7 @@ import pytest
 from tdds_dist.cli.main import main
 from tdds_dist.runs.directory import RunDir
 from tests import jobs
-from tests.jobs import at_call, at_step, signal_self
+from tests.jobs import at_call, at_step, in_turn, pause, signal_self
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # chains of a dozen starts
 slow = pytest.mark.slow
@@ -421,6 +421,9 @@ SIGNALS = {
         ("SIGINT to all ranks", at_step(14, signal_self(signal.SIGINT))),
         ("in the last step", at_step(STEPS, TERM, [1])),
         ("during the final pass", at_call(PASS, 3, TERM)),
+    ],
+    "a checkpoint in the background": [
+        ("while a thread writes", at_call(WRITE, 1, in_turn(TERM, pause(1.0)), [0])),
     ],
     "checkpoint, end of an epoch, best.pt": [
         ("during evaluation, or while something is written", at_call(WRITE, 1, TERM, [0]), SYNC),
