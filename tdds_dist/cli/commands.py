@@ -354,8 +354,12 @@ def train(options: argparse.Namespace) -> Outcome | None:
 
     if options.schedule_only:
         from tdds_dist.data.beton import inspect_split
+        from tdds_dist.experiments.forecast import find_speed
 
         plan = plan_of(config, inspect_split(config, "train").num_samples)
+        speed = options.images_per_second
+        if speed is not None:
+            speed, _ = find_speed(config, 1, speed, None)  # refuses what is none
         counts = [plan.num_images(epoch) for epoch in range(plan.epochs)]
         data = {
             "images": counts,
@@ -363,7 +367,8 @@ def train(options: argparse.Namespace) -> Outcome | None:
             "most": sum(plan.most_images(epoch) for epoch in range(plan.epochs)),
             "full": plan.epochs * plan.num_samples,
         }
-        text = schedule_table(plan, options.images_per_second)
+        data["hours"] = None if speed is None else data["most"] / speed / 3600
+        text = schedule_table(plan, speed)
         return Outcome(text=text, data=data, is_the_product=True)
     if options.images_per_second is not None:
         raise InputError(
@@ -721,9 +726,16 @@ def report(options: argparse.Namespace) -> Outcome:
     runs = find_runs(options.runs)
     path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
     found = summary_tables(runs)
-    trained = [rows for pool in pools([*map(read_facts, runs)]) if (rows := training_rows(pool))]
+    trained = [
+        ([str(facts.run.path) for facts in pool], rows)
+        for pool in pools([*map(read_facts, runs)])
+        if (rows := training_rows(pool))
+    ]
     tables = [f"\n{title}\n{format_summary(rows)}" for title, rows in found]
-    tables += [f"\ntrainings by images seen\n{format_trainings(rows)}" for rows in trained]
+    tables += [
+        f"\nby images seen, {len(paths)} runs from {paths[0]} on\n{format_trainings(rows)}"
+        for paths, rows in trained
+    ]
     return Outcome(
         [path],
         {"retrainings": sum(row["name"] != "collect" for _, rows in found for row in rows)},
@@ -738,5 +750,5 @@ def report(options: argparse.Namespace) -> Outcome:
             for title, rows in found
             for row in rows
         ]
-        + [{"about": ["trainings by images seen"], **row} for rows in trained for row in rows],
+        + [{"about": paths, **row} for paths, rows in trained for row in rows],
     )

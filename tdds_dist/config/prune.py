@@ -100,7 +100,8 @@ class Prune(Section):
         ),
     )
     sampler: Literal["top", "centre", "ccs", "beta"] = Field(
-        "top", description="How static and refresh choose by score, as in `tdds select`."
+        "top",
+        description="How static and refresh choose, as in `tdds select`; beta by dual only.",
     )
     class_balanced: bool = Field(
         False, description="static and refresh choose from each class by itself."

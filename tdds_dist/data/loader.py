@@ -345,6 +345,8 @@ class _ReadAhead:
         self._is_over = True
         self._thread.shutdown(cancel_futures=True)
         os.close(self._file)
+        if self._is_large:  # a later pass may find more memory, and ask for nothing
+            self._context.mmap._mmap.madvise(mmap.MADV_NORMAL)
 
     def begin(self, step: int) -> None:
         """Say that the rows of a step are needed now."""

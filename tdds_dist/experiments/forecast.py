@@ -150,17 +150,18 @@ def plan(
             f"--gpus={num_ranks} must be at least 1: it is the number of ranks on all nodes"
             " together"
         )
-    config.check_collect()
-    images = read_images(config, num_samples)
-    cells = pipeline_cells(config, strategies)
-    if config.prune.method != "none":
-        if strategies:
-            raise InputError(
-                f"--strategies means nothing with prune.method={config.prune.method}, of which"
-                " `tdds train` is planned; leave it out, or set prune.method=none"
-            )
-        config, cells = as_trained(config, images.num_samples), []
-    case = Case(config, images, num_ranks, tuple(cells))
+    if config.prune.method == "none":
+        config.check_collect()
+        images = read_images(config, num_samples)
+        case = Case(config, images, num_ranks, tuple(pipeline_cells(config, strategies)))
+    elif strategies:
+        raise InputError(
+            f"--strategies means nothing with prune.method={config.prune.method}, of which `tdds"
+            " train` is planned; leave it out, or set prune.method=none"
+        )
+    else:
+        images = read_images(config, num_samples)
+        case = Case(as_trained(config, images.num_samples), images, num_ranks)
     trainings = list_trainings(case)
     check_batches(case)
     limits = find_limits(case, gpu_memory_bytes, disk_bytes)

@@ -277,8 +277,9 @@ def check_batches(case: Case) -> None:
 def assumptions(case: Case) -> list[str]:
     """Return the assumptions behind the numbers, as sentences."""
     unknown = case.pruning is not None and case.pruning.total_images is None
+    later = _ASSUMED if case.pruning is None else _ASSUMED[1:]  # no retrainings
     seen = [f"images seen are at most so many: {case.config.prune.method} decides them on the way"]
-    return [*(() if case.is_cpu else _ASSUMED_OF_GPUS), *(seen if unknown else ()), *_ASSUMED]
+    return [*(() if case.is_cpu else _ASSUMED_OF_GPUS), *(seen if unknown else ()), *later]
 
 
 # ---- the lines; in those of memory and disk the last one is what must fit
@@ -458,7 +459,7 @@ def disk_lines(case: Case) -> list[Line]:
     num_sets = 0  # of epochs that skip images: two bits an image, and weights
     if case.pruning is not None:
         num_sets = sum(not case.pruning.is_full(epoch) for epoch in range(trainings[0].epochs))
-    bits = 2 + 32 * (case.pruning is not None and case.pruning.loss_weights == "sample")
+    bits = 2 + 32 * (case.pruning is not None and case.pruning.loss_weights != "none")
     first = [
         Line(
             "trajectory",
@@ -472,20 +473,19 @@ def disk_lines(case: Case) -> list[Line]:
         Line("scores", 12 * num_images * num_scores, f"{num_scores} files"),
         Line("models", models, "final.pt, best.pt"),
     ]
-    if num_sets:
-        first.append(
-            Line("sets of epochs", num_sets * bits * num_images // 8, "uncompressed, at most")
-        )
+    kept = f"{keep + 1} x {size(checkpoint)}: checkpoint.keep={keep}, and one being written"
+    if case.pruning is not None:
+        sets = num_sets * bits * num_images // 8
+        first.append(Line("sets of epochs", sets, "uncompressed, at most"))
+        during = [Line("checkpoints while training", (keep + 1) * checkpoint, kept)]
+        fullest = total(first) + total(during)
+        return [*first, *during, Line("total when fullest", fullest, "checkpoints go at the end")]
     later = [
         Line("coresets", coresets),
         Line("models of retrainings", models * (len(trainings) - 1)),
     ]
     during = [
-        Line(
-            "checkpoints while collecting",
-            (keep + 1) * checkpoint,
-            f"{keep + 1} x {size(checkpoint)}: checkpoint.keep={keep}, and one being written",
-        ),
+        Line("checkpoints while collecting", (keep + 1) * checkpoint, kept),
         Line("checkpoints while retraining", (keep + 1) * of_retraining),
     ]
     fullest = total(first) + max(during[0].value or 0, total(later) + (during[1].value or 0))

@@ -65,7 +65,10 @@ class PruningPlan:
                 " the others say nothing of samples that epochs skipped"
             )
         if self.sampler == "beta" and self.score != "dual":
-            raise InputError(f"sampler=beta needs score=dual, and score={self.score}; change one")
+            raise InputError(
+                f"sampler=beta needs method=static and score=dual, not method={self.method} and"
+                f" score={self.score}; choose another sampler, or these"
+            )
         first, last = self.first_pruned, self.epochs - self.num_full_last
         if self.method != "none" and not 1 <= first < last:
             raise InputError(

@@ -55,6 +55,10 @@ class PruningSchedule:
     ):
         self._baselines = Baselines() if baselines is None else baselines
         check_score(plan, window, scorer.preset, self._baselines)
+        if plan.method == "static" and not plan.is_by_tdds and not scorer.has_trajectory:
+            raise InputError(
+                f"score={plan.score} comes from the trajectory; give the scorer trajectory=DIR"
+            )
         self.plan, self._scorer, self._window, self._folder = plan, scorer, window, folder
         self._visits = Visits()
 
@@ -173,11 +177,18 @@ def check_score(
     or the score tells no samples apart by its start."""
     if not plan.is_by_tdds:
         if plan.method == "static":
-            check_options(plan.score, baselines, (), plan.first_pruned)
+            try:
+                check_options(plan.score, baselines, (), plan.first_pruned)
+            except InputError as error:
+                raise InputError(
+                    f"score={plan.score}, of the {plan.first_pruned} epochs before start:"
+                    f" {str(error).partition('; ')[0]}; lower that in score.baselines, or raise"
+                    " start"
+                ) from None
             if plan.score == "aum" and (plan.sampler, baselines.aum_keep) == ("ccs", "easiest"):
                 raise InputError(
-                    "sampler=ccs cuts off what ranks first as too hard, and aum_keep=easiest ranks"
-                    " easy samples first; set aum_keep=hardest"
+                    "sampler=ccs cuts off what ranks first as too hard, and"
+                    " score.baselines.aum_keep=easiest ranks easy samples first; set it to hardest"
                 )
         return
     if window is None or plan.epochs > window.T:

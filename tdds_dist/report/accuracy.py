@@ -14,6 +14,7 @@ from tdds_dist.config.scores import base_key, is_plain
 from tdds_dist.report import charts
 from tdds_dist.report.published import footnotes
 from tdds_dist.report.read import FULL_DATA, Facts
+from tdds_dist.report.results import run_name, summary_rows
 from tdds_dist.runs.identity import setting_of
 from tdds_dist.text import MISSING, count, mean_std, percent, plus_minus, signed, table
 
@@ -286,46 +287,55 @@ _ALL_IMAGES = "all images"
 
 def training_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     """Return a row for each setting of `tdds train` among the runs of the same data, seeds
-    averaged, and for each retraining of a collection, with the images that all of it saw; [] where
-    nothing was pruned inside a training.
+    averaged, and for each setting of retrainings of a collection, with the images that all of it
+    saw; [] where nothing was pruned inside a training.
 
     Keys of a row: `family` (name without the rate, the epochs, or that it is the random twin),
     `name`, `is_twin`, `images` (mean over seeds; of a retraining with the T epochs of the
-    collection that its score looks at), `share` (percent of the longest training on all images, or
-    of the method's own epochs on all), `epochs`, `seeds`, `final_top1`, `final_top1_std`, `to_twin`
-    and `to_full` (difference of final top-1 to the random twin, and to the training on all images
-    whose share is nearest, at most SAME_BUDGET away; None without one), `num_unfinished`.
+    collection that its score looks at), `share` (percent of the longest of these trainings, had it
+    seen all images in each epoch), `epochs`, `seeds`, `final_top1`, `final_top1_std`, `to_twin` and
+    `to_full` (difference of final top-1 to the random twin, and to the training on all images whose
+    share is nearest, at most SAME_BUDGET away; None without one), `num_unfinished`.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Facts]] = {}
     for facts in pool:
         if facts.is_pruned_training:
-            groups.setdefault(tuple(sorted(setting_of(facts.config, "train").items())), []).append(
-                facts
-            )
+            key = tuple(sorted(setting_of(facts.config, "train").items()))
+            groups.setdefault(key, []).append(facts)
     if not groups:
         return []
-    rows = {key: _training_row(group) for key, group in groups.items()}
+    settings = [dict(key) for key in groups]
+    differing = [
+        name
+        for name in sorted({name for own in settings for name in own})
+        if not name.startswith("prune.")
+        and name != "train.epochs"
+        and len({own.get(name) for own in settings}) > 1
+    ]
+    rows = {}
+    for own, (key, group) in zip(settings, groups.items(), strict=True):
+        rest = "".join(f", {name}={own.get(name)}" for name in differing)
+        rows[key] = _training_row(group, rest) | {"rest": rest}
     for key, row in rows.items():
-        own = dict(key)
-        twin = rows.get(tuple(sorted((own | {"prune.twin": "true"}).items())))
-        if twin is not None and not row["is_twin"]:
-            row["twin"] = twin
+        twin = rows.get(tuple(sorted((dict(key) | {"prune.twin": "true"}).items())))
+        row["to_twin"] = None if row["is_twin"] else _to(row, twin)
+    full = max(row["of_full"] for row in rows.values())
     found = [*rows.values(), *_retraining_rows(pool)]
-    longest = [row["of_full"] for row in rows.values() if row["family"] == _ALL_IMAGES]
     for row in found:
-        full = max(longest, default=0) or max(each["of_full"] for each in rows.values())
         row["share"] = row["images"] and full and 100 * row["images"] / full
-    whole = [row for row in found if row["family"] == _ALL_IMAGES and row["final_top1"] is not None]
+    whole = [row for row in rows.values() if row["family"].startswith(_ALL_IMAGES)]
     for row in found:
         near = [
             other
             for other in whole
-            if row["share"] and abs(other["share"] - row["share"]) <= SAME_BUDGET
+            if row["share"]
+            and other["share"]
+            and other["rest"] == row.get("rest", "")
+            and abs(other["share"] - row["share"]) <= SAME_BUDGET
         ]
         rival = min(near, key=lambda other: abs(other["share"] - row["share"]), default=None)
-        row["to_full"] = None if row["family"] == _ALL_IMAGES else _to(row, rival)
-        row["to_twin"] = _to(row, row.pop("twin", None))
-    return sorted(found, key=lambda row: (row["family"] != _ALL_IMAGES, row["family"]))
+        row["to_full"] = None if row in whole else _to(row, rival)
+    return sorted(found, key=lambda row: (row not in whole, row["family"]))
 
 
 def _to(row: dict[str, Any], other: dict[str, Any] | None) -> float | None:
@@ -334,7 +344,9 @@ def _to(row: dict[str, Any], other: dict[str, Any] | None) -> float | None:
     return float(row["final_top1"] - other["final_top1"])
 
 
-def _training_row(group: Sequence[Facts]) -> dict[str, Any]:
+def _training_row(group: Sequence[Facts], rest: str) -> dict[str, Any]:
+    """Return the row of one setting; `rest` is what it has besides `prune.*` and epochs, where
+    others have something else."""
     prune = group[0].config.get("prune", {})
     method, epochs = prune.get("method", "none"), group[0].config.get("train", {}).get("epochs")
     usual = Prune(method=method).model_dump() if method in READS else {}
@@ -343,49 +355,58 @@ def _training_row(group: Sequence[Facts]) -> dict[str, Any]:
         key: prune[key] for key in READS.get(method, ()) if prune.get(key, usual[key]) != usual[key]
     }
     is_twin, rate = bool(own.pop("twin", False)), own.pop("rate", None)
-    family = method + "".join(f", {key} {value}" for key, value in own.items())
+    family = method + "".join(f", {key} {value}" for key, value in own.items()) + rest
     name = f"{family}, rate {rate:g}" if rate is not None else family
     if method == "none":
-        family, name = _ALL_IMAGES, f"{_ALL_IMAGES}, {epochs} epochs"
-    results = [
-        facts.result
+        family, name = _ALL_IMAGES + rest, f"{_ALL_IMAGES}, {epochs} epochs{rest}"
+    results = {
+        facts.result.get("seed"): facts.result  # of a copied run only one
         for facts in group
         if facts.result is not None and {"images_seen", "images_of_full"} <= {*facts.result}
-    ]
+    }
+    seen = [result["images_seen"] for result in results.values()]
     return _budget_row(
-        family, f"{name}: random twin" if is_twin else name, is_twin, epochs, results
+        family, f"{name}: random twin" if is_twin else name, is_twin, epochs, [*results.values()]
     ) | {
-        "images": fmean(result["images_seen"] for result in results) if results else None,
-        "of_full": max((result["images_of_full"] for result in results), default=0),
-        "num_unfinished": len(group) - len(results),
+        "images": fmean(seen) if seen else None,
+        "of_full": max((result["images_of_full"] for result in results.values()), default=0),
+        "num_unfinished": sum(facts.result is None for facts in group),
     }
 
 
 def _retraining_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
-    """Rows of the retrainings whose coreset says how long its score was collected for; random
-    coresets need no collection."""
-    groups: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
-    for facts in pool:
+    """Return the rows of the accuracy table that are of a part of the images, with the images that
+    the coreset's score was collected from; random coresets need no collection."""
+    collections = [facts for facts in pool if not facts.is_pruned_training]
+    images = {}
+    for facts in collections:
         for sub in facts.retrained:
             collected, result = facts.result or {}, sub.result or {}
-            settings = result.get("coreset_settings", {})
-            if not sub.setting.get("pruning_rate") or not all(
-                {"num_images", "epochs"} <= {*each} for each in (collected, result)
-            ):
-                continue
-            T = settings.get("T", 0 if base_key(sub.score) == "random" else collected["epochs"])
-            images = T * collected["num_images"] + result["epochs"] * result["num_images"]
-            key = (facts.names.get(sub.score, sub.score), sub.strategy, sub.setting["importance"])
-            groups.setdefault((*key, sub.setting["pruning_rate"], result["epochs"]), []).append(
-                (images, result)
-            )
+            if all({"num_images", "epochs"} <= {*each} for each in (collected, result)):
+                usual = 0 if base_key(sub.score) == "random" else collected["epochs"]
+                T = result.get("coreset_settings", {}).get("T", usual)
+                own = result["epochs"] * result["num_images"]
+                images[run_name(facts), sub.name] = T * collected["num_images"] + own
     rows = []
-    for (score, strategy, importance, rate, epochs), values in groups.items():
-        how = "retrain" if base_key(score) == "random" else "collect and retrain"
-        family = f"{how}: {setting(score, strategy, importance)}"
-        name = f"{family}, rate {rate:g}"
-        row = _budget_row(family, name, False, epochs, [result for _, result in values])
-        rows.append(row | {"images": fmean(images for images, _ in values), "num_unfinished": 0})
+    for row in summary_rows(collections):
+        if not row["pruning_rate"]:
+            continue
+        how = "retrain" if base_key(row["score"]) == "random" else "collect and retrain"
+        more = [row["variant"], row["runs"]]
+        family = f"{how}: {setting(row['score_name'], row['strategy'], row['importance'], *more)}"
+        seen = [images.get((value["run"], value["name"])) for value in row["values"]]
+        found = [number for number in seen if number is not None]
+        rows.append(
+            {key: row[key] for key in ("epochs", "seeds", "final_top1", "final_top1_std")}
+            | {
+                "family": family,
+                "name": f"{family}, rate {row['pruning_rate']:g}",
+                "is_twin": False,
+                "images": fmean(found) if found else None,
+                "to_twin": None,
+                "num_unfinished": len(seen) * (row["status"] != "finished"),
+            }
+        )
     return rows
 
 

@@ -104,7 +104,7 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
         for run in runs:
             progress.note(f"reading {run.path.name}", now=True)
             every.append(read_facts(run))
-            progress.advance()
+            progress.advance(1 + len(_PARTS) * every[-1].is_pruned_training)
         trainings = [part for pool in pools(every) if (part := _trainings(pool))["rows"]]
         found = [facts for facts in every if not facts.is_pruned_training]
         together = [pool for pool in pools(found) if len(pool) > 1]
@@ -123,7 +123,7 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
             )
         )
         text = page.get_template("page.html.j2").render(
-            title=_title(runs, sections),
+            title=_title(runs, every),
             num_runs=len(runs),
             trainings=trainings,
             sections=sections,
@@ -148,9 +148,9 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
     return Path(out)
 
 
-def _title(runs: Sequence[RunDir], sections: Sequence[dict[str, Any]]) -> str:
+def _title(runs: Sequence[RunDir], every: Sequence[Facts]) -> str:
     if len(runs) == 1:
-        return sections[0]["name"] if sections else runs[0].path.resolve().name
+        return run_name(every[0])
     return experiment_name(runs) or f"{len(runs)} runs"
 
 

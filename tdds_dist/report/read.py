@@ -89,7 +89,7 @@ class Facts:
     @property
     def is_pruned_training(self) -> bool:
         """Say whether it is a run of `tdds train`, not of `tdds collect`."""
-        return self.env.get("stage") == "train"
+        return (self.env or self.result or {}).get("stage") == "train"
 
 
 def read_facts(run: RunDir) -> Facts:

@@ -132,6 +132,10 @@ def check_options(key: str, options: Baselines, given: Sequence[str], num_epochs
                 " lower it, or collect longer"
             )
     looked_at = options.el2n_epochs if key == "el2n" else options.num_epochs or num_epochs
+    if key == "forgetting" and looked_at < 2:
+        raise InputError(
+            f"forgetting needs at least 2 epochs to compare, and there are {looked_at}; use more"
+        )
     if "uncertainty_window" in reads and options.uncertainty_window > looked_at:
         raise InputError(
             f"uncertainty_window={options.uncertainty_window} is longer than the {looked_at} epochs"

@@ -541,6 +541,11 @@ class ShardedScorer:
         average_M = self._average_AM[self.windows.index(window)]
         return collectives.all_gather_shards(average_M, self.num_samples, self.world).cpu()
 
+    @property
+    def has_trajectory(self) -> bool:
+        """Say whether each epoch's scalars are recorded on disk."""
+        return self._trajectory is not None
+
     def gather_recorded(
         self, scalar: str, num_epochs: int, compute: Callable[[np.ndarray], np.ndarray]
     ) -> Tensor:

@@ -268,9 +268,18 @@ def test_the_schedule_alone(config_file, tmp_path, capsys):
         (["method=static", "rate=0.5", "start=9"], "prune.start=9 leaves no epoch to prune"),
         (["method=static", "rate=0.5", "start=2"], "prune.start=2 must be at least 3"),
         (["method=refresh", "rate=0.5", "score=el2n"], 'prune.score="el2n" means nothing'),
-        (["method=static", "rate=0.5", "sampler=beta"], "prune.sampler=beta needs score=dual"),
-        (["method=static", "rate=0.5", "score=el2n"], "el2n_epochs=10 is longer than the 3"),
-        (["method=static", "rate=0.5", "score=aum", "sampler=ccs"], "set aum_keep=hardest"),
+        (
+            ["method=static", "rate=0.5", "sampler=beta"],
+            "prune.sampler=beta needs method=static and score=dual",
+        ),
+        (
+            ["method=static", "rate=0.5", "score=el2n"],
+            "el2n_epochs=10 is longer than the 3 recorded epochs; lower that in score.baselines",
+        ),
+        (
+            ["method=static", "rate=0.5", "score=aum", "sampler=ccs"],
+            "aum_keep=easiest ranks easy samples first; set it to hardest",
+        ),
         (["method=static", "rate=0.5", "score=aum"], "set score.trajectory=true"),
         (["method=progressive", "rate=0.1"], "prune.drawn=0.75 must be at least"),
         (["twin=true"], "prune.twin=true means nothing with prune.method=none"),
@@ -356,6 +365,14 @@ def test_accuracy_against_images_seen(pruned, tmp_path):
     }
     static = rows["static, start 3, rate 0.5"]
     assert (static["seeds"], static["to_full"]) == ([0, 1], -6.0)
+    alone = training_rows([facts[0], facts[2], facts[4]])
+    assert [row["share"] for row in alone] == [pytest.approx(100 * 535 / 720), 75.0, 75.0]
+    other = run("other", "unweighted", *none, ("train.lr", 0.1), images_seen=530, final_top1=1.0)
+    rows = {
+        row["name"]: row for row in training_rows([*facts, read_facts(RunDir(tmp_path / "other"))])
+    }
+    assert rows["all images, 6 epochs, train.lr=0.1"]["final_top1"] == other["final_top1"]
+    assert rows["static, start 3, train.lr=0.5, rate 0.5"]["to_full"] == -6.0
     page = tmp_path / "report.html"
     code = main(["report", *(str(tmp_path / name) for name in names), "--out", str(page), "--json"])
     assert code == 0
