@@ -108,6 +108,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for family, colour in colours.items():
         for is_twin in (False, True):
             line = [row for row in rows if (row["family"], row["is_twin"]) == (family, is_twin)]
+            if not line:
+                continue
             line.sort(key=lambda row: row["share"])
             axes.errorbar(
                 [row["share"] for row in line],
