@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 REQUEUE = 77  # exit code of `requeue`: queue this job again
 # one rank down: all down, not a job that waits for its time limit
 _END_TOGETHER = ("--kill-on-bad-exit=1", "--wait=30")
+# for srun to end the other ranks: more than that wait, and than SLURM's usual KillWait of 30
+_SRUN_SECONDS = 60
 
 
 def submit(
@@ -162,9 +164,11 @@ def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]
             "export TDDS_JOB_STARTED=$(date +%s)",
             *cluster.setup,
             "set +eu  # what follows the ranks is to run",
+            *_watch_srun(folder),
         ],
         "teardown": [
             "code=$?",
+            "kill $watch",
             (
                 f"{cluster.python} -m tdds_dist.launch.requeue {folder} $code {cluster.num_ranks}"
                 f" {cluster.requeue_failures}; code=$?"
@@ -185,6 +189,22 @@ def _parameters(cluster: Cluster, name: str, log_dir: Path, after: Sequence[str]
             "exit $code",
         ],
     }
+
+
+def _watch_srun(folder: str) -> list[str]:
+    """Return lines that end srun a while after a rank has said why it left: srun waits for hours to
+    hear of the ranks on a host that it no longer reaches, although the controller has ended
+    them."""
+    job = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+    return [
+        "# ranks that srun no longer hears of are not waited for",
+        f"ends() {{ cat {folder}/{job}_*_end.jsonl 2>/dev/null | wc -l; }}",
+        "before=$(ends)",
+        "(while sleep 20 && kill -0 $$; do",
+        f"    [ $(ends) -eq $before ] || {{ sleep {_SRUN_SECONDS}; pkill -P $$ -x srun; }}",
+        "done) >/dev/null 2>&1 &",
+        "watch=$!; disown",
+    ]
 
 
 def _local(cluster: Cluster, log_dir: Path) -> Any:

@@ -313,18 +313,20 @@ def test_a_damaged_count_of_failures_does_not_end_the_job(tmp_path, left):
 # ---- the end of an sbatch file, as bash runs it
 
 
-def run_sbatch_file(folder, code, *, shown="", after=None, variables=(), **cluster):
-    """Run the file with stand-ins for srun and scontrol; what it returned, and what scontrol was
-    told. With `after`, a stand-in for the requeueing leaves with that code."""
+def run_sbatch_file(folder, code, *, shown="", after=None, variables=(), more="", **cluster):
+    """Run the file with stand-ins for srun (which does `more`), scontrol and sleep; what it
+    returned, and what scontrol was told. With `after`, a stand-in for the requeueing leaves with
+    that code."""
     told, log_dir, bin_ = folder / "scontrol.txt", folder / "log dir", folder / "bin"
     told.unlink(missing_ok=True)
     log_dir.mkdir(exist_ok=True)
     bin_.mkdir(exist_ok=True)
-    srun = f'echo "srun: TDDS_JOB_STARTED=$TDDS_JOB_STARTED SETUP=$SETUP"; exit {code}'
+    srun = f'echo "srun: TDDS_JOB_STARTED=$TDDS_JOB_STARTED SETUP=$SETUP"; {more} exit {code}'
     for name, body in {
         "srun": srun,
         "scontrol": f'echo "$@" >>{told}; echo "{shown}"',
         "python": f"exit {after}",
+        "sleep": "exec /bin/sleep 0.1",
     }.items():
         (bin_ / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_ / name).chmod(0o755)
@@ -388,6 +390,17 @@ def test_the_sbatch_file_queues_itself_again(tmp_path):
     assert told == "requeue 15\n"
     assert left.returncode == REQUEUE
     assert "job 12_3 queued again" in left.stderr
+
+
+def test_an_srun_that_never_hears_of_a_rank_is_ended(tmp_path):
+    ends = tmp_path / "log dir" / "12_0_end.jsonl"
+    more = f"""echo '{{"kind": "lost"}}' >>'{ends}'; while :; do /bin/sleep 0.1; done;"""
+    for number in (1, 2):  # what an earlier start has left does not count
+        left, told = run_sbatch_file(tmp_path, 1, more=more)
+        assert (left.returncode, told) == (REQUEUE, "requeue 12\n")
+        assert len(ends.read_text().splitlines()) == number
+    left, told = run_sbatch_file(tmp_path, 3, more="/bin/sleep 1;", after=3)
+    assert (left.returncode, told) == (3, "")
 
 
 # ---- how ranks find each other

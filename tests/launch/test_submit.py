@@ -539,7 +539,7 @@ def test_sbatch_file_has_everything_that_the_cluster_file_says(submit, tmp_path,
     assert re.search(r" --wait=[1-9]\d* ", srun)
     assert srun.endswith(f" {python} -u -m submitit.core._submit {folder}")
     assert (
-        f"\ncode=$?\n{python} -m tdds_dist.launch.requeue {folder} $code 6 9; code=$?\nif [ $code -eq 75 ];"
+        f"\ncode=$?\nkill $watch\n{python} -m tdds_dist.launch.requeue {folder} $code 6 9; code=$?\nif [ $code -eq 75 ];"
         " then\n" in collect
     )
     assert collect.endswith(

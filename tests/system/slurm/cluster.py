@@ -4,7 +4,7 @@ left behind.
 Everything lies in one directory: configuration, state, logs, the sockets of an own munge and an own
 MariaDB. Commands find the cluster by SLURM_CONF alone, so a SLURM that is installed here does not
 notice. Nodes are named 127.0.0.1 and 127.0.0.2: names that resolve anywhere, so no file of the
-system is changed.
+system is changed. They may also be hosts with a network of their own (`tests/system/hosts.py`).
 
 A process of its own, the keeper, starts the daemons and adopts whatever they leave without a parent
 (slurmstepd, tasks of jobs). When it is told to stop, or the process that asked for the cluster has
@@ -18,6 +18,7 @@ killed, the next start cleans up.
 
 import contextlib
 import ctypes
+import json
 import os
 import pwd
 import secrets
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -53,7 +54,7 @@ _DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", "slurmscriptd", "slur
 
 _SLURM_CONF = """\
 ClusterName=throwaway
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({head})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
@@ -74,7 +75,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=127.0.0.1
+AccountingStorageHost={head}
 AccountingStoragePort={ports[1]}
 AccountingStoragePass={directory}/munge.sock
 SelectType=select/cons_tres
@@ -96,8 +97,7 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=64000
-NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=4 RealMemory=64000
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 PartitionName=scavenger Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=3
 """
@@ -106,7 +106,7 @@ _SLURMDBD_CONF = """\
 AuthType=auth/munge
 AuthInfo=socket={directory}/munge.sock
 DbdHost={host}
-DbdAddr=127.0.0.1
+DbdAddr={head}
 DbdPort={ports[1]}
 SlurmUser={user}
 LogFile={directory}/log/slurmdbd.log
@@ -131,9 +131,14 @@ def missing_programs() -> list[str]:
 class SlurmCluster:
     """The cluster, from `start` to `stop`. A test gets one as the fixture `slurm`."""
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path | None = None, nodes: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """Nodes other than two of this machine: names that resolve on each of them, with the words
+        that run a command there. All that is not a slurmd is on the first."""
         self.directory = directory or _new_directory()
-        self.nodes = NODES
+        self._enter = nodes or dict.fromkeys(NODES, ())
+        self.nodes = tuple(self._enter)
         self._keeper: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "SlurmCluster":
@@ -149,7 +154,7 @@ class SlurmCluster:
         return {"SLURM_CONF": str(self.directory / "slurm.conf")}
 
     def start(self, outlives_this_process: bool = False) -> None:
-        """Returns when both nodes are idle."""
+        """Returns when all nodes are idle."""
         if missing := missing_programs():
             raise SlurmError(
                 f"{', '.join(missing)} not found; tests/system/slurm/install.sh installs what a"
@@ -167,9 +172,9 @@ class SlurmCluster:
                 f"{self.directory} is not empty, or the cluster in it runs; name a new directory"
             )
         owner = 0 if outlives_this_process else os.getpid()
-        command = [sys.executable, "-I", __file__, "keep", str(self.directory), str(owner)]
+        keep = ["keep", str(self.directory), str(owner), json.dumps(self._enter)]
         self._keeper = subprocess.Popen(
-            command,
+            self.command(sys.executable, "-I", __file__, *keep),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
@@ -210,6 +215,11 @@ class SlurmCluster:
 
     # ---- commands
 
+    def command(self, *words: str) -> list[str]:
+        """The command that runs another one where the cluster's commands work: on the first
+        node."""
+        return [*self._enter[self.nodes[0]], *words]
+
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
         """Standard output of a command, which sees this cluster and no variable of a job that this
         process may be in."""
@@ -219,7 +229,7 @@ class SlurmCluster:
             if not key.startswith(("SLURM", "SBATCH", "SRUN"))
         }
         done = subprocess.run(
-            command,
+            self.command(*command),
             env=environment | self.environment,
             timeout=timeout,
             check=False,
@@ -281,7 +291,7 @@ class SlurmCluster:
         return "\n".join(parts)
 
     def cancel_all(self, deadline: float = 120) -> None:
-        """Cancels every job, kills what jobs left running, mends the nodes; returns when both are
+        """Cancels every job, kills what jobs left running, mends the nodes; returns when all are
         idle."""
         if jobs := self.run("squeue", "-h", "-o", "%A").split():
             self.run("scancel", *set(jobs), check=False)
@@ -302,7 +312,7 @@ class SlurmCluster:
                     self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
             return list(states.values()) == ["idle"] * len(self.nodes)
 
-        _until(are_idle, deadline, "both nodes are idle", self.logs)
+        _until(are_idle, deadline, "all nodes are idle", self.logs)
 
     def _shown(self, job_id: str | int) -> dict[str, str]:
         lines = self.run("scontrol", "show", "job", "-o", str(job_id), check=False).splitlines()
@@ -569,21 +579,29 @@ def _remove(directory: Path) -> None:
 class _Keeper:
     """Starts the daemons, starts a slurmd again on demand, and ends everything."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, nodes: Mapping[str, Sequence[str]]) -> None:
         self.directory = directory
-        self.reserved = [_reserve_port() for _ in range(4)]
+        self.nodes = nodes
+        self.reserved = [_reserve_port() for _ in range(2 + len(nodes))]
+        ports = [reserved.getsockname()[1] for reserved in self.reserved]
+        host = socket.gethostname().split(".")[0]
         self.values = {
             "directory": directory,
-            "nodes": NODES,
-            "host": socket.gethostname().split(".")[0],
+            "nodes": "\n".join(
+                f"NodeName={node} NodeHostname={node if words else host} NodeAddr={node}"
+                f" Port={port} CPUs=4 RealMemory=64000"
+                for (node, words), port in zip(nodes.items(), ports[2:], strict=True)
+            ),
+            "host": host,
+            "head": next(iter(nodes)),
             "user": pwd.getpwuid(os.getuid()).pw_name,
             "credential_seconds": CREDENTIAL_SECONDS,
             "first_job_id": 1000 * secrets.randbelow(60) + 1,
-            "ports": [reserved.getsockname()[1] for reserved in self.reserved],
+            "ports": ports,
         }
 
     def start(self) -> None:
-        for name in ("log", "state", "mariadb", *(f"spool-{node}" for node in NODES)):
+        for name in ("log", "state", "mariadb", *(f"spool-{node}" for node in self.nodes)):
             (self.directory / name).mkdir()
         self.write("slurm.conf", _SLURM_CONF.format_map(self.values))
         self.write("slurmdbd.conf", _SLURMDBD_CONF.format_map(self.values), 0o600)
@@ -640,18 +658,19 @@ class _Keeper:
         )
         slurmctld = self.daemon("slurmctld", "-D", "-f", conf)
         self.until("slurmctld", slurmctld, partial(self.prints, "UP", "scontrol", "ping"))
-        for node, slurmd in [(node, self.slurmd(node)) for node in NODES]:
+        for node, slurmd in [(node, self.slurmd(node)) for node in self.nodes]:
             shown = ["sinfo", "-h", "-n", node, "-p", "main", "-o", "%T"]
             self.until(f"slurmd-{node}", slurmd, partial(self.prints, "idle", *shown))
         # sacct knows jobs once slurmctld has told slurmdbd where it listens
         clusters = ["sacctmgr", "-n", "-P", "show", "cluster", "format=ControlHost"]
-        self.until("slurmctld", slurmctld, partial(self.prints, "127.0.0.1", *clusters))
+        address = socket.gethostbyname(str(self.values["head"]))
+        self.until("slurmctld", slurmctld, partial(self.prints, address, *clusters))
 
     def serve(self, owner: int) -> None:
         """Until the owner has died (0: for ever), or a signal raises SystemExit."""
         while owner in (0, os.getppid()):
             self.reap()
-            for node in NODES:
+            for node in self.nodes:
                 wanted = self.directory / f"slurmd-{node}.wanted"
                 if wanted.exists():
                     wanted.unlink()
@@ -684,6 +703,7 @@ class _Keeper:
 
     def slurmd(self, node: str) -> "subprocess.Popen[bytes]":
         process = self.daemon(
+            *self.nodes[node],
             "slurmd",
             "-D",
             "-N",
@@ -747,7 +767,7 @@ def _answers(path: str) -> bool:
         return True
 
 
-def _keep(directory: Path, owner: int) -> NoReturn:
+def _keep(directory: Path, owner: int, nodes: Mapping[str, Sequence[str]]) -> NoReturn:
     def end(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(0)
 
@@ -756,7 +776,7 @@ def _keep(directory: Path, owner: int) -> NoReturn:
     adopt_orphans = 36  # PR_SET_CHILD_SUBREAPER
     ctypes.CDLL(None, use_errno=True).prctl(adopt_orphans, 1, 0, 0, 0)
     _write_process(directory / _KEEPER, os.getpid())
-    keeper = _Keeper(directory)
+    keeper = _Keeper(directory, nodes)
     answer = ""
     try:
         try:
@@ -780,8 +800,8 @@ def _keep(directory: Path, owner: int) -> NoReturn:
 def main(arguments: list[str]) -> None:
     """What people type; `keep` is what `start` runs."""
     match arguments:
-        case ["keep", directory, owner]:
-            _keep(Path(directory), int(owner))
+        case ["keep", directory, owner, nodes]:
+            _keep(Path(directory), int(owner), json.loads(nodes))
         case ["start", directory]:
             SlurmCluster(Path(directory).resolve()).start(outlives_this_process=True)
         case ["stop", directory]:

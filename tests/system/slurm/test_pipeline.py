@@ -7,6 +7,7 @@ that was not.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import pytest
 
+from tdds_dist.launch.records import read_ends
 from tdds_dist.runs.directory import RunDir
 from tests.jobs import differences, state_of
-from tests.system.slurm.cluster import SlurmCluster
+from tests.system import hosts as network
+from tests.system.slurm.cluster import SlurmCluster, missing_programs
 from tests.system.slurm.test_cluster import until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
+no_hosts = network.why_not()
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 EPOCHS = 12
@@ -59,7 +63,11 @@ score: {{windows: [{{T: 10, K: 5, pruning_rates: [0.5]}}, {{T: 5, K: 3, pruning_
 @pytest.fixture(scope="module")
 def undisturbed(folder):
     """The same collection under torchrun, on as many ranks, with nothing done to it."""
-    run = folder / "undisturbed"
+    return run_here(folder, "collect", folder / "undisturbed")
+
+
+def run_here(folder, stage, run, *settings):
+    """Run a stage under torchrun, on two ranks; return its directory."""
     environment = os.environ | {
         "OMP_WAIT_POLICY": "PASSIVE",
         "TDDS_CPUS_PER_RANK": "1",
@@ -67,20 +75,20 @@ def undisturbed(folder):
     }
     torchrun = Path(sys.executable).with_name("torchrun")
     words = (
-        f"--standalone --nproc-per-node 2 -m tdds_dist collect {folder}/config.yaml run.dir={run}"
+        f"--standalone --nproc-per-node 2 -m tdds_dist {stage} {folder}/config.yaml run.dir={run}"
     )
-    command = [str(torchrun), *words.split()]
+    command = [str(torchrun), *words.split(), *settings]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=500)
     return run
 
 
 def submit(slurm, folder, run, *arguments, cluster=CPU_TEST, config="config.yaml"):
     """`tdds submit` on the cluster, from the command line."""
-    command = [
+    command = slurm.command(
         str(Path(sys.executable).with_name("tdds")),
         *f"submit {folder / config} --cluster {cluster} run.dir={run}".split(),
         *arguments,
-    ]
+    )
     environment = os.environ | slurm.environment | {"OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
@@ -96,7 +104,7 @@ def slow_first_start(folder):
         " update = engine.Trainer._update\n    engine.Trainer._update = lambda self:"
         " (time.sleep(0.2 if self.step > 40 else 0), update(self))[1]\n"
     )
-    return [f"export PYTHONPATH={hook}"]
+    return [f"export PYTHONPATH={hook}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def cluster_file(folder, **changes):
@@ -330,6 +338,26 @@ def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm, folder, u
     check_as_if_nothing_happened(run, undisturbed)
 
 
+def test_a_pruned_training_is_queued_again_in_mid_schedule(slurm, folder):
+    settings = ["prune.method=infobatch", "prune.rate=0.5"]
+    run = folder / "pruned"
+    done = submit(slurm, folder, run, *settings, "--stage", "train")
+    assert done.returncode == 0, done.stderr
+    (job_id,) = job_ids(run)["train"]
+    until_epoch(run, 5)
+    send_usr2(slurm, job_id, run)
+    slurm.wait_for(job_id, "COMPLETED", 400)
+    assert slurm.restarts(job_id) == 1
+    undisturbed = run_here(folder, "train", folder / "pruned_here", *settings)
+    check_as_if_nothing_happened(run, undisturbed)
+    sets, others = (
+        {path.name: path.read_bytes() for path in sorted(RunDir(each).pruning.glob("*.npz"))}
+        for each in (run, undisturbed)
+    )
+    assert sets == others
+    assert len(sets) == 9, "1 to 9 of 12: the last eighth, and more, visits all"
+
+
 def test_a_cancelled_job_is_not_queued_again(slurm, folder):
     run = folder / "cancelled"
     assert submit(slurm, folder, run, "--stage", "collect").returncode == 0
@@ -380,4 +408,63 @@ def test_sbatch_example_with_srun_and_torchrun(slurm, folder, undisturbed):
     slurm.wait_for(job_id, "COMPLETED", 500)
     assert slurm.restarts(job_id) == 1
     assert "time limit: saved at" in (run / "log.txt").read_text()
+    check_as_if_nothing_happened(run, undisturbed)
+
+
+# ---- on hosts with a network of their own
+
+
+@pytest.mark.skipif(bool(missing_programs()), reason="tests/system/slurm/install.sh installs them")
+@pytest.mark.skipif(bool(no_hosts), reason=f"no hosts here: {no_hosts}")
+def test_hosts_that_cannot_reach_each_other(folder, undisturbed, tmp_path):
+    """The ranks are on two hosts. First these lose each other, while both reach the controller on a
+    third (what srun never hears of, its job does not wait for); then one of them loses everybody
+    for ever, and a fourth takes its place."""
+    run = folder / "hosts"
+    sooner = "sleep() { command sleep $(($1 / 10)); }"  # in the sbatch file, which waits for srun
+    more = {"extra": {"exclude": "host1"}, "setup": [*slow_first_start(folder), sooner]}
+
+    def cut(*pairs):
+        for pair in pairs:
+            hosts.cables[pair].is_cut = True
+        return time.time()
+
+    with (
+        network.hosts(4, tmp_path) as hosts,
+        SlurmCluster(nodes={host.name: host.command() for host in hosts.all}) as slurm,
+    ):
+        done = submit(
+            slurm,
+            folder,
+            run,
+            *("--stage", "collect", "run.timeout_seconds=12"),
+            cluster=cluster_file(folder, **more),
+        )
+        assert done.returncode == 0, done.stderr
+        (job_id,) = job_ids(run)["collect"]
+
+        until_epoch(run, 3)
+        cut((2, 3), (3, 2))
+        until(lambda: slurm.restarts(job_id) == 1, 240)
+        assert f"job {job_id} queued again: rank " in log_text(run)
+        hosts.set(is_cut=False)
+
+        until_epoch(run, 6)
+        since = cut(*(pair for pair in hosts.cables if 3 in pair))
+        until(lambda: slurm.restarts(job_id) == 2, 240)
+        ends = {end.rank: end for end in read_ends(run / "jobs", job_id) if end.restart == 1}
+        for rank, host, other in ((0, "host2", "rank 1 on host3"), (1, "host3", "rank 0 on host2")):
+            assert re.search(
+                rf"rank {rank} on {host}, epoch \d+, step \d+: {other} did not answer within 12 s",
+                ends[rank].message,
+            )
+            assert ends[rank].time - since < 2 * 12 + 2
+
+        slurm.wait_for(job_id, "COMPLETED", 400)
+        nodes = slurm.run("sacct", "-D", "-X", "-n", "-P", "-j", job_id, "-o", "State,NodeList")
+        assert nodes.split() == [
+            "REQUEUED|host[2-3]",
+            "NODE_FAIL|host[2-3]",
+            "COMPLETED|host[2,4]",
+        ]
     check_as_if_nothing_happened(run, undisturbed)
