@@ -75,7 +75,9 @@ def test_benchmark_runs_both_ways_and_every_key(tmp_path: Path) -> None:
     assert metrics[f"{label}, times smaller"]["value"] == pytest.approx(
         windowed["peak_bytes"] / max(ours["peak_bytes"], 1)
     )
-    assert [f"trajectory N=500 T=12 {key}, s" in metrics for key in (*KEYS, "all")] == [True] * (len(KEYS) + 1)
+    assert [f"trajectory N=500 T=12 {key}, s" in metrics for key in (*KEYS, "all")] == [True] * (
+        len(KEYS) + 1
+    )
     assert result["trajectory"]["trajectory_bytes"] > 500 * 9 * 12 * 4
     page = (tmp_path / "offline_tiny.md").read_text()
     for said in (

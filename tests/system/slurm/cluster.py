@@ -588,8 +588,9 @@ class _Keeper:
         self.values = {
             "directory": directory,
             "nodes": "\n".join(
-                f"NodeName={node} NodeHostname={node if words else host} NodeAddr={node}"
-                f" Port={port} CPUs=4 RealMemory=64000"
+                # a slurmd of this machine listens where its host name leads to, whatever its node
+                f"NodeName={node} NodeHostname={node if words else host}"
+                f" NodeAddr={node if words else '127.0.0.1'} Port={port} CPUs=4 RealMemory=64000"
                 for (node, words), port in zip(nodes.items(), ports[2:], strict=True)
             ),
             "host": host,
