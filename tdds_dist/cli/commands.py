@@ -725,10 +725,10 @@ def report(options: argparse.Namespace) -> Outcome:
     check_out(options.out, "Written by <code>tdds report</code>")
     runs = find_runs(options.runs)
     path = build_report(runs, options.out or options.runs[0] / runs[0].report_file.name)
-    found = summary_tables(runs)
+    found = summary_tables(facts := [*map(read_facts, runs)])
     trained = [
-        ([str(facts.run.path) for facts in pool], rows)
-        for pool in pools([*map(read_facts, runs)])
+        ([str(each.run.path) for each in pool], rows)
+        for pool in pools(facts)
         if (rows := training_rows(pool))
     ]
     tables = [f"\n{title}\n{format_summary(rows)}" for title, rows in found]

@@ -337,8 +337,6 @@ class _ReadAhead:
     def __enter__(self) -> "_ReadAhead":
         self._file = os.open(self._info.path, os.O_RDONLY)
         self._thread = ThreadPoolExecutor(1, "reading ahead")
-        if self._is_large:
-            self._context.mmap._mmap.madvise(mmap.MADV_RANDOM)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -350,6 +348,8 @@ class _ReadAhead:
 
     def begin(self, step: int) -> None:
         """Say that the rows of a step are needed now."""
+        if self._is_large:  # in each step, as a pass that ends takes it back
+            self._context.mmap._mmap.madvise(mmap.MADV_RANDOM)
         parts = self._order.pools_at(step)
         if parts is None:
             parts = range(step, min(step + _STEPS_AHEAD, self._order.num_steps))

@@ -13,7 +13,7 @@ from typing import Any
 from tdds_dist.config.scores import score_order
 from tdds_dist.errors import InputError
 from tdds_dist.report.published import Printed, footnotes, lookup
-from tdds_dist.report.read import FULL_DATA, Facts, Retrained, read_facts, score_names
+from tdds_dist.report.read import FULL_DATA, Facts, Retrained, score_names
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.identity import setting_of
 from tdds_dist.text import MISSING, count, mean_std, percent, plus_minus, signed, table
@@ -93,14 +93,12 @@ def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
     ]
 
 
-def summary_tables(runs: Sequence[RunDir]) -> list[tuple[str, list[dict[str, Any]]]]:
+def summary_tables(found: Sequence[Facts]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return a table for each collection, or one for those of the same data together; with the
     directories it is about."""
     return [
         ("\n".join(str(facts.run.path) for facts in pool), summary_rows(pool))
-        for pool in pools(
-            [facts for facts in map(read_facts, runs) if not facts.is_pruned_training]
-        )
+        for pool in pools([facts for facts in found if not facts.is_pruned_training])
     ]
 
 

@@ -213,7 +213,8 @@ def test_runs_of_other_images_stay_apart(tmp_path):
 
 
 def test_the_terminal_shows_one_table_per_data_set(table, tmp_path):
-    tables = summary_tables([*find_runs([table]), start(tmp_path / "other", "other.beton")])
+    runs = [*find_runs([table]), start(tmp_path / "other", "other.beton")]
+    tables = summary_tables([*map(read_facts, runs)])
     assert [title.count("\n") for title, _ in tables] == [2, 0]
     assert [len(rows) for _, rows in tables] == [5, 1]
     assert "86.00 ± 1.00" in format_summary(tables[0][1])
