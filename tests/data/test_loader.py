@@ -4,6 +4,7 @@ faults that surface."""
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -371,6 +372,33 @@ def test_bytes_are_asked_for_ahead(betons, monkeypatch, free, block_rows):
     for batch in batches:
         for index, image in zip(batch.index, batch.image, strict=True):
             assert index == PADDING or torch.equal(image, wanted[int(index)])
+
+
+def test_of_a_large_file_no_page_brings_others(betons, monkeypatch):
+    """Also when one pass ends within another; afterwards the system may read around again."""
+
+    def is_random():
+        with open("/proc/self/smaps") as file:
+            maps = file.read().split(str(betons["raw"]))[1:]
+        return any(re.search(r"^VmFlags:.* rr\b", text, re.MULTILINE) for text in maps)
+
+    monkeypatch.setattr("tdds_dist.data.loader.available_bytes", lambda: 0)
+    monkeypatch.setattr("tdds_dist.data.loader.BATCHES_AHEAD", 1)
+    loader = loader_of(betons["raw"], 10, VIEWS["pad"])
+    first, second = (
+        loader.batches(epoch_order(97, 10, epoch=epoch), rank=0, world_size=1, epoch=epoch)
+        for epoch in (0, 1)
+    )
+    next(second)
+    assert is_random()
+    list(first)
+    for _ in range(4):
+        next(second)
+    assert is_random()
+    list(second)
+    first.close()
+    second.close()
+    assert not is_random()
 
 
 def _copies(loader, order, **options):

@@ -318,7 +318,7 @@ def test_what_decides_a_pruned_training(config_file, tmp_path):
         assert any("score.windows" in key for key in differences(run, now, {"stage": stage})) == (
             is_another
         )
-    assert kind_of("prune", "rate", "train") == DECIDES
+    assert kind_of("prune", "rate", "train") == kind_of("score", "baselines", "train") == DECIDES
     assert kind_of("collect", "stop_after", "train") == PLACE
     assert kind_of("prune", "rate", "collect") == kind_of("prune", "rate", "retrain") == PLACE
 
