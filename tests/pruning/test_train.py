@@ -367,7 +367,7 @@ def test_accuracy_against_images_seen(pruned, tmp_path):
     assert (static["seeds"], static["to_full"]) == ([0, 1], -6.0)
     alone = training_rows([facts[0], facts[2], facts[4]])
     assert [row["share"] for row in alone] == [pytest.approx(100 * 535 / 720), 75.0, 75.0]
-    other = run("other", "unweighted", *none, ("train.lr", 0.1), images_seen=530, final_top1=1.0)
+    other = run("other", "unweighted", *none, ("train.lr", 0.1), images_seen=540, final_top1=1.0)
     rows = {
         row["name"]: row for row in training_rows([*facts, read_facts(RunDir(tmp_path / "other"))])
     }
@@ -390,5 +390,9 @@ def test_what_a_plan_says(config_file, capsys):
     assert (training["name"], training["images_seen"]) == ("train, static", 780)
     assert training["hours"] == pytest.approx(780 / 0.1 / 3600)
     assert said["disk"]["sets_of_epochs_bytes"] == 7 * 2 * 120 // 8
+    weighed = [*words, "prune.importance=batch"]
+    assert main(["plan", str(config_file), *weighed, *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["disk"]["sets_of_epochs_bytes"] == 7 * (2 + 32) * 120 // 8
     assert main(["train", str(config_file), *words, "--schedule-only", *options[2:4]]) == 0
     assert "2.17 (full training 3.33)" in capsys.readouterr().out
