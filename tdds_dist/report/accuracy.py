@@ -15,7 +15,7 @@ from tdds_dist.report import charts
 from tdds_dist.report.published import footnotes
 from tdds_dist.report.read import FULL_DATA, Facts
 from tdds_dist.report.results import run_name, summary_rows
-from tdds_dist.runs.identity import setting_of
+from tdds_dist.runs.identity import DECIDES, kind_of, setting_of
 from tdds_dist.text import MISSING, count, mean_std, percent, plus_minus, signed, table
 
 # the sentence is about this pruning rate where it was retrained at, else about the largest
@@ -308,8 +308,10 @@ def training_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     differing = [
         name
         for name in sorted({name for own in settings for name in own})
-        if not name.startswith("prune.")
+        for section, _, key_of in [name.partition(".")]
+        if section != "prune"
         and name != "train.epochs"
+        and kind_of(section, key_of, "train") == DECIDES  # not how often it evaluates
         and len({own.get(name) for own in settings}) > 1
     ]
     rows = {}

@@ -349,7 +349,7 @@ def test_accuracy_against_images_seen(pruned, tmp_path):
     run("twin", "unweighted", ("prune.twin", True), final_top1=58.0)
     none = [("prune.method", "none"), ("prune.rate", 0.0), ("prune.start", None)]
     run("full", "unweighted", *none, images_seen=720, final_top1=70.0)
-    shorter = [*none, ("train.epochs", 4)]
+    shorter = [*none, ("train.epochs", 4), ("train.eval_every", 4)]
     run("shorter", "unweighted", *shorter, images_seen=535, images_of_full=480, final_top1=61.0)
     assert (own["images_seen"], own["images_of_full"]) == (540, 720)
     names = ["own", "seed1", "twin", "full", "shorter"]
