@@ -15,6 +15,7 @@ unpickled with the few names that it needs, and everything that is not a tensor 
 of checkpoints is that of their steps; clocks have no part in it.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -161,6 +162,7 @@ class Checkpoints:
         in_background = self._asynchronous and not wait
         if in_background or self._buffers:  # else torch's writer makes a copy of its own
             tensors = self._staged(tensors)
+        record = copy.deepcopy(record)  # the caller's lists grow while it is written
 
         self._defect = RuntimeError(f"the thread of checkpoint {step} did not begin")
 

@@ -591,6 +591,9 @@ class Trainer:
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
         # a checkpoint of an older version, which skipped nothing, does not say it
         self.history.setdefault("images", [self.num_images] * self.epoch)
+        for name in ("epoch_seconds", "wall_seconds", "images"):
+            # older versions could write those of the next epoch too
+            self.history[name] = self.history[name][: self.epoch]
         if self.job.schedule is not None and self.epoch < self.job.epochs_run:
             self._visit(self.job.schedule.recall(self.epoch, record["visits"]))
         observed = self._observer_state()

@@ -875,6 +875,11 @@ def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
         tensor.zero_()
     checkpoints.close()
     assert find(tmp_path / "alone") == (4, [], [])
+    seconds = [1.0]
+    checkpoints.save(5, tensors, {"history": {"seconds": seconds}})
+    seconds.append(2.0)
+    checkpoints.close()
+    assert checkpoints.latest().record == {"history": {"seconds": [1.0]}}
 
 
 def _guarded_rank(rank, directory):
