@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from tdds_dist.config.run import load_config
 from tdds_dist.config.scores import Window
 from tdds_dist.distributed.partition import epoch_order
-from tdds_dist.pruning.plan import PruningPlan
+from tdds_dist.pruning.plan import BY_RUN, METHODS, PruningPlan
 from tdds_dist.pruning.schedule import PruningSchedule
 from tdds_dist.report.accuracy import format_trainings, training_rows
 from tdds_dist.report.read import read_facts
@@ -33,15 +34,19 @@ from tdds_dist.runs.directory import RunDir
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.text import markdown_table
 
-METHODS = {
-    "static, p = 0.3": ("method=static", "rate=0.3", "start=20"),
-    "static, p = 0.5": ("method=static", "rate=0.5", "start=20"),
-    "static, p = 0.7": ("method=static", "rate=0.7", "start=20"),
-    "refresh, p = 0.5, every 5": ("method=refresh", "rate=0.5", "start=10", "every=5"),
-    "infobatch, r = 0.5": ("method=infobatch", "rate=0.5"),
-    "hard first, p_y < 0.9": ("method=hard_first", "threshold=0.9"),
-    "progressive, R = 0.75, q = 0.85": ("method=progressive", "rate=0.3625", "drawn=0.75"),
-}
+
+def methods(epochs: int) -> dict[str, tuple[str, ...]]:
+    """Return the keys of each method in a training of so many epochs."""
+    two_thirds, third, sixth = (max(1, round(epochs * share / 6)) for share in (4, 2, 1))
+    return {
+        "static, p = 0.3": ("method=static", "rate=0.3", f"start={two_thirds}"),
+        "static, p = 0.5": ("method=static", "rate=0.5", f"start={two_thirds}"),
+        "static, p = 0.7": ("method=static", "rate=0.7", f"start={two_thirds}"),
+        "refresh, p = 0.5": ("method=refresh", "rate=0.5", f"start={third}", f"every={sixth}"),
+        "infobatch, r = 0.5": ("method=infobatch", "rate=0.5"),
+        "hard first, p_y < 0.9": ("method=hard_first", "threshold=0.9"),
+        "progressive, R = 0.75, q = 0.85": ("method=progressive", "rate=0.3625", "drawn=0.75"),
+    }
 
 
 def trained(config: Path, folder: Path, seed: int, *words: str) -> RunDir:
@@ -54,24 +59,28 @@ def trained(config: Path, folder: Path, seed: int, *words: str) -> RunDir:
     return run
 
 
-def runs(config: Path, out: Path, num_seeds: int, words: list[str], jobs: int) -> list[RunDir]:
-    """Return the runs of all methods, twins and shorter trainings; `jobs` run at a time."""
+def runs(
+    config: Path, out: Path, num_seeds: int, words: list[str], jobs: int, only: list[str]
+) -> list[RunDir]:
+    """Return the runs of these methods, twins and shorter trainings; `jobs` run at a time."""
 
-    def of_seeds(stem: str, *more: str) -> list[RunDir]:
+    def of_seeds(stem: str, *more: str, twin_of: str = "") -> list[RunDir]:
+        def of_seed(seed: int) -> RunDir:
+            source = [f"prune.twin_of={out / twin_of}_seed{seed}"] if twin_of else []
+            return trained(config, out / f"{stem}_seed{seed}", seed, *words, *more, *source)
+
         with ThreadPoolExecutor(jobs) as pool:
-            return [
-                *pool.map(
-                    lambda seed: trained(config, out / f"{stem}_seed{seed}", seed, *words, *more),
-                    range(num_seeds),
-                )
-            ]
+            return [*pool.map(of_seed, range(num_seeds))]
 
     found = of_seeds("full")
-    for keys in METHODS.values():
-        stem = "_".join(key.partition("=")[2] for key in keys)
+    for keys in methods(load_config(config, words).train.epochs).values():
+        stem, method = "_".join(key.partition("=")[2] for key in keys), keys[0].partition("=")[2]
+        if method not in only:
+            continue
         prune = [f"prune.{key}" for key in keys]
         found += (own := of_seeds(stem, *prune))
-        found += of_seeds(f"{stem}_twin", *prune, "prune.twin=true")
+        source = stem if method in BY_RUN else ""
+        found += of_seeds(f"{stem}_twin", *prune, "prune.twin=true", twin_of=source)
         results = [run.read_result() or {} for run in own]
         seen = statistics.fmean(result["images_seen"] / result["num_images"] for result in results)
         found += of_seeds(f"shorter{round(seen)}", f"train.epochs={round(seen)}")
@@ -141,7 +150,7 @@ def decisions(num_samples: int, epochs: int = 30) -> str:
         scorer.record(index_N, torch.randn(num_samples, 2), label_N[index_N])
         scorer.end_epoch()
     lines = [["", "seconds", "bytes of the record"]]
-    for name, keys in METHODS.items():
+    for name, keys in methods(epochs).items():
         words = dict(key.split("=") for key in keys)
         method = words.pop("method")
         settings: dict[str, Any] = {key: float(value) for key, value in words.items()}
@@ -169,6 +178,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/train_for_less"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--methods", nargs="+", choices=METHODS[1:], default=METHODS[1:])
     parser.add_argument("--decisions", action="store_true", help="time decisions, train nothing")
     options = parser.parse_args()
     if options.decisions:
@@ -176,7 +186,7 @@ def main() -> None:
         return
     if options.config is None:
         parser.error("give a config, e.g. configs/digits.yaml, or --decisions")
-    words = (options.overrides, options.jobs)
+    words = (options.overrides, options.jobs, options.methods)
     write_results(runs(options.config, options.out, options.seeds, *words), options.out)
     print((options.out / "table.md").read_text())
 

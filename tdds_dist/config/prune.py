@@ -25,8 +25,8 @@ READS: dict[str, tuple[str, ...]] = {
     "none": (),
     "static": (*_ALL, "rate", "score", "sampler", "class_balanced", "importance"),
     "refresh": (*_ALL, "rate", "sampler", "class_balanced", "importance", "every", "explore"),
-    "infobatch": (*_ALL, "rate"),
-    "hard_first": (*_ALL, "threshold"),
+    "infobatch": (*_ALL, "twin_of", "rate"),
+    "hard_first": (*_ALL, "twin_of", "threshold"),
     "progressive": (*_ALL, "rate", "drawn"),
 }
 
@@ -121,5 +121,12 @@ class Prune(Section):
         description=(
             "The random control: whenever the method chooses, as many images at random, and its"
             " weights dealt out at random."
+        ),
+    )
+    twin_of: str | None = Field(
+        None,
+        description=(
+            "Run directory of the finished training whose images per epoch and weights a random"
+            " control takes; infobatch and hard_first need it, whose numbers follow from the run."
         ),
     )

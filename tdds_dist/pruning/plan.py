@@ -12,6 +12,7 @@ from tdds_dist.errors import InputError
 
 METHODS: tuple[str, ...] = get_args(MethodName)
 BY_SCORE = ("static", "refresh")  # the others prune by the last visit's probability
+BY_RUN = ("infobatch", "hard_first")  # whose numbers follow from the run
 SCORES: tuple[str, ...] = get_args(ScoreName)
 _INFOBATCH_SHARE = 0.875  # of the epochs, which are pruned
 
@@ -83,6 +84,12 @@ class PruningPlan:
         return self.method in BY_SCORE and self.score == "tdds"
 
     @property
+    def takes_numbers(self) -> bool:
+        """Say whether this is a random control whose numbers only the method's own training
+        tells."""
+        return self.twin and self.method in BY_RUN
+
+    @property
     def first_pruned(self) -> int:
         """Return the first epoch that may skip samples."""
         return 1 if self.start is None else self.start
@@ -113,7 +120,7 @@ class PruningPlan:
         """Return the number of samples that an epoch visits, None where only the run will tell."""
         if self.is_full(epoch):
             return self.num_samples
-        if self.method in ("infobatch", "hard_first"):
+        if self.method in BY_RUN:
             return None
         return max(1, self.num_samples - round(self.rate * self.num_samples))
 

@@ -22,7 +22,7 @@ from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.partition import ALL, Visits
 from tdds_dist.errors import InputError
 from tdds_dist.pruning import rules
-from tdds_dist.pruning.plan import BY_SCORE, PruningPlan
+from tdds_dist.pruning.plan import BY_RUN, BY_SCORE, PruningPlan
 from tdds_dist.runs.artifacts import Scores, fingerprint, write_atomically
 from tdds_dist.scoring.offline import BASELINES, check_options
 from tdds_dist.scoring.scorer import ShardedScorer
@@ -39,6 +39,8 @@ class PruningSchedule:
         baselines: options of the other scores that static may prune by, from the trajectory of the
             scorer.
         folder: where decisions are recorded; None keeps no record.
+        twin_of: `folder` of the method's own training, for the random control of infobatch and
+            hard_first, which takes its numbers and weights from there.
 
     Protocol: before each epoch all ranks call `decide`, between `end_epoch` of the scorer and its
     next `expect`; a run that goes on calls `recall` instead for the epoch that it is in.
@@ -52,6 +54,7 @@ class PruningSchedule:
         window: Window | None = None,
         baselines: Baselines | None = None,
         folder: Path | None = None,
+        twin_of: Path | None = None,
     ):
         self._baselines = Baselines() if baselines is None else baselines
         check_score(plan, window, scorer.preset, self._baselines)
@@ -59,20 +62,30 @@ class PruningSchedule:
             raise InputError(
                 f"score={plan.score} comes from the trajectory; give the scorer trajectory=DIR"
             )
+        if plan.takes_numbers != (twin_of is not None):
+            raise InputError(
+                f"twin_of={twin_of} must be the folder of the decisions that a random control of"
+                f" {' or '.join(BY_RUN)} takes its numbers from, and None for all else"
+            )
         self.plan, self._scorer, self._window, self._folder = plan, scorer, window, folder
+        self._twin_of = twin_of
         self._visits = Visits()
 
     def decide(self, epoch: int) -> Visits:
         """Return the samples of the epoch that comes next, and record them. A collective.
 
         Raises:
-            InputError: the ranks do not agree (another NumPy or processor rounds otherwise); on
-            every rank.
+            InputError: the ranks do not agree (another NumPy or processor rounds otherwise), or
+            the record of `twin_of` is damaged; on every rank.
         """
         if self.plan.is_full(epoch):
             self._visits = Visits()
         elif self.plan.is_decided_anew(epoch):
-            kept_N, weight_N = self._apply_rule([self.plan.seed, epoch])
+            if self._twin_of is None:
+                kept_N, weight_N = self._apply_rule([self.plan.seed, epoch])
+            else:
+                with together(self._scorer.world):
+                    kept_N, weight_N = _read(self._twin_of, epoch, self.plan.num_samples)
             if self.plan.twin:
                 kept_N, weight_N = rules.twin(kept_N, weight_N, [self.plan.seed, epoch])
             self._visits = visits_of(kept_N, weight_N)
@@ -101,7 +114,7 @@ class PruningSchedule:
             assert self._folder is not None
             if problem := record_problem(self._folder, epoch, digest, self.plan.num_samples):
                 raise InputError(f"{problem}; restore it, or start over")
-            self._visits = _read(self._folder, epoch, self.plan.num_samples)
+            self._visits = visits_of(*_read(self._folder, epoch, self.plan.num_samples))
         return self._visits
 
     def most_images(self, epoch: int) -> int:
@@ -248,10 +261,10 @@ def _write(folder: Path, epoch: int, visits: Visits, num_samples: int) -> None:
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def _read(folder: Path, epoch: int, num_samples: int) -> Visits:
+def _read(folder: Path, epoch: int, num_samples: int) -> rules.Kept:
     path = _file(folder, epoch)
     if not path.is_file():
-        return Visits()
+        return rules.everyone(num_samples)
     try:
         with np.load(path, allow_pickle=False) as file:
             kept_N, is_weighed_N = (
@@ -262,13 +275,13 @@ def _read(folder: Path, epoch: int, num_samples: int) -> Visits:
             weight_N[is_weighed_N] = file["weight"]
     except Exception as error:  # of zip, zlib, NumPy: whatever a damaged file makes of them
         raise InputError(f"{path} is damaged ({error}); restore it, or start over") from error
-    return visits_of(kept_N, weight_N)
+    return kept_N, weight_N
 
 
 def record_problem(folder: Path, epoch: int, digest: str, num_samples: int) -> str:
     """Say why the record of an epoch is not the one of this digest; "" when it is."""
     try:
-        found = _read(folder, epoch, num_samples).digest
+        found = visits_of(*_read(folder, epoch, num_samples)).digest
     except InputError as error:
         return str(error)
     if found == digest:

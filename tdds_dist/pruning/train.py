@@ -1,9 +1,10 @@
 """Stage `train`: one training that skips samples while it runs."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tdds_dist.config.run import Config
+from tdds_dist.config.run import Config, parse_config
 from tdds_dist.config.scores import Window, check_window
 from tdds_dist.console import HEADING, log
 from tdds_dist.data.beton import content_of
@@ -49,6 +50,7 @@ def train(
         train_file, val_file, _ = open_files(config, decode_some=world.is_main)
         preflight(config, train_file, val_file, rows, world.device.type)
         plan = plan_of(config, train_file.num_samples)
+        twin_of = _twin_of(config, plan)
         setting: dict[str, Any] = {"stage": "train"}
         if world.is_main:
             setting["data"] = content_of((train_file, val_file))
@@ -97,6 +99,7 @@ def train(
                 window=window,
                 baselines=config.score.baselines,
                 folder=run.pruning,
+                twin_of=twin_of,
             ),
             # by epochs too where nothing is skipped: to the bit that of a plain training
             total_images=None if by_epochs else plan.total_images,
@@ -117,7 +120,7 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
     fit."""
     config.check_train()
     prune, batch = config.prune, config.train.global_batch_size
-    settings = prune.model_dump(exclude={"schedule_by"})
+    settings = prune.model_dump(exclude={"schedule_by", "twin_of"})
     if prune.method in BY_SCORE and prune.start is None:
         try:
             settings["start"] = config.window_for(prune.rate).T
@@ -141,6 +144,16 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
         check_score(plan, window, config.score.preset, config.score.baselines)
     except InputError as error:
         raise InputError(f"prune.{error}") from None
+    if plan.takes_numbers and prune.twin_of is None:
+        raise InputError(
+            f"prune.twin=true: how many images {plan.method} skips follows from its own training;"
+            " run that first, and give its run directory as prune.twin_of"
+        )
+    if prune.twin_of is not None and not prune.twin:
+        raise InputError(
+            f"prune.twin_of={prune.twin_of} is for a random control; set prune.twin=true, or leave"
+            " it out"
+        )
     if plan.score != "tdds" and not config.score.trajectory:
         raise InputError(
             f"prune.score={plan.score} is computed from the trajectory; set score.trajectory=true"
@@ -151,6 +164,31 @@ def plan_of(config: Config, num_samples: int) -> PruningPlan:
             f" method={prune.method} decides them on the way; use prune.schedule_by=epochs"
         )
     return plan
+
+
+def _twin_of(config: Config, plan: PruningPlan) -> Path | None:
+    """Return the decisions that a random control takes its numbers from, if from any; raise
+    InputError unless they are those of a finished training of the same method."""
+    if config.prune.twin_of is None:
+        return None
+    other = RunDir(config.prune.twin_of)
+    where, result = f"prune.twin_of={config.prune.twin_of}", other.read_result()
+    if result is None or result.get("stage") != "train":
+        raise InputError(
+            f"{where} must be the run directory of a finished training of {plan.method}; run `tdds"
+            " train` without prune.twin first"
+        )
+    wanted = config.prune.model_dump() | {"twin": False, "twin_of": None}
+    wanted |= {"epochs": plan.epochs, "images": plan.num_samples}
+    found = parse_config(other.read_config(), str(other.config_file)).prune.model_dump()
+    found |= {"epochs": result["epochs_planned"], "images": result["num_images"]}
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise InputError(
+                f"{where} is a training with {key}={found[key]}, this one has {value}: give it the"
+                " same settings but prune.twin and prune.twin_of"
+            )
+    return other.pruning
 
 
 def schedule_table(plan: PruningPlan, images_per_second: float | None = None) -> str:

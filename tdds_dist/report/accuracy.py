@@ -357,6 +357,7 @@ def _training_row(group: Sequence[Facts], rest: str) -> dict[str, Any]:
         key: prune[key] for key in READS.get(method, ()) if prune.get(key, usual[key]) != usual[key]
     }
     is_twin, rate = bool(own.pop("twin", False)), own.pop("rate", None)
+    own.pop("twin_of", None)
     family = method + "".join(f", {key} {value}" for key, value in own.items()) + rest
     name = f"{family}, rate {rate:g}" if rate is not None else family
     if method == "none":

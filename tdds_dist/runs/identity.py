@@ -65,8 +65,7 @@ _OF_RECORD = ("stage", "strategy", "importance", "coreset_sha256")
 
 def _kinds(stage: str) -> dict[str, str | dict[str, str]]:
     if stage == "train":  # a pruned training, which never stops early
-        rest = {section: kinds for section, kinds in KINDS.items() if section != "prune"}
-        return rest | {"collect": PLACE, "score": _SCORE_OF_TRAIN}
+        return KINDS | {"collect": PLACE, "score": _SCORE_OF_TRAIN, "prune": {"twin_of": SEED}}
     return KINDS if stage == "collect" else KINDS | _OF_RETRAIN
 
 

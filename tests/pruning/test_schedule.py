@@ -11,7 +11,7 @@ from tdds_dist.config.run import Baselines
 from tdds_dist.coreset.select import make_coreset
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import ALL, epoch_order
-from tdds_dist.pruning.plan import PruningPlan
+from tdds_dist.pruning.plan import BY_RUN, PruningPlan
 from tdds_dist.pruning.schedule import PruningSchedule, record_problem
 from tdds_dist.runs.artifacts import Scores, fingerprint, load_scores
 from tdds_dist.scoring import offline
@@ -33,7 +33,7 @@ PLANS = {
 class Run:
     """A recorded stream and a schedule that says which of its rows come."""
 
-    def __init__(self, method, folder, twin=False, **more):
+    def __init__(self, method, folder, twin=False, twin_of=None, **more):
         settings = PLANS[method] | more
         self.world = distributed.current_world("cpu")
         self.logits_TNC, self.label_N = random_stream(N, CLASSES, EPOCHS)
@@ -43,7 +43,12 @@ class Run:
         )
         plan = PruningPlan(method, N, EPOCHS, seed=4, twin=twin, **settings)
         self.schedule = PruningSchedule(
-            plan, self.scorer, window=WINDOW, baselines=BASELINES, folder=folder / "sets"
+            plan,
+            self.scorer,
+            window=WINDOW,
+            baselines=BASELINES,
+            folder=folder / "sets",
+            twin_of=twin_of,
         )
         self.checkpoints = Checkpoints(folder / "checkpoints", self.world, asynchronous=False)
         self.seen = []  # by epoch the set, as bytes
@@ -103,7 +108,8 @@ def _on_ranks(rank, folder):
     whole = {}
     for method in PLANS:
         for twin in (False, True):
-            run = Run(method, folder / f"{method}{twin}", twin).go()
+            own = folder / f"{method}False" / "sets" if twin and method in BY_RUN else None
+            run = Run(method, folder / f"{method}{twin}", twin, own).go()
             whole[method, twin] = run.outcome(), run.counts
     return whole
 
@@ -230,14 +236,18 @@ def test_refresh_chooses_again_and_explores(tmp_path):
 
 @pytest.mark.parametrize("method", PLANS)
 def test_the_twin_has_as_many_and_others(method, tmp_path, alone):
-    """Those whose number depends on the run count what their own run gives."""
+    """And the weights of the method, also where number and weights follow from the run."""
     own, twin = (alone[method, twin][0][0] for twin in (False, True))
-    for (epoch, digest, kept, _), (_, twin_digest, twin_kept, _) in zip(own, twin, strict=True):
+    for (epoch, digest, *of_own), (_, twin_digest, *of_twin) in zip(own, twin, strict=True):
         assert (digest == ALL) == (twin_digest == ALL), epoch
         if digest != ALL:
+            (kept, weight), (twin_kept, twin_weight) = of_own, of_twin
             assert kept != twin_kept
-            if method in ("static", "refresh", "progressive"):
-                assert len(kept) == len(twin_kept)
+            assert len(kept) == len(twin_kept)
+            if method in BY_RUN:  # else weights follow from scores, which differ
+                assert sorted(np.frombuffer(weight, "f4")) == sorted(
+                    np.frombuffer(twin_weight, "f4")
+                )
 
 
 @pytest.mark.parametrize(

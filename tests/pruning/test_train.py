@@ -51,6 +51,7 @@ PRUNED = {
     "unweighted": ["prune.method=static", "prune.rate=0.5", "prune.start=3"],
     "refresh": ["prune.rate=0.5", "prune.start=3", "prune.every=2", "prune.twin=true"],
     "infobatch": ["prune.rate=0.5"],
+    "infobatch_twin": ["prune.method=infobatch", "prune.rate=0.5", "prune.twin=true"],
     "hard_first": ["prune.threshold=0.6", "train.warmup_epochs=2"],
     "progressive": ["prune.rate=0.35", "prune.schedule_by=images"],
 }
@@ -109,6 +110,8 @@ def _pruned(rank, config_file, folder, stop):
     world = distributed.current_world("cpu")
     found = {}
     for method, more in PRUNED.items():
+        if method.endswith("_twin"):
+            more = [*more, f"prune.twin_of={folder / method.removesuffix('_twin')}"]
         config = settings(config_file, folder / method, method, more)
         for place in stop:
             _leave(config, world, *place)
@@ -170,6 +173,7 @@ def test_what_is_skipped_is_counted(pruned):
     assert counts["static"] == [120] * 3 + [60] * 3
     assert counts["refresh"] == [120] * 3 + [60] * 3
     assert counts["progressive"] == [120] + [78] * 5
+    assert counts["infobatch_twin"] == counts["infobatch"]
     assert counts["infobatch"][-1] == counts["hard_first"][-1] == 120, "full at the end"
 
 
@@ -283,6 +287,12 @@ def test_the_schedule_alone(config_file, tmp_path, capsys):
         (["method=static", "rate=0.5", "score=aum"], "set score.trajectory=true"),
         (["method=progressive", "rate=0.1"], "prune.drawn=0.75 must be at least"),
         (["twin=true"], "prune.twin=true means nothing with prune.method=none"),
+        (
+            ["method=infobatch", "rate=0.5", "twin=true"],
+            "give its run directory as prune.twin_of",
+        ),
+        (["method=infobatch", "rate=0.5", "twin_of=x"], "set prune.twin=true, or leave it out"),
+        (["method=static", "rate=0.5", "twin_of=x"], 'prune.twin_of="x" means nothing'),
     ],
 )
 def test_what_is_refused(config_file, words, expected):
@@ -295,6 +305,22 @@ def test_what_is_refused(config_file, words, expected):
     assert expected in str(caught.value)
     with pytest.raises(InputError, match=r"score\.on_nan=quarantine"):
         plan_of(load_config(config_file, ["score.on_nan=quarantine"]), 120)
+
+
+@pytest.mark.distributed
+def test_a_twin_takes_its_numbers_from_a_training_of_the_same_settings(pruned, tmp_path, capsys):
+    _, folder, config_file = pruned
+    twin = [*BASE, "prune.method=infobatch", "prune.twin=true", f"run.dir={tmp_path}"]
+    for other, rate, said in [
+        ("infobatch", 0.4, "is a training with rate=0.5, this one has 0.4"),
+        ("infobatch_twin", 0.5, "is a training with twin=True, this one has False"),
+        ("progressive", 0.5, "is a training with method=progressive, this one has infobatch"),
+        ("", 0.5, "must be the run directory of a finished training of infobatch"),
+    ]:
+        words = [*twin, f"prune.rate={rate}", f"prune.twin_of={folder / other}"]
+        assert main(["train", str(config_file), *words]) == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_score_any_number_of_epochs_will_do(config_file):

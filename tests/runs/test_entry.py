@@ -247,6 +247,12 @@ def test_seeds_of_one_setting(config, config_file, override, same):
     assert (setting_of(other) == setting_of(to_dict(config))) == same
 
 
+def test_random_controls_of_several_runs_are_seeds_of_one_setting(config_file):
+    words = ["prune.twin_of=runs/seed0", "prune.twin_of=runs/seed1", "prune.rate=0.5"]
+    found = [setting_of(to_dict(load_config(config_file, [word])), "train") for word in words]
+    assert found[0] == found[1] != found[2]
+
+
 # ---- with training
 
 

@@ -107,7 +107,14 @@ def torchrun(hosts, *words, options=()):
     ]
 
 
-def test_torchrun_on_two_hosts(two, words, on_one_host, tmp_path):
+@pytest.mark.parametrize("ahead", [0, 90])
+def test_torchrun_on_two_hosts(two, words, on_one_host, tmp_path, ahead):
+    """Also where the clock of the first is 90 s ahead of that of the second."""
+    if ahead and not network.FAKETIME:
+        pytest.skip("needs Debian's libfaketime")
+    two[1].clock_seconds = ahead
+    date = subprocess.check_output(two[1].command("date", "+%s"))
+    assert int(date) - time.time() == pytest.approx(ahead, abs=5)
     started = torchrun(two, "-m", "tdds_dist", *words, f"run.dir={tmp_path}/run")
     said = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
