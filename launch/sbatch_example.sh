@@ -35,22 +35,31 @@ end=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
 [[ $end == [0-9]* ]] && export TDDS_LEAVE_AT=$(($(date -d "$end" +%s) - 120))
 export TDDS_LOCK_WAIT_SECONDS=180 TDDS_JOB=$SLURM_JOB_ID OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 last=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n 1)
-export python ranks last MASTER_ADDR MASTER_PORT
+ended=$PWD/.tdds-$SLURM_JOB_ID.ended # there when the ranks of a node have ended
+rm -f "$ended"
+export python ranks last ended MASTER_ADDR MASTER_PORT
 started=$(mktemp)                    # what status.json said before means nothing
+
+# For hours srun waits to hear of a node that it no longer reaches.
+(while sleep 20 && kill -0 $$; do [ ! -e "$ended" ] || { sleep 60; pkill -P $$ -x srun; }; done) >/dev/null 2>&1 &
+watch=$!; disown
 
 # shellcheck disable=SC2016  # expanded on each node
 srun --kill-on-bad-exit=1 --wait=30 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
     [ "$SLURM_NODEID" = 0 ] && peer=$last || peer=$MASTER_ADDR
     interface=$("$python" -c "import tdds_dist.launch.rendezvous as n, sys; print(n.interface_to(sys.argv[1]) or \"\")" "$peer")
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-${interface:+=$interface}}
-    exec "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$ranks" \
-        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m tdds_dist "$@"' bash "$@"
+    trap : TERM  # the ranks get it too, save, and leave
+    "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$ranks" \
+        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m tdds_dist "$@"
+    code=$?; touch "$ended"; exit $code' bash "$@"
 code=$?
+kill $watch
 
 # torchrun has one exit code for every failure; status.json says whether the run was asked to leave and has saved.
 if [ $code -ne 0 ] && [ "$run/status.json" -nt "$started" ] && grep -q '"state": "stopped"' "$run/status.json" 2>/dev/null; then
     echo "not finished: queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
-rm -f "$started"
+rm -f "$started" "$ended"
 exit $code
