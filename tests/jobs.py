@@ -230,6 +230,14 @@ def all_of(rank: int, *injects: Inject | None) -> None:
 
 
 @later
+def clock_ahead(rank: int, seconds: float, ranks: Sequence[int]) -> None:
+    """Let the wall clock of these ranks be ahead."""
+    if rank in ranks:
+        own = time.time
+        time.time = lambda: own() + seconds
+
+
+@later
 def at_step(
     rank: int, step: int, action: Callable[[], object], ranks: Sequence[int] = EVERYBODY
 ) -> None:

@@ -1,8 +1,8 @@
 """Hosts on one machine: network namespaces with a name and an address each, and a network between
 them that delays, loses and cuts.
 
-A host has its own network, host name and /etc/hosts, and shares CPUs and files with the others; its
-clock may be ahead (`clock_seconds`, of programs that are started there, by libfaketime). Its interface `eth0` (10.77.0.<number>) is a TUN device, and a thread carries the packets
+A host has its own network, host name and /etc/hosts, and shares CPUs, files and clock with the
+others. Its interface `eth0` (10.77.0.<number>) is a TUN device, and a thread carries the packets
 from one to the other: kernels of small machines often lack `tc netem`, and a cable of one's own can
 be cut in one direction. Needs root, `ip` and /dev/net/tun; everything goes with the processes.
 """
@@ -33,8 +33,6 @@ _TUNSETIFF, _TUN_WITHOUT_HEADER = 0x400454CA, 0x1001
 _FLAGS = {"mnt": 0x00020000, "uts": 0x04000000, "net": 0x40000000}  # of setns
 _UNSHARE = ["unshare", "--net", "--uts", "--mount", "--propagation", "private"]
 _BE_HOST = 'mount --bind "$1" /etc/hosts; hostname "$2"; echo; exec sleep infinity'
-# Debian's libfaketime
-FAKETIME = [*map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -64,7 +62,6 @@ class Host:
     number: int
     holder: subprocess.Popen[bytes]
     files: Path
-    clock_seconds: int = 0
 
     @property
     def name(self) -> str:
@@ -76,11 +73,7 @@ class Host:
 
     def command(self, *words: object) -> list[str]:
         """Return the command that runs another one on this host."""
-        clock = []
-        if self.clock_seconds:
-            ahead = f"FAKETIME={self.clock_seconds:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC=1"
-            clock = ["env", f"LD_PRELOAD={FAKETIME[0]}", *ahead, "NO_FAKE_STAT=1"]
-        return ["nsenter", "-t", str(self.holder.pid), "-m", "-u", "-n", *clock, *map(str, words)]
+        return ["nsenter", "-t", str(self.holder.pid), "-m", "-u", "-n", *map(str, words)]
 
     def run(self, *words: object) -> None:
         subprocess.run(self.command(*words), check=True, capture_output=True)
