@@ -1,9 +1,10 @@
 # What a user and a contributor run. `make setup` is safe to repeat and does nothing when all is there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo paper-digits test test-slow test-slurm test-browser lint site clean
+.PHONY: help setup demo paper-digits test test-slow test-slurm test-browser test-loops lint site clean
 
 # Two files at a time: more would starve the tests that start several ranks, and files keep what their tests share.
 SIDE_BY_SIDE = -n 2 --dist loadfile
+HERE = not slurm and not browser and not loops
 
 help:   ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -18,10 +19,10 @@ paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn
 	@scripts/paper_on_digits.sh
 
 test: setup  ## the tests, under 5 minutes on 2 cores
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and not slurm and not browser"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
 
 test-slow: setup  ## the tests that take minutes each
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and not slurm and not browser"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and $(HERE)"
 
 test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
 	@tests/system/slurm/install.sh
@@ -30,6 +31,10 @@ test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs 
 test-browser: setup  ## the demo, and its report in a headless Chromium (needs root only to install it)
 	@tests/system/browser/install.sh
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser
+
+test-loops: setup  ## the examples for timm, Lightning and Hugging Face, in an environment with these
+	@tests/system/loops/install.sh
+	@OMP_NUM_THREADS=1 .venv/loops/bin/python -m pytest -m loops
 
 lint: setup  ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check -q .

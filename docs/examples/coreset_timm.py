@@ -29,7 +29,8 @@ if __name__ == "__main__":
     dataset = create_dataset("", root=directory, split="train", is_training=True)
     num_all, num_classes = len(dataset), len(dataset.reader.class_to_idx)
     keep(dataset, directory, paths)
-    loader = create_loader(dataset, (3, 64, 64), batch_size=32, is_training=True, num_workers=1, use_prefetcher=False)
+    batch = min(32, len(dataset))  # timm drops what does not fill the last one
+    loader = create_loader(dataset, (3, 64, 64), batch_size=batch, is_training=True, num_workers=1, use_prefetcher=False)
     model = timm.create_model("test_resnet", num_classes=num_classes)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01)
     for image, label in loader:

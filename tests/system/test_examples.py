@@ -1,7 +1,8 @@
 """The programs of docs/examples, and the code that docs/own_loop.md and docs/interchange.md show,
 run and do what they say.
 
-Examples for tools that are not installed are skipped; torch and FFCV always are.
+Those for timm, Lightning and Hugging Face run in an environment with these (`make test-loops`);
+FiftyOne is skipped where it is not installed.
 """
 
 import os
@@ -114,13 +115,10 @@ def test_a_loop_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    "launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"]
-)
+@pytest.mark.loops
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
 @pytest.mark.parametrize(("package", "num_samples"), [("timm", 1796), ("lightning", 1797)])
 def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, launcher, tmp_path):
-    pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / f"{package}_loop.py")],
         capture_output=True,
@@ -137,16 +135,13 @@ def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, lau
     ), said
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    "launcher", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["alone", "torchrun"]
-)
+@pytest.mark.loops
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
 @pytest.mark.parametrize(
     ("package", "seen"), [("timm", "6292 of 10782"), ("lightning", "11686 of 21564")]
 )
 def test_the_loop_of_a_library_skips_images(package, seen, launcher, tmp_path):
     """All in the first epoch, 899 of 1,797 in each other; `end_epoch` counts them."""
-    pytest.importorskip(package)
     command = [sys.executable, *launcher, str(EXAMPLES / f"pruning_{package}.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -270,9 +265,11 @@ def test_a_coreset_in_ffcv(images):
         )
 
 
+@pytest.mark.loops
 @pytest.mark.parametrize("as_program", [False, True])
 def test_a_coreset_in_timm(as_program, images):
-    timm_data = pytest.importorskip("timm.data")
+    from timm import data as timm_data
+
     if as_program:
         done = subprocess.run(
             [
@@ -298,9 +295,11 @@ def test_a_coreset_in_timm(as_program, images):
     assert dataset.reader.class_to_idx == {"1": 0, "2": 1, "10": 2}
 
 
+@pytest.mark.loops
 def test_a_coreset_in_hugging_face_datasets(images, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = datasets.Dataset.from_dict({"value": list(range(12))})
     assert example("coreset_datasets").select(rows, images["coreset"])["value"] == KEPT.tolist()
     folder = datasets.load_dataset(
