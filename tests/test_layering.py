@@ -23,7 +23,7 @@ ROOMS = (
     ("runs",),
     ("data",),
     ("scoring",),
-    ("coreset", "training"),
+    ("coreset", "training", "loops"),
     ("pruning",),
     ("report",),
     ("experiments",),
@@ -47,6 +47,7 @@ ONLY_IN = {
     },
     "torch.distributed.checkpoint": {"runs.checkpoint"},
     "triton": {"scoring.shard_triton"},
+    "transformers": {"loops.hugging_face"},
     "submitit": {"launch"},
     "launch": {"launch", "__main__"},
 }
