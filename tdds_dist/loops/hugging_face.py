@@ -1,7 +1,5 @@
-"""Score every sample of a training by `transformers.Trainer`, by one line before `train`.
-
-recorder = record(trainer, [Window(T=3, K=2, beta=0.9)], out="runs/mine")
-trainer.train()
+"""Score every sample of a training by `transformers.Trainer`, by one line before `train`:
+`recorder = record(trainer, [Window(T=5, K=3, beta=0.9)], out="runs/mine")`.
 """
 
 # B rows of a batch, C classes, N samples
@@ -15,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tdds_dist.config.scores import Window, check_window
+from tdds_dist.config.scores import Window, check_window, differences_per_window
 from tdds_dist.distributed.partition import PADDING
 from tdds_dist.errors import InputError
 from tdds_dist.loops.recorder import Recorder
@@ -47,6 +45,11 @@ def record(
     """
     for window in windows:
         check_window(window, preset)
+        if differences_per_window(window, preset) == 1:
+            raise InputError(
+                f"{window}: one loss difference per window in preset {preset}, so that all scores"
+                " are 0; raise K"
+            )
     _require_each_sample_once(trainer, windows)
     recorder = Recorder(len(trainer.train_dataset), windows, out, preset)
     trainer.train_dataset = _indexed(trainer.train_dataset)

@@ -16,7 +16,7 @@ from tdds_dist import Window
 from tdds_dist.loops.hugging_face import record
 
 N, C, BATCH, EPOCHS = 43, 5, 4, 4
-WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=2, beta=0.5)]
+WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=3, beta=0.5)]
 folder, kind, stop_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rank = int(os.environ.get("RANK", "0"))
 rng = np.random.default_rng(0)

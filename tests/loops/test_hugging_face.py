@@ -17,7 +17,7 @@ from tdds_dist.scoring.trajectory import Trajectory
 pytestmark = pytest.mark.loops
 ROOT, PROGRAM = Path(__file__).parents[2], Path(__file__).parent / "program_hugging_face.py"
 N, C, BATCH, EPOCHS = 43, 5, 4, 4
-WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=2, beta=0.5)]
+WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=3, beta=0.5)]
 
 
 def run(ranks, folder, *words, code=0):
@@ -131,14 +131,16 @@ def drops_columns(rows):
     ],
 )
 def test_what_is_refused(settings, said, tmp_path):
+    with pytest.raises(InputError, match=r"all scores are 0; raise K"):
+        trainer(tmp_path, [Window(3, 2, 0.9)])
     with pytest.raises(InputError, match=re.escape(said)):
-        trainer(tmp_path, [Window(3, 2, 0.9)], **settings)[0].train()
+        trainer(tmp_path, [Window(3, 3, 0.9)], **settings)[0].train()
 
 
 def test_what_ends_early_has_no_scores(tmp_path, caplog):
     """And a checkpoint of a training without scores is no place to go on from."""
     made, recorder = trainer(
-        tmp_path, [Window(3, 2, 0.9)], max_steps=5, per_device_train_batch_size=4
+        tmp_path, [Window(3, 3, 0.9)], max_steps=5, per_device_train_batch_size=4
     )
     made.train()
     assert recorder.scores == {}
