@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.ranks import run_on_ranks
-from benchmarks.scaling import (
-    DTYPES,
-    Assumptions,
-    main,
-    measure_order,
-    model,
-    payload_bytes,
-)
+from benchmarks.scaling import DTYPES, Assumptions, main, measure_order, model, payload_bytes
 from tdds_dist.distributed.partition import PADDING, epoch_order, rows_per_shard
 from tdds_dist.scoring.scorer import steps_together
 

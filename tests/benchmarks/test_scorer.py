@@ -14,11 +14,7 @@ from benchmarks import files, precision, recording, scorer
 from benchmarks.recording import Outputs, Setting, Stored
 from tdds_dist.distributed.partition import epoch_order
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.distributed,
-    pytest.mark.usefixtures("forked_ranks"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("forked_ranks")]
 STORED = ["float32", "float16", "topk:3", "topk:1/float16", "topk:9/float32"]
 TINY = [
     "--num-samples",

@@ -82,8 +82,7 @@ def test_no_folder_at_all_is_said(bare, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "streams",
-    ["<&- >&- 2>&-", "2>&1 | true", "2>/dev/full", "2>&1 >/dev/null | true"],
+    "streams", ["<&- >&- 2>&-", "2>&1 | true", "2>/dev/full", "2>&1 >/dev/null | true"]
 )
 def test_the_work_is_done_without_standard_streams(tmp_path, streams):
     command = f"{sys.executable} -m tdds_dist write synthetic:8,2,16 x.beton --num-workers 1"

@@ -79,12 +79,9 @@ def test_empty_classes():
     label_N = np.array([4, 4, 0, 7, 2, -1])
     assert empty_classes(np.array([0, 2]), label_N).tolist() == [2, 7]
     assert empty_classes(np.arange(6), label_N).tolist() == []
-    assert empty_classes(np.array([5]), label_N).tolist() == [
-        0,
-        2,
-        4,
-        7,
-    ], "an unknown label is no class"
+    assert empty_classes(np.array([5]), label_N).tolist() == [0, 2, 4, 7], (
+        "an unknown label is no class"
+    )
 
 
 # ---- any selector
@@ -176,12 +173,9 @@ def test_stratum_budgets(counts, data):
     assert budget_S.tolist() == oracles.stratum_budgets(counts, num)
     assert budget_S.sum() == num, "nothing is left unassigned"
     assert (budget_S <= counts).all()
-    assert stratum_budgets(np.array([1, 5, 20, 3]), 16).tolist() == [
-        1,
-        5,
-        7,
-        3,
-    ], "by hand: shares 16/4, 15/3, 12/2, then 7"
+    assert stratum_budgets(np.array([1, 5, 20, 3]), 16).tolist() == [1, 5, 7, 3], (
+        "by hand: shares 16/4, 15/3, 12/2, then 7"
+    )
 
 
 @PROPERTY
@@ -395,11 +389,9 @@ def test_min_max():
     assert scaled.tolist() == [0.0, 0.5, 1.0, 0.5]
     assert score_N.tolist() == [-3, 1, 5, 1]
     assert min_max(np.full(4, 7, dtype=np.float32)).tolist() == [1.0] * 4
-    assert min_max(np.array([-3e38, 0, 3e38], dtype=np.float32)).tolist() == [
-        0.0,
-        0.5,
-        1.0,
-    ], "the range exceeds float32"
+    assert min_max(np.array([-3e38, 0, 3e38], dtype=np.float32)).tolist() == [0.0, 0.5, 1.0], (
+        "the range exceeds float32"
+    )
 
 
 def test_random_is_a_seeded_permutation():

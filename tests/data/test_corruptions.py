@@ -211,13 +211,7 @@ def test_the_command_adds_noise_and_says_how_much(
     manifest, split = read_manifest(out), "val" if "val" in options else "train"
     assert (
         manifest.settings
-        == {
-            "write_mode": "jpg",
-            "quality": 90,
-            "max_resolution": None,
-            "subset": 60,
-        }
-        | settings
+        == {"write_mode": "jpg", "quality": 90, "max_resolution": None, "subset": 60} | settings
     )
     expected = open_source("synthetic:100,4,16", split, subset=60)
     expected = with_label_noise(expected, settings.get("label_noise", 0), 3)

@@ -231,12 +231,7 @@ CASES: list[tuple[str, Callable[[], bytes], Any, str]] = [
     ("`LAB`", lambda: encoded(plain("LAB", (138, 81 + 128, 70 + 128)), "tiff"), RED, ""),
     ("`LAB`", lambda: encoded(plain("LAB", (255, 128, 128)), "tiff"), WHITE, ""),
     ("animated GIF", lambda: several("gif"), (250, 10, 20), pixels.FIRST_FRAME),
-    (
-        "animated PNG, animated WebP",
-        lambda: several("png"),
-        (250, 10, 20),
-        pixels.FIRST_FRAME,
-    ),
+    ("animated PNG, animated WebP", lambda: several("png"), (250, 10, 20), pixels.FIRST_FRAME),
     (
         "animated PNG, animated WebP",
         lambda: several("png", default_image=True),
@@ -251,12 +246,7 @@ CASES: list[tuple[str, Callable[[], bytes], Any, str]] = [
     ),
     ("TIFF of several pages", lambda: several("tiff"), (250, 10, 20), pixels.FIRST_FRAME),
     ("MPO (phones and stereo cameras)", lambda: several("mpo"), (250, 10, 20), ""),
-    (
-        "colour profiles (ICC)",
-        lambda: encoded(RAMP, icc_profile=b"\0" * 128),
-        RAMP,
-        "",
-    ),
+    ("colour profiles (ICC)", lambda: encoded(RAMP, icc_profile=b"\0" * 128), RAMP, ""),
 ]
 # rows of which no file can be made here, or that have a test of their own
 OTHERS = {

@@ -155,8 +155,7 @@ def more_state(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [one_more_collective, messages_to_all, rows_travel_alone, two_exchanges, more_state],
+    "fault", [one_more_collective, messages_to_all, rows_travel_alone, two_exchanges, more_state]
 )
 def test_a_fault_would_be_seen(fault, monkeypatch):
     config = load_config(CONFIG, overrides(64))

@@ -46,8 +46,7 @@ def retrain(
     file = run.coresets / f"{name}_p{rate:g}.npz"
     index_M = np.arange(first, first + NUM_IMAGES - round(rate * NUM_IMAGES))
     save_coreset(
-        file,
-        dataclasses.replace(make.coreset(name, rate, index_M, LABEL_N), settings=settings),
+        file, dataclasses.replace(make.coreset(name, rate, index_M, LABEL_N), settings=settings)
     )
     sub = retraining(
         run,

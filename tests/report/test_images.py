@@ -338,10 +338,9 @@ def test_every_thumbnail_stands_in_the_page_once(tiny, tmp_path):
     )
     assert text.count("shown above") == 40 + 40 + 20 + 12 - NUM_IMAGES
 
-    assert [score["name"] for score in store["scores"]] == [
-        "tdds",
-        "el2n",
-    ], "the order of a random score says nothing"
+    assert [score["name"] for score in store["scores"]] == ["tdds", "el2n"], (
+        "the order of a random score says nothing"
+    )
     for place, score in enumerate(store["scores"]):
         assert [sheet["rate"] for sheet in score["sheets"]] == [
             None,

@@ -423,7 +423,7 @@ SIGNALS = {
         ("during the final pass", at_call(PASS, 3, TERM)),
     ],
     "a checkpoint in the background": [
-        ("while a thread writes", at_call(WRITE, 1, in_turn(TERM, pause(1.0)), [0])),
+        ("while a thread writes", at_call(WRITE, 1, in_turn(TERM, pause(1.0)), [0]))
     ],
     "checkpoint, end of an epoch, best.pt": [
         ("during evaluation, or while something is written", at_call(WRITE, 1, TERM, [0]), SYNC),
