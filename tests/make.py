@@ -326,6 +326,11 @@ def write_header(
     return manifest
 
 
+def table(text: str) -> list[tuple[str, ...]]:
+    """Return rows to parametrize with: one a line of the text, with `->` between its cells."""
+    return [tuple(cell.strip() for cell in line.split("->")) for line in text.strip().splitlines()]
+
+
 # ---- reading back
 
 

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,17 +41,15 @@ from tdds_dist.runs.artifacts import Coreset, Fingerprint, load_coreset, load_sc
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training.retrain import resolve
 from tests import jobs
+from tests.make import table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("collect", "select", "retrain", "report")
 CLUSTERS = REPOSITORY / "configs" / "clusters"
 GOLDEN = REPOSITORY / "tests" / "golden"
 SHIPPED = sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
-ON_SLURM = [
-    name
-    for name in SHIPPED
-    if yaml.safe_load((CLUSTERS / f"{name}.yaml").read_text())["executor"] == "slurm"
-]
+SETTINGS = {name: yaml.safe_load((CLUSTERS / f"{name}.yaml").read_text()) for name in SHIPPED}
+ON_SLURM = [name for name in SHIPPED if SETTINGS[name]["executor"] == "slurm"]
 ONE_RANK = "{executor: local, time_minutes: 5}"
 SLURM = "{executor: slurm, time_minutes: 5}"
 
@@ -78,11 +77,8 @@ def submit(config_file, tmp_path, capfd):
 @pytest.fixture
 def coreset(tmp_path):
     """At pruning rate 0.8."""
-    path = tmp_path / "mine.npz"
-    save_coreset(
-        path,
-        Coreset(np.arange(24), np.ones(24, np.float32), "random", 0.8, Fingerprint(120, 10, "")),
-    )
+    path, ones_M = tmp_path / "mine.npz", np.ones(24, np.float32)
+    save_coreset(path, Coreset(np.arange(24), ones_M, "random", 0.8, Fingerprint(120, 10, "")))
     return path
 
 
@@ -117,12 +113,7 @@ def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
                grace_seconds: 900, stages: {retrain: {nodes: 1, setup: [b, c], time_minutes: 30}, select: {ranks_per_node: 2, extra: {}}}}"""
     cluster = load_cluster(write(tmp_path / "cluster.yaml", text))
     collect, select, retrain, report = (cluster.for_stage(stage) for stage in STAGES)
-    assert (collect.num_ranks, retrain.num_ranks, select.num_ranks, report.num_ranks) == (
-        32,
-        8,
-        2,
-        1,
-    )
+    assert [part.num_ranks for part in (collect, retrain, select, report)] == [32, 8, 2, 1]
     assert (collect.setup, retrain.setup, report.setup) == (("a",), ("b", "c"), ("a",))
     assert (collect.extra, select.extra) == ({"nice": 1}, {})
     assert [part.gpus_per_node for part in (collect, select, retrain, report)] == [8, 0, 8, 0]
@@ -132,111 +123,55 @@ def test_a_stage_takes_what_is_its_own_and_the_rest_from_the_others(tmp_path):
     assert (doctor.time_minutes, doctor.grace_seconds) == (10, 60), "however long a save takes"
 
 
-# a whole file, or keys beside executor=slurm and time_minutes=5; words of the message
-BAD_CLUSTERS = [
-    ("partion: gpu", "unknown key 'partion'; the nearest valid key is 'partition'"),
-    ("{executor: slurm}", "key 'time_minutes' is missing; Time limit of a job"),
-    (
-        "{executor: pbs, time_minutes: 5}",
-        "executor='pbs': input should be 'slurm' or 'local'; slurm: sbatch and srun",
-    ),
-    ("nodes: '2'", "nodes='2': input should be a valid integer; Nodes of the job"),
-    ("ranks_per_node: 0", "ranks_per_node=0: input should be greater than"),
-    ("partition: a b", "partition='a b': "),
-    ("setup: export A=1", "setup='export A=1': input should be a valid tuple"),
-    ("setup: [1]", "setup.0=1: must be text; put it in quotes"),
-    (
-        "{executor: local, time_minutes: 5, nodes: 2}",
-        "nodes=2 needs executor=slurm; executor=local is this machine, set",
-    ),
-    (
-        "ranks_per_node: 4, gpus_per_node: 2",
-        (
-            "gpus_per_node=2 is fewer than ranks_per_node=4; every rank needs its own, set"
-            " ranks_per_node=2"
-        ),
-    ),
-    (
-        "{executor: slurm, time_minutes: 2, grace_seconds: 60}",
-        (
-            "grace_seconds=60 leaves less than a minute of time_minutes=2; lower the first or raise"
-            " the second"
-        ),
-    ),
-    (
-        "{executor: slurm, time_minutes: 2}",
-        "grace_seconds=90 leaves less than a minute of time_minutes=2",
-    ),
-    ("grace_seconds: 9", "grace_seconds=9: input should be greater than"),
-    ("log_dir: 3", "log_dir=3: must be text; put it in quotes"),
-    ("memory_gb: 0", "memory_gb=0: input should be greater than 0; Memory per node"),
-    ("requeue_failures: -1", "requeue_failures=-1: input should be greater"),
-    *(
-        (f"extra: {{{key}: x}}", f"extra: {key} is set by tdds; leave it out")
-        for key in (
-            "output",
-            "--error",
-            "job-name",
-            "array",
-            "dependency",
-            "signal",
-            "requeue",
-            "no-requeue",
-            "open-mode",
-        )
-    ),
-    ("extra: [exclusive]", "extra=('exclusive',): input should be a valid dictionary"),
-    ("extra: {gres: [gpu]}", "extra.gres.str=('gpu',): input should be a valid"),
-    (
-        "stages: {training: {nodes: 1}}",
-        "stages.training='training': input should be 'collect', 'select'",
-    ),
-    ("stages: {select: 3}", "stages.select=3: input should be a valid dictionary"),
-    ("stages: {retrain: {node: 1}}", "stages.retrain: unknown key 'node'; the nearest"),
-    ("stages: {retrain: {nodes: 0}}", "stages.retrain: nodes=0: input should be greater"),
-    ("stages: {report: {time_minutes: 1}}", "stages.report: grace_seconds=90 leaves less"),
-    (
-        "stages: {select: {gpus_per_node: 1, ranks_per_node: 2}}",
-        "stages.select: gpus_per_node=1 is fewer than ranks_per_node=2",
-    ),
-    (
-        "{executor: local, time_minutes: 5, stages: {retrain: {nodes: 2}}}",
-        "stages.retrain: nodes=2 needs executor=slurm",
-    ),
-    *(
-        (
-            f"stages: {{retrain: {{{key}: {value}}}}}",
-            f"stages.retrain: {key} is the same for all stages; set it outside of stages",
-        )
-        for key, value in (("executor", "local"), ("log_dir", "x"), ("stages", "{}"))
-    ),
-    ("stages: {retrain: {extra: {signal: x}}}", "stages.retrain: extra: signal is set by"),
-    *(
-        (f"extra: {{{key}: 7}}", key)
-        for key in (  # would take back what the file says
-            "job_name",
-            "no_requeue",
-            "kill_on_invalid_dep",
-            "nodes",
-            "time",
-            "ntasks_per_node",
-            "mem",
-        )
-    ),
-    ("[slurm]", "must hold keys of a cluster: executor, "),
-    ("{executor: [", "is not plain YAML"),
+# a whole file, or keys beside executor=slurm and time_minutes=5 -> words of the message
+BAD_CLUSTERS = table("""
+partion: gpu -> unknown key 'partion'; the nearest valid key is 'partition'
+{executor: slurm} -> key 'time_minutes' is missing; Time limit of a job
+{executor: pbs, time_minutes: 5} -> executor='pbs': input should be 'slurm' or 'local'; slurm: sbatch and srun
+nodes: '2' -> nodes='2': input should be a valid integer; Nodes of the job
+ranks_per_node: 0 -> ranks_per_node=0: input should be greater than
+partition: a b -> partition='a b': string should match pattern
+setup: export A=1 -> setup='export A=1': input should be a valid tuple
+setup: [1] -> setup.0=1: must be text; put it in quotes
+{executor: local, time_minutes: 5, nodes: 2} -> nodes=2 needs executor=slurm; executor=local is this machine, set
+ranks_per_node: 4, gpus_per_node: 2 -> gpus_per_node=2 is fewer than ranks_per_node=4; every rank needs its own, set ranks_per_node=2
+{executor: slurm, time_minutes: 2, grace_seconds: 60} -> grace_seconds=60 leaves less than a minute of time_minutes=2; lower the first or raise the second
+{executor: slurm, time_minutes: 2} -> grace_seconds=90 leaves less than a minute of time_minutes=2
+grace_seconds: 9 -> grace_seconds=9: input should be greater than
+log_dir: 3 -> log_dir=3: must be text; put it in quotes
+memory_gb: 0 -> memory_gb=0: input should be greater than 0; Memory per node
+requeue_failures: -1 -> requeue_failures=-1: input should be greater
+extra: [exclusive] -> extra=('exclusive',): input should be a valid dictionary
+extra: {gres: [gpu]} -> extra.gres.str=('gpu',): input should be a valid
+stages: {training: {nodes: 1}} -> stages.training='training': input should be 'collect', 'select'
+stages: {select: 3} -> stages.select=3: input should be a valid dictionary
+stages: {retrain: {node: 1}} -> stages.retrain: unknown key 'node'; the nearest
+stages: {retrain: {nodes: 0}} -> stages.retrain: nodes=0: input should be greater
+stages: {report: {time_minutes: 1}} -> stages.report: grace_seconds=90 leaves less
+stages: {select: {gpus_per_node: 1, ranks_per_node: 2}} -> stages.select: gpus_per_node=1 is fewer than ranks_per_node=2
+{executor: local, time_minutes: 5, stages: {retrain: {nodes: 2}}} -> stages.retrain: nodes=2 needs executor=slurm
+stages: {retrain: {executor: local}} -> stages.retrain: executor is the same for all stages; set it outside of stages
+stages: {retrain: {log_dir: x}} -> stages.retrain: log_dir is the same for all stages; set it outside of stages
+stages: {retrain: {stages: {}}} -> stages.retrain: stages is the same for all stages; set it outside of stages
+stages: {retrain: {extra: {signal: x}}} -> stages.retrain: extra: signal is set by
+[slurm] -> must hold keys of a cluster: executor, nodes
+{executor: [ -> is not plain YAML
+""")
+SET_BY_TDDS = "output --error job-name array dependency signal requeue no-requeue open-mode".split()
+# would take back what the file says
+OWN_KEYS = "job_name no_requeue kill_on_invalid_dep nodes time ntasks_per_node mem".split()
+BAD_CLUSTERS += [
+    (f"extra: {{{key}: x}}", f"extra: {key} is set by tdds; leave it out") for key in SET_BY_TDDS
 ]
+BAD_CLUSTERS += [(f"extra: {{{key}: 7}}", key) for key in OWN_KEYS]
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_CLUSTERS)
 def test_bad_cluster_file_is_one_line(tmp_path, text, message):
     path = tmp_path / "cluster.yaml"
+    text = text if text[0] in "{[" else f"{{executor: slurm, time_minutes: 5, {text}}}"
     with pytest.raises(InputError) as caught:
-        load_cluster(
-            write(
-                path, text if text[0] in "{[" else f"{{executor: slurm, time_minutes: 5, {text}}}"
-            )
-        )
+        load_cluster(write(path, text))
     said = str(caught.value)
     assert message in said
     assert str(path) in said
@@ -257,59 +192,29 @@ def test_cluster_file_that_is_not_there_or_not_text(tmp_path):
 RETRAIN = "--stage retrain --coreset CORESET --strategy E"
 COLLECT = ["--stage", "collect"]
 ON_CPU = "gpus_per_node: 1, stages: {retrain: {gpus_per_node: 0}}"
-BAD_INPUT = [  # keys of a cluster file with executor: slurm, or all of it; words; what is said
-    (
-        "{executor: local, time_minutes: 5, ranks_per_node: 5}",
-        "--stage collect",
-        "collect on 5 ranks: train.global_batch_size=24 is n",
-    ),
-    (
-        "nodes: 2, ranks_per_node: 8",
-        "--stage collect",
-        "collect on 16 ranks: train.global_batch_si",
-    ),
-    (
-        "ranks_per_node: 8",
-        "--stage pipeline",
-        "retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5"
-        " (retrain.batch_size_rule)",
-    ),
-    ("stages: {retrain: {ranks_per_node: 7}}", "", "retrain at pruning rate 0.5 on 7 ranks: train"),
-    ("ranks_per_node: 8", RETRAIN, "retrain at pruning rate 0.8 on 8 ranks"),
-    (ON_CPU, "run.device=cuda", "the cluster file asks for no GPU"),
-    ("NONE", "", "cluster.yaml does not exist; configs/clusters/ holds examples"),
-    *(
-        (ONE_RANK, words, message)
-        for words, message in (
-            ("--stage collect train.leraning_rate=1", "unknown key 'train.leraning_rate'"),
-            ("train.epochs=2", "T=3 is longer than train.epochs=2"),
-            ("--stage collect --strategy E", "--strategy belongs to --stage retrain; leave it out"),
-            ("--name x", "--name belongs to --stage retrain; leave it out of --stage pipeline"),
-            ("--stage retrain --strategy E", "--stage retrain needs --coreset; see `tdds submit "),
-            ("--stage retrain --coreset CORESET", "--stage retrain needs --strategy"),
-            ("--stage retrain --coreset no.npz --strategy E", "no.npz does not exist"),
-            (f"--stage retrain --coreset {__file__} --strategy E", __file__),
-            ("--stage collect run.device=cuda", "no GPU; set gpus_per_node or run.device"),
-            (f"{RETRAIN} train.accumulation=7", "is not divisible by world_size=1 x "),
-            (
-                "pipeline.scores=[moderate] score.final_pass=false",
-                "moderate needs score.final_pass=true; switch it on",
-            ),
-            (
-                "pipeline.scores=[el2n] score.trajectory=false",
-                "el2n is scored from the trajectory; set score.traject",
-            ),
-            (
-                "'score.windows=[{T: 3, K: 2}]'",
-                "no window of score.windows serves a pruning rate; set pipeline.pruning_",
-            ),
-            (
-                "pipeline.pruning_rates=[0.7]",
-                "pipeline.pruning_rates has 0.7, which no window of score.windows serves",
-            ),
-        )
-    ),
-]
+# keys of a cluster file with executor: slurm, or all of it -> words -> what is said
+BAD_INPUT = table(f"""
+{{executor: local, time_minutes: 5, ranks_per_node: 5}} -> --stage collect -> collect on 5 ranks: train.global_batch_size=24 is n
+nodes: 2, ranks_per_node: 8 -> --stage collect -> collect on 16 ranks: train.global_batch_si
+ranks_per_node: 8 -> --stage pipeline -> retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5 (retrain.batch_size_rule)
+stages: {{retrain: {{ranks_per_node: 7}}}} -> -> retrain at pruning rate 0.5 on 7 ranks: train
+ranks_per_node: 8 -> {RETRAIN} -> retrain at pruning rate 0.8 on 8 ranks
+{ON_CPU} -> run.device=cuda -> the cluster file asks for no GPU
+{ONE_RANK} -> --stage collect train.leraning_rate=1 -> unknown key 'train.leraning_rate'
+{ONE_RANK} -> train.epochs=2 -> T=3 is longer than train.epochs=2
+{ONE_RANK} -> --stage collect --strategy E -> --strategy belongs to --stage retrain; leave it out
+{ONE_RANK} -> --name x -> --name belongs to --stage retrain; leave it out of --stage pipeline
+{ONE_RANK} -> --stage retrain --strategy E -> --stage retrain needs --coreset; see `tdds submit --help`
+{ONE_RANK} -> --stage retrain --coreset CORESET -> --stage retrain needs --strategy
+{ONE_RANK} -> --stage retrain --coreset no.npz --strategy E -> no.npz does not exist
+{ONE_RANK} -> --stage retrain --coreset {__file__} --strategy E -> {__file__}
+{ONE_RANK} -> --stage collect run.device=cuda -> no GPU; set gpus_per_node or run.device
+{ONE_RANK} -> {RETRAIN} train.accumulation=7 -> is not divisible by world_size=1 x train.accumulation=7
+{ONE_RANK} -> pipeline.scores=[moderate] score.final_pass=false -> moderate needs score.final_pass=true; switch it on
+{ONE_RANK} -> pipeline.scores=[el2n] score.trajectory=false -> el2n is scored from the trajectory; set score.traject
+{ONE_RANK} -> 'score.windows=[{{T: 3, K: 2}}]' -> no window of score.windows serves a pruning rate; set pipeline.pruning_
+{ONE_RANK} -> pipeline.pruning_rates=[0.7] -> pipeline.pruning_rates has 0.7, which no window of score.windows serves
+""")
 
 
 @pytest.mark.parametrize(("cluster", "words", "message"), BAD_INPUT)
@@ -317,9 +222,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     submit, coreset, tmp_path, cluster, words, message
 ):
     words = shlex.split(words.replace("CORESET", str(coreset)))
-    if cluster == "NONE":
-        cluster = tmp_path / "cluster.yaml"
-    elif not cluster.startswith("{"):
+    if not cluster.startswith("{"):
         cluster = f"{{executor: slurm, time_minutes: 5, {cluster}}}"
     for also in ([], ["--dry-run"]):
         assert submit(*words, *also, cluster=cluster) == 2
@@ -338,19 +241,11 @@ def test_a_log_folder_that_cannot_be_written_is_one_line(submit):
 
 def test_retrain_batch_may_fit_by_the_batch_size_rule(submit, coreset):
     """24 is not divisible by 18 ranks, but a coreset at 0.8 may bring it down to 18."""
-    cluster, rule = (
-        "{executor: slurm, time_minutes: 5, ranks_per_node: 18}",
-        "retrain.batch_size_rule={0.8: 0.75}",
-    )
-    assert (
-        submit(
-            rule,
-            *f"--dry-run --stage retrain --coreset {coreset} --strategy P".split(),
-            cluster=cluster,
-        )
-        == 0
-    )
-    assert submit(rule, "--dry-run", *COLLECT, cluster=cluster) == 2
+    cluster = "{executor: slurm, time_minutes: 5, ranks_per_node: 18}"
+    words = ["--dry-run", "retrain.batch_size_rule={0.8: 0.75}"]
+    retrain = f"--stage retrain --coreset {coreset} --strategy P".split()
+    assert submit(*words, *retrain, cluster=cluster) == 0
+    assert submit(*words, *COLLECT, cluster=cluster) == 2
 
 
 # ---- what SLURM is handed, with stand-ins for its commands
@@ -426,15 +321,8 @@ EIGHT_RANKS = "train.global_batch_size=32"  # half of it at pruning rate 0.8
 
 @pytest.mark.parametrize("name", ON_SLURM)
 def test_golden_sbatch_files(submit, tmp_path, name):
-    assert (
-        submit(
-            "--dry-run",
-            EIGHT_RANKS,
-            "pipeline.scores=[tdds, random, ccs]",
-            cluster=CLUSTERS / f"{name}.yaml",
-        )
-        == 0
-    )
+    words = ["--dry-run", EIGHT_RANKS, "pipeline.scores=[tdds, random, ccs]"]
+    assert submit(*words, cluster=CLUSTERS / f"{name}.yaml") == 0
     files = printed_files(submit.out)
     assert list(files) == list(STAGES)
     text = "".join(f"======== {stage}\n{file}\n" for stage, file in files.items())
@@ -446,93 +334,49 @@ def test_golden_sbatch_files(submit, tmp_path, name):
 
 
 def test_every_golden_file_is_of_a_cluster_that_is_shipped():
-    assert sorted(path.name for path in GOLDEN.glob("sbatch_*.txt")) == [
-        f"sbatch_{name}.txt" for name in ON_SLURM
-    ]
+    names = sorted(path.name for path in GOLDEN.glob("sbatch_*.txt"))
+    assert names == [f"sbatch_{name}.txt" for name in ON_SLURM]
 
 
-EVERYTHING = {
-    "executor": "slurm",
-    "nodes": 2,
-    "ranks_per_node": 3,
-    "cpus_per_rank": 5,
-    "memory_gb": 0.5,
-    "time_minutes": 30,
-    "partition": "p1",
-    "account": "acc",
-    "qos": "high",
-    "constraint": "a100&ib",
-    "grace_seconds": 77,
-    "requeue_failures": 9,
-    "extra": {"exclusive": True, "reservation": "main tenance", "overcommit": False, "--nice": 100},
-    "array_parallelism": 1,
-    "setup": ["module load 'cuda 12'", 'export A="$HOME"'],
-    "venv": "/envs/t d",
-    "container": "apptainer exec --nv x.sif",
-    "interface": "ib0",
-    "cpu_bind": "cores",
-    "stages": {
-        "retrain": {"nodes": 1, "setup": [], "memory_gb": 3},
-        "select": {"partition": "cpu", "extra": {}},
-    },
-}
+EVERYTHING = """
+{executor: slurm, nodes: 2, ranks_per_node: 3, cpus_per_rank: 5, memory_gb: 0.5, time_minutes: 30,
+ partition: p1, account: acc, qos: high, constraint: a100&ib, grace_seconds: 77, requeue_failures: 9,
+ extra: {exclusive: true, reservation: main tenance, overcommit: false, --nice: 100},
+ array_parallelism: 1, setup: ["module load 'cuda 12'", 'export A="$HOME"'], venv: /envs/t d,
+ container: apptainer exec --nv x.sif, interface: ib0, cpu_bind: cores,
+ stages: {retrain: {nodes: 1, setup: [], memory_gb: 3}, select: {partition: cpu, extra: {}}}}
+"""
 
 
 def flags_of(text):
-    return sorted(
-        line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH ")
-    )
+    return sorted(re.findall("^#SBATCH (?:--)?(.*)", text, re.M))
 
 
 def test_sbatch_file_has_everything_that_the_cluster_file_says(submit, tmp_path, slurm):
     """And what is printed is what is handed over, but for the ids of jobs, which only SLURM
     knows."""
-    words, cluster = (
-        ["train.global_batch_size=48", "pipeline.scores=[tdds, random]"],
-        yaml.safe_dump(EVERYTHING),
-    )
-    assert submit(*words, "--dry-run", cluster=cluster) == 0
+    words = ["train.global_batch_size=48", "pipeline.scores=[tdds, random]"]
+    assert submit(*words, "--dry-run", cluster=EVERYTHING) == 0
     assert slurm.handed == []
     assert not (tmp_path / "run").exists()
     printed = printed_files(submit.out)
-    assert submit(*words, cluster=cluster) == 0
+    assert submit(*words, cluster=EVERYTHING) == 0
     for number, (stage, handed) in enumerate(zip(STAGES, slurm.handed, strict=True)):
         before = f"--dependency='afterok:<id of {STAGES[number - 1]}>'"
+        after = f"--dependency=afterok:{4242 + number - 1}"
         assert (before in printed[stage]) == (number > 0)
-        assert handed.strip("\n") == printed[stage].replace(
-            before, f"--dependency=afterok:{4242 + number - 1}"
-        )
+        assert handed.strip("\n") == printed[stage].replace(before, after)
         assert ("--array=" in handed) == (stage == "retrain")
         assert ("kill-on-invalid-dep=yes" in handed) == ("--dependency" in handed) == (number > 0)
     collect, select, retrain, _ = slurm.handed
     folder = tmp_path / "run" / "jobs"
     python = "apptainer exec --nv x.sif '/envs/t d/bin/python'"
-    assert flags_of(collect) == sorted(
-        [
-            "account=acc",
-            "constraint='a100&ib'",
-            "cpus-per-task=5",
-            f"error={folder}/%j_0_log.err",
-            "exclusive",
-            "job-name=collect-tiny",
-            "mem=512MB",
-            "nice=100",
-            "nodes=2",
-            "ntasks-per-node=3",
-            "open-mode=append",
-            f"output={folder}/%j_0_log.out",
-            "partition=p1",
-            "qos=high",
-            "requeue",
-            "reservation='main tenance'",
-            "signal=USR2@77",
-            "time=30",
-        ]
-    )
-    assert (
-        "\nexport TDDS_JOB_STARTED=$(date +%s)\nmodule load 'cuda 12'\nexport A=\"$HOME\"\nset"
-        " +eu  # " in collect
-    )
+    asked = f"""account=acc constraint='a100&ib' cpus-per-task=5 error={folder}/%j_0_log.err exclusive
+        job-name=collect-tiny mem=512MB nice=100 nodes=2 ntasks-per-node=3 open-mode=append
+        output={folder}/%j_0_log.out partition=p1 qos=high requeue signal=USR2@77 time=30"""
+    assert flags_of(collect) == sorted([*asked.split(), "reservation='main tenance'"])
+    setup = "module load 'cuda 12'\nexport A=\"$HOME\"\n"
+    assert f"\nexport TDDS_JOB_STARTED=$(date +%s)\n{setup}set +eu  # " in collect
     (srun,) = (line for line in collect.splitlines() if line.startswith("srun "))
     for word in ("--kill-on-bad-exit=1", "--cpus-per-task=5", "--cpu-bind=cores"):
         assert f" {word} " in srun
@@ -542,16 +386,10 @@ def test_sbatch_file_has_everything_that_the_cluster_file_says(submit, tmp_path,
         f"\ncode=$?\nkill $watch\n{python} -m tdds_dist.launch.requeue {folder} $code 6 9; code=$?\nif [ $code -eq 75 ];"
         " then\n" in collect
     )
-    assert collect.endswith(
-        '\nfi\n[ $code -ne 77 ] || scontrol requeue "$SLURM_JOB_ID"\nexit $code'
-    )
-    assert {
-        "nodes=1",
-        "ntasks-per-node=3",
-        "mem=3GB",
-        "array=0-3%1",
-        f"output={folder}/%A_%a_0_log.out",
-    } <= set(flags_of(retrain))
+    requeued = '[ $code -ne 77 ] || scontrol requeue "$SLURM_JOB_ID"'
+    assert collect.endswith(f"\nfi\n{requeued}\nexit $code")
+    asked = f"nodes=1 ntasks-per-node=3 mem=3GB array=0-3%1 output={folder}/%A_%a_0_log.out"
+    assert {*asked.split()} <= set(flags_of(retrain))
     assert "module load" not in retrain
     assert {"nodes=1", "ntasks-per-node=1", "partition=cpu", "mem=512MB"} <= set(flags_of(select))
     assert "exclusive" not in flags_of(select)
@@ -565,17 +403,9 @@ def test_sbatch_file_asks_for_nothing_that_is_not_said(submit, tmp_path, slurm):
     assert submit(*COLLECT, f"run.dir={tmp_path}/a b") == 0
     (text,) = slurm.handed
     assert text.strip("\n") == printed["collect"]
-    assert flags_of(text) == sorted(
-        [
-            "cpus-per-task=1",
-            f"error='{folder}/%j_0_log.err'",
-            *"job-name=collect-tiny nodes=1 ntasks-per-node=1 open-mode=append".split(),
-            f"output='{folder}/%j_0_log.out'",
-            "requeue",
-            "signal=USR2@90",
-            "time=5",
-        ]
-    )
+    asked = "cpus-per-task=1 job-name=collect-tiny nodes=1 ntasks-per-node=1 open-mode=append requeue signal=USR2@90 time=5"
+    logs = [f"error='{folder}/%j_0_log.err'", f"output='{folder}/%j_0_log.out'"]
+    assert flags_of(text) == sorted([*asked.split(), *logs])
     assert f" {sys.executable} -u -m submitit.core._submit '{folder}'\n" in text
     assert f"-m tdds_dist.launch.requeue '{folder}' $code" in text
     assert "wckey" not in text
@@ -594,9 +424,8 @@ def test_sbatch_file_asks_for_nothing_that_is_not_said(submit, tmp_path, slurm):
 )
 def test_the_python_of_the_jobs(monkeypatch, venv, container, python):
     monkeypatch.setenv("HOME", "/home/x")
-    assert (
-        Cluster(executor="slurm", time_minutes=5, venv=venv, container=container).python == python
-    )
+    cluster = Cluster(executor="slurm", time_minutes=5, venv=venv, container=container)
+    assert cluster.python == python
 
 
 def test_every_stage_waits_for_the_one_before_and_is_listed(submit, tmp_path, slurm):
@@ -612,28 +441,20 @@ def test_every_stage_waits_for_the_one_before_and_is_listed(submit, tmp_path, sl
     ]
     assert len({job.submission for job in listed}) == 1
     assert {(job.executor, job.host) for job in listed} == {("slurm", socket.gethostname())}
-    assert [Path(job.directory) for job in listed] == [
-        run,
-        run,
-        *(run / "retrain" / name for name in names),
-        run,
-    ]
+    retrained = [run / "retrain" / name for name in names]
+    assert [Path(job.directory) for job in listed] == [run, run, *retrained, run]
     assert [job.title for job in listed if job.stage == "retrain"] == names
     assert "submitted jobs 4242, 4243, 4244, 4245 (5 with the elements of arrays)\n" in submit.out
     assert f"tdds status {run}\n" in submit.out
     assert "scancel 4242 4243 4244 4245\n" in submit.out
-    assert re.search(
-        r"retrain +2 +0  1 node\(s\) x 8 rank\(s\), 8 GPUs per node, at most 1440 minutes",
-        submit.out,
-    )
+    size = r"1 node\(s\) x 8 rank\(s\), 8 GPUs per node, at most 1440 minutes"
+    assert re.search(rf"retrain +2 +0  {size}", submit.out)
     (frozen,) = (run / "jobs").glob("*.yaml")
     cluster = load_cluster(CLUSTERS / "gpu.yaml")
     for job in listed:  # what each job will run is there, under its id
         task = DelayedSubmission.load(run / "jobs" / f"{job.id}_submitted.pkl")
-        assert (task._timeout_min, task._timeout_countdown) == (
-            cluster.for_stage(job.stage).time_minutes,
-            100,
-        )
+        assert task._timeout_min == cluster.for_stage(job.stage).time_minutes
+        assert task._timeout_countdown == 100
         assert isinstance(task.function, StageTask)
         assert task.function.cpus_per_rank == 8
         assert task.function.commands[0][0] in (job.stage, "score")
@@ -653,9 +474,8 @@ def finish(config_file):
         config = load_config(config_file)
         run, setting = RunDir(config.run.directory), {"stage": "collect"}
         if coreset is not None:
-            run, config, setting = resolve(
-                config, load_coreset(coreset), coreset, "E", "batch", name
-            )
+            found = load_coreset(coreset)
+            run, config, setting = resolve(config, found, coreset, "E", "batch", name)
         run.start(to_dict(config), setting, 1, "cpu")
         write(run.result_file, "{}")
 
@@ -679,30 +499,22 @@ def test_what_is_done_is_not_submitted_and_nothing_waits_for_it(
     finish(coreset, "tdds_p0.5_E_batch_seed0")
     (run / "report.html").touch()
     assert submit() == 0
-    assert (
-        submit.out == "everything is done: collect, select, 2 x retrain, report; the page:"
-        f" {run}/report.html\n"
-    )
+    done = "everything is done: collect, select, 2 x retrain, report; the page:"
+    assert submit.out == f"{done} {run}/report.html\n"
     assert len(slurm.handed) == 3
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [
-        ("train.lr=0.5", "train.lr was 0.05, now 0.5"),
-        ("retrain.epochs=7", "train.epochs was 3, now 7"),
-        (
-            "",
-            (
-                "tdds_p0.8_E_batch_seed0 was trained before the collection that is there now had"
-                " finished; remove it"
-            ),
-        ),
-        ("train.log_every=3", ""),
-        ("pipeline.seeds=[0, 1]", ""),
-        ("score.on_nan=quarantine", ""),
-        ("run.timeout_seconds=9.0", ""),
-    ],
+    table("""
+    train.lr=0.5 -> train.lr was 0.05, now 0.5
+    retrain.epochs=7 -> train.epochs was 3, now 7
+    -> tdds_p0.8_E_batch_seed0 was trained before the collection that is there now had finished; remove it
+    train.log_every=3 ->
+    pipeline.seeds=[0, 1] ->
+    score.on_nan=quarantine ->
+    run.timeout_seconds=9.0 ->
+    """),
 )
 def test_what_is_done_with_other_settings_is_not_taken_for_done(
     submit, tmp_path, slurm, coreset, finish, override, message
@@ -731,15 +543,10 @@ def test_one_retraining(submit, tmp_path, slurm, coreset):
     expected = [("batch", "mine_P_batch_seed0", 0), ("sample", "other", 4)]
     for job, (importance, name, seed) in zip(read_jobs(run / "jobs"), expected, strict=True):
         assert job.directory == str(run / "retrain" / name)
-        options = parser.parse(
-            DelayedSubmission.load(run / "jobs" / f"{job.id}_submitted.pkl").function.commands[0]
-        )
-        assert (options.importance, options.name, options.coreset, options.strategy) == (
-            importance,
-            name,
-            coreset,
-            "P",
-        )
+        task = DelayedSubmission.load(run / "jobs" / f"{job.id}_submitted.pkl").function
+        options = parser.parse(task.commands[0])
+        assert (options.importance, options.name) == (importance, name)
+        assert (options.coreset, options.strategy) == (coreset, "P")
         assert load_config(options.config, options.overrides).run.seed == seed
 
 
@@ -764,17 +571,12 @@ def test_frozen_config_is_the_config(submit, config_file, tmp_path, slurm):
 def test_a_stage_that_is_refused_takes_those_before_with_it(
     submit, tmp_path, slurm, number, cancelled
 ):
-    slurm.refuse(
-        number,
-        "sbatch: error: something first\nsbatch: error: Batch job submission failed: Invalid qos",
-    )
+    failed = "Batch job submission failed: Invalid qos"
+    slurm.refuse(number, f"sbatch: error: something first\nsbatch: error: {failed}")
     assert submit() == 2
     *passed_on, ours = submit.err.splitlines()
-    assert (
-        ours
-        == f"tdds submit: error: the scheduler refused {STAGES[number - 1]}-tiny (something first;"
-        " Batch job submission failed: Invalid qos); adapt the cluster file"
-    )
+    refused = f"the scheduler refused {STAGES[number - 1]}-tiny (something first; {failed})"
+    assert ours == f"tdds submit: error: {refused}; adapt the cluster file"
     assert all(line.startswith("sbatch: error: ") for line in passed_on)  # by submitit
     assert slurm.cancelled == cancelled
     assert read_jobs(tmp_path / "run" / "jobs") == []  # so that the next try is not refused
@@ -786,10 +588,8 @@ def test_a_refusal_is_one_line_whatever_sbatch_says(submit, slurm, said):
     slurm.refuse(1, said)
     assert submit() == 2
     *passed_on, ours = submit.err.splitlines()
-    assert re.fullmatch(
-        r"tdds submit: error: the scheduler refused collect-tiny \(.*\); adapt the cluster file",
-        ours,
-    )
+    refused = r"the scheduler refused collect-tiny \(.*\); adapt the cluster file"
+    assert re.fullmatch(rf"tdds submit: error: {refused}", ours)
     assert passed_on in ([], said.splitlines()[:1])  # by submitit
 
 
@@ -807,15 +607,9 @@ def test_without_slurm_or_with_half_of_it_is_one_line(submit, slurm, monkeypatch
 
 def test_a_submission_from_inside_a_job_says_nothing_of_that_job(submit, slurm, monkeypatch):
     """sbatch would take SBATCH_* for options, and pass SLURM_* on."""
-    inside = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_NTASKS": "64",
-        "SBATCH_PARTITION": "debug",
-        "SLURM_CONF": "/etc/x.conf",
-        "RANK": "0",
-    }
-    for key, value in inside.items():
-        monkeypatch.setenv(key, value)
+    inside = "SLURM_JOB_ID=7 SLURM_NTASKS=64 SBATCH_PARTITION=debug SLURM_CONF=/etc/x.conf RANK=0"
+    for word in inside.split():
+        monkeypatch.setenv(*word.split("="))
     assert submit(*COLLECT) == 0
     told = slurm.environment(1)
     assert told["SLURM_CONF"] == "/etc/x.conf"
@@ -849,9 +643,8 @@ def test_a_run_whose_jobs_are_queued_or_running_is_not_submitted_again(
     assert submit() == (2 if num_active else 0)
     assert len(slurm.handed) == (4 if num_active else 8)
     if num_active:
-        assert submit.err.startswith(
-            f"tdds submit: error: {num_active} jobs of this run are queued or running (424"
-        )
+        busy = f"{num_active} jobs of this run are queued or running (424"
+        assert submit.err.startswith(f"tdds submit: error: {busy}")
         assert "wait for them, or stop them with scancel 424" in submit.err
         assert submit.err.count("\n") == 1
 
@@ -878,10 +671,8 @@ def test_other_work_in_the_same_run_may_be_submitted(submit, slurm, coreset):
 
 def test_a_log_folder_elsewhere_is_found_from_the_run(submit, tmp_path, slurm, monkeypatch):
     run, logs = tmp_path / "run", tmp_path / "logs" / "tiny"
-    assert (
-        submit(*COLLECT, cluster=f"{{executor: slurm, time_minutes: 5, log_dir: {tmp_path}/logs}}")
-        == 0
-    )
+    cluster = f"{{executor: slurm, time_minutes: 5, log_dir: {tmp_path}/logs}}"
+    assert submit(*COLLECT, cluster=cluster) == 0
     assert (run / "jobs.path").read_text() == f"{logs}\n"
     assert log_dir_of(run) == logs
     assert [job.id for job in read_jobs(logs)] == ["4242"]
@@ -900,15 +691,9 @@ def test_a_log_folder_elsewhere_is_found_from_the_run(submit, tmp_path, slurm, m
 
 def test_missing_data_is_a_warning(submit, slurm):
     """The nodes may see what the login node does not."""
-    missing = [*COLLECT, "data.train=/scratch/no.beton"]
-    for words, files in (
-        (["--dry-run"], "data.train=/scratch/no.beton"),
-        (
-            ["data.val=/scratch/neither.beton"],
-            "data.train=/scratch/no.beton and data.val=/scratch/neither.beton",
-        ),
-    ):
-        assert submit(*missing, *words) == 0
+    train, val = "data.train=/scratch/no.beton", "data.val=/scratch/neither.beton"
+    for words, files in (([train, "--dry-run"], train), ([train, val], f"{train} and {val}")):
+        assert submit(*COLLECT, *words) == 0
         assert submit.err == f"warning: {files} not found on this machine; the nodes must have it\n"
     slurm.queue("4242 CANCELLED")
     assert submit(*COLLECT) == 0
@@ -928,12 +713,8 @@ def test_overrides_stand_before_and_after_options(config_file, tmp_path, slurm):
         assert program.main(["submit", *order, f"run.dir={run}"]) == 0
         (frozen,) = (run / "jobs").glob("collect-*.yaml")
         found = load_config(frozen)
-        assert (found.train.lr, found.train.epochs, found.run.seed, found.pipeline.seeds) == (
-            0.5,
-            4,
-            9,
-            (1, 2),
-        )
+        assert (found.train.lr, found.train.epochs) == (0.5, 4)
+        assert (found.run.seed, found.pipeline.seeds) == (9, (1, 2))
 
 
 # ---- waiting
@@ -943,21 +724,16 @@ def test_overrides_stand_before_and_after_options(config_file, tmp_path, slurm):
 def patient(slurm, monkeypatch):
     """What happens between two looks of `--wait`, one after the other."""
     happens = []
-    clock = SimpleNamespace(
-        time=time.time, strftime=time.strftime, sleep=lambda seconds: happens.pop(0)()
-    )
-    monkeypatch.setattr(submit_module, "time", clock)
+    clock = {"time": time.time, "strftime": time.strftime, "sleep": lambda _: happens.pop(0)()}
+    monkeypatch.setattr(submit_module, "time", SimpleNamespace(**clock))
     yield happens
     assert happens == []
 
 
 def test_wait_follows_the_jobs(submit, slurm, patient):
     slurm.queue("4242 PENDING")
-    patient += [
-        lambda: slurm.queue("4242 RUNNING"),
-        lambda: slurm.queue("4242 RUNNING"),
-        lambda: slurm.queue("4242 COMPLETED"),
-    ]
+    for state in ("RUNNING", "RUNNING", "COMPLETED"):
+        patient.append(partial(slurm.queue, f"4242 {state}"))
     assert submit(*COLLECT, "--wait") == 0
     assert [line for line in submit.out.splitlines() if line.startswith("collect-tiny")] == [
         f"collect-tiny 4242 (collect): {state}" for state in ("pending", "running", "finished")
@@ -982,17 +758,9 @@ def test_wait_leaves_with_the_outcome_and_names_the_rank_that_failed(
         )
         for rank, kind in enumerate(kinds):
             if kind:
-                append_end(
-                    tmp_path / "run" / "jobs",
-                    "4242",
-                    {
-                        "kind": kind,
-                        "rank": rank,
-                        "time": time.time(),
-                        "host": f"node{rank}",
-                        "message": f"{kind} it said",
-                    },
-                )
+                end = {"kind": kind, "rank": rank, "time": time.time(), "host": f"node{rank}"}
+                end["message"] = f"{kind} it said"
+                append_end(tmp_path / "run" / "jobs", "4242", end)
 
     slurm.queue("4242 RUNNING\n4243 PENDING\n4244_[0-1] PENDING\n4245 PENDING")
     patient.append(fail)
@@ -1007,13 +775,8 @@ def test_wait_leaves_with_the_outcome_and_names_the_rank_that_failed(
 @pytest.fixture
 def quiet(monkeypatch):
     """Few cores are shared; and a leftover of the shell that must not reach the job."""
-    for key, value in {
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(key, value)
+    for word in "OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 MASTER_PORT=1".split():
+        monkeypatch.setenv(*word.split("="))
     for key in [key for key in os.environ if key.startswith(("SLURM_", "SUBMITIT_", "TDDS_"))]:
         monkeypatch.delenv(key)
 
@@ -1057,9 +820,8 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it(
             super().__call__()
 
     monkeypatch.setattr(submit_module, "StageTask", Hurt)
-    cluster = (
-        f"{{executor: local, time_minutes: 5, ranks_per_node: {num_ranks}, setup: [export A=1]}}"
-    )
+    more = f"ranks_per_node: {num_ranks}, setup: [export A=1]"
+    cluster = f"{{executor: local, time_minutes: 5, {more}}}"
     assert submit(*COLLECT, "--wait", cluster=cluster) == code
     assert submit.err.startswith(f"collect failed: collect: {said}")
     assert submit.err.count("Traceback") == num_ranks // 3
@@ -1086,10 +848,8 @@ def test_a_local_job_in_the_background_is_not_submitted_again(submit, tmp_path, 
     try:
         assert f"collect: collect is process {job.id}, log " in submit.out
         assert submit(*COLLECT, cluster=cluster) == 2
-        assert (
-            f"1 jobs of this run are queued or running ({job.id}); wait for them, or stop them with"
-            f" kill -TERM {job.id}" in submit.err
-        )
+        busy = f"1 jobs of this run are queued or running ({job.id})"
+        assert f"{busy}; wait for them, or stop them with kill -TERM {job.id}" in submit.err
     finally:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -1131,10 +891,8 @@ def test_the_whole_pipeline_here_and_what_is_missing_again(submit, tmp_path, qui
     assert (status_of(run)["state"], status_of(run)["job"]) == ("finished", collect)
 
     assert submitted() == []
-    assert (
-        submit.out == "everything is done: collect, select, retrain, report; the page:"
-        f" {run}/report.html\n"
-    )
+    done_before = "everything is done: collect, select, retrain, report; the page:"
+    assert submit.out == f"{done_before} {run}/report.html\n"
     before = [(run / file).stat().st_mtime_ns for file in ("result.json", "report.html")]
     shutil.rmtree(run / "retrain" / name)
     assert submitted() == done[2:]
@@ -1146,13 +904,8 @@ def test_the_whole_pipeline_here_and_what_is_missing_again(submit, tmp_path, qui
 # ---- asked to leave
 
 
-LONG = [
-    "train.deterministic=true",
-    "train.epochs=6",
-    "score.windows=[{T: 6, K: 3}]",
-    "score.final_pass=false",
-    "data.num_workers=1",
-]
+LONG = "train.deterministic=true train.epochs=6 score.final_pass=false data.num_workers=1".split()
+LONG += ["score.windows=[{T: 6, K: 3}]"]
 
 
 def status_of(run):
@@ -1180,13 +933,9 @@ def test_a_local_job_that_is_preempted_is_queued_again_and_comes_to_the_same(
     """submitit's local controller starts it again on exit code 144."""
     run = tmp_path / "run"
     words = ["submit", str(config_file), "--cluster", str(LOCAL), *COLLECT, "--wait", *LONG]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tdds_dist", *words],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tdds_dist", *words]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=REPOSITORY, **piped)
     try:
         os.kill(until_epoch(run, 2, lambda: process.poll() is None), signal.SIGUSR2)
         out, _ = process.communicate(timeout=200)
@@ -1221,17 +970,13 @@ def test_torchrun_script_starts_a_stage(tmp_path):
         "nproc": "echo 12",
     }.items():
         write(tmp_path / name, f"#!/bin/sh\n{body}\n").chmod(0o755)
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANKS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-    }
+    ours = ("RANKS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
 
     def started(*words, **changes):
-        done = subprocess.run(
-            ["bash", str(script), *words], env=environment | changes, capture_output=True, text=True
-        )
+        command, env = ["bash", str(script), *words], environment | changes
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         return done.returncode, done.stdout.strip()
 
     for changes, threads, ranks in (
@@ -1240,10 +985,8 @@ def test_torchrun_script_starts_a_stage(tmp_path):
         ({"CUDA_VISIBLE_DEVICES": ""}, 12, 1),
         ({"RANKS": "4", "OMP_NUM_THREADS": "2"}, 2, 4),
     ):
-        assert started("collect", "a b", **changes) == (
-            0,
-            f"{threads} --standalone --nproc-per-node {ranks} -m tdds_dist collect a b",
-        )
+        said = f"{threads} --standalone --nproc-per-node {ranks} -m tdds_dist collect a b"
+        assert started("collect", "a b", **changes) == (0, said)
     assert started() == (2, "")
 
 
@@ -1251,12 +994,8 @@ def test_torchrun_script_starts_a_stage(tmp_path):
 @pytest.mark.distributed
 def test_torchrun_script_of_this_checkout():
     script = str(REPOSITORY / "launch" / "torchrun.sh")
-    done = subprocess.run(
-        [script, "collect", "--help"],
-        env=os.environ | {"RANKS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command, env = [script, "collect", "--help"], os.environ | {"RANKS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: tdds collect" in done.stdout
 

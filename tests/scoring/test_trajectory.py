@@ -7,6 +7,7 @@ import shutil
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tdds_dist.scoring.trajectory import (
     require_no_trajectory,
     whole_epochs,
 )
+from tests.make import refused
 from tests.ranks import catch
 
 NAMES = ("first", "second", "third")
@@ -47,21 +49,11 @@ def write(
     """Write epoch t as the ranks of a world of `world_sizes[t]` would; the last rank first."""
     num_samples = len(label_N)
 
-    def writers(world_size: int, is_first: bool) -> list[tuple[int, int, TrajectoryWriter]]:
-        bounds = [shard_bounds(num_samples, world_size, rank) for rank in range(world_size)]
-        return [
-            (
-                first,
-                end,
-                TrajectoryWriter(
-                    folder, NAMES, num_samples, 4, first, end, is_first and rank == 0, dtype
-                ),
-            )
-            for rank, (first, end) in enumerate(bounds)
-        ][::-1]
-
     for epoch, world_size in enumerate(world_sizes):
-        for first, end, writer in writers(world_size, is_first=epoch == 0):
+        for rank in reversed(range(world_size)):
+            first, end = shard_bounds(num_samples, world_size, rank)
+            is_main = epoch == 0 and rank == 0
+            writer = TrajectoryWriter(folder, NAMES, num_samples, 4, first, end, is_main, dtype)
             if epoch == 0:
                 writer.write_labels(label_N[first:end], fingerprint(label_N, 4).labels_sha256)
             writer.append(epoch, scalars_TFN[epoch, :, first:end])
@@ -83,11 +75,8 @@ def test_blocks_of_any_world_read_back_whole(tmp_path, num_samples, world_sizes)
     scalars_TFN, label_N = recorded(num_samples, 3)
     trajectory = Trajectory(write(tmp_path, scalars_TFN, label_N, world_sizes))
     assert trajectory.scalars == NAMES
-    assert (trajectory.num_samples, trajectory.num_classes, trajectory.num_epochs) == (
-        num_samples,
-        4,
-        3,
-    )
+    assert (trajectory.num_samples, trajectory.num_classes) == (num_samples, 4)
+    assert trajectory.num_epochs == 3
     for row, name in enumerate(NAMES):
         for num_epochs in (1, 2, 3, None):
             values_TN = trajectory.read(name, num_epochs)
@@ -100,10 +89,9 @@ def test_blocks_of_any_world_read_back_whole(tmp_path, num_samples, world_sizes)
 
 def test_an_empty_shard_writes_no_block(tmp_path):
     write(tmp_path, *recorded(2, 1), [4])
-    assert (
-        sorted(path.name for path in (tmp_path / "epoch_0000").iterdir())
-        == "0000000000-0000000001.json 0000000000-0000000001.npy 0000000001-0000000002.json 0000000001-0000000002.npy".split()
-    )
+    found = sorted(path.name for path in (tmp_path / "epoch_0000").iterdir())
+    blocks = ("0000000000-0000000001", "0000000001-0000000002")
+    assert found == [f"{block}.{kind}" for block in blocks for kind in ("json", "npy")]
 
 
 def test_an_epoch_written_again_replaces_the_first_try(folder):
@@ -133,9 +121,8 @@ def test_a_row_of_a_block_is_read_alone(tmp_path):
     tracemalloc.stop()
     np.testing.assert_array_equal(second_TN[0, :3], [1, 10, 19])
     assert peak < 2 * second_TN.nbytes
-    assert np.load(
-        tmp_path / "epoch_0000" / "0000000000-0000100000.npy", mmap_mode="r"
-    ).flags.c_contiguous
+    block = tmp_path / "epoch_0000" / "0000000000-0000100000.npy"
+    assert np.load(block, mmap_mode="r").flags.c_contiguous
 
 
 # ---- float16
@@ -145,9 +132,8 @@ def test_float16_reads_back_rounded_and_clipped(tmp_path):
     scalars_TFN, label_N = recorded(10, 3)
     scalars_TFN[1, 1, :6] = [1e5, -1e30, 65519.0, -np.inf, 1e-9, np.nan]
     trajectory = Trajectory(write(tmp_path, scalars_TFN, label_N, [4, 1, 3], "float16"))
-    assert (
-        trajectory.dtype == json.loads((tmp_path / "meta.json").read_text())["dtype"] == "float16"
-    )
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert trajectory.dtype == meta["dtype"] == "float16"
     for path in tmp_path.glob("epoch_*/*.npy"):
         assert np.load(path).dtype == np.float16
     second_TN = trajectory.read("second")
@@ -162,13 +148,11 @@ def test_float16_reads_back_rounded_and_clipped(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", ""])
 def test_another_dtype_is_refused(folder, dtype):
-    with pytest.raises(InputError, match=rf"dtype='{dtype}' must be one of float32, float16"):
-        TrajectoryWriter(folder, NAMES, 10, 4, 0, 10, True, dtype)
+    wrong = rf"dtype='{dtype}' must be one of float32, float16"
+    refused(wrong, TrajectoryWriter, folder, NAMES, 10, 4, 0, 10, True, dtype)
     change_meta(folder, dtype=dtype)
-    with pytest.raises(
-        InputError, match=rf"meta\.json has dtype '{dtype}', this version reads float32, float16"
-    ):
-        Trajectory(folder)
+    wrong = rf"meta\.json has dtype '{dtype}', this version reads float32, float16"
+    refused(wrong, Trajectory, folder)
 
 
 # ---- the fingerprint of the labels
@@ -177,9 +161,8 @@ def test_another_dtype_is_refused(folder, dtype):
 def change_meta(folder: Path, **values: object) -> None:
     """Set keys of meta.json; None removes them."""
     meta = json.loads((folder / "meta.json").read_text()) | values
-    (folder / "meta.json").write_text(
-        json.dumps({key: value for key, value in meta.items() if value is not None})
-    )
+    meta = {key: value for key, value in meta.items() if value is not None}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def test_labels_are_compared_with_their_hash(tmp_path):
@@ -195,8 +178,7 @@ def test_labels_are_compared_with_their_hash(tmp_path):
         rf" {want.labels_sha256[:12]}; "
     )
     for read in (Trajectory(tmp_path).labels, Trajectory(tmp_path).fingerprint):
-        with pytest.raises(InputError, match=message):
-            read()
+        refused(message, read)
     assert Trajectory(tmp_path).read("second").shape == (1, 10), "the scalars are as they were"
 
 
@@ -230,22 +212,12 @@ def flips(path: Path) -> Iterator[int]:
 def test_sidecars_hold_place_and_checksums(tmp_path, dtype):
     write(tmp_path, *recorded(10, 2), [3, 1], dtype)
     assert json.loads((tmp_path / "meta.json").read_text())["checksums"] is True
-    places = {
-        f"epoch_0000/{block}": (0, first, end)
-        for block, first, end in (
-            ("0000000000-0000000004", 0, 4),
-            ("0000000004-0000000008", 4, 8),
-            ("0000000008-0000000010", 8, 10),
-        )
-    }
-    places |= {
-        name.replace("epoch_0000", "labels"): ("labels", first, end)
-        for name, (_, first, end) in places.items()
-    }
+    blocks = (("0000000000-0000000004", 0, 4), (PLACE, 4, 8), ("0000000008-0000000010", 8, 10))
+    places = {f"epoch_0000/{block}": (0, first, end) for block, first, end in blocks}
+    places |= {f"labels/{block}": ("labels", first, end) for block, first, end in blocks}
     places |= {"epoch_0001/0000000000-0000000010": (1, 0, 10)}
-    assert {str(path.relative_to(tmp_path))[:-5] for path in tmp_path.glob("*/*.json")} == set(
-        places
-    )
+    found = {str(path.relative_to(tmp_path))[:-5] for path in tmp_path.glob("*/*.json")}
+    assert found == set(places)
     for name, (epoch, first, end) in places.items():
         data = (tmp_path / f"{name}.npy").read_bytes()[HEADER:]
         size = len(data) if epoch == "labels" else len(data) // 3
@@ -271,13 +243,10 @@ def test_a_flipped_bit_in_a_block_is_found_in_the_row_it_is_in(folder):
             rf"{BLOCK} is damaged \(CRC-32 of {name} is [0-9a-f]{{8}}, {PLACE}\.json says"
             r" [0-9a-f]{8}\); "
         )
-        for read in (
-            trajectory.verify,
-            lambda: trajectory.read(name),  # noqa: B023
-            lambda: trajectory.verify_epoch(1),  # noqa: B023
-        ):
-            with pytest.raises(InputError, match=message + "restore it or collect again"):
-                read()
+        message += "restore it or collect again"
+        refused(message, trajectory.verify)
+        refused(message, trajectory.read, name)
+        refused(message, trajectory.verify_epoch, 1)
         for other in set(NAMES) - {name}:
             np.testing.assert_array_equal(trajectory.read(other), want[other])
         assert whole_epochs(folder)[0] == 1
@@ -306,10 +275,8 @@ def test_a_flipped_bit_in_labels_or_a_sidecar_is_found(folder, name):
 def test_killed_between_sidecar_and_block(folder, monkeypatch, epoch):
     """While epoch 3 was recorded, or epoch 1 once more: it does not count, and a resume removes
     it."""
-    writers = [
-        TrajectoryWriter(folder, NAMES, 10, 4, *bounds, False)
-        for bounds in ((0, 4), (4, 8), (8, 10))
-    ]
+    bounds = ((0, 4), (4, 8), (8, 10))
+    writers = [TrajectoryWriter(folder, NAMES, 10, 4, *each, False) for each in bounds]
     again_FN = np.full((3, 10), 7, dtype=np.float32)
     writers[0].append(epoch, again_FN[:, :4])
     writers[1].append(epoch, again_FN[:, 4:8])
@@ -323,14 +290,8 @@ def test_killed_between_sidecar_and_block(folder, monkeypatch, epoch):
     monkeypatch.undo()
     num_whole, reason = whole_epochs(folder)
     assert num_whole == epoch
-    assert re.search(
-        (
-            r"epoch_0003 cover 8 of 10"
-            if epoch == 3
-            else r"epoch_0001/0000000008-0000000010\.npy is damaged"
-        ),
-        reason,
-    )
+    damaged = r"epoch_0001/0000000008-0000000010\.npy is damaged"
+    assert re.search("epoch_0003 cover 8 of 10" if epoch == 3 else damaged, reason)
     resume(folder, epoch)
     assert whole_epochs(folder) == (epoch, "")
     np.testing.assert_array_equal(Trajectory(folder).read("second"), recorded(10, 3)[0][:epoch, 1])
@@ -348,6 +309,29 @@ def put(name: str, content: bytes | None) -> Callable[[Path], object]:
 
 def array(name: str, value: np.ndarray) -> Callable[[Path], object]:
     return lambda folder: np.save(folder / name, value, allow_pickle=value.dtype == object)
+
+
+def another_block(first: int, end: int) -> Callable[[Path], object]:
+    """One more block of epoch 1."""
+    zeros_FN = np.zeros((3, abs(end - first)), np.float32)
+    return array(f"epoch_0001/{first:010d}-{end:010d}.npy", zeros_FN)
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: shutil.rmtree(folder / name)
+
+
+def add(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).mkdir()
+
+
+def flip_in(name: str, position: int, folder: Path) -> None:
+    flip(folder / name, position)
+
+
+def misplaced(of: str, first: int, end: int, place: str) -> str:
+    """What is said of a sidecar that belongs elsewhere than to `PLACE`."""
+    return rf"\.json is of {of} \[{first}, {end}\), where {place} \[4, 8\) should be"
 
 
 def cut(length: int) -> Callable[[Path], object]:
@@ -368,10 +352,11 @@ def header(where: bytes, by: str) -> Callable[[Path], object]:
 
 
 def copied(source: str, target: str, *suffixes: str) -> Callable[[Path], object]:
-    return lambda folder: [
-        shutil.copy(folder / f"{source}{suffix}", folder / f"{target}{suffix}")
-        for suffix in suffixes
-    ]
+    def copy(folder: Path) -> None:
+        for suffix in suffixes:
+            shutil.copy(folder / f"{source}{suffix}", folder / f"{target}{suffix}")
+
+    return copy
 
 
 def as_folder(folder: Path) -> None:
@@ -396,56 +381,40 @@ def half_an_epoch(folder: Path) -> None:
 
 META = '{{"format": "tdds-trajectory-1", "scalars": {}, "num_samples": {}, "num_classes": {}}}'
 SIDECAR = BLOCK.replace("npy", "json")
-PLACED = '{"epoch": 1, "first": 4, "end": 8'
-LISTED = '{"format": "tdds-quarantine-1"'
+PLACED = b'{"epoch": 1, "first": 4, "end": 8'
+LISTED = b'{"format": "tdds-quarantine-1"'
 FLOATS = np.zeros((3, 4), np.float32)
+IS_DAMAGED = rf"{PLACE}\.npy is damaged"
+FIRST, LAST = "0000000000-0000000004", "0000000008-0000000010"
 DAMAGE = [  # (how, epochs that are whole, words of the message)
-    *[(cut(length), 1, rf"{PLACE}\.npy is damaged") for length in (0, 5, 60, 127, 128, 150, -1)],
+    *[(cut(length), 1, IS_DAMAGED) for length in (0, 5, 60, 127, 128, 150, -1)],
+    (header(b"(3, 4)", "("), 1, IS_DAMAGED),
+    *[(header(b"{'descr", by), 1, IS_DAMAGED) for by in ("{", "'", ",", "3")],
     *[
-        (header(b"(3, 4)" if by == "(" else b"{'descr", by), 1, rf"{PLACE}\.npy is damaged")
-        for by in ("(", "{", "'", ",", "3")
-    ],
-    *[
-        (
-            longer(name, length),
-            whole,
-            rf"{name} is damaged \({size + length} bytes instead of {size}\)",
-        )
+        (longer(name, more), whole, rf"{name} is damaged \({size + more} bytes instead of {size}\)")
         for name, whole, size in ((BLOCK, 1, HEADER + 48), (LABELS, 0, HEADER + 32))
-        for length in (1, 4, 48)
+        for more in (1, 4, 48)
     ],
     *[
         (array(BLOCK, value), 1, rf"{PLACE}\.npy holds .*expected float32 \(3, 4\)")
         for value in (
-            np.zeros((3, 5), np.float32),
-            np.zeros((2, 4), np.float32),
-            FLOATS.T,
-            FLOATS.ravel(),
-            FLOATS.astype(np.float64),
-            FLOATS.astype(np.int32),
-            FLOATS.astype(np.float16),
+            *(np.zeros((3, 5), np.float32), np.zeros((2, 4), np.float32), FLOATS.T, FLOATS.ravel()),
+            *(FLOATS.astype(dtype) for dtype in (np.float64, np.int32, np.float16)),
         )
     ],
-    (array(BLOCK, np.array([{}], dtype=object)), 1, rf"{PLACE}\.npy is damaged"),
-    (
-        array(LABELS, np.zeros(4, np.int32)),
-        0,
-        rf"labels/{PLACE}\.npy holds int32 .*expected int64 \(4,\)",
-    ),
-    (as_folder, 1, rf"{PLACE}\.npy is damaged .*[Dd]irectory"),
-    (as_zip, 1, rf"{PLACE}\.npy is damaged"),
+    (array(BLOCK, np.array([{}], dtype=object)), 1, IS_DAMAGED),
+    (array(LABELS, np.zeros(4, np.int32)), 0, rf"{LABELS} holds int32 .*expected int64 \(4,\)"),
+    (as_folder, 1, rf"{IS_DAMAGED} .*[Dd]irectory"),
+    (as_zip, 1, IS_DAMAGED),
     # bits and copies, that sidecars find
-    (
-        lambda folder: flip(folder / f"epoch_0000/{PLACE}.npy", -1),
-        0,
-        r"epoch_0000/.*\.npy is damaged \(CRC-32 of third",
-    ),
-    (
-        lambda folder: flip(folder / f"epoch_0002/{PLACE}.npy", HEADER),
-        2,
-        r"epoch_0002/.*\.npy is damaged \(CRC-32 of first",
-    ),
-    (lambda folder: flip(folder / LABELS, -8), 0, rf"{LABELS} is damaged \(CRC-32 is"),
+    *[
+        (partial(flip_in, name, position), whole, rf"{where}\.npy is damaged \(CRC-32 {found}")
+        for name, position, whole, where, found in (
+            (f"epoch_0000/{PLACE}.npy", -1, 0, "epoch_0000/.*", "of third"),
+            (f"epoch_0002/{PLACE}.npy", HEADER, 2, "epoch_0002/.*", "of first"),
+            (LABELS, -8, 0, LABELS[:-4], "is"),
+        )
+    ],
     *[
         (
             copied(source, target[:-4], *suffixes),
@@ -454,31 +423,12 @@ DAMAGE = [  # (how, epochs that are whole, words of the message)
         )
         for suffixes in ([".npy"], [".npy", ".json"])
         for source, target, whole, found in (
-            (
-                f"epoch_0002/{PLACE}",
-                BLOCK,
-                1,
-                r"\.json is of epoch 2 \[4, 8\), where epoch 1 \[4, 8\) should be",
-            ),
-            (
-                "epoch_0001/0000000000-0000000004",
-                BLOCK,
-                1,
-                r"\.json is of epoch 1 \[0, 4\), where epoch 1 \[4, 8\) should be",
-            ),
-            (
-                "labels/0000000000-0000000004",
-                LABELS,
-                0,
-                r"\.json is of labels \[0, 4\), where labels \[4, 8\) should be",
-            ),
+            (f"epoch_0002/{PLACE}", BLOCK, 1, misplaced("epoch 2", 4, 8, "epoch 1")),
+            (f"epoch_0001/{FIRST}", BLOCK, 1, misplaced("epoch 1", 0, 4, "epoch 1")),
+            (f"labels/{FIRST}", LABELS, 0, misplaced("labels", 0, 4, "labels")),
         )
     ],
-    (
-        epoch_twice,
-        2,
-        r"epoch_0002/0000000000-0000000004\.json is of epoch 1 \[0, 4\), where epoch 2",
-    ),
+    (epoch_twice, 2, rf"epoch_0002/{FIRST}\.json is of epoch 1 \[0, 4\), where epoch 2"),
     *[
         (
             put(SIDECAR, content),
@@ -486,17 +436,8 @@ DAMAGE = [  # (how, epochs that are whole, words of the message)
             rf"{SIDECAR} is missing or damaged \(.*\), so {PLACE}\.npy cannot be trusted",
         )
         for content in (
-            None,
-            b"",
-            b"[]",
-            b"7",
-            b'"epoch"',
-            b"null",
-            b"\xff\xfe",
-            *(
-                f"{PLACED}{crc32}}}".encode()
-                for crc32 in ("", ', "crc32": 5', ', "crc32": [1, 2]', ', "crc32": [1, 2, "3"]')
-            ),
+            *(None, b"", b"[]", b"7", b'"epoch"', b"null", b"\xff\xfe", PLACED + b"}"),
+            *(PLACED + b', "crc32": %s}' % crc for crc in (b"5", b"[1, 2]", b'[1, 2, "3"]')),
         )
     ],
     # blocks and epochs that do not cover the samples
@@ -504,62 +445,38 @@ DAMAGE = [  # (how, epochs that are whole, words of the message)
         (put(f"{where}/{block}.npy", None), whole, rf"{where} {found}")
         for where, whole in (("epoch_0002", 2), ("epoch_0001", 1), ("labels", 0))
         for block, found in (
-            ("0000000000-0000000004", "leave a gap at index 0"),
-            (PLACE, r"leave a gap at index 4 .*0000000008-0000000010"),
-            ("0000000008-0000000010", "cover 8 of 10 samples"),
+            (FIRST, "leave a gap at index 0"),
+            (PLACE, rf"leave a gap at index 4 .*{LAST}"),
+            (LAST, "cover 8 of 10 samples"),
         )
     ],
-    (lambda folder: shutil.rmtree(folder / "labels"), 0, "labels cover 0 of 10 samples"),
+    (remove("labels"), 0, "labels cover 0 of 10 samples"),
     *[
-        (
-            array(
-                f"epoch_0001/{first:010d}-{end:010d}.npy",
-                np.zeros((3, abs(end - first)), np.float32),
-            ),
-            1,
-            r"epoch_0001 overlap at index \d+ ",
-        )
+        (another_block(first, end), 1, r"epoch_0001 overlap at index \d+ ")
         for first, end in ((2, 6), (0, 8), (4, 10), (5, 7), (9, 10), (4, 4), (10, 10), (10, 8))
     ],
-    (
-        array("epoch_0001/0000000010-0000000012.npy", np.zeros((3, 2), np.float32)),
-        1,
-        "epoch_0001 cover 12 of 10 samples; rem",
-    ),
-    (lambda folder: (folder / "epoch_0003").mkdir(), 3, "epoch_0003 cover 0 of 10 samples"),
+    (another_block(10, 12), 1, "epoch_0001 cover 12 of 10 samples; rem"),
+    (add("epoch_0003"), 3, "epoch_0003 cover 0 of 10 samples"),
     (half_an_epoch, 3, "epoch_0003 cover 4 of 10 samples"),
-    (lambda folder: shutil.rmtree(folder / "epoch_0000"), 0, r"holds epochs \["),
-    (lambda folder: shutil.rmtree(folder / "epoch_0001"), 1, r"holds epochs \["),
-    (lambda folder: (folder / "epoch_00001").mkdir(), 1, r"holds epochs \["),
+    (remove("epoch_0000"), 0, r"holds epochs \["),
+    (remove("epoch_0001"), 1, r"holds epochs \["),
+    (add("epoch_00001"), 1, r"holds epochs \["),
     # meta.json, quarantine.json
     *[
-        (
-            lambda folder, size=size: change_meta(folder, num_samples=size),
-            0,
-            f"cover 10 of {size} samples",
-        )
+        (partial(change_meta, num_samples=size), 0, f"cover 10 of {size} samples")
         for size in (9, 12)
     ],
-    (lambda folder: change_meta(folder, labels_sha256="abc"), 0, "labels of another dataset"),
+    (partial(change_meta, labels_sha256="abc"), 0, "labels of another dataset"),
     *[
-        (
-            lambda folder, key=key, value=value: change_meta(folder, **{key: value}),
-            0,
-            r"meta\.json is damaged",
-        )
+        (partial(change_meta, **{key: value}), 0, r"meta\.json is damaged")
         for key in ("dtype", "labels_sha256")
         for value in (None, 5)
     ],
     *[
         (put("meta.json", content.encode("latin-1")), 0, r"meta\.json")
         for content in (
-            "",
-            "{",
-            "\xff\xfe\x00garbage",
-            "[]",
-            '"tdds-trajectory-1"',
-            '{"format": "tdds-trajectory-1"}',
-            '{"format": "tdds-trajectory-9"}',
+            *("", "{", "\xff\xfe\x00garbage", "[]", '"tdds-trajectory-1"'),
+            *('{"format": "tdds-trajectory-1"}', '{"format": "tdds-trajectory-9"}'),
             META.format('["a"]', '"10"', 4),
             META.format('["a"]', 10, 0),
             META.format(9, 10, 4),
@@ -569,29 +486,11 @@ DAMAGE = [  # (how, epochs that are whole, words of the message)
     *[
         (put("quarantine.json", content), 0, r"quarantine\.json is damaged \(")
         for content in (
-            b"",
-            b"{",
-            b"\xff\xfe",
-            b"[]",
-            b"{}",
+            *(b"", b"{", b"\xff\xfe", b"[]", b"{}", LISTED + b"}"),
             b'{"format": "tdds-quarantine-2", "samples": {"1": 3}}',
             *(
-                f"{LISTED}{samples}}}".encode()
-                for samples in (
-                    "",
-                    *(
-                        f', "samples": {value}'
-                        for value in (
-                            "[1]",
-                            '{"10": 3}',
-                            '{"-1": 3}',
-                            '{"one": 3}',
-                            '{"1": -1}',
-                            '{"1": "3"}',
-                            '{"1": true}',
-                        )
-                    ),
-                )
+                LISTED + b', "samples": %s}' % samples
+                for samples in b"""[1] {"10":3} {"-1":3} {"one":3} {"1":-1} {"1":"3"} {"1":true}""".split()
             ),
         )
     ],
@@ -616,9 +515,8 @@ def test_damage_is_named_and_a_resume_goes_back_before_it(folder, hurt, num_whol
     if num_whole:
         resume(folder, num_whole)
         assert whole_epochs(folder) == (num_whole, "")
-        np.testing.assert_array_equal(
-            Trajectory(folder).read("second"), recorded(10, 3)[0][:num_whole, 1]
-        )
+        want = recorded(10, 3)[0][:num_whole, 1]
+        np.testing.assert_array_equal(Trajectory(folder).read("second"), want)
 
 
 def test_leftovers_of_a_killed_writer_are_ignored(folder):
@@ -636,26 +534,13 @@ def test_leftovers_of_a_killed_writer_are_ignored(folder):
 
 
 def test_reading_what_was_not_recorded(folder, tmp_path):
-    for read, words in (
-        (
-            lambda: Trajectory(folder).read("fourth"),
-            r"no scalar 'fourth'; it has first, second, third",
-        ),
-        (
-            lambda: Trajectory(folder).read("first", 4),
-            r"holds 3 epochs, 4 are needed; lower T or collect longer",
-        ),
-        (
-            lambda: Trajectory(folder, 5),
-            r"trajectory holds epochs \[0, 1, 2\], expected 0 to 4 without a gap",
-        ),
-        (
-            lambda: Trajectory(tmp_path / "nowhere"),
-            r"nowhere holds no trajectory \(no meta\.json\); `tdds collect`",
-        ),
-    ):
-        with pytest.raises(InputError, match=words):
-            read()
+    read = Trajectory(folder).read
+    refused("no scalar 'fourth'; it has first, second, third", read, "fourth")
+    refused("holds 3 epochs, 4 are needed; lower T or collect longer", read, "first", 4)
+    gap = r"trajectory holds epochs \[0, 1, 2\], expected 0 to 4 without a gap"
+    refused(gap, Trajectory, folder, 5)
+    nothing = r"nowhere holds no trajectory \(no meta\.json\); `tdds collect`"
+    refused(nothing, Trajectory, tmp_path / "nowhere")
     assert Trajectory(folder, 2).num_epochs == 2
 
 
@@ -666,9 +551,8 @@ def test_where_nothing_was_recorded_no_epoch_is_whole(tmp_path):
     (tmp_path / "notes.txt").write_text("by hand")
     assert whole_epochs(tmp_path) == (0, "")
     writer = TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, True)
-    writer.write_labels(
-        np.zeros(10, dtype=np.int64), fingerprint(np.zeros(10, dtype=np.int64), 4).labels_sha256
-    )
+    label_N = np.zeros(10, dtype=np.int64)
+    writer.write_labels(label_N, fingerprint(label_N, 4).labels_sha256)
     assert whole_epochs(tmp_path) == (0, "")
     writer.append(0, np.zeros((3, 10), dtype=np.float32))
     assert whole_epochs(tmp_path) == (1, "")
@@ -730,30 +614,22 @@ def test_a_quarantine_alone_is_a_part_of_a_trajectory(tmp_path):
 
 def resume(folder: Path, next_epoch: int, **changes: object) -> None:
     """Go on with the run of the fixture `folder`, or one that differs in `changes`."""
-    run = {
-        "scalars": NAMES,
-        "num_samples": 10,
-        "num_classes": 4,
-        "dtype": "float32",
-        "labels_sha256": fingerprint(recorded(10, 3)[1], 4).labels_sha256,
-    } | changes
-    labels_sha256 = run.pop("labels_sha256")
+    run = {"scalars": NAMES, "num_samples": 10, "num_classes": 4, "dtype": "float32"} | changes
+    labels_sha256 = run.pop("labels_sha256", fingerprint(recorded(10, 3)[1], 4).labels_sha256)
     TrajectoryWriter(folder, first=0, end=10, is_main=True, **run).resume(next_epoch, labels_sha256)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize(("next_epoch", "has_hash"), [(1, True), (2, False), (3, True)])
 def test_resume_keeps_what_was_finished_and_removes_the_rest(folder, next_epoch, has_hash):
     label_N = recorded(10, 3)[1]
+    labels_sha256 = fingerprint(label_N, 4).labels_sha256 if has_hash else None
     if has_hash:
-        change_meta(folder, labels_sha256=fingerprint(label_N, 4).labels_sha256)
+        change_meta(folder, labels_sha256=labels_sha256)
     before = files_of(folder)
     (folder / "epoch_0003").mkdir()
     (folder / "epoch_0003" / ".0000000000-0000000004.npy.x.tmp").write_bytes(b"half")
@@ -766,26 +642,18 @@ def test_resume_keeps_what_was_finished_and_removes_the_rest(folder, next_epoch,
         ".quarantine.json.x.tmp",
     ):
         (folder / leftover).write_bytes(b"half")
-    (folder / "epoch_0000" / "notes.tmp").write_bytes(
-        before.setdefault("epoch_0000/notes.tmp", b"kept by hand")
-    )
-    resume(
-        folder,
-        next_epoch,
-        labels_sha256=fingerprint(label_N, 4).labels_sha256 if has_hash else None,
-    )
+    (folder / "epoch_0000" / "notes.tmp").write_bytes(b"kept by hand")
+    before["epoch_0000/notes.tmp"] = b"kept by hand"
+    resume(folder, next_epoch, labels_sha256=labels_sha256)
     lost = {f"epoch_{epoch:04d}" for epoch in range(next_epoch, 3)}
-    assert files_of(folder) == {
-        name: data for name, data in before.items() if name.split("/")[0] not in lost
-    }
+    kept = {name: data for name, data in before.items() if name.split("/")[0] not in lost}
+    assert files_of(folder) == kept
     assert not list(folder.glob("epoch_0005"))
-    first, end = shard_bounds(10, 2, 1)  # another world size
-    TrajectoryWriter(folder, NAMES, 10, 4, 0, first, True).append(
-        next_epoch, np.full((3, first), 7, np.float32)
-    )
-    TrajectoryWriter(folder, NAMES, 10, 4, first, end, False).append(
-        next_epoch, np.full((3, end - first), 8, np.float32)
-    )
+    for rank in (0, 1):  # another world size
+        first, end = shard_bounds(10, 2, rank)
+        values_FN = np.full((3, end - first), 7 + rank, np.float32)
+        writer = TrajectoryWriter(folder, NAMES, 10, 4, first, end, rank == 0)
+        writer.append(next_epoch, values_FN)
     trajectory = Trajectory(folder)
     assert trajectory.num_epochs == next_epoch + 1
     np.testing.assert_array_equal(trajectory.read("third")[-1], [7] * 5 + [8] * 5)
@@ -806,25 +674,22 @@ def test_resume_before_the_first_epoch_starts_over(folder, has_meta):
     assert files_of(folder) == {"labels/names.txt": b"kept by hand"}
     require_no_trajectory(folder)
     scalars_TFN, label_N = recorded(10, 3)
-    np.testing.assert_array_equal(
-        Trajectory(write(folder, scalars_TFN, label_N, [2])).labels(), label_N
-    )
+    labels = Trajectory(write(folder, scalars_TFN, label_N, [2])).labels()
+    np.testing.assert_array_equal(labels, label_N)
+
+
+OTHER_SCALARS = r"scalars \('first', 'second', 'third'\) instead of \('first', 'second'\)"
+OTHER_LABELS = r"labels of another dataset; .* to 0123456789ab; resume with the \.beton"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"scalars": NAMES[:2]},
-            r"scalars \('first', 'second', 'third'\) instead of \('first', 'second'\)",
-        ),
+        ({"scalars": NAMES[:2]}, OTHER_SCALARS),
         ({"num_samples": 11}, "num_samples 10 instead of 11"),
         ({"num_classes": 5}, "num_classes 4 instead of 5"),
         ({"dtype": "float16"}, "dtype 'float32' instead of 'float16'"),
-        (
-            {"labels_sha256": "0123456789abcdef"},
-            r"labels of another dataset; .* to 0123456789ab; resume with the \.beton",
-        ),
+        ({"labels_sha256": "0123456789abcdef"}, OTHER_LABELS),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -840,19 +705,15 @@ def test_resume_of_another_run_is_refused_and_removes_nothing(folder, changes, m
 
 
 def test_an_existing_trajectory_is_not_written_into(folder):
-    before = Trajectory(folder).read("first")
-    with pytest.raises(InputError, match=r"trajectory already holds a trajectory; choose another"):
-        require_no_trajectory(folder)
+    words = "trajectory already holds a trajectory; choose another"
+    refused(words, require_no_trajectory, folder)
     (folder / "meta.json").unlink()
-    with pytest.raises(InputError, match="already holds a trajectory"):
-        require_no_trajectory(folder)
-    with pytest.raises(InputError, match="already holds a trajectory"):
-        ShardedScorer(10, 4, [Window(3, 2)], device="cpu", trajectory=folder)
+    refused(words, require_no_trajectory, folder)
+    windows = [Window(3, 2)]
+    refused(words, ShardedScorer, 10, 4, windows, device="cpu", trajectory=folder)
     assert not (folder / "meta.json").exists()
     for epoch in range(3):
         shutil.rmtree(folder / f"epoch_{epoch:04d}")
-    with pytest.raises(InputError, match="already holds a trajectory"):
-        require_no_trajectory(folder)
+    refused(words, require_no_trajectory, folder)
     shutil.rmtree(folder / "labels")
     require_no_trajectory(folder)
-    assert len(before) == 3
