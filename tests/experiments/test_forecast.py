@@ -42,6 +42,7 @@ from tdds_dist.training.build import InputStage, build_model, build_optimizer
 from tdds_dist.training.collect import collect
 from tdds_dist.training.final_pass import _ByClass
 from tdds_dist.training.schedule import per_rank_batch
+from tests.make import refused
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -61,12 +62,9 @@ def imagenet(*overrides, network="resnet34"):
 
 def case_of(config, num_samples, num_ranks=1, **pipeline):
     """Without retrainings unless `pipeline` says of what."""
-    cells = (
-        pipeline_cells(config.model_copy(update={"pipeline": Pipeline(**pipeline)}))
-        if pipeline
-        else ()
-    )
-    return Case(config, Images(num_samples, "given", 100), num_ranks, tuple(cells))
+    asked = config.model_copy(update={"pipeline": Pipeline(**pipeline)})
+    cells = tuple(pipeline_cells(asked)) if pipeline else ()
+    return Case(config, Images(num_samples, "given", 100), num_ranks, cells)
 
 
 def value(lines, label):
@@ -75,19 +73,15 @@ def value(lines, label):
 
 
 def storage_bytes(tensors):
-    return sum(
-        {
-            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors
-        }.values()
-    )
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def tables_of(scorer):
     """All tensors of a scorer, also those in what it consists of."""
     owners = [scorer, scorer._shard, scorer._shard.previous]
-    return [
-        item for owner in owners for item in vars(owner).values() if isinstance(item, torch.Tensor)
-    ]
+    items = [item for owner in owners for item in vars(owner).values()]
+    return [item for item in items if isinstance(item, torch.Tensor)]
 
 
 # ---- the scorer
@@ -136,24 +130,21 @@ def test_scorer_bytes_are_those_of_a_real_scorer(
         real = storage_bytes(tables_of(scorer))
         predicted = footprint.scorer_bytes(config, num_samples, world_size, rank)
         assert sum(predicted.values()) == real == scorer.state_bytes() + 3 * 8
-        assert predicted["previous log-probabilities"] == storage_bytes(
-            scorer._shard.previous.tables().values()
-        )
-        assert predicted["ring of loss differences"] == scorer._delta_KM.untyped_storage().nbytes()
-        assert predicted["averages over windows"] == scorer._average_AM.untyped_storage().nbytes()
-        assert (
-            predicted["scalars of this epoch"]
-            == scorer._shard.scalars_MF.untyped_storage().nbytes()
-        )
+        for name, tensors in {
+            "previous log-probabilities": [*scorer._shard.previous.tables().values()],
+            "ring of loss differences": [scorer._delta_KM],
+            "averages over windows": [scorer._average_AM],
+            "scalars of this epoch": [scorer._shard.scalars_MF],
+        }.items():
+            assert predicted[name] == storage_bytes(tensors)
 
 
 def pending_bytes(rank, world_size, rows, num_classes, dtype):
     """Buffers of one routed step."""
     scorer = ShardedScorer(200, num_classes, [Window(3, 2)], device="cpu")
     index_B = torch.arange(rank, 200, world_size)[:rows]
-    scorer.record(
-        index_B, torch.zeros(rows, num_classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    )
+    logits_BC = torch.zeros(rows, num_classes, dtype=dtype)
+    scorer.record(index_B, logits_BC, torch.zeros(rows, dtype=torch.int64))
     exchange = scorer._pending[0]
     return exchange._sent_BX.nbytes, exchange._received_RX.nbytes
 
@@ -177,14 +168,8 @@ def test_routing_buffers_are_those_of_a_real_step(dtype):
 def test_recording_takes_no_more_than_planned(rows, num_classes, together, kind):
     storage = kind if kind == "dense" else f"topk:{max(1, num_classes // 10)}"
     num_samples = rows * max(4 * together, 2 * WAITING_NUMBERS // (rows * num_classes))
-    scorer = ShardedScorer(
-        num_samples,
-        num_classes,
-        [Window(3, 2)],
-        device="cpu",
-        storage=storage,
-        route_every=together,
-    )
+    options = {"device": "cpu", "storage": storage, "route_every": together}
+    scorer = ShardedScorer(num_samples, num_classes, [Window(3, 2)], **options)
 
     def batch(first):
         index_B = torch.arange(first, first + rows)
@@ -194,9 +179,8 @@ def test_recording_takes_no_more_than_planned(rows, num_classes, together, kind)
     for arguments in batches:
         scorer.record(*arguments)
     scorer.end_epoch()
-    with footprint._Alive(
-        [*tables_of(scorer), *(tensor for arguments in batches for tensor in arguments)]
-    ) as alive:
+    given = [tensor for arguments in batches for tensor in arguments]
+    with footprint._Alive([*tables_of(scorer), *given]) as alive:
         for arguments in batches:
             scorer.record(*arguments)
         scorer._apply_pending()
@@ -267,23 +251,16 @@ def test_parameters_gradients_and_optimizer_state_are_those_after_a_real_step(
     nn.functional.cross_entropy(model(image), label).backward()
     gradients = storage_bytes(parameter.grad for parameter in model.parameters())
     optimizer.step()
-    state = [
-        item
-        for entry in optimizer.state.values()
-        for item in entry.values()
-        if item is not None and item.ndim
-    ]
+    items = [item for entry in optimizer.state.values() for item in entry.values()]
+    state = storage_bytes(item for item in items if item is not None and item.ndim)
     network = footprint.network_of(config, 4)
     assert network.parameters == gradients == storage_bytes(model.parameters())
     assert network.buffers == storage_bytes(model.buffers())
-    assert (
-        footprint.optimizer_bytes(config.train, network.parameters)
-        == storage_bytes(state)
-        == per_parameter * gradients
-    )
+    assert state == per_parameter * gradients
+    assert footprint.optimizer_bytes(config.train, network.parameters) == state
     lines = budget.memory_lines(case_of(config, 100))
     assert value(lines, "gradients") == value(lines, "parameters") == gradients
-    assert value(lines, "optimizer state") == storage_bytes(state)
+    assert value(lines, "optimizer state") == state
     whole_batch = torch.zeros(24, 3, 32, 32, dtype=torch.uint8)
     normalised = InputStage((0.0,) * 3, (1.0,) * 3, channels_last=True)(whole_batch)
     assert value(lines, "images of a batch") == normalised.nbytes + 2 * whole_batch.nbytes
@@ -308,9 +285,8 @@ def test_memory_is_the_sum_of_its_lines(tiny, device):
     assert len(parts) == 14 + 2 * (device == "cuda")
     if device == "cuda":
         assert value(lines, "CUDA, NCCL, workspaces") == 1_000_000_000
-        assert value(lines, "margin") == math.ceil(
-            0.05 * (total - value(lines, "margin") - 1_000_000_000)
-        )
+        rest = total - value(lines, "margin") - 1_000_000_000
+        assert value(lines, "margin") == math.ceil(0.05 * rest)
     else:
         assert "margin" not in [line.label for line in lines]
         # keeps good buffers
@@ -321,44 +297,26 @@ def test_memory_is_the_sum_of_its_lines(tiny, device):
 def test_what_is_needed_outside_of_steps_counts_where_it_is_more(tiny):
     config = tiny("model.name=vgg11", "train.global_batch_size=2", "score.final_pass=false")
     lines = budget.memory_lines(case_of(config, 100))
-    step = sum(
-        value(lines, label)
-        for label in (
-            "images of a batch",
-            "activations kept for backward",
-            "work of forward and backward",
-            "routing buffers and recording",
-        )
-    )
-    assert value(lines, "more than that outside of steps") == max(
-        0, value(lines, "parameters") - step
-    )
+    step = value(lines, "images of a batch") + value(lines, "activations kept for backward")
+    step += value(lines, "work of forward and backward")
+    step += value(lines, "routing buffers and recording")
+    more = max(0, value(lines, "parameters") - step)
+    assert value(lines, "more than that outside of steps") == more
     many = budget.memory_lines(case_of(tiny("train.global_batch_size=2"), 3_000_000))
     assert value(many, "more than that outside of steps") > 36 * 3_000_000
     # The final pass: 12 bytes per image of all ranks, where the others' state was.
     spread = budget.memory_lines(case_of(tiny("train.global_batch_size=256"), 30_000_000, 128))
     network = footprint.network_of(tiny(), 2)
-    without = (
-        sum(footprint.scorer_bytes(tiny(), 30_000_000, 128).values())
-        + 2 * network.parameters
-        + network.buffers
-    )
+    without = sum(footprint.scorer_bytes(tiny(), 30_000_000, 128).values())
+    without += 2 * network.parameters + network.buffers
     assert value(spread, "more than that outside of steps") == 12 * 30_000_000 - without
 
 
 def test_imagenet_numbers():
     lines = budget.memory_lines(case_of(imagenet(), IMAGENET, 8))
     assert round(lines[0].value / 1e6) == 641
-    assert (
-        round(
-            value(
-                budget.memory_lines(case_of(imagenet("score.logp_dtype=float16"), IMAGENET, 8)),
-                "previous log-probabilities",
-            )
-            / 1e6
-        )
-        == 320
-    )
+    half = budget.memory_lines(case_of(imagenet("score.logp_dtype=float16"), IMAGENET, 8))
+    assert round(value(half, "previous log-probabilities") / 1e6) == 320
     assert rows_per_shard(IMAGENET, 8) == 160_146
 
 
@@ -427,9 +385,8 @@ def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
     lines = budget.disk_lines(case)
     blocks = list((folder / "trajectory").rglob("*.npy"))
     assert len(blocks) == num_ranks * (3 + 1)
-    assert sum(block.stat().st_size for block in blocks) - 128 * len(blocks) == value(
-        lines, "trajectory"
-    )
+    in_blocks = sum(block.stat().st_size for block in blocks) - 128 * len(blocks)
+    assert in_blocks == value(lines, "trajectory")
     checkpoints = sorted((folder / "checkpoints").iterdir())
     assert len(checkpoints) == 2  # checkpoint.keep
     for checkpoint in checkpoints:
@@ -447,21 +404,17 @@ def test_files_of_a_real_run_are_as_large_as_planned(raw_config, collected):
 
 def test_the_total_on_disk_is_what_lies_there_at_once(raw_config):
     config = load_config(raw_config)
-    case = replace(
-        case_of(config, 0, 2, strategies=("E", "P"), seeds=(0, 1)),
-        images=budget.read_images(config, None),
-    )
+    case = case_of(config, 0, 2, strategies=("E", "P"), seeds=(0, 1))
+    case = replace(case, images=budget.read_images(config, None))
     lines = budget.disk_lines(case)
     get = partial(value, lines)
     assert get("models of retrainings") == 8 * get("models")
     assert get("coresets") == 4 * 12 * (97 - 48) + 4 * 12 * (97 - 78)
     collecting = get("checkpoints while collecting")
-    retraining = (
-        get("coresets") + get("models of retrainings") + get("checkpoints while retraining")
-    )
-    assert lines[-1].value == get("trajectory") + get("scores") + get("models") + max(
-        collecting, retraining
-    )
+    retraining = get("coresets") + get("models of retrainings")
+    retraining += get("checkpoints while retraining")
+    always = get("trajectory") + get("scores") + get("models")
+    assert lines[-1].value == always + max(collecting, retraining)
     few = budget.disk_lines(replace(case, cells=()))
     assert value(few, "checkpoints while retraining") == 0
     assert few[-1].value < lines[-1].value
@@ -472,9 +425,7 @@ def test_the_total_on_disk_is_what_lies_there_at_once(raw_config):
 
 def test_every_rank_has_statistics_of_its_own_in_a_checkpoint(tiny):
     network = footprint.network_of(tiny(), 12)
-    one, eight = (
-        footprint.checkpoint_bytes(tiny(), network, 1000, num_ranks) for num_ranks in (1, 8)
-    )
+    one, eight = (footprint.checkpoint_bytes(tiny(), network, 1000, num) for num in (1, 8))
     # random numbers and sums, and its rows of eight tables
     own_tensors = network.num_buffers + 2 + 8
     assert eight - one == 7 * (network.buffers + 5056 + own_tensors * footprint._TENSOR_FILE_BYTES)
@@ -532,19 +483,13 @@ def test_host_memory(tiny, betons):
     assert value(more, "decoded batches") == 1.5 * get("decoded batches")
     assert passes[1]._underway._ring is not ring
     label_N = inspect_beton(betons["train"]).label_N
-    most = max(
-        len(_ByClass(label_N, World(rank, rank, 2, 2, torch.device("cpu"))).index_M)
-        for rank in range(2)
-    )
+    worlds = [World(rank, rank, 2, 2, torch.device("cpu")) for rank in range(2)]
+    most = max(len(_ByClass(label_N, world).index_M) for world in worlds)
     assert get("features of the final pass") == most * 1024 * 4
     assert get("memory of training") == budget.memory_lines(case)[-1].value
-    assert get("total") == (
-        get("process")
-        + get("index of the images")
-        + get("decoded batches")
-        + get("memory of training")
-        + max(get("checkpoint under way"), get("features of the final pass"))
-    )
+    always = "process", "index of the images", "decoded batches", "memory of training"
+    more = max(get("checkpoint under way"), get("features of the final pass"))
+    assert get("total") == sum(map(get, always)) + more
     on_gpu = budget.host_lines(case.with_config("run", device="cuda"))
     assert "memory of training" not in [line.label for line in on_gpu]
     without = budget.host_lines(case.with_config("score", final_pass=False))
@@ -567,30 +512,21 @@ def test_expected_routing_is_that_of_real_orders():
     num_samples, batch, num_ranks = 5000, 40, 4
     sends_SW, _ = routing_counts(epoch_order(num_samples, batch, seed=0), 1, num_ranks, num_samples)
     others = sends_SW.sum() - sends_SW[:, 1].sum()
-    assert others / len(sends_SW) == pytest.approx(
-        batch / num_ranks * (num_ranks - 1) / num_ranks, rel=0.05
-    )
+    expected = batch / num_ranks * (num_ranks - 1) / num_ranks
+    assert others / len(sends_SW) == pytest.approx(expected, rel=0.05)
 
 
 def test_trainings_follow_strategies_rates_and_seeds():
-    case = case_of(
-        imagenet(), IMAGENET, 8, pruning_rates=(0.5, 0.9), strategies=("E", "P"), seeds=(0, 1)
-    )
-    collection, *rest = list_trainings(case)
-    assert (collection.num_images, collection.epochs, collection.global_batch_size) == (
-        IMAGENET,
-        30,
-        256,
-    )
+    pipeline = {"pruning_rates": (0.5, 0.9), "strategies": ("E", "P"), "seeds": (0, 1)}
+    collection, *rest = list_trainings(case_of(imagenet(), IMAGENET, 8, **pipeline))
+    assert (collection.num_images, collection.epochs) == (IMAGENET, 30)
+    assert collection.global_batch_size == 256
     assert len(rest) == 8
     by_name = {training.name: training for training in rest}
-    assert (
-        by_name["retrain p=0.5 E seed 1"].num_images,
-        by_name["retrain p=0.5 E seed 1"].epochs,
-    ) == (640_583, 60)
-    assert by_name["retrain p=0.9 P seed 0"].epochs == 600
-    assert by_name["retrain p=0.9 P seed 0"].global_batch_size == 64
-    assert by_name["retrain p=0.9 P seed 0"].images_seen == 600 * 128_117
+    half, tenth = by_name["retrain p=0.5 E seed 1"], by_name["retrain p=0.9 P seed 0"]
+    assert (half.num_images, half.epochs) == (640_583, 60)
+    assert (tenth.epochs, tenth.global_batch_size) == (600, 64)
+    assert tenth.images_seen == 600 * 128_117
     assert list_trainings(case_of(imagenet("collect.stop_after=schedule"), 100))[0].epochs == 90
 
 
@@ -602,28 +538,21 @@ def test_retrainings_are_those_of_the_pipeline(tiny):
     assert names() == ["collect", "retrain p=0.5 E", "retrain p=0.8 E"]
     assert names(strategies=["P"]) == ["collect", "retrain p=0.5 P", "retrain p=0.8 P"]
     assert names("pipeline.strategies=[P]") == names(strategies=["P"])
-    assert names(
-        "pipeline.scores=[tdds, random]", "pipeline.pruning_rates=[0.7]", "pipeline.seeds=[3, 5]"
-    ) == [
+    scores, seeds = "pipeline.scores=[tdds, random]", "pipeline.seeds=[3, 5]"
+    assert names(scores, "pipeline.pruning_rates=[0.7]", seeds) == [
         "collect",
-        *(
-            f"retrain {score} p=0.7 E seed {seed}"
-            for seed in (3, 5)
-            for score in ("tdds", "random")
-        ),
+        *(f"retrain {key} p=0.7 E seed {seed}" for seed in (3, 5) for key in ("tdds", "random")),
     ]
 
 
 def test_hours_from_a_given_speed():
-    found = plan(
-        imagenet(), num_ranks=8, num_samples=IMAGENET, images_per_second=10_000, disk_bytes=1e12
-    ).as_json()
+    given = {"num_samples": IMAGENET, "images_per_second": 10_000, "disk_bytes": 1e12}
+    found = plan(imagenet(), num_ranks=8, **given).as_json()
     collection, *rest = found["trainings"]
     assert collection["hours"] == pytest.approx(IMAGENET * 30 / 10_000 / 3600)
     assert collection["rank_hours"] == pytest.approx(8 * collection["hours"])
-    assert [training["name"] for training in rest] == [
-        f"retrain p={rate} E" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)
-    ]
+    names = [f"retrain p={rate} E" for rate in (0.3, 0.5, 0.7, 0.8, 0.9)]
+    assert [training["name"] for training in rest] == names
     assert found["run"]["steps_per_epoch"] == 5005
     assert found["run"]["rows_per_rank_and_forward_pass"] == 32
 
@@ -632,9 +561,8 @@ def test_hours_from_a_given_speed():
 def test_hours_from_an_earlier_run(raw_config, collected):
     folder, num_ranks, _ = collected
     config = load_config(raw_config, [f"run.dir={folder}"])
-    median = float(
-        np.median([record["images_per_second"] for record in RunDir(folder).read_metrics()])
-    )
+    speeds = [record["images_per_second"] for record in RunDir(folder).read_metrics()]
+    median = float(np.median(speeds))
     own = plan(config, num_ranks=num_ranks)
     given = plan(load_config(raw_config), num_ranks=2 * num_ranks, measured_in=folder)
     assert own.as_json()["time"]["images_per_second"] == pytest.approx(median)
@@ -642,90 +570,70 @@ def test_hours_from_an_earlier_run(raw_config, collected):
     assert f"times {2 * num_ranks} / {num_ranks} ranks" in given.as_text()
     assert "times" not in own.as_text().split("images per second")[1].split("\n")[0]
     other = load_config(raw_config, [f"run.dir={folder}", "model.name=resnet18"])
-    with pytest.raises(
-        InputError,
-        match=r"was measured with model.name=shufflenet_v2_x0_5; give a run of this config",
-    ):
-        plan(other, measured_in=folder)
+    measured = "was measured with model.name=shufflenet_v2_x0_5"
+    refused(f"{measured}; give a run of this config", plan, other, measured_in=folder)
     text = plan(other).as_text()
-    assert re.search(
-        r"images per second +unknown +.*/run was measured with model.name=shufflenet_v2_x0_5", text
-    )
+    assert re.search(f"images per second +unknown +.*/run {measured}", text)
 
 
 def test_without_a_speed_it_says_how_to_give_one(tiny):
     found = plan(tiny())
-    assert re.search(
-        r"images per second +unknown +give --images-per-second X, or --from RUN", found.as_text()
-    )
+    give = "images per second +unknown +give --images-per-second X, or --from RUN"
+    assert re.search(give, found.as_text())
     assert found.as_json()["trainings"][0]["hours"] is None
 
 
 # ---- what it is about
 
 
+ALEXNET = "model.name=alexnet data.image_size=16"
+INCEPTION = "model.name=inception_v3 data.image_size=299"
+BATCH, PER_STEP = "train.global_batch_size", "per rank and step"
 BAD_INPUT = [
-    (
-        ["model.name=alexnet", "data.image_size=16"],
-        {},
-        r"alexnet cannot train on 24 images of 16x16 per rank and step",
-    ),
-    (
-        ["model.name=inception_v3", "data.image_size=299", "train.global_batch_size=2"],
-        {"num_samples": 10},
-        "several outputs",
-    ),
-    ([], {"images_per_second": 1.0, "measured_in": Path("x")}, "exclude each other"),
-    *(
-        ([], {"images_per_second": speed}, "must be positive")
-        for speed in (0.0, -1.0, math.inf, math.nan)
-    ),
-    (["data.num_classes=11"], {}, "data.num_classes=11, but .* has 10 classes"),
-    (
-        ["data.train=missing.beton"],
-        {},
-        "data.train=missing.beton does not exist.*give --num-samples N",
-    ),
-    *(([], {"num_samples": num}, "--num-samples") for num in (0, -1)),
-    ([], {"num_ranks": 0}, "--gpus=0 must be at least 1"),
-    (["train.epochs=2"], {}, "T=3 is longer than train.epochs=2"),
-    (
-        [],
-        {"num_ranks": 5},
-        "train.global_batch_size=24 is not divisible by world_size=5; use 20 or 25",
-    ),
+    (ALEXNET, {}, f"alexnet cannot train on 24 images of 16x16 {PER_STEP}"),
+    (f"{INCEPTION} train.global_batch_size=2", {"num_samples": 10}, "several outputs"),
+    ("", {"images_per_second": 1.0, "measured_in": Path("x")}, "exclude each other"),
+    *(("", {"images_per_second": x}, "must be positive") for x in (0.0, -1.0, math.inf, math.nan)),
+    ("data.num_classes=11", {}, "data.num_classes=11, but .* has 10 classes"),
+    ("data.train=a.beton", {}, "data.train=a.beton does not exist.*give --num-samples N"),
+    *(("", {"num_samples": num}, "--num-samples") for num in (0, -1)),
+    ("", {"num_ranks": 0}, "--gpus=0 must be at least 1"),
+    ("train.epochs=2", {}, "T=3 is longer than train.epochs=2"),
+    ("", {"num_ranks": 5}, f"{BATCH}=24 is not divisible by world_size=5; use 20 or 25"),
     # that of p = 0.8 is 12
-    ([], {"num_ranks": 8}, r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"),
+    ("", {"num_ranks": 8}, r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"),
     (
-        [],
+        "",
         {"num_ranks": 12},
-        r"cannot train on 1 images of 32x32 per rank and step \(Expected more than 1 value",
+        rf"cannot train on 1 images of 32x32 {PER_STEP} \(Expected more than 1 value",
     ),
-    (CPU, {"gpu_memory_bytes": 8e9}, r"--gpu-memory=\d+ means nothing with run.device=cpu"),
-    (CPU, {"disk_bytes": 1e4}, r"of disk, more than 10 kB \(--disk\)"),
-    ([], {"measured_in": Path("nowhere")}, "nowhere does not exist"),
+    (
+        "run.device=cpu",
+        {"gpu_memory_bytes": 8e9},
+        r"--gpu-memory=\d+ means nothing with run.device=cpu",
+    ),
+    ("run.device=cpu", {"disk_bytes": 1e4}, r"of disk, more than 10 kB \(--disk\)"),
+    ("", {"measured_in": Path("nowhere")}, "nowhere does not exist"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "arguments", "message"), BAD_INPUT)
 def test_what_has_no_plan_is_one_line(tiny, overrides, arguments, message):
     with pytest.raises(InputError, match=message) as caught:
-        plan(tiny(*overrides), **arguments)
+        plan(tiny(*overrides.split()), **arguments)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "num_ranks"),
+    ("override", "num_ranks"),
     [
-        (["retrain.batch_size_rule={}"], 8),
-        (["pipeline.pruning_rates=[0.5]"], 8),
-        (["pipeline.pruning_rates=[0.5]"], 12),
+        ("retrain.batch_size_rule={}", 8),
+        ("pipeline.pruning_rates=[0.5]", 8),
+        ("pipeline.pruning_rates=[0.5]", 12),
     ],
 )
-def test_what_the_retrainings_of_this_pipeline_need_is_all_that_is_asked(
-    tiny, overrides, num_ranks
-):
-    assert plan(tiny(*overrides), num_ranks=num_ranks).num_ranks == num_ranks
+def test_what_the_retrainings_of_this_pipeline_need_is_all_that_is_asked(tiny, override, num_ranks):
+    assert plan(tiny(override), num_ranks=num_ranks).num_ranks == num_ranks
 
 
 def test_the_beton_says_the_number_of_images(tiny):
@@ -768,28 +676,19 @@ def check_refusal(tiny, *overrides, **arguments):
     if kind == "no":
         part, largest = part.split(" the largest part is ")
         assert re.search(r"^[a-zA-Z ,-]+ \([\d.]+ [kMGT]?B\)", largest)
-        kind = (
-            "together"
-            if part.startswith("option makes it fit alone, several may together: ")
-            else "none"
-        )
-        part = part.removeprefix("option makes it fit alone, several may together: ")
+        several = "option makes it fit alone, several may together: "
+        kind = "together" if part.startswith(several) else "none"
+        part = part.removeprefix(several)
     ways = re.findall(r"(score[^ ]+|--gpus \d+|train[^ ]+|checkpoint[^ ]+) \(([^()]+)\)", part)
     assert bool(ways) == (kind != "none"), message
     there_is = {} if kind == "use" else {"gpu_memory_bytes": 1e15, "disk_bytes": 1e15}
     for option, numbers in ways:
-        gpus = (
-            {"num_ranks": int(option.removeprefix("--gpus "))}
-            if option.startswith("--gpus ")
-            else {}
-        )
-        found = plan(
-            tiny(*overrides, *([] if gpus else [option])), **arguments | there_is | gpus
-        ).as_json()
-        planned = {
-            "GPU": found["memory_per_rank"]["total_bytes"],
-            "disk": found["disk"]["total_when_fullest_bytes"],
-        }
+        name, _, num = option.partition(" ")
+        gpus = {"num_ranks": int(num)} if name == "--gpus" else {}
+        config = tiny(*overrides, *([] if gpus else [option]))
+        found = plan(config, **arguments | there_is | gpus).as_json()
+        planned = {"GPU": found["memory_per_rank"]["total_bytes"]}
+        planned["disk"] = found["disk"]["total_when_fullest_bytes"]
         for number in numbers.split(", "):
             assert number.startswith(size(planned[number.split()[-1]]) + " "), (number, planned)
     return kind, [re.split("[= ]", option)[0] for option, _ in ways]
@@ -805,15 +704,10 @@ def test_every_way_out_of_too_little_memory_fits(tiny):
         (1.02e9, 1.24e9, 1.3e9, 1.6e9, 4e9),
         ("none", "bf16"),
     ):
-        found = check_refusal(
-            tiny,
-            *GPU,
-            *f"model.name=resnet18 data.image_size=96 train.global_batch_size=48 train.amp={amp} data.num_classes=400".split(),
-            num_ranks=num_ranks,
-            num_samples=num_samples,
-            gpu_memory_bytes=memory,
-            disk_bytes=1e13,
-        )
+        overrides = f"model.name=resnet18 data.image_size=96 train.global_batch_size=48 train.amp={amp} data.num_classes=400"
+        given = {"num_ranks": num_ranks, "num_samples": num_samples, "disk_bytes": 1e13}
+        given["gpu_memory_bytes"] = memory
+        found = check_refusal(tiny, *GPU, *overrides.split(), **given)
         outcomes[found[0] if found else "fits"] += 1
         named.update(found[1] if found else [])
     assert named == {"score.logp_dtype", "--gpus", "train.accumulation", "train.amp"}
@@ -821,13 +715,8 @@ def test_every_way_out_of_too_little_memory_fits(tiny):
 
 
 def test_the_smallest_number_of_gpus_is_named(tiny):
-    config = tiny(
-        *GPU,
-        "model.name=resnet18",
-        "train.global_batch_size=48",
-        "data.num_classes=1000",
-        "retrain.batch_size_rule={}",
-    )
+    overrides = "model.name=resnet18 train.global_batch_size=48 data.num_classes=1000 retrain.batch_size_rule={}"
+    config = tiny(*GPU, *overrides.split())
     arguments = {"num_samples": 3_000_000, "disk_bytes": 1e13}
     needs = {
         num: budget.memory_lines(case_of(config, 3_000_000, num))[-1].value
@@ -848,12 +737,8 @@ def test_a_batch_too_small_for_a_retraining_is_no_way_out(tiny):
     variance."""
     config = tiny(*GPU, "data.num_classes=1000")
     needs = {num: budget.memory_lines(case_of(config, 9_000_000, num))[-1].value for num in (8, 12)}
-    arguments = {
-        "num_ranks": 6,
-        "num_samples": 9_000_000,
-        "disk_bytes": 1e13,
-        "gpu_memory_bytes": sum(needs.values()) / 2,
-    }
+    arguments = {"num_ranks": 6, "num_samples": 9_000_000, "disk_bytes": 1e13}
+    arguments["gpu_memory_bytes"] = sum(needs.values()) / 2
     with pytest.raises(InputError) as caught:
         plan(config, **arguments)
     assert "--gpus" not in str(caught.value)
@@ -866,42 +751,24 @@ def test_every_way_out_of_too_little_disk_fits(tiny):
     for num_samples, disk, keep, dtype in itertools.product(
         (1000, 1_000_000), (4e7, 4e8, 6e8, 7.5e8, 9e8, 1.2e9), (2, 5), ("float32", "float16")
     ):
-        found = check_refusal(
-            tiny,
-            *GPU,
-            f"checkpoint.keep={keep}",
-            f"score.trajectory_dtype={dtype}",
-            "train.epochs=12",
-            num_samples=num_samples,
-            disk_bytes=disk,
-        )
+        overrides = f"checkpoint.keep={keep} score.trajectory_dtype={dtype} train.epochs=12"
+        given = {"num_samples": num_samples, "disk_bytes": disk}
+        found = check_refusal(tiny, *GPU, *overrides.split(), **given)
         outcomes[found[0] if found else "fits"] += 1
         named.update(found[1] if found else [])
-    assert named == {
-        "score.trajectory_dtype",
-        "score.trajectory",
-        "checkpoint.keep",
-        "score.logp_dtype",
-    }
-    assert check_refusal(
-        tiny, *GPU, "score.logp_dtype=float16", "score.trajectory=false", disk_bytes=1e6
-    ) == ("none", [])
+    ways = "score.trajectory_dtype score.trajectory checkpoint.keep score.logp_dtype"
+    assert named == {*ways.split()}
+    taken = "score.logp_dtype=float16", "score.trajectory=false"
+    assert check_refusal(tiny, *GPU, *taken, disk_bytes=1e6) == ("none", [])
     assert min(outcomes.values()) >= 2, outcomes
 
 
 def test_too_little_of_both_is_mended_together(tiny):
-    overrides = [
-        *GPU,
-        "model.name=resnet18",
-        "data.num_classes=1000",
-        "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]",
-    ]
+    windows = "score.windows=[{T: 3, K: 2, pruning_rates: [0.5]}]"
+    overrides = [*GPU, "model.name=resnet18", "data.num_classes=1000", windows]
     arguments = {"num_samples": 1_000_000, "gpu_memory_bytes": 4e9, "disk_bytes": 12.2e9}
-    with pytest.raises(
-        InputError,
-        match=r"needs [\d.]+ GB per GPU, more than 4 GB \(--gpu-memory\) and [\d.]+ GB of disk, m",
-    ):
-        plan(tiny(*overrides), **arguments)
+    both = r"[\d.]+ GB per GPU, more than 4 GB \(--gpu-memory\) and [\d.]+ GB of disk, m"
+    refused(f"needs {both}", plan, tiny(*overrides), **arguments)
     assert check_refusal(tiny, *overrides, **arguments) == ("use", ["score.logp_dtype"])
 
 
@@ -923,9 +790,8 @@ def test_a_visible_gpu_and_the_free_disk_are_the_limits(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     with pytest.raises(InputError, match=r"more than 1 MB \(Small GPU here"):
         plan(tiny(*GPU, "model.name=resnet18"))
-    assert (
-        plan(tiny(*GPU), gpu_memory_bytes=8e9).as_json()["memory_per_rank"]["there_is_bytes"] == 8e9
-    )
+    given = plan(tiny(*GPU), gpu_memory_bytes=8e9).as_json()
+    assert given["memory_per_rank"]["there_is_bytes"] == 8e9
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(InputError, match=r"of disk, more than 1 kB \(free in"):
         plan(tiny(*CPU))
@@ -941,12 +807,8 @@ def test_text_and_json_have_the_same_numbers(tiny, options):
     found = plan(tiny(*GPU), **options)
     numbers, text = json.loads(json.dumps(found.as_json())), found.as_text()
     shown = re.findall(r"^  (\S.*?) {2,}([\d.,]+ ?[kMGT]?B?|unknown)(?:   |$)", text, flags=re.M)
-    in_json = {
-        key: number
-        for section in numbers.values()
-        if isinstance(section, dict)
-        for key, number in section.items()
-    }
+    sections = [section for section in numbers.values() if isinstance(section, dict)]
+    in_json = {key: number for section in sections for key, number in section.items()}
     factors = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
     num_compared = 0
     for label, number in shown:
@@ -958,60 +820,35 @@ def test_text_and_json_have_the_same_numbers(tiny, options):
             assert number == "unknown"
         elif label != "there is":
             digits, unit = re.fullmatch(r"([\d.,]+) ?(\w*)", number).groups()
-            assert float(digits.replace(",", "")) * factors[unit] == pytest.approx(
-                expected, rel=6e-4, abs=0.5
-            ), label
+            printed = float(digits.replace(",", "")) * factors[unit]
+            assert printed == pytest.approx(expected, rel=6e-4, abs=0.5), label
         num_compared += 1
     assert num_compared > 30
     for training in numbers["trainings"]:
         row = next(line for line in text.splitlines() if line.startswith(f"  {training['name']} "))
         words = row.removeprefix(f"  {training['name']} ").split()
+        columns = ("num_images", "epochs", "global_batch_size", "images_seen")
         assert [int(word.replace(",", "")) for word in words[:4]] == [
-            training["num_images"],
-            training["epochs"],
-            training["global_batch_size"],
-            training["images_seen"],
+            training[column] for column in columns
         ]
         hours = [training["hours"], training["rank_hours"]]
         assert words[4:] == ["unknown" if number is None else f"{number:,.2f}" for number in hours]
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("80GB", 80e9),
-        ("79.6GiB", 79.6 * 2**30),
-        ("80000MB", 80e9),
-        ("80000000000", 80e9),
-        ("1 TiB", 2**40),
-        ("5kB", 5e3),
-        ("7B", 7),
-        ("2KiB", 2048),
-        ("3MiB", 3 * 2**20),
+def test_sizes_are_read_strictly():
+    for text, number in (
+        *(("80GB", 80e9), ("80000MB", 80e9), ("80000000000", 80e9), ("5kB", 5e3), ("7B", 7)),
+        *(("79.6GiB", 79.6 * 2**30), ("1 TiB", 2**40), ("2KiB", 2048), ("3MiB", 3 * 2**20)),
         (None, None),
-        *(
-            (bad, InputError)
-            for bad in ("", "GB", "80gb", "80 Gigs", *"-5GB 0 0GB 1e9 80GB! 8,0GB 80Gb nan".split())
-        ),
-    ],
-)
-def test_sizes_are_read_strictly(text, number):
-    if number is InputError:
-        with pytest.raises(InputError, match=r"--disk=.* is not a size; write it like 80GB"):
-            parse_bytes(text, "--disk")
-    else:
+    ):
         assert parse_bytes(text, "--disk") == number
+    for bad in ("", "GB", "80gb", "80 Gigs", *"-5GB 0 0GB 1e9 80GB! 8,0GB 80Gb nan".split()):
+        refused("--disk=.* is not a size; write it like 80GB", parse_bytes, bad, "--disk")
 
 
 def test_sizes_for_people():
-    assert [size(number) for number in (0, 999, 1000, 640_588_000, 80e9, 2.5e12)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "640.6 MB",
-        "80 GB",
-        "2.5 TB",
-    ]
+    found = [size(number) for number in (0, 999, 1000, 640_588_000, 80e9, 2.5e12)]
+    assert found == ["0 B", "999 B", "1 kB", "640.6 MB", "80 GB", "2.5 TB"]
 
 
 def test_the_command(config_file, capsys):
@@ -1019,10 +856,7 @@ def test_the_command(config_file, capsys):
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["run"]["ranks"] == 2
     assert numbers["memory_per_rank"]["there_is_bytes"] == 8e9
-    assert (
-        main(["plan", str(config_file), "--strategies", "E", "P", "--images-per-second", "100"])
-        == 0
-    )
+    assert main(f"plan {config_file} --strategies E P --images-per-second 100".split()) == 0
     printed = capsys.readouterr().out
     assert "retrain p=0.8 P" in printed
     assert "retrain p=0 " not in printed  # the collection trains on everything
