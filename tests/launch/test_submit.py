@@ -194,13 +194,11 @@ COLLECT = ["--stage", "collect"]
 ON_CPU = "gpus_per_node: 1, stages: {retrain: {gpus_per_node: 0}}"
 # keys of a cluster file with executor: slurm, or all of it -> words -> what is said
 BAD_INPUT = table(f"""
-{{executor: local, time_minutes: 5, ranks_per_node: 5}} -> --stage collect -> collect on 5 ranks: train.global_batch_size=24 is n
 nodes: 2, ranks_per_node: 8 -> --stage collect -> collect on 16 ranks: train.global_batch_si
 ranks_per_node: 8 -> --stage pipeline -> retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5 (retrain.batch_size_rule)
 stages: {{retrain: {{ranks_per_node: 7}}}} -> -> retrain at pruning rate 0.5 on 7 ranks: train
 ranks_per_node: 8 -> {RETRAIN} -> retrain at pruning rate 0.8 on 8 ranks
 {ON_CPU} -> run.device=cuda -> the cluster file asks for no GPU
-{ONE_RANK} -> --stage collect train.leraning_rate=1 -> unknown key 'train.leraning_rate'
 {ONE_RANK} -> train.epochs=2 -> T=3 is longer than train.epochs=2
 {ONE_RANK} -> --stage collect --strategy E -> --strategy belongs to --stage retrain; leave it out
 {ONE_RANK} -> --name x -> --name belongs to --stage retrain; leave it out of --stage pipeline
@@ -210,9 +208,6 @@ ranks_per_node: 8 -> {RETRAIN} -> retrain at pruning rate 0.8 on 8 ranks
 {ONE_RANK} -> --stage retrain --coreset {__file__} --strategy E -> {__file__}
 {ONE_RANK} -> --stage collect run.device=cuda -> no GPU; set gpus_per_node or run.device
 {ONE_RANK} -> {RETRAIN} train.accumulation=7 -> is not divisible by world_size=1 x train.accumulation=7
-{ONE_RANK} -> pipeline.scores=[moderate] score.final_pass=false -> moderate needs score.final_pass=true; switch it on
-{ONE_RANK} -> pipeline.scores=[el2n] score.trajectory=false -> el2n is scored from the trajectory; set score.traject
-{ONE_RANK} -> 'score.windows=[{{T: 3, K: 2}}]' -> no window of score.windows serves a pruning rate; set pipeline.pruning_
 {ONE_RANK} -> pipeline.pruning_rates=[0.7] -> pipeline.pruning_rates has 0.7, which no window of score.windows serves
 """)
 
