@@ -11,30 +11,19 @@ import yaml
 from tdds_dist.config.run import Section, load_config, parse_config, to_dict
 from tdds_dist.config.scores import Window
 from tdds_dist.errors import InputError
+from tests.make import table
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 assert CONFIGS
 
-MINIMAL = {
-    "run": {"name": "tiny"},
-    "data": {
-        "train": "a.beton",
-        "val": "b.beton",
-        "num_classes": 10,
-        "image_size": 32,
-        "crop": "pad",
-        "mean": [1.0, 2.0, 3.0],
-        "std": [4.0, 5.0, 6.0],
-    },
-    "model": {"name": "resnet18"},
-    "train": {"epochs": 30, "global_batch_size": 64, "lr": 0.1},
-    "score": {
-        "windows": [
-            {"T": 30, "K": 10, "pruning_rates": [0.0, 0.3]},
-            {"T": 20, "K": 5, "pruning_rates": [0.7]},
-        ]
-    },
-}
+MINIMAL = yaml.safe_load("""
+run: {name: tiny}
+data: {train: a.beton, val: b.beton, num_classes: 10, image_size: 32, crop: pad,
+       mean: [1.0, 2.0, 3.0], std: [4.0, 5.0, 6.0]}
+model: {name: resnet18}
+train: {epochs: 30, global_batch_size: 64, lr: 0.1}
+score: {windows: [{T: 30, K: 10, pruning_rates: [0.0, 0.3]}, {T: 20, K: 5, pruning_rates: [0.7]}]}
+""")
 
 
 DELETED = object()
@@ -88,15 +77,8 @@ def test_minimal_config_and_its_defaults(file):
 
 
 def test_round_trip_through_yaml(file):
-    config = load_config(
-        file,
-        [
-            "retrain.batch_size_rule={0.5: 0.5}",
-            "score.windows=[{T: 4, K: 2, beta: 0.0}]",
-            "train.betas=[0.8, 0.9]",
-            "run.dir=x/y",
-        ],
-    )
+    some = ["retrain.batch_size_rule={0.5: 0.5}", "score.windows=[{T: 4, K: 2, beta: 0.0}]"]
+    config = load_config(file, [*some, "train.betas=[0.8, 0.9]", "run.dir=x/y"])
     assert config.retrain.batch_size_rule == {0.5: 0.5}
     plain = to_dict(config)
     assert parse_config(plain) == config
@@ -149,22 +131,23 @@ def growing(**changes: object) -> dict[str, object]:
     return {"data.crop": "resized", "data.progressive": GROWING | changes}
 
 
-UNKNOWN = [
-    ("trian", "train"),
-    ("train.epoch", "epochs"),
-    ("train.batch_size", "global_batch_size"),
-    ("data.num_class", "num_classes"),
-    ("train.nestrov", "nesterov"),
-    ("score.window", "windows"),
-    ("score.windows.0.pruning_rate", "pruning_rates"),
-    ("score.windows.1.k", "K"),
-    ("score.windows.0.t", "T"),
-    ("retrain.importence", "importance"),
-    ("run.nam", "name"),
-    ("collect.stop", "stop_after"),
-    ("model.Name", "name"),
-    ("data.eval_crop", "eval_crop_ratio"),
-]
+# -> the nearest valid key
+UNKNOWN = table("""
+trian -> train
+train.epoch -> epochs
+train.batch_size -> global_batch_size
+data.num_class -> num_classes
+train.nestrov -> nesterov
+score.window -> windows
+score.windows.0.pruning_rate -> pruning_rates
+score.windows.1.k -> K
+score.windows.0.t -> T
+retrain.importence -> importance
+run.nam -> name
+collect.stop -> stop_after
+model.Name -> name
+data.eval_crop -> eval_crop_ratio
+""")
 MISSING = ["run", "data.train", "train.lr", "score.windows", "score.windows.0.K", "model.name"]
 WRONG_VALUE = {  # a wrong type, or outside the range
     "train.lr": ["fast", "0.1", True, None, 0, -0.1, NAN],
@@ -197,58 +180,26 @@ WRONG_SHAPE = {  # or numbers that are not finite
     "train.weight_decay": [INF],
     "run.timeout_seconds": [INF],
 }
-RULES = [
-    (
-        {"train.lr": DELETED, "train.learning_rate": 0.05},
-        "unknown key 'train.learning_rate'; the nearest valid key is 'train.lr'",
-    ),
-    (
-        {"score.windows": [{"T": 20, "K": 21}]},
-        r"K=21 must lie in \[\d, 20\] for T=20 and preset 'official'; lower K or raise T",
-    ),
-    (
-        {"score.windows": [{"T": 20, "K": 20}], "score.preset": "paper"},
-        r"K=20 must lie in \[\d, 19\] for T=20 and preset 'paper'",
-    ),
-    (
-        {"score.windows.1.pruning_rates": [0.5, 1.0]},
-        r"score\.windows: pruning_rates=\[1\.0\] must lie in \[0, 1\)",
-    ),
-    ({"score.windows.1.pruning_rates": [-0.1]}, r"pruning_rates=\[-0\.1\] must lie in \[0, 1\)"),
-    (
-        {"train.momentum": 0.0},
-        r"train\.nesterov=true needs momentum; set train\.momentum=0\.9 or train\.nesterov=false",
-    ),
-    ({"train.warmup_epochs": 30.0}, r"train\.warmup_epochs=30 must be less than train\.epochs=30"),
-    ({"data.std": [1.0, 0.0, 1.0]}, r"data\.std=\(1\.0, 0\.0, 1\.0\) must be positive"),
-    (
-        growing() | {"data.crop": "pad"},
-        (
-            r"data\.progressive resizes images, and data\.crop=pad does not; use"
-            r" data\.crop=resized, or leave"
-        ),
-    ),
-    (
-        growing(start_size=33),
-        r"start_size=33 is larger than data\.image_size=32.*lower the first or raise the second",
-    ),
-    (growing(from_epoch=20), r"from_epoch=20 must be less than to_epoch=20"),
-    (
-        growing(to_epoch=30),
-        r"to_epoch=30 must be less than train\.epochs=30 \(the last epoch is 29\).*lower it",
-    ),
-    (growing(start_size=7), r"data\.progressive\.start_size=7"),
-    (growing(multiple=0), r"data\.progressive\.multiple=0"),
-    (growing(until=3), r"unknown key 'data\.progressive\.until'"),
-    (
-        {"data.progressive": {"start_size": 16}},
-        r"key .data\.progressive\.from_epoch. is missing; from_epoch",
-    ),
-    (
-        growing() | {"data.eval_size": 7},
-        r"data\.eval_size=7 must be at least 8, or 0 for data\.image_size=32",
-    ),
-]
+# changes -> what is said
+RULES = table(r"""
+{score.windows: [{T: 20, K: 21}]} -> K=21 must lie in \[\d, 20\] for T=20 and preset 'official'; lower K or raise T
+{score.windows: [{T: 20, K: 20}], score.preset: paper} -> K=20 must lie in \[\d, 19\] for T=20 and preset 'paper'
+{score.windows.1.pruning_rates: [0.5, 1.0]} -> score\.windows: pruning_rates=\[1\.0\] must lie in \[0, 1\)
+{score.windows.1.pruning_rates: [-0.1]} -> pruning_rates=\[-0\.1\] must lie in \[0, 1\)
+{train.momentum: 0.0} -> train\.nesterov=true needs momentum; set train\.momentum=0\.9 or train\.nesterov=false
+{train.warmup_epochs: 30.0} -> train\.warmup_epochs=30 must be less than train\.epochs=30
+{data.std: [1.0, 0.0, 1.0]} -> data\.std=\(1\.0, 0\.0, 1\.0\) must be positive
+{data.progressive: {start_size: 16}} -> key .data\.progressive\.from_epoch. is missing; from_epoch
+""")
+# keys of data.progressive -> what is said
+PROGRESSIVE = table(r"""
+{start_size: 33} -> start_size=33 is larger than data\.image_size=32.*lower the first or raise the second
+{from_epoch: 20} -> from_epoch=20 must be less than to_epoch=20
+{to_epoch: 30} -> to_epoch=30 must be less than train\.epochs=30 \(the last epoch is 29\).*lower it
+{start_size: 7} -> data\.progressive\.start_size=7
+{multiple: 0} -> data\.progressive\.multiple=0
+{until: 3} -> unknown key 'data\.progressive\.until'
+""")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +224,20 @@ RULES = [
             for key, values in WRONG_SHAPE.items()
             for value in values
         ),
-        *RULES,
+        (
+            {"train.lr": DELETED, "train.learning_rate": 0.05},
+            "unknown key 'train.learning_rate'; the nearest valid key is 'train.lr'",
+        ),
+        *((yaml.safe_load(changes), match) for changes, match in RULES),
+        (
+            growing() | {"data.crop": "pad"},
+            r"data\.progressive resizes images, and data\.crop=pad does not; use data\.crop=resized, or leave",
+        ),
+        *((growing(**yaml.safe_load(changes)), match) for changes, match in PROGRESSIVE),
+        (
+            growing() | {"data.eval_size": 7},
+            r"data\.eval_size=7 must be at least 8, or 0 for data\.image_size=32",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(changes, match):
@@ -326,10 +290,8 @@ def test_window_of_a_pruning_rate():
     assert config.window_for(0) == Window(30, 10, 0.9)
     assert config.window_for(0.1 + 0.2) == Window(30, 10, 0.9), "0.3 up to rounding"
     assert config.window_for(0.7) == Window(20, 5, 0.5)
-    with pytest.raises(
-        InputError,
-        match=r"serves pruning_rate=0\.5 \(served: \[0\.0, 0\.3, 0\.7\]\); add .*--score",
-    ):
+    not_served = r"serves pruning_rate=0\.5 \(served: \[0\.0, 0\.3, 0\.7\]\); add .*--score"
+    with pytest.raises(InputError, match=not_served):
         config.window_for(0.5)
 
 
@@ -348,14 +310,8 @@ def test_window_of_a_pruning_rate():
         *(
             (content, r"other\.yaml")
             for content in (
-                b"run: [1,",
-                b"a: b: c",
-                b"\xff\xfe\x00\x01",
-                b"run: {name: 'x",
-                b"\tx: 1",
-                b"{[1]: 2}",
-                b"x: 2024-13-45",
-                b"x: !!int abc",
+                *(b"run: [1,", b"a: b: c", b"\xff\xfe\x00\x01", b"run: {name: 'x"),
+                *(b"\tx: 1", b"{[1]: 2}", b"x: 2024-13-45", b"x: !!int abc"),
             )
         ),
     ],
@@ -407,26 +363,15 @@ def test_text_stays_the_text_it_is(file, monkeypatch):
         file, ["run.name=2026-01-31", "run.dir=~/a", "data.train=$DATA/t", "data.val=${DATA}/v"]
     )
     assert config.run.name == "2026-01-31"
-    assert (config.run.dir, config.data.train, config.data.val) == (
-        "/home/me/a",
-        "/data/t",
-        "/data/v",
-    )
+    assert config.run.dir == "/home/me/a"
+    assert (config.data.train, config.data.val) == ("/data/t", "/data/v")
     assert load_config(file, ["run.name='010'"]).run.name == "010"
 
 
 def test_overrides_of_nested_keys(file):
-    config = load_config(
-        file,
-        [
-            "train.lr=0.5",
-            "collect.stop_after=last_window",
-            "train.nesterov=false",
-            "data.mean=[7, 8, 9.5]",
-            "score.windows=[{T: 3, K: 2, pruning_rates: [0.9]}]",
-            "train.lr=0.25",
-        ],
-    )
+    words = "train.lr=0.5 collect.stop_after=last_window train.nesterov=false data.mean=[7,8,9.5]"
+    windows = "score.windows=[{T: 3, K: 2, pruning_rates: [0.9]}]"
+    config = load_config(file, [*words.split(), windows, "train.lr=0.25"])
     assert config.train.lr == 0.25, "the last one wins"
     assert config.collect.stop_after == "last_window"
     assert config.train.nesterov is False
@@ -437,33 +382,27 @@ def test_overrides_of_nested_keys(file):
 
 @pytest.mark.parametrize(
     ("override", "match"),
-    [
-        ("train.lr", r"override 'train\.lr' must look like section\.key=value"),
-        ("", r"override '' must look like"),
-        ("--lr", r"override '--lr' must look like"),
-        ("train.lr.x=1", r"override 'train\.lr\.x' goes through something that is not a section"),
-        (
-            "score.windows.0.T=5",
-            r"override 'score\.windows\.0\.T' goes through something that is not a section",
-        ),
-        ("train.lr=[1", r"override 'train\.lr=\[1': the value is not YAML"),
-        ("run.name=no", r"run\.name=False: must be text \(yes, no, .*run\.name=\"'TEXT'\""),
-        ("run.name=2024", r"run\.name=2024: must be text; put it in quotes"),
-        ("run.seed=010", r"override 'run\.seed=010': 010, in line 1, is the octal number 8"),
-        ("run.timeout_seconds=4:30", r"4:30, in line 1, is a number of base 60"),
-        (
-            "data.progressive={start_size: 64, from_epoch: 0, start_size: 96}",
-            r"'start_size' stands twice",
-        ),
-        ("run.dir=$NOT_SET/x", r"\$NOT_SET is not set"),
-        ("data.val=~nobody-here/x", r"~nobody-here has no home"),
-        ("train.lr=fast", r"train\.lr='fast'"),
-        ("train.lrr=1", r"unknown key 'train\.lrr'; the nearest valid key is 'train\.lr'"),
-        ("trian.lr=1", r"unknown key 'trian'; the nearest valid key is 'train'"),
-        ("=1", r"unknown key ''"),
-        ("train.lr=", r"train\.lr=None"),
-        ("train=5", r"train=5: .*it has the keys epochs"),
-    ],
+    table(r"""
+    train.lr -> override 'train\.lr' must look like section\.key=value
+    -> override '' must look like
+    --lr -> override '--lr' must look like
+    train.lr.x=1 -> override 'train\.lr\.x' goes through something that is not a section
+    score.windows.0.T=5 -> override 'score\.windows\.0\.T' goes through something that is not a section
+    train.lr=[1 -> override 'train\.lr=\[1': the value is not YAML
+    run.name=no -> run\.name=False: must be text \(yes, no, .*run\.name="'TEXT'"
+    run.name=2024 -> run\.name=2024: must be text; put it in quotes
+    run.seed=010 -> override 'run\.seed=010': 010, in line 1, is the octal number 8
+    run.timeout_seconds=4:30 -> 4:30, in line 1, is a number of base 60
+    data.progressive={start_size: 64, from_epoch: 0, start_size: 96} -> 'start_size' stands twice
+    run.dir=$NOT_SET/x -> \$NOT_SET is not set
+    data.val=~nobody-here/x -> ~nobody-here has no home
+    train.lr=fast -> train\.lr='fast'
+    train.lrr=1 -> unknown key 'train\.lrr'; the nearest valid key is 'train\.lr'
+    trian.lr=1 -> unknown key 'trian'; the nearest valid key is 'train'
+    =1 -> unknown key ''
+    train.lr= -> train\.lr=None
+    train=5 -> train=5: .*it has the keys epochs
+    """),
 )
 def test_override_that_does_not_fit(file, override, match):
     with pytest.raises(InputError, match=match):
