@@ -33,14 +33,11 @@ def learn(run: RunDir, num_epochs: int, final: float, seed: int, speed: float = 
     for epoch in range(num_epochs):
         share = 1 - math.exp(-6 * (epoch + 1) / num_epochs)
         run.append_metrics(
-            {
-                "epoch": epoch,
-                "step": epoch,
-                "lr": 0.1,
+            {"epoch": epoch, "step": epoch, "lr": 0.1, "epoch_seconds": 2.0}
+            | {
                 "train_loss": 2.3 * (1.02 - share) + 0.02 * random.random(),
                 "val_top1": final * share + random.normal(0, 0.4),
                 "images_per_second": speed * (0.3 if epoch == 0 else 1) + 9 * random.random(),
-                "epoch_seconds": 2.0,
                 "scoring_share": 0.01 + 0.002 * random.random(),
                 "memory_bytes": 10**9 + epoch * 10**6,
             }
@@ -57,40 +54,21 @@ def write_experiment(
     """An experiment directory as `tdds experiment` leaves it; final top-1 is 90 + seed - method's
     number - 10 rate."""
     for seed in seeds:
-        run = start(
-            path / f"seed{seed}",
-            "train.beton",
-            run={"name": f"{path.name}_seed{seed}", "seed": seed},
-        )
+        named = {"name": f"{path.name}_seed{seed}", "seed": seed}
+        run = start(path / f"seed{seed}", "train.beton", run=named)
         learn(run, num_epochs, 95.0, seed)
         finish(run, final=95.0 + seed)
         for number, method in enumerate(methods):
             for rate in rates:
                 final = 90.0 + seed - number - 10 * rate
-                setting = {
-                    "stage": "retrain",
-                    "strategy": "E",
-                    "importance": "batch" if method == "tdds" else "none",
-                    "score_key": method,
-                    "pruning_rate": rate,
-                    "row": method,
-                    "method": method,
-                }
-                sub = start(
-                    run.retrain / f"{method}_p{rate:g}_E_none_seed{seed}",
-                    "train.beton",
-                    stage=setting,
-                )
+                setting = {"stage": "retrain", "strategy": "E", "pruning_rate": rate}
+                setting |= dict.fromkeys(("score_key", "row", "method"), method)
+                setting["importance"] = "batch" if method == "tdds" else "none"
+                folder = run.retrain / f"{method}_p{rate:g}_E_none_seed{seed}"
+                sub = start(folder, "train.beton", stage=setting)
                 learn(sub, num_epochs, final, seed, 400 * (1.2 - rate))
-                finish(
-                    sub,
-                    round(60 * (1 - rate)),
-                    final,
-                    **setting,
-                    seed=seed,
-                    best_top1=final + 0.5,
-                    epochs=num_epochs,
-                )
+                result = {"seed": seed, "best_top1": final + 0.5, "epochs": num_epochs}
+                finish(sub, round(60 * (1 - rate)), final, **setting, **result)
     (path / "times.jsonl").write_text('{"finished": "2026-01-01", "seconds": 60}\n')
     return path
 
@@ -129,11 +107,8 @@ def test_an_experiment_is_its_collections_by_seed(tmp_path):
         start(path / f"seed{seed}")
     (path / "times.jsonl").touch()
     assert [run.path.name for run in find_runs([path])] == ["seed0", "seed2", "seed10"]
-    assert [run.path.name for run in find_runs([path / "seed2", path])] == [
-        "seed2",
-        "seed0",
-        "seed10",
-    ], "each once"
+    found = [run.path.name for run in find_runs([path / "seed2", path])]
+    assert found == ["seed2", "seed0", "seed10"], "each once"
 
 
 def test_errors_name_the_way_out(tmp_path):
@@ -160,10 +135,8 @@ def test_seeds_are_averaged_over_the_runs_of_an_experiment(table, tmp_path):
         for seed in range(3)
     ]
     page.check_references()
-    assert (
-        len([attrs for tag, attrs in page.tags if tag == "a" and attrs["href"].startswith("#")])
-        > 20
-    )
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert sum(link.startswith("#") for link in links) > 20
     assert page.text.count('<details class="run">') == 3
 
 
@@ -206,10 +179,9 @@ def test_runs_of_other_images_stay_apart(tmp_path):
     for run in runs:  # the same content under other names
         run.write_env(run.read_env() | {"data": {"train": "12", "val": "34"}})
     assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [2]
+    # another evaluation
     runs[1].write_env(runs[1].read_env() | {"data": {"train": "12", "val": "56"}})
-    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [1, 1], (
-        "another evaluation"
-    )
+    assert [len(pool) for pool in pools([read_facts(run) for run in runs])] == [1, 1]
 
 
 def test_the_terminal_shows_one_table_per_data_set(table, tmp_path):
@@ -236,83 +208,40 @@ def test_the_command_takes_an_experiment(experiment, capsys):
 
 
 def row(
-    score: str,
-    rate: float,
-    final: float | None,
-    strategy: str = "E",
-    epochs: int = 30,
-    **others: object,
+    score: str, rate: float, final: float | None, strategy: str = "E", epochs: int = 30, **others
 ) -> dict[str, object]:
-    return {
-        "name": "retrain",
-        "score": score,
-        "score_name": score,
-        "strategy": strategy,
-        "importance": "none",
-        "variant": "",
-        "pruning_rate": rate,
-        "num_images": 10,
-        "epochs": epochs,
-        "seeds": [0],
-        "final_top1": final,
-        "best_top1": final,
-        "final_top1_std": None,
-        "best_top1_std": None,
-        "difference": None,
-        "is_reference": False,
-        "published": None,
-        "status": "finished",
-        "runs": "",
-        "values": [{"seed": 0}],
-        **others,
-    }
+    found = {"name": "retrain", "score": score, "score_name": score, "strategy": strategy}
+    found |= {"importance": "none", "variant": "", "pruning_rate": rate, "num_images": 10}
+    found |= {"epochs": epochs, "seeds": [0], "final_top1": final, "best_top1": final}
+    found |= dict.fromkeys(("final_top1_std", "best_top1_std", "difference", "published"))
+    found |= {"is_reference": False, "status": "finished", "runs": "", "values": [{"seed": 0}]}
+    return found | others
 
 
 def test_the_best_of_a_column_is_marked_among_its_like():
-    found = matrix(
-        [
-            row("tdds", 0.5, 80.001),
-            row("random", 0.5, 80.004),
-            row("el2n", 0.5, 70.0),
-            row("tdds", 0.5, 90.0, "P"),
-            row("aum", 0.5, 95.0, "P"),
-            row("tdds on other", 0.5, 99.0),
-            row("aum", 0.8, 50.0),
-        ]
-    )
+    rows = [row("tdds", 0.5, 80.001), row("random", 0.5, 80.004), row("el2n", 0.5, 70.0)]
+    rows += [row("tdds", 0.5, 90.0, "P"), row("aum", 0.5, 95.0, "P")]
+    rows += [row("tdds on other", 0.5, 99.0), row("aum", 0.8, 50.0)]
+    found = matrix(rows)
     assert found["rates"] == [0.5, 0.8]
     best = [[cell and cell["is_best"] for cell in line["cells"]] for line in found["lines"]]
-    assert [(line["name"], line["detail"][0]) for line in found["lines"]] == [
-        ("tdds", "E"),
-        ("random", "E"),
-        ("el2n", "E"),
-        ("tdds", "P"),
-        ("aum", "P"),
-        ("tdds on other", "E"),
-        ("aum", "E"),
-    ]
-    assert best == [
-        [True, None],
-        [True, None],
-        [False, None],
-        [False, None],
-        [True, None],
-        [False, None],
-        [None, False],
+    names = [f"{line['name']}, {line['detail'][0]}" for line in found["lines"]]
+    assert [*zip(names, best, strict=True)] == [
+        ("tdds, E", [True, None]),
+        ("random, E", [True, None]),
+        ("el2n, E", [False, None]),
+        ("tdds, P", [False, None]),
+        ("aum, P", [True, None]),
+        ("tdds on other, E", [False, None]),
+        ("aum, E", [None, False]),
     ]
 
 
 def test_other_epochs_are_another_line():
-    found = matrix(
-        [
-            row("tdds", 0.5, 80.0),
-            row("tdds", 0.5, 85.0, epochs=60),
-            row("tdds", 0.8, 70.0, epochs=60),
-        ]
-    )
+    rows = [row("tdds", 0.5, 85.0, epochs=60), row("tdds", 0.8, 70.0, epochs=60)]
     shown = {
         line["detail"]: [cell and cell["final_top1"] for cell in line["cells"]]
-        for line in found["lines"]
+        for line in matrix([row("tdds", 0.5, 80.0), *rows])["lines"]
     }
     assert shown == {
         "E, none, 30 epochs": [80.0, None],
@@ -332,22 +261,18 @@ def test_the_sentence_is_about_80_percent_where_it_can_be(rates, asked):
             for score, change in (("tdds", 0.25), ("random", -4.5))
         ),
     ]
-    assert (
-        sentence(rows)
-        == f"The full data gives a top-1 of 95.00 %. Removing {asked} % of the images gains 0.25"
-        " points with tdds, up to 95.25 %; it costs 4.50 points with random, down to 90.50 %."
-    )
+    first = "The full data gives a top-1 of 95.00 %."
+    gain = f"Removing {asked} % of the images gains 0.25 points with tdds, up to 95.25 %"
+    cost = "it costs 4.50 points with random, down to 90.50 %."
+    assert sentence(rows) == f"{first} {gain}; {cost}"
     many = [*rows, *(row(score, rates[-1], 1.0) for score in ("aum", "el2n", "dual"))]
     assert "aum" not in sentence(many)
     assert finding([full]) is None
 
 
 def sentence(rows: list[dict[str, object]]) -> str:
-    return (
-        (finding(rows) or "")
-        .replace("\N{NO-BREAK SPACE}", " ")
-        .replace("\N{NON-BREAKING HYPHEN}", "-")
-    )
+    text = finding(rows) or ""
+    return text.replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
 
 
 def test_the_sentence_never_leaves_out_random():
@@ -357,15 +282,11 @@ def test_the_sentence_never_leaves_out_random():
         for importance in ("batch", "none", "sample")
     ]
     many = [row("tdds_official_T9_K9_beta0.9_ce", 0.8, 60.0), *many, row("random", 0.8, 75.0)]
-    assert (
-        sentence(many)
-        == "With 80 % of the images removed, top-1 is 70.00 % with tdds (importance batch); 70.00 %"
-        " with tdds (importance none); 70.00 % with tdds (importance sample); 75.00 % with"
-        " random."
-    )
-    assert "with el2n" in sentence(
-        [row(f"el2n_T{number}", 0.8, 70.0, score_name="el2n") for number in range(5)]
-    )
+    with_tdds = [f"70.00 % with tdds (importance {name})" for name in ("batch", "none", "sample")]
+    found = "; ".join([*with_tdds, "75.00 % with random."])
+    assert sentence(many) == f"With 80 % of the images removed, top-1 is {found}"
+    rows = [row(f"el2n_T{number}", 0.8, 70.0, score_name="el2n") for number in range(5)]
+    assert "with el2n" in sentence(rows)
 
 
 def test_the_sentence_names_what_differs_alone():
@@ -376,13 +297,12 @@ def test_the_sentence_names_what_differs_alone():
         row("tdds", 0.8, 91.0, "P", 60, difference=-4.0),
         row("tdds", 0.8, 85.0, difference=-10.0, variant="train.lr=0.02"),
     ]
-    assert (
-        sentence(rows).split(". ", 1)[1]
-        == "Removing 80 % of the images costs nothing with tdds (Strategy-E), at 95.00 %; it costs"
-        " 5.00 points with tdds (Strategy-P, 30 epochs), down to 90.00 %; it costs 4.00 points"
-        " with tdds (Strategy-P, 60 epochs), down to 91.00 %; it costs 10.00 points with tdds"
-        " (Strategy-E, train.lr=0.02), down to 85.00 %."
-    )
+    assert sentence(rows).split(". ", 1)[1].split("; ") == [
+        "Removing 80 % of the images costs nothing with tdds (Strategy-E), at 95.00 %",
+        "it costs 5.00 points with tdds (Strategy-P, 30 epochs), down to 90.00 %",
+        "it costs 4.00 points with tdds (Strategy-P, 60 epochs), down to 91.00 %",
+        "it costs 10.00 points with tdds (Strategy-E, train.lr=0.02), down to 85.00 %.",
+    ]
 
 
 # ---- trainings that are no seeds of each other
@@ -401,31 +321,23 @@ def test_other_settings_and_repeated_seeds_are_no_seeds(tmp_path):
     run = start(tmp_path / "run", "train.beton")
     log(run)
     finish(run)
-    for name, seed, final in (
-        ("a", 0, 80.0),
-        ("b", 1, 82.0),
-        ("other", 0, 60.0),
-        ("again", 0, 70.0),
-    ):
+    trained = (("a", 0, 80.0), ("b", 1, 82.0), ("other", 0, 60.0), ("again", 0, 70.0))
+    for name, seed, final in trained:
         sub = retraining(run, TDDS, 0.5, seed, final, name=name)
         sub.write_env(sub.read_env() | {"started": f"2026-01-0{2 if name == 'again' else 1}"})
     change(RunDir(run.retrain / "other"), lr=0.02)
     # follows from the pruning rate
     change(retraining(run, TDDS, 0.8, 0, 50.0, name="less"), global_batch_size=10)
     rows = summary_rows([read_facts(run)])[1:]
-    assert [
-        (row["pruning_rate"], row["variant"], row["seeds"], row["final_top1"]) for row in rows
-    ] == [
-        (0.5, "", [0, 1], 81.0),
-        (0.5, "repeated as again", [0], 70.0),
-        (0.5, "train.lr=0.02", [0], 60.0),
-        (0.8, "", [0], 50.0),
+    columns = ("pruning_rate", "variant", "seeds", "final_top1")
+    assert [[row[column] for column in columns] for row in rows] == [
+        [0.5, "", [0, 1], 81.0],
+        [0.5, "repeated as again", [0], 70.0],
+        [0.5, "train.lr=0.02", [0], 60.0],
+        [0.8, "", [0], 50.0],
     ]
-    assert [line["detail"] for line in matrix(rows)["lines"]] == [
-        "E, none",
-        "E, none, repeated as again",
-        "E, none, train.lr=0.02",
-    ]
+    details = ["E, none", "E, none, repeated as again", "E, none, train.lr=0.02"]
+    assert [line["detail"] for line in matrix(rows)["lines"]] == details
     assert re.search(r"none +train.lr=0.02 +50 %", format_summary(rows))
     chart = accuracy_chart(rows, {"tdds": 1})
     assert [(line.label, line.y, line.marker) for line in chart["legend"]] == [
@@ -435,12 +347,8 @@ def test_other_settings_and_repeated_seeds_are_no_seeds(tmp_path):
     ]
     curves = curve_charts([read_facts(run)], {"tdds": 1})
     assert "tdds (E, none): mean of 2" in curves["charts"][0]
-    assert {line.label for line in curves["legend"]} == {
-        "full data, collection",
-        "tdds (E, none)",
-        "tdds (E, none, repeated as again)",
-        "tdds (E, none, train.lr=0.02)",
-    }
+    labels = {"full data, collection", *(f"tdds ({detail})" for detail in details)}
+    assert {line.label for line in curves["legend"]} == labels
     page = make.page_of([run], tmp_path / "report.html")
     assert page.row("tdds E, none, train.lr=0.02")[1] == "60.00 −30.00 1 seed"
     change(retraining(run, TDDS, 0.9, 0, 40.0, name="full"), "retrain", schedule_of="full")
@@ -452,19 +360,12 @@ def test_other_epochs_are_other_lines_in_the_charts(tmp_path):
     log(run)
     retraining(run, TDDS, 0.5, 0, 80.0, name="short")
     change(retraining(run, TDDS, 0.5, 0, 60.0, name="long"), epochs=6)
-    chart, curves = (
-        accuracy_chart(summary_rows([read_facts(run)]), {"tdds": 1}),
-        curve_charts([read_facts(run)], {"tdds": 1}),
-    )
-    assert [(line.label, line.x) for line in chart["legend"]] == [
-        ("tdds (Strategy-E, 3 epochs)", [50.0]),
-        ("tdds (Strategy-E, 6 epochs)", [50.0]),
-    ]
-    assert [line.label for line in curves["legend"]] == [
-        "full data, collection",
-        "tdds (E, none, 6 epochs)",
-        "tdds (E, none, 3 epochs)",
-    ]
+    chart = accuracy_chart(summary_rows([read_facts(run)]), {"tdds": 1})
+    curves = curve_charts([read_facts(run)], {"tdds": 1})
+    epochs = [f"tdds (Strategy-E, {num} epochs)" for num in (3, 6)]
+    assert [(line.label, line.x) for line in chart["legend"]] == [(line, [50.0]) for line in epochs]
+    epochs = [f"tdds (E, none, {num} epochs)" for num in (6, 3)]
+    assert [line.label for line in curves["legend"]] == ["full data, collection", *epochs]
     assert not curves["has_seeds"]
 
 
@@ -475,10 +376,8 @@ def test_a_retraining_of_unknown_rate_is_not_the_full_data(tmp_path):
         sub = retraining(run, TDDS, 0.5, 0, None, name=name)
         sub.write_env({})
     found = matrix(summary_rows([read_facts(run)]))
-    assert [(row["name"], row["variant"]) for row in found["unknown"]] == [
-        ("mine", ""),
-        ("yours", ""),
-    ]
+    unknown = [(row["name"], row["variant"]) for row in found["unknown"]]
+    assert unknown == [("mine", ""), ("yours", "")]
     assert [row["name"] for row in found["full"]] == ["collect"]
     page = make.page_of([run], tmp_path / "report.html")
     assert page.row("mine")[1] == "1 of 3 epochs; no file says its pruning rate"
@@ -499,11 +398,8 @@ def drawn(svg: str) -> dict[str, int]:
 def test_curves_count_from_one_and_are_grouped_by_rate(table):
     found = [read_facts(run) for run in find_runs([table])]
     curves = curve_charts(found, {"tdds": 1, "random": 0})
-    assert [line.label for line in curves["legend"]] == [
-        "full data, collection",
-        "tdds (E, batch)",
-        "random (E, none)",
-    ]
+    labels = ["full data, collection", "tdds (E, batch)", "random (E, none)"]
+    assert [line.label for line in curves["legend"]] == labels
     assert [list(line.x) for line in curves["legend"]] == [[1, 2, 3]] * 3
     assert curves["legend"][0].slot not in [line.slot for line in curves["legend"][1:]]
     assert len(curves["charts"]) == 4  # two rates, top-1 and loss
@@ -524,9 +420,8 @@ def test_unfinished_trainings_are_not_in_the_mean(experiment):
     sub = RunDir(experiment / "seed2/retrain/tdds_p0.5_E_none_seed2")
     sub.result_file.unlink()
     sub.metrics_file.write_text(sub.metrics_file.read_text().splitlines()[0] + "\n")
-    curves = curve_charts(
-        [read_facts(run) for run in find_runs([experiment])], {"tdds": 1, "random": 0}
-    )
+    found = [read_facts(run) for run in find_runs([experiment])]
+    curves = curve_charts(found, {"tdds": 1, "random": 0})
     assert [list(line.x) for line in curves["legend"]][1] == [1, 2, 3]
     assert "tdds (E, batch): mean of 2" in curves["charts"][0]
     assert "tdds (E, batch): mean of 3" in curves["charts"][2]
@@ -557,31 +452,13 @@ def test_throughput_by_epoch_with_resumes_marked(tmp_path):
     assert [line.label for line in charts["legend"]] == ["collection", "50 % removed (mean of 2)"]
     assert [list(line.y) for line in charts["legend"]] == [[100.0, 4321.0, 4321.0]] * 2
     assert len(charts["charts"]) == 2, "no memory was recorded"
-    assert (
-        "scoring share of the collection (%) by epoch. Medians: collection 1.25."
-        in charts["charts"][1]
-    )
+    share = "scoring share of the collection (%) by epoch. Medians: collection 1.25."
+    assert share in charts["charts"][1]
     unmarked = charts["charts"][0]
-    run.write_env(
-        run.read_env()
-        | {
-            "resumes": [
-                {
-                    "started": "2026-02-03T04:05:06+0000",
-                    "epoch": 1,
-                    "step": 7,
-                    "world_size": 4,
-                    "device": "cpu",
-                    "commit": "abc",
-                    "notes": ["rank 1 was <lost>"],
-                }
-            ]
-        }
-    )
-    run.write_env(
-        run.read_env()
-        | {"resumes": [*run.read_env()["resumes"], {"started": "2026-02-03T04:05:06+0000"}]}
-    )
+    started = {"started": "2026-02-03T04:05:06+0000"}
+    resume = started | {"epoch": 1, "step": 7, "world_size": 4, "device": "cpu", "commit": "abc"}
+    resume["notes"] = ["rank 1 was <lost>"]
+    run.write_env(run.read_env() | {"resumes": [resume, started]})
     charts = speed_charts(read_facts(run))
     assert charts["resumes"] == [2], "of the other entry it is not known"
     assert charts["charts"][0].count("<path") > unmarked.count("<path")
@@ -594,9 +471,8 @@ def test_throughput_by_epoch_with_resumes_marked(tmp_path):
 
 def test_provenance_can_be_read(tmp_path):
     run = start(tmp_path / "run", "train.beton")
-    run.write_env(
-        run.read_env() | {"command": ["tdds", "collect", "my config.yaml"], "commit": "abc"}
-    )
+    command = ["tdds", "collect", "my config.yaml"]
+    run.write_env(run.read_env() | {"command": command, "commit": "abc"})
     sub = retraining(run, TDDS, 0.5, 0, 80.0)
     sub.write_env(sub.read_env() | {"commit": "def"})
     page = make.page_of([run], tmp_path / "report.html")

@@ -24,15 +24,10 @@ from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.lock import RunLock
 from tdds_dist.runs.status import Pulse, find_runs, read_status
 
-PROGRESS = {
-    "epoch": 3,
-    "epochs": 10,
-    "step": 1234,
-    "steps": 4000,
-    "images_per_second": 812.3,
-    "eta_seconds": 700.0,
-}
+PROGRESS = {"epoch": 3, "epochs": 10, "step": 1234, "steps": 4000}
+PROGRESS |= {"images_per_second": 812.3, "eta_seconds": 700.0}
 RESULT = {"stage": "collect", "epochs": 10, "final_top1": 93.06, "best_top1": 94.5}
+RETRAINED = {"epochs": 10, "final_top1": 93.06, "best_top1": 95.0}
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +49,9 @@ def slurm(
 
 def start(path: Path) -> RunDir:
     """A collection that has started."""
-    run = RunDir(path)
-    run.write_start(
-        {"train": {"epochs": 10}},
-        {"stage": "collect", "world_size": 2, "started": "2026-11-21T15:00:00+0000"},
-    )
+    run, started = RunDir(path), "2026-11-21T15:00:00+0000"
+    env = {"stage": "collect", "world_size": 2, "started": started}
+    run.write_start({"train": {"epochs": 10}}, env)
     return run
 
 
@@ -92,43 +85,22 @@ def put_dead_lock(run: RunDir, *, host: str | None = None) -> None:
         "import os, sys; from pathlib import Path; from tdds_dist.runs.lock import RunLock; "
         f"RunLock(Path(sys.argv[1]), host={host!r}).acquire(); os._exit(9)"
     )
-    subprocess.run(
-        [sys.executable, "-c", program, str(run.path)],
-        check=False,
-        timeout=60,
-        cwd=Path(__file__).parents[2],
-    )
+    command = [sys.executable, "-c", program, str(run.path)]
+    subprocess.run(command, check=False, timeout=60, cwd=Path(__file__).parents[2])
     assert (run.path / "run.lock").exists()
 
 
 def put_job(run: RunDir, job_id: str, **values: Any) -> Path:
     """A job of the run, in its list."""
     log_dir = run.path / "jobs"
-    append_job(
-        log_dir,
-        {
-            "id": job_id,
-            "time": time.time(),
-            "submission": "20261121-150102",
-            "executor": "slurm",
-            "stage": "collect",
-            "name": "collect-tiny",
-            "num_ranks": 2,
-            "directory": str(run.path),
-            **values,
-        },
-    )
+    job = {"id": job_id, "time": time.time(), "submission": "20261121-150102", "num_ranks": 2}
+    job |= {"executor": "slurm", "stage": "collect", "name": "collect-tiny"}
+    append_job(log_dir, job | {"directory": str(run.path)} | values)
     return log_dir
 
 
 def put_log(
-    log_dir: Path,
-    job_id: str,
-    rank: int,
-    text: str,
-    *,
-    stream: str = "err",
-    seconds_ago: float = 0.0,
+    log_dir: Path, job_id: str, rank: int, text: str, stream: str = "err", seconds_ago: float = 0.0
 ) -> Path:
     path = log_dir / f"{job_id}_{rank}_log.{stream}"
     path.write_text(text)
@@ -151,10 +123,8 @@ def command(*words: object) -> int | None:
 
 
 def squeue_line(job_id: str, state: str, reason: str = "None", nodes: str = "n[1-2]") -> str:
-    return (
-        f"{job_id:<64}|{state:<24}|0           |10:02                   |0          "
-        f" |{nodes:<256}|{reason:<256}\n"
-    )
+    restarts, begin = f"{0:<12}|{'10:02':<24}", f"{0:<12}"
+    return f"{job_id:<64}|{state:<24}|{restarts}|{begin}|{nodes:<256}|{reason:<256}\n"
 
 
 def sacct_line(job_id: str, state: str, code: str = "0:0") -> str:
@@ -186,22 +156,16 @@ def test_a_run_that_was_killed_on_this_machine_is_known_at_once(run):
     status = read_status(run.path)
     assert status.state == "lost"
     assert status.images_per_second is None
-    assert re.search(
-        r"says training, but its last update came [\d.]+ s ago and pid ", status.warnings[0]
-    )
+    silent = r"says training, but its last update came [\d.]+ s ago and pid "
+    assert re.search(silent, status.warnings[0])
     assert status.warnings[0].endswith(" is dead")
     put_checkpoint(run, 1200, {"epoch": 3})
-    assert (
-        shown(run).splitlines()[-1]
-        == "next: start the same command again; it goes on from its last checkpoint"
-    )
-    run.env_file.write_text(
-        json.dumps({"command": ["tdds", "collect", "my.yaml", "run.name=a b"], "world_size": 2})
-    )
-    assert shown(run).endswith(
-        "from its last checkpoint: torchrun --nproc-per-node 2 -m tdds_dist collect my.yaml "
-        "'run.name=a b'"
-    )
+    again = "start the same command again; it goes on from its last checkpoint"
+    assert shown(run).splitlines()[-1] == f"next: {again}"
+    command = ["tdds", "collect", "my.yaml", "run.name=a b"]
+    run.env_file.write_text(json.dumps({"command": command, "world_size": 2}))
+    words = "torchrun --nproc-per-node 2 -m tdds_dist collect my.yaml 'run.name=a b'"
+    assert shown(run).endswith(f"from its last checkpoint: {words}")
 
 
 @pytest.mark.parametrize(
@@ -249,10 +213,8 @@ def test_a_run_without_status_json(run):
     run.append_metrics({"epoch": 1})
     status = read_status(run.path)
     assert (status.state, status.epoch, status.epochs, status.step) == ("lost", 2, 10, None)
-    run.log_file.write_text(
-        "2026-11-21 15:00:00 stopped: asked to leave\n2026-11-21 15:01:00 resumes at epoch 2,"
-        " step 3\n"
-    )
+    stopped = "2026-11-21 15:00:00 stopped: asked to leave\n"
+    run.log_file.write_text(f"{stopped}2026-11-21 15:01:00 resumes at epoch 2, step 3\n")
     assert read_status(run.path).why == ""
     run.log_file.write_text(run.log_file.read_text() + "2026-11-21 15:02:00 stopped: disk full\n")
     assert (read_status(run.path).state, read_status(run.path).why) == ("stopped", "disk full")
@@ -272,43 +234,22 @@ def test_a_finished_run_says_what_comes_next(run):
     assert shown(run).endswith(f"next: tdds select {run.path} --pruning-rate 0.35 0.5 0.7 0.8 0.9")
     run.coresets.mkdir()
     (run.coresets / "a.npz").touch()
-    assert shown(run).endswith(
-        f"next: tdds retrain {run.path}/config.yaml --coreset {run.path}/coresets/a.npz"
-        " --strategy E"
-    )
+    retrain = f"{run.path}/config.yaml --coreset {run.path}/coresets/a.npz --strategy E"
+    assert shown(run).endswith(f"next: tdds retrain {retrain}")
 
 
-RECORDS = (
-    "status.json",
-    "env.json",
-    "result.json",
-    "metrics.jsonl",
-    "config.yaml",
-    "run.lock",
-    "log.txt",
-    "jobs/jobs.jsonl",
-    "checkpoints/step_0000000007/checkpoint.json",
-    "jobs.path",
-)
+RECORDS = "status.json env.json result.json metrics.jsonl config.yaml run.lock log.txt jobs/jobs.jsonl checkpoints/step_0000000007/checkpoint.json jobs.path".split()
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        None,
-        "",
-        "{",
-        '{"state": "trai',
-        "[]",
-        "null",
-        "3",
+        *(None, "", "{", '{"state": "trai', "[]", "null", "3"),
         '{"state": 3, "epoch": "x", "updated": NaN}',
         "{train: {epochs: .inf}}",
         '{"state": "training", "updated": 1e12, "images_per_second": NaN, "eta_seconds": 1e999}',
         '{"updated": 1e999, "steps": -1, "eta_seconds": true}',
-        "\udcff\x00",
-        "a\x00b",
-        "[" * 20_000,
+        *("\udcff\x00", "a\x00b", "[" * 20_000),
     ],
 )
 def test_no_file_is_so_damaged_or_missing_that_nothing_is_told(tmp_path, damage):
@@ -385,7 +326,7 @@ def put_retraining(run: RunDir, name: str, *, result: dict[str, Any] | None = No
 
 def test_retrainings_are_counted_and_unfinished_ones_listed(run, slurm):
     run.write_result(RESULT)
-    put_retraining(run, "a", result={"epochs": 10, "final_top1": 93.06, "best_top1": 95.0})
+    put_retraining(run, "a", result=RETRAINED)
     put_retraining(run, "b", result={"epochs": 10, "final_top1": 98.24, "best_top1": 98.3})
     beat(put_retraining(run, "running_one"), seconds_ago=3)
     beat(put_retraining(run, "failed_one"), "failed", message="ZeroDivisionError: division by zero")
@@ -393,22 +334,17 @@ def test_retrainings_are_counted_and_unfinished_ones_listed(run, slurm):
     put_job(run, "21", stage="retrain", directory=str(run.retrain / "a"))
     slurm(squeue_line("20", "PENDING", "Priority") + squeue_line("21", "PENDING", "Priority"), "")
     lines = shown(run).splitlines()
-    at = lines.index(
-        "retrainings: 2 of 5 finished (final top-1 93.06 to 98.24 %, best epoch 98.30 %), 1"
-        " running, 1 stopped, 1 not started"
-    )
-    assert lines[at + 1].startswith(
-        "  failed_one   failed: epoch 3 of 10 done, step 1,234 of 4,000 (30 %); ZeroDivisionErr"
-    )
-    assert lines[at + 2].startswith(
-        "  running_one  training: epoch 3 of 10 done, step 1,234 of 4,000 (30 %), 812 images/s, "
-    )
+    finished = "2 of 5 finished (final top-1 93.06 to 98.24 %, best epoch 98.30 %)"
+    at = lines.index(f"retrainings: {finished}, 1 running, 1 stopped, 1 not started")
+    so_far = "epoch 3 of 10 done, step 1,234 of 4,000 (30 %)"
+    assert lines[at + 1].startswith(f"  failed_one   failed: {so_far}; ZeroDivisionErr")
+    assert lines[at + 2].startswith(f"  running_one  training: {so_far}, 812 images/s, ")
     assert as_data(gather(run.path))["retrainings_not_started"] == 1
 
 
 def test_when_all_are_finished_the_report_comes(run):
     run.write_result(RESULT)
-    inner = put_retraining(run, "a", result={"epochs": 10, "final_top1": 93.06, "best_top1": 95.0})
+    inner = put_retraining(run, "a", result=RETRAINED)
     assert shown(run).endswith(f"next: tdds report {run.path}")
     assert shown(inner).endswith(f"next: tdds report {run.path}")
     (run.path / "report.html").touch()
@@ -423,19 +359,15 @@ def test_an_experiment_shows_its_seeds_and_all_retrainings(tmp_path):
         run = RunDir(tmp_path / "exp" / f"seed{seed}")
         run.write_start({}, {"stage": "collect"})
         run.write_result(RESULT)
-        put_retraining(
-            run, "a", result={"epochs": 10, "final_top1": 90.0 + seed, "best_top1": 99.0}
-        )
+        result = {"epochs": 10, "final_top1": 90.0 + seed, "best_top1": 99.0}
+        put_retraining(run, "a", result=result)
     assert [path.name for path in find_runs(tmp_path / "exp")] == "seed0 seed1 seed2 seed10".split()
     text = shown(tmp_path / "exp")
     assert "seed10: collect, finished" in text
-    assert (
-        "retrainings: 4 of 4 finished (final top-1 90.00 to 100.00 %, best epoch 99.00 %)" in text
-    )
-    assert text.endswith(
-        f"next: the table is in {tmp_path}/exp/table.md; the same `tdds experiment` again makes it"
-        " anew"
-    )
+    top1 = "final top-1 90.00 to 100.00 %, best epoch 99.00 %"
+    assert f"retrainings: 4 of 4 finished ({top1})" in text
+    anew = "the same `tdds experiment` again makes it anew"
+    assert text.endswith(f"next: the table is in {tmp_path}/exp/table.md; {anew}")
 
 
 # ---- jobs
@@ -447,18 +379,9 @@ def fail_on_rank_5(run: RunDir) -> Path:
     put_job(run, "14", name="retrain-tiny", stage="retrain", after=["13"])
     for rank in range(8):
         put_log(log_dir, "12", rank, f"this is rank {rank}\n")
-        append_end(
-            log_dir,
-            "12",
-            {
-                "kind": "failed" if rank == 5 else "lost",
-                "rank": rank,
-                "time": 100.0 - rank,
-                "host": "n2",
-                "message": "ZeroDivisionError: division by zero",
-                "traceback": "Traceback",
-            },
-        )
+        end = {"rank": rank, "time": 100.0 - rank, "host": "n2", "traceback": "Traceback"}
+        end |= {"message": "ZeroDivisionError: division by zero"}
+        append_end(log_dir, "12", end | {"kind": "failed" if rank == 5 else "lost"})
     return log_dir
 
 
@@ -483,14 +406,10 @@ def test_a_failed_job_its_cause_and_its_dependants(run, slurm):
     assert lines[at + 3] == "      rank 5 on n2: ZeroDivisionError: division by zero"
     assert lines[at + 4] == f"      more: tdds logs {run.path} --job 12 --rank 5"
     assert [line.split("  ")[1] for line in lines[at + 5 : at + 7]] == ["13", "14"]
-    assert all(
-        "cancelled because job 12 (collect-tiny) failed" in line for line in lines[at + 5 : at + 7]
-    )
-    assert (
-        lines[-1]
-        == f"next: `tdds logs {run.path}` shows the traceback; correct the cause and submit again,"
-        " what is done is skipped"
-    )
+    because = "cancelled because job 12 (collect-tiny) failed"
+    assert all(because in line for line in lines[at + 5 : at + 7])
+    again = "correct the cause and submit again, what is done is skipped"
+    assert lines[-1] == f"next: `tdds logs {run.path}` shows the traceback; {again}"
 
 
 def test_a_refused_job_wants_its_input_corrected(run, slurm):
@@ -498,16 +417,14 @@ def test_a_refused_job_wants_its_input_corrected(run, slurm):
     append_end(log_dir, "12", {"kind": "refused", "message": "tdds collect: error: x"})
     slurm("", sacct_line("12", "FAILED", "2:0"))
     assert "refused its input (exit code 2)" in shown(run)
-    assert shown(run).endswith(
-        "next: correct what was refused and submit again; what is done is skipped"
-    )
+    again = "correct what was refused and submit again; what is done is skipped"
+    assert shown(run).endswith(f"next: {again}")
 
 
 def test_a_job_whose_ranks_could_not_speak_is_explained_by_what_was_seen_after_them(run, slurm):
     log_dir = put_job(run, "12")
-    (log_dir / "12_failures.jsonl").write_text(
-        '{"what": "ranks ended without a word (srun: 137)"}\n'
-    )
+    seen = '{"what": "ranks ended without a word (srun: 137)"}\n'
+    (log_dir / "12_failures.jsonl").write_text(seen)
     slurm("", sacct_line("12", "OUT_OF_MEMORY", "0:125"))
     lines = shown(run).splitlines()
     assert "ran out of memory" in lines[-4]
@@ -522,12 +439,8 @@ def test_only_the_latest_submission_is_listed_but_earlier_ones_explain(run, slur
     put_job(run, "12", submission="first")
     put_job(run, "15", submission="first", name="other", after=["12"])
     put_job(run, "16", submission="second", after=["15"], name="later")
-    slurm(
-        "",
-        sacct_line("12", "TIMEOUT")
-        + sacct_line("15", "CANCELLED by 0")
-        + sacct_line("16", "CANCELLED by 0"),
-    )
+    cancelled = sacct_line("15", "CANCELLED by 0") + sacct_line("16", "CANCELLED by 0")
+    slurm("", sacct_line("12", "TIMEOUT") + cancelled)
     assert "cancelled because job 12 (collect-tiny) met its time limit" in shown(run)
     assert [job["id"] for job in as_data(gather(run.path))["jobs"]] == ["16"]
 
@@ -535,23 +448,16 @@ def test_only_the_latest_submission_is_listed_but_earlier_ones_explain(run, slur
 def test_long_arrays_are_counted(run, slurm):
     for task in range(100):
         put_job(run, f"9_{task}", stage="retrain", title=f"cell {task}")
-    slurm(
-        "".join(
-            squeue_line(f"9_{task}", "RUNNING" if task < 4 else "PENDING", "None")
-            for task in range(60)
-        ),
-        "".join(sacct_line(f"9_{task}", "COMPLETED") for task in range(60, 99))
-        + sacct_line("9_99", "FAILED", "1:0"),
-    )
+    states = ["RUNNING"] * 4 + ["PENDING"] * 56
+    queue = [squeue_line(f"9_{task}", state) for task, state in enumerate(states)]
+    over = [sacct_line(f"9_{task}", "COMPLETED") for task in range(60, 99)]
+    slurm("".join(queue), "".join(over) + sacct_line("9_99", "FAILED", "1:0"))
     lines = shown(run).splitlines()
     assert "  and 56 pending, 39 finished" in lines
     assert sum(" running " in line for line in lines) == 4
     assert any("cell 99" in line and "failed" in line for line in lines)
-    assert (
-        lines[-1]
-        == "next: when the others are over, see to the 1 that failed and submit again; what is done"
-        " is skipped"
-    )
+    again = "see to the 1 that failed and submit again; what is done is skipped"
+    assert lines[-1] == f"next: when the others are over, {again}"
     assert len(as_data(gather(run.path))["jobs"]) == 100
 
 
@@ -569,40 +475,22 @@ def test_status_without_a_scheduler_and_of_jobs_that_lie_elsewhere(run, tmp_path
 def test_json_is_the_same_as_data(run, slurm, capsys):
     beat(run, "failed", message="gone", job="12")
     put_checkpoint(run, 1200, {"epoch": 3})
-    put_retraining(run, "a", result={"epochs": 10, "final_top1": 93.06, "best_top1": 95.0})
+    put_retraining(run, "a", result=RETRAINED)
     fail_on_rank_5(run)
     slurm("", FAILED)
     command("status", run.path, "--json")
     data = json.loads(capsys.readouterr().out)
     assert data["next"] == as_lines(gather(run.path))[-1].removeprefix("next: ")
     (found,) = data["runs"]
-    assert {
-        key: found[key]
-        for key in ("state", "why", "epoch", "epochs", "step", "steps", "job", "world_size")
-    } == {
-        "state": "failed",
-        "why": "gone",
-        "epoch": 3,
-        "epochs": 10,
-        "step": 1234,
-        "steps": 4000,
-        "job": "12",
-        "world_size": 2,
-    }
+    expected = {"state": "failed", "why": "gone", "job": "12", "world_size": 2}
+    expected |= {"epoch": 3, "epochs": 10, "step": 1234, "steps": 4000}
+    assert {key: found[key] for key in expected} == expected
     assert found["checkpoint"]["step"] == 1200
     assert [retraining["final_top1"] for retraining in found["retrainings"]] == [93.06]
     first, second, _ = data["jobs"]
-    assert (
-        first["id"],
-        first["because_of"],
-        first["cause"]["rank"],
-        first["state"]["exit_code"],
-    ) == ("12", "12", 5, 1)
-    assert (second["after"], second["because_of"], second["state"]["state"]) == (
-        ["12"],
-        "12",
-        "cancelled",
-    )
+    assert first["id"] == first["because_of"] == second["because_of"] == "12"
+    assert (first["cause"]["rank"], first["state"]["exit_code"]) == (5, 1)
+    assert (second["after"], second["state"]["state"]) == (["12"], "cancelled")
 
 
 def test_watch_ends_when_nothing_runs(run, capsys):
@@ -619,16 +507,16 @@ def test_watch_ends_when_nothing_runs(run, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *(([f"--watch={seconds}"], "--watch") for seconds in ("0", "-1", "nan", "inf", "1e9")),
+        *((f"--watch={seconds}", "--watch") for seconds in ("0", "-1", "nan", "inf", "1e9")),
         (
-            ["--watch", "--json"],
+            "--watch --json",
             "--json is one object, and --watch prints one again and again; leave one out",
         ),
     ],
 )
 def test_watching_is_for_people_and_needs_a_sensible_pause(run, words, message):
     with pytest.raises(InputError, match=message):
-        command("status", run.path, *words)
+        command("status", run.path, *words.split())
 
 
 # ---- logs
@@ -638,11 +526,9 @@ def test_the_log_of_the_rank_that_failed_first(run, slurm, capsys):
     fail_on_rank_5(run)
     slurm("", FAILED)
     command("logs", run.path)
-    assert (
-        capsys.readouterr().out
-        == f"==> {run.path}/jobs/12_5_log.err (job 12 collect-tiny, rank 5 failed first:"
-        " ZeroDivisionError: division by zero)\nthis is rank 5\n"
-    )
+    why = "rank 5 failed first: ZeroDivisionError: division by zero"
+    head = f"==> {run.path}/jobs/12_5_log.err (job 12 collect-tiny, {why})"
+    assert capsys.readouterr().out == f"{head}\nthis is rank 5\n"
     assert choose_log(run.path, None, 3, "err")[0].name == "12_3_log.err"
     assert choose_log(run.path, "12", None, "err")[0].name == "12_5_log.err"
 
@@ -669,26 +555,23 @@ def test_the_newest_log_or_that_of_a_job_that_runs(run, slurm):
 
 
 def test_what_cannot_be_shown_is_named(run):
-    def refused(message: str, *words: str) -> None:
+    def refused(words: str, message: str) -> None:
         with pytest.raises(InputError, match=message):
-            command("logs", run.path, *words)
+            command("logs", run.path, *words.split())
 
-    refused("log.txt does not exist")
+    refused("", "log.txt does not exist")
     run.log_file.touch()
-    refused(r"--rank 1: .* has no jobs, and log.txt is written by rank 0 alone", "--rank", "1")
-    refused(r"--job 1: .* has no jobs", "--job", "1")
+    refused("--rank 1", "--rank 1: .* has no jobs, and log.txt is written by rank 0 alone")
+    refused("--job 1", "--job 1: .* has no jobs")
     log_dir = put_job(run, "12")
-    refused(r"no job of .* has written a log yet; `tdds status .*` says what they wait for")
+    refused("", "no job of .* has written a log yet; `tdds status .*` says what they wait for")
     for rank in (0, 1, 2, 5):
         put_log(log_dir, "12", rank, "x")
-    refused(
-        r"--rank 7 is none of job 12, which has .err of ranks 0-2, 5; choose among these",
-        "--rank",
-        "7",
-    )
-    refused(r"--rank 0 is none of job 12, which has written no .out", "--job", "12", "--out")
-    refused(r"--job 99 is no job of .*; the latest are 12", "--job", "99")
-    refused("--lines -1 must be at least 0", "--lines=-1")
+    others = "which has .err of ranks 0-2, 5; choose among these"
+    refused("--rank 7", f"--rank 7 is none of job 12, {others}")
+    refused("--job 12 --out", "--rank 0 is none of job 12, which has written no .out")
+    refused("--job 99", "--job 99 is no job of .*; the latest are 12")
+    refused("--lines=-1", "--lines -1 must be at least 0")
 
 
 def test_standard_output_on_request_and_the_log_of_a_run_without_jobs(run, capsys):
@@ -703,9 +586,8 @@ def test_standard_output_on_request_and_the_log_of_a_run_without_jobs(run, capsy
     log_dir = put_job(run, "12")
     put_log(log_dir, "12", 0, "errors\n")
     put_log(log_dir, "12", 0, "results\n", stream="out")
-    assert printed("--out").endswith(
-        "12_0_log.out (job 12 collect-tiny, rank 0 of ranks 0)\nresults\n"
-    )
+    head = "12_0_log.out (job 12 collect-tiny, rank 0 of ranks 0)"
+    assert printed("--out").endswith(f"{head}\nresults\n")
 
 
 def test_an_experiment_without_jobs_has_no_log_of_its_own(tmp_path):
@@ -717,16 +599,8 @@ def test_an_experiment_without_jobs_has_no_log_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "\n",
-        "a",
-        "a\n",
-        "a\nb",
-        "a\n\nb\n",
-        "é\r\n" * 40_000,
-        "x" * 200_000,
-        "\n" * 70_000,
-        f"{'x' * 40_000}\n" * 5,
+        *("", "\n", "a", "a\n", "a\nb", "a\n\nb\n"),
+        *("é\r\n" * 40_000, "x" * 200_000, "\n" * 70_000, f"{'x' * 40_000}\n" * 5),
     ],
 )
 @pytest.mark.parametrize("num_lines", [0, 1, 2, 50])
@@ -734,32 +608,19 @@ def test_the_last_lines(tmp_path, text, num_lines):
     (tmp_path / "log").write_bytes(text.encode())
     out = io.StringIO()
     assert print_tail(tmp_path / "log", num_lines, out) == len(text.encode())
-    lines = text.splitlines(keepends=True) if "\r" not in text else text.split("\n")[:-1]
-    expected = (
-        text
-        if num_lines == 0 or len(lines) <= num_lines
-        else (
-            "".join(lines[-num_lines:])
-            if "\r" not in text
-            else "".join(f"{line}\n" for line in lines[-num_lines:])
-        )
-    )
-    assert out.getvalue() == expected
+    lines = re.findall(r"[^\n]*\n|[^\n]+$", text)
+    assert out.getvalue() == "".join(lines[-num_lines:])  # 0: all of them
 
 
 def test_following_a_log(tmp_path):
     path = tmp_path / "log"
     path.write_text("before\n")
     position = print_tail(path, 0, io.StringIO())
-    steps = iter(
-        [
-            lambda: path.open("ab").write(b"one \xc3"),
-            lambda: path.open("ab").write(b"\xa9\n"),
-            lambda: path.write_text("new\n"),
-            path.unlink,
-            lambda: None,
-        ]
+    half, rest = (
+        lambda: path.open("ab").write(b"one \xc3"),
+        lambda: path.open("ab").write(b"\xa9\n"),
     )
+    steps = iter([half, rest, lambda: path.write_text("new\n"), path.unlink, lambda: None])
     seen = io.StringIO()
 
     def is_over() -> bool:
@@ -778,9 +639,7 @@ def test_following_a_log(tmp_path):
 def test_status_answers_at_once_and_without_torch(run):
     beat(run)
     for number in range(150):
-        put_retraining(
-            run, f"cell{number}", result={"epochs": 10, "final_top1": 93.06, "best_top1": 95.0}
-        )
+        put_retraining(run, f"cell{number}", result=RETRAINED)
     put_job(run, "12")
     program = (
         "import sys; from tdds_dist.launch.status import as_lines, gather; from pathlib import Path;"
@@ -788,14 +647,9 @@ def test_status_answers_at_once_and_without_torch(run):
         " 'torchvision', 'ffcv', 'numba', 'pydantic'} & sys.modules.keys())"
     )
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(run.path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
+    command, cwd = [sys.executable, "-c", program, str(run.path)], Path(__file__).parents[2]
+    told = {"capture_output": True, "text": True, "timeout": 60, "check": True}
+    done = subprocess.run(command, cwd=cwd, **told)
     assert done.stdout.splitlines()[-1] == "set()"
     assert "retrainings: 150 of 150 finished" in done.stdout
     assert time.perf_counter() - started < 5  # 0.3 s on an idle machine; tests share theirs
