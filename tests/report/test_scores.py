@@ -57,9 +57,8 @@ def scores_of(key: str, seed: int = 0) -> Scores:
     """Scores that agree in part; TDDS is skewed, forgetting counts, dual comes with its mean
     probability."""
     random = np.random.default_rng([seed, len(key), ord(key[0])])
-    base_N = np.random.default_rng(1).gamma(1, 1, NUM_SAMPLES) + 0.3 * random.normal(
-        size=NUM_SAMPLES
-    )
+    base_N = np.random.default_rng(1).gamma(1, 1, NUM_SAMPLES)
+    base_N += 0.3 * random.normal(size=NUM_SAMPLES)
     base_N = {
         "random": random.normal(size=NUM_SAMPLES),
         "tdds": np.exp(3 * base_N),
@@ -133,9 +132,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Drawn]]:
 def loop_count(score_N: np.ndarray, bins: Bins) -> list[int]:
     counts = [0] * len(bins)
     for score in score_N:
-        inside = [
-            number for number, (low, high) in enumerate(pairwise(bins.edge)) if low <= score < high
-        ]
+        ends = enumerate(pairwise(bins.edge))
+        inside = [number for number, (low, high) in ends if low <= score < high]
         counts[inside[0] if inside else 0 if score < bins.edge[0] else len(bins) - 1] += 1
     return counts
 
@@ -160,17 +158,13 @@ def test_every_score_has_a_bin(kind):
     assert (np.diff(bins.edge) > 0).all()
     count_B = np.bincount(bins.place(score_N), minlength=len(bins))
     assert count_B.tolist() == loop_count(score_N, bins)
-    assert (bins.is_log, bins.is_whole) == (
-        kind in ("skewed", "zeros"),
-        kind in ("whole", "never learned"),
-    )
+    assert bins.is_log == (kind in ("skewed", "zeros"))
+    assert bins.is_whole == (kind in ("whole", "never learned"))
     below, above = bins.beyond(score_N)
     assert below == sum(score < bins.edge[0] for score in score_N)
     assert above == sum(score > bins.edge[-1] for score in score_N)
     assert above <= 4
-    assert below <= (
-        0.05 * 3000 if bins.is_log and kind == "skewed" else 1600 if bins.is_log else 4
-    )
+    assert below <= {"skewed": 0.05 * 3000, "zeros": 1600}.get(kind, 4)
 
 
 def test_tails_do_not_take_the_axis():
@@ -225,9 +219,8 @@ def test_strips_say_how_much_of_each_bin_a_coreset_keeps(tmp_path, drawn):
     facts = read_facts(run)
     found = {name: score_facts(facts, name, origins_of(facts), 1) for name in facts.scores}
     asked = {re.split(" score", chart["x_title"])[0]: chart for chart in drawn["histogram"]}
-    assert [*asked] == [name for name in facts.scores if name != "random"], (
-        "every score has one, random has none"
-    )
+    # every score has one, random has none
+    assert [*asked] == [name for name in facts.scores if name != "random"]
     assert found["random"]["chart"] is None
     labels = {name: [strip.label for strip in chart["strips"]] for name, chart in asked.items()}
     assert labels == {
@@ -239,33 +232,23 @@ def test_strips_say_how_much_of_each_bin_a_coreset_keeps(tmp_path, drawn):
         "moderate": ["50 %", "50 %"],
         "dual": ["beta 50 %"],
     }
-    coresets = {
-        "aum": "aum_ccs_p0.5",
-        "dual": "dual_beta_p0.5",
-        "el2n": "el2n__p0.5",
-        "forgetting": "forgetting__p0.5",
-    }
-    for name, coreset in coresets.items():
+    for coreset in ("aum_ccs_p0.5", "dual_beta_p0.5", "el2n__p0.5", "forgetting__p0.5"):
+        name = coreset.split("_")[0]
         score_N, kept = facts.scores[name].score_N, {*facts.coresets[coreset].index_M.tolist()}
         bins, (strip,) = asked[name]["bins"], asked[name]["strips"]
-        assert asked[name]["count_B"].tolist() == loop_count(score_N, bins)
-        kept_B = loop_count(
-            np.array([score for index, score in enumerate(score_N) if index in kept]), bins
-        )
-        expected = [
-            k / n if n else np.nan for k, n in zip(kept_B, asked[name]["count_B"], strict=True)
-        ]
+        count_B = loop_count(score_N, bins)
+        assert asked[name]["count_B"].tolist() == count_B
+        kept_N = np.array([score for index, score in enumerate(score_N) if index in kept])
+        kept_B = loop_count(kept_N, bins)
+        expected = [k / n if n else np.nan for k, n in zip(kept_B, count_B, strict=True)]
         np.testing.assert_allclose(strip.share_B, expected)
     cut = facts.scores[TDDS].score_N[facts.coresets[f"{TDDS}_p0.5"].index_M].min()
     assert asked[TDDS]["strips"][0].cuts == [cut]
     centre, top = asked["moderate"]["strips"]
     assert (len(centre.cuts), len(top.cuts)) == (2, 1)
     assert asked["aum"]["strips"][0].cuts == asked["el2n"]["strips"][0].cuts == []
-    said = (
-        f"50 % keeps {centre.cuts[0]:.3g} to {centre.cuts[1]:.3g}, 50 % removed below"
-        f" {top.cuts[0]:.3g}."
-    )
-    assert said in asked["moderate"]["alt"]
+    kept = f"50 % keeps {centre.cuts[0]:.3g} to {centre.cuts[1]:.3g}"
+    assert f"{kept}, 50 % removed below {top.cuts[0]:.3g}." in asked["moderate"]["alt"]
     assert [name for name in found if found[name].get("has_draws")] == ["el2n", "aum", "dual"]
     assert asked[TDDS]["bins"].is_log
     assert asked[TDDS]["x_title"].endswith("(higher = keep), log axis")
@@ -274,11 +257,8 @@ def test_strips_say_how_much_of_each_bin_a_coreset_keeps(tmp_path, drawn):
 def test_captions_say_what_is_kept_and_what_is_not_drawn(tmp_path):
     run = with_scores(tmp_path / "run", (TDDS, "moderate"))
     page = build_report([run], tmp_path / "report.html").read_text()
-    figures = re.findall(
-        r'<figure class="chart">\s*(<svg.*?</svg>\s*<figcaption>.*?)</figcaption>',
-        page.split('id="r0-scores"')[1],
-        re.DOTALL,
-    )
+    figure = r'<figure class="chart">\s*(<svg.*?</svg>\s*<figcaption>.*?)</figcaption>'
+    figures = re.findall(figure, page.split('id="r0-scores"')[1], re.DOTALL)
     plain, centre = (
         next(text for text in figures if f"<b>{name}</b>" in text) for name in (TDDS, "moderate")
     )
@@ -296,18 +276,11 @@ def test_captions_say_what_is_kept_and_what_is_not_drawn(tmp_path):
 
 def test_captions_say_what_lies_beyond_the_axis(tmp_path):
     run, label_N = start(tmp_path / "run"), np.arange(4000) % NUM_CLASSES
-    add_scores(
-        run,
-        "el2n",
-        label_N,
-        score_N=np.append(np.linspace(0, 1, 3997), [50, 60, np.inf]).astype(np.float32),
-    )
+    score_N = np.append(np.linspace(0, 1, 3997), [50, 60, np.inf]).astype(np.float32)
+    add_scores(run, "el2n", label_N, score_N=score_N)
     text = build_report([run], tmp_path / "report.html").read_text()
-    assert re.search(
-        r"highest 60\. The first bin also holds \d below .*? The last bin also holds \d above"
-        r" (0\.999|1)\.",
-        text,
-    )
+    first, last = r"The first bin also holds \d below .*?", r"The last bin also holds \d above"
+    assert re.search(rf"highest 60\. {first} {last} (0\.999|1)\.", text)
     assert "1 images have a score that is not finite" in text
 
 
@@ -325,47 +298,36 @@ def test_matrices_are_those_of_compare(full, tmp_path):
         for a, _, row in matrix["rows"]
         for (b, _, _), cell in zip(matrix["rows"], row, strict=True)
     }
-    rows = [
-        row for row in csv_rows(tmp_path / "compare.csv") if row["table"] in ("spearman", "overlap")
-    ]
+    rows = csv_rows(tmp_path / "compare.csv")
+    rows = [row for row in rows if row["table"] in ("spearman", "overlap")]
     assert len(rows) == 28 * 3
     for row in rows:
         rate, value = float(row["pruning_rate"] or 0) or None, float(row["value"])
-        text = (
-            f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
-            if rate is None
-            else f"{100 * value:.0f}"
-        )
+        rounded = f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+        text = rounded if rate is None else f"{100 * value:.0f}"
         chance = 0 if rate is None else 1 - rate
         tint = (value - chance) / (1 - chance if value >= chance else chance or 1)
         for a, b in ((row["score_a"], row["score_b"]), (row["score_b"], row["score_a"])):
             assert cells[rate, a, b] == (text, pytest.approx(tint, abs=0.006))
     assert [key for key, _, _ in section["matrices"][0]["rows"]] == [SHORT, TDDS, *KEYS[2:]]
     assert all(cells[rate, key, key] is None for rate in (None, 0.5, 0.8) for key in KEYS)
-    values = {
-        (row["score_a"], row["score_b"]): float(row["value"])
-        for row in rows
-        if row["table"] == "spearman"
-    }
+    rows = [row for row in rows if row["table"] == "spearman"]
+    values = {(row["score_a"], row["score_b"]): float(row["value"]) for row in rows}
     names = {key: name for key, name, _ in section["matrices"][0]["rows"]}
-    expected = [
-        tuple(names[key] for key in end(values, key=values.__getitem__)) for end in (max, min)
-    ]
+    ends = [end(values, key=values.__getitem__) for end in (max, min)]
+    expected = [tuple(names[key] for key in pair) for pair in ends]
     assert [ends[:2] for ends in section["matrices"][0]["ends"]] == expected
 
 
 def test_matrix_on_the_page(tmp_path):
     run = with_scores(tmp_path / "run")
-    save(
-        run.scores,
-        dataclasses.replace(scores_of("own"), score_N=np.full(NUM_SAMPLES, np.inf, np.float32)),
-    )
+    infinite_N = np.full(NUM_SAMPLES, np.inf, np.float32)
+    save(run.scores, dataclasses.replace(scores_of("own"), score_N=infinite_N))
     page = page_of([run], tmp_path / "report.html")
     rows = [row for row in page.rows if row[0] == "forgetting" and len(row) == 9]
     assert [row[4] for row in rows] == ["1", "100", "100"]  # the diagonal, of each matrix
-    assert "By chance two coresets of this size have 20 % in common" in re.sub(
-        "<.?b>", "", page.text
-    )
+    text = re.sub("<.?b>", "", page.text)
+    assert "By chance two coresets of this size have 20 % in common" in text
     assert "Left out, because they are not finite or of other labels: own." in page.text
     lone = page_of([with_scores(tmp_path / "lone", ("el2n",))], tmp_path / "lone.html")
     assert "one score only" in lone.text
@@ -374,13 +336,8 @@ def test_matrix_on_the_page(tmp_path):
 
 
 def test_rates_are_those_of_the_coresets_or_the_usual_ones(tmp_path):
-    assert section_of(with_scores(tmp_path / "none", rates=()))["rates"] == [
-        0.3,
-        0.5,
-        0.7,
-        0.8,
-        0.9,
-    ]
+    none = with_scores(tmp_path / "none", rates=())
+    assert section_of(none)["rates"] == [0.3, 0.5, 0.7, 0.8, 0.9]
     assert section_of(with_scores(tmp_path / "some", rates=(0.8, 0.35)))["rates"] == [0.35, 0.8]
     run, label_N = start(tmp_path / "tiny"), np.arange(4)
     add_scores(run, "el2n", label_N, score_N=np.arange(4, dtype=np.float32))
@@ -396,21 +353,17 @@ def test_between_runs_is_that_of_compare(tmp_path):
     (group,) = between_section([(run.path.name, section_of(run)) for run in runs]) or []
     assert group["names"] == ["seed0", "seed1", "seed2"]
     assert group["rates"] == [(0.5, 0.5), (0.8, 0.2)]
-    assert [(key, pairs) for key, _, pairs, _ in group["rows"]] == [
-        (TDDS, 3),
-        ("forgetting", 3),
-        ("el2n", 1),
-    ]
-    rows = [row for row in csv_rows(tmp_path / "compare.csv") if row["run_a"] != row["run_b"]]
+    found = [(key, pairs) for key, _, pairs, _ in group["rows"]]
+    assert found == [(TDDS, 3), ("forgetting", 3), ("el2n", 1)]
+    values_of: dict[tuple[str, ...], list[float]] = {}
+    for row in csv_rows(tmp_path / "compare.csv"):
+        if row["run_a"] != row["run_b"]:
+            of = row["table"], row["score_a"], row["pruning_rate"]
+            values_of.setdefault(of, []).append(float(row["value"]))
     for key, _, _, spreads in group["rows"]:
-        for table, rate, spread in zip(
-            ("spearman", "overlap", "overlap"), ("", "0.5", "0.8"), spreads, strict=True
-        ):
-            values = [
-                float(row["value"])
-                for row in rows
-                if (row["table"], row["score_a"], row["pruning_rate"]) == (table, key, rate)
-            ]
+        tables = (("spearman", key, ""), ("overlap", key, "0.5"), ("overlap", key, "0.8"))
+        for of, spread in zip(tables, spreads, strict=True):
+            values = values_of[of]
             assert spread == pytest.approx((np.mean(values), min(values), max(values)), rel=1e-6)
     text = page_of(runs, tmp_path / "report.html").text
     mean, low, high = (f"{100 * value:.1f}" for value in group["rows"][0][3][1])
@@ -444,23 +397,19 @@ def test_maps_count_every_image_and_cut_where_select_cuts(full, drawn):
     chart = drawn["density_map"][2]
     count_YX = np.zeros(chart["count_YX"].shape, int)
     for x, y in zip(x_N, y_N, strict=True):
-        count_YX[
-            chart["y_bins"].place(np.array([y]))[0], chart["x_bins"].place(np.array([x]))[0]
-        ] += 1
+        column = chart["x_bins"].place(np.array([x]))[0]
+        count_YX[chart["y_bins"].place(np.array([y]))[0], column] += 1
     np.testing.assert_array_equal(chart["count_YX"], count_YX)
     assert count_YX.sum() == NUM_SAMPLES
     assert len({*loop_count(y_N, chart["y_bins"])}) > 1
-    kept = {
-        rate: [choose(scores_of(key), rate) for key in (TDDS, "forgetting")] for rate in (0.5, 0.8)
-    }
+    both = (scores_of(TDDS), scores_of("forgetting"))
+    kept = {rate: [choose(scores, rate) for scores in both] for rate in (0.5, 0.8)}
     assert chart["x_cuts"] == [(f"{100 * rate:g} %", x_N[kept[rate][0]].min()) for rate in kept]
-    assert [cut for _, cut in chart["y_cuts"]] == sorted(
-        {y_N[kept[rate][1]].min() for rate in kept}
-    )
+    y_cuts = sorted({y_N[kept[rate][1]].min() for rate in kept})
+    assert [cut for _, cut in chart["y_cuts"]] == y_cuts
     a, b = ({*index_M.tolist()} for index_M in kept[0.8])
-    corners = {
-        place: num for place, _, num, _, _ in section["maps"][1]["maps"][0]["corners"]["corners"]
-    }
+    found = section["maps"][1]["maps"][0]["corners"]["corners"]
+    corners = {place: num for place, _, num, _, _ in found}
     assert corners == {
         "top right": len(a & b),
         "bottom left": NUM_SAMPLES - len(a | b),
@@ -483,15 +432,11 @@ def test_maps_need_another_score(tmp_path):
 def write_noisy(path: Path, num_wrong: int, num_corrupted: int) -> Manifest:
     """60 images with this many wrong labels and corrupted images."""
     random = np.random.default_rng(0)
-    true_label_N, label_N, kind_N = (
-        np.arange(60) % NUM_CLASSES,
-        np.arange(60) % NUM_CLASSES,
-        np.full(60, "", dtype="<U9"),
-    )
+    true_label_N, kind_N = np.arange(60) % NUM_CLASSES, np.full(60, "", dtype="<U9")
+    label_N = true_label_N.copy()
     label_N[random.permutation(60)[:num_wrong]] += 1
-    kind_N[random.permutation(60)[:num_corrupted]] = np.resize(
-        ["fog", "fog", "occlusion"], num_corrupted
-    )
+    kinds = np.resize(["fog", "fog", "occlusion"], num_corrupted)
+    kind_N[random.permutation(60)[:num_corrupted]] = kinds
     return write_header(path, label_N % NUM_CLASSES, NUM_CLASSES, true_label_N, kind_N.tolist())
 
 
@@ -501,13 +446,8 @@ def noisy(tmp_path: Path) -> tuple[RunDir, Manifest]:
     manifest = write_noisy(tmp_path / "noisy.beton", 12, 18)
     run = start(tmp_path / "noisy", tmp_path / "noisy.beton", score={"windows": []})
     add_scores(run, TDDS, manifest.label_N, (0.5, 0.8))
-    add_scores(
-        run,
-        "forgetting",
-        manifest.label_N,
-        (0.5,),
-        np.round(np.linspace(9, 0, 60)).astype(np.float32),
-    )
+    falling_N = np.round(np.linspace(9, 0, 60)).astype(np.float32)
+    add_scores(run, "forgetting", manifest.label_N, (0.5,), falling_N)
     return run, manifest
 
 
@@ -516,11 +456,8 @@ def test_noise_that_is_kept_by_hand(noisy, tmp_path):
     facts = read_facts(run)
     table = noise_table(facts, slots_of(facts))
     kinds = sorted({kind for kind in manifest.corruption if kind})
-    assert [kind for kind, *_ in table["columns"]] == [
-        "wrong labels",
-        "corrupted images",
-        *(kind.replace("_", " ") for kind in kinds),
-    ]
+    columns = ["wrong labels", "corrupted images", *(kind.replace("_", " ") for kind in kinds)]
+    assert [kind for kind, *_ in table["columns"]] == columns
     for name, head, rate, expected, kept in table["rows"]:
         index = [*load_coreset(run.coresets / f"{name}.npz").index_M]
         bad = [
@@ -531,27 +468,18 @@ def test_noise_that_is_kept_by_hand(noisy, tmp_path):
         for is_bad, (share, part) in zip(bad, kept, strict=True):
             assert share == pytest.approx(sum(is_bad[i] for i in index) / sum(is_bad))
             assert part == pytest.approx(sum(is_bad[i] for i in index) / len(index))
-        assert (expected, head) == (
-            pytest.approx(1 - rate),
-            f"{name.split('_')[0]} {100 * rate:g} %",
-        )
+        assert expected == pytest.approx(1 - rate)
+        assert head == f"{name.split('_')[0]} {100 * rate:g} %"
     assert len(table["rows"]) == 3
     lines = {line.label: (line.x, line.y) for line in table["charts"][0]["legend"]}
     assert [*lines] == ["tdds", "forgetting", "expected at random"]
     assert lines["expected at random"] == ([50, 80], pytest.approx([50, 20]))
-    assert lines["tdds"][1] == pytest.approx(
-        [100 * kept[0][0] for name, *_, kept in table["rows"] if "tdds" in name]
-    )
+    kept_of_tdds = [100 * kept[0][0] for name, *_, kept in table["rows"] if "tdds" in name]
+    assert lines["tdds"][1] == pytest.approx(kept_of_tdds)
     page = page_of([run], tmp_path / "report.html")
     head, row = next(row for row in page.rows if "Of the coreset" in row), page.row("tdds 80 %")
-    assert [" ".join(cell.split()) for cell in head[:6]] == [
-        "Coreset",
-        "Removed",
-        "At random",
-        "Wrong labelsof 12",
-        "Of the coreset",
-        "Corrupted imagesof 18",
-    ]
+    titles = "Coreset, Removed, At random, Wrong labelsof 12, Of the coreset, Corrupted imagesof 18"
+    assert [" ".join(cell.split()) for cell in head[:6]] == titles.split(", ")
     kept = next(kept for name, *_, kept in table["rows"] if name == f"{TDDS}_p0.8")
     assert row[3:5] == [f"{100 * share:.1f} %" for share in kept[0]]
     assert re.search(r"top right \(\d+ with a wrong label\)", page.text)
@@ -565,26 +493,16 @@ def test_classes_that_lose_most_by_hand(tmp_path):
     # class 7 and 8 have no image
     label_N = np.repeat([0, 1, 2, 3, 4, 5, 6], [10, 10, 10, 10, 10, 10, 4])
     num_kept_C = [0, 1, 8, 0, 5, 10, 3]
-    index_M = np.concatenate(
-        [np.flatnonzero(label_N == label)[:num] for label, num in enumerate(num_kept_C)]
-    )
+    of_class_C = [np.flatnonzero(label_N == label) for label in range(7)]
+    index_M = np.concatenate([of_class_C[label][:num] for label, num in enumerate(num_kept_C)])
     add_scores(run, "el2n", label_N, num_classes=9)
     save_coreset(run.coresets / "a.npz", coreset_of("el2n", 0.5, index_M, label_N, 9))
     facts = read_facts(run)
     table = class_table(facts, "el2n", origins_of(facts))
     ((title, coresets, rows),) = table["panels"]
     assert (title, coresets) == ("", [("a", "el2n 50 %")])
-    assert [(total, share) for _, total, (share,) in rows] == [
-        (10, 0),
-        (10, 10),
-        (10, 80),
-        (10, 0),
-        (10, 50),
-        (10, 100),
-        (4, 75),
-        (0, None),
-        (0, None),
-    ]
+    assert [total for _, total, _ in rows] == [10, 10, 10, 10, 10, 10, 4, 0, 0]
+    assert [share for _, _, (share,) in rows] == [0, 10, 80, 0, 50, 100, 75, None, None]
     (extremes,) = table["extremes"]
     assert (extremes["num_lost"], extremes["lost"]) == (2, ["class 0", "class 3"])
     assert extremes["least"] == [("class 1", 10), ("class 4", 50), ("class 6", 75)]
@@ -603,16 +521,12 @@ def test_many_coresets_get_a_table_per_rate(tmp_path):
             add_coreset(run, key, rate)
     facts = read_facts(run)
     table = class_table(facts, TDDS, origins_of(facts))
-    assert [(title, len(coresets)) for title, coresets, _ in table["panels"]] == [
-        ("30 %", 1),
-        ("50 %", 5),
-        ("80 %", 5),
-    ]
+    panels = [(title, len(coresets)) for title, coresets, _ in table["panels"]]
+    assert panels == [("30 %", 1), ("50 %", 5), ("80 %", 5)]
     assert len(table["extremes"]) == 11
     page = page_of([run], tmp_path / "report.html").text
-    assert re.findall(
-        r'<input type="radio" name="r0-classes" id="r0-classes-(\d)"( checked)?>', page
-    ) == [("0", " checked"), ("1", ""), ("2", "")]
+    button = r'<input type="radio" name="r0-classes" id="r0-classes-(\d)"( checked)?>'
+    assert re.findall(button, page) == [("0", " checked"), ("1", ""), ("2", "")]
 
 
 # ---- size
@@ -628,11 +542,8 @@ def test_a_large_run_gives_a_small_page(tmp_path):
     random = np.random.default_rng(0)
     base_N, rates = random.gamma(1, 1, len(label_N)), tuple(np.arange(1, 13) / 16)
     for key in (TDDS, SHORT, "forgetting", "el2n", "aum", "dual", "dyn_unc", "entropy"):
-        score_N = (
-            np.exp(base_N + random.normal(size=len(label_N)))
-            if "tdds" in key
-            else base_N + random.random(len(label_N))
-        )
+        normal_N, uniform_N = random.normal(size=len(label_N)), random.random(len(label_N))
+        score_N = np.exp(base_N + normal_N) if "tdds" in key else base_N + uniform_N
         score_N = (np.round(score_N) if key == "forgetting" else score_N).astype(np.float32)
         score_N[:3] = np.inf if key == "el2n" else score_N[:3]
         add_scores(run, key, label_N, rates if key in (TDDS, "forgetting") else (), score_N, 1000)
@@ -651,11 +562,8 @@ def test_a_large_run_gives_a_small_page(tmp_path):
     assert f"only coresets of {TDDS} are listed" in text
     assert text.count('<mask id="') == 4
     assert max(map(len, svgs)) < 40_000
-    assert re.search(
-        r'"class-search" hidden><label>[\w ]+ <input type="search"[^>]*'
-        r' aria-controls="r0-class-tables">',
-        text,
-    )
+    search = r'<input type="search"[^>]* aria-controls="r0-class-tables">'
+    assert re.search(rf'"class-search" hidden><label>[\w ]+ {search}', text)
     assert '<div class="tabs" id="r0-class-tables">' in text
 
 
