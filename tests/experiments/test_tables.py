@@ -1,6 +1,7 @@
 """Tables of an experiment from outcomes made by hand, against numbers worked out by hand."""
 
-import json
+import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,18 +38,10 @@ def make_plan(
         score={"windows": [{"T": 30, "K": 10}]},
     )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    return Experiment.model_validate(
-        {
-            "name": "hand",
-            "config": str(tmp_path / "c.yaml"),
-            "overrides": ("train.epochs=20",),
-            "dir": str(tmp_path / "hand"),
-            "methods": (TDDS, RANDOM),
-            "pruning_rates": (0.3, 0.5),
-            "seeds": (0, 1, 2),
-        }
-        | changes
-    )
+    plan = {"name": "hand", "config": str(tmp_path / "c.yaml"), "dir": str(tmp_path / "hand")}
+    plan |= {"overrides": ("train.epochs=20",), "methods": (TDDS, RANDOM)}
+    plan |= {"pruning_rates": (0.3, 0.5), "seeds": (0, 1, 2)}
+    return Experiment.model_validate(plan | changes)
 
 
 # What `Coreset.method` says of the methods below; the others are called as their score.
@@ -67,34 +60,18 @@ def outcomes_of(
 ) -> list[CellResult]:
     """One outcome per method, rate and seed; None where there is no result. Cells that `top1`
     leaves out are not done."""
-    found = []
-    for method in plan.methods:
-        for rate in plan.pruning_rates:
-            for seed, value in zip(
-                plan.seeds, top1.get((method.name, rate), [None] * len(plan.seeds)), strict=True
-            ):
-                result = (
-                    None
-                    if value is None
-                    else {
-                        "num_images": round(50000 * (1 - rate)),
-                        "epochs": 20,
-                        "final_top1": value,
-                        "best_top1": value + 1,
-                        "train_seconds": 360.0,
-                    }
-                )
-                fields = {
-                    "strategy": "E",
-                    "variant": "",
-                    "importance": "batch" if method.score_key == "tdds" else "none",
-                }
-                key = KEYS.get(method.name, method.name)
-                found.append(
-                    CellResult(
-                        method, rate, seed=seed, result=result, key=key, **(fields | changes)
-                    )
-                )
+    found, nothing = [], [None] * len(plan.seeds)
+    for method, rate in itertools.product(plan.methods, plan.pruning_rates):
+        importance = "batch" if method.score_key == "tdds" else "none"
+        fields = {"strategy": "E", "variant": "", "importance": importance} | changes
+        fields["key"] = KEYS.get(method.name, method.name)
+        values = top1.get((method.name, rate), nothing)
+        for seed, value in zip(plan.seeds, values, strict=True):
+            result = {"num_images": round(50000 * (1 - rate)), "epochs": 20, "train_seconds": 360.0}
+            if value is not None:
+                result |= {"final_top1": value, "best_top1": value + 1}
+            done = None if value is None else result
+            found.append(CellResult(method, rate, seed=seed, result=done, **fields))
     return found
 
 
@@ -106,24 +83,15 @@ def collections_of(
     for run, value in zip(runs.values(), top1, strict=True):
         if value is not None:
             run.start({}, {"stage": "collect"}, world_size=2, device="cpu")
-            run.write_result(
-                {
-                    "final_top1": value,
-                    "epochs": epochs,
-                    "epochs_planned": 20,
-                    "train_seconds": 720.0,
-                }
-            )
+            result = {"epochs": epochs, "epochs_planned": 20, "train_seconds": 720.0}
+            run.write_result({"final_top1": value} | result)
     return runs
 
 
 def lines_of(text: str) -> list[list[str]]:
     """Cells of every table line, without the rules."""
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("|") and not line.startswith("|--")
-    ]
+    lines = re.findall(r"^\|(?!--)(.*)\|$", text, re.M)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
 def rows_of(plan: Experiment) -> list[dict[str, str]]:
@@ -141,14 +109,8 @@ def test_the_table(tmp_path):
     """90, 92, 97: mean 93, deviations -3, -1, 4, so sqrt(26 / 2) = 3.61. Published numbers below
     their method."""
     plan = make_plan(tmp_path)
-    outcomes = outcomes_of(
-        plan,
-        {
-            ("tdds", 0.3): [90.0, 92.0, 97.0],
-            ("tdds", 0.5): [80.0, None, 81.0],
-            ("random", 0.3): [None, None, 50.254],
-        },
-    )
+    top1 = {("tdds", 0.3): [90.0, 92.0, 97.0], ("tdds", 0.5): [80.0, None, 81.0]}
+    outcomes = outcomes_of(plan, top1 | {("random", 0.3): [None, None, 50.254]})
     text = write_tables(plan, outcomes, collections_of(plan, [94.0, 95.0, 96.5]))
     assert text == (plan.directory / "table.md").read_text()
     assert lines_of(text) == [
@@ -163,10 +125,8 @@ def test_the_table(tmp_path):
     assert text.startswith("# hand\n")
     shorter = plan.model_copy(update={"overrides": (*plan.overrides, "retrain.epochs=15")})
     assert "resnet18, 20 epochs (retrainings 15), batch" in write_tables(shorter, outcomes, {})
-    assert (
-        "resnet18, 20 epochs, batch 128, data/cifar10_train.beton; seeds 0, 1, 2; 6 of 12"
-        " retrainings done." in text
-    )
+    settings = "resnet18, 20 epochs, batch 128, data/cifar10_train.beton; seeds 0, 1, 2"
+    assert f"{settings}; 6 of 12 retrainings done." in text
     assert "cpu, 2 rank(s) per run" in text
     assert "1 h 12 min of training in 0 s" in text  # 6 x 360 s + 3 x 720 s
     assert "## Strategy-E\n" in text
@@ -178,11 +138,8 @@ def test_a_method_with_rates_of_its_own_is_in_the_grid_at_those(tmp_path):
     """EL2N at 50 % only, at which TDDS has no window: the grid has neither, the table dashes."""
     methods = [TDDS.model_copy(update={"pruning_rates": (0.3,)}), RANDOM]
     methods.append(Method(name="el2n", pruning_rates=(0.5,)))
-    plan = make_plan(
-        tmp_path,
-        methods=tuple(methods),
-        overrides=("score.windows=[{T: 30, K: 10, pruning_rates: [0.3]}]",),
-    )
+    windows = "score.windows=[{T: 30, K: 10, pruning_rates: [0.3]}]"
+    plan = make_plan(tmp_path, methods=tuple(methods), overrides=(windows,))
     _, cells = check_plan(plan)
     found = {(cell.method.name, cell.pruning_rate) for cell in cells}
     assert found == {("tdds", 0.3), ("random", 0.3), ("random", 0.5), ("el2n", 0.5)}
@@ -207,9 +164,7 @@ def test_hours_of_all_invocations_and_what_is_not_done_yet(tmp_path):
     assert "Full data" not in text
     assert lines_of(text)[1] == ["tdds, importance batch", "–", "–"]
     assert [row["final_top1"] for row in rows_of(plan)] == [""] * 12
-    (plan.directory / "times.jsonl").write_text(
-        "".join(json.dumps({"seconds": seconds}) + "\n" for seconds in (3600, 1800))
-    )
+    (plan.directory / "times.jsonl").write_text('{"seconds": 3600}\n{"seconds": 1800}\n')
     text = write_tables(plan, outcomes_of(plan, {}), collections_of(plan, [94.0, None, None]))
     assert "12 min 0 s of training in 1 h 30 min" in text
     assert "Full data: 94.00 (1 seed; published: 95.23)." in text
@@ -217,13 +172,11 @@ def test_hours_of_all_invocations_and_what_is_not_done_yet(tmp_path):
 
 def test_collections_that_stopped_early_say_nothing_about_the_full_data(tmp_path):
     plan = make_plan(tmp_path)
-    text = write_tables(
-        plan, outcomes_of(plan, {}), collections_of(plan, [94.0, 95.0, None], epochs=15)
-    )
-    assert (
-        "Collections stopped before the end of their schedule, so they give no accuracy on the full"
-        " data; published: 95.23." in text
-    )
+    runs = collections_of(plan, [94.0, 95.0, None], epochs=15)
+    text = write_tables(plan, outcomes_of(plan, {}), runs)
+    stopped = "Collections stopped before the end of their schedule"
+    nothing = "so they give no accuracy on the full data; published: 95.23."
+    assert f"{stopped}, {nothing}" in text
     assert "Full data" not in text
 
 
@@ -242,26 +195,10 @@ def test_csv_has_one_line_per_retraining(tmp_path):
             "",
         ]
     )
-    assert CSV_COLUMNS == (
-        "method",
-        "score",
-        "sampler",
-        "importance",
-        "variant",
-        "strategy",
-        "pruning_rate",
-        "seed",
-        "num_images",
-        "epochs",
-        "final_top1",
-        "best_top1",
-        "train_seconds",
-        "published_top1",
-        "published_std",
-        "published_table",
-        "wrong_labels_kept",
-        "corrupted_kept",
-    )
+    columns = """method score sampler importance variant strategy pruning_rate seed num_images
+        epochs final_top1 best_top1 train_seconds published_top1 published_std published_table
+        wrong_labels_kept corrupted_kept"""
+    assert (*columns.split(),) == CSV_COLUMNS
 
 
 # ---- what stands beside ours
@@ -288,12 +225,8 @@ def test_variants_have_no_published_row(tmp_path):
 
 
 def test_strategy_p_has_its_own_numbers(tmp_path):
-    plan = make_plan(
-        tmp_path,
-        methods=(TDDS, CCS, BUILT_IN_METHODS["el2n"]),
-        strategies=("P",),
-        pruning_rates=(0.5, 0.9),
-    )
+    methods = (TDDS, CCS, BUILT_IN_METHODS["el2n"])
+    plan = make_plan(tmp_path, methods=methods, strategies=("P",), pruning_rates=(0.5, 0.9))
     text = write_tables(plan, outcomes_of(plan, {}, strategy="P"), collections_of(plan, [None] * 3))
     assert "## Strategy-P\n" in text
     printed = [line for line in lines_of(text) if "published" in line[0]]
@@ -304,6 +237,9 @@ def test_strategy_p_has_its_own_numbers(tmp_path):
     ]
 
 
+IMAGENET = {"train": "imagenet.beton", "num_classes": 1000, "network": "resnet34", "batch": 256}
+
+
 # which number belongs to what: tests/report/test_published.py
 @pytest.mark.parametrize(
     ("changes", "expected"),
@@ -312,23 +248,12 @@ def test_strategy_p_has_its_own_numbers(tmp_path):
         ({"num_classes": 100}, False),
         ({"network": "vgg16_bn"}, False),
         ({"batch": 256}, False),
-        (
-            {
-                "train": "imagenet.beton",
-                "num_classes": 1000,
-                "network": "resnet34",
-                "batch": 256,
-                "pruning_rates": (0.7,),
-            },
-            True,
-        ),
+        (IMAGENET | {"pruning_rates": (0.7,)}, True),
     ],
 )
 def test_published_rows_are_for_the_papers_images_and_network(tmp_path, changes, expected):
-    plan = make_plan(tmp_path, **changes)
-    assert published_rows(plan) == (
-        {"*tdds, published*", "*random, published*"} if expected else set()
-    )
+    published = {"*tdds, published*", "*random, published*"} if expected else set()
+    assert published_rows(make_plan(tmp_path, **changes)) == published
 
 
 def test_variants_have_tables_and_published_numbers_of_their_own(tmp_path):
@@ -341,9 +266,8 @@ def test_variants_have_tables_and_published_numbers_of_their_own(tmp_path):
         "usual": [],
     }
     variants = [Variant(name=name, overrides=tuple(words)) for name, words in changes.items()]
-    plan = make_plan(
-        tmp_path, methods=(RANDOM,), pruning_rates=(0.7, 0.8), variants=tuple(variants)
-    )
+    of_random = {"methods": (RANDOM,), "pruning_rates": (0.7, 0.8)}
+    plan = make_plan(tmp_path, **of_random, variants=tuple(variants))
     outcomes = [
         replace(outcome, result=outcome.result and {**outcome.result, "final_top1": 60.0 + number})
         for number, name in enumerate(changes)
@@ -366,16 +290,10 @@ def test_variants_have_tables_and_published_numbers_of_their_own(tmp_path):
         ],
     }
     assert "Published: Tables 1, 6, 7 of arXiv 2311.13613, not ours.\nTables 7 to 10 name" in text
-    numbers = {
-        (row["variant"], row["pruning_rate"]): row["published_table"] for row in rows_of(plan)
-    }
-    assert {key: table for key, table in numbers.items() if table} == {
-        ("full", "0.7"): "1",
-        ("full", "0.8"): "6",
-        ("vgg16", "0.7"): "7",
-        ("usual", "0.7"): "1",
-        ("usual", "0.8"): "1",
-    }
+    rows = [row for row in rows_of(plan) if row["published_table"]]
+    numbers = {f"{row['variant']} {row['pruning_rate']}": row["published_table"] for row in rows}
+    usual = {"usual 0.7": "1", "usual 0.8": "1"}
+    assert numbers == {"full 0.7": "1", "full 0.8": "6", "vgg16 0.7": "7"} | usual
 
 
 @pytest.mark.parametrize("kind", ["clean", "labels", "images", "part"])
@@ -383,17 +301,10 @@ def test_images_that_were_changed_or_left_out_have_no_published_row(tmp_path, ki
     size = 21 if kind == "part" else 20
     monkeypatch.setitem(published.DATASETS, "cifar10", ("CIFAR-10", size, 10))
     path, label_N = tmp_path / "some_train.beton", np.arange(20) % 10
-    true_label_N = (
-        np.where(np.arange(20) < 5, (label_N + 1) % 10, label_N) if kind == "labels" else None
-    )
-    write_header(
-        path,
-        label_N,
-        10,
-        true_label_N,
-        ["fog"] * 2 + [""] * 18 if kind == "images" else None,
-        source="cifar10",
-    )
+    other_label_N = np.where(np.arange(20) < 5, (label_N + 1) % 10, label_N)
+    true_label_N = other_label_N if kind == "labels" else None
+    corruption = ["fog"] * 2 + [""] * 18 if kind == "images" else None
+    write_header(path, label_N, 10, true_label_N, corruption, source="cifar10")
     assert bool(published_rows(make_plan(tmp_path, train=str(path)))) == (kind == "clean")
 
 
@@ -419,12 +330,10 @@ def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
         ("random", 0.3): [0.7, None, None],
         ("random", 0.5): [None] * 3,
     }
+    shares_of = [shares[outcome.method.name, outcome.pruning_rate] for outcome in outcomes]
     outcomes = [
-        replace(
-            outcome,
-            wrong_labels_kept=shares[outcome.method.name, outcome.pruning_rate][outcome.seed],
-        )
-        for outcome in outcomes
+        replace(outcome, wrong_labels_kept=by_seed[outcome.seed])
+        for outcome, by_seed in zip(outcomes, shares_of, strict=True)
     ]
     other = [replace(outcome, variant="vgg16", wrong_labels_kept=0.99) for outcome in outcomes]
     text = write_tables(plan, outcomes + other, collections_of(plan, [None] * 3))
