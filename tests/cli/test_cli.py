@@ -249,6 +249,7 @@ def test_every_reader_takes_the_fields_that_the_config_names(config_file, tmp_pa
     score RUN --all --out x.npz -> must be a directory
     select RUN --pruning-rate 0.5 --num-strata 20 -> --num-strata does nothing with sampler top
     select RUN --pruning-rate 0.5 --sampler ccs --c-d 2 -> --c-d does nothing with sampler ccs
+    select RUN --pruning-rate 0.5 --sampler beta --hard-cutoff-rate 0.1 -> --hard-cutoff-rate does nothing with sampler beta
     select RUN --pruning-rate 0.5 --score ccs --sampler top -> --score ccs means sampler ccs
     select RUN --pruning-rate 0.5 --score dual -> has no score 'dual'; it has tdds, random, entropy
     select RUN --pruning-rate 80 -> 80 % is 0.8

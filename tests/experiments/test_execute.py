@@ -106,7 +106,7 @@ def test_defaults_and_overrides(plan_file):
     methods=[{name: x, score: tdds, T: 5}] -> x has one of T and K; give both, or neither
     methods=[{name: x, score: tdds, K: 5}] -> x has one of T and K
     methods=[{name: x, score: aum, num_strata: 20}] -> x has num_strata, which does nothing with sampler top
-    methods=[{name: x, score: aum, sampler: ccs, c_d: 2.0}] -> x has c_d, which does nothing with sampler ccs; set
+    methods=[{name: x, score: aum, sampler: ccs, c_d: 2.0}] -> x has c_d, which does nothing with sampler ccs; set sampler: beta
     methods=[tdds, {name: el2n, pruning_rates: [0.5, 0.7]}] -> el2n has pruning_rates=[0.7], which the experiment's pruning_rates=[0.5] lack; add
     pruning_rates=[0.0, 0.5] -> pruning_rates=[0.0] must lie between 0 and 1
     pruning_rates=[0.5, 1.0] -> pruning_rates=[1.0] must lie between 0 and 1

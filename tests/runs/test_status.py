@@ -238,7 +238,8 @@ def test_a_finished_run_says_what_comes_next(run):
     assert shown(run).endswith(f"next: tdds retrain {retrain}")
 
 
-RECORDS = "status.json env.json result.json metrics.jsonl config.yaml run.lock log.txt jobs/jobs.jsonl checkpoints/step_0000000007/checkpoint.json jobs.path".split()
+RECORDS = """status.json env.json result.json metrics.jsonl config.yaml run.lock log.txt jobs.path
+    jobs/jobs.jsonl checkpoints/step_0000000007/checkpoint.json""".split()
 
 
 @pytest.mark.parametrize(
