@@ -35,7 +35,7 @@ end=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
 [[ $end == [0-9]* ]] && export TDDS_LEAVE_AT=$(($(date -d "$end" +%s) - 120))
 export TDDS_LOCK_WAIT_SECONDS=180 TDDS_JOB=$SLURM_JOB_ID OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 last=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n 1)
-ended=$PWD/.tdds-$SLURM_JOB_ID.ended # there when the ranks of a node have ended
+ended=$PWD/.tdds-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.ended   # there when the ranks of a node have ended
 rm -f "$ended"
 export python ranks last ended MASTER_ADDR MASTER_PORT
 started=$(mktemp)                    # what status.json said before means nothing

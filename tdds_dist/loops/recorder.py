@@ -1,6 +1,7 @@
 """`Recorder`: a scorer that begins with the first batch, is saved beside the checkpoints of another
 library, and ends with score files."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores, fingerprint, save_scores
 from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.scoring.scorer import ShardedScorer
+from tdds_dist.scoring.trajectory import require_no_trajectory
 
 _FOLDER = "tdds"  # within a checkpoint of the library
+_TRAJECTORY = "trajectory"
 
 
 class Recorder:
@@ -52,6 +55,17 @@ class Recorder:
         """Return the number of batches that are recorded of this epoch."""
         return 0 if self._scorer is None else self._scorer.step
 
+    def start_over(self, device: torch.device) -> None:
+        """Forget what was recorded. A collective.
+
+        Raises:
+            InputError: `out` holds a trajectory already.
+        """
+        self._scorer, self.scores = None, {}
+        with together(world := current_world(device)):
+            if world.is_main and self.out is not None:
+                require_no_trajectory(self.out / _TRAJECTORY)
+
     def record(self, index_B: Tensor, logits_BC: Tensor, label_B: Tensor) -> None:
         """Record one batch, as `ShardedScorer.record`."""
         if self._scorer is None:
@@ -63,20 +77,25 @@ class Recorder:
         assert self._scorer is not None
         self._scorer.end_epoch()
 
-    def save(self, checkpoint: Path) -> None:
-        """Save beside a checkpoint of the library, which lies there. A collective."""
+    def save(self, checkpoint: Path, rows: int) -> None:
+        """Save beside a checkpoint of the library, which lies there; `rows` are those of a forward
+        pass over all ranks. A collective."""
         assert self._scorer is not None
-        checkpoints = Checkpoints(checkpoint / _FOLDER, self._scorer.world, stop_on_error=True)
         scorer = self._scorer
-        about = {"epoch": scorer.epoch, "num_classes": scorer.num_classes}
+        with together(scorer.world):
+            if scorer.world.is_main:  # of an earlier training into the same folder
+                shutil.rmtree(checkpoint / _FOLDER, ignore_errors=True)
+        checkpoints = Checkpoints(checkpoint / _FOLDER, scorer.world, stop_on_error=True)
+        about = {"num_classes": scorer.num_classes, "rows": rows}
         checkpoints.save(scorer.epoch, scorer.state_dict(), about, wait=True)
         checkpoints.close()
 
-    def load(self, checkpoint: Path, device: torch.device) -> None:
-        """Go on from what `save` left there, made on this number of ranks or another. A collective.
+    def load(self, checkpoint: Path, rows: int, device: torch.device) -> None:
+        """Go on from what `save` left there. A collective.
 
         Raises:
-            InputError: nothing is there, or it is damaged or of other windows.
+            InputError: nothing is there, or it is damaged, of other windows, or of another number
+            of rows in a forward pass over all ranks.
         """
         checkpoints = Checkpoints(checkpoint / _FOLDER, current_world(device))
         found = checkpoints.latest()
@@ -84,6 +103,13 @@ class Recorder:
             raise InputError(
                 f"{checkpoint} holds no {_FOLDER}/, the state of the scores: training was not"
                 " recorded up to there; go on from another checkpoint, or start over",
+                shared=True,
+            )
+        if found.record["rows"] != rows:
+            raise InputError(
+                f"{checkpoint} was saved with {found.record['rows']} samples in a forward pass over"
+                f" all ranks, now there are {rows}, and Trainer would go on at another place of the"
+                " epoch; go on with as many (ranks x batch of each), or start over",
                 shared=True,
             )
         self._scorer = self._begin(found.record["num_classes"], device, resume=True)
@@ -98,12 +124,12 @@ class Recorder:
         scorer, self._scorer = self._scorer, None
         if scorer is None:
             return
-        missing = max(window.T for window in self.windows) - scorer.epoch
-        if missing > 0 or scorer.step:
+        longest = max(window.T for window in self.windows)
+        if scorer.epoch < longest:
             if scorer.world.is_main:
                 log.warning(
-                    f"training ended after {scorer.epoch} whole epochs"
-                    f"{' and a part' * (scorer.step > 0)}: no scores of {self.windows}"
+                    f"training ended after {scorer.epoch} whole epochs, before the longest window"
+                    f" of T={longest}: no scores"
                 )
             return
         self.scores = scorer.gather()
@@ -131,6 +157,6 @@ class Recorder:
             self.windows,
             self.preset,
             device,
-            trajectory=None if self.out is None else self.out / "trajectory",
+            trajectory=None if self.out is None else self.out / _TRAJECTORY,
             resume=resume,
         )

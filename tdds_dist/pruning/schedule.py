@@ -267,6 +267,8 @@ def _read(folder: Path, epoch: int, num_samples: int) -> rules.Kept:
         return rules.everyone(num_samples)
     try:
         with np.load(path, allow_pickle=False) as file:
+            if file["kept"].shape != (-(-num_samples // 8),):
+                raise ValueError(f"not of {num_samples} samples")
             kept_N, is_weighed_N = (
                 np.unpackbits(file[name], count=num_samples).astype(bool)
                 for name in ("kept", "weighed")
@@ -276,6 +278,12 @@ def _read(folder: Path, epoch: int, num_samples: int) -> rules.Kept:
     except Exception as error:  # of zip, zlib, NumPy: whatever a damaged file makes of them
         raise InputError(f"{path} is damaged ({error}); restore it, or start over") from error
     return kept_N, weight_N
+
+
+def images_in(folder: Path, epochs: int, num_samples: int) -> int:
+    """Return the images that all epochs together visit, by their records; an epoch without one
+    visits all. Raise InputError for a damaged one."""
+    return sum(int(_read(folder, epoch, num_samples)[0].sum()) for epoch in range(epochs))
 
 
 def record_problem(folder: Path, epoch: int, digest: str, num_samples: int) -> str:

@@ -13,7 +13,7 @@ from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.pruning.plan import BY_SCORE, PruningPlan
-from tdds_dist.pruning.schedule import PruningSchedule, check_score, record_problem
+from tdds_dist.pruning.schedule import PruningSchedule, check_score, images_in, record_problem
 from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.entry import entered
@@ -50,7 +50,7 @@ def train(
         train_file, val_file, _ = open_files(config, decode_some=world.is_main)
         preflight(config, train_file, val_file, rows, world.device.type)
         plan = plan_of(config, train_file.num_samples)
-        twin_of = _twin_of(config, plan)
+        twin_of = _twin_of(config, plan) if run.read_result() is None else None
         setting: dict[str, Any] = {"stage": "train"}
         if world.is_main:
             setting["data"] = content_of((train_file, val_file))
@@ -188,6 +188,13 @@ def _twin_of(config: Config, plan: PruningPlan) -> Path | None:
                 f"{where} is a training with {key}={found[key]}, this one has {value}: give it the"
                 " same settings but prune.twin and prune.twin_of"
             )
+    if other.path.resolve() == RunDir(config.run.directory).path.resolve():
+        raise InputError(f"{where} is this very run; set another run.name or run.dir")
+    if images_in(other.pruning, plan.epochs, plan.num_samples) != result["images_seen"]:
+        raise InputError(
+            f"{other.pruning} does not hold the decisions of {result['images_seen']:,} images that"
+            " the training saw; restore it, or run that training again"
+        )
     return other.pruning
 
 

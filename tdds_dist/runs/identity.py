@@ -77,16 +77,14 @@ def kind_of(section: str, key: str, stage: str = "collect") -> str:
 
 def changeable_keys(stage: str) -> str:
     """Return the keys that may change between two starts of a run, as a person reads them."""
-    return ", ".join(
-        (
-            f"{section}.*"
-            if isinstance(kinds, str)
-            else ", ".join(
-                f"{section}.{key}" for key, kind in kinds.items() if kind in (PLACE, MAY_CHANGE)
-            )
-        )
-        for section, kinds in _kinds(stage).items()
-    )
+    names: list[str] = []
+    for section, kinds in _kinds(stage).items():
+        if isinstance(kinds, str):
+            names.append(f"{section}.*")
+        else:
+            may = (PLACE, MAY_CHANGE)
+            names += [f"{section}.{key}" for key, kind in kinds.items() if kind in may]
+    return ", ".join(names)
 
 
 def differences(run: RunDir, config: Config, setting: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from tdds_dist import InputError, ShardedScorer, Window, load_scores
 from tdds_dist.scoring.trajectory import Trajectory
 
 pytestmark = pytest.mark.loops
+pytest.importorskip("transformers")
 ROOT, PROGRAM = Path(__file__).parents[2], Path(__file__).parent / "program_hugging_face.py"
 N, C, BATCH, EPOCHS = 43, 5, 4, 4
 WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=3, beta=0.5)]
@@ -88,29 +89,60 @@ def test_training_is_as_without(tmp_path):
     assert scored.tobytes() == unscored.tobytes()
 
 
-def trainer(folder, windows, network="", collator=None, **settings):
-    """A trainer that is scored, of a network that gives what it is told to."""
+class Network(torch.nn.Module):
+    """Its outputs are of the kind that it is told to give."""
+
+    def __init__(self, kind="dict"):
+        super().__init__()
+        self.layer, self.kind = torch.nn.Linear(2, C), kind
+
+    def forward(self, image, labels=None):
+        logits = self.layer(image)
+        if self.kind == "tokens":
+            logits = logits[:, None]
+        if self.kind == "tuple without a loss":
+            return logits, image
+        if labels is None:
+            return {"logits": logits}
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels)
+        return {"loss": loss, "logits": logits}
+
+
+def trainer(folder, windows, kind="dict", rows=None, record_too=True, **settings):
+    """A trainer that is scored, and what holds its scores."""
     from transformers import Trainer, TrainingArguments
 
     from tdds_dist.loops.hugging_face import record
 
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(2, C)
-
-        def forward(self, image, labels=None):
-            logits = self.layer(image)
-            if network == "tokens":
-                logits = logits[:, None]
-            return {"loss": logits.sum(), "logits": logits}
-
-    rows = [{"image": torch.ones(2), "labels": index % C} for index in range(8)]
+    names = ("data_collator", "compute_loss_func", "callbacks")
+    parts = {name: settings.pop(name) for name in names if name in settings}
+    rows = rows or [{"image": torch.arange(2.0) + index, "labels": index % C} for index in range(8)]
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "seed": 1} | settings
     arguments = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings
+        output_dir=str(folder / "trainer"),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
     )
-    made = Trainer(Network(), arguments, train_dataset=rows, data_collator=collator)
-    return made, record(made, windows)
+    torch.manual_seed(0)
+    made = Trainer(Network(kind), arguments, train_dataset=rows, **parts)
+    return made, record(made, windows, folder / "scored") if record_too else None
+
+
+def scores_of(made, recorder):
+    made.train()
+    (score_N,) = recorder.scores.values()
+    return score_N.tolist()
+
+
+WINDOW = Window(3, 3, 0.9)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """The scores of the trainer above."""
+    return scores_of(*trainer(tmp_path_factory.mktemp("usual"), [WINDOW]))
 
 
 def drops_columns(rows):
@@ -120,31 +152,112 @@ def drops_columns(rows):
     }
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"dataloader_drop_last": True}, "dataloader_drop_last=True: samples would not come once"),
-        ({"accelerator_config": {"even_batches": False}}, "accelerator_config.even_batches=False"),
-        ({"num_train_epochs": 2}, "num_train_epochs=2 ends before the longest window, T=3"),
-        ({"collator": drops_columns}, "data_collator must keep this column of the training set"),
-        ({"network": "tokens"}, "logits (8, 1, 5) and labels (8,) of 8 samples"),
-    ],
-)
-def test_what_is_refused(settings, said, tmp_path):
+def stops_epochs():
+    from transformers import TrainerCallback
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_epoch_stop = state.global_step == 1
+
+    return Stops()
+
+
+def datasets_rows():
+    import datasets
+
+    rows = [{"image": [index, index + 1.0], "labels": index % C} for index in range(8)]
+    return datasets.Dataset.from_list(rows).with_format("torch")
+
+
+REFUSED = {
+    "dataloader_drop_last=True must be False": {"dataloader_drop_last": True},
+    "accelerator_config.even_batches=False": {"accelerator_config": {"even_batches": False}},
+    "are 2 whole epochs, fewer than the longest window's T=3": {"num_train_epochs": 2},
+    "transforms of the training set, must keep this column": {"data_collator": drops_columns},
+    "logits (4, 1, 5) and labels (4,) of 4 samples": {"kind": "tokens"},
+    "an epoch ended after 1 of 2 batches": {"callbacks": [stops_epochs]},
+    "gives a tuple for a sample; it must give a dict": {"rows": [(1, 2)] * 8},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_is_refused(said, tmp_path):
+    settings = REFUSED[said]
+    if "callbacks" in settings:
+        settings = {"callbacks": [make() for make in settings["callbacks"]]}
+    with pytest.raises(InputError, match=re.escape(said)):
+        trainer(tmp_path, [WINDOW], **settings)[0].train()
+
+
+def test_what_is_refused_at_once(tmp_path):
+    from tdds_dist.loops.hugging_face import record
+
     with pytest.raises(InputError, match=r"all scores are 0; raise K"):
         trainer(tmp_path, [Window(3, 2, 0.9)])
-    with pytest.raises(InputError, match=re.escape(said)):
-        trainer(tmp_path, [Window(3, 3, 0.9)], **settings)[0].train()
+    with pytest.raises(InputError, match="recorded already"):
+        record(trainer(tmp_path, [WINDOW])[0], [WINDOW])
 
 
-def test_what_ends_early_has_no_scores(tmp_path, caplog):
-    """And a checkpoint of a training without scores is no place to go on from."""
-    made, recorder = trainer(
-        tmp_path, [Window(3, 3, 0.9)], max_steps=5, per_device_train_batch_size=4
-    )
+def loss_of(outputs, labels, num_items_in_batch=None):
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
+    return torch.nn.functional.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple without a loss"])
+def test_a_loss_of_ones_own(kind, usual, tmp_path):
+    """The trainer then keeps the labels from the network, whose tuple begins with the logits."""
+    assert scores_of(*trainer(tmp_path, [WINDOW], kind, compute_loss_func=loss_of)) == usual
+
+
+@pytest.mark.parametrize("kind", ["plain", "chosen", "transformed"])
+def test_any_kind_of_hugging_face_dataset(kind, usual, tmp_path):
+    rows = datasets_rows()
+    if kind == "chosen":
+        rows = rows.select([*range(8)][::-1]).select([*range(8)][::-1])
+    if kind == "transformed":
+        rows = rows.with_transform(
+            lambda batch: {
+                "image": [torch.tensor(image) for image in batch["image"]],
+                "labels": batch["labels"],
+            }
+        )
+    assert scores_of(*trainer(tmp_path, [WINDOW], rows=rows)) == usual
+
+
+def test_what_ends_in_mid_epoch_or_early(usual, tmp_path, caplog):
+    """Whole epochs count; too few have no score. A checkpoint of a training without scores, or of
+    another batch, is no place to go on from, nor one that an earlier training left there."""
+    assert len(scores_of(*trainer(tmp_path / "part", [WINDOW], num_train_epochs=3.5))) == 8
+    made, recorder = trainer(tmp_path, [WINDOW], save_steps=5, callbacks=[])
     made.train()
-    assert recorder.scores == {}
-    assert "training ended after 2 whole epochs and a part: no scores" in caplog.text
-    shutil.rmtree(tmp_path / "checkpoint-5" / "tdds")
+    checkpoint = tmp_path / "trainer" / "checkpoint-5"
+    saved = sorted(path.name for path in (checkpoint / "tdds").iterdir())
+    shutil.rmtree(tmp_path / "scored")
+    again, recorder = trainer(tmp_path, [WINDOW], save_steps=5)
+    assert scores_of(again, recorder) == usual
+    assert sorted(path.name for path in (checkpoint / "tdds").iterdir()) == saved
+    with pytest.raises(InputError, match="already holds a trajectory"):
+        again.train()
+    other, _ = trainer(tmp_path, [WINDOW], per_device_train_batch_size=2)
+    with pytest.raises(InputError, match="saved with 4 samples in a forward pass over all ranks"):
+        other.train(resume_from_checkpoint=str(checkpoint))
+    shutil.rmtree(checkpoint / "tdds")
     with pytest.raises(InputError, match="checkpoint-5 holds no tdds/, the state of the scores"):
-        made.train(resume_from_checkpoint=True)
+        again.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_train_again_after_a_failure_starts_over(usual, tmp_path):
+    made, recorder = trainer(tmp_path, [WINDOW])
+    recorder.out, step, failing = None, made.training_step, [3]
+
+    def fails(*arguments, **more):
+        failing[0] -= 1
+        if failing[0] == 0:
+            raise KeyError("of the user")
+        return step(*arguments, **more)
+
+    made.training_step = fails
+    with pytest.raises(KeyError):
+        made.train()
+    made.train()
+    assert [len(score_N) for score_N in recorder.scores.values()] == [8]

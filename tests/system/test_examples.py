@@ -119,6 +119,7 @@ def test_a_loop_is_short(name):
 @pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
 @pytest.mark.parametrize(("package", "num_samples"), [("timm", 1796), ("lightning", 1797)])
 def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, launcher, tmp_path):
+    pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / f"{package}_loop.py")],
         capture_output=True,
@@ -142,6 +143,7 @@ def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, lau
 )
 def test_the_loop_of_a_library_skips_images(package, seen, launcher, tmp_path):
     """All in the first epoch, 899 of 1,797 in each other; `end_epoch` counts them."""
+    pytest.importorskip(package)
     command = [sys.executable, *launcher, str(EXAMPLES / f"pruning_{package}.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -268,8 +270,7 @@ def test_a_coreset_in_ffcv(images):
 @pytest.mark.loops
 @pytest.mark.parametrize("as_program", [False, True])
 def test_a_coreset_in_timm(as_program, images):
-    from timm import data as timm_data
-
+    timm_data = pytest.importorskip("timm.data")
     if as_program:
         done = subprocess.run(
             [
@@ -298,8 +299,7 @@ def test_a_coreset_in_timm(as_program, images):
 @pytest.mark.loops
 def test_a_coreset_in_hugging_face_datasets(images, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"value": list(range(12))})
     assert example("coreset_datasets").select(rows, images["coreset"])["value"] == KEPT.tolist()
     folder = datasets.load_dataset(
