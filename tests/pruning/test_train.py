@@ -311,11 +311,14 @@ def test_what_is_refused(config_file, words, expected):
 def test_a_twin_takes_its_numbers_from_a_training_of_the_same_settings(pruned, tmp_path, capsys):
     _, folder, config_file = pruned
     twin = [*BASE, "prune.method=infobatch", "prune.twin=true", f"run.dir={tmp_path}"]
+    leave_out = shutil.ignore_patterns("pruning")
+    shutil.copytree(folder / "infobatch", folder / "without", ignore=leave_out)
     for other, rate, said in [
         ("infobatch", 0.4, "is a training with rate=0.5, this one has 0.4"),
         ("infobatch_twin", 0.5, "is a training with twin=True, this one has False"),
         ("progressive", 0.5, "is a training with method=progressive, this one has infobatch"),
         ("", 0.5, "must be the run directory of a finished training of infobatch"),
+        ("without", 0.5, "without/pruning does not hold the decisions of"),
     ]:
         words = [*twin, f"prune.rate={rate}", f"prune.twin_of={folder / other}"]
         assert main(["train", str(config_file), *words]) == 2
