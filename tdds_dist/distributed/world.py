@@ -345,7 +345,7 @@ def _roll_call(world: World, error: RuntimeError, timeout_seconds: float, hosts:
     """Name the ranks that do not answer: every rank whose collective failed says so in the store
     and counts the others. `hosts` by rank."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the launcher ends us soon; first say why
-    kind = "did not answer" if "time" in str(error).lower() else "ended"
+    kinds = {"did not answer" if "time" in str(error).lower() else "ended"}
     missing = {rank for rank in range(world.world_size) if rank != world.rank}
     seconds = min(_ROLL_CALL_SECONDS, max(1.0, timeout_seconds))
     is_over = threading.Event()
@@ -353,18 +353,20 @@ def _roll_call(world: World, error: RuntimeError, timeout_seconds: float, hosts:
     def call() -> None:
         with suppress(dist.DistError, RuntimeError):
             store = dist.distributed_c10d._get_default_store()
-            store.set(f"tdds/lost/{world.rank}", _position)
+            store.set(f"tdds/lost/{world.rank}", *kinds)
             deadline = time.monotonic() + seconds
             while missing and time.monotonic() < deadline:
-                missing.difference_update(
-                    [rank for rank in missing if store.check([f"tdds/lost/{rank}"])]
-                )
+                for rank in [rank for rank in missing if store.check([f"tdds/lost/{rank}"])]:
+                    missing.remove(rank)
+                    kinds.add(store.get(f"tdds/lost/{rank}").decode())
                 time.sleep(0.1)
             is_over.set()
 
     caller = threading.Thread(target=call, daemon=True)
     caller.start()
     caller.join(seconds + _HOST_STAYS_SECONDS)  # behind a cut cable the store never answers
+    # connections are closed by those, too, who leave because others did not answer
+    kind = "did not answer" if "did not answer" in kinds else "ended"
     lost = sorted(missing)
     if not is_over.is_set() and 0 in missing:
         lost = [0]  # with plain env:// it is rank 0 that hosts the store

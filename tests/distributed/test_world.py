@@ -183,3 +183,19 @@ def _count_cpus(rank, cpus, port, results):
     }
     with session("cpu", 30.0) as found:
         results.put((rank, (found.ranks_per_cpu, default_workers(found.ranks_per_cpu))))
+
+
+def _lost(rank):
+    if rank == 2:
+        return ""  # hangs elsewhere
+    said = ["Connection closed by peer [10.0.0.2]:57502", "Timed out waiting 8000ms for recv"][rank]
+    hosts = ["host1", "host2", "host3"]
+    return world._roll_call(world.current_world("cpu"), RuntimeError(said), 8.0, hosts)
+
+
+@pytest.mark.distributed
+def test_a_silent_rank_has_not_ended_although_others_left_because_of_it():
+    found = ranks.run_ranks(3, _lost)
+    for me in (0, 1):
+        assert f"rank {me} on host{me + 1}" in found[me]
+        assert ": rank 2 on host3 did not answer within 8 s (run.timeout_seconds) (" in found[me]
