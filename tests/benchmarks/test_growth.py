@@ -25,6 +25,7 @@ def test_sizes_without_a_slope_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_it_measures_and_draws_every_line(tmp_path):
     sizes = ["--samples", "1000", "4000", "--classes", "10", "1000", "--fixed", "512"]
     tiny = ["--passes", "1", "--toy", "--no-rehearsal", "--out", str(tmp_path), "--name", "tiny"]
