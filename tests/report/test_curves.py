@@ -595,7 +595,7 @@ def test_without_scripts_nothing_invites_a_press(report, browser):
 def test_a_link_opens_what_it_leads_to(opened):
     assert not opened.locator("#r2-speed").is_visible()
     opened.evaluate("location.hash = '#r2-speed'")
-    opened.wait_for_function("document.querySelector('#r2-speed').checkVisibility()")
+    opened.locator("#r2-speed").wait_for(state="visible")  # a function would need eval to poll
     opened.locator(".toc a[href='#r1']").click()
-    opened.wait_for_function("document.querySelector('#r1 details').open")
+    opened.locator("#r1 details").first.and_(opened.locator("[open]")).wait_for()
     assert not opened.evaluate("document.querySelector('#r0 details').open")

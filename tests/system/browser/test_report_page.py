@@ -26,7 +26,7 @@ def test_the_page_opens_without_errors_requests_or_sideways_scrolling_and_images
     red, green, blue = (int(value) for value in re.findall(r"\d+", paper)[:3])
     assert (red + green + blue > 600) == (scheme == "light")
     page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-    page.wait_for_function("[...document.images].every(image => image.complete)")
+    page.evaluate("Promise.all([...document.images].map(image => image.decode()))")
     widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
     assert len(widths) >= 48
     assert set(widths) == {32}  # the digits as they were written
