@@ -53,8 +53,7 @@ image, label = (torch.tensor(array) for array in load_digits(return_X_y=True))
 dataset = TensorDataset(image.float() / 16, label, torch.arange(len(label)))  # the third is the global index
 score = Score(Window(T=12, K=5, beta=0.9), num_samples=len(label), num_classes=10)
 trainer = lightning.Trainer(accelerator="cpu", devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), max_epochs=12,
-                            callbacks=[score], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                            enable_model_summary=False)
+                            callbacks=[score], logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(Digits(), DataLoader(dataset, 64, shuffle=True))
 if trainer.is_global_zero:
     print(f"scored {len(score.scores)} images; kept first: {score.scores.argsort(descending=True)[:5].tolist()}")
