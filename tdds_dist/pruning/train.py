@@ -50,7 +50,8 @@ def train(
         train_file, val_file, _ = open_files(config, decode_some=world.is_main)
         preflight(config, train_file, val_file, rows, world.device.type)
         plan = plan_of(config, train_file.num_samples)
-        twin_of = _twin_of(config, plan) if run.read_result() is None else None
+        is_left_alone = run.read_result() is not None and not fresh
+        twin_of = None if is_left_alone else _twin_of(config, plan)
         setting: dict[str, Any] = {"stage": "train"}
         if world.is_main:
             setting["data"] = content_of((train_file, val_file))

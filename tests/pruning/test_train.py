@@ -326,6 +326,25 @@ def test_a_twin_takes_its_numbers_from_a_training_of_the_same_settings(pruned, t
     assert not list(tmp_path.iterdir())
 
 
+def _starts_over(rank, config_file, folder):
+    engine.build_model = tiny_model
+    source = f"prune.twin_of={folder / 'infobatch'}"
+    config = settings(
+        config_file, folder / "infobatch_twin", "infobatch", [*PRUNED["infobatch_twin"], source]
+    )
+    run = train(config, distributed.current_world("cpu"), fresh=True, force=True)
+    return [record["images"] for record in run.read_metrics()]
+
+
+@pytest.mark.distributed
+def test_a_finished_twin_starts_over(pruned, tmp_path):
+    found, folder, config_file = pruned
+    for name in ("infobatch", "infobatch_twin"):
+        shutil.copytree(folder / name, tmp_path / name)
+    images = run_ranks(1, _starts_over, config_file, tmp_path)[0]
+    assert images == [record["images"] for record in found["infobatch"][0][3]]
+
+
 def test_without_a_score_any_number_of_epochs_will_do(config_file):
     """K of the config's windows is 3."""
     from tdds_dist.pruning.train import plan_of

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 here=.venv/loops
-stamp=$here/.installed-$(cat constraints.txt "$0" | sha256sum | cut -c1-16)
+stamp=$here/.installed-$(cat constraints.txt tests/system/loops/install.sh | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0
 [ -x $here/bin/python ] || .venv/bin/python -m venv --without-pip $here
 packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
