@@ -55,11 +55,12 @@ srun --kill-on-bad-exit=1 --wait=30 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" 
     code=$?; touch "$ended"; exit $code' bash "$@"
 code=$?
 kill $watch
+rm -f "$ended"
 
 # torchrun has one exit code for every failure; status.json says whether the run was asked to leave and has saved.
 if [ $code -ne 0 ] && [ "$run/status.json" -nt "$started" ] && grep -q '"state": "stopped"' "$run/status.json" 2>/dev/null; then
     echo "not finished: queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
-rm -f "$started" "$ended"
+rm -f "$started"
 exit $code

@@ -256,8 +256,25 @@ def test_train_again_after_a_failure_starts_over(usual, tmp_path):
             raise KeyError("of the user")
         return step(*arguments, **more)
 
-    made.training_step = fails
+    made.training_step, finish, epochs = fails, recorder.finish, []
+    recorder.finish = lambda: (epochs.append(recorder._scorer.epoch), finish())
     with pytest.raises(KeyError):
         made.train()
     made.train()
     assert [len(score_N) for score_N in recorder.scores.values()] == [8]
+    assert epochs == [3]
+
+
+def test_it_goes_on_from_the_last_step_of_an_epoch(usual, tmp_path):
+    """The trainer then begins the next epoch; and what an earlier training of another batch left in
+    the same folder is not taken for it."""
+    other, _ = trainer(tmp_path, [WINDOW], save_steps=2, per_device_train_batch_size=2)
+    (tmp_path / "trainer" / "checkpoint-2" / "tdds" / "step_0000000009").mkdir(parents=True)
+    other.train()
+    shutil.rmtree(tmp_path / "scored")
+    trainer(tmp_path, [WINDOW], save_steps=2)[0].train()
+    made, recorder = trainer(tmp_path, [WINDOW], save_steps=2)
+    checkpoint = tmp_path / "trainer" / "checkpoint-2"
+    assert [path.name for path in (checkpoint / "tdds").iterdir()] == ["step_0000000000"]
+    made.train(resume_from_checkpoint=str(checkpoint))
+    assert [score_N.tolist() for score_N in recorder.scores.values()] == [usual]
