@@ -41,7 +41,7 @@ stamp=.venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c
 [ -e "$stamp" ] && exit 0
 say "installing Python packages into .venv (torch is the large one, about 5 GB with CUDA libraries; minutes)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[digits,dev]' |
+.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' |
     { grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' || true; } | cut -c1-110 >&2
 rm -f .venv/.installed-*
 touch "$stamp"

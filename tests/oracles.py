@@ -186,6 +186,27 @@ def variability(p_label: Sequence[float]) -> float:
     return math.sqrt(squared_deviations(p_label) / len(p_label))
 
 
+def learning_time(correct: Sequence[float]) -> int:
+    """The first epoch from which all are right; their number where none is."""
+    return next(t for t in range(len(correct) + 1) if all(correct[t:]))
+
+
+def pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    """Correlation, 0 where either does not vary."""
+    length = math.sqrt(squared_deviations(a) * squared_deviations(b))
+    if length < 1e-12:
+        return 0.0
+    of_a, of_b = mean(a), mean(b)
+    return sum((x - of_a) * (y - of_b) for x, y in zip(a, b, strict=True)) / length
+
+
+def cld(p_label: Sequence[float], val_loss: Sequence[float]) -> float:
+    """Correlation of changes of a sample's loss and of its class's validation loss."""
+    losses = [-math.log(max(p, 2.0**-24)) for p in p_label]
+    changes = ([now - before for before, now in pairwise(values)] for values in (losses, val_loss))
+    return pearson(*changes)
+
+
 def median(values: Sequence[float]) -> float:
     """The middle value; of an even number, half-way between the two in the middle."""
     ranked = sorted(values)
@@ -226,6 +247,27 @@ def centre_published(scores: Sequence[float], kept_share: float) -> list[float]:
     """Moderate's rule by shares: round(N (0.5 - r/2)) are dropped at either end."""
     dropped = round(len(scores) * (0.5 - kept_share / 2))
     return sorted(scores)[dropped : len(scores) - dropped]
+
+
+def drop_shares(sizes: Sequence[int], recalls: Sequence[float], num: int) -> list[Fraction]:
+    """DRoP's Algorithm 1 in exact arithmetic: an excess is spread over the classes that are not
+    full, by size times error; by size where no open class has an error."""
+    shares, full = [Fraction(0)] * len(sizes), set()
+    excess = Fraction(num)
+    while excess > 0:
+        open_classes = [c for c in range(len(sizes)) if c not in full]
+        weights = {c: sizes[c] * (1 - Fraction(recalls[c])) for c in open_classes}
+        if not any(weights.values()):
+            weights = {c: Fraction(sizes[c]) for c in open_classes}
+        total, spread = sum(weights.values()), excess
+        excess = Fraction(0)
+        for c in open_classes:
+            shares[c] += spread * weights[c] / total
+            if shares[c] >= sizes[c]:
+                excess += shares[c] - sizes[c]
+                shares[c] = Fraction(sizes[c])
+                full.add(c)
+    return shares
 
 
 def stratum(score: float, low: float, high: float, num_strata: int) -> int:

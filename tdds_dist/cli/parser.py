@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from tdds_dist.cli import commands
 from tdds_dist.config.schema import expand_path
+from tdds_dist.config.scores import SAMPLERS
 from tdds_dist.errors import InputError
 
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -575,7 +576,7 @@ def _add_score(parsers: Parsers) -> None:
         metavar="KEY",
         help=(
             "only this one (again for more): tdds, random, forgetting, el2n, aum, dyn_unc, dual,"
-            " csl, confidence, variability, correctness"
+            " csl, confidence, variability, correctness, learning_time, cld, s2l"
         ),
     )
     stage.add_argument(
@@ -648,14 +649,18 @@ def _add_select(parsers: Parsers) -> None:
     )
     stage.add_argument(
         "--sampler",
-        choices=("top", "ccs", "centre", "beta"),
+        choices=SAMPLERS,
         help=(
             "top: the highest; ccs: from all strata alike, without the hardest; centre: the middle"
-            " of the ranking; beta: DUAL's weighted draw (default: top; of moderate: centre)"
+            " of the ranking; beta: DUAL's weighted draw; s2l: from clusters of loss trajectories"
+            " alike; drop: the top of each class, of classes of low recall more (default: top; of"
+            " moderate: centre; of s2l: s2l)"
         ),
     )
     stage.add_argument(
-        "--class-balanced", action="store_true", help="keep the same share of every class"
+        "--class-balanced",
+        action=argparse.BooleanOptionalAction,
+        help="keep the same share of every class (default: of cld yes, of other scores no)",
     )
     stage.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of draws and ties (default: 0)"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tdds_dist.config.schema import Section
-from tdds_dist.config.scores import SCORE_KEYS
+from tdds_dist.config.scores import SAMPLER_OF_SCORE, SCORE_KEYS
 from tdds_dist.errors import InputError
 
 
@@ -17,7 +17,7 @@ def options_of_sampler(sampler: str | None, score_key: str) -> tuple[str, ...]:
         "ccs": ("num_strata", "hard_cutoff_rate"),
         "beta": ("c_d",),
     }
-    return options.get(sampler or ("centre" if score_key == "moderate" else "top"), ())
+    return options.get(sampler or SAMPLER_OF_SCORE.get(score_key, "top"), ())
 
 
 class Method(Section):
@@ -33,10 +33,12 @@ class Method(Section):
             "Score key; empty means the name. tdds takes the window that serves the pruning rate."
         ),
     )
-    sampler: Literal["top", "ccs", "centre", "beta"] | None = Field(
+    sampler: Literal["top", "ccs", "centre", "beta", "s2l", "drop"] | None = Field(
         None, description="Empty: what the score is meant for."
     )
-    class_balanced: bool = Field(False, description="The same share of every class.")
+    class_balanced: bool | None = Field(
+        None, description="The same share of every class; empty: as the score is meant, cld only."
+    )
     importance: Literal["none", "batch", "sample"] | None = Field(
         None,
         description=(
@@ -88,6 +90,7 @@ BUILT_IN_METHODS = {
         *(Method(name=name) for name in SCORE_KEYS if name != "ccs"),
         Method(name="ccs", score="aum", sampler="ccs"),
         Method(name="dual_beta", score="dual", sampler="beta"),
+        Method(name="drop", score="random", sampler="drop"),
     )
 }
 
@@ -125,7 +128,9 @@ class Pipeline(Section):
         min_length=1,
         description=(
             "What coresets are chosen by: tdds, random, entropy, forgetting, el2n, aum, "
-            "moderate, dyn_unc, dual, ccs (AUM in strata), dual_beta (DUAL's weighted draw)."
+            "moderate, dyn_unc, dual, csl, confidence, variability, correctness, learning_time, "
+            "cld, s2l, ccs (AUM in strata), dual_beta (DUAL's weighted draw), drop (random, by "
+            "DRoP's class quotas)."
         ),
     )
     pruning_rates: tuple[float, ...] = Field(

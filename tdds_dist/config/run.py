@@ -301,8 +301,12 @@ class Baselines(Section):
         0,
         ge=0,
         description=(
-            "Epochs that Forgetting, AUM, Dyn-Unc and DUAL look at; 0 means all that were recorded."
+            "Epochs that the scores other than TDDS and EL2N look at; 0 means all that were"
+            " recorded."
         ),
+    )
+    num_clusters: int = Field(
+        100, ge=2, description="Clusters of loss trajectories that S2L draws from."
     )
 
     @field_validator("never_learned", mode="before")

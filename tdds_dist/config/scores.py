@@ -132,8 +132,14 @@ SCORE_KEYS = (
     "confidence",
     "variability",
     "correctness",
+    "learning_time",
+    "cld",
+    "s2l",
     "ccs",
 )
+SAMPLERS = ("top", "ccs", "centre", "beta", "s2l", "drop")
+SAMPLER_OF_SCORE = {"moderate": "centre", "s2l": "s2l"}  # of every other score: top
+CLASS_BALANCED = ("cld",)  # scores that choose class by class unless told otherwise
 
 
 def base_key(score_key: str) -> str:

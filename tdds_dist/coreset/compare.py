@@ -12,6 +12,7 @@ becomes a sentence at the end of the text instead of an exception.
 import csv
 import io
 import itertools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tdds_dist.config.scores import base_key
 from tdds_dist.coreset.agreement import (
     Ranked,
     between_runs,
@@ -45,6 +47,7 @@ from tdds_dist.text import count, decimal, percent, table
 COLUMNS = ("table", "run_a", "score_a", "run_b", "score_b", "pruning_rate", "class", "value")
 AT_RANDOM = "at random"  # what a uniform draw of the same size is expected to give
 WIDTH = 120  # of the text, characters
+ALIKE = 0.9  # Spearman, up or down, from which on two scores say the same
 MAX_PAIRS = 6  # of runs that the text lists; of more it gives the extremes
 
 
@@ -231,6 +234,9 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
             for position, column in enumerate(keys, 1)
         ],
     )
+    found.part(
+        f"{run.letter}: which scores carry information of their own\n" + _own(found, correlation)
+    )
     num_samples = run.fingerprint.num_samples
     found.part(
         f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning"
@@ -245,6 +251,33 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
             for p, rate in enumerate(found.rates)
         ],
     )
+
+
+def _own(found: _Findings, correlation: dict[tuple[str, str], float]) -> str:
+    """Say which scores rank alike, and how near each of the others comes to any: by the size of the
+    rank correlation, as a ranking turned over says the same."""
+    keys = [key for key in dict.fromkeys(a for a, _ in correlation) if base_key(key) != "random"]
+    if len(keys) == 1:
+        return "only one score is not random"
+    near = {(a, b): abs(correlation[a, b]) for a, b in itertools.product(keys, keys) if a != b}
+    groups = [{key} for key in keys]
+    for (a, b), size in near.items():
+        of_a, of_b = (next(group for group in groups if key in group) for key in (a, b))
+        if size >= ALIKE and of_a is not of_b:
+            of_a |= of_b
+            groups = [group for group in groups if group is not of_b]
+    lines, alone = [], []
+    for group in groups:
+        members = [key for key in keys if key in group]
+        if len(members) > 1:
+            lines.append("rank alike: " + ", ".join(found.short[key] for key in members))
+            continue
+        other = max((key for key in keys if key != members[0]), key=lambda k: near[members[0], k])
+        nearest = f"{found.short[other]} {decimal(correlation[members[0], other])}"
+        alone.append(f"{found.short[members[0]]} (nearest: {nearest})")
+    if alone:
+        lines.append("on their own: " + ", ".join(alone))
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
 
 
 def _add_between(runs: list[_Run], found: _Findings) -> None:

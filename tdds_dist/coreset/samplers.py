@@ -85,9 +85,13 @@ def centre(score_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
 
 
 def per_class(
-    pick: Callable[[np.ndarray, int], np.ndarray], label_N: np.ndarray, num: int
+    pick: Callable[[np.ndarray, int], np.ndarray],
+    label_N: np.ndarray,
+    num: int,
+    recall_C: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Apply any selector to each class by itself, in proportion to class sizes; sorted int64 [num].
+    """Apply any selector to each class by itself, in proportion to class sizes, or with the quotas
+    of `drop_shares` where `recall_C` is given; sorted int64 [num].
 
     `pick(member_m, quota)` gets the global indices of one class, ascending, and returns which
     `quota` of them to keep, as positions in `member_m`. Class quotas are rounded by largest
@@ -103,6 +107,8 @@ def per_class(
             "score again with --beton FILE to take labels from the dataset"
         )
     exact = num * size / len(label_N)
+    if recall_C is not None:
+        exact = drop_shares(size, recall_C[classes], num)
     quota = np.floor(exact).astype(np.int64)
     largest_remainder = np.argsort(-(exact - quota), kind="stable")
     quota[largest_remainder[: num - quota.sum()]] += 1
@@ -113,6 +119,29 @@ def per_class(
         if class_quota
     ]
     return np.sort(np.concatenate(kept)).astype(np.int64)
+
+
+def drop_shares(size_C: np.ndarray, recall_C: np.ndarray, num: int) -> np.ndarray:
+    """Divide `num` draws among classes by DRoP (Vysogorets et al., ICLR 2025, arXiv 2404.05579): in
+    proportion to class size times 1 - recall, no class more than it has; float64 [C], in all `num`.
+
+    What a full class cannot take goes to the others by the same rule, and once none of them has an
+    error, by size. A class without recall (NaN) counts as the mean of the others.
+    """
+    recall_C = np.where(np.isnan(recall_C), np.nanmean(recall_C), recall_C)
+    share_C = np.zeros(len(size_C))
+    is_open_C = np.ones(len(size_C), dtype=bool)
+    while (left := num - share_C[~is_open_C].sum()) > 0:
+        weight_C = np.where(is_open_C, size_C * (1.0 - recall_C), 0.0)
+        if not weight_C.any():
+            weight_C = np.where(is_open_C, size_C, 0.0)
+        share_C[is_open_C] = (left * weight_C / weight_C.sum())[is_open_C]
+        is_full_C = is_open_C & (share_C >= size_C)
+        if not is_full_C.any():
+            break
+        share_C[is_full_C] = size_C[is_full_C]
+        is_open_C &= ~is_full_C
+    return share_C
 
 
 # ---- CCS: coverage-centric coreset selection
@@ -165,10 +194,20 @@ def ccs(
     num_hardest = _num_hardest(num_samples, num, hard_cutoff_rate)
     rest_m = np.setdiff1d(np.arange(num_samples), top(score_N, num_hardest, seed))
     stratum_m = _strata(score_N[rest_m], num_strata)
-    budget_S = stratum_budgets(np.bincount(stratum_m, minlength=num_strata), num)
+    return rest_m[from_strata(stratum_m, num, seed)]
+
+
+def from_strata(stratum_N: np.ndarray, num: int, seed: int = 0) -> np.ndarray:
+    """Draw `num` of N samples uniformly inside strata (int64 [N], from 0) with `stratum_budgets`;
+    sorted int64 [num].
+
+    Over clusters of loss trajectories it is the sampler of S2L (Yang et al., NeurIPS 2024, arXiv
+    2403.07384).
+    """
+    budget_S = stratum_budgets(np.bincount(stratum_N), num)
     generator = np.random.default_rng([seed, 1])
     kept = [
-        generator.choice(rest_m[stratum_m == stratum], budget, replace=False)
+        generator.choice(np.flatnonzero(stratum_N == stratum), budget, replace=False)
         for stratum, budget in enumerate(budget_S)
         if budget
     ]

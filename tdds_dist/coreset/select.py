@@ -17,22 +17,28 @@ import numpy as np
 
 from tdds_dist.config.grid import BUILT_IN_METHODS
 from tdds_dist.config.run import parse_config
+from tdds_dist.config.scores import CLASS_BALANCED, SAMPLER_OF_SCORE, SAMPLERS
 from tdds_dist.coreset import samplers
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, load_scores, save_coreset
 from tdds_dist.runs.directory import RunDir, any_scores, coreset_name, move_aside
 from tdds_dist.scoring import baselines, quarantine
 
-SAMPLERS = ("top", "ccs", "centre", "beta")
 CCS_SCORE = "aum"  # what `--score ccs` cuts into strata, as in its paper
 DEFAULT_STRATA = 50
 DEFAULT_C_D = 4.0  # exponent of DUAL's authors on CIFAR-100
 
 
 def default_sampler(scores: Scores) -> str:
-    """Return the sampler a score is meant for: the centre of the ranking for Moderate, else the
-    top."""
-    return "centre" if scores.settings.get("score", scores.key) == "moderate" else "top"
+    """Return the sampler a score is meant for: the centre of the ranking for Moderate, that of S2L
+    for its clusters, else the top."""
+    return SAMPLER_OF_SCORE.get(scores.settings.get("score", scores.key), "top")
+
+
+def _is_balanced(scores: Scores, class_balanced: bool | None) -> bool:
+    if class_balanced is None:
+        return scores.settings.get("score", scores.key) in CLASS_BALANCED
+    return class_balanced
 
 
 def choose(
@@ -40,19 +46,22 @@ def choose(
     pruning_rate: float,
     *,
     sampler: str | None = None,
-    class_balanced: bool = False,
+    class_balanced: bool | None = None,
     seed: int = 0,
     num_strata: int = DEFAULT_STRATA,
     hard_cutoff_rate: float | None = None,
     c_d: float = DEFAULT_C_D,
+    recall_C: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the kept global indices, sorted int64 [M], M = N - round(p N).
 
     `sampler`: `top` (below `hard_cutoff_rate`, by default 0), `centre` (Moderate), `ccs` (strata;
     `num_strata`, `hard_cutoff_rate`, by default that of the pruning rate), `beta` (DUAL's weighted
-    draw; `c_d`); default the one the score is meant for. `class_balanced` applies it to each class
-    by itself. `seed` decides draws and ties. Quarantined samples (`settings["quarantined"]`) are
-    never kept: it chooses among the others, all of them if they are fewer than M.
+    draw; `c_d`), `s2l` (from clusters of loss trajectories), `drop` (the top of each class, more of
+    classes with low `recall_C`, float [C]); default the one the score is meant for.
+    `class_balanced` applies it to each class by itself; None: for `cld` only. `seed` decides draws
+    and ties. Quarantined samples (`settings["quarantined"]`) are never kept: it chooses among the
+    others, all of them if they are fewer than M.
 
     Raises:
         InputError: a sampler that does not fit the score, scores that are not finite, a rate that
@@ -69,7 +78,7 @@ def choose(
             "finite; compute it again with `tdds score`"
         )
     num = min(samplers.num_kept(len(scores.score_N), pruning_rate), len(rest_n))
-    pick: Callable[..., np.ndarray]
+    pick: Callable[..., np.ndarray] = samplers.top
     if hard_cutoff_rate is not None and sampler not in ("top", "ccs"):
         raise InputError(
             f"hard_cutoff_rate={hard_cutoff_rate:g} does nothing with sampler {sampler}; leave it"
@@ -94,16 +103,31 @@ def choose(
                 " at; use --score dual"
             )
         p_mean_n = scores.extra["p_mean"][rest_n]
+    elif sampler == "s2l":
+        if "cluster" not in scores.extra:
+            raise InputError(
+                f"score {scores.key!r} comes without the clusters that sampler s2l draws from; use"
+                " --score s2l"
+            )
+        cluster_n = scores.extra["cluster"][rest_n].astype(np.int64)
+    elif sampler == "drop":
+        if recall_C is None:
+            raise InputError(
+                "sampler drop divides by the recall of each class, which a run records at"
+                " validation; give a run that `tdds collect` of this version made"
+            )
     elif sampler == "centre":
         pick = samplers.centre
-    else:
-        pick = partial(samplers.top, hard_cutoff_rate=hard_cutoff_rate or 0.0)
+    elif hard_cutoff_rate:
+        pick = partial(samplers.top, hard_cutoff_rate=hard_cutoff_rate)
 
     def pick_among(member_m: np.ndarray, quota: int, draw_seed: int) -> np.ndarray:
         if sampler == "beta":
             return samplers.beta_sample(
                 score_n[member_m], p_mean_n[member_m], quota, pruning_rate, c_d=c_d, seed=draw_seed
             )
+        if sampler == "s2l":
+            return samplers.from_strata(cluster_n[member_m], quota, draw_seed)
         return pick(score_n[member_m], quota, seed=draw_seed)
 
     def pick_of_class(member_m: np.ndarray, quota: int) -> np.ndarray:
@@ -112,7 +136,9 @@ def choose(
             member_m, quota, int(np.random.SeedSequence([seed, label]).generate_state(1)[0])
         )
 
-    if class_balanced:
+    if sampler == "drop":
+        return rest_n[samplers.per_class(pick_of_class, label_n, num, recall_C)]
+    if _is_balanced(scores, class_balanced):
         return rest_n[samplers.per_class(pick_of_class, label_n, num)]
     return rest_n[pick_among(np.arange(len(rest_n)), num, seed)]
 
@@ -122,7 +148,7 @@ def make_coreset(
     pruning_rate: float,
     *,
     sampler: str | None = None,
-    class_balanced: bool = False,
+    class_balanced: bool | None = None,
     seed: int = 0,
     **options: Any,
 ) -> tuple[Coreset, list[str]]:
@@ -132,6 +158,7 @@ def make_coreset(
     `official`, the score itself in `paper` (section 4.3), 1 for every other score, which its paper
     does not weigh by.
     """
+    class_balanced = _is_balanced(scores, class_balanced) and sampler != "drop"
     index_M = choose(
         scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options
     )
@@ -192,7 +219,7 @@ def plan_coreset(
     *,
     score: str = "tdds",
     sampler: str | None = None,
-    class_balanced: bool = False,
+    class_balanced: bool | None = None,
     seed: int = 0,
     out: Path | None = None,
     **options: Any,
@@ -229,6 +256,13 @@ def plan_coreset(
                 " score instead"
             )
         score, sampler = CCS_SCORE, "ccs"
+    if sampler == "drop":
+        if class_balanced:
+            raise InputError(
+                "sampler drop has quotas of its own for the classes; leave --class-balanced out, or"
+                " choose another sampler"
+            )
+        options["recall_C"] = recall_of(source)
     scores = (
         random_scores(any_scores(source), seed)
         if score == "random"
@@ -249,6 +283,14 @@ def plan_coreset(
     if path.suffix != ".npz":
         raise InputError(f"--out={path} must end in .npz")
     return path, coreset, warnings
+
+
+def recall_of(source: Path) -> np.ndarray | None:
+    """Return the recall of each class at the last validation of a run, or of the run that a score
+    file lies in; None where there is none."""
+    run = RunDir(source.parent.parent if source.is_file() else source)
+    classes = run.read_val_classes()
+    return None if classes is None else classes.recall_EC[-1]
 
 
 def check_place(path: Path, coreset: Coreset, force: bool = False) -> None:
@@ -388,6 +430,6 @@ def _default_path(source: Path, coreset: Coreset) -> Path:
     name = coreset.method
     if source.is_file() and coreset.score_key != "random":
         name = name.replace(coreset.score_key, source.stem)  # two files may hold the same key
-    drawn = coreset.score_key == "random" or coreset.settings["sampler"] in ("ccs", "beta")
+    drawn = coreset.score_key == "random" or coreset.settings["sampler"] in ("ccs", "beta", "s2l")
     seed = f"_s{coreset.settings['seed']}" if drawn else ""
     return folder / coreset_name(f"{name}{seed}", coreset.pruning_rate)

@@ -578,12 +578,8 @@ def _digits(spec: str, split: str) -> Source:
     A path's number is the sample's row in scikit-learn's array, so that it is unique over both
     splits.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError(
-            "source digits needs scikit-learn; run `pip install tdds-dist[digits]`"
-        ) from error
+    from sklearn.datasets import load_digits  # half a second
+
     digits = load_digits()
     grey_N, label_N = digits.images, digits.target.astype(np.int64)
     val = stratified_pick(label_N, -(-len(label_N) // 5), SPLIT_SEED)

@@ -24,7 +24,14 @@ from tdds_dist.config.grid import Method
 from tdds_dist.config.run import Config, load_config, parse_baselines, to_dict
 from tdds_dist.console import HEADING, Progress, log
 from tdds_dist.coreset.agreement import noise_kept
-from tdds_dist.coreset.select import changes, find_scores, make_coreset, put, random_scores
+from tdds_dist.coreset.select import (
+    changes,
+    find_scores,
+    make_coreset,
+    put,
+    random_scores,
+    recall_of,
+)
 from tdds_dist.data.manifest import Manifest, read_manifest
 from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.interruption import Interruption
@@ -310,6 +317,7 @@ def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool)
         try:
             if key not in scores:
                 scores[key] = _scores_of(run, collections[cell.seed].config, method, rate)
+            recall = {"recall_C": recall_of(run.path)} if method.sampler == "drop" else {}
             coreset, warnings = make_coreset(
                 scores[key],
                 rate,
@@ -317,6 +325,7 @@ def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool)
                 class_balanced=method.class_balanced,
                 seed=cell.seed,
                 **method.selector_options,
+                **recall,
             )
         except InputError as error:
             log.error(f"{cell.coreset_file}: FAILED: {error}")

@@ -221,6 +221,19 @@ def check_method(config: Config, method: Method, rate: float) -> None:
                 f"sampler beta needs the mean probability, which score {key} comes without; use"
                 " score: dual"
             )
+        if method.sampler == "s2l" and key != "s2l":
+            raise InputError(
+                f"sampler s2l draws from clusters, which score {key} comes without; use score: s2l"
+            )
+        if method.sampler == "drop" and method.class_balanced:
+            raise InputError(
+                "sampler drop has quotas of its own for the classes; leave class_balanced out"
+            )
+        if key == "cld" and (num_val := -(-num_epochs // config.train.eval_every)) < 3:
+            raise InputError(
+                f"cld correlates changes between validations, and {num_val} in {num_epochs} epochs"
+                f" are too few; lower train.eval_every={config.train.eval_every}"
+            )
         if (method.hard_cutoff_rate or 0.0) > rate:
             raise InputError(
                 f"hard_cutoff_rate={method.hard_cutoff_rate} removes more than pruning_rate={rate}"

@@ -18,7 +18,7 @@ from tdds_dist.coreset.agreement import Ranked
 from tdds_dist.coreset.samplers import num_kept
 from tdds_dist.errors import InputError
 from tdds_dist.report import charts
-from tdds_dist.report.charts import bins_of
+from tdds_dist.report.charts import Bins, bins_of
 from tdds_dist.report.read import Facts
 from tdds_dist.report.scores import known_noise
 from tdds_dist.runs.artifacts import Scores, require_same_dataset
@@ -26,6 +26,7 @@ from tdds_dist.text import percent
 
 DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of a run without coresets
 NUM_CELLS = 60  # of a map in either direction
+RIGHT_SLOT, WRONG_SLOT = 0, 1  # colours of images that are right in all epochs, and in none
 MAX_MAPPED = 6  # TDDS windows that get maps
 
 # score: (what a high score says of an image, what a low one says)
@@ -59,6 +60,7 @@ def agreement_section(
         "fingerprint": fingerprint,
         "left_out": left_out,
         "maps": [] if main is None else _maps(facts, main, ranked, rates, slots),
+        "cartography": _cartography(facts, usable),
         "matrices": _matrices(ranked, rates, fingerprint.num_samples) if len(ranked) > 1 else [],
     }
 
@@ -275,6 +277,51 @@ def _map(
         "y": y[1],
         "most": int(count_YX.max()),
         "corners": _corners(x, y, ranked, rates, noisy_N),
+    }
+
+
+def _cartography(facts: Facts, scores: Mapping[str, Scores]) -> dict[str, Any] | None:
+    """Draw the map of dataset cartography: variability across, confidence upwards, coloured by how
+    many epochs are right; None where one of the three is missing."""
+    keys = ("variability", "confidence", "correctness")
+    if not all(key in scores for key in keys):
+        return None
+    x_N, minus_p_N, minus_right_N = (scores[key].score_N for key in keys)
+    y_N, num_epochs = -minus_p_N, scores["correctness"].settings["T"]
+    x_bins, y_bins = (Bins(np.linspace(0.0, top, NUM_CELLS + 1)) for top in (0.5, 1.0))
+    cell_N = y_bins.place(y_N) * NUM_CELLS + x_bins.place(x_N)
+    count_C = np.bincount(cell_N, minlength=NUM_CELLS**2)
+    right_C = np.bincount(cell_N, -minus_right_N / num_epochs, minlength=NUM_CELLS**2)
+    wrong_C = 1 - right_C / np.maximum(count_C, 1)
+    count_YX, wrong_YX = (each.reshape(NUM_CELLS, NUM_CELLS) for each in (count_C, wrong_C))
+    noisy_N, _ = known_noise(facts)
+    low_N = y_N < 0.5
+    alt = (
+        f"Map of {len(x_N):,} images by variability and confidence over {num_epochs} epochs;"
+        f" {int(low_N.sum()):,} have a confidence below 0.5."
+    )
+    chart = charts.density_map(
+        count_YX,
+        x_bins,
+        y_bins,
+        [],
+        [],
+        RIGHT_SLOT,
+        "variability (standard deviation of the label's probability)",
+        "confidence (mean of the label's probability)",
+        alt,
+        (wrong_YX.clip(0, 1), WRONG_SLOT),
+    )
+    return {
+        "chart": chart,
+        "num_epochs": num_epochs,
+        "legend": [
+            charts.Line("right in every epoch", [], [], RIGHT_SLOT),
+            charts.Line("right in none", [], [], WRONG_SLOT),
+        ],
+        "num_low": int(low_N.sum()),
+        "num_noisy": None if noisy_N is None else int(noisy_N.sum()),
+        "num_noisy_low": None if noisy_N is None else int((noisy_N & low_N).sum()),
     }
 
 

@@ -345,9 +345,12 @@ def density_map(
     x_title: str,
     y_title: str,
     alt: str,
+    other: tuple[np.ndarray, int] | None = None,
 ) -> str:
     """Draw the images per cell of two scores, dark where there are many (log scale), with (label,
     score) cuts of each as lines.
+
+    `other` is the share of each cell, in [0, 1], that is painted in another colour, and its slot.
     """
     x_edge, y_edge = (
         np.log10(bins.edge) if bins.is_log else bins.edge for bins in (x_bins, y_bins)
@@ -355,19 +358,24 @@ def density_map(
     opacity_YX = np.where(
         count_YX, 0.14 + 0.86 * np.log1p(count_YX) / math.log1p(max(1, count_YX.max())), 0
     )
-    picture = np.full((*count_YX.shape, 4), 255, np.uint8)
-    picture[..., 3] = np.rint(255 * opacity_YX)
+    layers = [(opacity_YX, slot)]
+    if other is not None:
+        share_YX, other_slot = other
+        layers = [(opacity_YX * (1 - share_YX), slot), (opacity_YX * share_YX, other_slot)]
 
     def draw(axes: "Axes") -> None:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-        axes.imshow(
-            picture,
-            origin="lower",
-            interpolation="none",
-            aspect="auto",
-            extent=(x_edge[0], x_edge[-1], y_edge[0], y_edge[-1]),
-        )
+        for layer_YX, _ in layers:
+            picture = np.full((*layer_YX.shape, 4), 255, np.uint8)
+            picture[..., 3] = np.rint(255 * layer_YX)
+            axes.imshow(
+                picture,
+                origin="lower",
+                interpolation="none",
+                aspect="auto",
+                extent=(x_edge[0], x_edge[-1], y_edge[0], y_edge[-1]),
+            )
         axes.set_xlim(x_edge[0], x_edge[-1])
         axes.set_ylim(y_edge[0], y_edge[-1])
         for axis, bins, cuts in ((axes.xaxis, x_bins, x_cuts), (axes.yaxis, y_bins, y_cuts)):
@@ -385,7 +393,7 @@ def density_map(
         axes.set_title(y_title, pad=16 if x_cuts else 8)
         axes.set_xlabel(x_title)
 
-    return _in_slot(_render(draw, alt, [], height=3.4), slot)
+    return _in_slots(_render(draw, alt, [], height=3.4), [slot for _, slot in layers])
 
 
 def _draw_cuts(axes: "Axes", is_x: bool, cuts: Sequence[tuple[str, float]]) -> None:
@@ -416,14 +424,17 @@ def _draw_cuts(axes: "Axes", is_x: bool, cuts: Sequence[tuple[str, float]]) -> N
         text.set_in_layout(not is_x)  # above the map they stand in the title's padding
 
 
-def _in_slot(svg: str, slot: int) -> str:
-    """Paint a picture's opacity in a colour of the page: the picture becomes the mask of a coloured
-    area."""
-    name = "m" + hashlib.sha256(svg.encode()).hexdigest()[:8]
-    area = f'<rect width="100%" height="100%" fill="var(--s{slot})" mask="url(#{name})"/>'
-    return re.sub(
-        r"<image [^>]*/>", lambda match: f'<mask id="{name}">{match[0]}</mask>{area}', svg, count=1
-    )
+def _in_slots(svg: str, slots: Sequence[int]) -> str:
+    """Paint the opacity of each picture in a colour of the page: the picture becomes the mask of a
+    coloured area."""
+    key, left = hashlib.sha256(svg.encode()).hexdigest()[:8], iter(slots)
+
+    def paint(match: re.Match[str]) -> str:
+        name = f"m{key}-{(slot := next(left))}"
+        area = f'<rect width="100%" height="100%" fill="var(--s{slot})" mask="url(#{name})"/>'
+        return f'<mask id="{name}">{match[0]}</mask>{area}'
+
+    return re.sub(r"<image [^>]*/>", paint, svg)
 
 
 def _slot(slot: int) -> str:

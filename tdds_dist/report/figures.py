@@ -38,6 +38,7 @@ _AXES: dict[str, tuple[str, Any]] = {
     "aum_of": ("What the margin is of", "logit"),
     "keep": ("Which end is kept", "hardest"),
     "class_balanced": ("The same share of every class", False),
+    "num_clusters": ("Number of clusters", 100),
     "num_strata": ("Number of strata", 50),
     "own_hard_cutoff_rate": ("Hard cutoff", None),
     "c_d": ("Peak of the weighted draw", 4.0),

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from tdds_dist.config.scores import CLASS_BALANCED, SAMPLER_OF_SCORE
 from tdds_dist.errors import InputError
 
 # label of a sample whose class was not recorded (the authors' dynamics folders hold no labels)
@@ -70,7 +71,8 @@ class Coreset:
         """Return score and way of choosing as one name, e.g. `el2n`, `ccs_aum`,
         `tdds_official_T30_K10_beta0.9_balanced`."""
         sampler = self.settings.get("sampler", "top")
-        plain = "centre" if self.settings.get("score", self.score_key) == "moderate" else "top"
+        score = self.settings.get("score", self.score_key)
+        plain = SAMPLER_OF_SCORE.get(score, "top")
         name = self.score_key if sampler == plain else f"{sampler}_{self.score_key}"
         if (cutoff := self.settings.get("own_hard_cutoff_rate")) is not None:
             name += f"_cut{cutoff:g}"
@@ -78,7 +80,9 @@ class Coreset:
             name += f"_strata{strata}"
         if (c_d := self.settings.get("c_d", 4.0)) != 4.0:
             name += f"_cd{c_d:g}"
-        return name + ("_balanced" if self.settings.get("class_balanced") else "")
+        if (balanced := bool(self.settings.get("class_balanced"))) != (score in CLASS_BALANCED):
+            name += "_balanced" if balanced else "_unbalanced"
+        return name
 
 
 def fingerprint(

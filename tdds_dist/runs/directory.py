@@ -14,11 +14,14 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import yaml
 
 from tdds_dist.console import log
@@ -43,6 +46,7 @@ class RunDir:
         self.config_file = self.path / "config.yaml"
         self.env_file = self.path / "env.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.val_classes_file = self.path / "val_classes.npz"
         self.result_file = self.path / "result.json"
         self.log_file = self.path / "log.txt"
         self.status_file = self.path / "status.json"
@@ -91,6 +95,7 @@ class RunDir:
             self.config_file,
             self.env_file,
             self.metrics_file,
+            self.val_classes_file,
             self.log_file,
             self.status_file,
             self.report_file,
@@ -112,6 +117,8 @@ class RunDir:
                 if record["epoch"] < num_epochs
             ]
             write_atomically(self.metrics_file, lambda file: file.write("".join(lines).encode()))
+        if (classes := self.read_val_classes()) is not None:
+            self._write_val_classes(classes.before(num_epochs))
 
     def read_config(self) -> dict[str, Any]:
         """Return the resolved config as it was run."""
@@ -161,6 +168,43 @@ class RunDir:
                     ) from error
         return records
 
+    def append_val_classes(self, epoch: int, loss_C: np.ndarray, recall_C: np.ndarray) -> None:
+        """Add an epoch's mean validation loss and recall of each class, NaN of those without
+        images."""
+        loss_1C, recall_1C = (row_C[None].astype(np.float32) for row_C in (loss_C, recall_C))
+        row = ValClasses(np.array([epoch]), loss_1C, recall_1C)
+        before = self.read_val_classes()
+        self._write_val_classes(row if before is None else before.before(epoch).then(row))
+
+    def read_val_classes(self) -> "ValClasses | None":
+        """Return mean validation loss and recall of each class at every validation; None where none
+        is recorded."""
+        path = self.val_classes_file
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = ValClasses(arrays["epoch"], arrays["loss"], arrays["recall"])
+                if not len(found.epoch_E) == len(found.loss_EC) == len(found.recall_EC) > 0:
+                    raise ValueError("columns of different lengths")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path} is damaged ({error}); restore it, or remove it and do without scores and"
+                " samplers that need it"
+            ) from error
+        return found
+
+    def _write_val_classes(self, classes: "ValClasses") -> None:
+        if not len(classes.epoch_E):
+            self.val_classes_file.unlink(missing_ok=True)
+            return
+        write_atomically(
+            self.val_classes_file,
+            lambda file: np.savez(
+                file, epoch=classes.epoch_E, loss=classes.loss_EC, recall=classes.recall_EC
+            ),
+        )
+
     def write_result(self, record: dict[str, Any]) -> None:
         """Write the outcome; its presence says that the run finished."""
         self._write_json(self.result_file, record)
@@ -176,6 +220,28 @@ class RunDir:
     def _write_json(self, path: Path, record: dict[str, Any]) -> None:
         write_atomically(
             path, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode())
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ValClasses:
+    """Validation by class: E epochs with one, counted from 0, and C classes."""
+
+    epoch_E: np.ndarray  # int64, ascending
+    loss_EC: np.ndarray  # float32, mean over the images of a class; NaN without any
+    recall_EC: np.ndarray  # float32, share of them that is right
+
+    def before(self, epoch: int) -> "ValClasses":
+        """Return the validations before an epoch."""
+        kept = self.epoch_E < epoch
+        return ValClasses(self.epoch_E[kept], self.loss_EC[kept], self.recall_EC[kept])
+
+    def then(self, later: "ValClasses") -> "ValClasses":
+        """Return these validations followed by later ones."""
+        return ValClasses(
+            np.concatenate([self.epoch_E, later.epoch_E]),
+            np.concatenate([self.loss_EC, later.loss_EC]),
+            np.concatenate([self.recall_EC, later.recall_EC]),
         )
 
 

@@ -15,7 +15,8 @@ from tdds_dist.errors import InputError
 
 NEVER_LEARNED = ("inf", "0")
 AUM_KEEP = ("hardest", "easiest")
-_SMALLEST = 2.0**-24  # probability in `csl`
+_SMALLEST = 2.0**-24  # probability in a loss
+_NO_CHANGE = 1e-12  # of losses, by rounding alone
 _COLUMNS = 2**14  # samples looked at together in every window, so that they stay in the cache
 
 
@@ -125,10 +126,12 @@ def csl(p_label_TN: np.ndarray) -> np.ndarray:
     A loss counts at most 16.6 nats: 2^-24 is the smallest probability that a recording in float16
     holds.
     """
-    total_N = np.zeros(p_label_TN.shape[1])
-    for p_N in p_label_TN:
-        total_N -= np.log(np.maximum(p_N.astype(np.float64), _SMALLEST))
-    return total_N.astype(np.float32)
+    return sum(map(loss, p_label_TN), np.zeros(p_label_TN.shape[1])).astype(np.float32)
+
+
+def loss(p_label_N: np.ndarray) -> np.ndarray:
+    """Return -log p of the label, at most 16.6, float64 of the same shape."""
+    return -np.log(np.maximum(p_label_N.astype(np.float64), _SMALLEST))
 
 
 def confidence(p_label_TN: np.ndarray) -> np.ndarray:
@@ -151,6 +154,62 @@ def correctness(correct_TN: np.ndarray) -> np.ndarray:
     """Compute minus the correctness of dataset cartography, the number of epochs that get a sample
     right, float32 [N]: those that few get right rank first."""
     return (-correct_TN.sum(axis=0, dtype=np.float64)).astype(np.float32)
+
+
+def learning_time(correct_TN: np.ndarray) -> np.ndarray:
+    """Return the first epoch from which a sample is right in every epoch, counted from 0, float32
+    [N]; T where the last one gets it wrong: what is learned late, or never, ranks first.
+
+    First-split learning time of Maini et al. (NeurIPS 2022, arXiv 2210.15031).
+    """
+    time_N = np.zeros(correct_TN.shape[1], dtype=np.float32)
+    for t, correct_N in enumerate(correct_TN):
+        time_N[correct_N == 0] = t + 1
+    return time_N
+
+
+def cld(p_label_EN: np.ndarray, label_N: np.ndarray, val_loss_EC: np.ndarray) -> np.ndarray:
+    """Compute CLD (Nagaraj et al., TMLR 2025): Pearson's correlation over epochs of the change of a
+    sample's loss with the change of the mean validation loss of its class, float32 [N].
+
+    `p_label_EN` float32 [E, N] and `val_loss_EC` [E, C] are of the same E epochs, `label_N` int64.
+    0 where either never changes, or the validation file has no sample of the class (NaN).
+
+    Raises:
+        InputError: fewer than 3 epochs, or samples without a label.
+    """
+    if len(p_label_EN) < 3:
+        raise InputError(
+            f"cld correlates changes between epochs, and of {len(p_label_EN)} epochs with"
+            " validation there are too few; 3 are the least, so train longer or lower"
+            " train.eval_every"
+        )
+    if (label_N < 0).any():
+        raise InputError(
+            f"cld compares samples with their class, and {int((label_N < 0).sum())} of"
+            f" {len(label_N)} samples have no label; take labels from the dataset"
+        )
+    change_DC = np.diff(val_loss_EC.astype(np.float64), axis=0)
+    change_DC -= change_DC.mean(axis=0)
+    num_changes, num_samples = len(change_DC), p_label_EN.shape[1]
+    # the changes of a sample add up to last minus first
+    mean_N = (loss(p_label_EN[-1]) - loss(p_label_EN[0])) / num_changes
+    product_N, square_N = np.zeros(num_samples), np.zeros(num_samples)
+    before_N = loss(p_label_EN[0])
+    for p_N, change_C in zip(p_label_EN[1:], change_DC, strict=True):
+        now_N = loss(p_N)
+        own_N = now_N - before_N - mean_N
+        product_N += own_N * change_C[label_N]
+        square_N += own_N**2
+        before_N = now_N
+    length_C = np.zeros(change_DC.shape[1])
+    for change_C in change_DC:
+        length_C += change_C**2
+    length_N = np.sqrt(square_N * length_C[label_N])
+    moves_N = length_N > _NO_CHANGE
+    return np.divide(product_N, length_N, out=np.zeros(num_samples), where=moves_N).astype(
+        np.float32
+    )
 
 
 def moderate(feature_MD: np.ndarray, label_M: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ samples get the lowest score of the others.
 
 # T epochs, N dataset
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -49,8 +50,10 @@ class Baseline:
     """A score that is computed from one recorded scalar."""
 
     scalar: Callable[[Baselines], str]
-    compute: Callable[[np.ndarray, Baselines], Computed]  # from the scalar, [T, N]
+    # from the scalar, [T, N]; of one that looks at classes, also from labels and val losses
+    compute: Callable[..., Computed]
     options: tuple[str, ...]  # keys of score.baselines that it reads
+    of_classes: bool = False
 
 
 def _of_all_epochs(scalar: str, score: Callable[[np.ndarray], np.ndarray]) -> Baseline:
@@ -95,6 +98,18 @@ BASELINES = {
     "confidence": _of_all_epochs("p_label", baselines.confidence),
     "variability": _of_all_epochs("p_label", baselines.variability),
     "correctness": _of_all_epochs("correct", baselines.correctness),
+    "learning_time": _of_all_epochs("correct", baselines.learning_time),
+    "cld": Baseline(
+        lambda o: "p_label",
+        lambda v, o, label_N, val_loss_EC: (baselines.cld(v, label_N, val_loss_EC), {}, {}),
+        ("num_epochs",),
+        of_classes=True,
+    ),
+    "s2l": Baseline(
+        lambda o: "p_label",
+        lambda v, o: _by_cluster(loss_clusters(v, o.num_clusters), o.num_clusters),
+        ("num_clusters", "num_epochs"),
+    ),
 }
 _IN_NAMES = {
     "never_learned": "never{}",
@@ -103,7 +118,42 @@ _IN_NAMES = {
     "aum_of": "{}",
     "aum_keep": "{}",
     "uncertainty_window": "J{}",
+    "num_clusters": "C{}",
 }
+_POINTS_PER_CLUSTER = 256  # of the samples that clusters are found from, as in S2L's code by faiss
+_CLUSTER_ROUNDS = 20  # likewise
+
+
+def loss_clusters(p_label_TN: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Cluster loss trajectories by k-means, as S2L does (Yang et al., NeurIPS 2024, arXiv
+    2403.07384); int64 [N], clusters from 0.
+
+    Centres are found from 256 samples per cluster, drawn with a fixed seed, in 20 rounds at most.
+
+    Raises:
+        InputError: more clusters than samples.
+    """
+    from sklearn.cluster import KMeans  # half a second
+    from threadpoolctl import threadpool_limits
+
+    num_samples = p_label_TN.shape[1]
+    if num_clusters > num_samples:
+        raise InputError(
+            f"num_clusters={num_clusters} are more than the {num_samples} samples; lower it"
+        )
+    loss_NT = np.stack([baselines.loss(p_N).astype(np.float32) for p_N in p_label_TN], axis=1)
+    drawn = np.random.default_rng(0).permutation(num_samples)[: _POINTS_PER_CLUSTER * num_clusters]
+    means = KMeans(num_clusters, n_init=1, max_iter=_CLUSTER_ROUNDS, random_state=0)
+    # one thread: several add up in an order of their own
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fewer distinct trajectories than clusters
+        return means.fit(loss_NT[drawn]).predict(loss_NT).astype(np.int64)
+
+
+def _by_cluster(cluster_N: np.ndarray, num_clusters: int) -> Computed:
+    """Rank samples of small clusters first."""
+    size_N = np.bincount(cluster_N)[cluster_N]
+    return -size_N.astype(np.float32), {"cluster": cluster_N}, {"num_clusters": num_clusters}
 
 
 def file_key(key: str, options: Baselines) -> str:
@@ -281,6 +331,19 @@ class _Origin:
     found: Fingerprint
     folder: Path
     settings: dict[str, Any]  # provenance for score files, and `quarantined`
+    run: RunDir | None = None
+
+    def validated(self, num_epochs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epochs with validation among the first so many, int64 [E], and their losses by
+        class, float32 [E, C]."""
+        classes = None if self.run is None else self.run.read_val_classes()
+        if classes is None:
+            raise InputError(
+                "score cld needs the validation loss of each class, which `tdds collect` records"
+                " since it knows that score; collect again"
+            )
+        classes = classes.before(num_epochs)
+        return classes.epoch_E, classes.loss_EC
 
     def windows(
         self, preset: str | None, T: int | None, K: int | None, beta: float | None
@@ -393,7 +456,7 @@ def _open(source: Path, beton: Path | None) -> _Origin:
     with suppress(InputError):  # a trajectory does not know the names of the classes
         known = any_scores(run.path).fingerprint.classes_sha256
         found = replace(found, classes_sha256=found.classes_sha256 or known)
-    return _Origin(trajectory, config, label_N, found, run.scores, settings)
+    return _Origin(trajectory, config, label_N, found, run.scores, settings, run)
 
 
 def _read_once(origin: _Origin, keys: Sequence[str], options: Baselines) -> None:
@@ -465,7 +528,11 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
             f" skipped; {way_out}"
         )
     values_TN = origin.recorded.read(baseline.scalar(options), num_epochs)
-    score_N, extra, settings = baseline.compute(values_TN, options)
+    classes: tuple[np.ndarray, ...] = ()
+    if baseline.of_classes:
+        epoch_E, val_loss_EC = origin.validated(num_epochs)
+        values_TN, classes = values_TN[epoch_E], (origin.label_N, val_loss_EC)
+    score_N, extra, settings = baseline.compute(values_TN, options, *classes)
     setting = {"score": key, "T": num_epochs} | settings
     return [origin.save(folder, file_key(key, options), origin.quarantine(score_N), setting, extra)]
 

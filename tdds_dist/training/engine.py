@@ -209,10 +209,12 @@ class Trainer:
                 if not is_evaluated:
                     self.feed.start(("train", self.epoch + 1))
             record[metrics.OBSERVER_SHARE] = self.observer_seconds / record["epoch_seconds"]
+            val_2C = None
             if is_evaluated:
                 self.follows = next_epoch
                 self.screen.evaluating()
-                record |= self.evaluate(self.epoch)
+                evaluated, val_2C = self.evaluate(self.epoch)
+                record |= evaluated
                 self.screen.evaluated(record["val_top1"])
                 if not history["best"] or record["val_top1"] > history["best"]["val_top1"]:
                     history["best"] = dict(record)
@@ -224,6 +226,8 @@ class Trainer:
             remaining_seconds = self._image_seconds() * sum(self._images_ahead()[1:])
             with collectives.together(job.world):
                 if job.world.is_main:
+                    if val_2C is not None:
+                        job.run.append_val_classes(self.epoch, *val_2C)
                     job.run.append_metrics(record)
                     self.trackers.write(record)
                     line = metrics.epoch_line(
@@ -659,12 +663,13 @@ class Trainer:
     # ---- evaluation and records
 
     @torch.no_grad()
-    def evaluate(self, epoch: int) -> dict[str, float]:
+    def evaluate(self, epoch: int) -> tuple[dict[str, float], np.ndarray]:
         """Compute loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image
-        counted once."""
+        counted once; and loss and recall of each class, float64 [2, C]."""
         order, batches = self.feed.take(("val", epoch))
         module = self.model.module.eval()
-        accuracy = metrics.Accuracy(self.job.world.device)
+        num_classes = self.job.config.data.num_classes
+        accuracy = metrics.Accuracy(num_classes, self.job.world.device)
         for step, batch in enumerate(batches):
             self._look_ahead(order.num_steps - step)
             with self._autocast():

@@ -5,6 +5,7 @@
 import os
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +19,12 @@ OBSERVER_SHARE = "scoring_share"
 
 
 class Accuracy:
-    """Loss and top-1 and top-5 accuracy; summed on the device without a wait until `read`."""
+    """Loss and top-1 and top-5 accuracy, and loss and recall of each class; summed on the device
+    without a wait until `read`."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, num_classes: int, device: torch.device):
+        # of each class: loss, right, images
+        self._classes_C3 = torch.zeros(num_classes, 3, dtype=torch.float64, device=device)
         # loss, right, among the best five, images
         self._totals_4 = torch.zeros(4, dtype=torch.float64, device=device)
 
@@ -28,6 +32,8 @@ class Accuracy:
         """Count the rows that `real_B` marks."""
         top_Bk = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices == label_B[:, None]
         loss_B = F.cross_entropy(logits_BC, label_B, reduction="none")
+        of_image_B3 = torch.stack([loss_B, top_Bk[:, 0], torch.ones_like(loss_B)], dim=1)
+        self._classes_C3.index_add_(0, label_B, of_image_B3.double() * real_B[:, None])
         self._totals_4 += torch.stack(
             [
                 (loss_B * real_B).sum(),
@@ -37,14 +43,20 @@ class Accuracy:
             ]
         )
 
-    def read(self) -> dict[str, float]:
-        """Return mean loss, and percent, over all ranks. A collective that waits for the device."""
-        loss, top1, top5, images = collectives.sum_over_ranks(self._totals_4).tolist()
-        return {
+    def read(self) -> tuple[dict[str, float], np.ndarray]:
+        """Return mean loss, and percent, over all ranks; and mean loss and recall of each class,
+        float64 [2, C], NaN without images. A collective that waits for the device."""
+        sums = torch.cat([self._totals_4, self._classes_C3.flatten()])
+        sums = collectives.sum_over_ranks(sums).cpu()
+        loss, top1, top5, images = sums[:4].tolist()
+        sum_3C = sums[4:].view(-1, 3).T.numpy()
+        record = {
             "val_loss": loss / images,
             "val_top1": 100.0 * top1 / images,
             "val_top5": 100.0 * top5 / images,
         }
+        num_C = np.where(sum_3C[2] > 0, sum_3C[2], np.nan)
+        return record, sum_3C[:2] / num_C
 
 
 class Screen:

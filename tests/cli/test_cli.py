@@ -155,7 +155,7 @@ def test_score_all_and_score_key(finished, tmp_path, capsys):
     changes."""
     folder, _, _ = finished
     always = {*WINDOWS, "random", "forgetting", "aum"}
-    always |= {"csl", "confidence", "variability", "correctness"}
+    always |= {"csl", "confidence", "variability", "correctness", "learning_time", "s2l"}
     more = always | {"el2n_T3", "dyn_unc_J3", "dual_J3"}
     for name, options, keys in (
         ("all", "--all", always),

@@ -16,7 +16,9 @@ from tdds_dist.coreset.samplers import (
     ccs,
     centre,
     default_hard_cutoff,
+    drop_shares,
     empty_classes,
+    from_strata,
     log_beta_density,
     min_max,
     num_kept,
@@ -39,7 +41,35 @@ SELECTORS = {  # each as pick(score_N, num, seed)
     "beta": lambda score_N, num, seed: beta_sample(
         score_N, score_N / (1 + score_N), num, 0.5, seed=seed
     ),
+    "s2l": lambda score_N, num, seed: from_strata(score_N.astype(np.int64) % 7, num, seed),
 }
+
+
+@PROPERTY
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 8)), min_size=1, max_size=6), st.data()
+)
+def test_classes_of_low_recall_get_more(classes, data):
+    """Sizes, and recalls in eighths; also all that there is."""
+    sizes, recalls = [size for size, _ in classes], [eighths / 8 for _, eighths in classes]
+    num = data.draw(st.integers(1, sum(sizes)))
+    found_C = drop_shares(np.array(sizes), np.array(recalls), num)
+    np.testing.assert_allclose(
+        found_C, [float(share) for share in oracles.drop_shares(sizes, recalls, num)], atol=1e-9
+    )
+    label_N = np.repeat(np.arange(len(sizes)), sizes)
+    kept = per_class(lambda member_m, quota: np.arange(quota), label_N, num, np.array(recalls))
+    kept_C = np.bincount(label_N[kept], minlength=len(sizes))
+    assert kept_C.sum() == num
+    assert (np.abs(kept_C - found_C) < 1 + 1e-9).all()
+
+
+def test_a_class_without_recall_counts_as_the_mean_of_the_others():
+    unknown, known = (
+        drop_shares(np.array([30, 30, 30]), np.array([0.9, 0.5, recall]), 30)
+        for recall in (np.nan, 0.7)
+    )
+    np.testing.assert_allclose(unknown, known)
 
 
 # ---- how many

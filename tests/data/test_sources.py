@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,12 +117,6 @@ def test_digits_are_32_pixel_rgb_and_show_the_digit():
     assert (image == image[:, :, :1]).all()
     small = image[:, :, 0].reshape(8, 4, 8, 4).mean(axis=(1, 3)) * 16 / 255
     assert np.abs(small - load_digits().images[row]).mean() < 1.5
-
-
-def test_digits_without_scikit_learn_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(InputError, match=r"pip install tdds-dist\[digits\]"):
-        open_source("digits")
 
 
 # --- folders ---

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tdds_dist.coreset.select import put
+from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import load_scores, save_scores
 from tdds_dist.runs.directory import RunDir, put_scores
 from tests.make import coreset, scores
@@ -66,3 +67,24 @@ def test_the_same_coreset_stays_and_counts_as_made_now(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(path), "touch", refuse)
     assert put(path, kept) == []
+
+
+def test_validation_by_class_is_rewound_with_the_metrics(tmp_path):
+    """Epochs with validation only; one that is done again takes the place of the first try."""
+    run = RunDir(tmp_path)
+    assert run.read_val_classes() is None
+    for epoch in (1, 3, 5, 3):
+        run.append_val_classes(epoch, np.array([epoch, np.nan]), np.array([epoch / 8, np.nan]))
+    found = run.read_val_classes()
+    assert found.epoch_E.tolist() == [1, 3]
+    np.testing.assert_array_equal(found.loss_EC, np.float32([[1, np.nan], [3, np.nan]]))
+    np.testing.assert_array_equal(found.recall_EC, np.float32([[1 / 8, np.nan], [3 / 8, np.nan]]))
+    run.rewind(3)
+    assert run.read_val_classes().epoch_E.tolist() == [1]
+    run.rewind(0)
+    assert run.read_val_classes() is None
+    run.val_classes_file.write_bytes(b"no archive")
+    with pytest.raises(
+        InputError, match=r"val_classes.npz is damaged .*; restore it, or remove it"
+    ):
+        run.read_val_classes()

@@ -21,6 +21,11 @@ OF_PROBABILITIES = {
     "dual": lambda p_TN: baselines.dual(p_TN, 5),
     "mean_probability": baselines.mean_probability,
     "csl": baselines.csl,
+    "cld": lambda p_TN: baselines.cld(
+        p_TN,
+        np.zeros(p_TN.shape[1], dtype=np.int64),
+        np.random.default_rng(1).random((len(p_TN), 1)),
+    ),
     "variability": baselines.variability,
     "el2n": lambda p_TN: baselines.el2n(p_TN, 7),
     "aum": lambda p_TN: baselines.aum(p_TN - np.float32(0.5)),
@@ -156,7 +161,27 @@ def test_means_of_probabilities(data):
     check(baselines.variability(p_TN), [oracles.variability(column) for column in columns])
     check(baselines.csl(p_TN), [oracles.csl(column) for column in columns])
     right_TN = (p_TN > 0.5).astype(np.float32)
-    check(baselines.correctness(right_TN), [-sum(p > 0.5 for p in column) for column in columns])
+    right = right_TN.T.tolist()
+    check(baselines.correctness(right_TN), [-sum(column) for column in right])
+    check(baselines.learning_time(right_TN), [oracles.learning_time(column) for column in right])
+
+
+@PROPERTY
+@given(st.data())
+def test_cld(data):
+    """Classes whose validation loss varies, stays, or is not known."""
+    num_epochs = data.draw(st.integers(3, 14))
+    p_EN = data.draw(p_label_TN(num_epochs))
+    rng = np.random.default_rng(num_epochs)
+    val_loss_EC = rng.random((num_epochs, 4), dtype=np.float32)
+    val_loss_EC[:, 2] = 0.7
+    val_loss_EC[:, 3] = np.nan
+    label_N = np.arange(p_EN.shape[1]) % 4
+    want = [
+        0.0 if label == 3 else oracles.cld(column, val_loss_EC[:, label].tolist())
+        for column, label in zip(p_EN.T.tolist(), label_N, strict=True)
+    ]
+    check(baselines.cld(p_EN, label_N, val_loss_EC), want, 1e-5)
 
 
 def test_windows_by_hand():
@@ -226,7 +251,7 @@ def peak_bytes(call, *arguments) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["dyn_unc", "dual", "mean_probability", "el2n", "csl", "variability"]
+    "name", ["dyn_unc", "dual", "mean_probability", "el2n", "csl", "cld", "variability"]
 )
 def test_no_trajectory_in_float64(name):
     p_TN = np.random.default_rng(0).random((100, 10_000), dtype=np.float32)

@@ -19,12 +19,13 @@ from tdds_dist.coreset.samplers import num_kept
 from tdds_dist.coreset.select import choose, make_coreset
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores, fingerprint, load_coreset, load_scores, save_scores
+from tdds_dist.runs.directory import RunDir
 from tdds_dist.scoring import baselines
 from tdds_dist.scoring import official_outputs as dynamics_module
 from tdds_dist.scoring import offline as score_module
 from tdds_dist.scoring import tdds as tdds_module
 from tdds_dist.scoring.official_outputs import Dynamics
-from tdds_dist.scoring.offline import BASELINES, score, score_all
+from tdds_dist.scoring.offline import BASELINES, loss_clusters, score, score_all
 from tdds_dist.scoring.sample_stats import SCALARS, log_probabilities, sample_scalars
 from tdds_dist.scoring.trajectory import TrajectoryWriter
 from tests import oracles
@@ -459,6 +460,7 @@ ORACLES = {
     "confidence": lambda s: -oracles.mean(s["p_label"]),
     "variability": lambda s: oracles.variability(s["p_label"]),
     "correctness": lambda s: -sum(s["correct"]),
+    "learning_time": lambda s: oracles.learning_time(s["correct"]),
 }
 
 
@@ -477,8 +479,13 @@ DEFAULT_SETTINGS = {
     "aum": {"score": "aum", "T": 30, "aum_of": "logit", "keep": "hardest"},
     "dyn_unc": {"score": "dyn_unc", "T": 30, "J": 10},
     "dual": {"score": "dual", "T": 30, "J": 10},
-    **{key: {"score": key, "T": 30} for key in ("csl", "confidence", "variability", "correctness")},
+    **{
+        key: {"score": key, "T": 30}
+        for key in ("csl", "confidence", "variability", "correctness", "learning_time")
+    },
+    "s2l": {"score": "s2l", "T": 30, "num_clusters": 100},
 }
+EXTRA = {"dual": ["p_mean"], "s2l": ["cluster"]}  # what samplers need besides the score
 
 
 def assert_every_score(
@@ -510,9 +517,13 @@ def assert_every_score(
         )
         assert found.fingerprint == fingerprint(golden["labels"], 10)
         np.testing.assert_array_equal(found.label_N, golden["labels"])
-        assert sorted(found.extra) == (["p_mean"] if key == "dual" else [])
+        assert sorted(found.extra) == EXTRA.get(key, [])
 
 
+NOT_RECORDED = [
+    "cld: score cld needs the validation loss of each class, which `tdds collect` records since it"
+    " knows that score; collect again"
+]
 MODEL_SCORES_MISSING = [
     f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights"
     for key in ("entropy", "moderate")
@@ -526,7 +537,7 @@ def test_every_score_of_a_run(golden, run, by_hand):
     (run / "env.json").write_text(json.dumps({"world_size": 2}))
     paths, skipped = score_all(run)
     assert sorted(paths) == sorted((run / "scores").iterdir())
-    assert skipped == MODEL_SCORES_MISSING
+    assert skipped == NOT_RECORDED + MODEL_SCORES_MISSING
     assert_every_score(
         golden,
         by_hand,
@@ -535,6 +546,38 @@ def test_every_score_of_a_run(golden, run, by_hand):
         {"epochs": 30, "seed": 3, "world_size": 2},
         3,
     )
+
+
+def test_cld_is_of_the_epochs_with_validation(run, by_hand, golden):
+    """Every third epoch was validated; the last of them is beyond `num_epochs`."""
+    rng, directory = np.random.default_rng(5), RunDir(run)
+    epochs = range(2, 30, 3)
+    val_loss_EC = rng.random((30, 10))
+    for epoch in epochs:
+        directory.append_val_classes(epoch, val_loss_EC[epoch], np.ones(10))
+    (path,), _ = score_all(run, ["cld"], options=["num_epochs=29"])
+    used = [epoch for epoch in epochs if epoch < 29]
+    want = [
+        oracles.cld(
+            [sample["p_label"][epoch] for epoch in used],
+            val_loss_EC[used, golden["labels"][number]].tolist(),
+        )
+        for number, sample in zip(SAMPLES, by_hand, strict=True)
+    ]
+    np.testing.assert_allclose(load_scores(path).score_N[SAMPLES], want, rtol=1e-3, atol=1e-5)
+
+
+def test_clusters_hold_like_trajectories_and_are_the_same_every_time():
+    """Four kinds of trajectories, drawn with little noise, of different numbers."""
+    rng, num = np.random.default_rng(0), [5, 40, 400, 2000]
+    kind_N = rng.permutation(np.repeat(np.arange(4), num))
+    level_TN = np.array([[0.9, 0.1, 0.5, 0.9], [0.9, 0.1, 0.9, 0.2]])[:, kind_N]
+    p_TN = (level_TN + 0.01 * rng.random(level_TN.shape)).astype(np.float32)
+    cluster_N = loss_clusters(p_TN, 4)
+    assert len({*zip(kind_N.tolist(), cluster_N.tolist(), strict=True)}) == 4
+    np.testing.assert_array_equal(loss_clusters(p_TN, 4), cluster_N)
+    with pytest.raises(InputError, match="num_clusters=4 are more than the 3 samples; lower it"):
+        loss_clusters(p_TN[:, :3], 4)
 
 
 def test_scores_of_the_final_model_are_not_missed_where_they_are(golden, run):
@@ -548,7 +591,7 @@ def test_scores_of_the_final_model_are_not_missed_where_they_are(golden, run):
             {},
         ),
     )
-    assert score_all(run)[1] == MODEL_SCORES_MISSING[1:]
+    assert score_all(run)[1] == NOT_RECORDED + MODEL_SCORES_MISSING[1:]
 
 
 def test_every_score_of_a_foreign_trajectory_into_another_folder(
@@ -557,7 +600,7 @@ def test_every_score_of_a_foreign_trajectory_into_another_folder(
     before = sorted(trajectory.iterdir())
     paths, skipped = score_all(trajectory, out=tmp_path / "other")
     assert {path.parent for path in paths} == {tmp_path / "other"}
-    assert skipped == MODEL_SCORES_MISSING
+    assert skipped == NOT_RECORDED + MODEL_SCORES_MISSING
     assert sorted(trajectory.iterdir()) == before
     assert_every_score(golden, by_hand, tmp_path / "other", [(30, 10, 0.9)], {"epochs": 30}, 0)
 
@@ -572,7 +615,7 @@ def test_every_score_of_a_dynamics_folder_with_labels(
         lambda self, epoch, real=Dynamics._read_epoch: read.append(epoch) or real(self, epoch),
     )
     paths, skipped = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "a")
-    assert skipped == MODEL_SCORES_MISSING
+    assert skipped == NOT_RECORDED + MODEL_SCORES_MISSING
     assert [read.count(epoch) for epoch in range(1, 30)] == [1] * 29, (
         "each file is read once for all scores"
     )
@@ -848,12 +891,12 @@ def test_short_recording_gives_what_it_can(golden, dynamics, tmp_path, beton):
     """With 5 epochs, windows of 10 do not fit."""
     folder = copied(dynamics, tmp_path, 5)
     paths, skipped = score_all(folder, beton=beton(golden["labels"]))
-    short = "random forgetting aum csl confidence variability correctness"
+    short = "random forgetting aum csl confidence variability correctness learning_time s2l"
     assert [path.stem for path in paths] == short.split()
     assert {path.parent for path in paths} == {folder}, "beside the outputs"
     assert [
         reason.split(":")[0] for reason in skipped
-    ] == "tdds el2n dyn_unc dual entropy moderate".split()
+    ] == "tdds el2n dyn_unc dual cld entropy moderate".split()
     assert skipped[0].startswith("tdds: K=10 must lie in [2, 5] for T=5")
 
 
@@ -1094,6 +1137,9 @@ def scored(golden, trajectory, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scored") / "run"
     shutil.copytree(trajectory, folder / "trajectory")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    rng = np.random.default_rng(2)
+    for epoch in range(30):
+        RunDir(folder).append_val_classes(epoch, rng.random(10), np.linspace(0.5, 1.0, 10))
     score_all(folder)
     score(folder, preset="paper", T=30, K=10)
     score(folder, delta="ce", T=30, K=10)
@@ -1196,6 +1242,42 @@ def test_class_balance_with_every_sampler(golden, scored, key, sampler):
             np.testing.assert_array_equal(kept[golden["labels"][kept] == label], member[picked])
 
 
+def test_cld_is_chosen_class_by_class_unless_told_otherwise(golden, scored):
+    scores = of(scored, "cld")
+    np.testing.assert_array_equal(
+        choose(scores, 0.7), choose(scores, 0.7, sampler="top", class_balanced=True)
+    )
+    kept = choose(scores, 0.7, class_balanced=False)
+    assert np.sort(scores.score_N[kept]).tolist() == np.sort(scores.score_N)[-180:].tolist()
+
+
+def test_s2l_draws_from_its_clusters_alike(scored):
+    scores = of(scored, "s2l")
+    cluster_N = scores.extra["cluster"].astype(int)
+    sizes = np.bincount(cluster_N)
+    assert scores.score_N.tolist() == (-sizes[cluster_N]).tolist()
+    kept_C = np.bincount(cluster_N[choose(scores, 0.7)], minlength=len(sizes))
+    assert kept_C.tolist() == oracles.stratum_budgets(sizes.tolist(), 180)
+
+
+def test_drop_keeps_more_of_classes_of_low_recall(golden, scored):
+    """Recall is that of the run's last validation, wherever the score lies in it."""
+    labels = golden["labels"]
+    path, _ = select(scored, 0.7, score="el2n", sampler="drop")
+    coreset, scores = load_coreset(path), of(scored, "el2n")
+    share_C = oracles.drop_shares(
+        np.bincount(labels).tolist(), np.float32(np.linspace(0.5, 1.0, 10)).tolist(), 180
+    )
+    kept_C = np.bincount(labels[coreset.index_M], minlength=10)
+    assert max(abs(kept - share) for kept, share in zip(kept_C, share_C, strict=True)) < 1
+    for label, kept in enumerate(kept_C):
+        of_class = np.sort(scores.score_N[labels == label])
+        found = np.sort(scores.score_N[coreset.index_M[labels[coreset.index_M] == label]])
+        assert found.tolist() == of_class[len(of_class) - kept :].tolist()
+    of_file, _ = select(scored / "scores" / "el2n.npz", 0.7, sampler="drop")
+    assert of_file == path
+
+
 @pytest.mark.parametrize(("key", "sampler"), SAMPLER_CASES)
 def test_the_same_seed_gives_the_same_file(scored, tmp_path, key, sampler):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
@@ -1262,6 +1344,12 @@ def test_ccs_by_its_name(scored):
             "centre_el2n_balanced_p0.8",
         ),
         ({"score": "random", "class_balanced": True, "seed": 2}, "random_balanced_s2_p0.8"),
+        ({"score": "cld"}, "cld_p0.8"),
+        ({"score": "cld", "class_balanced": True}, "cld_p0.8"),
+        ({"score": "cld", "class_balanced": False}, "cld_unbalanced_p0.8"),
+        ({"score": "s2l", "seed": 2}, "s2l_s2_p0.8"),
+        ({"score": "s2l", "sampler": "top"}, "top_s2l_p0.8"),
+        ({"score": "random", "sampler": "drop"}, "drop_random_s0_p0.8"),
     ],
 )
 def test_names_of_coresets(scored, options, name):
@@ -1317,7 +1405,15 @@ def test_tdds_is_weighed_by_itself_whatever_the_sampler(scored, key):
         ),
         (
             {"score": "el2n", "sampler": "median"},
-            r"sampler='median' is unknown; use one of top, ccs, centre, beta",
+            r"sampler='median' is unknown; use one of top, ccs, centre, beta, s2l, drop",
+        ),
+        (
+            {"score": "el2n", "sampler": "s2l"},
+            r"without the clusters .* draws from; use --score s2l",
+        ),
+        (
+            {"score": "el2n", "sampler": "drop", "class_balanced": True},
+            r"drop has quotas of its own for the classes; leave --class-balanced out",
         ),
         (
             {"score": "moderate", "hard_cutoff_rate": 0.1},
@@ -1335,9 +1431,8 @@ def test_tdds_is_weighed_by_itself_whatever_the_sampler(scored, key):
     ],
 )
 def test_samplers_that_do_not_fit(scored, tmp_path, options, match):
-    with pytest.raises(InputError, match=match) as error:
+    with pytest.raises(InputError, match=match):
         select(scored, 0.5, out=tmp_path / "none.npz", **options)
-    assert str(error.value).startswith(f"{scored}: ")
     assert not (tmp_path / "none.npz").exists()
 
 
@@ -1402,7 +1497,7 @@ def test_quarantined_samples_have_the_lowest_of_every_score(run):
     score_all(run)
     score(run, delta="el2n")
     clean = {path.stem: load_scores(path) for path in (run / "scores").iterdir()}
-    assert len(clean) == 14, "two windows, two of an ablation, and ten others"
+    assert len(clean) == 16, "two windows, two of an ablation, and twelve others"
     assert all("quarantined" not in scores.settings for scores in clean.values())
     quarantined = sorted({int(np.argmax(scores.score_N)) for scores in clean.values()} | {3, 599})
     assert len(quarantined) > 5

@@ -2,6 +2,7 @@
 not touch."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -232,13 +233,18 @@ def test_metrics_and_result_of_a_run(config_file, tmp_path):
 
 def test_evaluation_counts_each_image_once(config_file, tmp_path):
     """50 images in batches of 24 on 3 ranks; a model that always says 0 is right as often as there
-    are zeros."""
+    are zeros, and on no other class."""
     config = load_config(config_file)
     share = 100.0 * (open_files(config)[1].label_N == 0).mean()
     result = trained(
         3, config_file, tmp_path, (["train.epochs=1", "train.lr=1e-30"], {"model": constant_model})
     )[0][1]
     assert result["final_top1"] == pytest.approx(share)
+    classes = RunDir(tmp_path / "on3" / "0").read_val_classes()
+    assert classes.epoch_E.tolist() == [0]
+    of_all = math.log(math.e + 9)
+    np.testing.assert_allclose(classes.loss_EC, [[of_all - 1] + [of_all] * 9], rtol=1e-4)
+    assert classes.recall_EC.tolist() == [[1.0] + [0.0] * 9]
 
 
 def constant_model(name, num_classes, **options):
