@@ -20,8 +20,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Images:
 
 SETS = {
     "digits": Images("digits", None, 8, 30),
-    "fashion_mnist": Images("idx:/usr/share/datasets/fashion-mnist", 10_000, 28, 15),
+    "fashion_mnist": Images("idx:/usr/share/datasets/fashion-mnist", 6_000, 28, 15),
 }
 
 
@@ -301,6 +302,10 @@ def page(cells: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
 def _cell(values: np.ndarray) -> str:
     return f"{values[0]:.3f}/{100 * values[1]:.0f}"
 
@@ -322,8 +327,8 @@ def main() -> None:
         path = options.out / f"{name}_{kind}_{rate:g}_seed{seed}.json"
         if not path.is_file():
             cell = measure(name, kind, rate, seed) | {"provenance": files.provenance(threads=1)}
-            numbers = json.dumps(cell) + "\n"
-            write_atomically(path, lambda file, numbers=numbers: file.write(numbers.encode()))
+            numbers = json.dumps(cell).encode() + b"\n"
+            write_atomically(path, partial(_write, numbers))
             print(f"{path.name}: {_cell(np.array(cell['ranked']['aum']))}", flush=True)
     cells = [json.loads(path.read_text()) for path in sorted(options.out.glob("*_seed*.json"))]
     line = files.provenance_line({"provenance": cells[0]["provenance"]})

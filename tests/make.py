@@ -294,6 +294,7 @@ def manifest_of(path: Path) -> Manifest:
 
 def write_header(
     path: Path,
+    /,
     label_N: np.ndarray,
     num_classes: int = NUM_CLASSES,
     true_label_N: np.ndarray | None = None,

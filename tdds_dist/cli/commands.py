@@ -74,7 +74,13 @@ def write(options: argparse.Namespace) -> Outcome:
     from tdds_dist.data.corruptions import KINDS
     from tdds_dist.data.manifest import manifest_path
     from tdds_dist.data.pixels import pixel_rules, summary
-    from tdds_dist.data.sources import open_source, with_corruption, with_label_noise
+    from tdds_dist.data.sources import (
+        open_source,
+        with_corruption,
+        with_label_noise,
+        with_new_labels,
+        with_threshold_samples,
+    )
     from tdds_dist.data.writer import write_beton
 
     # an exception, so that temporary files go
@@ -95,7 +101,11 @@ def write(options: argparse.Namespace) -> Outcome:
     source = with_corruption(
         with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed
     )
-    noisy = source.true_label_N is not None or source.corruption is not None
+    if options.relabel is not None:
+        source = with_new_labels(source, options.relabel)
+    if options.threshold_samples is not None:
+        source = with_threshold_samples(source, options.threshold_samples, options.seed)
+    noisy = options.label_noise > 0 or source.corruption is not None
     if noisy and source.split == "val":
         log.warning(
             "images for evaluation should stay clean; leave out --label-noise and --corrupt with"
@@ -134,6 +144,9 @@ def write(options: argparse.Namespace) -> Outcome:
             f"noise (seed {options.seed}): {numbers['changed_labels']} labels changed,"
             f" {numbers['corrupted_images']} images corrupted ({by_kind})"
         )
+    if options.relabel is not None:
+        numbers["relabelled"] = manifest.settings["relabelled"]
+        notes.append(f"labels of {numbers['relabelled']} images are those of {options.relabel}")
     then, more = _after_write(options, source)
     return Outcome([options.out, manifest_path(options.out)], numbers, then, [*notes, *more])
 
@@ -156,7 +169,7 @@ def _after_write(options: argparse.Namespace, source: "Source") -> tuple[str, li
     )
     usual = {"max_resolution": None, "write_mode": "jpg", "quality": 90, "formats": "pillow"}
     usual |= {"exif": "turn", "background": "white", "grey_range": None}
-    usual |= {"image_field": "", "label_field": ""}
+    usual |= {"image_field": "", "label_field": "", "threshold_samples": None}
     given = [
         word
         for option in usual
@@ -685,6 +698,34 @@ def compare(options: argparse.Namespace) -> Outcome:
             if line.startswith("note: "):
                 log.warning(line.removeprefix("note: "))
     return Outcome([options.out or options.runs[0] / "compare.csv"], text=text, says_all=True)
+
+
+def suspects(options: argparse.Namespace) -> Outcome:
+    from tdds_dist.coreset.suspects import COLUMNS, find_suspects
+    from tdds_dist.report.review import write_review
+    from tdds_dist.runs.artifacts import write_atomically
+    from tdds_dist.runs.directory import RunDir
+
+    if options.num < 1:
+        raise InputError(f"--num={options.num} must be at least 1: it is the images in the page")
+    run = RunDir(options.runs[0])
+    folder = options.out or run.path / "suspects"
+    table, page = folder / "suspects.csv", folder / "review.html"
+    check_out(table, ",".join(COLUMNS))
+    check_out(page, "tdds suspects")
+    found = find_suspects(options.runs, options.score)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(table, lambda file: file.write(found.table().encode("utf-8", "replace")))
+    for note in write_review(found, run, page, options.num, options.score):
+        log.warning(note)
+    notes = []
+    numbers: dict[str, Any] = {"images": len(found.order)}
+    if found.wrong_N is not None:
+        numbers["called_wrong"] = int(found.wrong_N.sum())
+    if not found.guess:
+        then = command("score", run.path, "--final-pass")
+        notes.append(f"what the network takes images for is not recorded; `{then}` adds it")
+    return Outcome([table, page], numbers, notes=notes)
 
 
 def export(options: argparse.Namespace) -> Outcome:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from tdds_dist.cli import commands
 from tdds_dist.config.schema import expand_path
-from tdds_dist.config.scores import SAMPLERS
+from tdds_dist.config.scores import DEFAULT_SUSPICION, SAMPLERS, SUSPICIONS
 from tdds_dist.errors import InputError
 
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -28,6 +28,7 @@ _GROUPS = {
         "retrain",
         "report",
     ),
+    "wrong labels": ("suspects",),
     "pruning during one training": ("train",),
     "several runs": ("experiment", "compare"),
     "other tools": ("export", "import"),
@@ -151,6 +152,7 @@ def build_parser(extra_commands: Commands = ()) -> argparse.ArgumentParser:
         _add_export,
         _add_import,
         _add_report,
+        _add_suspects,
         *extra_commands,
     ]
     for add in adders:
@@ -323,6 +325,26 @@ def _add_write(parsers: Parsers) -> None:
         help=(
             "change this share of the labels to another class, for robustness experiments"
             " (default: 0)"
+        ),
+    )
+    stage.add_argument(
+        "--relabel",
+        type=Path,
+        metavar="FILE.csv",
+        help=(
+            "take other labels from this file, the decisions of a review (`tdds suspects`): columns"
+            " index, label, new_label; the manifest says so"
+        ),
+    )
+    stage.add_argument(
+        "--threshold-samples",
+        type=int,
+        choices=(1, 2),
+        metavar="PART",
+        help=(
+            "put 1 in C + 1 images into a class of their own, by which `tdds suspects` tells how"
+            " low margins of wrong labels are; PART 1 and 2 draw different ones, give it for both"
+            " splits"
         ),
     )
     stage.add_argument(
@@ -690,6 +712,38 @@ def _add_select(parsers: Parsers) -> None:
         help="move another coreset that has the name aside, into before-<time>/ beside it",
     )
     stage.set_defaults(run=commands.select)
+
+
+def _add_suspects(parsers: Parsers) -> None:
+    stage = parsers.add_parser(
+        "suspects",
+        help="images by how likely their label is wrong, and a page to review them",
+        description=(
+            "Rank the images of a finished collection by how likely their label is wrong, from what"
+            " it recorded. Writes suspects.csv, all of them, and review.html, the first ones with"
+            " pictures, where decisions are made and saved for `tdds write --relabel`."
+        ),
+    )
+    stage.add_argument(
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="a finished collection; of several on the same images, ranks are averaged",
+    )
+    stage.add_argument(
+        "--score",
+        choices=SUSPICIONS,
+        default=DEFAULT_SUSPICION,
+        help=f"what is suspicious when it is high (default: {DEFAULT_SUSPICION})",
+    )
+    stage.add_argument(
+        "--num", type=int, default=200, metavar="N", help="images in the page (default: 200)"
+    )
+    stage.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: suspects/ of the first run"
+    )
+    stage.set_defaults(run=commands.suspects)
 
 
 def _add_retrain(parsers: Parsers) -> None:

@@ -139,6 +139,9 @@ SCORE_KEYS = (
 )
 SAMPLERS = ("top", "ccs", "centre", "beta", "s2l", "drop")
 SAMPLER_OF_SCORE = {"moderate": "centre", "s2l": "s2l"}  # of every other score: top
+# what finds wrong labels: higher is more suspicious; the first by benchmarks.wrong_labels
+SUSPICIONS = ("aum", "csl", "learning_time", "correctness", "confidence", "el2n")
+DEFAULT_SUSPICION = "aum"
 CLASS_BALANCED = ("cld",)  # scores that choose class by class unless told otherwise
 
 

@@ -5,4 +5,4 @@ nothing of `training`. Start with `samplers` (NumPy only), then `select`.
 """
 
 # that other rooms may import
-__all__ = ["agreement", "compare", "export", "import_scores", "samplers", "select"]
+__all__ = ["agreement", "compare", "export", "import_scores", "samplers", "select", "suspects"]

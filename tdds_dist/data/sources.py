@@ -9,7 +9,9 @@ from a seed and the index alone.
 
 # N samples of the source, C classes
 
+import csv
 import gzip
+import hashlib
 import io
 import math
 import re
@@ -38,7 +40,8 @@ _ARCHIVES = {"parquet": read_parquet, "webdataset": read_webdataset}
 SPLIT_SEED, SUBSET_SEED, SYNTHETIC_SEED = 20, 21, 22
 # which labels, which images, what is done to an image
 LABEL_NOISE_SEED, CORRUPTED_SEED, CORRUPTION_SEED = 24, 25, 26
-HOLDOUT_SEED = 27
+HOLDOUT_SEED, THRESHOLD_SEED = 27, 28
+THRESHOLD_CLASS = "threshold samples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,6 +308,75 @@ def with_corruption(source: Source, rate: float, seed: int) -> Source:
         corruption=corruption,
         settings=source.settings | {"corrupt": rate, "noise_seed": seed},
     )
+
+
+def with_threshold_samples(source: Source, part: int, seed: int) -> Source:
+    """Return `source` with round(N / (C + 1)) samples in a class of their own, the last: the
+    threshold samples of AUM (Pleiss et al., NeurIPS 2020, section 3.2), whose margins say how low
+    those of wrong labels are.
+
+    `part` 1 and 2 draw different samples. A val split gets the name of the class alone.
+    """
+    if part not in (1, 2):
+        raise InputError(f"threshold_samples={part} must be 1 or 2, two draws without overlap")
+    if THRESHOLD_CLASS in source.class_names:
+        raise InputError(f"{source.name} has a class {THRESHOLD_CLASS!r} already; rename it")
+    num_classes, label_N = len(source.class_names), source.label_N.copy()
+    order = np.random.default_rng([THRESHOLD_SEED, seed]).permutation(len(source))
+    num = round(len(source) / (num_classes + 1)) if source.split == "train" else 0
+    if source.split == "train" and num < 1:
+        raise InputError(
+            f"threshold_samples={part} takes 1 in {num_classes + 1} images, and {source.name} has"
+            f" {len(source)}; leave it out"
+        )
+    label_N[order[(part - 1) * num : part * num]] = num_classes
+    return replace(
+        source,
+        class_names=[*source.class_names, THRESHOLD_CLASS],
+        label_N=label_N,
+        true_label_N=source.label_N if source.true_label_N is None else source.true_label_N,
+        settings=source.settings | {"threshold_samples": part, "threshold_seed": seed},
+    )
+
+
+def with_new_labels(source: Source, file: Path) -> Source:
+    """Return `source` with the labels of a CSV file: its columns `index`, `label` and `new_label`
+    hold the global index and names of classes, as `tdds suspects` and its page write them.
+
+    Raises:
+        InputError: no such file or column, an index outside the source, a label that is not the
+        one there, a path (column `path`, where there is one) of another image, an unknown class.
+    """
+    way_out = "give the decisions saved from a page of `tdds suspects`, of this source"
+    try:
+        content = Path(file).read_bytes()
+        rows = [*csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"relabel={file} cannot be read ({error}); {way_out}") from error
+    if missing := {"index", "label", "new_label"} - {*(rows[0] if rows else ())}:
+        raise InputError(f"relabel={file} has no column {', '.join(sorted(missing))}; {way_out}")
+    number = {name: label for label, name in enumerate(source.class_names)}
+    label_N = source.label_N.copy()
+    for line, row in enumerate(rows, start=2):
+        index = int(row["index"]) if str(row["index"]).isascii() and row["index"].isdigit() else -1
+        if not 0 <= index < len(source):
+            problem = f"index {row['index']!r} is not in [0, {len(source)})"
+        elif row.get("path", source.path[index]) != source.path[index]:
+            problem = f"image {index} is {source.path[index]!r} here, not {row['path']!r}"
+        elif row["label"] != (here := source.class_names[source.label_N[index]]):
+            problem = f"image {index} has label {here!r} here, not {row['label']!r}"
+        elif row["new_label"] not in number:
+            problem = f"class {row['new_label']!r} is unknown"
+        else:
+            label_N[index] = number[row["new_label"]]
+            continue
+        raise InputError(f"relabel={file}, line {line}: {problem}; {way_out}")
+    lineage = {
+        "relabel": Path(file).name,
+        "relabel_sha256": hashlib.sha256(content).hexdigest(),
+        "relabelled": int((label_N != source.label_N).sum()),
+    }
+    return replace(source, label_N=label_N, settings=source.settings | lineage)
 
 
 def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:

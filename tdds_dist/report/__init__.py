@@ -6,4 +6,4 @@ then `page`.
 """
 
 # modules that other rooms may import
-__all__ = ["accuracy", "page", "published", "read", "results", "scores"]
+__all__ = ["accuracy", "page", "published", "read", "results", "review", "scores"]

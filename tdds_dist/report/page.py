@@ -80,23 +80,6 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
         raise InputError(
             "report got no run directory; name at least one, e.g. `tdds report runs/demo`"
         )
-    import jinja2
-
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("tdds_dist.report", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page.filters |= {
-        "count": count,
-        "percent": percent,
-        "decimal": decimal,
-        "signed": signed,
-        "plus_minus": plus_minus,
-        "duration": duration,
-    }
     with Progress(
         "report", len(runs) * (1 + len(_PARTS)) + 1, "", visible=os.environ.get("RANK", "0") == "0"
     ) as progress:
@@ -114,15 +97,10 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
             _section(facts, num_thumbnails, budget_bytes, facts.run.path in pooled, progress)
             for facts in found
         ]
-        folder = files("tdds_dist.report") / "templates"
-        style, script = (
-            "".join((folder / name).read_text(encoding="utf-8") for name in names)
-            for names in (
-                ("style.css", "scores.css", "images.css"),
-                ("page.js", "scores.js", "images.js"),
-            )
-        )
-        text = page.get_template("page.html.j2").render(
+        text = render(
+            "page.html.j2",
+            ("style.css", "scores.css", "images.css"),
+            ("page.js", "scores.js", "images.js"),
             title=_title(runs, every),
             num_runs=len(runs),
             trainings=trainings,
@@ -131,9 +109,6 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
             between=between_section(
                 [(section["name"], section["agreement"]) for section in sections]
             ),
-            version=version("tdds-dist"),
-            style=style,
-            script=script,
             written=time.strftime("%Y-%m-%d %H:%M"),
         )
     for facts in every:
@@ -146,6 +121,35 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
 
     write_atomically(Path(out), write)
     return Path(out)
+
+
+def render(template: str, styles: Sequence[str], scripts: Sequence[str], **context: Any) -> str:
+    """Return a page in one file: the template with these styles and scripts inside it."""
+    import jinja2
+
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("tdds_dist.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page.filters |= {
+        "count": count,
+        "percent": percent,
+        "decimal": decimal,
+        "signed": signed,
+        "plus_minus": plus_minus,
+        "duration": duration,
+    }
+    folder = files("tdds_dist.report") / "templates"
+    style, script = (
+        "".join((folder / name).read_text(encoding="utf-8") for name in names)
+        for names in (styles, scripts)
+    )
+    return page.get_template(template).render(
+        style=style, script=script, version=version("tdds-dist"), **context
+    )
 
 
 def _title(runs: Sequence[RunDir], every: Sequence[Facts]) -> str:

@@ -75,7 +75,7 @@ def score_weights(
 ) -> list[Path]:
     """Compute and save the scores by final weights of a run with this result (`epochs`, and who is
     in quarantine)."""
-    values = run_model(config, world, train_file, run)
+    values, guess = run_model(config, world, train_file, run)
     settings = {
         "source": "final_pass",
         "view": "evaluation",
@@ -84,7 +84,7 @@ def score_weights(
         "world_size": world.world_size,
     }
     return write_scores(
-        run, world, values, train_file, found, settings, quarantine.noted_in(result)
+        run, world, values, train_file, found, settings, quarantine.noted_in(result), guess
     )
 
 
@@ -96,8 +96,10 @@ def write_scores(
     found: Fingerprint,
     settings: dict[str, Any],
     quarantined: Collection[int] = (),
+    guess: dict[str, np.ndarray] | None = None,
 ) -> list[Path]:
-    """Save what `run_model` gave, on the main rank; return the paths on every rank.
+    """Save what `run_model` gave, on the main rank, `guess` beside entropy; return the paths on
+    every rank.
 
     `quarantined` samples may have values that are not finite; they get the lowest of the others.
     """
@@ -115,9 +117,9 @@ def write_scores(
         if world.is_main:
             for path, (key, score_N) in zip(paths, values.items(), strict=True):
                 score_N = quarantine.set_lowest(score_N, quarantined)
-                put_scores(
-                    path, Scores(key, score_N, train_file.label_N, found, {"score": key} | settings)
-                )
+                beside = guess or {} if key == "entropy" else {}
+                setting = {"score": key} | settings
+                put_scores(path, Scores(key, score_N, train_file.label_N, found, setting, beside))
     return paths
 
 
@@ -143,9 +145,10 @@ def _start_of(error: Exception) -> str:
 @torch.no_grad()
 def run_model(
     config: Config, world: World, train_file: BetonInfo, run: RunDir
-) -> dict[str, np.ndarray]:
-    """Compute scores by the weights that `run` ended with: key -> float32 [N], on every rank. A
-    collective.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Compute scores by the weights that `run` ended with: key -> float32 [N], on every rank; and
+    what the network takes each image for: `p_label`, `other`, the likeliest class but the label,
+    and `p_other`, float32 [N] each. A collective.
 
     `moderate` is missing where the network has no linear classifier. InputError, on every rank,
     when the weights are missing or do not fit.
@@ -181,7 +184,8 @@ def run_model(
     order = epoch_order(train_file.num_samples, rows * world.world_size, shuffle=False)
     gatherer = _ByClass(train_file.label_N, world)
     ranks = world.rank, world.world_size
-    entropy_N = torch.zeros(train_file.num_samples, device=world.device)
+    # entropy, and the guess
+    found_4N = torch.zeros(4, train_file.num_samples, device=world.device)
     caught: list[Tensor] = []
     layer = classifier_layer(model, num_classes)
     hook = (
@@ -196,7 +200,13 @@ def run_model(
                 logp_BC = log_probabilities(model(input_stage(batch.image)))
             entropy_B = -(logp_BC.exp() * logp_BC).sum(dim=1)
             real_B = batch.index >= 0
-            entropy_N.index_add_(0, batch.index.clamp_min(0), torch.where(real_B, entropy_B, 0.0))
+            logp_label_B1 = logp_BC.gather(1, batch.label[:, None])
+            but_label_BC = logp_BC.scatter(1, batch.label[:, None], -torch.inf)
+            logp_other_B, other_B = but_label_BC.max(dim=1)
+            found_4B = torch.stack(
+                [entropy_B, logp_label_B1[:, 0].exp(), other_B.float(), logp_other_B.exp()]
+            )
+            found_4N.index_add_(1, batch.index.clamp_min(0), torch.where(real_B, found_4B, 0.0))
             if layer is not None:
                 counts = routing_counts(
                     order, *ranks, train_file.num_samples, gatherer.owner_N, step, step + 1
@@ -204,20 +214,22 @@ def run_model(
                 sends, receives = (count_1W[0].tolist() for count_1W in counts)
                 gatherer.add(batch.index, caught.pop().float().flatten(1), sends, receives)
             progress.advance(order.num_real(step))
-    values = {"entropy": collectives.sum_over_ranks(entropy_N).cpu().numpy()}
+    entropy_N, *guess_3N = collectives.sum_over_ranks(found_4N).cpu().numpy()
+    values = {"entropy": entropy_N}
+    guess = dict(zip(("p_label", "other", "p_other"), guess_3N, strict=True))
     if hook is None:
         if world.is_main:
             log.warning(
                 f"{model_config.name} does not end in a linear layer, so there is no score"
                 " `moderate`"
             )
-        return values
+        return values, guess
     hook.remove()
     distance_N = torch.zeros(train_file.num_samples)
     distance_N[torch.from_numpy(gatherer.index_M)] = torch.from_numpy(gatherer.distances())
     # one rank has each, others 0
     values["moderate"] = collectives.sum_over_ranks(distance_N.to(world.device)).cpu().numpy()
-    return values
+    return values, guess
 
 
 class _ByClass:

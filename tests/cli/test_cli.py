@@ -541,6 +541,7 @@ STAGES = {
     "export": ("{run} --format csv --out {out}/s.csv", "{out}/s.csv"),
     "import": ("{out}/in.csv --key aum --out {out}/back.npz", "{out}/back.npz"),
     "report": ("{run} --out {out}/r.html", "{out}/r.html"),
+    "suspects": ("{run} --out {out}/s", "{out}/s/suspects.csv {out}/s/review.html"),
     "submit": ("{config} --cluster {out}/cluster.yaml --dry-run", None),
     "status": ("{run}", None),
     "logs": ("{run}", None),

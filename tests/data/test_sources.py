@@ -12,11 +12,14 @@ from PIL import Image
 
 from tdds_dist.data.corruptions import KINDS
 from tdds_dist.data.sources import (
+    THRESHOLD_CLASS,
     Source,
     open_source,
     stratified_pick,
     with_corruption,
     with_label_noise,
+    with_new_labels,
+    with_threshold_samples,
 )
 from tdds_dist.errors import InputError
 
@@ -567,3 +570,75 @@ def test_noise_that_the_manifest_could_not_describe_is_refused():
         InputError, match=r"seed=2 of corrupt must be the noise_seed=1 .*use that seed"
     ):
         with_corruption(with_label_noise(source, 0.2, 1), 0.2, 2)
+
+
+# --- labels that were decided on ---
+
+
+def relabelled(folder, text, subset=None):
+    (folder / "d.csv").write_text(text)
+    return with_new_labels(open_source("digits", "val", subset), folder / "d.csv")
+
+
+def test_decisions_become_labels_and_leave_their_traces(tmp_path):
+    clean = open_source("digits", "val")
+    old, new = clean.class_names[clean.label_N[3]], clean.class_names[clean.label_N[3] - 1]
+    kept = clean.class_names[clean.label_N[5]]
+    text = f"index,path,label,new_label\n3,{clean.path[3]},{old},{new}\n5,,{kept},{kept}\n"
+    source = relabelled(tmp_path, text.replace("5,,", f"5,{clean.path[5]},"))
+    assert np.flatnonzero(source.label_N != clean.label_N).tolist() == [3]
+    assert source.class_names[source.label_N[3]] == new
+    digest = hashlib.sha256((tmp_path / "d.csv").read_bytes()).hexdigest()
+    assert source.settings == {"relabel": "d.csv", "relabel_sha256": digest, "relabelled": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no column index, label, new_label"),
+        ("index,label\n3,1\n", "has no column new_label"),
+        ("index,label,new_label\n360,1,2\n", r"line 2: index '360' is not in \[0, 360\)"),
+        ("index,label,new_label\n-1,1,2\n", r"line 2: index '-1' is not in"),
+        ("index,path,label,new_label\n0,x.png,1,2\n", r"image 0 is 'digits/\d+' here, not 'x.png'"),
+        ("index,label,new_label\n0,ten,2\n", r"image 0 has label '\d' here, not 'ten'"),
+        ("index,label,new_label\n0,LABEL,ten\n", "class 'ten' is unknown"),
+        ("index,label,new_label\n0,LABEL\n", "class None is unknown"),
+    ],
+)
+def test_decisions_about_other_images_are_refused(tmp_path, text, words):
+    label = open_source("digits", "val").label_N[0]
+    with pytest.raises(InputError, match=words) as error:
+        relabelled(tmp_path, text.replace("LABEL", str(label)))
+    assert str(error.value).endswith("of `tdds suspects`, of this source")
+
+
+def test_a_file_of_decisions_that_cannot_be_read(tmp_path):
+    for path in (tmp_path / "none.csv", tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            with_new_labels(open_source("digits", "val"), path)
+    path.joinpath("d.csv").write_bytes(b"index,label,new_label\n0,\xff,1\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        with_new_labels(open_source("digits", "val"), path / "d.csv")
+
+
+def test_threshold_samples_have_a_class_of_their_own():
+    clean = open_source("digits")
+    one, two = (with_threshold_samples(clean, part, 4) for part in (1, 2))
+    drawn = [np.flatnonzero(source.label_N == 10) for source in (one, two)]
+    assert [len(part) for part in drawn] == [round(1437 / 11)] * 2
+    assert not {*drawn[0].tolist()} & {*drawn[1].tolist()}
+    others = np.setdiff1d(np.arange(1437), drawn[0])
+    assert (one.label_N[others] == clean.label_N[others]).all()
+    assert one.class_names == [*clean.class_names, THRESHOLD_CLASS]
+    assert (one.true_label_N == clean.label_N).all()
+    assert one.settings == {"threshold_samples": 1, "threshold_seed": 4}
+    val = with_threshold_samples(open_source("digits", "val"), 1, 4)
+    assert val.class_names == one.class_names
+    assert val.label_N.max() == 9
+    for source, part, words in (
+        (clean, 3, "must be 1 or 2"),
+        (one, 1, "has a class 'threshold samples' already"),
+        (open_source("digits", "train", 3), 1, "takes 1 in 11 images, and digits has 3"),
+    ):
+        with pytest.raises(InputError, match=words):
+            with_threshold_samples(source, part, 0)

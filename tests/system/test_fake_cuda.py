@@ -414,7 +414,7 @@ def score_weights(watch, folder):
     batches = SimpleNamespace(batches=lambda order, **_: feed.take(("val", 0))[1])
     final_pass._read_weights = lambda run: weights
     final_pass.BetonLoader = lambda *arguments, **options: batches
-    values = final_pass.run_model(job.config, job.world, job.train_file, job.run)
+    values, _ = final_pass.run_model(job.config, job.world, job.train_file, job.run)
     assert {name: len(value) for name, value in values.items()} == {"entropy": N, "moderate": N}
     return {"step": feed.operations_S[1]}
 

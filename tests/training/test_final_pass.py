@@ -121,6 +121,13 @@ def check_scores(found, run_dir, num_classes):
     assert np.ptp(entropy_N) > 1e-3, "a test that compares constants shows nothing"
     assert np.ptp(moderate_N[label_N == 1]) > 1e-2
     np.testing.assert_allclose(found["entropy"].score_N, entropy_N, rtol=2e-5)
+    guess = found["entropy"].extra
+    for index, (row, label) in enumerate(zip(logits, label_N, strict=True)):
+        p_C = oracles.softmax(row)
+        other = max((c for c in range(num_classes) if c != label), key=lambda c: p_C[c])
+        assert guess["other"][index] == other
+        found_p = [guess[key][index] for key in ("p_label", "p_other")]
+        assert found_p == pytest.approx([p_C[label], p_C[other]], rel=2e-5)
     np.testing.assert_allclose(
         found["moderate"].score_N, moderate_N, rtol=2e-5, atol=1e-5 * moderate_N.max()
     )

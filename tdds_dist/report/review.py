@@ -1,0 +1,102 @@
+"""Page to review suspects: a card per sample with its picture, both classes, and typical images of
+them; decisions are saved from the page as a CSV file for `tdds write --relabel`.
+
+Owns what the page shows; which samples are suspects is `coreset.suspects`'. One file, nothing
+loaded from elsewhere, as the report.
+"""
+
+# N dataset
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdds_dist.coreset.suspects import Suspects
+from tdds_dist.data.beton import inspect_beton
+from tdds_dist.errors import InputError
+from tdds_dist.report.images import BUDGET_BYTES, PIXELATED_UP_TO, thumbnails
+from tdds_dist.report.page import render
+from tdds_dist.report.scores import printable
+from tdds_dist.runs.artifacts import fingerprint, write_atomically
+from tdds_dist.runs.directory import RunDir
+
+NUM_TYPICAL = 3  # images of a class beside a card
+SIDES = (160, 96)  # of the pictures, pixels
+
+
+def write_review(suspects: Suspects, run: RunDir, out: Path, num: int, score: str) -> list[str]:
+    """Write the page about the `num` most suspicious samples to `out`; return what is not in it.
+
+    Pictures come from the training file of `run`; a page without them says why.
+    """
+    shown = suspects.order[:num].tolist()
+    typical = _typical(suspects, shown)
+    notes, pictures, pixelated = [], dict[int, str](), False
+    try:
+        data = run.read_config()["data"]
+        info = inspect_beton(
+            run.train_file(), data.get("image_field", ""), data.get("label_field", "")
+        )
+        wanted = dict.fromkeys([*shown, *(index for of in typical.values() for index in of)])
+        pictures, bad = thumbnails(info, wanted, BUDGET_BYTES, SIDES)
+        pixelated = bool(max(info.height_N.max(), info.width_N.max()) <= PIXELATED_UP_TO)
+        if missing := sum(index not in pictures for index in shown) - len(bad):
+            notes.append(f"{missing} pictures do not fit into the page; lower --num")
+        if bad:
+            notes.append(f"{len(bad)} pictures cannot be decoded; `tdds check` names them")
+    except (InputError, OSError) as error:
+        notes.append(f"the page has no pictures: {error}")
+    names = list(map(printable, suspects.class_names))
+    cards = [_card(suspects, rank, pictures) for rank in range(len(shown))]
+    text = render(
+        "review.html.j2",
+        ("style.css", "review.css"),
+        ("review.js",),
+        run=printable(run.path.name),
+        score=score,
+        cards=cards,
+        num_judged=len(suspects.order),
+        num_wrong=None if suspects.wrong_N is None else int(suspects.wrong_N.sum()),
+        store={
+            "key": fingerprint(suspects.label_N, len(names)).labels_sha256[:16],
+            "classes": names,
+            "typical": {
+                names[label]: [pictures[index] for index in of if index in pictures]
+                for label, of in typical.items()
+            },
+        },
+        notes=notes,
+        pixelated=pixelated,
+    )
+    write_atomically(out, lambda file: file.write(text.encode("utf-8", "replace")))
+    return notes
+
+
+def _card(suspects: Suspects, rank: int, pictures: dict[int, str]) -> dict[str, Any]:
+    row = suspects.row(rank)
+    return {
+        "rank": rank + 1,
+        "index": int(row["index"]),
+        "path": printable(row["path"]),
+        "label": printable(row["label"]),
+        "other": printable(row.get("other", "")),
+        "p_label": row.get("p_label", ""),
+        "p_other": row.get("p_other", ""),
+        "wrong": row.get("wrong", "") == "yes",
+        "src": pictures.get(int(row["index"])),
+    }
+
+
+def _typical(suspects: Suspects, shown: list[int]) -> dict[int, list[int]]:
+    """Return the least suspicious samples of every class that a card names, as global indices by
+    label."""
+    labels = {int(suspects.label_N[index]) for index in shown}
+    if suspects.guess:
+        labels |= {int(suspects.guess["other"][index]) for index in shown}
+    least_N = suspects.order[::-1]
+    of_least_N = suspects.label_N[least_N]
+    return {
+        label: least_N[np.flatnonzero(of_least_N == label)[:NUM_TYPICAL]].tolist()
+        for label in sorted(labels)
+    }
