@@ -883,7 +883,7 @@ def test_every_format_of_export_can_be_asked_for():
 
 def test_every_stage_explains_itself():
     stages = build_parser(COMMANDS)._subparsers._group_actions[0].choices
-    names = "write check plan doctor collect score select retrain train compare experiment export import report submit status logs"
+    names = "write check plan doctor collect score select retrain train compare experiment export import report suspects submit status logs"
     assert [*stages] == names.split()
     by_their_names = "source out config runs coreset beton".split()
     for name, stage in stages.items():
