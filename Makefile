@@ -2,8 +2,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo paper-digits test test-slow test-slurm test-browser test-loops lint site clean
 
-# Two files at a time: more would starve the tests that start several ranks, and files keep what their tests share.
-SIDE_BY_SIDE = -n 2 --dist loadfile
+# Files keep what their tests share. Three at a time, since tests wait as much as they compute; of the slow ones two, which start ranks.
+SIDE_BY_SIDE = --dist loadfile
 HERE = not slurm and not browser and not loops
 
 help:   ## what there is
@@ -19,10 +19,10 @@ paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn
 	@scripts/paper_on_digits.sh
 
 test: setup  ## the tests, under 5 minutes on 2 cores
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
 
 test-slow: setup  ## the tests that take minutes each
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and $(HERE)"
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 $(SIDE_BY_SIDE) -m "slow and $(HERE)"
 
 test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
 	@tests/system/slurm/install.sh

@@ -18,6 +18,7 @@ ScoreName = Literal[
     "confidence",
     "variability",
     "correctness",
+    "learning_time",
 ]
 # of a method, the keys that it reads
 _ALL = ("start", "full_last", "schedule_by", "twin")
