@@ -38,7 +38,7 @@ ONLY_IN = {
     "ffcv": {"data.writer", "data.loader", "data.decode"},
     "numba": {"data.loader", "data.decode"},
     "matplotlib": {"report.charts"},
-    "pyarrow": {"coreset.export", "data.archives"},
+    "pyarrow": {"coreset.export", "data.archives", "scoring.trajectory_table"},
     "torch.distributed": {
         "distributed.world",
         "distributed.collectives",

@@ -569,15 +569,16 @@ def _add_score(parsers: Parsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Compute scores from a run's trajectory, from one that ShardedScorer(trajectory=DIR)"
-            " wrote, or from\na folder of {epoch}_Output.npy and {epoch}_Index.npy as the authors'"
-            " code writes it. No image is read.\n\nWithout --all or --score: TDDS, with --T, --K,"
+            " wrote, from one as\nParquet (`tdds export --format trajectory`), or from a folder of"
+            " {epoch}_Output.npy and {epoch}_Index.npy\nas the authors' code writes it. No image is"
+            " read.\n\nWithout --all or --score: TDDS, with --T, --K,"
             " --beta, --preset, --delta.\nWith --final-pass, alone or under torchrun: entropy and"
             " moderate, by one pass over the images."
         ),
     )
     stage.add_argument(
         "source",
-        metavar="RUN|DIR",
+        metavar="RUN|DIR|FILE.parquet",
         type=Path,
         help="a run directory, or what was recorded elsewhere",
     )
@@ -637,7 +638,8 @@ def _add_score(parsers: Parsers) -> None:
         type=Path,
         metavar="FILE.npz|DIR",
         help=(
-            "a directory with --all and --score, else a file (default: scores/ of the run, or DIR)"
+            "a directory with --all and --score, else a file (default: scores/ of the run, DIR, or"
+            " beside FILE)"
         ),
     )
     stage.set_defaults(run=commands.score)
@@ -843,27 +845,28 @@ def _add_experiment(parsers: Parsers) -> None:
 def _add_export(parsers: Parsers) -> None:
     stage = parsers.add_parser(
         "export",
-        help="scores and coresets for other tools",
+        help="scores, coresets and trajectories for other tools",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write scores or a coreset in a form that other tools read.",
+        description="Write scores, a coreset or a trajectory in a form that other tools read.",
         epilog=(
             "parquet, csv   index, path, label, every score, its ranks, keep flags per pruning"
             " rate\npaths          the kept images, one path per line\nofficial      "
             " data_mask_*.npy and score_*.npy of the authors' code\ntorch-subset   a .pt with the"
             " indices for torch.utils.data.Subset, and importances\ncard           a folder for a"
-            " hub: README.md, the table as Parquet, the indices of every coreset"
+            " hub: README.md, the table as Parquet, the indices of every coreset\ntrajectory    "
+            " what was recorded, one row per sample and epoch: trajectory.parquet, croissant.json"
         ),
     )
     stage.add_argument(
         "source",
-        metavar="RUN|SCORES.npz|CORESET.npz",
+        metavar="RUN|DIR|SCORES.npz|CORESET.npz",
         type=Path,
-        help="what to write in another form",
+        help="what to write in another form (DIR: a trajectory)",
     )
     stage.add_argument(
         "--format",
         required=True,
-        choices=("parquet", "csv", "paths", "official", "torch-subset", "card"),
+        choices=("parquet", "csv", "paths", "official", "torch-subset", "card", "trajectory"),
         help="what to write, see below",
     )
     stage.add_argument(

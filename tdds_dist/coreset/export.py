@@ -1,4 +1,5 @@
-"""Stage `export`: scores and coresets as files of other tools. Its way back is `import_scores`.
+"""Stage `export`: scores and coresets as files of other tools, and the trajectory. The way back is
+`import_scores`, for trajectories `scoring.offline`.
 
 Owns the columns of the tables and the conventions of the authors' pair (docs/interchange.md). What
 is kept, and how samples of equal score are ordered, is decided by `select` and `samplers`; this
@@ -8,6 +9,7 @@ module only writes it down.
 # N dataset, M kept samples, R rows of a CSV file
 
 import csv
+import hashlib
 import io
 import json
 import zipfile
@@ -23,6 +25,7 @@ import torch
 from tdds_dist.config.run import parse_config
 from tdds_dist.coreset import samplers
 from tdds_dist.coreset.card import card_text
+from tdds_dist.coreset.croissant import croissant_text
 from tdds_dist.coreset.select import choose, default_sampler, make_coreset
 from tdds_dist.data.manifest import Dataset, manifest_path, not_utf8, read_dataset
 from tdds_dist.errors import InputError
@@ -36,8 +39,12 @@ from tdds_dist.runs.artifacts import (
     require_same_dataset,
 )
 from tdds_dist.runs.directory import RunDir, write_keeping
+from tdds_dist.scoring.official_outputs import is_dynamics
+from tdds_dist.scoring.offline import open_recorded
+from tdds_dist.scoring.trajectory import Trajectory
+from tdds_dist.scoring.trajectory_table import write_table
 
-FORMATS = ("parquet", "csv", "paths", "official", "torch-subset", "card")
+FORMATS = ("parquet", "csv", "paths", "official", "torch-subset", "card", "trajectory")
 DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of the keep flags, where no run says which
 CHUNK_ROWS = 1 << 16  # rows that are turned into Python objects, or into one row group, at a time
 
@@ -58,14 +65,15 @@ def export(
     ranks: bool = True,
     beton: Path | None = None,
 ) -> tuple[list[Path], list[str]]:
-    """Write scores or a coreset in a format of another tool; return the files, and one line each of
-    what to know.
+    """Write scores, a coreset or a trajectory in a format of another tool; return the files, and
+    one line each of what to know.
 
-    `source` is a run directory, a score file or a coreset; `kind` one of FORMATS. Files go to
-    RUN/export, or beside the file; `out` is the file to write (a folder: the file in it), for
-    `official` and `card` the folder. `pruning_rates` default to those of the run's config, else to
-    DEFAULT_RATES. Without `ranks` tables lack them: they follow from the scores, and pack badly.
-    Paths and labels come from `beton`, else from the run's data.train.
+    `source` is a run directory, a score file or a coreset, for `trajectory` a run or a trajectory
+    directory; `kind` one of FORMATS. Files go to RUN/export, or beside the file; `out` is the file
+    to write (a folder: the file in it), for `official`, `card` and `trajectory` the folder.
+    `pruning_rates` default to those of the run's config, else to DEFAULT_RATES. Without `ranks`
+    tables lack them: they follow from the scores, and pack badly. Paths and labels come from
+    `beton`, else from the run's data.train.
 
     Raises:
         InputError: a format that does not fit the source, scores that are not finite, a .beton of
@@ -77,6 +85,13 @@ def export(
     rates = tuple(dict.fromkeys(pruning_rates))
     for rate in rates:
         samplers.num_kept(10**9, rate)  # the range, before any file is read
+    if kind == "trajectory":
+        if rates or not ranks:
+            raise InputError(
+                "a trajectory holds no scores, so pruning rates and ranks say nothing; leave both"
+                " out"
+            )
+        return _export_trajectory(source, out, beton)
     given = _read_source(source)
     if given.coreset is not None and rates:
         raise InputError(
@@ -437,6 +452,45 @@ def _export_card(
 
 def _write_indices(coreset: Coreset, file: IO[bytes]) -> None:
     file.write("".join(f"{index}\n" for index in coreset.index_M.tolist()).encode())
+
+
+# ---- the trajectory
+
+
+def _export_trajectory(
+    source: Path, out: Path | None, beton: Path | None
+) -> tuple[list[Path], list[str]]:
+    """Write trajectory.parquet, and croissant.json which describes it."""
+    import pyarrow.parquet
+
+    folder = Path(out) if out is not None else source / "export" / "trajectory"
+    if folder.is_file():
+        raise InputError(f"out={folder} is a file, and trajectory is two of them; give a folder")
+    if not source.is_dir() or is_dynamics(source):
+        raise InputError(
+            f"{source} is no trajectory of our own; give a run directory, or the folder that"
+            " ShardedScorer(trajectory=...) wrote"
+        )
+    origin = open_recorded(source, beton)
+    assert isinstance(origin.recorded, Trajectory)
+    run = None if origin.config is None else RunDir(source)
+    dataset, _ = _dataset_of(_Source(source, {}, None, run), beton, origin.found)
+    names = [] if dataset is None or dataset.manifest is None else dataset.manifest.class_names
+    found = dataset.fingerprint if dataset is not None and names else origin.found
+    more = {
+        "fingerprint": asdict(found),
+        "class_names": names,
+        "settings": {key: origin.settings[key] for key in ("seed", "world_size") if run},
+    }
+    table, text = folder / "trajectory.parquet", folder / "croissant.json"
+    notes = write_keeping(table, partial(write_table, origin.recorded, more))
+    with table.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    types = {field.name: str(field.type) for field in pyarrow.parquet.read_schema(table)}
+    name = source.name if run is None else run.read_config()["run"]["name"]
+    described = croissant_text(name, table, sha256, types, origin.recorded.num_epochs, found)
+    notes += write_keeping(text, lambda file: file.write(described.encode()))
+    return [table, text], notes
 
 
 # ---- the authors' pair

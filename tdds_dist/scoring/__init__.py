@@ -19,4 +19,5 @@ __all__ = [
     "shard_triton",
     "tdds",
     "trajectory",
+    "trajectory_table",
 ]  # that other rooms may import

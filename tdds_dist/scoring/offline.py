@@ -1,8 +1,8 @@
 """Stage `score`: compute scores from what was recorded, without touching an image.
 
-Reads our trajectory, or a dynamics folder of the authors' code. `score` gives TDDS in any setting,
-`score_all` every score that needs no final model; `final_pass` makes the two that do. Quarantined
-samples get the lowest score of the others.
+Reads our trajectory, the same as a Parquet table, or a dynamics folder of the authors' code.
+`score` gives TDDS in any setting, `score_all` every score that needs no final model; `final_pass`
+makes the two that do. Quarantined samples get the lowest score of the others.
 """
 
 # T epochs, N dataset
@@ -35,9 +35,10 @@ from tdds_dist.scoring.official_outputs import Dynamics, is_dynamics
 from tdds_dist.scoring.sample_stats import VISITED
 from tdds_dist.scoring.tdds import score_trajectory
 from tdds_dist.scoring.trajectory import Trajectory
+from tdds_dist.scoring.trajectory_table import TrajectoryTable
 from tdds_dist.text import command
 
-Recorded = Trajectory | Dynamics
+Recorded = Trajectory | TrajectoryTable | Dynamics
 MODEL_SCORES = ("entropy", "moderate")  # need the final model; see `final_pass`
 
 
@@ -207,16 +208,17 @@ def score(
 ) -> list[Path]:
     """Compute TDDS from what was recorded; return the score files.
 
-    `source` is a run directory, a trajectory directory, or a dynamics folder. T, K, beta and preset
-    default to those that were scored live, where all windows agree; else T defaults to all epochs,
-    K to 10, beta to 0.9, preset to `official`. Without T and K, every window that was scored live.
+    `source` is a run directory, a trajectory directory or table, or a dynamics folder. T, K, beta
+    and preset default to those that were scored live, where all windows agree; else T defaults to
+    all epochs, K to 10, beta to 0.9, preset to `official`. Without T and K, every window that was
+    scored live.
     `delta` chooses an ablation of section 5.4 (`ABLATIONS` in `config.scores`). `beton` supplies
     labels where the source has none.
 
     Raises:
         InputError: nothing recorded there, epochs missing, settings that do not fit.
     """
-    origin = _open(Path(source), beton)
+    origin = open_recorded(Path(source), beton)
     windows, preset = origin.windows(preset, T, K, beta)
     if out is not None and Path(out).suffix != ".npz":
         raise InputError(f"--out={out} must end in .npz: it names the one score file")
@@ -246,7 +248,7 @@ def score_all(
     Raises:
         InputError: as `score`; a key that was asked for by name and cannot be computed.
     """
-    origin = _open(Path(source), beton)
+    origin = open_recorded(Path(source), beton)
     known = ("tdds", "random", *BASELINES)
     if unknown := [key for key in keys if key not in known]:
         hint = (
@@ -377,7 +379,7 @@ class _Origin:
     def _scored_live(self) -> tuple[list[Window], str]:
         """Return windows and preset of the run's config, or of the scorer that another training
         loop had."""
-        scored = self.recorded.scored if isinstance(self.recorded, Trajectory) else None
+        scored = None if isinstance(self.recorded, Dynamics) else self.recorded.scored
         is_partial = VISITED in getattr(self.recorded, "scalars", ())  # one window over all epochs
         if self.config is not None and not is_partial:
             return self.config.windows(), self.config.score.preset
@@ -424,11 +426,18 @@ class _Origin:
         return path
 
 
-def _open(source: Path, beton: Path | None) -> _Origin:
+def open_recorded(source: Path, beton: Path | None) -> _Origin:
+    """Open what was recorded, of any kind that `score` takes; raise InputError as it does."""
+    if source.suffix == ".parquet" and not source.is_dir():
+        table = TrajectoryTable(source)
+        label_N, found = _labels(table.labels(), table.num_classes, beton)
+        found = replace(found, classes_sha256=found.classes_sha256 or table.classes_sha256)
+        noted = {"epochs": table.num_epochs} | quarantine.noted(table.quarantined)
+        return _Origin(table, None, label_N, found, source.parent, noted | table.settings)
     if not source.is_dir():
         raise InputError(
             f"{source} is not a directory; give a run directory, a trajectory, or a folder of"
-            " *_Output.npy"
+            " *_Output.npy, or a trajectory as FILE.parquet"
         )
     if is_dynamics(source):
         dynamics = Dynamics(source)
@@ -513,7 +522,7 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
         windows, preset = origin.windows(None, None, None, None)
         return _score_windows(origin, windows, preset, "kl", folder)
     if key == "random":
-        seed = origin.config.run.seed if origin.config else 0
+        seed = origin.settings.get("seed", 0)
         score_N = baselines.random(origin.recorded.num_samples, seed)
         return [origin.save(folder, key, score_N, {"score": key, "draw_seed": seed})]
     baseline = BASELINES[key]

@@ -280,6 +280,13 @@ class Trajectory:
                 ][of_both.start - first : of_both.stop - first]
         return values_TN
 
+    def read_epoch(self, epoch: int) -> np.ndarray:
+        """Return all scalars of one epoch, of the recorded dtype, [F, N]."""
+        scalars_FN = np.empty((len(self.scalars), self.num_samples), dtype=self.dtype)
+        for first, end, block_FM in self._read_blocks(epoch, range(len(self.scalars))):
+            scalars_FN[:, first:end] = block_FM
+        return scalars_FN
+
     def labels(self) -> np.ndarray:
         """Return the label by global index, int64 [N]; raise InputError when they are not those
         that were recorded."""
