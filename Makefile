@@ -32,7 +32,7 @@ test-browser: setup  ## the demo, and its report in a headless Chromium (needs r
 	@tests/system/browser/install.sh
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser
 
-test-loops: setup  ## the examples for timm, Lightning and Hugging Face, in an environment with these
+test-loops: setup  ## the examples for timm, Lightning, Hugging Face and cleanlab, and mlcroissant, in an environment with these
 	@tests/system/loops/install.sh
 	@OMP_NUM_THREADS=1 .venv/loops/bin/python -m pytest -m loops
 

@@ -1,8 +1,8 @@
 """The programs of docs/examples, and the code that docs/own_loop.md and docs/interchange.md show,
 run and do what they say.
 
-Those for timm, Lightning and Hugging Face run in an environment with these (`make test-loops`);
-FiftyOne is skipped where it is not installed.
+Those for timm, Lightning, Hugging Face and cleanlab run in an environment with these (`make
+test-loops`); FiftyOne is skipped where it is not installed.
 """
 
 import os
@@ -26,6 +26,8 @@ from tdds_dist.data.sources import open_source
 from tdds_dist.data.writer import write_beton
 from tdds_dist.distributed.partition import PADDING
 from tdds_dist.runs.artifacts import Coreset, Scores, save_coreset, save_scores
+from tdds_dist.scoring.trajectory import Trajectory
+from tests.scoring.test_trajectory_table import record
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs/examples"
@@ -239,7 +241,7 @@ def test_an_ffcv_file_without_an_index_field_gives_the_index(images):
 def test_what_the_pages_show_is_what_is_tested():
     files = [path.read_text() for path in EXAMPLES.glob("*.py")]
     shown = blocks_of("interchange.md", "def ")
-    assert len(shown) == 5
+    assert len(shown) == 6
     for block in shown:
         assert any(block in text for text in files), block
 
@@ -309,6 +311,16 @@ def test_a_coreset_in_hugging_face_datasets(images, tmp_path, monkeypatch):
         folder, str(images["folder"]), str(images["paths"])
     )
     assert sorted(image.getpixel((0, 0))[0] for image in kept["image"]) == (10 * KEPT).tolist()
+
+
+@pytest.mark.loops
+def test_wrong_labels_by_cleanlab(tmp_path):
+    pytest.importorskip("cleanlab")
+    (table, _), _ = export(record(tmp_path / "trajectory"), "trajectory")
+    quality = example("trajectory_cleanlab").label_quality(str(table), from_epoch=4)
+    p_label_TN = Trajectory(tmp_path / "trajectory").read("p_label")[4:]
+    assert quality.index.tolist() == [*range(p_label_TN.shape[1])]
+    np.testing.assert_allclose(quality, p_label_TN.mean(axis=0), rtol=1e-5)
 
 
 def test_scores_in_fiftyone(images, tmp_path):
