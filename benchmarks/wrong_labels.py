@@ -5,8 +5,10 @@ every recorded score, of combinations, of AUM with threshold samples as its pape
 trainings), and of cleanlab on 5-fold out-of-sample probabilities (five trainings). Cells are saved
 one by one, so it may be stopped and started again.
 
-    python -m benchmarks.wrong_labels --out runs/wrong_labels
-    python -m benchmarks.wrong_labels --out runs/wrong_labels --sets digits --seeds 3
+cleanlab is in .venv/loops, which tests/system/loops/install.sh makes.
+
+    .venv/loops/bin/python -m benchmarks.wrong_labels --out runs/wrong_labels
+    .venv/loops/bin/python -m benchmarks.wrong_labels --out runs/wrong_labels --sets digits --seeds 3
 """
 
 # N samples, C classes, B rows of a batch, H height and width, T epochs

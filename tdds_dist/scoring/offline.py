@@ -342,7 +342,7 @@ class _Origin:
         if classes is None:
             raise InputError(
                 "score cld needs the validation loss of each class, which `tdds collect` records"
-                " since it knows that score; collect again"
+                " since it knows that score; give a run of it, or collect again"
             )
         classes = classes.before(num_epochs)
         return classes.epoch_E, classes.loss_EC

@@ -522,7 +522,7 @@ def assert_every_score(
 
 NOT_RECORDED = [
     "cld: score cld needs the validation loss of each class, which `tdds collect` records since it"
-    " knows that score; collect again"
+    " knows that score; give a run of it, or collect again"
 ]
 MODEL_SCORES_MISSING = [
     f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights"
