@@ -7,8 +7,8 @@ one by one, so it may be stopped and started again.
 
 cleanlab is in .venv/loops, which tests/system/loops/install.sh makes.
 
-    .venv/loops/bin/python -m benchmarks.wrong_labels --out runs/wrong_labels
-    .venv/loops/bin/python -m benchmarks.wrong_labels --out runs/wrong_labels --sets digits --seeds 3
+    .venv/loops/bin/python -m benchmarks.wrong_labels
+    .venv/loops/bin/python -m benchmarks.wrong_labels --sets digits --seeds 3
 """
 
 # N samples, C classes, B rows of a batch, H height and width, T epochs
