@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks import files
 from tdds_dist import ShardedScorer, Trajectory, Window
-from tdds_dist.coreset.suspects import ranks
+from tdds_dist.coreset.suspects import THRESHOLD_PERCENTILE, ranks
 from tdds_dist.data.sources import open_source
 from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.scoring import baselines
@@ -42,7 +42,6 @@ RATES = (0.05, 0.1, 0.2, 0.4)
 KINDS = ("uniform", "class-dependent")
 FOLDS = 5
 BATCH = 64
-THRESHOLD_PERCENTILE = 99  # of the threshold samples' AUM, Pleiss et al., section 3.2
 MEAN_RANKS = {
     "aum + csl": ("aum", "csl"),
     "aum + learning time": ("aum", "learning_time"),

@@ -101,7 +101,7 @@ def write(options: argparse.Namespace) -> Outcome:
     source = with_corruption(
         with_label_noise(source, options.label_noise, options.seed), options.corrupt, options.seed
     )
-    if options.relabel is not None:
+    if options.relabel:
         source = with_new_labels(source, options.relabel)
     if options.threshold_samples is not None:
         source = with_threshold_samples(source, options.threshold_samples, options.seed)
@@ -144,9 +144,10 @@ def write(options: argparse.Namespace) -> Outcome:
             f"noise (seed {options.seed}): {numbers['changed_labels']} labels changed,"
             f" {numbers['corrupted_images']} images corrupted ({by_kind})"
         )
-    if options.relabel is not None:
+    if options.relabel:
         numbers["relabelled"] = manifest.settings["relabelled"]
-        notes.append(f"labels of {numbers['relabelled']} images are those of {options.relabel}")
+        files = ", ".join(map(str, options.relabel))
+        notes.append(f"labels of {numbers['relabelled']} images are those of {files}")
     then, more = _after_write(options, source)
     return Outcome([options.out, manifest_path(options.out)], numbers, then, [*notes, *more])
 
@@ -709,14 +710,18 @@ def suspects(options: argparse.Namespace) -> Outcome:
     if options.num < 1:
         raise InputError(f"--num={options.num} must be at least 1: it is the images in the page")
     run = RunDir(options.runs[0])
-    folder = options.out or run.path / "suspects"
+    folder = options.out or run.suspects
     table, page = folder / "suspects.csv", folder / "review.html"
-    check_out(table, ",".join(COLUMNS))
+    check_out(table, ",".join(COLUMNS) + "\n1,")  # with a column more it is somebody's work
     check_out(page, "tdds suspects")
     found = find_suspects(options.runs, options.score)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(table, lambda file: file.write(found.table().encode("utf-8", "replace")))
-    for note in write_review(found, run, page, options.num, options.score):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(table, lambda file: file.write(found.table().encode("utf-8", "replace")))
+        said = write_review(found, run, page, options.num, options.score)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error}); choose a folder by --out") from error
+    for note in said:
         log.warning(note)
     notes = []
     numbers: dict[str, Any] = {"images": len(found.order)}

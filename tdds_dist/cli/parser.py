@@ -330,10 +330,11 @@ def _add_write(parsers: Parsers) -> None:
     stage.add_argument(
         "--relabel",
         type=Path,
+        action="append",
         metavar="FILE.csv",
         help=(
-            "take other labels from this file, the decisions of a review (`tdds suspects`): columns"
-            " index, label, new_label; the manifest says so"
+            "take other labels from this file (again for more, in their order), the decisions of a"
+            " review (`tdds suspects`): columns index, label, new_label; the manifest says so"
         ),
     )
     stage.add_argument(
@@ -362,7 +363,10 @@ def _add_write(parsers: Parsers) -> None:
         type=int,
         default=0,
         metavar="S",
-        help="of --holdout, --label-noise and --corrupt only (default: 0)",
+        help=(
+            "of --holdout, --label-noise, --corrupt and --threshold-samples only; the same for both"
+            " parts of the last (default: 0)"
+        ),
     )
     stage.add_argument("--overwrite", action="store_true", help="replace an existing file")
     stage.set_defaults(run=commands.write)

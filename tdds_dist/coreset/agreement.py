@@ -18,7 +18,7 @@ import numpy as np
 from tdds_dist.config.run import parse_config
 from tdds_dist.config.scores import base_key, score_order
 from tdds_dist.coreset.samplers import num_kept
-from tdds_dist.coreset.select import choose, default_sampler
+from tdds_dist.coreset.select import choose, default_sampler, is_balanced
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Scores
 from tdds_dist.scoring import quarantine
@@ -64,7 +64,8 @@ def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
     """
     score_N, num_samples = scores.score_N, len(scores.score_N)
     order_N = np.argsort(score_N)
-    takes_top = default_sampler(scores) == "top" and not quarantine.noted_in(scores.settings)
+    takes_top = default_sampler(scores) == "top" and not is_balanced(scores)
+    takes_top &= not quarantine.noted_in(scores.settings)
     kept = []
     for rate in rates:
         cut = num_samples - num_kept(num_samples, rate)

@@ -256,9 +256,14 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
 def _own(found: _Findings, correlation: dict[tuple[str, str], float]) -> str:
     """Say which scores rank alike, and how near each of the others comes to any: by the size of the
     rank correlation, as a ranking turned over says the same."""
-    keys = [key for key in dict.fromkeys(a for a, _ in correlation) if base_key(key) != "random"]
-    if len(keys) == 1:
-        return "only one score is not random"
+    keys = [
+        key
+        for key in dict.fromkeys(a for a, _ in correlation)
+        if base_key(key) != "random"
+        and not all(np.isnan(value) for (a, b), value in correlation.items() if a == key != b)
+    ]
+    if len(keys) < 2:
+        return "fewer than two scores are neither random nor constant"
     near = {(a, b): abs(correlation[a, b]) for a, b in itertools.product(keys, keys) if a != b}
     groups = [{key} for key in keys]
     for (a, b), size in near.items():

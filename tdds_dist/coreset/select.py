@@ -35,7 +35,8 @@ def default_sampler(scores: Scores) -> str:
     return SAMPLER_OF_SCORE.get(scores.settings.get("score", scores.key), "top")
 
 
-def _is_balanced(scores: Scores, class_balanced: bool | None) -> bool:
+def is_balanced(scores: Scores, class_balanced: bool | None = None) -> bool:
+    """Say whether classes are chosen from by themselves: as asked for, by default for `cld`."""
     if class_balanced is None:
         return scores.settings.get("score", scores.key) in CLASS_BALANCED
     return class_balanced
@@ -111,7 +112,16 @@ def choose(
             )
         cluster_n = scores.extra["cluster"][rest_n].astype(np.int64)
     elif sampler == "drop":
-        if recall_C is None:
+        if class_balanced:
+            raise InputError(
+                "sampler drop has quotas of its own for the classes; leave --class-balanced out, or"
+                " choose another sampler"
+            )
+        if (
+            recall_C is None
+            or len(recall_C) != scores.fingerprint.num_classes
+            or not np.isfinite(recall_C[np.unique(label_n)]).any()
+        ):
             raise InputError(
                 "sampler drop divides by the recall of each class, which a run records at"
                 " validation; give a run that `tdds collect` of this version made"
@@ -138,7 +148,7 @@ def choose(
 
     if sampler == "drop":
         return rest_n[samplers.per_class(pick_of_class, label_n, num, recall_C)]
-    if _is_balanced(scores, class_balanced):
+    if is_balanced(scores, class_balanced):
         return rest_n[samplers.per_class(pick_of_class, label_n, num)]
     return rest_n[pick_among(np.arange(len(rest_n)), num, seed)]
 
@@ -158,10 +168,11 @@ def make_coreset(
     `official`, the score itself in `paper` (section 4.3), 1 for every other score, which its paper
     does not weigh by.
     """
-    class_balanced = _is_balanced(scores, class_balanced) and sampler != "drop"
+    asked = class_balanced is True
     index_M = choose(
         scores, pruning_rate, sampler=sampler, class_balanced=class_balanced, seed=seed, **options
     )
+    class_balanced = is_balanced(scores, class_balanced) and sampler != "drop"
     rest_n = quarantine.eligible(scores)
     score_n, label_n = scores.score_N[rest_n], scores.label_N[rest_n]
     warnings = quarantine.coreset_warnings(scores)
@@ -178,9 +189,11 @@ def make_coreset(
             f"{len(empty)} of {len(np.unique(label_n))} classes keep no sample (first:"
             f" {empty[:8].tolist()})"
         )
-        if class_balanced:
+        if asked:
             raise InputError(f"pruning_rate={pruning_rate}: {message}; lower the pruning rate")
-        warnings.append(f"{message}; --class-balanced keeps the same share of each")
+        if sampler != "drop" and not class_balanced:
+            message += "; --class-balanced keeps the same share of each"
+        warnings.append(message)
     sampler = sampler or default_sampler(scores)
     origin = {"collection_seed": scores.settings["seed"]} if "seed" in scores.settings else {}
     settings = (
@@ -257,11 +270,6 @@ def plan_coreset(
             )
         score, sampler = CCS_SCORE, "ccs"
     if sampler == "drop":
-        if class_balanced:
-            raise InputError(
-                "sampler drop has quotas of its own for the classes; leave --class-balanced out, or"
-                " choose another sampler"
-            )
         options["recall_C"] = recall_of(source)
     scores = (
         random_scores(any_scores(source), seed)

@@ -17,7 +17,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -339,41 +339,51 @@ def with_threshold_samples(source: Source, part: int, seed: int) -> Source:
     )
 
 
-def with_new_labels(source: Source, file: Path) -> Source:
-    """Return `source` with the labels of a CSV file: its columns `index`, `label` and `new_label`
-    hold the global index and names of classes, as `tdds suspects` and its page write them.
+def with_new_labels(source: Source, decisions: Sequence[Path]) -> Source:
+    """Return `source` with the labels of CSV files, one after the other: their columns `index`,
+    `label` and `new_label` hold the global index and names of classes, as the page of `tdds
+    suspects` saves them.
 
     Raises:
-        InputError: no such file or column, an index outside the source, a label that is not the
-        one there, a path (column `path`, where there is one) of another image, an unknown class.
+        InputError: no such file or column, an index outside the source or twice, a label that is
+        not the one there, a path (column `path`, where there is one) of another image, an unknown
+        class.
     """
-    way_out = "give the decisions saved from a page of `tdds suspects`, of this source"
-    try:
-        content = Path(file).read_bytes()
-        rows = [*csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"relabel={file} cannot be read ({error}); {way_out}") from error
-    if missing := {"index", "label", "new_label"} - {*(rows[0] if rows else ())}:
-        raise InputError(f"relabel={file} has no column {', '.join(sorted(missing))}; {way_out}")
+    label_N, digests = source.label_N.copy(), []
     number = {name: label for label, name in enumerate(source.class_names)}
-    label_N = source.label_N.copy()
-    for line, row in enumerate(rows, start=2):
-        index = int(row["index"]) if str(row["index"]).isascii() and row["index"].isdigit() else -1
-        if not 0 <= index < len(source):
-            problem = f"index {row['index']!r} is not in [0, {len(source)})"
-        elif row.get("path", source.path[index]) != source.path[index]:
-            problem = f"image {index} is {source.path[index]!r} here, not {row['path']!r}"
-        elif row["label"] != (here := source.class_names[source.label_N[index]]):
-            problem = f"image {index} has label {here!r} here, not {row['label']!r}"
-        elif row["new_label"] not in number:
-            problem = f"class {row['new_label']!r} is unknown"
-        else:
+    for path in decisions:
+        where, way_out = f"relabel={path}", "give decisions of `tdds suspects` on this source"
+        try:
+            content = Path(path).read_bytes()
+            table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+            rows = [*table]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{where} cannot be read ({error}); {way_out}") from error
+        if missing := {"index", "label", "new_label"} - {*(table.fieldnames or ())}:
+            raise InputError(f"{where} has no column {', '.join(sorted(missing))}; {way_out}")
+        seen = set[int]()
+        for line, row in enumerate(rows, start=2):
+            text = row["index"] or ""
+            index = int(text) if text.isascii() and text.isdigit() else -1
+            problem = ""
+            if not 0 <= index < len(source):
+                problem = f"index {row['index']!r} is not in [0, {len(source)})"
+            elif index in seen:
+                problem = f"image {index} is there twice"
+            elif row.get("path", source.path[index]) != source.path[index]:
+                problem = f"image {index} is {source.path[index]!r} here, not {row['path']!r}"
+            elif row["label"] != (here := source.class_names[label_N[index]]):
+                problem = f"image {index} has label {here!r} here, not {row['label']!r}"
+            elif row["new_label"] not in number:
+                problem = f"class {row['new_label']!r} is unknown"
+            if problem:
+                raise InputError(f"{where}, line {line}: {problem}; {way_out}")
+            seen.add(index)
             label_N[index] = number[row["new_label"]]
-            continue
-        raise InputError(f"relabel={file}, line {line}: {problem}; {way_out}")
+        digests.append(hashlib.sha256(content).hexdigest())
     lineage = {
-        "relabel": Path(file).name,
-        "relabel_sha256": hashlib.sha256(content).hexdigest(),
+        "relabel": [Path(path).name for path in decisions],
+        "relabel_sha256": digests,
         "relabelled": int((label_N != source.label_N).sum()),
     }
     return replace(source, label_N=label_N, settings=source.settings | lineage)

@@ -203,7 +203,14 @@ def check_method(config: Config, method: Method, rate: float) -> None:
             )
         elif key in BASELINES:
             options = parse_baselines(config.score.baselines, method.options)
-            check_options(key, options, method.options, num_epochs)
+            looked_at = check_options(key, options, method.options, num_epochs)
+            every = config.train.eval_every
+            num_val = looked_at // every + (looked_at == num_epochs and looked_at % every > 0)
+            if key == "cld" and num_val < 3:
+                raise InputError(
+                    f"cld correlates changes between validations, and {num_val} in"
+                    f" {looked_at} epochs are too few; lower train.eval_every={every}"
+                )
             if method.sampler == "ccs" and key == "aum" and options.aum_keep == "easiest":
                 raise InputError(
                     "sampler ccs cuts off what ranks first as too hard; leave aum_keep=easiest out"
@@ -228,11 +235,6 @@ def check_method(config: Config, method: Method, rate: float) -> None:
         if method.sampler == "drop" and method.class_balanced:
             raise InputError(
                 "sampler drop has quotas of its own for the classes; leave class_balanced out"
-            )
-        if key == "cld" and (num_val := -(-num_epochs // config.train.eval_every)) < 3:
-            raise InputError(
-                f"cld correlates changes between validations, and {num_val} in {num_epochs} epochs"
-                f" are too few; lower train.eval_every={config.train.eval_every}"
             )
         if (method.hard_cutoff_rate or 0.0) > rate:
             raise InputError(
@@ -425,6 +427,13 @@ def _check_coreset(config: Config, method: Method, rate: float) -> None:
         raise InputError(
             f"pipeline.scores: {method.name} is scored from the trajectory; set"
             " score.trajectory=true"
+        )
+    needs_classes = method.score_key == "cld" or method.sampler == "drop"
+    run = RunDir(config.run.directory)
+    if needs_classes and run.result_file.is_file() and not run.val_classes_file.is_file():
+        raise InputError(
+            f"pipeline.scores: {method.name} looks at validation by class, which the collection in"
+            f" {run.path} has not recorded; leave it out, or collect anew in another run.dir"
         )
     if method.score_key == "tdds" and f"{rate:g}" not in {
         f"{served:g}" for served in config.served_rates

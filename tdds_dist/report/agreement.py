@@ -282,12 +282,13 @@ def _map(
 
 def _cartography(facts: Facts, scores: Mapping[str, Scores]) -> dict[str, Any] | None:
     """Draw the map of dataset cartography: variability across, confidence upwards, coloured by how
-    many epochs are right; None where one of the three is missing."""
+    many epochs are right; None where one of the three is missing, or of other epochs."""
     keys = ("variability", "confidence", "correctness")
-    if not all(key in scores for key in keys):
+    epochs = {scores[key].settings.get("T") for key in keys if key in scores}
+    if not all(key in scores for key in keys) or len(epochs) != 1 or None in epochs:
         return None
     x_N, minus_p_N, minus_right_N = (scores[key].score_N for key in keys)
-    y_N, num_epochs = -minus_p_N, scores["correctness"].settings["T"]
+    y_N, num_epochs = -minus_p_N, epochs.pop()
     x_bins, y_bins = (Bins(np.linspace(0.0, top, NUM_CELLS + 1)) for top in (0.5, 1.0))
     cell_N = y_bins.place(y_N) * NUM_CELLS + x_bins.place(x_N)
     count_C = np.bincount(cell_N, minlength=NUM_CELLS**2)

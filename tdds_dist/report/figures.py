@@ -317,7 +317,7 @@ def _figure(title: str, one: _Trained, told: Sequence[str], window: str = "") ->
         one.score,
         window,
         strategy == "P" and "Strategy-P",
-        sampler in ("ccs", "beta") and f"sampler {sampler}",
+        sampler in ("ccs", "beta", "drop") and f"sampler {sampler}",
         network and f"on {network}",
         variant,
         *(

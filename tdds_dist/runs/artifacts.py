@@ -80,7 +80,8 @@ class Coreset:
             name += f"_strata{strata}"
         if (c_d := self.settings.get("c_d", 4.0)) != 4.0:
             name += f"_cd{c_d:g}"
-        if (balanced := bool(self.settings.get("class_balanced"))) != (score in CLASS_BALANCED):
+        balanced = bool(self.settings.get("class_balanced"))
+        if sampler != "drop" and balanced != (score in CLASS_BALANCED):
             name += "_balanced" if balanced else "_unbalanced"
         return name
 

@@ -60,6 +60,7 @@ class RunDir:
         self.models = self.path / "models"
         self.retrain = self.path / "retrain"
         self.report_file = self.path / "report.html"
+        self.suspects = self.path / "suspects"
 
     def start(
         self, config: dict[str, Any], stage: dict[str, Any], world_size: int, device: str
@@ -99,6 +100,7 @@ class RunDir:
             self.log_file,
             self.status_file,
             self.report_file,
+            self.suspects,
             self.checkpoints,
             self.trajectory,
             self.pruning,
@@ -253,7 +255,8 @@ def copy_run(source: RunDir, target: RunDir, config: dict[str, Any]) -> None:
     the file system has such.
     """
     part = target.path.with_name(f".{target.path.name}.part")
-    inside = (source.coresets, source.retrain, source.checkpoints, source.report_file)
+    own = (source.coresets, source.retrain, source.checkpoints, source.report_file)
+    inside = (*own, source.suspects)
     left_out = shutil.ignore_patterns(*(path.name for path in inside), "before-*", "run.lock*")
 
     def copy(file: str, to: str) -> None:

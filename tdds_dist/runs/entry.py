@@ -298,7 +298,12 @@ def _prepare(
     if resume is None:
         if run.read_metrics():  # epochs of a start that did not come to its first checkpoint
             aside = move_aside(
-                run.metrics_file, run.trajectory, run.pruning, run.models, run.tensorboard
+                run.metrics_file,
+                run.val_classes_file,
+                run.trajectory,
+                run.pruning,
+                run.models,
+                run.tensorboard,
             )
             log.info(f"the epochs that it had recorded are moved aside to {aside}")
         for folder in (run.trajectory, run.pruning):

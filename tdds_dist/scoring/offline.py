@@ -541,7 +541,17 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
     if baseline.of_classes:
         epoch_E, val_loss_EC = origin.validated(num_epochs)
         values_TN, classes = values_TN[epoch_E], (origin.label_N, val_loss_EC)
-    score_N, extra, settings = baseline.compute(values_TN, options, *classes)
+    quarantined = quarantine.noted_in(origin.settings)
+    if key == "s2l" and quarantined:  # clusters are of what was recorded
+        rest_n = quarantine.not_quarantined(len(origin.label_N), quarantined)
+        score_n, extra_n, settings = baseline.compute(values_TN[:, rest_n], options)
+        score_N, cluster_N = np.zeros((2, len(origin.label_N)), dtype=np.float32)
+        score_N[rest_n], cluster_N[rest_n] = score_n, extra_n["cluster"]
+        extra = {"cluster": cluster_N}
+    else:
+        score_N, extra, settings = baseline.compute(values_TN, options, *classes)
+    if baseline.of_classes:
+        settings["validations"] = len(values_TN)
     setting = {"score": key, "T": num_epochs} | settings
     return [origin.save(folder, file_key(key, options), origin.quarantine(score_N), setting, extra)]
 

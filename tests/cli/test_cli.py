@@ -24,7 +24,7 @@ from tdds_dist.coreset.samplers import min_max, top
 from tdds_dist.data.manifest import read_manifest
 from tdds_dist.runs.artifacts import load_coreset, load_scores
 from tdds_dist.runs.directory import RunDir
-from tests import jobs
+from tests import jobs, make
 from tests.make import table, write_several_fields
 
 
@@ -52,7 +52,7 @@ def finished(finished_run, tmp_path_factory):
     """A collection on 2 ranks through torchrun, as it was before anything else was done with it;
     its run directory, its config, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    kept = {f"{name}.npz" for name in (*WINDOWS, "entropy", "moderate")}
+    kept = {f"{name}.npz" for name in (*WINDOWS, "entropy", "moderate", "val_classes")}
     left_out = {path.name for path in finished_run.run.rglob("*.npz")} - kept
     ignore = shutil.ignore_patterns("retrain", "coresets", *left_out)
     shutil.copytree(finished_run.run, folder / "run", ignore=ignore)
@@ -128,6 +128,8 @@ def test_class_balanced_and_random_coresets(finished, tmp_path):
     assert np.abs(kept - np.bincount(label_N) / 2).max() <= 1
     for seed in "01":
         done(*select, tmp_path / f"r{seed}.npz", "--score", "random", "--seed", seed)
+    done(*select, tmp_path / "d.npz", "--score", "random", "--sampler", "drop")
+    assert load_coreset(tmp_path / "d.npz").method == "drop_random"
     first, second = (load_coreset(tmp_path / f"r{seed}.npz").index_M for seed in "01")
     assert len(first) == 60
     assert not np.array_equal(first, second)
@@ -155,7 +157,7 @@ def test_score_all_and_score_key(finished, tmp_path, capsys):
     changes."""
     folder, _, _ = finished
     always = {*WINDOWS, "random", "forgetting", "aum"}
-    always |= {"csl", "confidence", "variability", "correctness", "learning_time", "s2l"}
+    always |= {"csl", "confidence", "variability", "correctness", "learning_time", "cld", "s2l"}
     more = always | {"el2n_T3", "dyn_unc_J3", "dual_J3"}
     for name, options, keys in (
         ("all", "--all", always),
@@ -515,6 +517,20 @@ def test_a_terminated_write_leaves_nothing(tmp_path):
     assert process.returncode == json.loads(said)["exit_code"] == 143
     assert "the same command starts over: tdds write" in json.loads(said)["error"]
     assert not list(tmp_path.iterdir())
+
+
+def test_new_labels_and_threshold_samples_are_written(tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("index,label,new_label\n1,class_0001,class_0003\n")
+    words = ["write", "synthetic:40,4,16", tmp_path / "x.beton", "--num-workers", "1"]
+    done(*words, "--relabel", tmp_path / "d.csv", "--threshold-samples", "2", "--seed", "3")
+    manifest = make.manifest_of(tmp_path / "x.beton")
+    assert manifest.settings["relabel"] == ["d.csv"]
+    assert manifest.settings["threshold_samples"] == 2
+    assert manifest.true_label_N.tolist() == [0, 3, *(np.arange(2, 40) % 4)]
+    assert (manifest.label_N == 4).sum() == 8
+    said = capsys.readouterr().out
+    assert "1 images relabelled" in said
+    assert "--threshold-samples 2" in said, "the other split needs the class too"
 
 
 # ---- how a stage closes: for people, quietly, as JSON

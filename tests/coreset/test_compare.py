@@ -263,6 +263,25 @@ def test_a_class_that_keeps_nothing_is_counted(tmp_path):
     ] == [">99", "100", "100", "0", "<1", "100", "100", "0"]
 
 
+def test_scores_that_rank_alike_are_named_and_those_on_their_own(tmp_path):
+    """One ranking, the same turned over, and a third near the one; another that is like none;
+    random and constant scores say nothing."""
+    run, rng = start(tmp_path / "one"), np.random.default_rng(1)
+    rank_N, other_N = rng.permutation(NUM_SAMPLES), rng.permutation(NUM_SAMPLES)
+    near_N, flat_N = rank_N + rng.normal(0, 2, NUM_SAMPLES), np.zeros(NUM_SAMPLES)
+    of = {"aum": rank_N, "el2n": -rank_N, "csl": near_N, "dual": other_N, "random": rank_N}
+    for key, score_N in (of | {"forgetting": flat_N}).items():
+        save(run.scores, scores_of(key, 0, score_N))
+    text = compare([run.path])
+    said = text[text.index("information of their own") :].split("\n\n")[0].splitlines()[1:]
+    assert said[0] == "rank alike: el2n, aum, csl"
+    near = {
+        key: spearman(np.float32(other_N), np.float32(of[key])) for key in ("el2n", "aum", "csl")
+    }
+    nearest = max(near, key=lambda key: abs(near[key]))
+    assert said[1:] == [f"on their own: dual (nearest: {nearest} {near[nearest]:.2f})"]
+
+
 def test_constant_scores_have_no_correlation(tmp_path):
     run = add(start(tmp_path / "one"), T3, "el2n")
     save(run.scores, scores_of("aum", 0, np.zeros(NUM_SAMPLES)))

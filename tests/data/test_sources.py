@@ -577,7 +577,7 @@ def test_noise_that_the_manifest_could_not_describe_is_refused():
 
 def relabelled(folder, text, subset=None):
     (folder / "d.csv").write_text(text)
-    return with_new_labels(open_source("digits", "val", subset), folder / "d.csv")
+    return with_new_labels(open_source("digits", "val", subset), [folder / "d.csv"])
 
 
 def test_decisions_become_labels_and_leave_their_traces(tmp_path):
@@ -589,7 +589,14 @@ def test_decisions_become_labels_and_leave_their_traces(tmp_path):
     assert np.flatnonzero(source.label_N != clean.label_N).tolist() == [3]
     assert source.class_names[source.label_N[3]] == new
     digest = hashlib.sha256((tmp_path / "d.csv").read_bytes()).hexdigest()
-    assert source.settings == {"relabel": "d.csv", "relabel_sha256": digest, "relabelled": 1}
+    assert source.settings == {"relabel": ["d.csv"], "relabel_sha256": [digest], "relabelled": 1}
+    # a second round is about what the first one left
+    (tmp_path / "e.csv").write_text(f"index,label,new_label\n3,{new},{old}\n5,{kept},{new}\n")
+    both = with_new_labels(clean, [tmp_path / "d.csv", tmp_path / "e.csv"])
+    assert np.flatnonzero(both.label_N != clean.label_N).tolist() == [5]
+    assert (both.settings["relabel"], both.settings["relabelled"]) == (["d.csv", "e.csv"], 1)
+    (tmp_path / "f.csv").write_text("index,path,label,new_label\n")  # nothing was decided
+    assert with_new_labels(clean, [tmp_path / "f.csv"]).settings["relabelled"] == 0
 
 
 @pytest.mark.parametrize(
@@ -603,22 +610,24 @@ def test_decisions_become_labels_and_leave_their_traces(tmp_path):
         ("index,label,new_label\n0,ten,2\n", r"image 0 has label '\d' here, not 'ten'"),
         ("index,label,new_label\n0,LABEL,ten\n", "class 'ten' is unknown"),
         ("index,label,new_label\n0,LABEL\n", "class None is unknown"),
+        ("label,new_label,index\nLABEL,ten\n", "index None is not in"),
+        ("index,label,new_label\n0,LABEL,1\n0,1,2\n", "line 3: image 0 is there twice"),
     ],
 )
 def test_decisions_about_other_images_are_refused(tmp_path, text, words):
     label = open_source("digits", "val").label_N[0]
     with pytest.raises(InputError, match=words) as error:
         relabelled(tmp_path, text.replace("LABEL", str(label)))
-    assert str(error.value).endswith("of `tdds suspects`, of this source")
+    assert str(error.value).endswith("give decisions of `tdds suspects` on this source")
 
 
 def test_a_file_of_decisions_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
-            with_new_labels(open_source("digits", "val"), path)
+            with_new_labels(open_source("digits", "val"), [path])
     path.joinpath("d.csv").write_bytes(b"index,label,new_label\n0,\xff,1\n")
     with pytest.raises(InputError, match="cannot be read"):
-        with_new_labels(open_source("digits", "val"), path / "d.csv")
+        with_new_labels(open_source("digits", "val"), [path / "d.csv"])
 
 
 def test_threshold_samples_have_a_class_of_their_own():

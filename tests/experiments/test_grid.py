@@ -21,6 +21,7 @@ from tdds_dist.experiments.grid import Stage, Step, Task, collect_stage, pipelin
 from tdds_dist.launch.cluster import Cluster
 from tdds_dist.launch.submit import check_batch
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, save_coreset
+from tdds_dist.runs.directory import RunDir
 from tdds_dist.scoring.offline import BASELINES
 from tests.make import refused, table
 
@@ -54,6 +55,7 @@ def finish(step):
     """What a run that is done leaves in its directory."""
     Path(step.directory).mkdir(parents=True, exist_ok=True)
     (Path(step.directory) / "result.json").write_text(json.dumps({"epochs": 12}))
+    RunDir(step.directory).append_val_classes(11, np.ones(2), np.ones(2))
 
 
 def coresets(select):
@@ -140,6 +142,18 @@ def test_importance_is_for_tdds_alone(run, importance):
         for step in stages["retrain"].steps
     }
     assert said == {"tdds": importance, "el2n": "none", "random": "none", "ccs": "none"}
+
+
+def test_scores_that_look_at_classes_need_a_collection_that_recorded_them(run):
+    short = ("pipeline.scores=[cld]", "score.baselines.num_epochs=4", "train.eval_every=2")
+    refused("cld correlates .*, and 2 in 4 epochs are too few; lower", plan, run, *short)
+    finish(plan(run)["collect"].steps[0])
+    RunDir(run).val_classes_file.unlink()
+    for name in ("cld", "drop"):
+        what = (
+            f"pipeline.scores: {name} looks at validation by class, which the collection in .*run"
+        )
+        refused(f"{what} has not recorded; leave it out", plan, run, f"pipeline.scores=[{name}]")
 
 
 def test_every_score_is_computed_once_and_only_where_it_is_not_there(run):

@@ -9,6 +9,8 @@ from tdds_dist.coreset.suspects import find_suspects
 from tdds_dist.data.sources import open_source, with_new_labels
 from tdds_dist.report.review import write_review
 from tdds_dist.runs.directory import RunDir
+from tdds_dist.scoring.sample_stats import SCALARS
+from tdds_dist.scoring.trajectory import TrajectoryWriter
 from tests import make
 
 
@@ -20,7 +22,11 @@ def run(tmp_path) -> RunDir:
     found = make.start(tmp_path / "run", tmp_path / "tr.beton")
     label_N, order = manifest.label_N, np.arange(make.NUM_IMAGES)
     guess = {"p_label": order / 100, "other": (label_N + 1) % 4, "p_other": order / 200}
-    make.save(found.scores, make.scores("aum", order, label_N, settings={"score": "aum"}))
+    num, digest = len(label_N), make.fingerprint(label_N, 4).labels_sha256
+    writer = TrajectoryWriter(found.trajectory, SCALARS, num, 4, 0, num, True)
+    writer.write_labels(label_N, digest)
+    writer.append(0, np.tile(-np.float32(order), (len(SCALARS), 1)))
+    make.finish(found, epochs=1)
     make.save(found.scores, make.scores("entropy", order, label_N, **guess))
     return found
 
@@ -79,5 +85,5 @@ def test_decisions_are_kept_saved_and_written(run, tmp_path, browser):
     assert {index: row["new_label"] for index, row in rows.items()} == wanted
     source = open_source("synthetic:60,4,16")
     source = make.dataclasses.replace(source, class_names=names, path=manifest.path)
-    relabelled = with_new_labels(source, tmp_path / "decisions.csv")
+    relabelled = with_new_labels(source, [tmp_path / "decisions.csv"])
     assert [names[relabelled.label_N[index]] for index in wanted] == [*wanted.values()]

@@ -31,6 +31,7 @@ from tdds_dist.report.scores import (
 )
 from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, save_coreset
 from tdds_dist.runs.directory import RunDir
+from tests import make
 from tests.make import (
     NUM_CLASSES,
     SHORT,
@@ -424,6 +425,27 @@ def test_maps_need_another_score(tmp_path):
     assert {one["name"], one["maps"][0]["y"]} == {"aum", "forgetting"}
     (plain,) = section_of(with_scores(tmp_path / "el2n", ("el2n", "aum")))["maps"]
     assert plain["maps"][0]["corners"] is None, "what EL2N says in plain words is not known"
+
+
+def test_the_map_of_dataset_cartography(tmp_path):
+    """Variability across, confidence upwards, a colour for what is right and one for what is wrong;
+    only of the same epochs."""
+    run, rng = start(tmp_path / "run"), np.random.default_rng(0)
+    p_N, right_N = rng.random(NUM_SAMPLES), rng.integers(0, 5, NUM_SAMPLES)
+    of = {"variability": 0.5 * rng.random(NUM_SAMPLES), "confidence": -p_N, "correctness": -right_N}
+    label_N = scores_of("aum").label_N
+    for key, score_N in of.items():
+        settings = {"score": key, "T": 4}
+        save(run.scores, make.scores(key, score_N, label_N, NUM_CLASSES, settings))
+    found = section_of(run)["cartography"]
+    assert (found["num_epochs"], found["num_low"]) == (4, int((p_N < 0.5).sum()))
+    masks = re.findall(r'<mask id="([^"]*)"><image', found["chart"])
+    fills = re.findall(r'fill="var\(--s(\d)\)" mask="url\(#([^"]*)\)"', found["chart"])
+    assert [name for _, name in fills] == masks
+    assert [slot for slot, _ in fills] == ["0", "1"]
+    settings = {"score": "confidence", "T": 3}
+    save(run.scores, make.scores("confidence", -p_N, label_N, NUM_CLASSES, settings))
+    assert section_of(run)["cartography"] is None
 
 
 # ---- noise

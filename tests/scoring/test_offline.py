@@ -565,6 +565,7 @@ def test_cld_is_of_the_epochs_with_validation(run, by_hand, golden):
         for number, sample in zip(SAMPLES, by_hand, strict=True)
     ]
     np.testing.assert_allclose(load_scores(path).score_N[SAMPLES], want, rtol=1e-3, atol=1e-5)
+    assert load_scores(path).settings["validations"] == len(used)
 
 
 def test_clusters_hold_like_trajectories_and_are_the_same_every_time():
@@ -1350,6 +1351,7 @@ def test_ccs_by_its_name(scored):
         ({"score": "s2l", "seed": 2}, "s2l_s2_p0.8"),
         ({"score": "s2l", "sampler": "top"}, "top_s2l_p0.8"),
         ({"score": "random", "sampler": "drop"}, "drop_random_s0_p0.8"),
+        ({"score": "cld", "sampler": "drop"}, "drop_cld_p0.8"),
     ],
 )
 def test_names_of_coresets(scored, options, name):
@@ -1431,8 +1433,9 @@ def test_tdds_is_weighed_by_itself_whatever_the_sampler(scored, key):
     ],
 )
 def test_samplers_that_do_not_fit(scored, tmp_path, options, match):
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(InputError, match=match) as error:
         select(scored, 0.5, out=tmp_path / "none.npz", **options)
+    assert str(error.value).startswith(f"{scored}: ")
     assert not (tmp_path / "none.npz").exists()
 
 
@@ -1504,10 +1507,16 @@ def test_quarantined_samples_have_the_lowest_of_every_score(run):
     quarantine(run, dict.fromkeys(quarantined[::-1], 29) | {599: 0})
     score_all(run)
     score(run, delta="el2n")
+    others = [i for i in range(600) if i not in quarantined]
+    cluster_N = load_scores(run / "scores" / "s2l.npz").extra["cluster"].astype(int)
+    sizes = np.bincount(cluster_N[others])
+    s2l_N = load_scores(run / "scores" / "s2l.npz").score_N
+    assert s2l_N[others].tolist() == (-sizes[cluster_N[others]]).tolist(), "clusters of the others"
+    assert s2l_N[quarantined].tolist() == [-sizes.max()] * len(quarantined)
+    del clean["s2l"]
     for key, want in clean.items():
         found = load_scores(run / "scores" / f"{key}.npz")
         assert found.settings == want.settings | {"quarantined": quarantined}
-        others = [i for i in range(600) if i not in quarantined]
         lowest = min(float(want.score_N[i]) for i in others)
         for i in range(600):
             of_quarantined = want.score_N[i] if key == "random" else lowest

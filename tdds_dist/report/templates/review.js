@@ -11,7 +11,9 @@
     const here = cards.filter(card => decisions.has(card.dataset.index));
     const changed = here.filter(card => decisions.get(card.dataset.index) !== card.dataset.label);
     for (const card of cards) card.classList.toggle("done", decisions.has(card.dataset.index));
-    bar.querySelector(".decided").textContent = `${here.length} of ${cards.length} decided, ${changed.length} labels changed`;
+    const elsewhere = decisions.size - here.length;
+    bar.querySelector(".decided").textContent = `${here.length} of ${cards.length} decided, ${changed.length} labels changed`
+      + (elsewhere ? `; ${elsewhere} decided on other pages are saved there` : "");
   };
   const decide = (card, name) => {
     if (known.has(name)) decisions.set(card.dataset.index, name); else decisions.delete(card.dataset.index);
@@ -58,9 +60,9 @@
     URL.revokeObjectURL(link.href);
   });
   bar.querySelector(".forget").addEventListener("click", () => {
-    if (!confirm("Forget all decisions of this page?")) return;
-    decisions.clear();
-    keep({});
+    if (!confirm("Forget the decisions on the images of this page?")) return;
+    for (const card of cards) decisions.delete(card.dataset.index);
+    keep(Object.fromEntries(decisions));
     cards.forEach(mark);
     show();
   });
