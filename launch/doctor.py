@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from tdds_dist.cli.parser import Parsers
 from tdds_dist.experiments.findings import Check, Finding, Visit, words_of
 
 from . import scheduler
@@ -18,14 +19,11 @@ _ANSWER_SECONDS = 20.0
 _STAGES = ("collect", "select", "retrain", "report")
 
 
-def extend_doctor(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def extend_doctor(stages: Parsers) -> None:
     """Add `--cluster` to the subcommand `doctor`, which is there already."""
     stage = stages.choices["doctor"]
-    stage.add_argument(
-        "--cluster",
-        metavar="CLUSTER.yaml",
-        type=Path,
-        help="ask SLURM what it says to this file as well, on rank 0",
+    stage.takes(
+        "--cluster CLUSTER.yaml", Path, "ask SLURM what it says to this file as well, on rank 0"
     )
     stage.set_defaults(more_checks=cluster_checks)
 

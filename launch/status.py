@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -34,11 +34,14 @@ from .records import (
     read_lines,
 )
 
+if TYPE_CHECKING:
+    from tdds_dist.cli.parser import Parsers
+
 _WATCH_SECONDS = 30.0  # schedulers do not like to be asked more often
 _MOST_JOBS = 30  # in the table; above, those that are done or wait are counted only
 
 
-def add_status(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_status(stages: "Parsers") -> None:
     """Add the subcommand `status`."""
     stage = stages.add_parser(
         "status",
@@ -49,25 +52,19 @@ def add_status(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
             " runs, and when SLURM does not answer."
         ),
     )
-    stage.add_argument(
-        "directory",
-        metavar="RUN",
-        type=Path,
-        help="directory of a run, a retraining or an experiment",
-    )
-    stage.add_argument("--json", action="store_true", help="the same as data, on one line")
-    stage.add_argument(
-        "--watch",
-        type=float,
+    stage.takes("directory RUN", Path, "directory of a run, a retraining or an experiment")
+    stage.flag("--json", "the same as data, on one line")
+    stage.takes(
+        "--watch SECONDS",
+        float,
+        f"again and again, until nothing runs any more (default: every {_WATCH_SECONDS:g} s)",
         nargs="?",
         const=_WATCH_SECONDS,
-        metavar="SECONDS",
-        help=f"again and again, until nothing runs any more (default: every {_WATCH_SECONDS:g} s)",
     )
     stage.set_defaults(run=_status, prints_itself=True)
 
 
-def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_logs(stages: "Parsers") -> None:
     """Add the subcommand `logs`."""
     stage = stages.add_parser(
         "logs",
@@ -78,18 +75,9 @@ def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
             " log.txt."
         ),
     )
-    stage.add_argument(
-        "directory",
-        metavar="RUN",
-        type=Path,
-        help="directory of a run, a retraining or an experiment",
-    )
-    stage.add_argument(
-        "--job", metavar="ID", help="another job than the newest, as `tdds status` lists them"
-    )
-    stage.add_argument(
-        "--rank", type=int, metavar="R", help="default: the one that failed first, else 0"
-    )
+    stage.takes("directory RUN", Path, "directory of a run, a retraining or an experiment")
+    stage.takes("--job ID", str, "another job than the newest, as `tdds status` lists them")
+    stage.takes("--rank R", int, "default: the one that failed first, else 0")
     stream = stage.add_mutually_exclusive_group()
     stream.add_argument(
         "--out", dest="stream", action="store_const", const="out", help="standard output"
@@ -101,11 +89,9 @@ def add_logs(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         const="err",
         help="standard error (the default)",
     )
-    stage.add_argument(
-        "--lines", type=int, default=50, metavar="N", help="how many, 0 for all (default: 50)"
-    )
-    stage.add_argument("--follow", action="store_true", help="go on as it grows, until Ctrl-C")
-    stage.add_argument("--json", action="store_true", help="path and lines as data, on one line")
+    stage.takes("--lines N", int, "how many, 0 for all (default: 50)", default=50)
+    stage.flag("--follow", "go on as it grows, until Ctrl-C")
+    stage.flag("--json", "path and lines as data, on one line")
     stage.set_defaults(run=_logs, stream="err", prints_itself=True)
 
 

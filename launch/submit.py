@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tdds_dist.cli.outcome import Outcome
+from tdds_dist.cli.parser import Parsers
 from tdds_dist.config.run import Config, load_config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch
@@ -45,7 +46,7 @@ _RECHECK_SECONDS = 1.0
 _SILENT_SECONDS = 120.0
 
 
-def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_submit(stages: Parsers) -> None:
     """Add the subcommand `submit`."""
     stage = stages.add_parser(
         "submit",
@@ -57,36 +58,19 @@ def add_submit(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
             " Submitted again, it goes on: what is done is skipped."
         ),
     )
-    stage.add_argument(
-        "config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own"
-    )
-    stage.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="change a key of the config: train.lr=0.05",
-    )
-    stage.add_argument(
-        "--cluster", metavar="CLUSTER.yaml", type=Path, required=True, help="what the jobs ask for"
-    )
-    stage.add_argument(
+    stage.takes("config CONFIG.yaml", Path, "one of configs/, or your own")
+    stage.takes("overrides key=value", str, "change a key of the config: train.lr=0.05", nargs="*")
+    stage.takes("--cluster CLUSTER.yaml", Path, "what the jobs ask for", required=True)
+    stage.choice(
         "--stage",
+        ("doctor", "collect", "retrain", "pipeline", "train"),
+        "what to submit; doctor: `tdds doctor` with what collect asks for; train: `tdds train`"
+        " (default: pipeline)",
         dest="part",
-        choices=("doctor", "collect", "retrain", "pipeline", "train"),
         default="pipeline",
-        help=(
-            "what to submit; doctor: `tdds doctor` with what collect asks for; train: `tdds train`"
-            " (default: pipeline)"
-        ),
     )
-    stage.add_argument(
-        "--dry-run", action="store_true", help="print the plan and the sbatch files, submit nothing"
-    )
-    stage.add_argument(
-        "--wait",
-        action="store_true",
-        help="stay until the jobs are over, and leave with their outcome",
-    )
+    stage.flag("--dry-run", "print the plan and the sbatch files, submit nothing")
+    stage.flag("--wait", "stay until the jobs are over, and leave with their outcome")
     retrain = stage.add_argument_group("of --stage retrain")
     retrain.add_argument(
         "--coreset", type=Path, metavar="FILE.npz", help="that `tdds select` wrote"

@@ -13,7 +13,7 @@ from tdds_dist.config.schema import expand_path
 from tdds_dist.config.scores import DEFAULT_SUSPICION, SAMPLERS, SUSPICIONS
 from tdds_dist.errors import InputError
 
-Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Parsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 Commands: TypeAlias = Sequence[Callable[[Parsers], None]]  # each adds one command
 
 # What `tdds --help` lists, in this order.
@@ -78,6 +78,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
         self.register("type", Path, _path)  # of every argument that says type=Path
 
+    def takes(self, name: str, kind: Callable[[str], object], help: str, **more: Any) -> None:
+        """Add an option or an argument with a value of that kind; `name` is as people read it, such
+        as `--out FILE`."""
+        word, _, metavar = name.partition(" ")
+        self.add_argument(word, type=kind, metavar=metavar or None, help=help, **more)
+
+    def choice(self, name: str, choices: Sequence[Any], help: str, **more: Any) -> None:
+        """Add an option that takes one of these values."""
+        self.add_argument(name, choices=choices, help=help, **more)
+
+    def flag(self, name: str, help: str, **more: Any) -> None:
+        """Add an option that is given or not."""
+        self.add_argument(name, action="store_true", help=help, **more)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         near = difflib.get_close_matches(str(value), map(str, action.choices or ()), 1)
         if near and near[0] != str(value):
@@ -125,10 +139,10 @@ def parse(
     return options
 
 
-def build_parser(extra_commands: Commands = ()) -> argparse.ArgumentParser:
+def build_parser(extra_commands: Commands = ()) -> Parser:
     """Build the parser of all commands: those of this package, and the `extra_commands` of a
     launcher."""
-    parser: argparse.ArgumentParser = Parser(
+    parser = Parser(
         prog="tdds",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="tdds [options] STAGE ...",
@@ -211,164 +225,113 @@ def _add_write(parsers: Parsers) -> None:
             "\n  synthetic:N,CLASSES,SIZE random images for benchmarks"
         ),
     )
-    stage.add_argument(
-        "source", metavar="SOURCE", type=_source, help="where the images are, see above"
-    )
-    stage.add_argument("out", metavar="OUT.beton", type=Path, help="the file to write")
-    stage.add_argument(
+    stage.takes("source SOURCE", _source, "where the images are, see above")
+    stage.takes("out OUT.beton", Path, "the file to write")
+    stage.choice(
         "--split",
-        choices=("train", "val"),
-        help=(
-            "which part of the source (default: train; folders named otherwise, such as Training/,"
-            " want it given)"
-        ),
+        ("train", "val"),
+        "which part of the source (default: train; folders named otherwise, such as Training/,"
+        " want it given)",
     )
-    stage.add_argument(
-        "--holdout",
-        type=float,
+    stage.takes(
+        "--holdout R",
+        float,
+        "where there is no val split: this share of each class is val, the rest train; give it"
+        " with both (default: 0)",
         default=0.0,
-        metavar="R",
-        help=(
-            "where there is no val split: this share of each class is val, the rest train; give it"
-            " with both (default: 0)"
-        ),
     )
-    stage.add_argument(
+    stage.choice(
         "--formats",
-        choices=("pillow", "torchvision"),
+        ("pillow", "torchvision"),
+        "which files of DIR are images: those that Pillow reads, or those with a suffix of"
+        " torchvision's ImageFolder (default: pillow)",
         default="pillow",
-        help=(
-            "which files of DIR are images: those that Pillow reads, or those with a suffix of"
-            " torchvision's ImageFolder (default: pillow)"
-        ),
     )
-    stage.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse DIR when a file in it is left out, or is there twice",
-    )
-    stage.add_argument(
-        "--image-field",
+    stage.flag("--strict", "refuse DIR when a file in it is left out, or is there twice")
+    stage.takes(
+        "--image-field NAME",
+        str,
+        "of parquet: the column of the images; of webdataset: their suffix (default: the only one"
+        " there is)",
         default="",
-        metavar="NAME",
-        help=(
-            "of parquet: the column of the images; of webdataset: their suffix (default: the only"
-            " one there is)"
-        ),
     )
-    stage.add_argument(
-        "--label-field",
+    stage.takes(
+        "--label-field NAME",
+        str,
+        "of parquet: the column of the labels (default: the only one, or label); of webdataset:"
+        " their suffix, or the key of .json (default: cls, then the key label)",
         default="",
-        metavar="NAME",
-        help=(
-            "of parquet: the column of the labels (default: the only one, or label); of webdataset:"
-            " their suffix, or the key of .json (default: cls, then the key label)"
-        ),
     )
-    stage.add_argument(
-        "--max-resolution",
-        type=int,
-        metavar="N",
-        help="shrink images to a longer side of N pixels (default: as they are)",
+    stage.takes(
+        "--max-resolution N",
+        int,
+        "shrink images to a longer side of N pixels (default: as they are)",
     )
-    stage.add_argument(
+    stage.choice(
         "--exif",
-        choices=("turn", "ignore"),
+        ("turn", "ignore"),
+        "turn: photos stand upright, as EXIF says and every viewer shows them; ignore: they stay"
+        " as stored, as torchvision reads them (default: turn)",
         default="turn",
-        help=(
-            "turn: photos stand upright, as EXIF says and every viewer shows them; ignore: they"
-            " stay as stored, as torchvision reads them (default: turn)"
-        ),
     )
-    stage.add_argument(
-        "--background",
+    stage.takes(
+        "--background COLOUR",
+        str,
+        "under transparent pixels: white, black, #rrggbb, or none, which drops transparency as"
+        " torchvision does (default: white)",
         default="white",
-        metavar="COLOUR",
-        help=(
-            "under transparent pixels: white, black, #rrggbb, or none, which drops transparency as"
-            " torchvision does (default: white)"
-        ),
     )
-    stage.add_argument(
-        "--grey-range",
-        metavar="LOW,HIGH",
-        help=(
-            "greys of 16 and 32 bits and floats from LOW to HIGH become 0 to 255; write"
-            " --grey-range=-1024,3071 where LOW is negative (default: 0,65535, floats 0,1)"
-        ),
+    stage.takes(
+        "--grey-range LOW,HIGH",
+        str,
+        "greys of 16 and 32 bits and floats from LOW to HIGH become 0 to 255; write"
+        " --grey-range=-1024,3071 where LOW is negative (default: 0,65535, floats 0,1)",
     )
-    stage.add_argument(
+    stage.choice(
         "--write-mode",
-        choices=("jpg", "proportion", "raw"),
+        ("jpg", "proportion", "raw"),
+        "jpg: all compressed; raw: none, loads faster; proportion: half of them (default: jpg)",
         default="jpg",
-        help=(
-            "jpg: all compressed; raw: none, loads faster; proportion: half of them (default: jpg)"
-        ),
     )
-    stage.add_argument(
-        "--quality", type=int, default=90, metavar="Q", help="JPEG quality, 1 to 100 (default: 90)"
-    )
-    stage.add_argument(
-        "--num-workers", type=int, metavar="W", help="processes (default: one per CPU, at most 16)"
-    )
-    stage.add_argument(
-        "--subset",
-        type=int,
-        metavar="N",
-        help="only N images, classes in proportion (default: all)",
-    )
-    stage.add_argument(
-        "--label-noise",
-        type=float,
+    stage.takes("--quality Q", int, "JPEG quality, 1 to 100 (default: 90)", default=90)
+    stage.takes("--num-workers W", int, "processes (default: one per CPU, at most 16)")
+    stage.takes("--subset N", int, "only N images, classes in proportion (default: all)")
+    stage.takes(
+        "--label-noise R",
+        float,
+        "change this share of the labels to another class, for robustness experiments (default: 0)",
         default=0.0,
-        metavar="R",
-        help=(
-            "change this share of the labels to another class, for robustness experiments"
-            " (default: 0)"
-        ),
     )
-    stage.add_argument(
-        "--relabel",
-        type=Path,
+    stage.takes(
+        "--relabel FILE.csv",
+        Path,
+        "take other labels from this file (again for more, in their order), the decisions of a"
+        " review (`tdds suspects`): columns index, label, new_label; the manifest says so",
         action="append",
-        metavar="FILE.csv",
-        help=(
-            "take other labels from this file (again for more, in their order), the decisions of a"
-            " review (`tdds suspects`): columns index, label, new_label; the manifest says so"
-        ),
     )
-    stage.add_argument(
+    stage.choice(
         "--threshold-samples",
+        (1, 2),
+        "put 1 in C + 1 images into a class of their own, by which `tdds suspects` tells how low"
+        " margins of wrong labels are; PART 1 and 2 draw different ones, give it for both splits",
         type=int,
-        choices=(1, 2),
         metavar="PART",
-        help=(
-            "put 1 in C + 1 images into a class of their own, by which `tdds suspects` tells how"
-            " low margins of wrong labels are; PART 1 and 2 draw different ones, give it for both"
-            " splits"
-        ),
     )
-    stage.add_argument(
-        "--corrupt",
-        type=float,
+    stage.takes(
+        "--corrupt R",
+        float,
+        "corrupt this share of the images, in equal parts by noise, occlusion, low resolution, fog"
+        " and motion blur (default: 0)",
         default=0.0,
-        metavar="R",
-        help=(
-            "corrupt this share of the images, in equal parts by noise, occlusion, low resolution,"
-            " fog and motion blur (default: 0)"
-        ),
     )
-    stage.add_argument(
-        "--seed",
-        type=int,
+    stage.takes(
+        "--seed S",
+        int,
+        "of --holdout, --label-noise, --corrupt and --threshold-samples only; the same for both"
+        " parts of the last (default: 0)",
         default=0,
-        metavar="S",
-        help=(
-            "of --holdout, --label-noise, --corrupt and --threshold-samples only; the same for both"
-            " parts of the last (default: 0)"
-        ),
     )
-    stage.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    stage.flag("--overwrite", "replace an existing file")
     stage.set_defaults(run=commands.write)
 
 
@@ -383,32 +346,23 @@ def _add_check(parsers: Parsers) -> None:
             " wrong."
         ),
     )
-    stage.add_argument(
-        "beton", metavar="FILE.beton", type=Path, help="its manifest is looked for beside it"
-    )
-    stage.add_argument("--quick", action="store_true", help="only 256 images, evenly spaced")
-    stage.add_argument(
-        "--num-workers", type=int, metavar="W", help="decoding threads (default: one per CPU)"
-    )
+    stage.takes("beton FILE.beton", Path, "its manifest is looked for beside it")
+    stage.flag("--quick", "only 256 images, evenly spaced")
+    stage.takes("--num-workers W", int, "decoding threads (default: one per CPU)")
     for field, usual in (("image", "the only one"), ("label", "the only int field, or label")):
-        stage.add_argument(
-            f"--{field}-field",
+        stage.takes(
+            f"--{field}-field NAME",
+            str,
+            f"which field holds the {field}s, in a file with several (default: {usual})",
             default="",
-            metavar="NAME",
-            help=f"which field holds the {field}s, in a file with several (default: {usual})",
         )
     stage.set_defaults(run=commands.check)
 
 
-def _add_config(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument(
-        "config", metavar="CONFIG.yaml", type=Path, help="one of configs/, or your own"
-    )
-    stage.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="change a key of the config, e.g. train.lr=0.05",
+def _add_config(stage: Parser) -> None:
+    stage.takes("config CONFIG.yaml", Path, "one of configs/, or your own")
+    stage.takes(
+        "overrides key=value", str, "change a key of the config, e.g. train.lr=0.05", nargs="*"
     )
 
 
@@ -440,41 +394,30 @@ def _add_plan(parsers: Parsers) -> None:
             " and count what they send, hold and compute for scores"
         ),
     )
-    stage.add_argument(
-        "--gpu-memory",
-        metavar="SIZE",
-        help="of one GPU, e.g. 80GB or 79.6GiB (default: that of a visible GPU, if any)",
+    stage.takes(
+        "--gpu-memory SIZE",
+        str,
+        "of one GPU, e.g. 80GB or 79.6GiB (default: that of a visible GPU, if any)",
     )
-    stage.add_argument(
-        "--disk",
-        metavar="SIZE",
-        help="room for the run directory, e.g. 500GB (default: what is free there)",
+    stage.takes(
+        "--disk SIZE", str, "room for the run directory, e.g. 500GB (default: what is free there)"
     )
-    stage.add_argument(
-        "--num-samples", type=int, metavar="N", help="training images (default: as in data.train)"
-    )
-    stage.add_argument(
-        "--images-per-second", type=float, metavar="X", help="training speed of all ranks together"
-    )
-    stage.add_argument(
-        "--from",
-        type=Path,
-        metavar="RUN",
+    stage.takes("--num-samples N", int, "training images (default: as in data.train)")
+    stage.takes("--images-per-second X", float, "training speed of all ranks together")
+    stage.takes(
+        "--from RUN",
+        Path,
+        "take the speed from this run, scaled by ranks (default: the config's own, where there is"
+        " one)",
         dest="measured_in",
-        help=(
-            "take the speed from this run, scaled by ranks (default: the config's own, where there"
-            " is one)"
-        ),
     )
-    stage.add_argument(
+    stage.choice(
         "--strategies",
+        ("E", "P"),
+        "of the retrainings, which are those of the config's section pipeline (default: as there,"
+        " else E)",
         nargs="+",
-        choices=("E", "P"),
         metavar="E|P",
-        help=(
-            "of the retrainings, which are those of the config's section pipeline (default: as"
-            " there, else E)"
-        ),
     )
     stage.set_defaults(run=commands.plan)
 
@@ -490,19 +433,13 @@ def _add_doctor(parsers: Parsers) -> None:
             " code 2 when something fails. Without CONFIG: what needs none."
         ),
     )
-    stage.add_argument(
-        "config",
-        metavar="CONFIG.yaml",
+    stage.takes(
+        "config CONFIG.yaml",
+        Path,
+        "one of configs/, or your own: its files, run directory, network and batch as well",
         nargs="?",
-        type=Path,
-        help="one of configs/, or your own: its files, run directory, network and batch as well",
     )
-    stage.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="change a key of the config: train.lr=0.05",
-    )
+    stage.takes("overrides key=value", str, "change a key of the config: train.lr=0.05", nargs="*")
     stage.set_defaults(run=commands.doctor, more_checks=lambda options: [])
 
 
@@ -536,33 +473,23 @@ def _add_train(parsers: Parsers) -> None:
         ),
     )
     _add_config(stage)
-    stage.add_argument(
-        "--schedule-only",
-        action="store_true",
-        help="print epochs and images, against a full training, and do nothing",
+    stage.flag(
+        "--schedule-only", "print epochs and images, against a full training, and do nothing"
     )
-    stage.add_argument(
-        "--images-per-second",
-        type=float,
-        metavar="X",
-        help="print hours as well, at this speed of all ranks together",
+    stage.takes(
+        "--images-per-second X", float, "print hours as well, at this speed of all ranks together"
     )
     _add_fresh(stage)
     stage.set_defaults(run=commands.train)
 
 
-def _add_fresh(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument(
+def _add_fresh(stage: Parser) -> None:
+    stage.flag(
         "--fresh",
-        action="store_true",
-        help=(
-            "start over instead of going on from the last checkpoint; refused where there is a run"
-        ),
+        "start over instead of going on from the last checkpoint; refused where there is a run",
     )
-    stage.add_argument(
-        "--force",
-        action="store_true",
-        help="with --fresh: move the run that is there aside, into before-<time>/ in it",
+    stage.flag(
+        "--force", "with --fresh: move the run that is there aside, into before-<time>/ in it"
     )
 
 
@@ -580,71 +507,44 @@ def _add_score(parsers: Parsers) -> None:
             " moderate, by one pass over the images."
         ),
     )
-    stage.add_argument(
-        "source",
-        metavar="RUN|DIR|FILE.parquet",
-        type=Path,
-        help="a run directory, or what was recorded elsewhere",
+    stage.takes(
+        "source RUN|DIR|FILE.parquet", Path, "a run directory, or what was recorded elsewhere"
     )
-    stage.add_argument(
-        "overrides",
-        metavar="key=value",
+    stage.takes(
+        "overrides key=value",
+        str,
+        "option of --all and --score, e.g. el2n_epochs=20 never_learned=0 aum_of=probability"
+        " uncertainty_window=5",
         nargs="*",
-        help=(
-            "option of --all and --score, e.g. el2n_epochs=20 never_learned=0 aum_of=probability "
-            "uncertainty_window=5"
-        ),
     )
-    stage.add_argument("--all", action="store_true", help="every score that needs no final model")
-    stage.add_argument(
-        "--score",
+    stage.flag("--all", "every score that needs no final model")
+    stage.takes(
+        "--score KEY",
+        str,
+        "only this one (again for more): tdds, random, forgetting, el2n, aum, dyn_unc, dual, csl,"
+        " confidence, variability, correctness, learning_time, cld, s2l",
         action="append",
         default=[],
-        metavar="KEY",
-        help=(
-            "only this one (again for more): tdds, random, forgetting, el2n, aum, dyn_unc, dual,"
-            " csl, confidence, variability, correctness, learning_time, cld, s2l"
-        ),
     )
-    stage.add_argument(
-        "--final-pass",
-        action="store_true",
-        help="entropy and moderate, from the run's final weights",
+    stage.flag("--final-pass", "entropy and moderate, from the run's final weights")
+    stage.choice("--preset", ("official", "paper"), "default: the run's, else official")
+    stage.takes(
+        "--T", int, "trajectory length in epochs (default: the run's windows, else all epochs)"
     )
-    stage.add_argument(
-        "--preset", choices=("official", "paper"), help="default: the run's, else official"
-    )
-    stage.add_argument(
-        "--T",
-        type=int,
-        help="trajectory length in epochs (default: the run's windows, else all epochs)",
-    )
-    stage.add_argument("--K", type=int, help="window size (default: the run's windows, else 10)")
-    stage.add_argument(
-        "--beta",
-        type=float,
-        help="EMA decay, 0 averages the windows (default: the run's, else 0.9)",
-    )
-    stage.add_argument(
+    stage.takes("--K", int, "window size (default: the run's windows, else 10)")
+    stage.takes("--beta", float, "EMA decay, 0 averages the windows (default: the run's, else 0.9)")
+    stage.choice(
         "--delta",
-        choices=("kl", "kl_signed", "ce", "ce_absolute", "el2n"),
+        ("kl", "kl_signed", "ce", "ce_absolute", "el2n"),
+        "what varies in a window: the preset's loss difference, or an ablation (default: kl)",
         default="kl",
-        help="what varies in a window: the preset's loss difference, or an ablation (default: kl)",
     )
-    stage.add_argument(
-        "--beton",
-        type=Path,
-        metavar="FILE",
-        help="take labels from this file (dynamics folders have none)",
-    )
-    stage.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.npz|DIR",
-        help=(
-            "a directory with --all and --score, else a file (default: scores/ of the run, DIR, or"
-            " beside FILE)"
-        ),
+    stage.takes("--beton FILE", Path, "take labels from this file (dynamics folders have none)")
+    stage.takes(
+        "--out FILE.npz|DIR",
+        Path,
+        "a directory with --all and --score, else a file (default: scores/ of the run, DIR, or"
+        " beside FILE)",
     )
     stage.set_defaults(run=commands.score)
 
@@ -658,64 +558,45 @@ def _add_select(parsers: Parsers) -> None:
             " directory the config says which TDDS window serves which rate."
         ),
     )
-    stage.add_argument(
-        "source", metavar="RUN|SCORES.npz", type=Path, help="a run directory, or one score file"
-    )
-    stage.add_argument(
-        "--pruning-rate",
-        type=float,
+    stage.takes("source RUN|SCORES.npz", Path, "a run directory, or one score file")
+    stage.takes(
+        "--pruning-rate P",
+        float,
+        "fraction to remove, in [0, 1); of several, a coreset for each",
         nargs="+",
         required=True,
-        metavar="P",
-        help="fraction to remove, in [0, 1); of several, a coreset for each",
     )
-    stage.add_argument(
-        "--score",
+    stage.takes(
+        "--score KEY",
+        str,
+        "tdds, random, ccs (AUM in strata), or a name in scores/ (default: tdds)",
         default="tdds",
-        metavar="KEY",
-        help="tdds, random, ccs (AUM in strata), or a name in scores/ (default: tdds)",
     )
-    stage.add_argument(
+    stage.choice(
         "--sampler",
-        choices=SAMPLERS,
-        help=(
-            "top: the highest; ccs: from all strata alike, without the hardest; centre: the middle"
-            " of the ranking; beta: DUAL's weighted draw; s2l: from clusters of loss trajectories"
-            " alike; drop: the top of each class, of classes of low recall more (default: top; of"
-            " moderate: centre; of s2l: s2l)"
-        ),
+        SAMPLERS,
+        "top: the highest; ccs: from all strata alike, without the hardest; centre: the middle of"
+        " the ranking; beta: DUAL's weighted draw; s2l: from clusters of loss trajectories alike;"
+        " drop: the top of each class, of classes of low recall more (default: top; of moderate:"
+        " centre; of s2l: s2l)",
     )
     stage.add_argument(
         "--class-balanced",
         action=argparse.BooleanOptionalAction,
         help="keep the same share of every class (default: of cld yes, of other scores no)",
     )
-    stage.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of draws and ties (default: 0)"
+    stage.takes("--seed S", int, "of draws and ties (default: 0)", default=0)
+    stage.takes("--num-strata S", int, "of sampler ccs (default: 50)")
+    stage.takes(
+        "--hard-cutoff-rate R",
+        float,
+        "of samplers ccs and top: share of all images of highest score that is dropped as too hard"
+        " (default of ccs: 0.2 from P = 0.8, 0.3 from 0.9; of top: 0)",
     )
-    stage.add_argument("--num-strata", type=int, metavar="S", help="of sampler ccs (default: 50)")
-    stage.add_argument(
-        "--hard-cutoff-rate",
-        type=float,
-        metavar="R",
-        help=(
-            "of samplers ccs and top: share of all images of highest score that is dropped as too"
-            " hard (default of ccs: 0.2 from P = 0.8, 0.3 from 0.9; of top: 0)"
-        ),
-    )
-    stage.add_argument(
-        "--c-d", type=float, metavar="C", help="of sampler beta: its exponent (default: 4)"
-    )
-    stage.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.npz",
-        help="default: coresets/ of the run, or beside the scores",
-    )
-    stage.add_argument(
-        "--force",
-        action="store_true",
-        help="move another coreset that has the name aside, into before-<time>/ beside it",
+    stage.takes("--c-d C", float, "of sampler beta: its exponent (default: 4)")
+    stage.takes("--out FILE.npz", Path, "default: coresets/ of the run, or beside the scores")
+    stage.flag(
+        "--force", "move another coreset that has the name aside, into before-<time>/ beside it"
     )
     stage.set_defaults(run=commands.select)
 
@@ -730,25 +611,20 @@ def _add_suspects(parsers: Parsers) -> None:
             " pictures, where decisions are made and saved for `tdds write --relabel`."
         ),
     )
-    stage.add_argument(
-        "runs",
-        metavar="RUN",
-        type=Path,
+    stage.takes(
+        "runs RUN",
+        Path,
+        "a finished collection; of several on the same images, ranks are averaged",
         nargs="+",
-        help="a finished collection; of several on the same images, ranks are averaged",
     )
-    stage.add_argument(
+    stage.choice(
         "--score",
-        choices=SUSPICIONS,
+        SUSPICIONS,
+        f"what is suspicious when it is high (default: {DEFAULT_SUSPICION})",
         default=DEFAULT_SUSPICION,
-        help=f"what is suspicious when it is high (default: {DEFAULT_SUSPICION})",
     )
-    stage.add_argument(
-        "--num", type=int, default=200, metavar="N", help="images in the page (default: 200)"
-    )
-    stage.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: suspects/ of the first run"
-    )
+    stage.takes("--num N", int, "images in the page (default: 200)", default=200)
+    stage.takes("--out DIR", Path, "default: suspects/ of the first run")
     stage.set_defaults(run=commands.suspects)
 
 
@@ -762,22 +638,18 @@ def _add_retrain(parsers: Parsers) -> None:
         ),
     )
     _add_config(stage)
-    stage.add_argument(
-        "--coreset", type=Path, required=True, metavar="FILE.npz", help="that `tdds select` wrote"
-    )
-    stage.add_argument(
+    stage.takes("--coreset FILE.npz", Path, "that `tdds select` wrote", required=True)
+    stage.choice(
         "--strategy",
-        choices=("E", "P"),
+        ("E", "P"),
+        "E: as many epochs as on the full data; P: as many images seen, epochs / (1 - p)",
         required=True,
-        help="E: as many epochs as on the full data; P: as many images seen, epochs / (1 - p)",
     )
-    stage.add_argument(
-        "--importance",
-        choices=("none", "batch", "sample"),
-        help="weight of the loss (default: the config's)",
+    stage.choice(
+        "--importance", ("none", "batch", "sample"), "weight of the loss (default: the config's)"
     )
-    stage.add_argument(
-        "--name", help="folder under retrain/ (default: coreset file, strategy, importance, seed)"
+    stage.takes(
+        "--name", str, "folder under retrain/ (default: coreset file, strategy, importance, seed)"
     )
     _add_fresh(stage)
     stage.set_defaults(run=commands.retrain)
@@ -792,18 +664,15 @@ def _add_compare(parsers: Parsers) -> None:
             " runs; what is kept of each class, and of images known to be mislabelled or corrupted."
         ),
     )
-    stage.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
-    stage.add_argument(
-        "--pruning-rates",
-        type=float,
+    stage.takes("runs RUN", Path, "run directories", nargs="+")
+    stage.takes(
+        "--pruning-rates P",
+        float,
+        "of the coresets that are compared (default: 0.3 0.5 0.7 0.8 0.9)",
         nargs="+",
-        metavar="P",
         default=[0.3, 0.5, 0.7, 0.8, 0.9],
-        help="of the coresets that are compared (default: 0.3 0.5 0.7 0.8 0.9)",
     )
-    stage.add_argument(
-        "--out", type=Path, metavar="FILE.csv", help="default: compare.csv of the first run"
-    )
+    stage.takes("--out FILE.csv", Path, "default: compare.csv of the first run")
     stage.set_defaults(run=commands.compare)
 
 
@@ -817,31 +686,19 @@ def _add_experiment(parsers: Parsers) -> None:
             " it was. Writes table.md, cells.csv."
         ),
     )
-    stage.add_argument(
-        "config",
-        metavar="EXPERIMENT.yaml",
-        type=Path,
-        help="one of configs/experiments/, or your own",
+    stage.takes("config EXPERIMENT.yaml", Path, "one of configs/experiments/, or your own")
+    stage.takes(
+        "overrides key=value", str, "change a key of the experiment, e.g. seeds=[0]", nargs="*"
     )
-    stage.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="change a key of the experiment, e.g. seeds=[0]",
-    )
-    stage.add_argument(
-        "--jobs",
-        type=int,
+    stage.takes(
+        "--jobs J",
+        int,
+        "runs at a time, each with its share of CPUs and GPUs (default: 1)",
         default=1,
-        metavar="J",
-        help="runs at a time, each with its share of CPUs and GPUs (default: 1)",
     )
-    stage.add_argument(
+    stage.flag(
         "--force",
-        action="store_true",
-        help=(
-            "move runs that are there and of other settings aside, into before-<time>/ beside them"
-        ),
+        "move runs that are there and of other settings aside, into before-<time>/ beside them",
     )
     stage.set_defaults(run=commands.experiment)
 
@@ -861,25 +718,23 @@ def _add_export(parsers: Parsers) -> None:
             " what was recorded, one row per sample and epoch: trajectory.parquet, croissant.json"
         ),
     )
-    stage.add_argument(
-        "source",
-        metavar="RUN|DIR|SCORES.npz|CORESET.npz",
-        type=Path,
-        help="what to write in another form (DIR: a trajectory)",
+    stage.takes(
+        "source RUN|DIR|SCORES.npz|CORESET.npz",
+        Path,
+        "what to write in another form (DIR: a trajectory)",
     )
-    stage.add_argument(
+    stage.choice(
         "--format",
+        ("parquet", "csv", "paths", "official", "torch-subset", "card", "trajectory"),
+        "what to write, see below",
         required=True,
-        choices=("parquet", "csv", "paths", "official", "torch-subset", "card", "trajectory"),
-        help="what to write, see below",
     )
-    stage.add_argument(
-        "--pruning-rates",
-        type=float,
+    stage.takes(
+        "--pruning-rates P",
+        float,
+        "of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)",
         nargs="+",
-        metavar="P",
         default=[],
-        help="of the keep flags (default: those of the run's config, else 0.3 0.5 0.7 0.8 0.9)",
     )
     stage.add_argument(
         "--no-ranks",
@@ -887,15 +742,8 @@ def _add_export(parsers: Parsers) -> None:
         action="store_false",
         help="leave ranks out of tables, a third smaller as Parquet: they follow from the scores",
     )
-    stage.add_argument(
-        "--beton",
-        type=Path,
-        metavar="FILE",
-        help="take paths and labels from the manifest of this file",
-    )
-    stage.add_argument(
-        "--out", type=Path, metavar="PATH", help="default: beside the source, or export/ of the run"
-    )
+    stage.takes("--beton FILE", Path, "take paths and labels from the manifest of this file")
+    stage.takes("--out PATH", Path, "default: beside the source, or export/ of the run")
     stage.set_defaults(run=commands.export)
 
 
@@ -908,38 +756,15 @@ def _add_import(parsers: Parsers) -> None:
             " data_mask_*.npy of the authors' code."
         ),
     )
-    stage.add_argument("source", metavar="FILE.csv|score_*.npy", type=Path, help="what to read")
-    stage.add_argument("--key", metavar="NAME", help="name of the score (default: from the file)")
-    stage.add_argument(
-        "--column",
-        metavar="NAME",
-        help="column of the CSV that holds it (default: the key, else score)",
+    stage.takes("source FILE.csv|score_*.npy", Path, "what to read")
+    stage.takes("--key NAME", str, "name of the score (default: from the file)")
+    stage.takes(
+        "--column NAME", str, "column of the CSV that holds it (default: the key, else score)"
     )
-    stage.add_argument(
-        "--data-mask",
-        type=Path,
-        metavar="FILE.npy",
-        help="default: data_mask_*.npy beside score_*.npy",
-    )
-    stage.add_argument(
-        "--beton",
-        type=Path,
-        metavar="FILE",
-        help="the dataset they belong to: labels, paths, checks",
-    )
-    stage.add_argument(
-        "--run",
-        type=Path,
-        metavar="RUN",
-        dest="run_directory",
-        help="a run of that dataset, to put them into",
-    )
-    stage.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.npz",
-        help="default: scores/ of the run, or beside the source",
-    )
+    stage.takes("--data-mask FILE.npy", Path, "default: data_mask_*.npy beside score_*.npy")
+    stage.takes("--beton FILE", Path, "the dataset they belong to: labels, paths, checks")
+    stage.takes("--run RUN", Path, "a run of that dataset, to put them into", dest="run_directory")
+    stage.takes("--out FILE.npz", Path, "default: scores/ of the run, or beside the source")
     stage.set_defaults(run=commands.import_)
 
 
@@ -953,10 +778,6 @@ def _add_report(parsers: Parsers) -> None:
             " images share a headline, with the seeds of a setting averaged. Prints the table."
         ),
     )
-    stage.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="+", help="run directories, or those of experiments"
-    )
-    stage.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="default: report.html in the first directory"
-    )
+    stage.takes("runs RUN", Path, "run directories, or those of experiments", nargs="+")
+    stage.takes("--out FILE.html", Path, "default: report.html in the first directory")
     stage.set_defaults(run=commands.report)

@@ -1,7 +1,6 @@
 """`tdds status` and `tdds logs`: what is told of run directories in every condition, and which log
 is shown."""
 
-import argparse
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tdds_dist.cli.parser import Parser
 from tdds_dist.errors import InputError
 from tdds_dist.launch.logs import choose_log, follow, print_tail
 from tdds_dist.launch.records import append_end, append_job
@@ -114,7 +114,7 @@ def shown(run: RunDir | Path) -> str:
 
 def command(*words: object) -> int | None:
     """The subcommand as the command line runs it."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     stages = parser.add_subparsers(dest="stage", required=True)
     add_status(stages)
     add_logs(stages)
