@@ -12,10 +12,12 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tdds_dist.runs.directory import read_objects
 
 JOBS_FILE = "jobs.jsonl"
 # in the run directory: one line, the log folder, where that is not jobs/
@@ -40,6 +42,10 @@ class JobRecord:
     host: str = ""  # that submitted it: process ids mean something there only
     log_dir: Path = field(default=Path(), compare=False)  # where it was read from; not in the file
 
+    def as_data(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        return {key: value for key, value in asdict(self).items() if key != "log_dir"}
+
 
 @dataclass(frozen=True)
 class EndRecord:
@@ -58,6 +64,9 @@ class EndRecord:
 
 _ID = re.compile(r"[\w.+-]+")  # they become arguments of commands, and parts of names
 _Record = TypeVar("_Record", JobRecord, EndRecord)
+# of values that are no text
+_KINDS: dict[str, Any] = {"after": list, "time": (int, float)}
+_KINDS |= dict.fromkeys(("num_ranks", "rank", "restart"), int)
 
 
 # ---- files
@@ -96,18 +105,14 @@ def jobs_of(directory: Path) -> tuple[Path | None, list[JobRecord], list[JobReco
     return None, [], []
 
 
-def append_job(log_dir: Path, record: JobRecord | Mapping[str, Any]) -> None:
+def append_job(log_dir: Path, job: JobRecord) -> None:
     """Add a job to the list; the host is filled in. OSError when that cannot be written."""
-    job = record if isinstance(record, JobRecord) else JobRecord(**record)
-    job = replace(job, host=job.host or socket.gethostname())
-    append_line(
-        log_dir / JOBS_FILE, {key: value for key, value in asdict(job).items() if key != "log_dir"}
-    )
+    append_line(log_dir / JOBS_FILE, replace(job, host=job.host or socket.gethostname()).as_data())
 
 
 def read_jobs(log_dir: Path) -> list[JobRecord]:
     """Read every job in the order of submission; lines that are damaged are left out."""
-    found = [_record(JobRecord, content) for content in read_lines(log_dir / JOBS_FILE)]
+    found = [_record(JobRecord, content) for content in read_objects(log_dir / JOBS_FILE)]
     return [
         replace(job, after=tuple(map(str, job.after)), log_dir=log_dir)
         for job in found
@@ -120,16 +125,15 @@ def latest_submission(jobs: list[JobRecord]) -> list[JobRecord]:
     return [job for job in jobs if job.submission == jobs[-1].submission] if jobs else []
 
 
-def append_end(log_dir: Path, job_id: str, record: EndRecord | Mapping[str, Any]) -> None:
+def append_end(log_dir: Path, job_id: str, end: EndRecord) -> None:
     """Record how a rank of a job ended. OSError when that cannot be written."""
-    end = record if isinstance(record, EndRecord) else EndRecord(**record)
     append_line(log_dir / f"{job_id}_{end.rank}_end.jsonl", asdict(end))
 
 
 def read_ends(log_dir: Path, job_id: str) -> list[EndRecord]:
     """Read how the ranks of a job ended, earliest first; lines that are damaged are left out."""
     files = files_of_ranks(log_dir, job_id, r"end\.jsonl")
-    ends = (_record(EndRecord, content) for _, file in files for content in read_lines(file))
+    ends = (_record(EndRecord, content) for _, file in files for content in read_objects(file))
     return sorted((end for end in ends if end), key=lambda end: end.time)
 
 
@@ -176,40 +180,13 @@ def _ends_whole(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file, without what is damaged."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
-
-
 def _record(kind: type[_Record], content: dict[str, Any]) -> _Record | None:
     """Make a record from JSON; unknown keys are left out, a value of another type makes it
     damaged."""
-    known: dict[str, Any] = {}
-    for key in fields(kind):
-        if key.name in content and key.name != "log_dir":
-            value = content[key.name]
-            wanted = {
-                "after": list,
-                "time": (int, float),
-                "num_ranks": int,
-                "rank": int,
-                "restart": int,
-            }.get(key.name, str)
-            if not isinstance(value, wanted):  # type: ignore[arg-type]
-                return None
-            known[key.name] = value
+    names = {field.name for field in fields(kind)} - {"log_dir"}
+    known: dict[str, Any] = {name: content[name] for name in names & content.keys()}
+    if not all(isinstance(value, _KINDS.get(name, str)) for name, value in known.items()):
+        return None
     try:
         return kind(**known)
     except TypeError:  # without its id or kind

@@ -19,10 +19,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tdds_dist.runs.directory import RunDir, complete_steps
+from tdds_dist.runs.directory import RunDir, complete_steps, read_objects
 
 from .job_states import outcome_of
-from .records import append_end, append_line, first_cause, read_ends, read_jobs, read_lines
+from .records import EndRecord, append_end, append_line, first_cause, read_ends, read_jobs
 from .scheduler import REQUEUE
 
 _NOT_DONE = 1
@@ -92,7 +92,7 @@ def _again(
     file = log_dir / f"{job_id}_failures.jsonl"
     append_line(file, {"time": time.time(), "restart": restart, "progress": progress, "what": what})
     in_a_row = 0
-    for record in reversed(read_lines(file)):
+    for record in reversed(read_objects(file)):
         if record.get("progress") != progress:
             break
         in_a_row += 1
@@ -102,11 +102,8 @@ def _again(
             f"(requeue_failures={requeue_failures}); submit again to go on"
         )
         _tell(job_id, message)
-        append_end(
-            log_dir,
-            job_id,
-            {"time": time.time(), "restart": restart, "kind": "lost", "message": message},
-        )
+        end = EndRecord("lost", time=time.time(), restart=restart, message=message)
+        append_end(log_dir, job_id, end)
         return code
     _tell(job_id, f"queued again: {what}")
     return REQUEUE

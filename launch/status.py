@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tdds_dist.errors import InputError
+from tdds_dist.runs.directory import read_objects
 from tdds_dist.runs.status import RunStatus, find_runs, read_status
 from tdds_dist.text import command, duration, table
 
@@ -31,7 +32,6 @@ from .records import (
     jobs_of,
     latest_submission,
     read_ends,
-    read_lines,
 )
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _cause(job: JobRecord) -> EndRecord | None:
         return found
     after = [
         line
-        for line in read_lines(job.log_dir / f"{job.id}_failures.jsonl")
+        for line in read_objects(job.log_dir / f"{job.id}_failures.jsonl")
         if isinstance(line.get("what"), str)
     ]
     return EndRecord("lost", -1, message=" ".join(after[-1]["what"].split())) if after else None
@@ -208,19 +208,16 @@ def _status(options: argparse.Namespace) -> None:
 
 def as_data(status: Status) -> dict[str, Any]:
     """Return what `--json` prints."""
-    rows = []
-    for row in status.rows:
-        job = {key: value for key, value in asdict(row.job).items() if key != "log_dir"}
-        cause = row.cause and asdict(row.cause)
-        rows.append(
-            {
-                **job,
-                "state": asdict(row.state),
-                "text": row.text,
-                "because_of": row.blamed and row.blamed.id,
-                "cause": cause,
-            }
-        )
+    rows = [
+        row.job.as_data()
+        | {
+            "state": asdict(row.state),
+            "text": row.text,
+            "because_of": row.blamed and row.blamed.id,
+            "cause": row.cause and asdict(row.cause),
+        }
+        for row in status.rows
+    ]
     data = {
         "directory": str(status.directory),
         "runs": [asdict(run) for run in status.runs],

@@ -21,9 +21,9 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .records import append_end
+from .records import EndRecord, append_end
 from .rendezvous import interface_to, is_free, rendezvous_port
 
 if TYPE_CHECKING:
@@ -77,16 +77,12 @@ class StageTask:
             except SystemExit as leaving:
                 if leaving.code != _BAD_INPUT:
                     raise  # submitit's handler, which has queued the job again
-                # argparse
-                code, message = (
-                    _BAD_INPUT,
-                    f"tdds {command[0]}: error: bad arguments {command[1:]}; see the log",
-                )
+                code = _BAD_INPUT  # argparse
+                message = f"tdds {command[0]}: error: bad arguments {command[1:]}; see the log"
             except Exception as error:
                 traceback.print_exc()
-                self._leave(
-                    _FAILED, "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
-                )
+                message = f"{type(error).__name__}: {error}"
+                self._leave(_FAILED, "failed", message, traceback.format_exc())
             if message:
                 print(message, file=sys.stderr, flush=True)
             if code == EXIT_RESUME:
@@ -94,12 +90,8 @@ class StageTask:
             if code:
                 # An earlier start that still holds the run, on a node that is cut off and not dead,
                 # will end at some time.
-                kind = (
-                    "lost"
-                    if IN_USE in message
-                    else {_BAD_INPUT: "refused", _LOST: "lost"}.get(code, "failed")
-                )
-                self._leave(code, kind, message)
+                kind = {_BAD_INPUT: "refused", _LOST: "lost"}.get(code, "failed")
+                self._leave(code, "lost" if IN_USE in message else kind, message)
         # After the result is written: no interpreter teardown, for the reason that stands in
         # `tdds_dist.cli.main.run`.
         atexit.register(_exit, 0)
@@ -213,17 +205,10 @@ class StageTask:
 
     def _leave(self, code: int, kind: str, message: str, trace: str = "") -> NoReturn:
         if message:
-            record: dict[str, Any] = {
-                "time": time.time(),
-                "restart": self.restart,
-                "rank": self.rank,
-                "host": socket.gethostname(),
-                "kind": kind,
-                "message": message,
-                "traceback": trace,
-            }
+            host = socket.gethostname()
+            end = EndRecord(kind, self.rank, time.time(), self.restart, host, message, trace)
             try:
-                append_end(Path(self.log_dir), self.job_id, record)
+                append_end(Path(self.log_dir), self.job_id, end)
             except OSError as error:
                 print(f"cannot write to {self.log_dir} ({error})", file=sys.stderr)
         _exit(code)

@@ -4,7 +4,6 @@ Owns the reading, not the formats of what it reads. A damaged or foreign file be
 `Facts.problems` instead of an exception: reports are also made of unfinished runs.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tdds_dist.runs.artifacts import (
     load_scores,
     require_same_dataset,
 )
-from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.directory import RunDir, read_objects
 
 FULL_DATA = "full data"
 _SETTING_KEYS = (
@@ -200,11 +199,8 @@ def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
     ambiguous = {setting[0] for setting, scores in competing.items() if len(scores) > 1}
 
     def name(key: str) -> str:
-        return (
-            family(key)
-            if is_plain(key.removesuffix("_balanced")) and family(key) not in ambiguous
-            else key
-        )
+        told = is_plain(key.removesuffix("_balanced")) and family(key) not in ambiguous
+        return family(key) if told else key
 
     return {key: name(key) for key in [*keys, *(sub.score for sub in retrained)]}
 
@@ -274,12 +270,8 @@ def _read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """Read one record per epoch. A line that a kill cut short is left out; of a repeated epoch the
     last record counts."""
     by_epoch: dict[int, dict[str, Any]] = {}
-    for line in run.metrics_file.read_bytes().splitlines() if run.metrics_file.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+    for record in read_objects(run.metrics_file):
+        if isinstance(record.get("epoch"), int):
             by_epoch[record["epoch"]] = record
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 

@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -278,6 +279,28 @@ def copy_run(source: RunDir, target: RunDir, config: dict[str, Any]) -> None:
             f"cannot copy {source.path} to {target.path} ({error}); make room, or leave collections"
             " out"
         ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty when it is missing, cut off or something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file, one per line, without what is damaged."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [content for content in found if isinstance(content, dict)]
 
 
 def complete_steps(directory: Path) -> dict[int, Path]:

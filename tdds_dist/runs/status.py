@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from tdds_dist.errors import InputError
-from tdds_dist.runs.directory import RunDir, complete_steps
+from tdds_dist.runs.directory import RunDir, complete_steps, read_object
 from tdds_dist.runs.lock import holder_of
 from tdds_dist.text import duration
 
@@ -175,7 +175,9 @@ def _has_jobs(directory: Path) -> bool:
 def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
     """Read what the files of a run directory say now; damaged ones raise nothing."""
     run, now = RunDir(directory), time.time()
-    pulse, env, result = (_json(file) for file in (run.status_file, run.env_file, run.result_file))
+    pulse, env, result = (
+        read_object(file) for file in (run.status_file, run.env_file, run.result_file)
+    )
     retrainings = (
         tuple(
             read_status(path.parent, with_retrainings=False)
@@ -274,7 +276,7 @@ def _last_checkpoint(folder: Path, now: float) -> LastCheckpoint | None:
         return None
     file = steps[max(steps)] / "checkpoint.json"
     try:
-        record = _json(file).get("record")
+        record = read_object(file).get("record")
         epoch = _whole(record, "epoch") if isinstance(record, dict) else None
         return LastCheckpoint(max(steps), epoch, max(0.0, now - file.stat().st_mtime))
     except OSError:  # removed meanwhile
@@ -282,7 +284,7 @@ def _last_checkpoint(folder: Path, now: float) -> LastCheckpoint | None:
 
 
 def _planned_epochs(run: RunDir) -> int | None:
-    if _json(run.env_file).get("stage") == "retrain":
+    if read_object(run.env_file).get("stage") == "retrain":
         return None  # strategy and coreset decide it
     try:
         config = yaml.safe_load(run.config_file.read_text())
@@ -324,15 +326,6 @@ def _num_lines(path: Path) -> int:
         return path.read_bytes().count(b"\n")
     except OSError:
         return 0
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a file; empty when it is missing, cut off or something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _text(record: dict[str, Any], key: str) -> str:

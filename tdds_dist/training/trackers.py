@@ -19,7 +19,7 @@ from typing import Any
 from tdds_dist.config.run import Config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import write_atomically
-from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.directory import RunDir, read_object
 
 PROJECT = "tdds"  # of W&B, and experiment of MLflow, where their own variables name no other
 CLOSING_SECONDS = 30.0  # that the end of a training waits for a tracker
@@ -135,7 +135,7 @@ class WandB:
         import wandb
 
         if self._run is None:
-            known = _known(self._directory)
+            known = read_object(self._directory.trackers_file)
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=self._config.run.name,
@@ -167,7 +167,7 @@ class MLflow:
 
         if self._client is None:
             client = mlflow.MlflowClient()
-            known = _known(self._directory)
+            known = read_object(self._directory.trackers_file)
             if "mlflow" not in known:
                 name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
                 there = client.get_experiment_by_name(name)
@@ -195,13 +195,6 @@ class MLflow:
             self._client.set_terminated(self._id)
 
 
-def _known(run: RunDir) -> dict[str, str]:
-    """Return the ids that trackers gave an earlier start of the run, by their names."""
-    try:
-        return dict(json.loads(run.trackers_file.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def _remember(run: RunDir, ids: dict[str, str]) -> None:
+    """Keep the ids that trackers gave this run, by their names, for a later start."""
     write_atomically(run.trackers_file, lambda file: file.write(json.dumps(ids).encode()))

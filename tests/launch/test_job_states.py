@@ -102,7 +102,7 @@ def test_jobs_come_back_as_they_were_appended(tmp_path):
         "num_ranks": 2,
         "directory": "/runs/x",
     }
-    append_job(tmp_path / "jobs", first)
+    append_job(tmp_path / "jobs", JobRecord(**first))
     append_job(tmp_path / "jobs", JobRecord(id="124", submission="later"))
     found = read_jobs(tmp_path / "jobs")
     assert found[0] == JobRecord(**first | {"after": ("122",), "host": found[0].host})
@@ -115,13 +115,13 @@ def test_jobs_come_back_as_they_were_appended(tmp_path):
 
 
 def test_damaged_lines_are_left_out_and_do_not_take_the_next_one_along(tmp_path):
-    append_job(tmp_path, {"id": "1"})
+    append_job(tmp_path, JobRecord("1"))
     with (tmp_path / "jobs.jsonl").open("a") as file:
         file.write(
             '[]\nnull\n{"time": 3}\n{"id": 7}\n{"id": ""}\n{"id": "1,\\u0000"}\n{"id": "8",'
             ' "after": "7"}\n{"id": "9", "new": 1}\n{"id": "10", "ti'
         )
-    append_job(tmp_path, {"id": "2"})
+    append_job(tmp_path, JobRecord("2"))
     assert [job.id for job in read_jobs(tmp_path)] == ["1", "9", "2"]
     assert read_jobs(tmp_path / "none") == []
     assert latest_submission([]) == []
@@ -129,7 +129,7 @@ def test_damaged_lines_are_left_out_and_do_not_take_the_next_one_along(tmp_path)
 
 def _append_many(log_dir, writer):
     for number in range(100):
-        append_job(log_dir, {"id": f"{writer}_{number}", "title": "x" * 2000})
+        append_job(log_dir, JobRecord(f"{writer}_{number}", title="x" * 2000))
 
 
 def test_writers_at_the_same_time_do_not_mix(tmp_path):
@@ -143,19 +143,7 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path):
 
 
 def test_ends_of_all_ranks_of_one_job_only(tmp_path):
-    append_end(
-        tmp_path,
-        "12",
-        {
-            "time": 3.0,
-            "restart": 1,
-            "rank": 10,
-            "host": "n2",
-            "kind": "lost",
-            "message": "m",
-            "traceback": "",
-        },
-    )
+    append_end(tmp_path, "12", EndRecord("lost", 10, time=3.0, restart=1, host="n2", message="m"))
     append_end(tmp_path, "12", end("failed", time=2.0, rank=5))
     append_end(tmp_path, "12_3", end("refused", time=1.0))
     (tmp_path / "12_6_end.jsonl").write_text('{"kind": "fai')
@@ -222,9 +210,9 @@ def test_log_folder_is_where_the_pointer_says(tmp_path):
 def test_jobs_of_a_retraining_are_found_with_its_run(tmp_path):
     retraining = tmp_path / "exp" / "seed0" / "retrain" / "a"
     retraining.mkdir(parents=True)
-    append_job(tmp_path / "exp" / "jobs", {"id": "1", "directory": str(tmp_path / "exp" / "seed0")})
-    append_job(tmp_path / "exp" / "jobs", {"id": "2", "directory": str(retraining)})
-    append_job(tmp_path / "exp" / "jobs", {"id": "3", "directory": ""})
+    append_job(tmp_path / "exp" / "jobs", JobRecord("1", directory=str(tmp_path / "exp" / "seed0")))
+    append_job(tmp_path / "exp" / "jobs", JobRecord("2", directory=str(retraining)))
+    append_job(tmp_path / "exp" / "jobs", JobRecord("3", directory=""))
     assert [job.id for job in jobs_of(tmp_path / "exp")[1]] == ["1", "2", "3"]
     assert [job.id for job in jobs_of(tmp_path / "exp" / "seed0")[1]] == ["1", "2"]
     log_dir, own, listed = jobs_of(retraining)

@@ -21,7 +21,13 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError, cloudpic
 
 from tdds_dist.launch import rendezvous, requeue, task
 from tdds_dist.launch.cluster import Cluster
-from tdds_dist.launch.records import append_end, append_job, read_ends
+from tdds_dist.launch.records import (
+    EndRecord,
+    JobRecord,
+    append_end,
+    append_job,
+    read_ends,
+)
 from tdds_dist.launch.scheduler import REQUEUE, sbatch_text
 from tdds_dist.launch.task import StageTask
 from tdds_dist.runs.lock import IN_USE
@@ -57,19 +63,8 @@ def environment(monkeypatch):
 
 
 def end(folder, kind, *, rank=0, restart=0, job="12", **fields):
-    append_end(
-        folder,
-        job,
-        {
-            "kind": kind,
-            "rank": rank,
-            "restart": restart,
-            "time": time.time(),
-            "host": f"node{rank}",
-            "message": f"{kind} it said",
-            **fields,
-        },
-    )
+    told = {"host": f"node{rank}", "message": f"{kind} it said"} | fields
+    append_end(folder, job, EndRecord(kind, rank, time.time(), restart, **told))
 
 
 def done(folder, *ranks, job="12", outcome="success"):
@@ -230,7 +225,7 @@ def listed(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     for job_id, directory in (("11", tmp_path / "other"), ("12", run)):
-        append_job(tmp_path, {"id": job_id, "stage": "collect", "directory": str(directory)})
+        append_job(tmp_path, JobRecord(job_id, stage="collect", directory=str(directory)))
     return run
 
 

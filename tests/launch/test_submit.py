@@ -35,7 +35,14 @@ from tdds_dist.config.run import load_config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.launch import submit as submit_module
 from tdds_dist.launch.cluster import Cluster, load_cluster
-from tdds_dist.launch.records import append_end, log_dir_of, log_files, read_ends, read_jobs
+from tdds_dist.launch.records import (
+    EndRecord,
+    append_end,
+    log_dir_of,
+    log_files,
+    read_ends,
+    read_jobs,
+)
 from tdds_dist.launch.task import StageTask
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, load_coreset, load_scores, save_coreset
 from tdds_dist.runs.directory import RunDir
@@ -753,8 +760,8 @@ def test_wait_leaves_with_the_outcome_and_names_the_rank_that_failed(
         )
         for rank, kind in enumerate(kinds):
             if kind:
-                end = {"kind": kind, "rank": rank, "time": time.time(), "host": f"node{rank}"}
-                end["message"] = f"{kind} it said"
+                told = {"host": f"node{rank}", "message": f"{kind} it said"}
+                end = EndRecord(kind, rank, time.time(), **told)
                 append_end(tmp_path / "run" / "jobs", "4242", end)
 
     slurm.queue("4242 RUNNING\n4243 PENDING\n4244_[0-1] PENDING\n4245 PENDING")

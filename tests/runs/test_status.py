@@ -18,7 +18,7 @@ import pytest
 from tdds_dist.cli.parser import Parser
 from tdds_dist.errors import InputError
 from tdds_dist.launch.logs import choose_log, follow, print_tail
-from tdds_dist.launch.records import append_end, append_job
+from tdds_dist.launch.records import EndRecord, JobRecord, append_end, append_job
 from tdds_dist.launch.status import add_logs, add_status, as_data, as_lines, gather
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.lock import RunLock
@@ -95,7 +95,7 @@ def put_job(run: RunDir, job_id: str, **values: Any) -> Path:
     log_dir = run.path / "jobs"
     job = {"id": job_id, "time": time.time(), "submission": "20261121-150102", "num_ranks": 2}
     job |= {"executor": "slurm", "stage": "collect", "name": "collect-tiny"}
-    append_job(log_dir, job | {"directory": str(run.path)} | values)
+    append_job(log_dir, JobRecord(**job | {"directory": str(run.path)} | values))
     return log_dir
 
 
@@ -382,7 +382,7 @@ def fail_on_rank_5(run: RunDir) -> Path:
         put_log(log_dir, "12", rank, f"this is rank {rank}\n")
         end = {"rank": rank, "time": 100.0 - rank, "host": "n2", "traceback": "Traceback"}
         end |= {"message": "ZeroDivisionError: division by zero"}
-        append_end(log_dir, "12", end | {"kind": "failed" if rank == 5 else "lost"})
+        append_end(log_dir, "12", EndRecord(**end, kind="failed" if rank == 5 else "lost"))
     return log_dir
 
 
@@ -415,7 +415,7 @@ def test_a_failed_job_its_cause_and_its_dependants(run, slurm):
 
 def test_a_refused_job_wants_its_input_corrected(run, slurm):
     log_dir = put_job(run, "12")
-    append_end(log_dir, "12", {"kind": "refused", "message": "tdds collect: error: x"})
+    append_end(log_dir, "12", EndRecord("refused", message="tdds collect: error: x"))
     slurm("", sacct_line("12", "FAILED", "2:0"))
     assert "refused its input (exit code 2)" in shown(run)
     again = "correct what was refused and submit again; what is done is skipped"
@@ -467,7 +467,7 @@ def test_status_without_a_scheduler_and_of_jobs_that_lie_elsewhere(run, tmp_path
     put_job(run, "12")
     assert "training" in shown(run)
     assert "unknown (squeue is not here; sacct is not here)" in shown(run)
-    append_job(tmp_path / "elsewhere", {"id": "77", "name": "there"})
+    append_job(tmp_path / "elsewhere", JobRecord("77", name="there"))
     (run.path / "jobs.path").write_text(f"{tmp_path}/elsewhere\n")
     assert f"(logs in {tmp_path}/elsewhere):" in shown(run)
     assert " 77 " in shown(run)
