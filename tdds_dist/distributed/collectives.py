@@ -6,6 +6,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -145,17 +146,10 @@ def as_shard(local: Tensor, num_samples: int, world: World, dim: int = 0) -> Ten
     """
     if not dist.is_initialized():
         return local
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
-    everyone = dist.group.WORLD
-    assert everyone is not None
-    mesh = DeviceMesh.from_group(everyone, world.device.type)
     shape = torch.Size([*local.shape[:dim], num_samples, *local.shape[dim + 1 :]])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
-    )
+    return _as_dtensor(local, torch.empty(shape, device="meta"), [Shard(dim)])
 
 
 def own_rows(table: Tensor) -> Tensor:
@@ -170,35 +164,37 @@ def copy_to_host(tensor: Tensor, host: Tensor) -> Tensor:
     """
     local = own_rows(tensor)
     host.copy_(local, non_blocking=True)
-    if local is tensor:
-        return host
+    return host if local is tensor else _as_dtensor(host, tensor, tensor.placements)  # type: ignore[attr-defined]
+
+
+def _as_dtensor(local: Tensor, whole: Tensor, placements: Any) -> Tensor:
+    """Present this rank's part as a DTensor over all ranks, of the shape of `whole`."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
     everyone = dist.group.WORLD
     assert everyone is not None
-    mesh = DeviceMesh.from_group(everyone, "cpu")
-    assert isinstance(tensor, DTensor)
+    mesh = DeviceMesh.from_group(everyone, local.device.type)
     return DTensor.from_local(
-        host, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
 
 
+@dataclass(frozen=True, eq=False)
 class Exchange:
     """Rows under way between ranks, started by `exchange_rows`; `wait` gives what this rank
     received."""
 
-    def __init__(self, received_RX: Tensor, work: dist.Work | None, sent_BX: Tensor):
-        self._received_RX = received_RX
-        self._work = work
-        self._sent_BX = sent_BX  # must outlive the transfer
+    received_RX: Tensor
+    work: dist.Work | None
+    sent_BX: Tensor  # must outlive the transfer
 
     def wait(self) -> Tensor:
         """Return the received rows [R, X], ordered by sending rank. On CUDA this orders streams and
         does not block the host."""
-        if self._work is not None:
-            self._work.wait()
-        return self._received_RX
+        if self.work is not None:
+            self.work.wait()
+        return self.received_RX
 
 
 def exchange_rows(rows_BX: Tensor, sends: list[int], receives: list[int]) -> Exchange:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,15 +231,9 @@ def _join(
     Raises:
         InputError: the ranks cannot meet, or two have one GPU.
     """
+    join = partial(dist.init_process_group, backend, timeout=timeout, device_id=device)
     if "RANK" not in os.environ:
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-            device_id=device,
-        )
+        join(store=dist.HashStore(), rank=0, world_size=1)
         return [place]
     has_met = False
     try:
@@ -261,14 +256,7 @@ def _join(
                 time.sleep(_HOST_STAYS_SECONDS)  # with plain env:// the store ends with it
             raise
         has_met = True
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-            device_id=device,
-        )
+        join(store=store, rank=rank, world_size=world_size)
         return places
     except InputError:
         raise

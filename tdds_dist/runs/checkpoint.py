@@ -102,13 +102,8 @@ class Checkpoints:
             )
         self.directory = Path(directory)
         self.num_failed = 0
-        world = world or distributed.current_world()
-        self._world, self._keep, self._asynchronous, self._stop_on_error = (
-            world,
-            keep,
-            asynchronous,
-            stop_on_error,
-        )
+        self._world = world or distributed.current_world()
+        self._keep, self._asynchronous, self._stop_on_error = keep, asynchronous, stop_on_error
         self._guard, self._on_complete, self._about = guard, on_complete, dict(about or {})
         self._group = collectives.control_group(timeout_seconds)
         self._thread: host_memory.DeviceThread | None = None
@@ -300,18 +295,11 @@ class Checkpoints:
     ) -> None:
         """Turn a written folder into a checkpoint, by one rename: other programs see either all of
         it or nothing."""
-        content = json.loads(
-            json.dumps(
-                # as it is read
-                {
-                    "format": FORMAT,
-                    "step": step,
-                    "record": record,
-                    "about": self._about,
-                    "files": files,
-                }
-            )
-        )
+        content = {"format": FORMAT, "step": step, "record": record} | {
+            "about": self._about,
+            "files": files,
+        }
+        content = json.loads(json.dumps(content))  # as it is read
         text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
         write_atomically(folder / _RECORD, lambda file: file.write(text.encode()))
         target = self.directory / _name(step)
@@ -399,16 +387,12 @@ class Checkpoints:
                 return None, f"{_RECORD} is damaged"
             if odd := [name for name in content["files"] if Path(name).name != name]:
                 return None, f"it names {odd[0]!r}, which lies outside"
-            for number, (name, described) in enumerate(sorted(content["files"].items())):
-                if (
-                    number % self._world.world_size == self._world.rank
-                    and (found := _describe(path / name)) != described
-                ):
-                    if found["bytes"] != described["bytes"]:
-                        return (
-                            None,
-                            f"{name} has {found['bytes']} bytes instead of {described['bytes']}",
-                        )
+            mine = sorted(content["files"].items())[self._world.rank :: self._world.world_size]
+            for name, described in mine:
+                found, wanted = _describe(path / name), described["bytes"]
+                if found["bytes"] != wanted:
+                    return None, f"{name} has {found['bytes']} bytes instead of {wanted}"
+                if found != described:
                     return None, f"{name} is damaged (its SHA-256 is another)"
             if ".metadata" not in content["files"]:
                 return None, "it has no .metadata"
@@ -533,35 +517,27 @@ class _TensorsOnly(DefaultLoadPlanner):
         )
 
 
-class _Unpickler(pickle.Unpickler):
-    _OF_DCP = frozenset(
-        {
-            "Metadata",
-            "TensorStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        }
-    )
+_IN_METADATA = {  # names that `.metadata` may ask for, by module
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", *(name for name, it in vars(torch).items() if type(it) is torch.dtype)),
+    "pathlib": ("PosixPath",),
+    "collections": ("OrderedDict",),
+}
 
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        allowed = (
-            (module == "torch.distributed.checkpoint.metadata" and name in self._OF_DCP)
-            or (module == "torch.distributed.checkpoint.filesystem" and name == "_StorageInfo")
-            or (
-                module == "torch"
-                and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-            )
-            or (module, name)
-            in {
-                ("torch.serialization", "_get_layout"),
-                ("pathlib", "PosixPath"),
-                ("collections", "OrderedDict"),
-            }
-        )
-        if not allowed:
+        if name not in _IN_METADATA.get(module, ()):
             raise pickle.UnpicklingError(
                 f".metadata asks for {module}.{name}, which does not belong there"
             )

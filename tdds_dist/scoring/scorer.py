@@ -225,7 +225,7 @@ class ShardedScorer:
             )
         if len(subset) and not 0 <= subset.min() <= subset.max() < self.num_samples:
             raise ValueError(f"the subset holds indices outside [0, {self.num_samples})")
-        mask_M = np.zeros(self._end - self._first, dtype=bool)
+        mask_M = np.zeros(self._shard.num_rows, dtype=bool)
         mask_M[subset[(subset >= self._first) & (subset < self._end)] - self._first] = True
         return torch.from_numpy(mask_M).to(self.world.device)
 
@@ -378,7 +378,7 @@ class ShardedScorer:
             InputError: index or label out of range.
         """
         self._apply_pending()
-        rows = self._end - self._first
+        rows = self._shard.num_rows
         is_nonfinite_M = self._shard.nonfinite_M[:rows] > 0
         counts = collectives.sum_over_ranks(
             torch.stack(
@@ -434,7 +434,7 @@ class ShardedScorer:
         """
         self._send()
         self.check()
-        rows = self._end - self._first
+        rows = self._shard.num_rows
         visits_M = self._shard.visits_M[:rows]
         due_M = torch.ones_like(visits_M)
         if self._scheduled_M is not None:
@@ -482,7 +482,7 @@ class ShardedScorer:
         as zeros."""
         if not self._quarantines:
             return
-        rows = self._end - self._first
+        rows = self._shard.num_rows
         is_new_M = (self._shard.nonfinite_M[:rows] > 0) & (self._quarantined_M == _NOT_QUARANTINED)
         self._quarantined_M.masked_fill_(is_new_M, self.epoch)
         self._shard.scalars_MF[:rows].masked_fill_(
@@ -532,14 +532,12 @@ class ShardedScorer:
         """Return these scalars of each sample's last visit by global index, float32 [N, number of
         names] on the CPU, on every rank; between two epochs. A collective."""
         columns = [SCALARS.index(name) for name in names]
-        rows_MF = self._shard.scalars_MF[: self._end - self._first, columns]
-        return collectives.all_gather_shards(rows_MF, self.num_samples, self.world).cpu()
+        return self._gathered(self._shard.scalars_MF[: self._shard.num_rows, columns])
 
     def gather_so_far(self, window: Window) -> Tensor:
         """Return what a window has scored up to now by global index, float32 [N] on the CPU, on
         every rank: after t epochs, the score of the same K and beta with T = t. A collective."""
-        average_M = self._average_AM[self.windows.index(window)]
-        return collectives.all_gather_shards(average_M, self.num_samples, self.world).cpu()
+        return self._gathered(self._average_AM[self.windows.index(window)])
 
     @property
     def has_trajectory(self) -> bool:
@@ -564,12 +562,7 @@ class ShardedScorer:
             recorded = Trajectory(self._trajectory.directory, num_epochs)
             values_TM = recorded.read(scalar, num_epochs, range(self._first, self._end))
             found_MX = torch.from_numpy(compute(values_TM)).to(self.world.device)
-        return collectives.all_gather_shards(found_MX, self.num_samples, self.world).cpu()
-
-    @property
-    def is_complete(self) -> bool:
-        """Say whether every window has seen its T epochs."""
-        return all(self.epoch >= window.T for window in self.windows)
+        return self._gathered(found_MX)
 
     def gather(self) -> dict[Window, Tensor]:
         """Return the scores by global index, float32 [N] on the CPU, for every window, on every
@@ -584,9 +577,7 @@ class ShardedScorer:
                 f"{late[0]} needs {late[0].T} epochs, {self.epoch} are recorded; train longer or"
                 " lower T"
             )
-        score_NA = collectives.all_gather_shards(
-            self._average_AM.T.contiguous(), self.num_samples, self.world
-        ).cpu()
+        score_NA = self._gathered(self._average_AM.T.contiguous())
         scores = {window: score_NA[:, column].clone() for column, window in enumerate(self.windows)}
         if out := sorted(self.quarantined()):
             return {
@@ -600,19 +591,18 @@ class ShardedScorer:
         logits; on every rank. A collective."""
         if not self._quarantines:
             return {}
-        epoch_N = collectives.all_gather_shards(
-            self._quarantined_M, self.num_samples, self.world
-        ).cpu()
+        epoch_N = self._gathered(self._quarantined_M)
         index = (epoch_N != _NOT_QUARANTINED).nonzero()[:, 0]
         return dict(zip(index.tolist(), epoch_N[index].tolist(), strict=True))
 
     def gather_labels(self) -> Tensor:
         """Return the recorded class by global index, int64 [N] on the CPU, on every rank. A
         collective."""
-        rows = self._end - self._first
-        return collectives.all_gather_shards(
-            self._shard.label_M[:rows], self.num_samples, self.world
-        ).cpu()
+        return self._gathered(self._shard.label_M[: self._shard.num_rows])
+
+    def _gathered(self, rows_MX: Tensor) -> Tensor:
+        """Gather a table of this shard by global index, [N, ...] on the CPU, on every rank."""
+        return collectives.all_gather_shards(rows_MX, self.num_samples, self.world).cpu()
 
     def _labels_sha256(self) -> str:
         return fingerprint(self.gather_labels().numpy(), self.num_classes).labels_sha256
@@ -635,7 +625,7 @@ class ShardedScorer:
         return self._state()
 
     def _state(self) -> dict[str, Tensor]:
-        rows = self._end - self._first
+        rows = self._shard.num_rows
         tables = self._shard.tables() | {"quarantined": self._quarantined_M}
         if self._num_visits_M is not None:
             tables["num_visits"] = self._num_visits_M

@@ -146,7 +146,7 @@ def pending_bytes(rank, world_size, rows, num_classes, dtype):
     logits_BC = torch.zeros(rows, num_classes, dtype=dtype)
     scorer.record(index_B, logits_BC, torch.zeros(rows, dtype=torch.int64))
     exchange = scorer._pending[0]
-    return exchange._sent_BX.nbytes, exchange._received_RX.nbytes
+    return exchange.sent_BX.nbytes, exchange.received_RX.nbytes
 
 
 @pytest.mark.slow

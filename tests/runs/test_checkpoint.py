@@ -1058,9 +1058,9 @@ def test_the_planner_does_not_unpickle_either(two, tmp_path, monkeypatch):
     """Should BytesStorageMetadata ever be let in."""
     directory, mark = two(), tmp_path / "mark"
     save_as_torch_does(directory / NEWEST, {"extra": Call(os.system, f"touch {mark}")})
-    monkeypatch.setattr(
-        checkpoint._Unpickler, "_OF_DCP", checkpoint._Unpickler._OF_DCP | {"BytesStorageMetadata"}
-    )
+    module = "torch.distributed.checkpoint.metadata"
+    names = (*checkpoint._IN_METADATA[module], "BytesStorageMetadata")
+    monkeypatch.setitem(checkpoint._IN_METADATA, module, names)
     monkeypatch.setattr(
         Checkpoints, "describe", lambda *_: {"extra": torch.zeros(3, device="meta")}
     )
