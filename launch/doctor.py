@@ -51,7 +51,7 @@ def _of_cluster(cluster: Cluster, path: Path) -> Iterator[Finding]:
         "FAIL" if missing else "OK",
         f"no {', '.join(missing)} here" if missing else ", ".join(_PROGRAMS),
         "the commands of SLURM",
-        "submit from a login node, or use executor=local" if missing else "",
+        "submit from a login node, or use executor=local",
     )
     if "sbatch" in missing:
         return
@@ -76,7 +76,7 @@ def _accounting() -> Finding:
         "WARN" if said.strip() else "OK",
         said.strip() or "sacct answers",
         "an answer, for the state of jobs that are over",
-        "`tdds status` then says less; ask the administrators for accounting" if said else "",
+        "`tdds status` then says less; ask the administrators for accounting",
     )
 
 
@@ -108,7 +108,7 @@ def _partition(cluster: Cluster, path: Path) -> Finding:
         "WARN" if down else "OK",
         ", ".join(f"{name} {states[name]}" for name in names),
         "UP",
-        "choose another partition, or wait" if down else "",
+        "choose another partition, or wait",
     )
 
 
@@ -121,7 +121,7 @@ def _limits(part: Cluster, stage: str, path: Path) -> Finding:
         said,
         f"{part.nodes} x ({part.ranks_per_node} ranks of {part.cpus_per_rank} CPUs{gpus}) for"
         f" {part.time_minutes} min",
-        "" if accepted else f"adapt {path} to the limits (`sinfo -o '%P %l %D %c %m %G'`)",
+        f"adapt {path} to the limits (`sinfo -o '%P %l %D %c %m %G'`)",
     )
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,7 @@ def run(options: argparse.Namespace) -> Outcome:
         if collects and not warnings and (options.dry_run or cluster.gpu_memory)
         else ""
     )
+    outcome = partial(_outcome, stages, config, log_dir, warnings)
     if options.dry_run:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
@@ -122,15 +124,10 @@ def run(options: argparse.Namespace) -> Outcome:
             describe(stages, cluster, config.run.name),
             *_file_texts(stages, cluster, config.run.name, log_dir),
         ]
-        return replace(
-            _outcome(stages, config, log_dir, warnings), text="\n".join(parts), is_the_product=True
-        )
+        return replace(outcome(), text="\n".join(parts), is_the_product=True)
     if not any(stage.waiting for stage in stages):
-        print(
-            "everything is done:"
-            f" {', '.join(_count(stage) for stage in stages)}{_page(stages, config)}"
-        )
-        return _outcome(stages, config, log_dir, warnings)
+        print(f"everything is done: {', '.join(map(_count, stages))}{_page(stages, config)}")
+        return outcome()
     with _alone(config.run.directory):
         before = (job_list.log_dir_of(config.run.directory), config.run.directory / "jobs")
         _refuse_twice(stages, {log_dir, *(folder.absolute() for folder in before)})
@@ -138,30 +135,24 @@ def run(options: argparse.Namespace) -> Outcome:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(describe(stages, cluster, config.run.name), flush=True)
-        records = (
-            _submit_all(stages, cluster, config, log_dir) if cluster.executor == "slurm" else []
+        on_slurm = cluster.executor == "slurm"
+        records = _submit_all(stages, cluster, config, log_dir) if on_slurm else []
+    if on_slurm:
+        where = config.run.directory
+        has_arrays = any("_" in record.id for record in records)
+        tasks = f" ({len(records)} with the elements of arrays)" if has_arrays else ""
+        print(
+            f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs"
+            f" {where}{' --out' * (options.part == 'doctor')}\nstop:   scancel"
+            f" {_ids(records).replace(',', '')}",
+            flush=True,
         )
-    if cluster.executor == "local":
+        code = _wait_for(records, log_dir) if options.wait else 0
+    else:
         code = _run_here(stages, cluster, config, log_dir, options)
-        if options.part == "doctor" and options.wait:
-            _show_output(log_dir)
-        return _outcome(stages, config, log_dir, warnings, exit_code=code)
-    where = config.run.directory
-    tasks = (
-        f" ({len(records)} with the elements of arrays)"
-        if "_" in "".join(record.id for record in records)
-        else ""
-    )
-    print(
-        f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs"
-        f" {where}{' --out' * (options.part == 'doctor')}\nstop:   scancel"
-        f" {_ids(records).replace(',', '')}",
-        flush=True,
-    )
-    code = _wait_for(records, log_dir) if options.wait else 0
     if options.part == "doctor" and options.wait:
         _show_output(log_dir)
-    return _outcome(stages, config, log_dir, warnings, records, code)
+    return outcome(records, code)
 
 
 def _outcome(
@@ -174,12 +165,7 @@ def _outcome(
 ) -> Outcome:
     """Return the object for `--json`; the same has been printed for people already."""
     parts = [
-        {
-            "name": stage.name,
-            "jobs": len(stage.waiting),
-            "done": len(stage.steps) - len(stage.waiting),
-        }
-        for stage in stages
+        {"name": stage.name, "jobs": len(stage.waiting), "done": stage.num_done} for stage in stages
     ]
     return Outcome(
         exit_code=exit_code,
@@ -226,14 +212,10 @@ def plan(
     elif options.part == "doctor":
         where = str(config.run.directory)
         stages = [Stage("doctor", (Step("doctor", (("doctor", str(frozen)),), where),))]
+    elif options.part == "pipeline":
+        stages = pipeline_stages(config, frozen)
     else:
-        stages = (
-            [collect_stage(config, frozen)]
-            if options.part == "collect"
-            else [train_stage(config, frozen)]
-            if options.part == "train"
-            else pipeline_stages(config, frozen)
-        )
+        stages = [{"collect": collect_stage, "train": train_stage}[options.part](config, frozen)]
     if config.run.device == "cuda" and not all(
         cluster.for_stage(stage.name).gpus_per_node for stage in stages if stage.name in _TRAINS
     ):
@@ -298,7 +280,7 @@ def _needs(config: Config, cluster: Cluster) -> str:
 
     part = cluster.for_stage("collect")
     device = "cuda" if part.gpus_per_node else "cpu"
-    on_nodes = config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+    on_nodes = config.changed("run", device=device)
     # a plan is for one number of ranks
     strategies = None if cluster.for_stage("retrain").num_ranks == part.num_ranks else ()
     memory = parse_bytes(part.gpu_memory, "gpu_memory") if part.gpus_per_node else None
@@ -313,20 +295,17 @@ def check_batch(config: Config, cluster: Cluster, stages: "Sequence[Stage]") -> 
         if stage.name not in _TRAINS:
             continue
         num_ranks = cluster.for_stage(stage.name).num_ranks
-        for rate in sorted(
-            {step.task.pruning_rate for step in stage.steps if step.task is not None}
-        ):
-            factor = (
-                batch_size_factor(rate, config.retrain.batch_size_rule)
-                if stage.name == "retrain"
-                else 1.0
-            )
+        rates = {step.task.pruning_rate for step in stage.steps if step.task is not None}
+        for rate in sorted(rates):
+            factor, at = 1.0, ""
+            if stage.name == "retrain":
+                factor = batch_size_factor(rate, config.retrain.batch_size_rule)
+                at = f" at pruning rate {rate:g}"
             try:
                 per_rank_batch(
                     config.train.global_batch_size, num_ranks, config.train.accumulation, factor
                 )
             except InputError as error:
-                at = f" at pruning rate {rate:g}" if stage.name == "retrain" else ""
                 raise InputError(f"{stage.name}{at} on {num_ranks} ranks: {error}") from error
 
 
@@ -334,11 +313,8 @@ def _warnings(config: Config) -> list[str]:
     """Warn of files that are missing here and may be there on the nodes."""
     files = {key: getattr(config.data, key) for key in ("train", "val")}
     missing = [f"data.{key}={file}" for key, file in files.items() if not Path(file).is_file()]
-    return (
-        [f"{' and '.join(missing)} not found on this machine; the nodes must have it"]
-        if missing
-        else []
-    )
+    said = f"{' and '.join(missing)} not found on this machine; the nodes must have it"
+    return [said] if missing else []
 
 
 def _frozen(config: Config, part: str, log_dir: Path) -> tuple[Path, str]:
@@ -419,7 +395,7 @@ def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
         part = cluster.for_stage(stage.name)
         gpus = f", {part.gpus_per_node} GPUs per node" if part.gpus_per_node else ""
         lines.append(
-            f"{stage.name:9} {len(stage.waiting):5} {len(stage.steps) - len(stage.waiting):5} "
+            f"{stage.name:9} {len(stage.waiting):5} {stage.num_done:5} "
             f" {part.nodes} node(s) x {part.ranks_per_node} rank(s){gpus}, at most"
             f" {part.time_minutes} minutes"
         )

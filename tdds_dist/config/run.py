@@ -16,8 +16,8 @@ from tdds_dist.config.schema import (
     Section,
     apply_override,
     parse_tree,
-    plain_data,
     read_tree,
+    sequences_as,
 )
 from tdds_dist.config.scores import Window, check_window, parse_storage
 from tdds_dist.errors import InputError
@@ -312,9 +312,9 @@ class Baselines(Section):
     @field_validator("never_learned", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
-        return (
-            {0: "0", math.inf: "inf"}.get(value, value) if isinstance(value, int | float) else value
-        )
+        if isinstance(value, int | float):
+            return {0: "0", math.inf: "inf"}.get(value, value)
+        return value
 
 
 class Score(Section):
@@ -464,6 +464,11 @@ class Config(Section):
     pipeline: Pipeline = Pipeline()
     prune: Prune = Prune()
 
+    def changed(self, section: str, **values: Any) -> "Config":
+        """Return the config with other values in a section, which are not checked."""
+        part = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: part})
+
     def windows(self) -> list[Window]:
         """Return the settings to score."""
         return [self.window_of(setting) for setting in self.score.windows]
@@ -520,16 +525,13 @@ class Config(Section):
             raise InputError(
                 "train.nesterov=true needs momentum; set train.momentum=0.9 or train.nesterov=false"
             )
-        if self.train.warmup_epochs >= self.train.epochs:
-            raise InputError(
-                f"train.warmup_epochs={self.train.warmup_epochs:g} must be less than "
-                f"train.epochs={self.train.epochs}; lower the first, e.g. train.warmup_epochs=0"
-            )
-        if self.retrain.epochs and self.train.warmup_epochs >= self.retrain.epochs:
-            raise InputError(
-                f"train.warmup_epochs={self.train.warmup_epochs:g} must be less than "
-                f"retrain.epochs={self.retrain.epochs}; lower the first, e.g. train.warmup_epochs=0"
-            )
+        for section in ("train", "retrain"):
+            epochs = getattr(self, section).epochs
+            if epochs and self.train.warmup_epochs >= epochs:
+                raise InputError(
+                    f"train.warmup_epochs={self.train.warmup_epochs:g} must be less than "
+                    f"{section}.epochs={epochs}; lower the first, e.g. train.warmup_epochs=0"
+                )
         if min(self.data.std) <= 0:
             raise InputError(f"data.std={self.data.std} must be positive")
         if 0 < self.data.eval_size < 8:
@@ -636,4 +638,4 @@ def parse_baselines(base: Baselines, overrides: Sequence[str]) -> Baselines:
 
 def to_dict(config: Section) -> dict[str, Any]:
     """Return the resolved config as plain data for YAML."""
-    return plain_data(config)
+    return sequences_as(list, config.model_dump())

@@ -77,14 +77,9 @@ def parse_tree(root: type[Root], tree: Mapping[str, Any], where: str) -> Root:
     """Build `root` from plain data; raise InputError naming key, value and rule for the first thing
     wrong."""
     try:
-        return root.model_validate(_sequences_as(tuple, tree))
+        return root.model_validate(sequences_as(tuple, tree))
     except ValidationError as error:
         raise InputError(f"{where}: {_one_line(root, error)}") from error
-
-
-def plain_data(section: Section) -> dict[str, Any]:
-    """Return a section as plain data for YAML."""
-    return _sequences_as(list, section.model_dump())
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -169,15 +164,13 @@ def _read_yaml(text: str) -> Any:
     return tree
 
 
-def _sequences_as(kind: type[list[Any]] | type[tuple[Any, ...]], value: Any) -> Any:
+def sequences_as(kind: type[list[Any]] | type[tuple[Any, ...]], value: Any) -> Any:
     """Return plain data with all its sequences as lists (for YAML) or tuples (frozen fields)."""
     if isinstance(value, Mapping):
-        return {key: _sequences_as(kind, item) for key, item in value.items()}
-    return (
-        kind(_sequences_as(kind, item) for item in value)
-        if isinstance(value, list | tuple)
-        else value
-    )
+        return {key: sequences_as(kind, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return kind(sequences_as(kind, item) for item in value)
+    return value
 
 
 def _one_line(root: type[Section], error: ValidationError) -> str:
@@ -244,12 +237,8 @@ def _describe(root: type[Section], location: Sequence[str | int], key: str) -> s
         if field is None:
             continue
         if field.description:
-            return (
-                field.description
-                if names[length - 1] == key
-                else f"{names[length - 1]}: {field.description}"
-            )
-        return (
-            f"it has the keys {', '.join(next(_sections_in(field.annotation), root).model_fields)}"
-        )
+            name = "" if names[length - 1] == key else f"{names[length - 1]}: "
+            return name + field.description
+        section = next(_sections_in(field.annotation), root)
+        return f"it has the keys {', '.join(section.model_fields)}"
     return "see `configs/` for examples"

@@ -50,16 +50,13 @@ def versions(visit: Visit) -> Iterator[Finding]:
         f"{name} {mine[name]}, not {first[name]}" for name in mine if mine[name] != first[name]
     ]
     shown = ", ".join(f"{name} {mine[name]}" for name in ("python", "torch", "triton", "ffcv"))
-    if other:
-        yield Finding(
-            "versions",
-            "FAIL",
-            ", ".join(other),
-            "the same on all ranks",
-            "install the same environment on every node, e.g. one on a shared file system",
-        )
-    else:
-        yield Finding("versions", "OK", shown, "the same on all ranks")
+    yield Finding(
+        "versions",
+        "FAIL" if other else "OK",
+        ", ".join(other) or shown,
+        "the same on all ranks",
+        "install the same environment on every node, e.g. one on a shared file system",
+    )
     wanted = visit.config.run.device if visit.config else "auto"
     driver = _nvidia_smi("--query-gpu=driver_version")
     unused = (
@@ -98,7 +95,7 @@ def devices(visit: Visit) -> Iterator[Finding]:
             "FAIL" if missing else "OK",
             "no CUDA device visible" if missing else "the CPU",
             f"run.device={wanted}",
-            "ask for GPUs, or set run.device=cpu" if missing else "",
+            "ask for GPUs, or set run.device=cpu",
         )
         return
     number = visit.device.index or 0
@@ -112,7 +109,7 @@ def devices(visit: Visit) -> Iterator[Finding]:
         f"{properties.name}, {size_text(properties.total_memory)}"
         + (f", as rank {same[0]} has it too" if same else ""),
         "one of its own for every rank",
-        "start as many ranks per node as there are GPUs" if same else "",
+        "start as many ranks per node as there are GPUs",
     )
 
 
@@ -147,7 +144,7 @@ def contexts(visit: Visit) -> Iterator[Finding]:
         "WARN" if problem else "OK",
         problem or "one GPU for each rank",
         "one GPU for each rank, and nobody else",
-        "they take memory of the GPU (nvidia-smi)" if problem else "",
+        "they take memory of the GPU (nvidia-smi)",
     )
 
 
@@ -177,7 +174,7 @@ def processors(visit: Visit) -> Iterator[Finding]:
         f"{num_cpus} for {sharing} rank{'s' * (sharing > 1)}, {workers} decoding thread"
         f"{'s' * (workers > 1)} each",
         "a CPU or more for every rank",
-        "raise cpus_per_rank of the cluster file (--cpus-per-task)" if few else "",
+        "raise cpus_per_rank of the cluster file (--cpus-per-task)",
         number=workers,
     )
     layer = os.environ.get("NUMBA_THREADING_LAYER", "")
@@ -187,7 +184,7 @@ def processors(visit: Visit) -> Iterator[Finding]:
         "OK" if found or layer != "tbb" else "FAIL",
         f"NUMBA_THREADING_LAYER={layer}, TBB " + ("there" if found else "not found"),
         "libtbb.so.12",
-        "" if found else "install Debian's libtbb12, or `pip install tbb`",
+        "install Debian's libtbb12, or `pip install tbb`",
     )
 
 
@@ -220,7 +217,7 @@ def compiler(visit: Visit) -> Iterator[Finding]:
         "OK" if works else bad,
         name if works else f"{name}: {said}",
         wanted,
-        "" if works else way_out,
+        way_out,
     )
 
 
@@ -233,7 +230,7 @@ def host_memory(visit: Visit) -> Iterator[Finding]:
         "OK" if free >= wanted else "WARN",
         f"{size_text(free)} free",
         f"{size_text(wanted)} for {local} rank{'s' * (local > 1)}",
-        "" if free >= wanted else "in a container: --shm-size=8g (docker), or mount the host's",
+        "in a container: --shm-size=8g (docker), or mount the host's",
     )
     if visit.device.type != "cuda":
         return
@@ -296,9 +293,7 @@ def interface(visit: Visit) -> Iterator[Finding]:
             f"{variable}={told}" + (f", and no interface {missing[0]}" if missing else ""),
             f"one of {', '.join(here)}",
             f"unset {variable}, or set the one that leads to the other hosts (`interface` of the"
-            " cluster file)"
-            if missing
-            else "",
+            " cluster file)",
         )
 
 
@@ -399,7 +394,7 @@ def links(visit: Visit) -> Iterator[Finding]:
         f"{size_text(speed)}/s each way between {names[0]} and {names[1]}, the slowest of"
         f" {of_all}{pairs}" + (f" ({_LINKS_SECONDS:g} s were over)" if of_all else ""),
         f"about as fast as the others ({size_text(median)}/s)" if len(speeds) > 1 else "",
-        "look at the network of these two" if is_odd else "",
+        "look at the network of these two",
         number=speed,
     )
 
@@ -445,7 +440,7 @@ def time_limits(visit: Visit) -> Iterator[Finding]:
         if ended
         else "gloo's: a collective without the other ranks came to an end",
         f"an error after {_BROKEN_SECONDS:g} s",
-        "" if ended else "another version of torch",
+        "another version of torch",
     )
 
 
@@ -470,5 +465,5 @@ def clocks(visit: Visit) -> Iterator[Finding]:
         f"{where} is {abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} rank 0"
         f" (give or take {around:.3f} s)",
         f"less than {_WARN_SKEW:g} s; {_FAIL_SKEW:g} s upset the leave before a time limit",
-        "" if state == "OK" else "set the clock of that host by NTP (`chronyc tracking`)",
+        "set the clock of that host by NTP (`chronyc tracking`)",
     )

@@ -81,7 +81,7 @@ def data_files(visit: Visit) -> Iterator[Finding]:
             f"{path}, {size_text(content[0])}, content {content[1][:12]}"
             + ("" if same else f", on rank 0 {size_text(first[key][0])}, {first[key][1][:12]}"),
             "readable, the same on all nodes",
-            "" if same else f"copy the file of rank 0 ({visit.hosts[0]}) to this node",
+            f"copy the file of rank 0 ({visit.hosts[0]}) to this node",
         )
 
 
@@ -90,9 +90,7 @@ def room(visit: Visit) -> Iterator[Finding]:
     if visit.rank != 0:
         return
     config = _config(visit)
-    on_here = config.model_copy(
-        update={"run": config.run.model_copy(update={"device": visit.device.type})}
-    )
+    on_here = config.changed("run", device=visit.device.type)
     planned = plan(on_here, num_ranks=visit.board.world_size)
     rows, gradients = (line.value or 0.0 for line in planned.sections["network_per_rank"][1])
     visit.left["sent_bytes"] = rows + gradients / config.train.accumulation
@@ -159,13 +157,8 @@ def _judged(visit: Visit, there: Path, folder: Path, mine: dict[str, Any]) -> It
     what, elsewhere = "run directory", "choose another run.dir, on a file system of all nodes"
     everyones = visit.board.share("written", mine, _ANSWER_SECONDS)
     if "error" in mine:
-        yield Finding(
-            what,
-            "FAIL",
-            mine["error"],
-            "files can be written",
-            "choose another run.dir, or mount this one to be written",
-        )
+        way_out = "choose another run.dir, or mount this one to be written"
+        yield Finding(what, "FAIL", mine["error"], "files can be written", way_out)
         return
     unseen = _unseen(folder, [rank for rank, said in everyones.items() if "error" not in said])
     winners = [rank for rank, said in everyones.items() if said.get("won")]
@@ -179,18 +172,11 @@ def _judged(visit: Visit, there: Path, folder: Path, mine: dict[str, Any]) -> It
             elsewhere,
         )
     elif not mine["renamed"] or len(winners) != 1:
-        yield Finding(
-            what,
-            "FAIL",
-            f"{folder.parent}: "
-            + (
-                f"{len(winners)} ranks made the same {mine['kind']}"
-                if mine["renamed"]
-                else "a rename left the older file"
-            ),
-            "atomic rename, exclusive link",
-            elsewhere,
-        )
+        found = "a rename left the older file"
+        if mine["renamed"]:
+            found = f"{len(winners)} ranks made the same {mine['kind']}"
+        wanted = "atomic rename, exclusive link"
+        yield Finding(what, "FAIL", f"{folder.parent}: {found}", wanted, elsewhere)
     else:
         is_slow = mine["seconds"] > _SLOW_SECONDS
         yield Finding(
@@ -198,7 +184,7 @@ def _judged(visit: Visit, there: Path, folder: Path, mine: dict[str, Any]) -> It
             "WARN" if is_slow else "OK",
             f"{there}: rename, {mine['kind']}, fsync in {mine['seconds']:.2f} s; all ranks see it",
             f"the same on all nodes, less than {_SLOW_SECONDS:g} s",
-            "a slow file system makes slow checkpoints; choose another run.dir" if is_slow else "",
+            "a slow file system makes slow checkpoints; choose another run.dir",
             number=-mine["seconds"],
         )
     apart = abs(mine["ahead"])
@@ -209,7 +195,7 @@ def _judged(visit: Visit, there: Path, folder: Path, mine: dict[str, Any]) -> It
         f"the file system is {apart:.1f} s {'ahead of' if mine['ahead'] > 0 else 'behind'} this"
         " host",
         f"less than {_FILE_TIME_SECONDS:g} s",
-        "set the clocks of file server and host by NTP (`chronyc tracking`)" if bad else "",
+        "set the clocks of file server and host by NTP (`chronyc tracking`)",
         number=-apart,
     )
 
@@ -269,9 +255,7 @@ def kernel(visit: Visit) -> Iterator[Finding]:
         "OK" if wrong is None else "FAIL" if on_gpu else "WARN",
         f"{what}: {did}" if wrong is None else wrong,
         "the scores of the plain update" if on_gpu else "compiles (no GPU here to run it on)",
-        ""
-        if wrong is None
-        else "unset TRITON_PTXAS_PATH, or `pip install --force-reinstall triton`; without the"
+        "unset TRITON_PTXAS_PATH, or `pip install --force-reinstall triton`; without the"
         " kernel scores are updated by plain operations, several times slower",
     )
 
@@ -305,9 +289,7 @@ def network_speed(visit: Visit) -> Iterator[Finding]:
         f"{speed:,.0f} images/s on each rank ({config.model.name}, eager, {B} at a time,"
         f" {device.type}, without loading)",
         "model.compile=true, which is not measured" if compiles else "",
-        "the compiled network is faster: leave room in decoding and in the network of the hosts"
-        if compiles
-        else "",
+        "the compiled network is faster: leave room in decoding and in the network of the hosts",
         number=speed,
     )
 
@@ -325,9 +307,7 @@ def traffic(visit: Visit) -> Iterator[Finding]:
         f"{size_text(left['link'])}/s on the slowest link",
         f"{size_text(needed)}/s: {size_text(left['sent_bytes'])} with each forward pass",
         "check that the fast interface is used (`interface` of the cluster file); larger batches or"
-        " train.accumulation send gradients less often"
-        if slow
-        else "",
+        " train.accumulation send gradients less often",
     )
 
 
@@ -424,8 +404,6 @@ def decoding(visit: Visit) -> Iterator[Finding]:
         if needed
         else "",
         "give each rank more CPUs (cpus_per_rank), or write smaller images (tdds write"
-        " --max-resolution 256) or raw ones (--write-mode raw)"
-        if slow
-        else "",
+        " --max-resolution 256) or raw ones (--write-mode raw)",
         number=speed,
     )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _experiment(
 ) -> tuple[Path, list[str]]:
     """Run an experiment. All ranks decide alike without messages: they see the same files and the
     same failures."""
-    started = time.perf_counter()
+    finish = partial(_finish, plan, collections, cells, time.perf_counter())
     with together(world):
         if world.is_main:
             _clear_the_way([*collections.values()], force)
@@ -121,8 +122,7 @@ def _experiment(
             f" ({len(plan.seeds) - len(waiting)} done), {len(cells)} retrainings, {jobs} at a time",
             extra=HEADING,
         )
-    # what cells hold is not checked yet
-    with _tables_if_interrupted(plan, collections, cells, [], started, world):
+    with _tables_if_interrupted(finish, [], world):  # what cells hold is not checked yet
         not_collected = execute(waiting)
     failed = list(not_collected.values())
     with together(world):
@@ -140,11 +140,11 @@ def _experiment(
         waiting = sorted((task for task in tasks if not task.is_done), key=lambda task: -task.cost)
         if tasks:
             log.info(f"{len(tasks) - len(waiting)} of {len(tasks)} retrainings are done already")
-    with _tables_if_interrupted(plan, collections, cells, cells_left, started, world):
+    with _tables_if_interrupted(finish, cells_left, world):
         failed += execute(waiting).values()
     with together(world):
         if world.is_main:
-            _finish(plan, collections, cells, cells_left, started)
+            finish(cells_left)
     return plan.directory / "table.md", failed
 
 
@@ -200,12 +200,7 @@ def _is_readable(coreset_file: Path) -> bool:
 
 @contextmanager
 def _tables_if_interrupted(
-    plan: Experiment,
-    collections: dict[int, Task],
-    cells: list[Cell],
-    valid: list[Cell],
-    started: float,
-    world: World,
+    finish: Callable[[list[Cell]], None], valid: list[Cell], world: World
 ) -> Iterator[None]:
     """Write tables of what is done when the runs end early; where ranks work together, the launcher
     ends them."""
@@ -213,7 +208,7 @@ def _tables_if_interrupted(
         yield
     except BaseException:
         if world.world_size == 1:
-            _finish(plan, collections, cells, valid, started)
+            finish(valid)
         raise
 
 
@@ -221,8 +216,8 @@ def _finish(
     plan: Experiment,
     collections: dict[int, Task],
     cells: list[Cell],
-    valid: list[Cell],
     started: float,
+    valid: list[Cell],
 ) -> None:
     """Write the tables, and the record of this start. Results of cells that are not `valid` do not
     count."""
@@ -233,15 +228,10 @@ def _finish(
         for cell in cells
     ]
     _record_time(plan, time.perf_counter() - started)
-    write_tables(
-        plan, outcomes, {seed: RunDir(task.directory) for seed, task in collections.items()}
-    )
-    finished = {
-        run.path
-        for task in collections.values()
-        for run in RunDir(task.directory).retrain_runs()
-        if run.result_file.is_file()
-    }
+    runs = {seed: RunDir(task.directory) for seed, task in collections.items()}
+    write_tables(plan, outcomes, runs)
+    retrained = [run for collection in runs.values() for run in collection.retrain_runs()]
+    finished = {run.path for run in retrained if run.result_file.is_file()}
     if others := finished - {cell.run.path for cell in cells}:
         log.info(
             f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or"
@@ -268,18 +258,7 @@ def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | Non
         noise_kept(coreset.index_M, bad_N)[0] if coreset and bad_N is not None else None
         for bad_N in bad
     ]
-    return CellResult(
-        cell.method,
-        cell.pruning_rate,
-        cell.strategy,
-        cell.variant_name,
-        cell.importance,
-        cell.seed,
-        result,
-        coreset.method if coreset else "",
-        shares[0],
-        shares[1],
-    )
+    return CellResult(cell, result, coreset.method if coreset else "", shares[0], shares[1])
 
 
 @contextmanager

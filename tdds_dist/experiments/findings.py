@@ -9,7 +9,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,8 +31,8 @@ _LATE_SECONDS = 60.0  # that ranks wait for one that still does its own checks
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table, as one rank has it. `number`: what is found as a number, of which the
-    smallest of all ranks is shown."""
+    """One line of the table, as one rank has it. `way_out` counts of what is not OK; `number`: what
+    is found as a number, of which the smallest of all ranks is shown."""
 
     what: str
     state: State
@@ -88,7 +88,7 @@ def examine(visit: Visit, checks: Sequence[Check]) -> list[Finding]:
             found.append(Finding(check.name, "SKIP", f"not tried: {absent}"))
             continue
         found += _within_its_time(visit, check)
-    return found
+    return [replace(one, way_out="") if one.state == "OK" else one for one in found]
 
 
 def _absent(visit: Visit, check: Check) -> str:

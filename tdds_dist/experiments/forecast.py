@@ -278,11 +278,8 @@ def find_speed(
         )
         if old != new
     ]
-    speeds = [
-        record["images_per_second"]
-        for record in run.read_metrics()
-        if "images_per_second" in record
-    ]
+    key = "images_per_second"
+    speeds = [record[key] for record in run.read_metrics() if key in record]
     if others or not speeds:
         what = f"was measured with {', '.join(others)}" if others else "has no finished epoch"
         if measured_in is not None:
@@ -304,8 +301,11 @@ def find_speed(
 # ---- what does not fit, and what would
 
 
+_LINES = {"memory": memory_lines, "disk": disk_lines}
+
+
 def _needs(case: Case, key: str) -> float:
-    return (memory_lines(case) if key == "memory" else disk_lines(case))[-1].value or 0
+    return _LINES[key](case)[-1].value or 0
 
 
 def _exceeded(case: Case, limits: dict[str, Limit]) -> list[str]:
@@ -338,8 +338,7 @@ def _refusal(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> str:
     ]
     if fitting:
         return f"{start}; use {', or '.join(named)}"
-    lines = {"memory": memory_lines, "disk": disk_lines}
-    largest = [max(lines[key](case)[:-1], key=lambda line: line.value or 0) for key in exceeded]
+    largest = [max(_LINES[key](case)[:-1], key=lambda line: line.value or 0) for key in exceeded]
     parts = ", ".join(f"{line.label} ({line.text})" for line in largest)
     out = {
         "memory": "a GPU with more memory, another network or data.image_size",
@@ -381,13 +380,12 @@ def _options(case: Case, exceeded: list[str]) -> list[list[Way]]:
     ranks = range(case.num_ranks + 1, train.global_batch_size // train.accumulation + 1)
     passes = range(train.accumulation + 1, train.global_batch_size // case.num_ranks + 1)
     of_memory = [
-        [
-            way
-            for num in ranks
-            if _deals_out((way := (f"--gpus {num}", replace(case, num_ranks=num)))[1])
-        ],
-        [way for num in passes if _deals_out((way := setting("train", "accumulation", num))[1])],
-        [setting("train", "amp", "bf16")],
+        [way for way in ways if _deals_out(way[1])]
+        for ways in (
+            [(f"--gpus {num}", replace(case, num_ranks=num)) for num in ranks],
+            [setting("train", "accumulation", num) for num in passes],
+            [setting("train", "amp", "bf16")],
+        )
     ]
     of_disk = [
         [setting("score", "trajectory_dtype", "float16")],

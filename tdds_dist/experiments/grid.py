@@ -80,13 +80,9 @@ class Task:
     def cost(self) -> float:
         """Return the share of images that a retraining trains on, for the order and the time
         left."""
-        return (
-            0.0
-            if self.coreset_file is None
-            else 1.0
-            if self.strategy == "P"
-            else 1.0 - self.pruning_rate
-        )
+        if self.coreset_file is None:
+            return 0.0
+        return 1.0 if self.strategy == "P" else 1.0 - self.pruning_rate
 
     @property
     def is_done(self) -> bool:
@@ -110,12 +106,9 @@ def list_cells(
 ) -> list[Cell]:
     """List every retraining of a collection, by seed, variant, strategy, rate, method; a method
     with rates of its own is in the grid at those."""
+    usual = {"tdds": config.retrain.importance}
     weights = {
-        method: (
-            method.importance
-            or (config.retrain.importance if method.score_key == "tdds" else "none")
-        )
-        for method in methods
+        method: method.importance or usual.get(method.score_key, "none") for method in methods
     }
     return [
         Cell(method, rate, strategy, variant, seed, run, weights[method])
@@ -341,6 +334,11 @@ class Stage:
         """List the steps that are not done."""
         return tuple(step for step in self.steps if not step.is_done)
 
+    @property
+    def num_done(self) -> int:
+        """Return the number of steps that are done."""
+        return len(self.steps) - len(self.waiting)
+
 
 def collect_stage(config: Config, frozen: Path) -> Stage:
     """Return the collection of a config; `frozen` is the file that the jobs read it from."""
@@ -362,20 +360,9 @@ def _one_run(stage: str, config: Config, frozen: Path) -> Stage:
 
 def retrain_step(task: Task, frozen: Path, *overrides: str) -> Step:
     """Return the job of a retraining."""
-    command = (
-        "retrain",
-        str(frozen),
-        "--coreset",
-        str(task.coreset_file),
-        "--strategy",
-        task.strategy,
-        "--importance",
-        task.importance,
-        "--name",
-        task.name,
-        *overrides,
-    )
-    return Step(task.name, (command,), str(task.directory), task.is_done, task)
+    words = ["retrain", str(frozen), "--coreset", str(task.coreset_file)]
+    words += ["--strategy", task.strategy, "--importance", task.importance, "--name", task.name]
+    return Step(task.name, ((*words, *overrides),), str(task.directory), task.is_done, task)
 
 
 def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
@@ -394,7 +381,9 @@ def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
         "retrain",
         tuple(
             retrain_step(
-                retrain_task(cell, _seeded(config, cell.seed)), frozen, f"run.seed={cell.seed}"
+                retrain_task(cell, config.changed("run", seed=cell.seed)),
+                frozen,
+                f"run.seed={cell.seed}",
             )
             for cell in cells
         ),
@@ -411,10 +400,6 @@ def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
         )
     )
     return [*stages, Stage("report", (Step("report", (("report", str(run)),), str(run), is_done),))]
-
-
-def _seeded(config: Config, seed: int) -> Config:
-    return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
 
 
 def _check_coreset(config: Config, method: Method, rate: float) -> None:
@@ -498,35 +483,17 @@ def _select_stage(
         method, rate, file = cell.method, cell.pruning_rate, cell.coreset_file
         # TDDS by the name of its file: the run's own config may be from before this rate was asked
         # for.
-        score = (
-            config.window_for(rate).key(config.score.preset)
-            if method.score_key == "tdds"
-            else (
-                file_key(method.score_key, config.score.baselines)
-                if method.score_key in BASELINES
-                else method.score_key
-            )
-        )
-        sampler = ("--sampler", method.sampler) if method.sampler else ()
-        force = (
-            ("--force",)
-            if file.is_file() and not (is_collected and _has_coreset(config, cell))
-            else ()
-        )
-        commands[
-            "select",
-            run,
-            "--pruning-rate",
-            f"{rate:g}",
-            "--score",
-            score,
-            *sampler,
-            "--seed",
-            str(config.run.seed),
-            *force,
-            "--out",
-            str(file),
-        ] = None
+        score = method.score_key
+        if score == "tdds":
+            score = config.window_for(rate).key(config.score.preset)
+        elif score in BASELINES:
+            score = file_key(score, config.score.baselines)
+        words = ["select", run, "--pruning-rate", f"{rate:g}", "--score", score]
+        words += ["--sampler", method.sampler] if method.sampler else []
+        words += ["--seed", str(config.run.seed)]
+        if file.is_file() and not (is_collected and _has_coreset(config, cell)):
+            words.append("--force")
+        commands[*words, "--out", str(file)] = None
     title = f"{len(coresets)} coreset{'s' if len(coresets) > 1 else ''}"
     return Stage("select", (Step(title, tuple(commands), run, is_collected and has_coresets),))
 

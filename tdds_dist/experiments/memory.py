@@ -311,13 +311,10 @@ def optimizer_bytes(train: Train, parameter_bytes: int) -> int:
 def trajectory_bytes(config: Config, num_samples: int) -> int:
     """Return the bytes of one epoch of the trajectory, without the few hundred of file headers and
     checksums."""
-    return (
-        num_samples
-        * (len(SCALARS) + (config.prune.method != "none"))
-        * _BYTES_OF[config.score.trajectory_dtype]
-        if config.score.trajectory
-        else 0
-    )
+    if not config.score.trajectory:
+        return 0
+    num_scalars = len(SCALARS) + (config.prune.method != "none")
+    return num_samples * num_scalars * _BYTES_OF[config.score.trajectory_dtype]
 
 
 def model_file_bytes(network: Network) -> int:

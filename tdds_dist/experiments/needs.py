@@ -171,8 +171,7 @@ class Case:
 
     def with_config(self, section: str, **values: Any) -> "Case":
         """Return the same case with other values in a section of the config."""
-        changed = getattr(self.config, section).model_copy(update=values)
-        return replace(self, config=self.config.model_copy(update={section: changed}))
+        return replace(self, config=self.config.changed(section, **values))
 
 
 def total(lines: Sequence[Line]) -> float:
@@ -218,9 +217,7 @@ def as_trained(config: Config, num_samples: int) -> Config:
         return config
     start = plan_of(config, num_samples).first_pruned
     one = ScoreWindow(T=window.T, K=window.K, beta=window.beta, pruning_rates=(prune.rate,))
-    score = config.score.model_copy(update={"windows": (one,), "final_pass": False})
-    prune = prune.model_copy(update={"start": start})
-    return config.model_copy(update={"score": score, "prune": prune})
+    return config.changed("score", windows=(one,), final_pass=False).changed("prune", start=start)
 
 
 def list_trainings(case: Case) -> list[Training]:
@@ -290,35 +287,23 @@ def run_lines(case: Case) -> list[Line]:
     collection, train = list_trainings(case)[0], case.config.train
     is_cut = collection.epochs < train.epochs
     schedule = f"of a schedule of {train.epochs}; collect.stop_after=last_window" if is_cut else ""
-    return [
-        Line("images", collection.num_images, case.images.source, ""),
-        Line("classes", case.config.data.num_classes, "", ""),
-        Line("epochs", collection.epochs, schedule, ""),
-        Line(
-            "steps per epoch",
-            math.ceil(collection.num_images / collection.global_batch_size),
-            "",
-            "",
-        ),
-        Line("global batch", collection.global_batch_size, "", ""),
-        Line("ranks", case.num_ranks, "run.device=cpu" if case.is_cpu else "one per GPU", ""),
-        Line(
-            "rows per rank and forward pass",
-            case.rows,
-            f"{train.accumulation} forward pass(es) per step",
-            "",
-        ),
-    ]
+    batch, passes = collection.global_batch_size, f"{train.accumulation} forward pass(es) per step"
+    counts = (
+        ("images", collection.num_images, case.images.source),
+        ("classes", case.config.data.num_classes, ""),
+        ("epochs", collection.epochs, schedule),
+        ("steps per epoch", math.ceil(collection.num_images / batch), ""),
+        ("global batch", batch, ""),
+        ("ranks", case.num_ranks, "run.device=cpu" if case.is_cpu else "one per GPU"),
+        ("rows per rank and forward pass", case.rows, passes),
+    )
+    return [Line(*count, unit="") for count in counts]
 
 
 def memory_lines(case: Case) -> list[Line]:
     """List the memory on the device of rank 0, which has the longest shard, at the worst moment."""
-    config, network, rows, num_images = (
-        case.config,
-        case.network,
-        case.rows,
-        case.images.num_samples,
-    )
+    config, network, rows = case.config, case.network, case.rows
+    num_images = case.images.num_samples
     scorer = memory.scorer_bytes(config, num_images, case.num_ranks)
     shard = rows_per_shard(num_images, case.num_ranks)
     optimizer = memory.optimizer_bytes(config.train, network.parameters)

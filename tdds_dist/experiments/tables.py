@@ -7,7 +7,6 @@ because it is bad.
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,10 @@ from tdds_dist.config.grid import Method
 from tdds_dist.config.run import Config, load_config
 from tdds_dist.data.manifest import read_manifest
 from tdds_dist.errors import InputError
+from tdds_dist.experiments.grid import Cell
 from tdds_dist.report.published import Images, Printed, footnotes, images_of, lookup
 from tdds_dist.runs.artifacts import write_atomically
-from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.directory import RunDir, read_objects
 from tdds_dist.text import MISSING, duration, markdown_table, mean_std, percent, plus_minus
 from tdds_dist.training.schedule import batch_size_factor
 
@@ -52,20 +52,14 @@ NOISE = {
 
 @dataclass(frozen=True)
 class CellResult:
-    """One retraining of an experiment; `result` is None until it is done, `variant` empty for the
-    config's way to retrain.
+    """The outcome of one retraining of an experiment; `result` is None until it is done.
 
     `key` is its coreset's score and way of choosing (`Coreset.method`), empty while there is none.
     Of images known to be mislabelled or corrupted, the shares that the coreset keeps. `printed` is
     filled in by `write_tables`.
     """
 
-    method: Method
-    pruning_rate: float
-    strategy: str
-    variant: str
-    importance: str
-    seed: int
+    cell: Cell
     result: dict[str, Any] | None
     key: str = ""
     wrong_labels_kept: float | None = None
@@ -82,12 +76,12 @@ def write_tables(
     outcomes, printed = _beside(plan, config, outcomes)
     full = {seed: run.read_result() for seed, run in collections.items()}
     parts = [_heading(plan, config, outcomes, collections), _full_data(full, printed)]
-    for variant in dict.fromkeys(outcome.variant for outcome in outcomes):
+    for variant in dict.fromkeys(outcome.cell.variant_name for outcome in outcomes):
         for strategy in plan.strategies:
             group = [
                 outcome
                 for outcome in outcomes
-                if (outcome.variant, outcome.strategy) == (variant, strategy)
+                if (outcome.cell.variant_name, outcome.cell.strategy) == (variant, strategy)
             ]
             where = f"Strategy-{strategy}" + (f", retrained with {variant}" if variant else "")
             parts.append(f"## {where}\n\n{_table(plan, group)}")
@@ -120,21 +114,29 @@ def _beside(
     }
 
     def printed(outcome: CellResult) -> Printed | None:
-        own, rate = variants[outcome.variant], outcome.pruning_rate
+        own, rate = variants[outcome.cell.variant_name], outcome.cell.pruning_rate
         factor = batch_size_factor(rate, own.retrain.batch_size_rule)
         return lookup(
             images,
             model,
             own.model.model_dump(),
-            strategy=outcome.strategy,
+            strategy=outcome.cell.strategy,
             key=outcome.key,
             pruning_rate=rate,
             batch_size=round(own.train.global_batch_size * factor),
-            importance=outcome.importance,
+            importance=outcome.cell.importance,
         )
 
     full = lookup(images, model, model)
     return [replace(outcome, printed=printed(outcome)) for outcome in outcomes], full
+
+
+def _at(outcomes: Sequence[CellResult], method: Method, rate: float) -> list[CellResult]:
+    return [
+        outcome
+        for outcome in outcomes
+        if (outcome.cell.method, outcome.cell.pruning_rate) == (method, rate)
+    ]
 
 
 def _cell(outcomes: Sequence[CellResult]) -> str:
@@ -149,15 +151,8 @@ def _table(plan: Experiment, outcomes: Sequence[CellResult]) -> str:
     where it does."""
     lines = [["final top-1 (%), images removed", *map(percent, plan.pruning_rates)]]
     for method in plan.methods:
-        mine = [
-            [
-                outcome
-                for outcome in outcomes
-                if (outcome.method, outcome.pruning_rate) == (method, rate)
-            ]
-            for rate in plan.pruning_rates
-        ]
-        importance = next(outcome.importance for found in mine for outcome in found)
+        mine = [_at(outcomes, method, rate) for rate in plan.pruning_rates]
+        importance = next(outcome.cell.importance for found in mine for outcome in found)
         label = method.name + (f", importance {importance}" if importance != "none" else "")
         lines.append([label, *map(_cell, mine)])
         printed = [found[0].printed if found else None for found in mine]
@@ -173,7 +168,8 @@ def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> 
     first = [
         outcome
         for outcome in outcomes  # strategies and variants share their coresets
-        if (outcome.variant, outcome.strategy) == (outcomes[0].variant, outcomes[0].strategy)
+        if (outcome.cell.variant_name, outcome.cell.strategy)
+        == (outcomes[0].cell.variant_name, outcomes[0].cell.strategy)
     ]
     if all(getattr(outcome, key) is None for outcome in first):
         return ""
@@ -182,9 +178,8 @@ def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> 
         kept = [
             [
                 100 * share
-                for outcome in first
-                if (outcome.method, outcome.pruning_rate) == (method, rate)
-                and (share := getattr(outcome, key)) is not None
+                for outcome in _at(first, method, rate)
+                if (share := getattr(outcome, key)) is not None
             ]
             for rate in plan.pruning_rates
         ]
@@ -225,7 +220,7 @@ def _heading(
     ]
     env = next(filter(None, envs), {})
     training = sum(result["train_seconds"] for result in [*results, *collected])
-    seconds = sum(record["seconds"] for record in _times(plan))
+    seconds = sum(record["seconds"] for record in read_objects(plan.directory / "times.jsonl"))
     versions = env.get("versions", {})
     retrained = f" (retrainings {epochs})" if (epochs := config.retrain.epochs) else ""
     lines = [
@@ -253,29 +248,24 @@ def _heading(
     return "\n".join(lines)
 
 
-def _times(plan: Experiment) -> list[dict[str, Any]]:
-    file = plan.directory / "times.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def _csv(outcomes: Sequence[CellResult]) -> str:
     """Write one line per retraining, also those that are not done."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for outcome in outcomes:
-        result = outcome.result or {}
+        cell, result = outcome.cell, outcome.result or {}
         paper = outcome.printed
         of_paper = (paper.top1, paper.std, paper.table) if paper else (None,) * 3
         values = [
-            outcome.method.name,
-            outcome.method.score_key,
-            outcome.method.sampler or "",
-            outcome.importance,
-            outcome.variant,
-            outcome.strategy,
-            outcome.pruning_rate,
-            outcome.seed,
+            cell.method.name,
+            cell.method.score_key,
+            cell.method.sampler or "",
+            cell.importance,
+            cell.variant_name,
+            cell.strategy,
+            cell.pruning_rate,
+            cell.seed,
             *(result.get(key, "") for key in CSV_COLUMNS[8:13]),
             *("" if value is None else value for value in of_paper),
             *(

@@ -129,12 +129,7 @@ def resolve(
         "model": config.model.name,
     }
     changes = {"epochs": epochs, "global_batch_size": rows * world_size * config.train.accumulation}
-    resolved = config.model_copy(
-        update={
-            "train": config.train.model_copy(update=changes),
-            "run": config.run.model_copy(update={"dir": str(run.path)}),
-        }
-    )
+    resolved = config.changed("train", **changes).changed("run", dir=str(run.path))
     return run, resolved, setting
 
 

@@ -4,6 +4,7 @@ import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from tdds_dist.config.experiment import Experiment, Variant
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method
-from tdds_dist.experiments.grid import check_plan
+from tdds_dist.experiments.grid import Cell, check_plan
 from tdds_dist.experiments.tables import CSV_COLUMNS, CellResult, write_tables
 from tdds_dist.report import published
 from tdds_dist.runs.directory import RunDir
@@ -56,22 +57,24 @@ KEYS = {
 
 
 def outcomes_of(
-    plan: Experiment, top1: dict[tuple[str, float], list[float | None]], **changes: str
+    plan: Experiment, top1: dict[tuple[str, float], list[float | None]], **changes: Any
 ) -> list[CellResult]:
     """One outcome per method, rate and seed; None where there is no result. Cells that `top1`
     leaves out are not done."""
     found, nothing = [], [None] * len(plan.seeds)
     for method, rate in itertools.product(plan.methods, plan.pruning_rates):
         importance = "batch" if method.score_key == "tdds" else "none"
-        fields = {"strategy": "E", "variant": "", "importance": importance} | changes
-        fields["key"] = KEYS.get(method.name, method.name)
+        fields = {"strategy": "E", "variant": None, "importance": importance} | changes
+        key = KEYS.get(method.name, method.name)
         values = top1.get((method.name, rate), nothing)
         for seed, value in zip(plan.seeds, values, strict=True):
             result = {"num_images": round(50000 * (1 - rate)), "epochs": 20, "train_seconds": 360.0}
             if value is not None:
                 result |= {"final_top1": value, "best_top1": value + 1}
             done = None if value is None else result
-            found.append(CellResult(method, rate, seed=seed, result=done, **fields))
+            run = RunDir(plan.directory / f"seed{seed}")
+            cell = Cell(method, rate, seed=seed, collection=run, **fields)
+            found.append(CellResult(cell, done, key))
     return found
 
 
@@ -146,7 +149,7 @@ def test_a_method_with_rates_of_its_own_is_in_the_grid_at_those(tmp_path):
     outcomes = [
         outcome
         for outcome in outcomes_of(plan, {("el2n", 0.5): [70.0, 72.0, None]})
-        if (outcome.method.name, outcome.pruning_rate) in found
+        if (outcome.cell.method.name, outcome.cell.pruning_rate) in found
     ]
     text = write_tables(plan, outcomes, collections_of(plan, [None] * 3))
     assert lines_of(text)[-2:] == [
@@ -270,8 +273,8 @@ def test_variants_have_tables_and_published_numbers_of_their_own(tmp_path):
     plan = make_plan(tmp_path, **of_random, variants=tuple(variants))
     outcomes = [
         replace(outcome, result=outcome.result and {**outcome.result, "final_top1": 60.0 + number})
-        for number, name in enumerate(changes)
-        for outcome in outcomes_of(plan, {("random", 0.7): [0, 0, 0]}, variant=name)
+        for number, variant in enumerate(variants)
+        for outcome in outcomes_of(plan, {("random", 0.7): [0, 0, 0]}, variant=variant)
     ]
     text = write_tables(plan, outcomes, collections_of(plan, [None] * 3))
     parts = text.split("## Strategy-E, retrained with ")[1:]
@@ -321,7 +324,8 @@ def test_the_papers_noise_has_its_own_numbers(tmp_path, monkeypatch):
 
 
 def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
-    plan = make_plan(tmp_path, variants=(Variant(name="vgg16", overrides=()),))
+    vgg16 = Variant(name="vgg16", overrides=())
+    plan = make_plan(tmp_path, variants=(vgg16,))
     outcomes = outcomes_of(plan, {})
     assert "Wrong labels" not in write_tables(plan, outcomes, collections_of(plan, [None] * 3))
     shares = {
@@ -330,12 +334,17 @@ def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
         ("random", 0.3): [0.7, None, None],
         ("random", 0.5): [None] * 3,
     }
-    shares_of = [shares[outcome.method.name, outcome.pruning_rate] for outcome in outcomes]
+    shares_of = [
+        shares[outcome.cell.method.name, outcome.cell.pruning_rate] for outcome in outcomes
+    ]
     outcomes = [
-        replace(outcome, wrong_labels_kept=by_seed[outcome.seed])
+        replace(outcome, wrong_labels_kept=by_seed[outcome.cell.seed])
         for outcome, by_seed in zip(outcomes, shares_of, strict=True)
     ]
-    other = [replace(outcome, variant="vgg16", wrong_labels_kept=0.99) for outcome in outcomes]
+    other = [
+        replace(outcome, cell=replace(outcome.cell, variant=vgg16), wrong_labels_kept=0.99)
+        for outcome in outcomes
+    ]
     text = write_tables(plan, outcomes + other, collections_of(plan, [None] * 3))
     table = lines_of(text.split("## Wrong labels in the coreset")[1])
     assert table == [
