@@ -162,31 +162,24 @@ def _ask(commands: list[list[str]], timeout_seconds: float) -> list[tuple[str, s
             started.append(error)
     answers = []
     for command, process in zip(commands, started, strict=True):
-        if isinstance(process, OSError):
-            answers.append(
-                (
-                    "",
-                    (
-                        f"{command[0]} is not here"
-                        if isinstance(process, FileNotFoundError)
-                        else f"{command[0]} cannot run ({process.strerror})"
-                    ),
-                )
-            )
-            continue
+        out = problem = ""
         try:
+            if isinstance(process, OSError):
+                raise process
             out, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            if process.returncode != 0:
+                said = [line.strip() for line in errors.splitlines() if line.strip()]
+                last = said[-1] if said else f"exit code {process.returncode}"
+                problem = f"failed: {last[:200]}"
+        except FileNotFoundError:
+            problem = "is not here"
+        except OSError as error:
+            problem = f"cannot run ({error.strerror})"
         except subprocess.TimeoutExpired:
+            assert not isinstance(process, OSError)
             _end(process)
-            answers.append(("", f"{command[0]} did not answer within {timeout_seconds:g} s"))
-            continue
-        last = next(
-            (line.strip() for line in reversed(errors.splitlines()) if line.strip()),
-            f"exit code {process.returncode}",
-        )
-        answers.append(
-            (out, "" if process.returncode == 0 else f"{command[0]} failed: {last[:200]}")
-        )
+            problem = f"did not answer within {timeout_seconds:g} s"
+        answers.append((out, problem and f"{command[0]} {problem}"))
     return answers
 
 
@@ -211,14 +204,10 @@ def _parse_squeue(text: str) -> dict[str, JobState]:
         job_ids, state, restarts, elapsed, exit_code, nodes, reason = columns
         num_restarts = int(restarts) if restarts.isdigit() else 0
         word = _WORDS.get(state, "unknown")
-        known = JobState(
-            "requeued" if word == "pending" and num_restarts else word,
-            state if word == "unknown" else "" if reason in ("None", "N/A", "(null)") else reason,
-            num_restarts,
-            "" if word == "pending" else _elapsed(elapsed),
-            _nodes(nodes),
-            None if word in ACTIVE else _exit_code(exit_code),
-        )
+        why = state if word == "unknown" else "" if reason in ("None", "N/A", "(null)") else reason
+        known = _job_state(word, why, num_restarts, elapsed, nodes, exit_code)
+        if word == "pending" and num_restarts:
+            known = replace(known, state="requeued")
         found.update(dict.fromkeys(_array_ids(job_ids), known))
     return found
 
@@ -235,14 +224,8 @@ def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobStat
         word, _, who = state.partition(" ")  # "CANCELLED by 1000"
         word = _WORDS.get(word.rstrip("+"), "unknown")
         time_ = _seconds(submit)
-        known = JobState(
-            word,
-            who if word == "cancelled" else state if word == "unknown" else "",
-            0,
-            "" if word == "pending" else _elapsed(elapsed),
-            _nodes(nodes),
-            None if word in ACTIVE else _exit_code(exit_code),
-        )
+        why = who if word == "cancelled" else state if word == "unknown" else ""
+        known = _job_state(word, why, 0, elapsed, nodes, exit_code)
         for job_id in _array_ids(job_ids):
             if time_ is None or time_ >= submitted.get(job_id, 0.0) - _CLOCK_SKEW:
                 records.setdefault(job_id, []).append((time_ or 0.0, known))
@@ -250,6 +233,20 @@ def _parse_sacct(text: str, submitted: Mapping[str, float]) -> dict[str, JobStat
         job_id: replace(sorted(found, key=lambda record: record[0])[-1][1], restarts=len(found) - 1)
         for job_id, found in records.items()
     }
+
+
+def _job_state(
+    word: str, why: str, restarts: int, elapsed: str, nodes: str, exit_code: str
+) -> JobState:
+    """Make a state of what both programs print."""
+    return JobState(
+        word,
+        why,
+        restarts,
+        "" if word == "pending" else _elapsed(elapsed),
+        "" if nodes in ("None assigned", "None", "(null)", "n/a", "N/A") else nodes,
+        None if word in ACTIVE else _exit_code(exit_code),
+    )
 
 
 def _array_ids(text: str) -> list[str]:
@@ -267,10 +264,6 @@ def _array_ids(text: str) -> list[str]:
             steps = range(first, int(numbers[2] or first) + 1, int(numbers[3] or 1) or 1)
             found += [f"{match[1]}_{number}" for number in steps]
     return found
-
-
-def _nodes(text: str) -> str:
-    return "" if text in ("None assigned", "None", "(null)", "n/a", "N/A") else text
 
 
 def _exit_code(text: str) -> int | None:

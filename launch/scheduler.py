@@ -50,12 +50,9 @@ def submit(
         return [executor.submit(task) for task in tasks]
     from submitit import SlurmExecutor
 
-    if shutil.which("sbatch") is None:
-        raise InputError(
-            "executor=slurm needs srun and sbatch (no sbatch here); submit from a login node, or"
-            " use executor=local"
-        )
     try:
+        if shutil.which("sbatch") is None:
+            raise RuntimeError("no sbatch here")
         slurm = SlurmExecutor(
             folder=log_dir, max_num_timeout=cluster.requeue_time_limits, python=cluster.python
         )

@@ -37,11 +37,8 @@ def signed(value: float | None) -> str:
 
 def plus_minus(mean: float | None, std: float | None, digits: int = 2) -> str:
     """Write a mean, with its standard deviation where there is one."""
-    return (
-        decimal(mean, digits)
-        if std is None
-        else f"{decimal(mean, digits)} ± {decimal(std, digits)}"
-    )
+    text = decimal(mean, digits)
+    return text if std is None else f"{text} ± {decimal(std, digits)}"
 
 
 def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None]:
@@ -49,9 +46,8 @@ def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None
     are two or more; else None.
     """
     known = np.array([value for value in values if value is not None], dtype=np.float64)
-    return float(known.mean()) if len(known) else None, (
-        float(known.std(ddof=1)) if len(known) > 1 else None
-    )
+    mean = float(known.mean()) if len(known) else None
+    return mean, float(known.std(ddof=1)) if len(known) > 1 else None
 
 
 def size_text(num_bytes: float) -> str:
@@ -80,11 +76,7 @@ def duration(seconds: float | None) -> str:
 def printable(name: str) -> str:
     """Return a name with what no terminal can show as escapes: line feeds, bytes that are no
     UTF-8."""
-    return (
-        name
-        if name.isprintable()
-        else "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)
-    )
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)
 
 
 # ---- tables

@@ -171,17 +171,7 @@ def _after_write(options: argparse.Namespace, source: "Source") -> tuple[str, li
     usual = {"max_resolution": None, "write_mode": "jpg", "quality": 90, "formats": "pillow"}
     usual |= {"exif": "turn", "background": "white", "grey_range": None}
     usual |= {"image_field": "", "label_field": "", "threshold_samples": None}
-    given = [
-        word
-        for option in usual
-        if (value := getattr(options, option)) != usual[option]
-        for word in (
-            # argparse takes a word that begins with a dash for an option
-            [f"--{option.replace('_', '-')}={value}"]
-            if str(value).startswith("-")
-            else [f"--{option.replace('_', '-')}", value]
-        )
-    ]
+    given = _given(options, usual)
     if file.is_file():
         files = {source.split: options.out, other: file}
         settings = [
@@ -201,13 +191,22 @@ def _after_write(options: argparse.Namespace, source: "Source") -> tuple[str, li
         return "", [f"no train split here: write the images for training to {file}"]
     if len(source) <= len(source.class_names):
         return "", [f"no val split here: write images for evaluation to {file}"]
-    for option, usual_value in (("subset", None), ("label_noise", 0), ("corrupt", 0), ("seed", 0)):
-        if (value := getattr(options, option)) != usual_value:
-            given += [f"--{option.replace('_', '-')}", value]
+    given += _given(options, {"subset": None, "label_noise": 0, "corrupt": 0, "seed": 0})
     return command("write", options.source, options.out, *given, "--holdout", 0.1, "--overwrite"), [
         "no val split here: write another folder with images of the same classes to"
         f" {file}, or hold a part of these out:"
     ]
+
+
+def _given(options: argparse.Namespace, usual: dict[str, Any]) -> list[Any]:
+    """Return the options that are not as usual, as words of a command."""
+    words = []
+    for name, usual_value in usual.items():
+        option, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if value != usual_value:
+            # argparse takes a word that begins with a dash for an option
+            words += [f"{option}={value}"] if str(value).startswith("-") else [option, value]
+    return words
 
 
 def check(options: argparse.Namespace) -> Outcome:

@@ -106,19 +106,13 @@ def export(
     write: Callable[[IO[bytes]], object]
     if kind in ("csv", "parquet"):
         name = "scores" if source.is_dir() else source.stem
-        if given.coreset is not None:
-            columns, meta = _coreset_table(given, given.coreset, beton, notes)
-        else:
-            columns, meta = _score_table(
-                given, rates or _configured_rates(given.run), ranks, beton, notes
-            )
+        columns, meta = _table(given, rates, ranks, beton, notes)
         write = partial(_write_csv if kind == "csv" else _write_parquet, columns, meta)
     else:
         coreset, name = _one_coreset(given, kind, rates, notes)
         if kind == "paths":
-            write = partial(
-                _write_paths, _paths(given, beton, coreset.fingerprint), coreset.index_M
-            )
+            path = _paths(given, beton, coreset.fingerprint)
+            write = partial(_write_lines, [path[i] for i in coreset.index_M])
         else:
             write = partial(
                 torch.save,
@@ -241,6 +235,15 @@ def _one_coreset(
 
 
 # ---- tables
+
+
+def _table(
+    given: _Source, rates: Sequence[float], ranks: bool, beton: Path | None, notes: list[str]
+) -> tuple[Columns, dict[str, Any]]:
+    """Make the table of a source, and what stands beside it in the file."""
+    if given.coreset is not None:
+        return _coreset_table(given, given.coreset, beton, notes)
+    return _score_table(given, rates or _configured_rates(given.run), ranks, beton, notes)
 
 
 def _score_table(
@@ -408,18 +411,14 @@ def _export_card(
     if folder.is_file():
         raise InputError(f"out={folder} is a file, and card is several of them; give a folder")
     notes: list[str] = []
+    columns, meta = _table(given, rates, ranks, beton, notes)
     if given.coreset is not None:
-        columns, meta = _coreset_table(given, given.coreset, beton, notes)
         coresets = {given.path.stem: given.coreset}
         settings = {given.coreset.score_key: given.coreset.settings}
         found = given.coreset.fingerprint
     else:
-        columns, meta = _score_table(
-            given, rates or _configured_rates(given.run), ranks, beton, notes
-        )
-        settings = {name: scores.settings for name, scores in given.scores.items()}
+        settings, coresets = meta["settings"], {}
         found = next(iter(given.scores.values())).fingerprint
-        coresets = {}
         if given.path.is_dir():
             for file in sorted(RunDir(given.path).coresets.glob("*.npz")):
                 coresets[file.stem] = load_coreset(file)
@@ -444,14 +443,15 @@ def _export_card(
         folder / "samples.parquet": partial(_write_parquet, columns, meta),
     }
     for name, coreset in coresets.items():
-        writers[folder / "indices" / f"{name}.txt"] = partial(_write_indices, coreset)
+        indices = partial(_write_lines, coreset.index_M.tolist())
+        writers[folder / "indices" / f"{name}.txt"] = indices
     for path, write in writers.items():
         notes += write_keeping(path, write)
     return [*writers], notes
 
 
-def _write_indices(coreset: Coreset, file: IO[bytes]) -> None:
-    file.write("".join(f"{index}\n" for index in coreset.index_M.tolist()).encode())
+def _write_lines(lines: Sequence[object], file: IO[bytes]) -> None:
+    file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 # ---- the trajectory
@@ -585,10 +585,6 @@ def _dataset_of(
     dataset = read_dataset(Path(beton), found.num_classes, config)
     require_same_dataset(found, dataset.fingerprint, str(given.path))
     return dataset, f"{manifest_path(dataset.where)} does not exist; `tdds write` makes it"
-
-
-def _write_paths(path: list[str], index_M: np.ndarray, file: IO[bytes]) -> None:
-    file.write("".join(f"{path[i]}\n" for i in index_M).encode())
 
 
 def _paths(given: _Source, beton: Path | None, found: Fingerprint) -> list[str]:

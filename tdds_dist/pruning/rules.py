@@ -82,10 +82,8 @@ def progressive(p_label_N: np.ndarray, rate: float, drawn: float, key: list[int]
     num = max(1, num_samples - round(rate * num_samples))
     num_drawn = max(num, round(drawn * num_samples))
     among = np.sort(_generator(key, _CHOICE).choice(num_samples, num_drawn, replace=False))
-    return (
-        _mask(among[top(-p_label_N[among], num, _tie_seed(key))], num_samples),
-        everyone(num_samples)[1],
-    )
+    kept = among[top(-p_label_N[among], num, _tie_seed(key))]
+    return _mask(kept, num_samples), everyone(num_samples)[1]
 
 
 def explored(kept_N: np.ndarray, num: int, key: list[int]) -> np.ndarray:

@@ -30,17 +30,17 @@ class _Run:
     """One training for the charts; `rate` is None for the full data, which every chart shows."""
 
     series: str
-    more: str  # what tells it from others of its series
-    where: str  # in which collections, where settings differ
     label: str
-    rate: float | None
-    epochs: int | None
     slot: int
-    dashed: bool
-    width: float
-    importance: str
+    where: str  # in which collections, where settings differ
     is_finished: bool
     metrics: list[dict[str, Any]]
+    more: str = ""  # what tells it from others of its series
+    rate: float | None = None
+    epochs: int | None = None
+    dashed: bool = False
+    width: float = 1.5
+    importance: str = "none"
 
 
 def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any] | None:
@@ -136,50 +136,32 @@ def _runs(
     """List the collection and every retraining of a run directory."""
     where = f" in {label}" if label else ""
     name = f", {run_name(facts)}" if say_run else ""
-    yield _Run(
-        f"{FULL_DATA}, collection",
-        "",
-        where,
-        f"collection{name}",
-        None,
-        None,
-        charts.FULL_SLOT,
-        False,
-        1.5,
-        "none",
-        facts.result is not None,
-        facts.metrics,
-    )
+    series, slot, is_finished = f"{FULL_DATA}, collection", charts.FULL_SLOT, bool(facts.result)
+    yield _Run(series, f"collection{name}", slot, where, is_finished, facts.metrics)
     for sub in facts.retrained:
-        rate, importance, width = (
-            sub.setting.get("pruning_rate"),
-            sub.setting.get("importance") or "none",
-            1.5,
-        )
+        rate = sub.setting.get("pruning_rate")
+        importance = sub.setting.get("importance") or "none"
         more = variant[facts.run.path, sub.name]
         if rate == 0:
-            width = _WIDE
             series, slot = f"{FULL_DATA}, retrained", FULL_RETRAINED_SLOT
         elif sub.strategy is None or rate is None:
             series, slot = sub.name, slots[names[sub.score]]
         else:
-            series, slot = (
-                f"{names[sub.score]} ({sub.strategy}, {importance})",
-                slots[names[sub.score]],
-            )
+            series = f"{names[sub.score]} ({sub.strategy}, {importance})"
+            slot = slots[names[sub.score]]
         yield _Run(
             series,
-            more,
-            where,
             _run_label(sub, names, more) + name,
-            rate or None,
-            sub.setting.get("epochs"),
             slot,
-            sub.strategy == "P",
-            width,
-            importance,
+            where,
             sub.result is not None,
             sub.metrics,
+            more,
+            rate or None,
+            sub.setting.get("epochs"),
+            sub.strategy == "P",
+            _WIDE if rate == 0 else 1.5,
+            importance,
         )
 
 
@@ -331,13 +313,10 @@ def speed_charts(facts: Facts) -> dict[str, Any] | None:
                 continue
             mean = _mean_by_epoch(members, key)
             if mean:
-                label, slot = (
-                    _rate_label(rate, len(members)),
-                    (charts.FULL_SLOT if rate is None else FULL_RETRAINED_SLOT),
-                )
+                slot = charts.FULL_SLOT if rate is None else FULL_RETRAINED_SLOT
                 lines.append(
                     charts.Line(
-                        label,
+                        _rate_label(rate, len(members)),
                         [*mean],
                         [value / scale for value in mean.values()],
                         slot if not rate else 1 + (number - 1) % 9,

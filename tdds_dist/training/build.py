@@ -281,11 +281,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context of a forward pass: `train.amp` on CUDA, float32 elsewhere."""
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.amp]
-    return (
-        nullcontext()
-        if dtype is None or device.type != "cuda"
-        else torch.autocast("cuda", dtype=dtype)
-    )
+    is_plain = dtype is None or device.type != "cuda"
+    return nullcontext() if is_plain else torch.autocast("cuda", dtype=dtype)
 
 
 def build_mix(config: Config) -> Any:

@@ -114,11 +114,8 @@ def restore(
 
 
 def _mean(values: list[Tensor]) -> Tensor:
-    return (
-        sum(values[1:], start=values[0]) / len(values)
-        if values[0].is_floating_point()
-        else values[0]
-    )
+    first, *others = values
+    return sum(others, start=first) / len(values) if first.is_floating_point() else first
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -138,10 +135,8 @@ def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextMan
     three ranks on; so that a resumed run sums as an uninterrupted one does, no run trains with
     unsorted buckets.
     """
-    random, random_cuda = (
-        torch.get_rng_state(),
-        (torch.cuda.get_rng_state() if sample.is_cuda else None),
-    )
+    random = torch.get_rng_state()
+    random_cuda = torch.cuda.get_rng_state() if sample.is_cuda else None
     kept = [buffer.clone() for buffer in model.module.buffers()]
     model.train()
     for _ in range(1 + model.static_graph):  # which sorts them one pass later
