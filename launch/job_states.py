@@ -111,10 +111,8 @@ def _slurm_states(jobs: list[JobRecord], timeout_seconds: float) -> dict[str, Jo
     )
     if "Invalid job id" in queue_error:  # what squeue says of jobs that ended a while ago
         queue_error = ""
-    queued, accounted = (
-        _parse_squeue(queue),
-        _parse_sacct(account, {job.id: job.time for job in jobs}),
-    )
+    queued = _parse_squeue(queue)
+    accounted = _parse_sacct(account, {job.id: job.time for job in jobs})
     states = {}
     for job in jobs:
         here, there = queued.get(job.id), accounted.get(job.id)
@@ -409,11 +407,8 @@ def explain(
     if state.state in ("pending", "requeued"):
         again = "requeued, " if state.state == "requeued" else ""
         if state.reason == "DependencyNeverSatisfied" or (root and state.reason == "Dependency"):
-            why = (
-                _how(root, states[root.id])
-                if root
-                else f"a job that it waits for failed ({state.reason})"
-            )
+            why = f"a job that it waits for failed ({state.reason})"
+            why = _how(root, states[root.id]) if root else why
             return f"{again}never starts because {why}", root
         if state.reason == "Dependency":
             active = {
@@ -424,13 +419,8 @@ def explain(
             }
             # an array by the number of all
             waits = [_named(replace(other, id=parent)) for parent, other in active.items()]
-            return (
-                (
-                    f"{again}waiting for"
-                    f" {', '.join(waits[:3]) or 'others'}{' and more' if len(waits) > 3 else ''}"
-                ),
-                None,
-            )
+            named = ", ".join(waits[:3]) or "others"
+            return f"{again}waiting for {named}{' and more' if len(waits) > 3 else ''}", None
         words = _WAITING.get(state.reason, "waiting")
         return again + words + (f" ({state.reason})" if state.reason else ""), None
     if state.state == "cancelled":
@@ -451,10 +441,8 @@ def _bad_end(job: JobRecord, state: JobState, *, with_code: bool = True) -> str:
     if state.state != "failed":
         return _ENDED[state.state]
     ends = read_ends(job.log_dir, job.id)
-    cause, kinds = (
-        first_cause(ends),
-        {end.kind for end in ends if end.restart == max(other.restart for other in ends)},
-    )
+    cause, last = first_cause(ends), max((end.restart for end in ends), default=0)
+    kinds = {end.kind for end in ends if end.restart == last}
     if (cause.kind if cause else "") == "refused" or (cause is None and state.exit_code == 2):
         return f"refused its input{code}"
     if cause is None and ("resume" in kinds or state.exit_code == 75):

@@ -38,21 +38,15 @@ def choose_log(
     if rank is None:
         cause = None if state.is_active else first_cause(read_ends(job.log_dir, job.id))
         if cause is not None and cause.rank in files:
-            rank, how = (
-                cause.rank,
-                {"refused": "refused its input", "lost": "lost another"}.get(
-                    cause.kind, cause.kind
-                ),
-            )
+            words = {"refused": "refused its input", "lost": "lost another"}
+            rank, how = cause.rank, words.get(cause.kind, cause.kind)
             said.append(f"rank {rank} {how} first: {' '.join(cause.message.split())}")
         else:
             rank = min(files, default=0)
     if rank not in files:
-        there = (
-            f"has .{stream} of ranks {_ranges(list(files))}"
-            if files
-            else f"has written no .{stream}"
-        )
+        there = f"has written no .{stream}"
+        if files:
+            there = f"has .{stream} of ranks {_ranges(list(files))}"
         raise InputError(
             f"--rank {rank} is none of job {job.id}, which {there}; choose among these"
         )

@@ -495,26 +495,21 @@ def experiment(options: argparse.Namespace) -> Outcome | None:
 
 def score(options: argparse.Namespace) -> Outcome | None:
     many = options.all or options.score
-    tdds_only = ("preset", "T", "K", "beta")
+    of_tdds = [name for name in ("preset", "T", "K", "beta") if getattr(options, name) is not None]
+    of_tdds += ["delta"] * (options.delta != "kl")
     if options.all and options.score:
         raise InputError("--all and --score exclude each other; leave one out")
     if options.final_pass:
-        others = [
-            f"--{name}"
-            for name in ("all", "score", *tdds_only, "beton", "out")
-            if getattr(options, name)
-        ]
-        if others := [*others, *options.overrides, *([] if options.delta == "kl" else ["--delta"])]:
+        names = ("all", "score", *of_tdds, "beton", "out")
+        given = [f"--{name}" for name in names if name in of_tdds or getattr(options, name)]
+        if others := [*given, *options.overrides]:
             raise InputError(
                 f"--final-pass stands alone, without {others[0]}; run the other command separately"
             )
         return _final_pass(options)
-    if many and (
-        given := [name for name in tdds_only if getattr(options, name) is not None]
-        + ([] if options.delta == "kl" else ["delta"])
-    ):
+    if many and of_tdds:
         raise InputError(
-            f"--{given[0]} belongs to `tdds score` without --all and --score, which take the"
+            f"--{of_tdds[0]} belongs to `tdds score` without --all and --score, which take the"
             " windows of the run's config; run it separately"
         )
     if options.overrides and not many:

@@ -55,12 +55,10 @@ def outcome(
         code, message = _attempt(options, words, is_main)
     except (UsageError, Exception) as error:
         if as_json:
-            text, code = (
-                (error.message, 2)
-                if isinstance(error, UsageError)
-                else (f"{type(error).__name__}: {error}", 1)
-            )
-            _print_error(text, code)
+            if isinstance(error, UsageError):
+                _print_error(error.message, 2)
+            else:
+                _print_error(f"{type(error).__name__}: {error}", 1)
         raise
     if as_json and message:
         _print_error(message, code)
@@ -84,10 +82,8 @@ def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -
     except SystemExit as leaving:
         if leaving.code != commands.EXIT_TERMINATED:
             raise
-        return (
-            leaving.code,
-            f"tdds {options.stage}: SIGTERM{_after_interruption(options.stage, words)}",
-        )
+        after = _after_interruption(options.stage, words)
+        return leaving.code, f"tdds {options.stage}: SIGTERM{after}"
     except Preempted as leaving:
         # a launcher queues its jobs again
         said = str(leaving) if "TDDS_JOB" in os.environ else _again(str(leaving), words)

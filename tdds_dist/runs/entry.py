@@ -244,40 +244,23 @@ def why_not(
 
     `elsewhere` are the keys by which another directory is chosen.
     """
+    holds, another = f"{run.path} holds", f"choose another {elsewhere}"
     if not _has_run(run):
-        return (
-            None
-            if not _has_parts(run)
-            else (
-                f"{run.path} holds parts of a run, but not its config.yaml and env.json",
-                f"restore them, choose another {elsewhere}",
-            )
-        )
+        what = f"{holds} parts of a run, but not its config.yaml and env.json"
+        return (what, f"restore them, {another}") if _has_parts(run) else None
     try:
         changed = differences(run, config, setting)
     except InputError as error:
-        return (
-            f"{run.path} holds a run whose config cannot be read ({error})",
-            f"restore it, choose another {elsewhere}",
-        )
+        return f"{holds} a run whose config cannot be read ({error})", f"restore it, {another}"
     if changed:
-        return (
-            f"{run.path} holds a run of other settings ({'; '.join(changed)})",
-            (
-                "go on with those it was started with "
-                f"(only {changeable_keys(setting['stage'])} may change), choose another {elsewhere}"
-            ),
-        )
+        may_change = f"(only {changeable_keys(setting['stage'])} may change)"
+        way_out = f"go on with those it was started with {may_change}, {another}"
+        return f"{holds} a run of other settings ({'; '.join(changed)})", way_out
     if run.result_file.is_file() or complete_steps(run.checkpoints):
         return None
     if run.read_env().get("has_checkpoints"):
-        return (
-            (
-                f"{run.path} holds {len(run.read_metrics())} epochs of an unfinished run, and no"
-                " checkpoint to go on from"
-            ),
-            "restore checkpoints/",
-        )
+        what = f"{holds} {len(run.read_metrics())} epochs of an unfinished run, and no checkpoint"
+        return f"{what} to go on from", "restore checkpoints/"
     return None
 
 

@@ -178,25 +178,16 @@ def read_status(directory: Path, *, with_retrainings: bool = True) -> RunStatus:
     pulse, env, result = (
         read_object(file) for file in (run.status_file, run.env_file, run.result_file)
     )
-    retrainings = (
-        tuple(
-            read_status(path.parent, with_retrainings=False)
-            for path in sorted(run.retrain.glob("*/config.yaml"))
-        )
-        if with_retrainings
-        else ()
-    )
+    inside = run.retrain_runs() if with_retrainings else []
+    retrainings = tuple(read_status(sub.path, with_retrainings=False) for sub in inside)
     resumes = env.get("resumes")
-    last_start = (
-        resumes[-1]
-        if isinstance(resumes, list) and resumes and isinstance(resumes[-1], dict)
-        else env
-    )
+    resumes = resumes if isinstance(resumes, list) else []
+    last_start = resumes[-1] if resumes and isinstance(resumes[-1], dict) else env
     known: dict[str, Any] = {
         "directory": str(directory),
         "stage": _text(result, "stage") or _text(env, "stage") or _text(pulse, "stage"),
         "world_size": _whole(pulse, "world_size") or _whole(last_start, "world_size"),
-        "num_resumes": len(resumes) if isinstance(resumes, list) else 0,
+        "num_resumes": len(resumes),
         "command": _command(last_start) or _command(env),
         "host": _text(pulse, "host"),
         "job": _text(pulse, "job"),
@@ -240,26 +231,13 @@ def _state(
     """Return the state, why it stopped, and warnings."""
     told, holder, is_alive, is_certain = _text(pulse, "state"), *holder_of(run.path, STALE_SECONDS)
     if told in ACTIVE:
-        if is_alive or (age is not None and age <= STALE_SECONDS and not (holder and is_certain)):
-            is_old = age is None or age > STALE_SECONDS
-            return (
-                told,
-                "",
-                (
-                    [f"no update for {duration(age or 0)}, but {holder} still holds the run"]
-                    if is_old
-                    else []
-                ),
-            )
+        is_old, since = age is None or age > STALE_SECONDS, duration(age or 0)
+        if is_alive or not (is_old or (holder and is_certain)):
+            warning = f"no update for {since}, but {holder} still holds the run"
+            return told, "", [warning] * is_old
         gone = f"{holder} is dead" if holder else "no job holds it"
-        return (
-            "lost",
-            "",
-            [
-                f"{run.path} says {told}, but its last update came {duration(age or 0)} ago and"
-                f" {gone}"
-            ],
-        )
+        warning = f"{run.path} says {told}, but its last update came {since} ago and {gone}"
+        return "lost", "", [warning]
     if is_alive:  # between two starts, or on a disk that is too full for status.json
         return "training" if told == "" and run.metrics_file.is_file() else "starting", "", []
     if told in ("stopped", "failed", "finished"):
@@ -335,11 +313,8 @@ def _text(record: dict[str, Any], key: str) -> str:
 
 def _command(record: dict[str, Any]) -> tuple[str, ...]:
     words = record.get("command")
-    return (
-        tuple(words)
-        if isinstance(words, list) and all(isinstance(word, str) for word in words)
-        else ()
-    )
+    is_sound = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    return tuple(words or ()) if is_sound else ()
 
 
 def _whole(record: dict[str, Any], key: str) -> int | None:
