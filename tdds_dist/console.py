@@ -177,14 +177,8 @@ class Progress(AbstractContextManager["Progress"]):
         if self._unit:
             parts.insert(0, f"{self._done:,} of {self._total:,} {self._unit}")
             if new:
-                parts.insert(
-                    1,
-                    (
-                        f"{new / seconds:.3g} {self._unit}/s"
-                        if new < 10 * seconds
-                        else f"{new / seconds:,.0f} {self._unit}/s"
-                    ),
-                )
+                form = ".3g" if new < 10 * seconds else ",.0f"
+                parts.insert(1, f"{new / seconds:{form}} {self._unit}/s")
         parts.insert(0, f"{100 * self._done // max(1, self._total)} %")
         if new:
             parts.append(f"{duration(seconds * max(0, self._total - self._done) / new)} left")

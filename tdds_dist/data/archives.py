@@ -507,6 +507,7 @@ def read_webdataset(
     if unused:
         kinds = some([f"{number:,} {printable(kind)}" for kind, number in unused.most_common()])
         notes.append(f"members that are neither image nor label: {kinds}")
+    fields = {"image_field": image_field, "label_field": label_field}
     place_N = [
         (file, *place)
         for file, shard in zip(splits.files, shards, strict=True)
@@ -523,11 +524,7 @@ def read_webdataset(
         ],
         label_N,
         lambda i: _bytes_at(*place_N[i]),
-        {
-            name: value
-            for name, value in (("image_field", image_field), ("label_field", label_field))
-            if value
-        },
+        {name: field for name, field in fields.items() if field},
         notes,
     )
 

@@ -33,7 +33,7 @@ from tdds_dist.coreset.select import (
     random_scores,
     recall_of,
 )
-from tdds_dist.data.manifest import Manifest, read_manifest
+from tdds_dist.data.manifest import Manifest
 from tdds_dist.distributed.collectives import gather_objects, together
 from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World, current_world, session
@@ -48,7 +48,7 @@ from tdds_dist.experiments.grid import (
     window_of,
 )
 from tdds_dist.experiments.processes import run_in_processes
-from tdds_dist.experiments.tables import CellResult, write_tables
+from tdds_dist.experiments.tables import CellResult, manifest_of, write_tables
 from tdds_dist.runs.artifacts import Scores, load_coreset, load_scores, write_atomically
 from tdds_dist.runs.directory import RunDir, any_scores, copy_run, move_aside
 from tdds_dist.runs.lock import RunLock
@@ -107,14 +107,9 @@ def _experiment(
         if world.is_main:
             _clear_the_way([*collections.values()], force)
             _take_over(plan, [*collections.values()])
-            _clear_the_way(
-                [
-                    _task(plan, cell)
-                    for cell in cells
-                    if cell.run.path.exists() and _is_readable(cell.coreset_file)
-                ],
-                force,
-            )
+            begun = [cell for cell in cells if cell.run.path.exists()]
+            begun = [cell for cell in begun if _is_readable(cell.coreset_file)]
+            _clear_the_way([_task(plan, cell) for cell in begun], force)
     with together(world):
         waiting = [task for task in collections.values() if not task.is_done]
         log.info(
@@ -222,7 +217,7 @@ def _finish(
     """Write the tables, and the record of this start. Results of cells that are not `valid` do not
     count."""
     paths = {cell.run.path for cell in valid}
-    manifest = _manifest(plan)
+    manifest = manifest_of(load_config(plan.config, plan.overrides))
     outcomes = [
         _outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest)
         for cell in cells
@@ -237,14 +232,6 @@ def _finish(
             f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or"
             " variants, and are not in the table"
         )
-
-
-def _manifest(plan: Experiment) -> Manifest | None:
-    """Return the manifest of the training images, where there is one."""
-    try:
-        return read_manifest(Path(load_config(plan.config, plan.overrides).data.train))
-    except InputError:  # the file is gone, or another
-        return None
 
 
 def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | None) -> CellResult:

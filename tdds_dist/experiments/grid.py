@@ -240,17 +240,10 @@ def check_method(config: Config, method: Method, rate: float) -> None:
 
 def config_of(plan: Experiment, seed: int, variant: Variant | None = None) -> Config:
     """Return the config of a run of the experiment."""
-    overrides = [*plan.overrides, *(variant.overrides if variant else ())]
-    directory = plan.directory / f"seed{seed}"
-    return load_config(
-        plan.config,
-        [
-            *overrides,
-            f"run.seed={seed}",
-            f"run.name={plan.name}_seed{seed}",
-            f"run.dir={json.dumps(str(directory))}",
-        ],
-    )
+    directory = json.dumps(str(plan.directory / f"seed{seed}"))
+    overrides = [*plan.overrides, *(variant.overrides if variant else ()), f"run.seed={seed}"]
+    overrides += [f"run.name={plan.name}_seed{seed}", f"run.dir={directory}"]
+    return load_config(plan.config, overrides)
 
 
 def _collection_task(plan: Experiment, seed: int) -> Task:

@@ -15,10 +15,10 @@ from typing import Any
 from tdds_dist.config.experiment import Experiment
 from tdds_dist.config.grid import Method
 from tdds_dist.config.run import Config, load_config
-from tdds_dist.data.manifest import read_manifest
+from tdds_dist.data.manifest import Manifest, read_manifest
 from tdds_dist.errors import InputError
 from tdds_dist.experiments.grid import Cell
-from tdds_dist.report.published import Images, Printed, footnotes, images_of, lookup
+from tdds_dist.report.published import Printed, footnotes, images_of, lookup
 from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.directory import RunDir, read_objects
 from tdds_dist.text import MISSING, duration, markdown_table, mean_std, percent, plus_minus
@@ -94,20 +94,20 @@ def write_tables(
     return text
 
 
-def _images(config: Config) -> Images | None:
-    """Return the paper's images that these are, if they are."""
+def manifest_of(config: Config) -> Manifest | None:
+    """Return the manifest of the training images, where there is one."""
     try:
-        manifest = read_manifest(Path(config.data.train))
-    except InputError:
-        manifest = None
-    return images_of(config.data.train, config.data.num_classes, manifest)
+        return read_manifest(Path(config.data.train))
+    except InputError:  # the file is gone, or another
+        return None
 
 
 def _beside(
     plan: Experiment, config: Config, outcomes: Sequence[CellResult]
 ) -> tuple[list[CellResult], Printed | None]:
     """Return the outcomes with what the paper prints for each, and its number of the full data."""
-    images, model = _images(config), config.model.model_dump()
+    data, model = config.data, config.model.model_dump()
+    images = images_of(data.train, data.num_classes, manifest_of(config))
     variants = {"": config} | {
         variant.name: load_config(plan.config, [*plan.overrides, *variant.overrides])
         for variant in plan.variants

@@ -104,32 +104,20 @@ def _matrices(
     for position, rate in enumerate([None, *rates]):
         chance = 0.0 if rate is None else num_kept(num_samples, rate) / num_samples
         value = {pair: values[position] for pair, values in pairs.items()}
-        cells = [
-            [
-                (
-                    None
-                    if a == b
-                    else _cell(value[a, b] if (a, b) in value else value[b, a], rate, chance)
-                )
-                for b in ranked
-            ]
-            for a in ranked
-        ]
         known = {pair: number for pair, number in value.items() if not np.isnan(number)}
-        ends = (
-            [
-                (names[pair[0]], names[pair[1]], _cell(known[pair], rate, chance)[0])
-                for pair in (max(known, key=known.__getitem__), min(known, key=known.__getitem__))
-            ]
-            if known
-            else []
-        )
+        value |= {(b, a): number for (a, b), number in value.items()}
+        cells = [
+            [None if a == b else _cell(value[a, b], rate, chance) for b in ranked] for a in ranked
+        ]
+        ends = [reduce(known, key=known.__getitem__) for reduce in (max, min) if len(known) > 1]
         found.append(
             {
                 "rate": rate,
                 "chance": chance,
                 "rows": list(zip(ranked, names.values(), cells, strict=True)),
-                "ends": ends if len(known) > 1 else [],
+                "ends": [
+                    (names[a], names[b], _cell(known[a, b], rate, chance)[0]) for a, b in ends
+                ],
             }
         )
     return found

@@ -86,19 +86,15 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
                 f"{line.label} {line.y[-1]:.4g}" for line in lines if line.width != _THIN
             )
             head = title if rate is None else f"{percent(rate)} removed: {title}"
-            found.append(
-                (
-                    number,
-                    charts.line_chart(
-                        lines,
-                        head,
-                        "epoch",
-                        f"{head} by epoch. Last values: {last}.",
-                        may_be_log=key == "train_loss",
-                        y_range=(min(values), max(values)),
-                    ),
-                )
+            svg = charts.line_chart(
+                lines,
+                head,
+                "epoch",
+                f"{head} by epoch. Last values: {last}.",
+                may_be_log=key == "train_loss",
+                y_range=(min(values), max(values)),
             )
+            found.append((number, svg))
     if not found:
         return None
     return {
@@ -247,22 +243,13 @@ def _run_label(sub: Retrained, names: dict[str, str], more: str = "") -> str:
 def speed(facts: Facts) -> list[dict[str, Any]]:
     """Return medians over epochs, without the first one where there are others, which includes
     compilation and cold caches."""
-    runs: list[tuple[str, dict[str, Any] | None, list[dict[str, Any]], dict[str, Any]]] = [
-        ("collect", facts.result, facts.metrics, facts.env)
-    ]
+    runs: list[tuple[str, Facts | Retrained]] = [("collect", facts)]
     variant = variants([facts])
-    runs += [
-        (
-            _run_label(sub, facts.names, variant[facts.run.path, sub.name]),
-            sub.result,
-            sub.metrics,
-            sub.env,
-        )
-        for sub in facts.retrained
-    ]
+    for sub in facts.retrained:
+        runs.append((_run_label(sub, facts.names, variant[facts.run.path, sub.name]), sub))
     rows = []
-    for name, result, metrics, env in runs:
-        warm = metrics[1:] or metrics
+    for name, run in runs:
+        warm = run.metrics[1:] or run.metrics
 
         def median(key: str, warm: list[dict[str, Any]] = warm) -> float | None:
             values = [record[key] for record in warm if record.get(key) is not None]
@@ -271,14 +258,14 @@ def speed(facts: Facts) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "epochs": len(metrics),
-                "world_size": env.get("world_size"),
-                "resumes": len(env.get("resumes", [])),
+                "epochs": len(run.metrics),
+                "world_size": run.env.get("world_size"),
+                "resumes": len(run.env.get("resumes", [])),
                 "images_per_second": median("images_per_second"),
                 "epoch_seconds": median("epoch_seconds"),
                 "scoring_share": median("scoring_share") if name == "collect" else None,
                 "memory_bytes": median("memory_bytes"),
-                "train_seconds": (result or {}).get("train_seconds"),
+                "train_seconds": (run.result or {}).get("train_seconds"),
             }
         )
     return rows

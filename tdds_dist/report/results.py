@@ -82,15 +82,8 @@ def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
     if len(groups) == 1:
         return [("", [*pool])]
     are_told_apart = len({run_name(facts) for facts in pool}) == len(pool)
-    return [
-        (
-            ", ".join(
-                run_name(facts) if are_told_apart else str(facts.run.path) for facts in group
-            ),
-            group,
-        )
-        for group in groups.values()
-    ]
+    name = run_name if are_told_apart else lambda facts: str(facts.run.path)
+    return [(", ".join(map(name, group)), group) for group in groups.values()]
 
 
 def summary_tables(found: Sequence[Facts]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -275,18 +268,17 @@ def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
         }
         if facts.result is None:
             status = _progress(facts.metrics, facts.config.get("train", {}).get("epochs"))
+        elif epochs == planned:
+            status = "finished"
         else:
-            status = (
-                "finished" if epochs == planned else f"stopped after {epochs} of {planned} epochs"
-            )
-        by_status.setdefault(status if status == "finished" else (status, value["run"]), []).append(
-            value
-        )
+            status = f"stopped after {epochs} of {planned} epochs"
+        of_one = "" if status == "finished" else value["run"]
+        by_status.setdefault((status, of_one), []).append(value)
     rows = []
     epochs = group[0].config.get("train", {}).get("epochs")
-    for key, values in by_status.items():
+    for (status, _), values in by_status.items():
         row = _row({}, "collect", (FULL_DATA, None, None, 0.0, epochs, ""), values)
-        rows.append(row | {"status": key if key == "finished" else key[0]})
+        rows.append(row | {"status": status})
     return sorted(rows, key=lambda row: row["status"] != "finished")
 
 

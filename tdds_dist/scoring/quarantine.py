@@ -95,13 +95,8 @@ def coreset_warnings(scores: Scores) -> list[str]:
     num = len(scores.score_N) - len(rest_n)
     if not num:
         return []
-    warnings = [
-        (
-            f"{num} quarantined samples (NaN logits) are in no coreset"
-            if num > 1
-            else "1 quarantined sample (NaN logits) is in no coreset"
-        )
-    ]
+    samples, are = ("samples", "are") if num > 1 else ("sample", "is")
+    warnings = [f"{num} quarantined {samples} (NaN logits) {are} in no coreset"]
     if len(gone := np.setdiff1d(label_N[label_N >= 0], label_N[rest_n])):
         warnings.append(
             f"all samples of {len(gone)} classes are quarantined (first:"
