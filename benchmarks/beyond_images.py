@@ -34,12 +34,11 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import files
 from benchmarks.small_sets import SETS, Split, load
-from tdds_dist import Coreset, ShardedScorer, Window, load_scores
+from tdds_dist import Coreset, ShardedScorer, Window, load_scores, make_coreset, score_all
 from tdds_dist.config.grid import BUILT_IN_METHODS
-from tdds_dist.coreset.select import make_coreset, random_scores
+from tdds_dist.coreset.select import random_scores
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import write_atomically
-from tdds_dist.scoring.offline import score_all
 
 SCORES = ("tdds", "el2n", "forgetting", "aum", "dyn_unc", "dual", "csl")
 METHODS = (*SCORES, "ccs", "dual_beta", "random", "shorter")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tdds_dist.config.scores import Window
-    from tdds_dist.coreset.select import choose
+    from tdds_dist.coreset.select import choose, make_coreset
     from tdds_dist.distributed.partition import EpochOrder, epoch_order
     from tdds_dist.errors import InputError
     from tdds_dist.pruning.plan import PruningPlan
     from tdds_dist.pruning.schedule import PruningSchedule
     from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, load_scores
     from tdds_dist.runs.checkpoint import Checkpoints
+    from tdds_dist.scoring.offline import score_all
     from tdds_dist.scoring.scorer import ShardedScorer
     from tdds_dist.scoring.trajectory import Trajectory
 
@@ -35,6 +36,8 @@ __all__ = [
     "epoch_order",
     "load_coreset",
     "load_scores",
+    "make_coreset",
+    "score_all",
 ]
 _MODULES = {
     "Checkpoints": "runs.checkpoint",
@@ -51,6 +54,8 @@ _MODULES = {
     "epoch_order": "distributed.partition",
     "load_coreset": "runs.artifacts",
     "load_scores": "runs.artifacts",
+    "make_coreset": "coreset.select",
+    "score_all": "scoring.offline",
 }
 
 

@@ -3,7 +3,7 @@ runs, by one line.
 
 `recorder` holds what any such loop needs beside the scorer; a module per library (`hugging_face`)
 says where in it a sample's index, logits and label are. May import `scoring` and below. Start with
-`hugging_face`.
+`hugging_face`; `rows` is for samples of several labels or tokens.
 """
 
-__all__ = ["hugging_face", "recorder"]
+__all__ = ["hugging_face", "recorder", "rows"]
