@@ -48,6 +48,7 @@ ONLY_IN = {
     "torch.distributed.checkpoint": {"runs.checkpoint"},
     "triton": {"scoring.shard_triton"},
     "transformers": {"loops.hugging_face"},
+    "lightning": {"loops.lightning"},
     "submitit": {"launch"},
     "launch": {"launch", "__main__"},
 }

@@ -16,6 +16,7 @@ of checkpoints is that of their steps; clocks have no part in it.
 """
 
 import copy
+import enum
 import hashlib
 import json
 import logging
@@ -535,8 +536,17 @@ _IN_METADATA = {  # names that `.metadata` may ask for, by module
 }
 
 
+def _member(kind: type, name: str) -> Any:
+    """Return a member of an enumeration, which Python before 3.11.4 pickles by `getattr`."""
+    if not issubclass(kind, enum.Enum):
+        raise pickle.UnpicklingError(f".metadata asks for {name} of {kind}, no enumeration")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _IN_METADATA.get(module, ()):
             raise pickle.UnpicklingError(
                 f".metadata asks for {module}.{name}, which does not belong there"

@@ -255,12 +255,13 @@ def why_not(
     if changed:
         may_change = f"(only {changeable_keys(setting['stage'])} may change)"
         way_out = f"go on with those it was started with {may_change}, {another}"
-        return f"{holds} a run of other settings ({'; '.join(changed)})", way_out
+        return f"{run.path} holds a run of other settings ({'; '.join(changed)})", way_out
     if run.result_file.is_file() or complete_steps(run.checkpoints):
         return None
     if run.read_env().get("has_checkpoints"):
-        what = f"{holds} {len(run.read_metrics())} epochs of an unfinished run, and no checkpoint"
-        return f"{what} to go on from", "restore checkpoints/"
+        num = len(run.read_metrics())
+        what = f"{holds} {num} epochs of an unfinished run, and no checkpoint to go on from"
+        return what, "restore checkpoints/"
     return None
 
 

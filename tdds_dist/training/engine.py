@@ -227,7 +227,7 @@ class Trainer:
             with collectives.together(job.world):
                 if job.world.is_main:
                     if val_2C is not None:
-                        job.run.append_val_classes(self.epoch, *val_2C)
+                        job.run.append_val_classes(self.epoch, *val_2C.cpu().numpy())
                     job.run.append_metrics(record)
                     self.trackers.write(record)
                     line = metrics.epoch_line(
@@ -663,7 +663,7 @@ class Trainer:
     # ---- evaluation and records
 
     @torch.no_grad()
-    def evaluate(self, epoch: int) -> tuple[dict[str, float], np.ndarray]:
+    def evaluate(self, epoch: int) -> tuple[dict[str, float], Tensor]:
         """Compute loss and top-1 and top-5 accuracy (percent) on the evaluation file, each image
         counted once; and loss and recall of each class, float64 [2, C]."""
         order, batches = self.feed.take(("val", epoch))

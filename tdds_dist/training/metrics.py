@@ -5,7 +5,6 @@
 import os
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,20 +42,19 @@ class Accuracy:
             ]
         )
 
-    def read(self) -> tuple[dict[str, float], np.ndarray]:
+    def read(self) -> tuple[dict[str, float], Tensor]:
         """Return mean loss, and percent, over all ranks; and mean loss and recall of each class,
         float64 [2, C], NaN without images. A collective that waits for the device."""
         sums = torch.cat([self._totals_4, self._classes_C3.flatten()])
-        sums = collectives.sum_over_ranks(sums).cpu()
+        sums = collectives.sum_over_ranks(sums)
         loss, top1, top5, images = sums[:4].tolist()
-        sum_3C = sums[4:].view(-1, 3).T.numpy()
+        sum_3C = sums[4:].view(-1, 3).T
         record = {
             "val_loss": loss / images,
             "val_top1": 100.0 * top1 / images,
             "val_top5": 100.0 * top5 / images,
         }
-        num_C = np.where(sum_3C[2] > 0, sum_3C[2], np.nan)
-        return record, sum_3C[:2] / num_C
+        return record, sum_3C[:2] / sum_3C[2]  # 0 / 0 is NaN
 
 
 class Screen:

@@ -1,83 +1,30 @@
 """Scores of a training by transformers.Trainer are those of a plain loop over what it saw."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from tdds_dist import InputError, ShardedScorer, Window, load_scores
-from tdds_dist.scoring.trajectory import Trajectory
+from tdds_dist import InputError, Window
+from tests.loops import plain
 
 pytestmark = pytest.mark.loops
 pytest.importorskip("transformers")
-ROOT, PROGRAM = Path(__file__).parents[2], Path(__file__).parent / "program_hugging_face.py"
-N, C, BATCH, EPOCHS = 43, 5, 4, 4
-WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=3, beta=0.5)]
-
-
-def run(ranks, folder, *words, code=0):
-    folder.mkdir(exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *launcher * (ranks > 1), str(PROGRAM), str(folder), *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == (code and (1 if ranks > 1 else code)), done.stderr
-    return done
-
-
-def plain(folder, ranks):
-    """The scores of a plain loop over the same forward passes; a sample that accelerate repeats at
-    the end of an epoch counts where it came first."""
-    scorer = ShardedScorer(N, C, WINDOWS, device="cpu")
-    per_epoch = -(-N // (BATCH * ranks))
-    files = sorted(folder.glob("seen_*.npz"))
-    steps = [files[at : at + ranks] for at in range(0, len(files), ranks)]
-    assert len(steps) == EPOCHS * per_epoch
-    label_N = np.load(folder / "result.npz")["label"]
-    for epoch in range(EPOCHS):
-        seen = set()
-        for paths in steps[epoch * per_epoch :][:per_epoch]:
-            for path in paths:
-                with np.load(path) as rows:
-                    index_B, logits_BC = rows["index"], torch.from_numpy(rows["logits"])
-                is_first_B = [not (index in seen or seen.add(index)) for index in index_B.tolist()]
-                label_B = torch.from_numpy(label_N[index_B])
-                index_B = torch.from_numpy(np.where(is_first_B, index_B, -1))
-                scorer.record(index_B, logits_BC, label_B)
-        scorer.end_epoch()
-    return {f"T{window.T}": score_N.numpy() for window, score_N in scorer.gather().items()}
-
-
-def check(folder, ranks):
-    expected, found = plain(folder, ranks), np.load(folder / "result.npz")
-    for window in WINDOWS:
-        key = f"T{window.T}"
-        assert found[key].tobytes() == expected[key].tobytes(), key
-        written = load_scores(folder / "scored" / "scores" / f"{window.key('official')}.npz")
-        assert written.score_N.tobytes() == expected[key].tobytes()
-        assert written.label_N.tolist() == found["label"].tolist()
-    assert len(Trajectory(folder / "scored" / "trajectory").read("p_label")) == EPOCHS
+C = plain.C
+run = partial(plain.run, "program_hugging_face.py")
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(1, "list"), (1, "bfloat16"), (2, "datasets")])
 def test_scores_are_those_of_a_plain_loop_also_over_a_resume(ranks, kind, tmp_path):
     """Stopped after its 13th step, within the third epoch on one rank, it goes on from the 12th."""
     run(ranks, tmp_path / "whole", kind, 0)
-    check(tmp_path / "whole", ranks)
+    plain.check(tmp_path / "whole", ranks)
     run(ranks, tmp_path / "stopped", kind, 13 // ranks, code=7)
     run(ranks, tmp_path / "stopped", kind, 0, "resume")
-    check(tmp_path / "stopped", ranks)
+    plain.check(tmp_path / "stopped", ranks)
 
 
 def test_training_is_as_without(tmp_path):

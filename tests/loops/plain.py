@@ -1,0 +1,72 @@
+"""What the tests of all loops share: running a program that keeps what it saw, and a plain loop over
+that."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tdds_dist import ShardedScorer, Window, load_scores
+from tdds_dist.scoring.trajectory import Trajectory
+
+ROOT, FOLDER = Path(__file__).parents[2], Path(__file__).parent
+N, C, BATCH, EPOCHS = 43, 5, 4, 4
+WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=3, beta=0.5)]
+
+
+def run(program, ranks, folder, *words, code=0):
+    folder.mkdir(exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launcher * (ranks > 1),
+            str(FOLDER / program),
+            str(folder),
+            *map(str, words),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == (code and (1 if ranks > 1 else code)), done.stderr
+    return done
+
+
+def plain(folder, ranks):
+    """The scores of a plain loop over the same forward passes; a sample that accelerate repeats at
+    the end of an epoch counts where it came first."""
+    scorer = ShardedScorer(N, C, WINDOWS, device="cpu")
+    per_epoch = -(-N // (BATCH * ranks))
+    files = sorted(folder.glob("seen_*.npz"))
+    steps = [files[at : at + ranks] for at in range(0, len(files), ranks)]
+    assert len(steps) == EPOCHS * per_epoch
+    label_N = np.load(folder / "result.npz")["label"]
+    for epoch in range(EPOCHS):
+        seen = set()
+        for paths in steps[epoch * per_epoch :][:per_epoch]:
+            for path in paths:
+                with np.load(path) as rows:
+                    index_B, logits_BC = rows["index"], torch.from_numpy(rows["logits"])
+                is_first_B = [not (index in seen or seen.add(index)) for index in index_B.tolist()]
+                label_B = torch.from_numpy(label_N[index_B])
+                index_B = torch.from_numpy(np.where(is_first_B, index_B, -1))
+                scorer.record(index_B, logits_BC, label_B)
+        scorer.end_epoch()
+    return {f"T{window.T}": score_N.numpy() for window, score_N in scorer.gather().items()}
+
+
+def check(folder, ranks):
+    expected, found = plain(folder, ranks), np.load(folder / "result.npz")
+    for window in WINDOWS:
+        key = f"T{window.T}"
+        assert found[key].tobytes() == expected[key].tobytes(), key
+        written = load_scores(folder / "scored" / "scores" / f"{window.key('official')}.npz")
+        assert written.score_N.tobytes() == expected[key].tobytes()
+        assert written.label_N.tolist() == found["label"].tolist()
+    assert len(Trajectory(folder / "scored" / "trajectory").read("p_label")) == EPOCHS
