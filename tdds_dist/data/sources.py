@@ -372,7 +372,11 @@ def with_new_labels(source: Source, decisions: Sequence[Path]) -> Source:
                 problem = f"image {index} is there twice"
             elif row.get("path", source.path[index]) != source.path[index]:
                 problem = f"image {index} is {source.path[index]!r} here, not {row['path']!r}"
-            elif row["label"] != (here := source.class_names[label_N[index]]):
+            elif row["new_label"] == (here := source.class_names[label_N[index]]) and (
+                row["label"] == source.class_names[source.label_N[index]]
+            ):
+                pass  # as another file decided
+            elif row["label"] != here:
                 problem = f"image {index} has label {here!r} here, not {row['label']!r}"
             elif row["new_label"] not in number:
                 problem = f"class {row['new_label']!r} is unknown"

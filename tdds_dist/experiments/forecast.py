@@ -380,12 +380,14 @@ def _options(case: Case, exceeded: list[str]) -> list[list[Way]]:
     ranks = range(case.num_ranks + 1, train.global_batch_size // train.accumulation + 1)
     passes = range(train.accumulation + 1, train.global_batch_size // case.num_ranks + 1)
     of_memory = [
-        [way for way in ways if _deals_out(way[1])]
-        for ways in (
-            [(f"--gpus {num}", replace(case, num_ranks=num)) for num in ranks],
-            [setting("train", "accumulation", num) for num in passes],
-            [setting("train", "amp", "bf16")],
-        )
+        *(
+            [way for way in ways if _deals_out(way[1])]
+            for ways in (
+                [(f"--gpus {num}", replace(case, num_ranks=num)) for num in ranks],
+                [setting("train", "accumulation", num) for num in passes],
+            )
+        ),
+        [setting("train", "amp", "bf16")],
     ]
     of_disk = [
         [setting("score", "trajectory_dtype", "float16")],

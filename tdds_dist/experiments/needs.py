@@ -455,7 +455,12 @@ def disk_lines(case: Case) -> list[Line]:
                 else "score.trajectory=false"
             ),
         ),
-        Line("scores", 12 * num_images * num_scores, f"{num_scores} files"),
+        # with entropy lies what the final network takes an image for, three numbers more
+        Line(
+            "scores",
+            12 * num_images * (num_scores + config.score.final_pass),
+            f"{num_scores} files",
+        ),
         Line("models", models, "final.pt, best.pt"),
     ]
     kept = f"{keep + 1} x {size(checkpoint)}: checkpoint.keep={keep}, and one being written"

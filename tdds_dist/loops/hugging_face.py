@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from tdds_dist.config.scores import Window, check_window, differences_per_window
+from tdds_dist.config.scores import Window
 from tdds_dist.distributed.partition import PADDING
 from tdds_dist.errors import InputError
 from tdds_dist.loops.recorder import Recorder
@@ -43,13 +43,6 @@ def record(
     Raises:
         InputError: settings of the trainer with which not every sample comes once per epoch.
     """
-    for window in windows:
-        check_window(window, preset)
-        if differences_per_window(window, preset) == 1:
-            raise InputError(
-                f"{window}: one loss difference per window in preset {preset}, so that all scores"
-                " are 0; raise K"
-            )
     _require_each_sample_once(trainer)
     recorder = Recorder(len(trainer.train_dataset), windows, out, preset)
     trainer.train_dataset = _indexed(trainer.train_dataset)

@@ -4,8 +4,10 @@
 
 # B rows of a batch, C classes, N samples
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ class Score(Callback):
     ckpt_path=...)` goes on from there.
 
     It cannot see: samples of streams, several training loaders, logits of tokens, several labels
-    per sample. It does not go on in the middle of an epoch, where Lightning itself begins the order
-    of the samples anew.
+    per sample; nor, from the process that started them, the scores of processes that Lightning
+    forks or spawns (`out` holds them). It does not go on in the middle of an epoch, where Lightning
+    itself begins the order of the samples anew.
 
     Args:
         windows, out, preset: as of `loops.recorder.Recorder`.
@@ -45,8 +48,10 @@ class Score(Callback):
     def __init__(
         self, windows: Sequence[Window], out: Path | str | None = None, preset: str = "official"
     ):
-        self._make: Callable[[int], Recorder] = lambda num: Recorder(num, windows, out, preset)
+        self._make = partial(Recorder, windows=windows, out=out, preset=preset)
+        self._make(1)  # windows that cannot be scored are refused here
         self._recorder: Recorder | None = None
+        self._followed: Trainer | None = None
         self._batch_size = 0
 
     @property
@@ -56,36 +61,66 @@ class Score(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on where the checkpoint was saved."""
+        if sum(isinstance(callback, Score) for callback in trainer.callbacks) > 1:
+            raise InputError("this trainer has two callbacks Score; give one, with all windows")
+        for callback in trainer.checkpoint_callbacks:
+            if "://" in str(folder := getattr(callback, "dirpath", None)):
+                raise InputError(
+                    f"checkpoints go to {folder}, and the state of scores beside them needs a"
+                    " folder; give a dirpath of the file system"
+                )
         num_samples, self._batch_size = _samples_of(trainer)
-        is_new = self._recorder is None
         recorder = self._recorder = self._make(num_samples)
+        longest = max(window.T for window in recorder.windows)
+        if 0 < (trainer.max_epochs or 0) < longest:
+            raise InputError(
+                f"max_epochs={trainer.max_epochs} are fewer than the longest window's T={longest};"
+                " train longer, or give a window of fewer"
+            )
         rows = self._batch_size * trainer.world_size
         if trainer.ckpt_path is None:
             recorder.start_over(pl_module.device)
         else:
-            recorder.load(Path(f"{trainer.ckpt_path}.scores"), rows, pl_module.device)
-            if recorder.step not in (0, int(trainer.num_training_batches)):
-                raise InputError(
-                    f"{trainer.ckpt_path} was saved in the middle of an epoch, whose samples"
-                    " Lightning would begin anew; go on from a checkpoint at the end of one"
-                )
-        if is_new:
+            self._load(trainer, Path(os.path.realpath(trainer.ckpt_path)), rows, pl_module)
+        if self._followed is not trainer:
             self._follow_checkpoints(trainer, rows)
 
+    def _load(self, trainer: Trainer, checkpoint: Path, rows: int, module: LightningModule) -> None:
+        recorder, num_batches = self._recorder, int(trainer.num_training_batches)
+        assert recorder is not None
+        recorder.load(Path(f"{checkpoint}.scores"), rows, module.device)
+        if recorder.step not in (0, num_batches):
+            raise InputError(
+                f"{checkpoint} was saved in the middle of an epoch, whose samples Lightning would"
+                " begin anew; go on from a checkpoint at the end of one, by ckpt_path"
+            )
+        seen = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if (recorded := recorder.epoch * num_batches + recorder.step) != seen:
+            raise InputError(
+                f"{checkpoint}.scores is the state after {recorded} batches, and {checkpoint} that"
+                f" after {seen}: training was not scored up to there; go on from another"
+                " checkpoint, or start over"
+            )
+
     def _follow_checkpoints(self, trainer: Trainer, rows: int) -> None:
-        """Save and remove the state with the trainer's checkpoints."""
+        """Save and remove the state with the trainer's checkpoints; where none is live, none stays
+        that is of an older checkpoint."""
+        self._followed = trainer
         save, remove = trainer.save_checkpoint, trainer.strategy.remove_checkpoint
 
+        def remove_state(filepath: Any) -> None:
+            if trainer.is_global_zero:
+                shutil.rmtree(f"{filepath}.scores", ignore_errors=True)
+
         def save_too(filepath: Any, *arguments: Any, **more: Any) -> None:
+            remove_state(filepath)
             save(filepath, *arguments, **more)
-            if trainer.training or trainer.validating:
-                assert self._recorder is not None
+            if self._recorder is not None and self._recorder.is_recording:
                 self._recorder.save(Path(f"{filepath}.scores"), rows)
 
         def remove_too(filepath: Any) -> None:
             remove(filepath)
-            if trainer.is_global_zero:
-                shutil.rmtree(f"{filepath}.scores", ignore_errors=True)
+            remove_state(filepath)
 
         trainer.save_checkpoint = save_too
         trainer.strategy.remove_checkpoint = remove_too

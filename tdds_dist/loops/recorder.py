@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdds_dist.config.scores import Window, window_settings
+from tdds_dist.config.scores import (
+    Window,
+    check_window,
+    differences_per_window,
+    window_settings,
+)
 from tdds_dist.console import log
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.world import current_world
@@ -45,6 +50,13 @@ class Recorder:
         out: Path | str | None = None,
         preset: str = "official",
     ):
+        for window in windows:
+            check_window(window, preset)
+            if differences_per_window(window, preset) == 1:
+                raise InputError(
+                    f"{window}: one loss difference per window in preset {preset}, so that all"
+                    " scores are 0; raise K"
+                )
         self.num_samples, self.windows, self.preset = num_samples, tuple(windows), preset
         self.out = None if out is None else Path(out)
         self.scores: dict[Window, Tensor] = {}
@@ -54,6 +66,16 @@ class Recorder:
     def step(self) -> int:
         """Return the number of batches that are recorded of this epoch."""
         return 0 if self._scorer is None else self._scorer.step
+
+    @property
+    def epoch(self) -> int:
+        """Return the number of epochs that are recorded."""
+        return 0 if self._scorer is None else self._scorer.epoch
+
+    @property
+    def is_recording(self) -> bool:
+        """Say whether there is a state to save: not before the first batch, nor after the end."""
+        return self._scorer is not None
 
     def start_over(self, device: torch.device) -> None:
         """Forget what was recorded. A collective.

@@ -68,7 +68,7 @@ def merge_rows(rows: Path | str, out: Path | str, sample_R: np.ndarray, how: str
         0,
         num_samples,
         True,
-        recorded.dtype,
+        "float32",  # sums may be beyond float16
         recorded.scored,
     )
     writer.write_labels(label_N, about.labels_sha256)

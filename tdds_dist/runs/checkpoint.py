@@ -538,7 +538,7 @@ _IN_METADATA = {  # names that `.metadata` may ask for, by module
 
 def _member(kind: type, name: str) -> Any:
     """Return a member of an enumeration, which Python before 3.11.4 pickles by `getattr`."""
-    if not issubclass(kind, enum.Enum):
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
         raise pickle.UnpicklingError(f".metadata asks for {name} of {kind}, no enumeration")
     return kind[name]
 

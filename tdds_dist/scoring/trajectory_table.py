@@ -21,7 +21,7 @@ import numpy as np
 
 from tdds_dist.console import Progress
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import fingerprint
+from tdds_dist.runs.artifacts import UNKNOWN_LABEL, fingerprint
 from tdds_dist.scoring.sample_stats import DELTAS, SCALARS, VISITED
 from tdds_dist.scoring.trajectory import Trajectory
 
@@ -29,6 +29,7 @@ FORMAT = "tdds-trajectory-table-1"
 KEYS = ("epoch", "index", "label")
 QUARANTINED = "quarantined"
 _META = b"tdds"
+_NOT_SEEN = UNKNOWN_LABEL - 1
 _ROWS = 1 << 20  # of a row group, and of a batch that is read; a row group is of one epoch
 _ENCODING = {"int64": "DELTA_BINARY_PACKED", "bool": "PLAIN"}  # others: floats
 
@@ -104,7 +105,7 @@ class TrajectoryTable:
         self._label_N, is_quarantined_N = self._read_samples(QUARANTINED in names)
         self.quarantined: list[int] = np.flatnonzero(is_quarantined_N).tolist()
         known = meta.get("fingerprint", {})
-        self.num_classes: int = known.get("num_classes", int(self._label_N.max()) + 1)
+        self.num_classes: int = known.get("num_classes", max(1, int(self._label_N.max()) + 1))
         self.classes_sha256: str = known.get("classes_sha256", "")
         found = fingerprint(self._label_N, self.num_classes).labels_sha256
         if (recorded := known.get("labels_sha256", found)) != found:
@@ -125,6 +126,11 @@ class TrajectoryTable:
                 f" {', '.join(self.scalars) or 'no scalar'}"
             )
         num_epochs = self.num_epochs if num_epochs is None else num_epochs
+        if num_epochs > self.num_epochs:
+            raise InputError(
+                f"{self.path} holds {self.num_epochs} epochs, {num_epochs} are needed; lower T or"
+                " collect longer"
+            )
         values_TN = np.empty((num_epochs, self.num_samples), dtype=np.float32)
         for epoch_n, index_n, value_n in self._batches("epoch", "index", scalar):
             is_asked_n = epoch_n < num_epochs
@@ -159,7 +165,7 @@ class TrajectoryTable:
         """Return label and quarantine by global index, int64 and bool [N]; raise InputError unless
         each sample stands once in each epoch, always with the same label."""
         is_there_TN = np.zeros((self.num_epochs, self.num_samples), dtype=bool)
-        label_N = np.full(self.num_samples, -1)
+        label_N = np.full(self.num_samples, _NOT_SEEN)
         is_quarantined_N = np.zeros(self.num_samples, dtype=bool)
         for epoch_n, index_n, label_n, *marks in self._batches(
             *KEYS, *[QUARANTINED] * with_quarantined
@@ -167,7 +173,9 @@ class TrajectoryTable:
             is_there_TN[epoch_n, index_n] = True
             before_n = label_N[index_n]
             label_N[index_n] = label_n
-            is_bad_n = (label_N[index_n] != label_n) | (before_n >= 0) & (before_n != label_n)
+            is_bad_n = (label_N[index_n] != label_n) | (before_n != _NOT_SEEN) & (
+                before_n != label_n
+            )
             if is_bad_n.any():
                 row = int(is_bad_n.argmax())
                 raise InputError(
@@ -203,7 +211,8 @@ class TrajectoryTable:
                 columns = [batch.column(name).cast(types.get(name, "float32")) for name in names]
                 found = [column.to_numpy(zero_copy_only=False) for column in columns]
                 for name, column, values_n in zip(names, columns, found, strict=True):
-                    if name in types and (column.null_count or (values_n < 0).any()):
+                    least = UNKNOWN_LABEL if name == "label" else 0
+                    if name in types and (column.null_count or (values_n < least).any()):
                         raise InputError(
                             f"{self.path}: column {name} has empty cells or negative numbers;"
                             " correct the table"

@@ -595,6 +595,10 @@ def test_decisions_become_labels_and_leave_their_traces(tmp_path):
     both = with_new_labels(clean, [tmp_path / "d.csv", tmp_path / "e.csv"])
     assert np.flatnonzero(both.label_N != clean.label_N).tolist() == [5]
     assert (both.settings["relabel"], both.settings["relabelled"]) == (["d.csv", "e.csv"], 1)
+    # another page of the first round holds a decision again
+    (tmp_path / "g.csv").write_text(f"index,label,new_label\n3,{old},{new}\n")
+    again = with_new_labels(clean, [tmp_path / "d.csv", tmp_path / "g.csv"])
+    assert (again.label_N == source.label_N).all()
     (tmp_path / "f.csv").write_text("index,path,label,new_label\n")  # nothing was decided
     assert with_new_labels(clean, [tmp_path / "f.csv"]).settings["relabelled"] == 0
 

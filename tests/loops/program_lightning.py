@@ -60,6 +60,7 @@ trainer = lightning.Trainer(
     accumulate_grad_batches=2,
     precision="bf16-mixed" if kind == "bfloat16" else "32-true",
     callbacks=[score, keep] if kind != "unscored" else [],
+    enable_checkpointing=kind != "unscored",
     logger=False,
     enable_progress_bar=False,
     enable_model_summary=False,

@@ -1,5 +1,6 @@
 """Scores of a training by lightning.Trainer are those of a plain loop over what it saw."""
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -75,6 +76,35 @@ def test_a_checkpoint_within_an_epoch_is_no_place_to_go_on_from(tmp_path):
         fit(tmp_path / "a", ckpt=next(tmp_path.glob("*.ckpt")))
 
 
+def test_the_state_of_another_checkpoint_is_refused(tmp_path):
+    """As it was left by a process that ended between the two; nor does one stay that is of an
+    older checkpoint of that name."""
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1)
+    fit(tmp_path / "a", callbacks=[keep])
+    first, second, _ = sorted(tmp_path.glob("*.ckpt"))
+    shutil.rmtree(f"{second}.scores")
+    shutil.copytree(f"{first}.scores", f"{second}.scores")
+    with pytest.raises(InputError, match=r"is the state after 2 batches, and .* that after 4"):
+        fit(tmp_path / "a", ckpt=second)
+
+
+def test_checkpoints_without_a_training_that_is_recorded_have_no_state(tmp_path):
+    """Lightning saves the last one after our end."""
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, save_last=True, every_n_epochs=10, save_top_k=1
+    )
+    assert len(fit(tmp_path / "a", callbacks=[keep]).scores) == 1
+    assert [*tmp_path.glob("*.scores")] == []
+
+
+def test_a_link_to_the_last_checkpoint_leads_to_its_state(tmp_path):
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last="link", save_top_k=-1)
+    fit(tmp_path / "a", callbacks=[keep], max_epochs=3)
+    assert (tmp_path / "last.ckpt").is_symlink()
+    scores = fit(tmp_path / "a", ckpt=tmp_path / "last.ckpt", max_epochs=4).scores
+    assert [len(score_N) for score_N in scores.values()] == [8]
+
+
 def test_training_that_ends_early_gives_no_scores(tmp_path, caplog):
     assert fit(tmp_path, max_steps=5, max_epochs=-1).scores == {}
     assert "training ended after 2 whole epochs" in caplog.text
@@ -95,6 +125,7 @@ def test_training_that_ends_early_gives_no_scores(tmp_path, caplog):
             {"outputs": lambda step: step | {"logits": step["logits"][:, None]}},
             r"logits \(4, 1, 3\), index .* scores are of one label per sample",
         ),
+        ({"max_epochs": 2}, "max_epochs=2 are fewer than the longest window's T=3"),
         ({"limit_train_batches": 1}, "1 batches of 4 on 1 ranks are not the 8 samples"),
         (
             {"loader": lambda dataset, batch_size: [torch.zeros(1)]},
