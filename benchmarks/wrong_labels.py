@@ -63,7 +63,7 @@ class Images:
 
 SETS = {
     "digits": Images("digits", None, 8, 30),
-    "fashion_mnist": Images("idx:/usr/share/datasets/fashion-mnist", 6_000, 28, 15),
+    "fashion_mnist": Images("idx:/usr/share/datasets/fashion-mnist", 3_000, 28, 15),
 }
 
 
