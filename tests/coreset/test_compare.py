@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from tdds_dist.coreset.agreement import centred_ranks, keep_rates, noise_kept, rank_correlation
+from tdds_dist.coreset.agreement import (
+    centred_ranks,
+    keep_rates,
+    noise_kept,
+    rank,
+    rank_correlation,
+)
 from tdds_dist.coreset.compare import AT_RANDOM, COLUMNS, compare
 from tdds_dist.coreset.select import choose
 from tdds_dist.data.manifest import manifest_path
@@ -280,6 +286,15 @@ def test_scores_that_rank_alike_are_named_and_those_on_their_own(tmp_path):
     }
     nearest = max(near, key=lambda key: abs(near[key]))
     assert said[1:] == [f"on their own: dual (nearest: {nearest} {near[nearest]:.2f})"]
+
+
+@pytest.mark.parametrize("key", ["cld", "moderate", "el2n"])
+def test_what_is_compared_is_what_select_keeps(key):
+    """Class by class, the centre, or the top."""
+    scores = scores_of(key, 3)
+    for position, rate in enumerate((0.3, 0.7)):
+        found = rank(scores, [0.3, 0.7]).index(position)
+        np.testing.assert_array_equal(found, choose(scores, rate))
 
 
 def test_constant_scores_have_no_correlation(tmp_path):

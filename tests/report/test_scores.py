@@ -427,7 +427,7 @@ def test_maps_need_another_score(tmp_path):
     assert plain["maps"][0]["corners"] is None, "what EL2N says in plain words is not known"
 
 
-def test_the_map_of_dataset_cartography(tmp_path):
+def test_the_map_of_dataset_cartography(tmp_path, monkeypatch):
     """Variability across, confidence upwards, a colour for what is right and one for what is wrong;
     only of the same epochs."""
     run, rng = start(tmp_path / "run"), np.random.default_rng(0)
@@ -437,7 +437,11 @@ def test_the_map_of_dataset_cartography(tmp_path):
     for key, score_N in of.items():
         settings = {"score": key, "T": 4}
         save(run.scores, make.scores(key, score_N, label_N, NUM_CLASSES, settings))
+    asked, draw = [], charts.density_map
+    monkeypatch.setattr(charts, "density_map", lambda *a: asked.append(a) or draw(*a))
     found = section_of(run)["cartography"]
+    (count_YX, *_, (wrong_YX, _)) = asked[-1]
+    assert (count_YX * wrong_YX).sum() == pytest.approx((1 - right_N / 4).sum())
     assert (found["num_epochs"], found["num_low"]) == (4, int((p_N < 0.5).sum()))
     masks = re.findall(r'<mask id="([^"]*)"><image', found["chart"])
     fills = re.findall(r'fill="var\(--s(\d)\)" mask="url\(#([^"]*)\)"', found["chart"])
