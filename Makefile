@@ -18,7 +18,7 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn's digits; under two hours, goes on where it was
 	@scripts/paper_on_digits.sh
 
-test: setup  ## the tests, under 5 minutes on 2 cores
+test: setup  ## the tests, about 7 minutes on 2 cores
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
 
 test-slow: setup  ## the tests that take minutes each
