@@ -724,7 +724,7 @@ def suspects(options: argparse.Namespace) -> Outcome:
     if not found.guess:
         then = command("score", run.path, "--final-pass")
         notes.append(f"what the network takes images for is not recorded; `{then}` adds it")
-    return Outcome([table, page], numbers, notes=notes)
+    return Outcome([table, page], numbers, f"open {page} in a browser", notes)
 
 
 def export(options: argparse.Namespace) -> Outcome:

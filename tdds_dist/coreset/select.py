@@ -191,7 +191,9 @@ def make_coreset(
         )
         if asked:
             raise InputError(f"pruning_rate={pruning_rate}: {message}; lower the pruning rate")
-        if sampler != "drop" and not class_balanced:
+        if sampler == "drop":
+            message += "; drop gives none to a class of which validation got all right"
+        elif not class_balanced:
             message += "; --class-balanced keeps the same share of each"
         warnings.append(message)
     sampler = sampler or default_sampler(scores)

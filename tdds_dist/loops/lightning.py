@@ -7,6 +7,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from tdds_dist.config.scores import Window
 from tdds_dist.distributed.partition import PADDING
 from tdds_dist.errors import InputError
-from tdds_dist.loops.recorder import Recorder
+from tdds_dist.loops.recorder import FOLDER, Recorder
 
 KEYS = ("index", "logits", "label")  # of what training_step returns, beside loss
 
@@ -110,7 +111,10 @@ class Score(Callback):
 
         def remove_state(filepath: Any) -> None:
             if trainer.is_global_zero:
-                shutil.rmtree(f"{filepath}.scores", ignore_errors=True)
+                state = Path(f"{filepath}.scores")
+                shutil.rmtree(state / FOLDER, ignore_errors=True)
+                with suppress(OSError):  # somebody put more there
+                    state.rmdir()
 
         def save_too(filepath: Any, *arguments: Any, **more: Any) -> None:
             remove_state(filepath)

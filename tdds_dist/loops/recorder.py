@@ -24,7 +24,7 @@ from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.trajectory import require_no_trajectory
 
-_FOLDER = "tdds"  # within a checkpoint of the library
+FOLDER = "tdds"  # within a checkpoint of the library
 _TRAJECTORY = "trajectory"
 
 
@@ -106,8 +106,8 @@ class Recorder:
         scorer = self._scorer
         with together(scorer.world):
             if scorer.world.is_main:  # of an earlier training into the same folder
-                shutil.rmtree(checkpoint / _FOLDER, ignore_errors=True)
-        checkpoints = Checkpoints(checkpoint / _FOLDER, scorer.world, stop_on_error=True)
+                shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
+        checkpoints = Checkpoints(checkpoint / FOLDER, scorer.world, stop_on_error=True)
         about = {"num_classes": scorer.num_classes, "rows": rows}
         checkpoints.save(scorer.epoch, scorer.state_dict(), about, wait=True)
         checkpoints.close()
@@ -119,11 +119,11 @@ class Recorder:
             InputError: nothing is there, or it is damaged, of other windows, or of another number
             of rows in a forward pass over all ranks.
         """
-        checkpoints = Checkpoints(checkpoint / _FOLDER, current_world(device))
+        checkpoints = Checkpoints(checkpoint / FOLDER, current_world(device))
         found = checkpoints.latest()
         if found is None:
             raise InputError(
-                f"{checkpoint} holds no {_FOLDER}/, the state of the scores: training was not"
+                f"{checkpoint} holds no {FOLDER}/, the state of the scores: training was not"
                 " recorded up to there; go on from another checkpoint, or start over",
                 shared=True,
             )

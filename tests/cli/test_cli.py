@@ -574,6 +574,7 @@ NEXT = {
     "retrain": "tdds report {run}",
     "import": "tdds select {out}/back.npz",
     "report": "open {out}/r.html",
+    "suspects": "open {out}/s/review.html",
     "submit": "tdds status {run}",
 }
 
