@@ -44,11 +44,13 @@ ONLY_IN = {
         "distributed.collectives",
         "distributed.board",
         "runs.checkpoint",
+        "loops.timm",
     },
     "torch.distributed.checkpoint": {"runs.checkpoint"},
     "triton": {"scoring.shard_triton"},
     "transformers": {"loops.hugging_face"},
     "lightning": {"loops.lightning"},
+    "timm": {"loops.timm"},
     "submitit": {"launch"},
     "launch": {"launch", "__main__"},
 }

@@ -2,8 +2,8 @@
 runs, by one line.
 
 `recorder` holds what any such loop needs beside the scorer; a module per library (`hugging_face`,
-`lightning`) says where in it a sample's index, logits and label are; `rows` is for samples of
+`lightning`, `timm`) says where in it a sample's index, logits and label are; `rows` is for samples of
 several labels or tokens. May import `scoring` and below. Start with `recorder`.
 """
 
-__all__ = ["hugging_face", "lightning", "recorder", "rows"]
+__all__ = ["hugging_face", "lightning", "recorder", "rows", "timm"]

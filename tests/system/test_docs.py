@@ -50,6 +50,15 @@ OPTIONS_OF_OTHERS = {
     ),
     *("--gpus", "--ipc", "--user", "--rm", "--shm-size", "--tmpfs", "--read-only", "--network"),
     *("--bind", "--fakeroot", "--standalone"),  # of docker, apptainer and torchrun
+    # of tdds_dist.loops.timm, and of timm's train.py
+    *(
+        "--window",
+        "--aug-splits",
+        "--aug-repeats",
+        "--recovery-interval",
+        "--start-epoch",
+        "--resume",
+    ),
     *("--budget-seconds", "--only", "--page-only"),  # of benchmarks.gpu_acceptance
 }
 
