@@ -333,16 +333,21 @@ class _Origin:
     found: Fingerprint
     folder: Path
     settings: dict[str, Any]  # provenance for score files, and `quarantined`
-    run: RunDir | None = None
+    run: RunDir | None = None  # or where a trajectory of another training loop lies
 
     def validated(self, num_epochs: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epochs with validation among the first so many, int64 [E], and their losses by
         class, float32 [E, C]."""
-        classes = None if self.run is None else self.run.read_val_classes()
-        if classes is None:
+        if self.run is None or (classes := self.run.read_val_classes()) is None:
             raise InputError(
-                "score cld needs the validation loss of each class, which `tdds collect` records"
-                " since it knows that score; give a run of it, or collect again"
+                "score cld needs the validation loss of each class (val_classes.npz beside the"
+                " trajectory), which `tdds collect` records since it knows that score; collect"
+                " again, or write that file (docs/own_loop.md)"
+            )
+        if (num_classes := classes.loss_EC.shape[1]) != self.found.num_classes:
+            raise InputError(
+                f"{self.run.val_classes_file} has {num_classes} classes, what was recorded"
+                f" {self.found.num_classes}; give the validation of this training"
             )
         classes = classes.before(num_epochs)
         return classes.epoch_E, classes.loss_EC
@@ -433,7 +438,8 @@ def open_recorded(source: Path, beton: Path | None) -> _Origin:
         label_N, found = _labels(table.labels(), table.num_classes, beton)
         found = replace(found, classes_sha256=found.classes_sha256 or table.classes_sha256)
         noted = {"epochs": table.num_epochs} | quarantine.noted(table.quarantined)
-        return _Origin(table, None, label_N, found, source.parent, noted | table.settings)
+        beside = RunDir(source.parent)
+        return _Origin(table, None, label_N, found, source.parent, noted | table.settings, beside)
     if not source.is_dir():
         raise InputError(
             f"{source} is not a directory; give a run directory, a trajectory, or a folder of"
@@ -460,7 +466,8 @@ def open_recorded(source: Path, beton: Path | None) -> _Origin:
         trajectory.quarantined
     )
     if config is None:
-        return _Origin(trajectory, None, label_N, found, source, settings)
+        beside = RunDir(source.resolve().parent)
+        return _Origin(trajectory, None, label_N, found, source, settings, beside)
     settings |= {"seed": config.run.seed, "world_size": run.read_env().get("world_size")}
     with suppress(InputError):  # a trajectory does not know the names of the classes
         known = any_scores(run.path).fingerprint.classes_sha256

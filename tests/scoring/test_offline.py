@@ -521,8 +521,9 @@ def assert_every_score(
 
 
 NOT_RECORDED = [
-    "cld: score cld needs the validation loss of each class, which `tdds collect` records since it"
-    " knows that score; give a run of it, or collect again"
+    "cld: score cld needs the validation loss of each class (val_classes.npz beside the trajectory),"
+    " which `tdds collect` records since it knows that score; collect again, or write that file"
+    " (docs/own_loop.md)"
 ]
 MODEL_SCORES_MISSING = [
     f"{key}: needs the final model; `tdds score RUN --final-pass` computes it from a run's weights"
@@ -566,6 +567,14 @@ def test_cld_is_of_the_epochs_with_validation(run, by_hand, golden):
     ]
     np.testing.assert_allclose(load_scores(path).score_N[SAMPLES], want, rtol=1e-3, atol=1e-5)
     assert load_scores(path).settings["validations"] == len(used)
+    of_run = load_scores(path).score_N
+    (run / "config.yaml").unlink()  # the trajectory of a loop of one's own, and its validation
+    (path,), _ = score_all(run / "trajectory", ["cld"], out=run, options=["num_epochs=29"])
+    assert load_scores(path).score_N.tobytes() == of_run.tobytes()
+    (run / "val_classes.npz").unlink()
+    directory.append_val_classes(2, np.ones(4), np.ones(4))
+    with pytest.raises(InputError, match="has 4 classes, what was recorded 10"):
+        score_all(run / "trajectory", ["cld"], out=run)
 
 
 def test_clusters_hold_like_trajectories_and_are_the_same_every_time():
