@@ -1,6 +1,7 @@
 """Small datasets and a finished run shared by the tests, made once per session."""
 
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -33,6 +34,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr.startswith("slow"):
         place = {f"test_{name}": number for number, name in enumerate(LONG_FILES)}
         items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is loaded by now is no garbage: looking takes half a second
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ the program and may hurt it there: what it wraps is real, what it adds is the fa
 
 import argparse
 import contextlib
-import gc
 import importlib
 import itertools
 import os
@@ -140,7 +139,6 @@ def free_port() -> int:
 def _main(
     words: list[str], rank: int, world_size: int, port: int, folder: str, inject: Inject | None
 ) -> None:
-    gc.freeze()  # what the server has loaded is no garbage: looking takes half a second
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

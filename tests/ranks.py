@@ -28,7 +28,7 @@ NOT_MET = 111  # exit code of a rank that found no process group
 forkserver = multiprocessing.get_context("forkserver")
 # also what torch loads late: for the first optimizer, the first sharded tensor, the first event file
 forkserver.set_forkserver_preload(
-    "tdds_dist.cli.main tdds_dist.training.collect tdds_dist.training.retrain torch._dynamo torch.distributed.tensor torch.utils.tensorboard".split()
+    "tdds_dist.cli.main tdds_dist.training.collect tdds_dist.training.retrain torch._dynamo torch.distributed.tensor torch.utils.tensorboard tests.preloaded".split()
 )
 
 

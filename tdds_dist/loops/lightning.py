@@ -5,9 +5,7 @@
 # B rows of a batch, C classes, N samples
 
 import os
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor
 from tdds_dist.config.scores import Window
 from tdds_dist.distributed.partition import PADDING
 from tdds_dist.errors import InputError
-from tdds_dist.loops.recorder import FOLDER, Recorder
+from tdds_dist.loops.recorder import Recorder, remove_state
 
 KEYS = ("index", "logits", "label")  # of what training_step returns, beside loss
 
@@ -109,22 +107,19 @@ class Score(Callback):
         self._followed = trainer
         save, remove = trainer.save_checkpoint, trainer.strategy.remove_checkpoint
 
-        def remove_state(filepath: Any) -> None:
+        def forget(filepath: Any) -> None:
             if trainer.is_global_zero:
-                state = Path(f"{filepath}.scores")
-                shutil.rmtree(state / FOLDER, ignore_errors=True)
-                with suppress(OSError):  # somebody put more there
-                    state.rmdir()
+                remove_state(Path(f"{filepath}.scores"))
 
         def save_too(filepath: Any, *arguments: Any, **more: Any) -> None:
-            remove_state(filepath)
+            forget(filepath)
             save(filepath, *arguments, **more)
             if self._recorder is not None and self._recorder.is_recording:
                 self._recorder.save(Path(f"{filepath}.scores"), rows)
 
         def remove_too(filepath: Any) -> None:
             remove(filepath)
-            remove_state(filepath)
+            forget(filepath)
 
         trainer.save_checkpoint = save_too
         trainer.strategy.remove_checkpoint = remove_too

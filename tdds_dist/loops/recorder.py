@@ -3,6 +3,7 @@ library, and ends with score files."""
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.trajectory import require_no_trajectory
 
-FOLDER = "tdds"  # within a checkpoint of the library
+_FOLDER = "tdds"  # within a checkpoint of the library
 _TRAJECTORY = "trajectory"
 
 
@@ -106,8 +107,8 @@ class Recorder:
         scorer = self._scorer
         with together(scorer.world):
             if scorer.world.is_main:  # of an earlier training into the same folder
-                shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
-        checkpoints = Checkpoints(checkpoint / FOLDER, scorer.world, stop_on_error=True)
+                remove_state(checkpoint)
+        checkpoints = Checkpoints(checkpoint / _FOLDER, scorer.world, stop_on_error=True)
         about = {"num_classes": scorer.num_classes, "rows": rows}
         checkpoints.save(scorer.epoch, scorer.state_dict(), about, wait=True)
         checkpoints.close()
@@ -119,11 +120,11 @@ class Recorder:
             InputError: nothing is there, or it is damaged, of other windows, or of another number
             of rows in a forward pass over all ranks.
         """
-        checkpoints = Checkpoints(checkpoint / FOLDER, current_world(device))
+        checkpoints = Checkpoints(checkpoint / _FOLDER, current_world(device))
         found = checkpoints.latest()
         if found is None:
             raise InputError(
-                f"{checkpoint} holds no {FOLDER}/, the state of the scores: training was not"
+                f"{checkpoint} holds no {_FOLDER}/, the state of the scores: training was not"
                 " recorded up to there; go on from another checkpoint, or start over",
                 shared=True,
             )
@@ -154,6 +155,10 @@ class Recorder:
                     f" of T={longest}: no scores"
                 )
             return
+        if current_world(scorer.world.device).world_size != scorer.world.world_size:
+            raise InputError(
+                "the process group was destroyed before scores were gathered; leave it until then"
+            )
         self.scores = scorer.gather()
         label_N = scorer.gather_labels().numpy()
         if self.out is not None:
@@ -182,3 +187,10 @@ class Recorder:
             trajectory=None if self.out is None else self.out / _TRAJECTORY,
             resume=resume,
         )
+
+
+def remove_state(checkpoint: Path) -> None:
+    """Remove what `save` left beside a checkpoint, and its folder unless it holds more."""
+    shutil.rmtree(checkpoint / _FOLDER, ignore_errors=True)
+    with suppress(OSError):
+        checkpoint.rmdir()

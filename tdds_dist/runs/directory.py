@@ -188,8 +188,18 @@ class RunDir:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = ValClasses(arrays["epoch"], arrays["loss"], arrays["recall"])
-                if not len(found.epoch_E) == len(found.loss_EC) == len(found.recall_EC) > 0:
-                    raise ValueError("columns of different lengths")
+            loss_EC, rises = found.loss_EC, np.diff(found.epoch_E, prepend=-1) > 0
+            if (
+                found.epoch_E.dtype.kind != "i"
+                or rises.ndim != 1
+                or not rises.size
+                or not rises.all()
+            ):
+                raise ValueError("epoch must be whole numbers that rise, from 0")
+            if loss_EC.ndim != 2 or len(loss_EC) != len(rises):
+                raise ValueError("loss must have a row per epoch and a column per class")
+            if loss_EC.shape != found.recall_EC.shape:
+                raise ValueError("loss and recall must be of the same epochs and classes")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{path} is damaged ({error}); restore it, or remove it and do without scores and"

@@ -7,6 +7,7 @@ makes the two that do. Quarantined samples get the lowest score of the others.
 
 # T epochs, N dataset
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -466,7 +467,7 @@ def open_recorded(source: Path, beton: Path | None) -> _Origin:
         trajectory.quarantined
     )
     if config is None:
-        beside = RunDir(source.resolve().parent)
+        beside = RunDir(Path(os.path.abspath(source)).parent)
         return _Origin(trajectory, None, label_N, found, source, settings, beside)
     settings |= {"seed": config.run.seed, "world_size": run.read_env().get("world_size")}
     with suppress(InputError):  # a trajectory does not know the names of the classes

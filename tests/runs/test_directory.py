@@ -88,3 +88,22 @@ def test_validation_by_class_is_rewound_with_the_metrics(tmp_path):
         InputError, match=r"val_classes.npz is damaged .*; restore it, or remove it"
     ):
         run.read_val_classes()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "loss", "recall", "words"),
+    [
+        *[(epoch, (2, 3), (2, 3), "rise, from 0") for epoch in ([-1, 0], [1, 1], [0.0, 1.0], [[0, 1]])],
+        *[([0, 1], shape, shape, "a row per epoch and a column") for shape in ((2,), (1, 3))],
+        ([0, 1], (2, 3), (2, 4), "of the same epochs and classes"),
+        ([0, 1], (2, 3), None, "recall is not a file"),
+    ],
+)  # fmt: skip
+def test_validation_by_class_that_a_user_wrote(tmp_path, epoch, loss, recall, words):
+    run = RunDir(tmp_path)
+    arrays = {"epoch": np.array(epoch), "loss": np.ones(loss)}
+    if recall is not None:
+        arrays["recall"] = np.ones(recall)
+    np.savez(run.val_classes_file, **arrays)
+    with pytest.raises(InputError, match=words):
+        run.read_val_classes()

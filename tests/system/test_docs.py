@@ -58,6 +58,7 @@ OPTIONS_OF_OTHERS = {
         "--recovery-interval",
         "--start-epoch",
         "--resume",
+        "--batch-size",
     ),
     *("--budget-seconds", "--only", "--page-only"),  # of benchmarks.gpu_acceptance
 }
