@@ -2,9 +2,14 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo paper-digits test test-slow test-slurm test-browser test-loops lint site clean
 
-# Files keep what their tests share. Three at a time, since tests wait as much as they compute; of the slow ones two, which start ranks.
+# Tests start hundreds of processes: on one thread each, and of what Python compiled before (some machines turn that off).
+test test-slow test-slurm test-browser test-loops: export OMP_NUM_THREADS = 1
+test test-slow test-slurm test-browser test-loops: export PYTHONDONTWRITEBYTECODE =
+# Files keep what their tests share. Three at a time, since tests wait too; of the slow ones two, which start ranks.
 SIDE_BY_SIDE = --dist loadfile
 HERE = not slurm and not browser and not loops
+# Those with tests of a kind: to read all takes a quarter of a minute.
+files = `grep -rl --include=*.py mark.$(1) tests`
 
 help:   ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | column -t -s '|'
@@ -19,22 +24,22 @@ paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn
 	@scripts/paper_on_digits.sh
 
 test: setup  ## the tests, about 7 minutes on 2 cores
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
+	@.venv/bin/python -m pytest -n 3 $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
 
 test-slow: setup  ## the tests that take minutes each
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 $(SIDE_BY_SIDE) -m "slow and $(HERE)"
+	@.venv/bin/python -m pytest -n 2 $(SIDE_BY_SIDE) -m "slow and $(HERE)"
 
 test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
 	@tests/system/slurm/install.sh
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slurm
+	@.venv/bin/python -m pytest -m slurm $(call files,slurm)
 
 test-browser: setup  ## the demo, and its report in a headless Chromium (needs root only to install it)
 	@tests/system/browser/install.sh
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser
+	@.venv/bin/python -m pytest -m browser $(call files,browser)
 
 test-loops: setup  ## the examples for timm, Lightning, Hugging Face and cleanlab, and mlcroissant, in an environment with these
 	@tests/system/loops/install.sh
-	@OMP_NUM_THREADS=1 .venv/loops/bin/python -m pytest -m loops
+	@.venv/loops/bin/python -m pytest -m loops $(call files,loops)
 
 lint: setup  ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check -q .

@@ -75,10 +75,10 @@ def whole_scorer(is_fused):
 def small():
     """Run in the interpreter: few classes, every dtype of logits and of rows, with and without
     quarantine; a whole scorer."""
-    for C, dtype, logp_dtype, quarantines in itertools.product(
-        (2, 10), DTYPES, DTYPES[:2], (True, False)
-    ):
-        agree(C, dtype, logp_dtype, quarantines)
+    cases = [*itertools.product(DTYPES, DTYPES[:2], (True, False))]
+    for C, some in ((10, cases), (2, cases[::5])):
+        for case in some:
+            agree(C, *case)
     for logp_dtype, quarantines in itertools.product(DTYPES[:2], (True, False)):
         shard = Shard(FIRST, FIRST + 3, 7, "dense", logp_dtype, torch.device("cpu"))
         assert list(failures(shard, quarantines).values()) == [None] * 6
