@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tdds_dist.cli.parser import Parsers
+from tdds_dist.cli.options import Parsers
 from tdds_dist.experiments.findings import Check, Finding, Visit, words_of
 
 from . import scheduler

@@ -35,7 +35,7 @@ from .records import (
 )
 
 if TYPE_CHECKING:
-    from tdds_dist.cli.parser import Parsers
+    from tdds_dist.cli.options import Parsers
 
 _WATCH_SECONDS = 30.0  # schedulers do not like to be asked more often
 _MOST_JOBS = 30  # in the table; above, those that are done or wait are counted only
@@ -498,7 +498,7 @@ def _report_or_page(directory: Path, runs: list[RunStatus]) -> str:
 def _select(directory: Path) -> str:
     """Return the command that the collection itself ends with; a plain one where its config cannot
     be read."""
-    from tdds_dist.cli.commands import select_command
+    from tdds_dist.cli.scores import select_command
     from tdds_dist.config.run import parse_config
 
     try:

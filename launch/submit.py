@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tdds_dist.cli.options import Parsers
 from tdds_dist.cli.outcome import Outcome
-from tdds_dist.cli.parser import Parsers
 from tdds_dist.config.run import Config, load_config, to_dict
 from tdds_dist.errors import InputError
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch

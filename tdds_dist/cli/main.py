@@ -15,9 +15,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
-from tdds_dist.cli import commands
-from tdds_dist.cli.outcome import Outcome
-from tdds_dist.cli.parser import Commands, UsageError, parse
+from tdds_dist.cli.options import UsageError
+from tdds_dist.cli.outcome import EXIT_TERMINATED, Outcome
+from tdds_dist.cli.parser import Commands, parse
 from tdds_dist.cli.surroundings import PatientStream, fill_in_caches, open_standard_streams
 from tdds_dist.console import log, paint, speaking
 from tdds_dist.distributed.interruption import EXIT_RESUME, Interruption, Preempted
@@ -80,7 +80,7 @@ def _attempt(options: argparse.Namespace, words: Sequence[str], is_main: bool) -
     except KeyboardInterrupt:
         return 130, f"tdds {options.stage}: interrupted{_after_interruption(options.stage, words)}"
     except SystemExit as leaving:
-        if leaving.code != commands.EXIT_TERMINATED:
+        if leaving.code != EXIT_TERMINATED:
             raise
         after = _after_interruption(options.stage, words)
         return leaving.code, f"tdds {options.stage}: SIGTERM{after}"

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from tdds_dist.console import paint
 from tdds_dist.text import duration, size_text
 
+EXIT_TERMINATED = 143  # by SIGTERM, where there is nothing to save
 _WIDTH = 110
 _JOINED = "\xa0"  # a space that breaks no line, between a number and its words
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tdds_dist.cli.parser import Parser
+from tdds_dist.cli.options import Parser
 from tdds_dist.errors import InputError
 from tdds_dist.launch.logs import choose_log, follow, print_tail
 from tdds_dist.launch.records import EndRecord, JobRecord, append_end, append_job
