@@ -2,8 +2,8 @@
 that matters.
 
 Owns how these are put together and printed. What a run directory says, `tdds_dist.runs.status`
-reads; what became of jobs, `job_states`; which log it is, `logs`. Imports no torch, and answers
-even where the scheduler does not.
+reads; what became of jobs, `job_states`, and why, `job_reasons`; which log it is, `logs`. Imports
+no torch, and answers even where the scheduler does not.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from tdds_dist.runs.directory import read_objects
 from tdds_dist.runs.status import RunStatus, find_runs, read_status
 from tdds_dist.text import command, duration, table
 
-from .job_states import JobState, explain, job_states
+from .job_reasons import explain
+from .job_states import JobState, job_states
 from .logs import choose_log, follow, print_tail
 from .records import (
     EndRecord,

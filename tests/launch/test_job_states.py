@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tdds_dist.launch.job_states import JobState, explain, job_states
+from tdds_dist.launch.job_reasons import explain
+from tdds_dist.launch.job_states import JobState, job_states
 from tdds_dist.launch.records import (
     EndRecord,
     JobRecord,
