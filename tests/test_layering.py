@@ -38,7 +38,12 @@ ONLY_IN = {
     "ffcv": {"data.writer", "data.loader", "data.decode"},
     "numba": {"data.loader", "data.decode"},
     "matplotlib": {"report.charts"},
-    "pyarrow": {"coreset.export", "data.archives", "scoring.trajectory_table"},
+    "pyarrow": {
+        "coreset.export",
+        "coreset.sample_table",
+        "data.archives",
+        "scoring.trajectory_table",
+    },
     "torch.distributed": {
         "distributed.world",
         "distributed.collectives",

@@ -1,41 +1,40 @@
 """Stage `export`: scores and coresets as files of other tools, and the trajectory. The way back is
 `import_scores`, for trajectories `scoring.offline`.
 
-Owns the columns of the tables and the conventions of the authors' pair (docs/interchange.md). What
-is kept, and how samples of equal score are ordered, is decided by `select` and `samplers`; this
-module only writes it down.
+Owns which files each format has, and the conventions of the authors' pair (docs/interchange.md).
+What they are made from is read by `export_source`; the tables are made by `sample_table`.
 """
 
-# N dataset, M kept samples, R rows of a CSV file
+# N dataset, M kept samples
 
-import csv
 import hashlib
-import io
-import json
-import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
 
-from tdds_dist.config.run import parse_config
 from tdds_dist.coreset import samplers
 from tdds_dist.coreset.card import card_text
 from tdds_dist.coreset.croissant import croissant_text
-from tdds_dist.coreset.select import choose, default_sampler, make_coreset
-from tdds_dist.data.manifest import Dataset, manifest_path, not_utf8, read_dataset
+from tdds_dist.coreset.export_source import (
+    Source,
+    configured_rates,
+    dataset_of,
+    read_source,
+    utf8_paths,
+)
+from tdds_dist.coreset.sample_table import sample_table, write_csv, write_parquet
+from tdds_dist.coreset.select import default_sampler, make_coreset
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import (
-    UNKNOWN_LABEL,
     Coreset,
     Fingerprint,
     Scores,
     load_coreset,
-    load_scores,
     require_same_dataset,
 )
 from tdds_dist.runs.directory import RunDir, write_keeping
@@ -45,15 +44,8 @@ from tdds_dist.scoring.trajectory import Trajectory
 from tdds_dist.scoring.trajectory_table import write_table
 
 FORMATS = ("parquet", "csv", "paths", "official", "torch-subset", "card", "trajectory")
-DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of the keep flags, where no run says which
-CHUNK_ROWS = 1 << 16  # rows that are turned into Python objects, or into one row group, at a time
 
 _SUFFIX = {"parquet": ".parquet", "csv": ".csv", "paths": ".txt", "torch-subset": ".pt"}
-
-Columns = dict[str, np.ndarray | list[str]]  # [N] each; NaN is an empty cell
-
-
-# ---- export
 
 
 def export(
@@ -71,9 +63,9 @@ def export(
     `source` is a run directory, a score file or a coreset, for `trajectory` a run or a trajectory
     directory; `kind` one of FORMATS. Files go to RUN/export, or beside the file; `out` is the file
     to write (a folder: the file in it), for `official`, `card` and `trajectory` the folder.
-    `pruning_rates` default to those of the run's config, else to DEFAULT_RATES. Without `ranks`
-    tables lack them: they follow from the scores, and pack badly. Paths and labels come from
-    `beton`, else from the run's data.train.
+    `pruning_rates` default to those of the run's config, else to DEFAULT_RATES of `export_source`.
+    Without `ranks` tables lack them: they follow from the scores, and pack badly. Paths and labels
+    come from `beton`, else from the run's data.train.
 
     Raises:
         InputError: a format that does not fit the source, scores that are not finite, a .beton of
@@ -92,7 +84,7 @@ def export(
                 " out"
             )
         return _export_trajectory(source, out, beton)
-    given = _read_source(source)
+    given = read_source(source)
     if given.coreset is not None and rates:
         raise InputError(
             f"{source} is a coreset, made at pruning_rate={given.coreset.pruning_rate:g}; leave"
@@ -106,8 +98,8 @@ def export(
     write: Callable[[IO[bytes]], object]
     if kind in ("csv", "parquet"):
         name = "scores" if source.is_dir() else source.stem
-        columns, meta = _table(given, rates, ranks, beton, notes)
-        write = partial(_write_csv if kind == "csv" else _write_parquet, columns, meta)
+        columns, meta = sample_table(given, rates, ranks, beton, notes)
+        write = partial(write_csv if kind == "csv" else write_parquet, columns, meta)
     else:
         coreset, name = _one_coreset(given, kind, rates, notes)
         if kind == "paths":
@@ -128,86 +120,11 @@ def export(
     return [target], notes + write_keeping(target, write)
 
 
-def subset_rate(num_samples: int, num_kept: int) -> float:
-    """Return the `--subset_rate` with which the authors' train_subset.py keeps exactly `num_kept`
-    samples.
-
-    They drop the first int(rate * N) entries, and a rate such as 0.29 loses one: int(0.29 * 100) is
-    28. Hence half a sample more than the pruned share.
-    """
-    if not 0 < num_kept <= num_samples:
-        raise InputError(
-            f"num_kept={num_kept} must lie in [1, {num_samples}], the number of samples"
-        )
-    return (num_samples - num_kept + 0.5) / num_samples
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The source of an export: scores by name of their column, or a coreset; and the run it belongs
-    to."""
-
-    path: Path
-    scores: dict[str, Scores]
-    coreset: Coreset | None
-    run: RunDir | None
-
-
-def _read_source(source: Path) -> _Source:
-    run: RunDir | None
-    if not source.exists():
-        raise InputError(
-            f"{source} does not exist; give a run directory, a score file or a coreset"
-        )
-    if source.is_dir():
-        run = RunDir(source)
-        run.read_config()  # else not a run
-        files = sorted(run.scores.glob("*.npz"))
-        if not files:
-            raise InputError(f"{source} holds no scores; run `tdds collect` or `tdds score` first")
-        # by the name that `tdds select --score` takes
-        scores = {file.stem: load_scores(file) for file in files}
-        first = scores[files[0].stem].fingerprint
-        for file in files[1:]:
-            require_same_dataset(scores[file.stem].fingerprint, first, str(file))
-    else:
-        folder = (
-            source.parent.parent if source.parent.name in ("scores", "coresets") else source.parent
-        )
-        run = RunDir(folder) if (folder / "config.yaml").is_file() else None
-        if _is_coreset(source):
-            return _Source(source, {}, load_coreset(source), run)
-        found = load_scores(source)
-        scores = {found.key: found}
-    for name, found in scores.items():
-        if num_bad := int((~np.isfinite(found.score_N)).sum()):
-            raise InputError(
-                f"{source}: score {name!r} holds {num_bad} values that are not finite; compute it"
-                " again with `tdds score`"
-            )
-    return _Source(source, scores, None, run)
-
-
-def _is_coreset(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as file:
-            return "index.npy" in file.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False  # load_scores says what is wrong
-
-
 def _folder(source: Path) -> Path:
     return source / "export" if source.is_dir() else source.parent
 
 
-def _configured_rates(run: RunDir | None) -> tuple[float, ...]:
-    if run is None:
-        return DEFAULT_RATES
-    config = parse_config(run.read_config(), str(run.config_file))
-    return config.served_rates or DEFAULT_RATES
-
-
-def _one_scores(given: _Source, kind: str) -> tuple[str, Scores]:
+def _one_scores(given: Source, kind: str) -> tuple[str, Scores]:
     if len(given.scores) > 1:
         raise InputError(
             f"{given.path} holds {len(given.scores)} scores ({', '.join(given.scores)}), and {kind}"
@@ -217,7 +134,7 @@ def _one_scores(given: _Source, kind: str) -> tuple[str, Scores]:
 
 
 def _one_coreset(
-    given: _Source, kind: str, rates: Sequence[float], notes: list[str]
+    given: Source, kind: str, rates: Sequence[float], notes: list[str]
 ) -> tuple[Coreset, str]:
     """Return the coreset to write and the stem of its file; cut from the scores where the source is
     no coreset."""
@@ -234,176 +151,22 @@ def _one_coreset(
     return coreset, f"{name if given.path.is_dir() else given.path.stem}_p{rates[0]:g}"
 
 
-# ---- tables
+def _paths(given: Source, beton: Path | None, found: Fingerprint) -> list[str]:
+    dataset, why = dataset_of(given, beton, found)
+    if dataset is None or dataset.manifest is None:
+        raise InputError(f"the paths of {given.path} are not known: {why}")
+    return utf8_paths(dataset.manifest.path)
 
 
-def _table(
-    given: _Source, rates: Sequence[float], ranks: bool, beton: Path | None, notes: list[str]
-) -> tuple[Columns, dict[str, Any]]:
-    """Make the table of a source, and what stands beside it in the file."""
-    if given.coreset is not None:
-        return _coreset_table(given, given.coreset, beton, notes)
-    return _score_table(given, rates or _configured_rates(given.run), ranks, beton, notes)
-
-
-def _score_table(
-    given: _Source, rates: Sequence[float], ranks: bool, beton: Path | None, notes: list[str]
-) -> tuple[Columns, dict[str, Any]]:
-    """Make a table of one row per sample: index, path and labels, then each score with its rank and
-    keep flags."""
-    any_score = next(iter(given.scores.values()))
-    columns = _sample_columns(given, beton, any_score.fingerprint, any_score.label_N, notes)
-    for name, scores in given.scores.items():
-        own: Columns = {name: scores.score_N}
-        num_samples = len(scores.score_N)
-        if ranks:
-            rank_N = np.empty(num_samples, dtype=np.int64)
-            rank_N[samplers.descending(scores.score_N)] = np.arange(1, num_samples + 1)
-            own[f"rank_{name}"] = rank_N
-        own |= {f"extra_{name}_{extra}": values_N for extra, values_N in scores.extra.items()}
-        own |= {
-            f"keep_{name}_p{rate:g}": _flags(choose(scores, rate), num_samples) for rate in rates
-        }
-        if both := sorted(columns.keys() & own.keys()):
-            raise InputError(
-                f"{given.path}: score {name!r} wants a column {both[0]!r}, which the table has"
-                " already; export the scores one by one, or import it under another key"
-            )
-        columns |= own
-    meta = {
-        "fingerprint": asdict(any_score.fingerprint),
-        "pruning_rates": list(rates),
-        "settings": {name: scores.settings for name, scores in given.scores.items()},
-    }
-    return columns, meta
-
-
-def _coreset_table(
-    given: _Source, coreset: Coreset, beton: Path | None, notes: list[str]
-) -> tuple[Columns, dict[str, Any]]:
-    """Make a table of one row per sample of the dataset, kept or not; importance is empty where it
-    is not kept."""
-    num_samples = coreset.fingerprint.num_samples
-    columns = _sample_columns(
-        given, beton, coreset.fingerprint, np.full(num_samples, UNKNOWN_LABEL), notes
-    )
-    importance_N = np.full(num_samples, np.nan, dtype=np.float32)
-    importance_N[coreset.index_M] = coreset.importance_M
-    columns |= {"keep": _flags(coreset.index_M, num_samples), "importance": importance_N}
-    meta = {
-        "fingerprint": asdict(coreset.fingerprint),
-        "score_key": coreset.score_key,
-        "pruning_rate": coreset.pruning_rate,
-        "settings": coreset.settings,
-    }
-    return columns, meta
-
-
-def _sample_columns(
-    given: _Source, beton: Path | None, found: Fingerprint, label_N: np.ndarray, notes: list[str]
-) -> Columns:
-    """Return the columns index, path, label, true_label and corruption as far as they are known,
-    and a note on those left out.
-    """
-    columns: Columns = {"index": np.arange(found.num_samples)}
-    dataset, why = _dataset_of(given, beton, found)
-    manifest = None if dataset is None else dataset.manifest
-    if manifest is None:
-        notes.append(f"no column path: {why}")
-    else:
-        columns["path"] = _as_text(manifest.path)
-    if dataset is not None:
-        label_N = dataset.label_N
-    if (label_N == UNKNOWN_LABEL).all():
-        notes.append(f"no column label: the source holds none, and {why}")
-    else:
-        columns["label"] = label_N
-    if manifest is not None and manifest.true_label_N is not None:
-        columns["true_label"] = manifest.true_label_N
-    if manifest is not None and manifest.corruption is not None:
-        columns["corruption"] = manifest.corruption
-    return columns
-
-
-def _flags(index_M: np.ndarray, num_samples: int) -> np.ndarray:
-    keep_N = np.zeros(num_samples, dtype=bool)
-    keep_N[index_M] = True
-    return keep_N
-
-
-def _write_csv(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
-    """Write the table alone: CSV has no place for `meta`. A path that spreadsheets would take for a
-    formula is written as `./path`, which is the same file."""
-    columns = {
-        name: [f"./{text}" if text[:1] in "=+-@" else text for text in values]
-        if name == "path"
-        else values
-        for name, values in columns.items()
-    }
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for first in range(0, len(columns["index"]), CHUNK_ROWS):
-        cells = (_cells(values[first : first + CHUNK_ROWS]) for values in columns.values())
-        writer.writerows(zip(*cells, strict=True))
-    text.detach()  # flushes, and leaves the file open
-
-
-def _cells(values: np.ndarray | list[str]) -> list[Any]:
-    """Write the values of a column as CSV: float32 as the shortest text that gives the same float32
-    again."""
-    if isinstance(values, list):
-        return values
-    if values.dtype != np.float32:
-        return values.tolist()
-    text = values.astype(str)
-    # Readers go through double precision, and a few texts (7.038531e-26) are then rounded twice, to
-    # the neighbour.
-    with np.errstate(over="ignore"):
-        lost = text.astype(np.float64).astype(np.float32) != values
-    cells = text.tolist()
-    for i in np.flatnonzero(lost):
-        cells[i] = "" if np.isnan(values[i]) else repr(float(values[i]))
-    return cells
-
-
-_ENCODING = {
-    "float": "BYTE_STREAM_SPLIT",
-    "int64": "DELTA_BINARY_PACKED",
-    "string": "DELTA_BYTE_ARRAY",
-}
-
-
-def _write_parquet(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    def array(values: np.ndarray | list[str]) -> Any:
-        return pyarrow.array(values, from_pandas=True)  # NaN: null
-
-    schema = pyarrow.schema(
-        [(name, array(values[:1]).type) for name, values in columns.items()],
-        metadata={"tdds": json.dumps(meta, sort_keys=True)},
-    )
-    # scores and ranks hardly repeat, so that a dictionary of them helps nobody
-    encoding = {field.name: _ENCODING.get(str(field.type)) for field in schema}
-    with pyarrow.parquet.ParquetWriter(
-        file,
-        schema,
-        compression="zstd",
-        use_dictionary=False,
-        column_encoding={name: found for name, found in encoding.items() if found},
-    ) as writer:
-        for first in range(0, len(columns["index"]), CHUNK_ROWS):
-            rows = [array(values[first : first + CHUNK_ROWS]) for values in columns.values()]
-            writer.write_table(pyarrow.table(rows, schema=schema))
+def _write_lines(lines: Sequence[object], file: IO[bytes]) -> None:
+    file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 # ---- a folder for a hub
 
 
 def _export_card(
-    given: _Source, out: Path | None, rates: Sequence[float], ranks: bool, beton: Path | None
+    given: Source, out: Path | None, rates: Sequence[float], ranks: bool, beton: Path | None
 ) -> tuple[list[Path], list[str]]:
     """Write README.md, the table as Parquet, and the indices of each coreset as text, one per
     line: of a run all its coresets, of scores one per pruning rate."""
@@ -411,7 +174,7 @@ def _export_card(
     if folder.is_file():
         raise InputError(f"out={folder} is a file, and card is several of them; give a folder")
     notes: list[str] = []
-    columns, meta = _table(given, rates, ranks, beton, notes)
+    columns, meta = sample_table(given, rates, ranks, beton, notes)
     if given.coreset is not None:
         coresets = {given.path.stem: given.coreset}
         settings = {given.coreset.score_key: given.coreset.settings}
@@ -424,12 +187,12 @@ def _export_card(
                 coresets[file.stem] = load_coreset(file)
         else:
             name, scores = _one_scores(given, "card")
-            for rate in rates or _configured_rates(given.run):
+            for rate in rates or configured_rates(given.run):
                 coresets[f"{name}_p{rate:g}"], warnings = make_coreset(scores, rate)
                 notes += warnings
     for name, coreset in coresets.items():
         require_same_dataset(coreset.fingerprint, found, name)
-    dataset, _ = _dataset_of(given, beton, found)
+    dataset, _ = dataset_of(given, beton, found)
     text = card_text(
         given.run.read_config()["run"]["name"] if given.run is not None else given.path.stem,
         "samples.parquet",
@@ -440,7 +203,7 @@ def _export_card(
     )
     writers: dict[Path, Callable[[IO[bytes]], object]] = {
         folder / "README.md": lambda file: file.write(text.encode()),
-        folder / "samples.parquet": partial(_write_parquet, columns, meta),
+        folder / "samples.parquet": partial(write_parquet, columns, meta),
     }
     for name, coreset in coresets.items():
         indices = partial(_write_lines, coreset.index_M.tolist())
@@ -448,10 +211,6 @@ def _export_card(
     for path, write in writers.items():
         notes += write_keeping(path, write)
     return [*writers], notes
-
-
-def _write_lines(lines: Sequence[object], file: IO[bytes]) -> None:
-    file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 # ---- the trajectory
@@ -474,7 +233,7 @@ def _export_trajectory(
     origin = open_recorded(source, beton)
     assert isinstance(origin.recorded, Trajectory)
     run = None if origin.config is None else RunDir(source)
-    dataset, _ = _dataset_of(_Source(source, {}, None, run), beton, origin.found)
+    dataset, _ = dataset_of(Source(source, {}, None, run), beton, origin.found)
     names = [] if dataset is None or dataset.manifest is None else dataset.manifest.class_names
     found = dataset.fingerprint if dataset is not None and names else origin.found
     more = {
@@ -497,7 +256,7 @@ def _export_trajectory(
 
 
 def _export_official(
-    given: _Source, folder: Path, rates: Sequence[float]
+    given: Source, folder: Path, rates: Sequence[float]
 ) -> tuple[list[Path], list[str]]:
     if folder.is_file():
         raise InputError(f"out={folder} is a file, and official is two of them; give a folder")
@@ -515,7 +274,7 @@ def _export_official(
         score_N = scores.score_N[mask_N]
         kept = [
             (rate, samplers.num_kept(len(score_N), rate))
-            for rate in rates or _configured_rates(given.run)
+            for rate in rates or configured_rates(given.run)
         ]
     if score_N[0] == score_N[-1]:
         raise InputError(
@@ -536,6 +295,20 @@ def _export_official(
     for path, values_N in zip(paths, (mask_N, score_N), strict=True):
         notes += write_keeping(path, partial(np.save, arr=np.ascontiguousarray(values_N)))
     return paths, notes
+
+
+def subset_rate(num_samples: int, num_kept: int) -> float:
+    """Return the `--subset_rate` with which the authors' train_subset.py keeps exactly `num_kept`
+    samples.
+
+    They drop the first int(rate * N) entries, and a rate such as 0.29 loses one: int(0.29 * 100) is
+    28. Hence half a sample more than the pruned share.
+    """
+    if not 0 < num_kept <= num_samples:
+        raise InputError(
+            f"num_kept={num_kept} must lie in [1, {num_samples}], the number of samples"
+        )
+    return (num_samples - num_kept + 0.5) / num_samples
 
 
 def _official_suffix(name: str, scores: Scores) -> str:
@@ -560,45 +333,8 @@ def _official_coreset(path: Path, coreset: Coreset) -> tuple[np.ndarray, np.ndar
             " which must come first in the authors' order; export the scores instead"
         )
     num_samples = coreset.fingerprint.num_samples
-    removed = np.flatnonzero(~_flags(coreset.index_M, num_samples))
+    removed = np.delete(np.arange(num_samples), coreset.index_M)
     by_importance_M = np.argsort(coreset.importance_M, kind="stable")
     score_N = np.zeros(num_samples, dtype=np.float32)
     score_N[len(removed) :] = coreset.importance_M[by_importance_M]
     return np.concatenate([removed, coreset.index_M[by_importance_M]]).astype(np.int64), score_N
-
-
-def _dataset_of(
-    given: _Source, beton: Path | None, found: Fingerprint
-) -> tuple[Dataset | None, str]:
-    """Return the dataset of an export, and why it, or its manifest, is missing."""
-    if beton is None:
-        if given.run is None:
-            return None, f"{given.path} does not lie in a run; give --beton FILE"
-        beton = given.run.train_file()
-        if not beton.is_file():
-            return (
-                None,
-                f"data.train={beton} of {given.run.path} does not exist here; give --beton FILE",
-            )
-    run = given.run
-    config = None if run is None else parse_config(run.read_config(), str(run.config_file))
-    dataset = read_dataset(Path(beton), found.num_classes, config)
-    require_same_dataset(found, dataset.fingerprint, str(given.path))
-    return dataset, f"{manifest_path(dataset.where)} does not exist; `tdds write` makes it"
-
-
-def _paths(given: _Source, beton: Path | None, found: Fingerprint) -> list[str]:
-    dataset, why = _dataset_of(given, beton, found)
-    if dataset is None or dataset.manifest is None:
-        raise InputError(f"the paths of {given.path} are not known: {why}")
-    return _as_text(dataset.manifest.path)
-
-
-def _as_text(path_N: list[str]) -> list[str]:
-    """Return the paths; raise InputError for what no UTF-8 file can hold, which `write` refuses."""
-    if names := not_utf8(path_N):
-        raise InputError(
-            f"names that are not UTF-8: {len(names)} (such as {names[0]}); rename the images, write"
-            " the .beton again, and give it by --beton FILE"
-        )
-    return path_N

@@ -15,8 +15,7 @@ import torch
 import yaml
 
 from tdds_dist.config.run import load_config, to_dict
-from tdds_dist.coreset import export as export_module
-from tdds_dist.coreset import samplers
+from tdds_dist.coreset import sample_table, samplers
 from tdds_dist.coreset.export import export, subset_rate
 from tdds_dist.coreset.import_scores import import_scores
 from tdds_dist.coreset.select import choose, make_coreset
@@ -122,16 +121,16 @@ def test_csv_of_a_run(run, betons, label_N):
 
 def test_cells_of_csv_are_short_and_exact():
     values = [AWKWARD, 0.1, 1 / 3, -0.0, 1e-45, 3.4028235e38, 16777216, np.nan]
-    cells = export_module._cells(np.array(values, np.float32))
+    cells = sample_table._cells(np.array(values, np.float32))
     assert cells[1:] == ["0.1", "0.33333334", "-0.0", "1e-45", "3.4028235e+38", "1.6777216e+07", ""]
     assert float32_of(cells[:-1]) == np.array(values[:-1], np.float32).tobytes()
     bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
     bits = bits[np.isfinite(bits)]
-    assert float32_of(export_module._cells(bits)) == bits.tobytes()
+    assert float32_of(sample_table._cells(bits)) == bits.tobytes()
 
 
 def test_parquet_of_a_run_is_the_csv_with_types_and_settings(run, monkeypatch):
-    monkeypatch.setattr(export_module, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(sample_table, "CHUNK_ROWS", 50)
     (path,), notes = export(run, "parquet", pruning_rates=[0.25])
     assert notes == []
     table = pyarrow.parquet.read_table(path)
@@ -540,7 +539,7 @@ def test_columns_of_spreadsheets(tmp_path, separator):
 def test_no_path_is_a_formula(tmp_path):
     path = ["=cmd|' /C calc'!A0/000.jpg", "-1/a.jpg", "+x", "@x", "plain/=a.jpg"]
     with (tmp_path / "x.csv").open("wb") as file:
-        export_module._write_csv({"index": np.arange(5), "path": path}, {}, file)
+        sample_table.write_csv({"index": np.arange(5), "path": path}, {}, file)
     rows = read_csv(tmp_path / "x.csv")
     assert [row["path"] for row in rows] == [*(f"./{name}" for name in path[:4]), path[4]]
 
