@@ -5,8 +5,8 @@
 # Tests start hundreds of processes: on one thread each, and of what Python compiled before (some machines turn that off).
 test test-slow test-slurm test-browser test-loops: export OMP_NUM_THREADS = 1
 test test-slow test-slurm test-browser test-loops: export PYTHONDONTWRITEBYTECODE =
-# Files keep what their tests share. Three at a time, since tests wait too; of the slow ones two, which start ranks.
-SIDE_BY_SIDE = --dist loadfile
+# Files keep what their tests share. More than two at a time gains nothing on two cores.
+SIDE_BY_SIDE = -n 2 --dist loadfile
 HERE = not slurm and not browser and not loops
 # Those with tests of a kind: to read all takes a quarter of a minute.
 files = `grep -rl --include=*.py mark.$(1) tests`
@@ -23,11 +23,11 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn's digits; under two hours, goes on where it was
 	@scripts/paper_on_digits.sh
 
-test: setup  ## the tests, about 7 minutes on 2 cores
-	@.venv/bin/python -m pytest -n 3 $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
+test: setup  ## the tests, about 5 minutes on 2 cores
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
 
 test-slow: setup  ## the tests that take minutes each
-	@.venv/bin/python -m pytest -n 2 $(SIDE_BY_SIDE) -m "slow and $(HERE)"
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and $(HERE)"
 
 test-slurm: setup  ## jobs on a throw-away SLURM cluster on this machine (needs root only to install it)
 	@tests/system/slurm/install.sh

@@ -117,6 +117,7 @@ def states(checks, *wanted):
 # ---- what is well
 
 
+@pytest.mark.slow
 def test_one_rank_that_is_well(config_file, tmp_path):
     codes, checks = doctor(1, config_file)
     assert codes == [0]
