@@ -21,18 +21,18 @@ run = partial(plain.run, "program_lightning.py")
 def test_scores_are_those_of_a_plain_loop_also_over_a_resume(ranks, kind, tmp_path):
     """Stopped in the validation of its third epoch it goes on from the end of the second, before
     which the checkpoint is saved or after. Of older checkpoints no state is left."""
-    run(ranks, tmp_path / "whole", kind, 0)
-    plain.check(tmp_path / "whole", ranks)
-    states = {path.name.removesuffix(".scores") for path in (tmp_path / "whole").glob("*.scores")}
-    assert states == {path.name for path in (tmp_path / "whole").glob("*.ckpt")} != set()
-    run(ranks, tmp_path / "stopped", kind, 2, code=7)
-    run(ranks, tmp_path / "stopped", kind, 0, "resume")
-    plain.check(tmp_path / "stopped", ranks)
+    folder = tmp_path / "run"
+    run(ranks, folder, kind, 2, code=7)
+    run(ranks, folder, kind, 0, "resume")
+    plain.check(folder, ranks)
+    states = {path.name.removesuffix(".scores") for path in folder.glob("*.scores")}
+    assert states == {path.name for path in folder.glob("*.ckpt")} != set()
 
 
 def test_training_is_as_without(tmp_path):
     for kind in ("plain", "unscored"):
         run(1, tmp_path / kind, kind, 0)
+    plain.check(tmp_path / "plain", 1)
     scored, unscored = (
         np.load(tmp_path / kind / "result.npz")["weights"] for kind in ("plain", "unscored")
     )

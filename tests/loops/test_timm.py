@@ -22,17 +22,15 @@ def run(ranks, folder, *words, code=0, scored=True):
 @pytest.mark.parametrize(("ranks", "kind"), [(1, "prefetcher, bfloat16"), (2, "workers, compiled")])
 def test_scores_are_those_of_a_plain_loop_also_over_a_resume(ranks, kind, tmp_path):
     """It stops where its third epoch was scored and its checkpoint was not written yet. Training is
-    as without, where timm does not leave out the last batch."""
-    run(ranks, tmp_path / "whole", kind, 0)
-    plain.check(tmp_path / "whole", ranks)
-    run(ranks, tmp_path / "stopped", kind, 2, code=7)
-    states = {path.name for path in (tmp_path / "stopped" / "scored" / "state").iterdir()}
+    as without, in one go, where timm does not leave out the last batch."""
+    run(ranks, tmp_path / "scored", kind, 2, code=7)
+    states = {path.name for path in (tmp_path / "scored" / "scored" / "state").iterdir()}
     assert states == {"epoch_2", "epoch_3"}
-    run(ranks, tmp_path / "stopped", kind, 0, "resume")
-    plain.check(tmp_path / "stopped", ranks)
+    run(ranks, tmp_path / "scored", kind, 0, "resume")
+    plain.check(tmp_path / "scored", ranks)
     run(ranks, tmp_path / "unscored", kind, 0, scored=False)
     scored, unscored = (
-        np.load(tmp_path / name / "result.npz")["weights"] for name in ("whole", "unscored")
+        np.load(tmp_path / name / "result.npz")["weights"] for name in ("scored", "unscored")
     )
     assert scored.tobytes() == unscored.tobytes()
 
