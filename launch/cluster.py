@@ -186,13 +186,8 @@ class Cluster(Section):
     @property
     def python(self) -> str:
         """Return the command that runs python on the nodes, as shell text."""
-        python = (
-            f"{self.venv}/bin/python"
-            if self.venv
-            else "python3"
-            if self.container
-            else sys.executable
-        )
+        usual = "python3" if self.container else sys.executable
+        python = f"{self.venv}/bin/python" if self.venv else usual
         return f"{self.container} {shlex.quote(python)}" if self.container else shlex.quote(python)
 
     def for_stage(self, stage: str) -> "Cluster":

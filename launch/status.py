@@ -80,16 +80,8 @@ def add_logs(stages: "Parsers") -> None:
     stage.takes("--job ID", str, "another job than the newest, as `tdds status` lists them")
     stage.takes("--rank R", int, "default: the one that failed first, else 0")
     stream = stage.add_mutually_exclusive_group()
-    stream.add_argument(
-        "--out", dest="stream", action="store_const", const="out", help="standard output"
-    )
-    stream.add_argument(
-        "--err",
-        dest="stream",
-        action="store_const",
-        const="err",
-        help="standard error (the default)",
-    )
+    for word, what in (("out", "standard output"), ("err", "standard error (the default)")):
+        stream.add_argument(f"--{word}", dest="stream", action="store_const", const=word, help=what)
     stage.takes("--lines N", int, "how many, 0 for all (default: 50)", default=50)
     stage.flag("--follow", "go on as it grows, until Ctrl-C")
     stage.flag("--json", "path and lines as data, on one line")
@@ -235,9 +227,8 @@ def as_lines(status: Status) -> list[str]:
     lines = [line for run in status.runs for line in run_lines(run)]
     lines += retraining_lines(status.retrainings, status.num_waiting)
     if status.rows:
-        submitted = time.strftime(
-            "%Y-%m-%d %H:%M:%S", time.localtime(min(row.job.time for row in status.rows))
-        )
+        first = time.localtime(min(row.job.time for row in status.rows))
+        submitted = time.strftime("%Y-%m-%d %H:%M:%S", first)
         lines += [f"jobs of {submitted} (logs in {status.log_dir}):", *_job_lines(status)]
     return [*lines, f"next: {next_step(status)}"]
 
@@ -258,17 +249,13 @@ def run_lines(status: RunStatus) -> list[str]:
     ]
     if progress := progress_text(status):
         lines.append(f"  {progress}")
-    resumed = f"resumed {_count(status.num_resumes, 'time')}" if status.num_resumes else ""
+    seconds = status.updated_seconds_ago
     facts = (
         _count(status.world_size, "rank"),
         f"on {status.host}" if status.host else "",
         f"job {status.job}" if status.job else "",
-        resumed,
-        (
-            f"last update {duration(status.updated_seconds_ago)} ago"
-            if status.updated_seconds_ago is not None
-            else ""
-        ),
+        f"resumed {_count(status.num_resumes, 'time')}" if status.num_resumes else "",
+        f"last update {duration(seconds)} ago" if seconds is not None else "",
     )
     if any(facts):
         lines.append("  " + ", ".join(filter(None, facts)))
@@ -358,23 +345,20 @@ def _job_lines(status: Status) -> list[str]:
         for row in status.rows:
             if row not in shown:
                 hidden[row.state.state] = hidden.get(row.state.state, 0) + 1
-    head = ("id", "name", "title", "state", "restarts", "elapsed", "nodes")
-    cells = [
-        head,
-        *(
-            (
-                row.job.id,
-                row.job.name,
-                row.job.title if row.job.title != row.job.name else "",
-                row.text,
-                str(row.state.restarts or ""),
-                row.state.elapsed,
-                row.state.nodes,
-            )
-            for row in shown
-        ),
+    cells = [("id", "name", "title", "state", "restarts", "elapsed", "nodes")]
+    cells += [
+        (
+            row.job.id,
+            row.job.name,
+            row.job.title if row.job.title != row.job.name else "",
+            row.text,
+            str(row.state.restarts or ""),
+            row.state.elapsed,
+            row.state.nodes,
+        )
+        for row in shown
     ]
-    used = [column for column in range(len(head)) if any(line[column] for line in cells[1:])]
+    used = [column for column in range(len(cells[0])) if any(line[column] for line in cells[1:])]
     texts = [f"  {line}" for line in table([[line[column] for column in used] for line in cells])]
     lines, told = texts[:1] if shown else [], set()
     for row, text in zip(shown, texts[1:], strict=True):
@@ -415,11 +399,8 @@ def next_step(status: Status) -> str:
         if row.state.state == "pending" and row.state.reason.startswith(_NEVER)
     ]
     if never:
-        ids = " ".join(
-            dict.fromkeys(
-                row.job.id.partition("_")[0] for row in status.rows if row.state.is_active
-            )
-        )
+        active = [row.job.id.partition("_")[0] for row in status.rows if row.state.is_active]
+        ids = " ".join(dict.fromkeys(active))
         return (
             f"job {never[0].job.id} will not start as it is ({never[0].state.reason}); scancel"
             f" {ids}, adapt the cluster file and submit again"
@@ -430,11 +411,9 @@ def next_step(status: Status) -> str:
                 f"when the others are over, see to the {len(bad)} that failed and submit again;"
                 " what is done is skipped"
             )
-        return (
-            f"nothing to do; `{logs} --follow` shows what it says"
-            if status.rows
-            else "nothing to do"
-        )
+        if status.rows:
+            return f"nothing to do; `{logs} --follow` shows what it says"
+        return "nothing to do"
     if any(row.cause and row.cause.kind == "refused" for row in bad):
         return "correct what was refused and submit again; what is done is skipped"
     if any(row.cause and row.cause.kind == "failed" for row in bad):
@@ -446,11 +425,8 @@ def next_step(status: Status) -> str:
         return "submit again; what is done is skipped, the rest goes on from its last checkpoint"
     if unfinished := [run for run in runs if run.state != "finished"]:
         again = "submit again" if status.rows else "start the same command again"
-        from_where = (
-            "goes on from its last checkpoint"
-            if any(run.checkpoint for run in unfinished)
-            else "starts over"
-        )
+        has_checkpoint = any(run.checkpoint for run in unfinished)
+        from_where = "goes on from its last checkpoint" if has_checkpoint else "starts over"
         known = "" if status.rows or len(unfinished) > 1 else _started_by(unfinished[0])
         return (
             f"{again}; {'it' if len(unfinished) == 1 else 'each'}"

@@ -97,11 +97,8 @@ def run(options: argparse.Namespace) -> Outcome:
     """
     cluster = load_cluster(options.cluster)
     config = load_config(options.config, options.overrides)
-    log_dir = (
-        Path(cluster.log_dir) / config.run.name
-        if cluster.log_dir
-        else config.run.directory / "jobs"
-    ).absolute()
+    usual = config.run.directory / "jobs"
+    log_dir = (Path(cluster.log_dir) / config.run.name if cluster.log_dir else usual).absolute()
     if "%" in str(log_dir):
         raise InputError(
             f"log_dir={log_dir}: SLURM takes % in paths of logs for its own; choose a path without"
@@ -110,11 +107,9 @@ def run(options: argparse.Namespace) -> Outcome:
     stages = plan(config, cluster, options, frozen)
     warnings = _warnings(config)
     collects = any(stage.name == "collect" and stage.waiting for stage in stages)
-    needs = (
-        _needs(config, cluster)
-        if collects and not warnings and (options.dry_run or cluster.gpu_memory)
-        else ""
-    )
+    needs = ""
+    if collects and not warnings and (options.dry_run or cluster.gpu_memory):
+        needs = _needs(config, cluster)
     outcome = partial(_outcome, stages, config, log_dir, warnings)
     if options.dry_run:
         for warning in warnings:
@@ -129,7 +124,7 @@ def run(options: argparse.Namespace) -> Outcome:
         print(f"everything is done: {', '.join(map(_count, stages))}{_page(stages, config)}")
         return outcome()
     with _alone(config.run.directory):
-        before = (job_list.log_dir_of(config.run.directory), config.run.directory / "jobs")
+        before = (job_list.log_dir_of(config.run.directory), usual)
         _refuse_twice(stages, {log_dir, *(folder.absolute() for folder in before)})
         _write(frozen, text, log_dir, config, cluster)
         for warning in warnings:
@@ -198,11 +193,8 @@ def plan(
         train_stage,
     )
 
-    given = [
-        key
-        for key in ("coreset", "strategy", "importance", "name")
-        if getattr(options, key) is not None
-    ]
+    of_retrain = ("coreset", "strategy", "importance", "name")
+    given = [key for key in of_retrain if getattr(options, key) is not None]
     if options.part != "retrain" and given:
         raise InputError(
             f"--{given[0]} belongs to --stage retrain; leave it out of --stage {options.part}"
@@ -488,26 +480,23 @@ def _queue(
         )
         for step in steps
     ]
-    return [
-        (
-            job,
-            job_list.JobRecord(
-                id=str(job.job_id),
-                time=time.time(),
-                submission=submission,
-                executor=part.executor,
-                stage=stage.name,
-                name=name,
-                title=step.title,
-                after=tuple(after),
-                num_ranks=part.num_ranks,
-                directory=os.path.abspath(step.directory),
-            ),
+    jobs = scheduler.submit(tasks, part, name, log_dir, after)
+    records = [
+        job_list.JobRecord(
+            id=str(job.job_id),
+            time=time.time(),
+            submission=submission,
+            executor=part.executor,
+            stage=stage.name,
+            name=name,
+            title=step.title,
+            after=tuple(after),
+            num_ranks=part.num_ranks,
+            directory=os.path.abspath(step.directory),
         )
-        for step, job in zip(
-            steps, scheduler.submit(tasks, part, name, log_dir, after), strict=True
-        )
+        for step, job in zip(steps, jobs, strict=True)
     ]
+    return list(zip(jobs, records, strict=True))
 
 
 def _run_here(

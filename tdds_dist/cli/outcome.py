@@ -81,11 +81,8 @@ class Outcome:
                 _WORDS[name](number) for name, number in self.numbers.items() if number is not None
             ]
             words = [word for word in said if word]
-            words += (
-                [f"{num_warnings} warning{'s' * (num_warnings > 1)}, see above"]
-                if num_warnings
-                else []
-            )
+            if num_warnings:
+                words.append(f"{num_warnings} warning{'s' * (num_warnings > 1)}, see above")
             text = ", ".join(word.replace(" ", _JOINED) for word in words)
             text = textwrap.fill(
                 text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False

@@ -92,11 +92,8 @@ def plan(options: argparse.Namespace) -> Outcome:
         images_per_second=options.images_per_second,
         measured_in=options.measured_in,
     )
-    if (
-        images := next(
-            (line.value for line in found.sections["run"][1] if line.key == "images"), None
-        )
-    ) and (config.train.global_batch_size > images):
+    images = {line.key: line.value for line in found.sections["run"][1]}.get("images")
+    if images and config.train.global_batch_size > images:
         step = options.gpus * config.train.accumulation
         fits = (
             f"; train.global_batch_size={int(images) // step * step} fits"

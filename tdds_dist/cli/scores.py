@@ -300,8 +300,7 @@ def _retrain_command(source: Path, coreset: Path) -> str:
     collected on."""
     from tdds_dist.runs.directory import RunDir
 
-    directory = source if source.is_dir() else source.parent.parent
-    run = RunDir(directory)
+    run = RunDir(source if source.is_dir() else source.parent.parent)
     if not run.config_file.is_file():
         return command("retrain", "CONFIG.yaml", "--coreset", coreset, "--strategy", "E")
     ranks = run.read_env().get("world_size", 1)
