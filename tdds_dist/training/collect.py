@@ -138,23 +138,16 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
             start.guard()
             for warning in quarantine.warning(quarantined):
                 log.warning(warning)
+            of_run = {
+                "source": "live",
+                "epochs": result["epochs"],
+                "seed": config.run.seed,
+                "world_size": world.world_size,
+            }
             for path, (window, score_N) in zip(paths, score_of_window.items(), strict=True):
-                settings = window_settings(window, config.score.preset) | {
-                    "source": "live",
-                    "epochs": result["epochs"],
-                    "seed": config.run.seed,
-                    "world_size": world.world_size,
-                }
-                put_scores(
-                    path,
-                    Scores(
-                        window.key(config.score.preset),
-                        score_N.numpy(),
-                        label_N,
-                        fingerprint,
-                        settings | noted,
-                    ),
-                )
+                key = window.key(config.score.preset)
+                settings = window_settings(window, config.score.preset) | of_run | noted
+                put_scores(path, Scores(key, score_N.numpy(), label_N, fingerprint, settings))
     del scorer  # its table is large, and the final pass needs the device
     if config.score.final_pass:
         start.pulse.beat("scoring")

@@ -365,10 +365,8 @@ class Trainer:
         real_B = None if num_rows == self.micro_batch else batch.index >= 0
         if job.tolerates_nonfinite:
             finite_B = torch.isfinite(logits_BC).all(dim=1)
-            real_B, logits_BC = (
-                (batch.index >= 0) & finite_B,
-                torch.where(finite_B[:, None], logits_BC, 0.0),
-            )
+            real_B = (batch.index >= 0) & finite_B
+            logits_BC = torch.where(finite_B[:, None], logits_BC, 0.0)
         loss_B = F.cross_entropy(
             logits_BC.float(), target, reduction="none", label_smoothing=train.label_smoothing
         )
@@ -467,16 +465,13 @@ class Trainer:
     # ---- how far we are
 
     def _progress(self) -> dict[str, int]:
-        epochs = self.job.epochs_run
+        batch = self.job.global_batch_size
+        ahead = sum(math.ceil(images / batch) for images in self._images_ahead())
         return {
             "epoch": self.epoch,
-            "epochs": epochs,
+            "epochs": self.job.epochs_run,
             "step": self.step,
-            "steps": self.step
-            - self._steps_of_epoch()
-            + sum(
-                math.ceil(images / self.job.global_batch_size) for images in self._images_ahead()
-            ),
+            "steps": self.step - self._steps_of_epoch() + ahead,
         }
 
     def _steps_of_epoch(self) -> int:
@@ -486,9 +481,8 @@ class Trainer:
     def _epoch_seconds(self) -> float:
         """Return the seconds of an epoch, evaluation and scoring included: the median so far (0
         before the first)."""
-        return (
-            float(np.median(self.history["wall_seconds"])) if self.history["wall_seconds"] else 0.0
-        )
+        seconds = self.history["wall_seconds"]
+        return float(np.median(seconds)) if seconds else 0.0
 
     def _image_seconds(self) -> float:
         """Return the seconds of an epoch per image, evaluation and scoring included: the median so
@@ -560,28 +554,20 @@ class Trainer:
 
     def _leave(self) -> NoReturn:
         """Save the state and raise Preempted, on every rank."""
-        name = next(
-            filter(
-                None, collectives.gather_objects(self.job.interruption.requested, self.job.world)
-            ),
-            "a signal",
-        )
-        failed_before = 0
-        if self.job.checkpoints is not None:
-            self.job.checkpoints.finish()
-            failed_before = self.job.checkpoints.num_failed
-        self._save_checkpoint(wait=True)
+        asked = collectives.gather_objects(self.job.interruption.requested, self.job.world)
+        name = next(filter(None, asked), "a signal")
         where = f"epoch {min(self.epoch + 1, self.job.epochs)}, step {self.step}"
-        if self.job.checkpoints is None:
+        checkpoints = self.job.checkpoints
+        if checkpoints is None:
             raise Preempted(
                 f"{name} at {where}; there are no checkpoints, so the run starts over next time",
                 agreed=True,
             )
-        saved = (
-            "saved"
-            if self.job.checkpoints.num_failed == failed_before
-            else "NOT saved (see the warning)"
-        )
+        checkpoints.finish()
+        failed_before = checkpoints.num_failed
+        self._save_checkpoint(wait=True)
+        is_saved = checkpoints.num_failed == failed_before
+        saved = "saved" if is_saved else "NOT saved (see the warning)"
         raise Preempted(
             f"{name}: {saved} at {where}; run the same command again to go on", agreed=True
         )
@@ -668,8 +654,7 @@ class Trainer:
         counted once; and loss and recall of each class, float64 [2, C]."""
         order, batches = self.feed.take(("val", epoch))
         module = self.model.module.eval()
-        num_classes = self.job.config.data.num_classes
-        accuracy = metrics.Accuracy(num_classes, self.job.world.device)
+        accuracy = metrics.Accuracy(self.job.config.data.num_classes, self.job.world.device)
         for step, batch in enumerate(batches):
             self._look_ahead(order.num_steps - step)
             with self._autocast():

@@ -282,14 +282,8 @@ class _ByClass:
             copied.synchronize()
         index_R = payload_RX[:, :8].reshape(-1).view(torch.int64).numpy()
         num_features = (payload_RX.shape[1] - 8) // 4
-        # R may be 0
-        feature_RD = (
-            payload_RX[:, 8:]
-            .reshape(-1)
-            .view(torch.float32)
-            .view(len(index_R), num_features)
-            .numpy()
-        )
+        feature_X = payload_RX[:, 8:].reshape(-1).view(torch.float32)
+        feature_RD = feature_X.view(len(index_R), num_features).numpy()  # R may be 0
         if self._feature_MD is None:
             self._feature_MD = np.zeros((len(self.index_M), num_features), dtype=np.float32)
         real_R = index_R >= 0

@@ -58,13 +58,9 @@ def per_rank_batch(
 
     if fits(global_batch_size):
         return round(global_batch_size * factor) // parts
-    reach = range(1, global_batch_size + math.ceil(parts / factor) * 100)
-    below = next(
-        (global_batch_size - step for step in reach if fits(global_batch_size - step)), None
-    )
-    above = next(
-        (global_batch_size + step for step in reach if fits(global_batch_size + step)), None
-    )
+    end = 2 * global_batch_size + math.ceil(parts / factor) * 100
+    below = next(filter(fits, range(global_batch_size - 1, 0, -1)), None)
+    above = next(filter(fits, range(global_batch_size + 1, end)), None)
     nearest = " or ".join(str(size) for size in (below, above) if size is not None)
     divisor = f"world_size={world_size}" + (
         f" x train.accumulation={accumulation}" if accumulation > 1 else ""

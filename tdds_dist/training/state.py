@@ -77,11 +77,8 @@ def restore(
         if kind == "optimizer" and parameter_name in parameters:
             parameter = parameters[parameter_name]
             # Step counters stay on the CPU, but for fused kernels.
-            device = (
-                parameter.device
-                if like.ndim or optimizer.defaults["fused"]
-                else torch.device("cpu")
-            )
+            on_cpu = not like.ndim and not optimizer.defaults["fused"]
+            device = torch.device("cpu") if on_cpu else parameter.device
             shaped = parameter.detach() if like.shape == parameter.shape else like
             tensors[name] = optimizer.state[parameter][key] = torch.empty_like(
                 shaped, dtype=like.dtype, device=device
