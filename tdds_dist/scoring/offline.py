@@ -252,14 +252,11 @@ def score_all(
     origin = open_recorded(Path(source), beton)
     known = ("tdds", "random", *BASELINES)
     if unknown := [key for key in keys if key not in known]:
-        hint = (
-            " (they need the final model: `tdds score RUN --final-pass`)"
-            if set(unknown) <= set(MODEL_SCORES)
-            else ""
-        )
-        hint = (
-            " (it is a way to choose: `tdds select --score ccs`)" if unknown[0] == "ccs" else hint
-        )
+        hint = ""
+        if set(unknown) <= set(MODEL_SCORES):
+            hint = " (they need the final model: `tdds score RUN --final-pass`)"
+        elif unknown[0] == "ccs":
+            hint = " (it is a way to choose: `tdds select --score ccs`)"
         raise InputError(
             f"score {unknown[0]!r} is not computed from recorded epochs{hint}; use one of"
             f" {', '.join(known)}"
@@ -288,11 +285,9 @@ def score_all(
             except InputError as error:
                 if keys:
                     raise
-                fitting = (
-                    _fitting(settings, options, origin.recorded.num_epochs)
-                    if "is longer than" in str(error)
-                    else []
-                )
+                fitting = list[str]()
+                if "is longer than" in str(error):
+                    fitting = _fitting(settings, options, origin.recorded.num_epochs)
                 way_out = f": `{command('score', source, '--all', *fitting)}`" if fitting else ""
                 skipped.append(f"{key}: {error}{way_out}")
             bar.advance()
@@ -418,17 +413,8 @@ class _Origin:
                     f"{path} holds imported scores; import them under another --key, or move that"
                     " file away"
                 )
-        put_scores(
-            path,
-            Scores(
-                key,
-                score_N,
-                self.label_N,
-                self.found,
-                settings | {"source": "recorded"} | self.settings,
-                extra or {},
-            ),
-        )
+        settings = settings | {"source": "recorded"} | self.settings
+        put_scores(path, Scores(key, score_N, self.label_N, self.found, settings, extra or {}))
         return path
 
 
@@ -502,18 +488,14 @@ def _score_windows(
     visited_TN = _visited(origin.recorded, len(delta_TN))
     paths = []
     for window in windows:
+        key = window.key(preset, delta)
         score_N = origin.quarantine(score_trajectory(delta_TN, window, preset, visited_TN))
         if score_N.min() == score_N.max():
-            log.warning(
-                f"all scores of {window.key(preset, delta)} are {score_N[0]:g}; they say nothing,"
-                " raise K"
-            )
+            log.warning(f"all scores of {key} are {score_N[0]:g}; they say nothing, raise K")
         settings = window_settings(window, preset, delta)
         if visited_TN is not None:
             settings["visits"] = "partial"
-        paths.append(
-            origin.save(out or origin.folder, window.key(preset, delta), score_N, settings)
-        )
+        paths.append(origin.save(out or origin.folder, key, score_N, settings))
     return paths
 
 

@@ -624,14 +624,18 @@ class ShardedScorer:
         self.check()
         return self._state()
 
-    def _state(self) -> dict[str, Tensor]:
-        rows = self._shard.num_rows
+    def _tables(self) -> dict[str, Tensor]:
+        """Return what is kept of each sample but for its windows, by name; M rows or more."""
         tables = self._shard.tables() | {"quarantined": self._quarantined_M}
         if self._num_visits_M is not None:
             tables["num_visits"] = self._num_visits_M
+        return tables
+
+    def _state(self) -> dict[str, Tensor]:
+        rows = self._shard.num_rows
         state = {
             name: collectives.as_shard(table[:rows], self.num_samples, self.world)
-            for name, table in tables.items()
+            for name, table in self._tables().items()
         }
         for name, table in (("delta", self._delta_KM), ("average", self._average_AM)):
             state[name] = collectives.as_shard(table, self.num_samples, self.world, dim=1)
@@ -700,9 +704,8 @@ class ShardedScorer:
                 into.copy_(out_of)
         self.epoch, self.step = state["position"].tolist()
         self._forget_order()
-        if self._trajectory is None:
-            return
-        self._rewind_trajectory(self._labels_sha256() if self.epoch > 0 else None)
+        if self._trajectory is not None:
+            self._rewind_trajectory(self._labels_sha256() if self.epoch > 0 else None)
 
     def _rewind_trajectory(self, labels_sha256: str | None) -> None:
         """Remove the epochs from this one on."""
@@ -714,13 +717,7 @@ class ShardedScorer:
 
     def state_bytes(self) -> int:
         """Return the bytes of per-sample state on this rank's device."""
-        tables = (
-            *self._shard.tables().values(),
-            self._quarantined_M,
-            self._delta_KM,
-            self._average_AM,
-            *(() if self._num_visits_M is None else (self._num_visits_M,)),
-        )
+        tables = (*self._tables().values(), self._delta_KM, self._average_AM)
         return sum(table.numel() * table.element_size() for table in tables)
 
     def _name_rows(self, is_bad_M: Tensor) -> str:

@@ -36,7 +36,7 @@ _LARGEST_FLOAT16 = 65504.0
 _OF_ONE_RUN = ("scalars", "num_samples", "num_classes", "dtype")
 _LABELS = "labels"  # their folder, and what their blocks have in the place of an epoch
 _BLOCK = re.compile(r"(\d{10})-(\d{10})\.npy")
-_SIDECAR = re.compile(r"(\d{10})-(\d{10})\.json")
+_BLOCK_OR_SIDECAR = re.compile(r"\d{10}-\d{10}\.(npy|json)")
 # of a killed writer
 _LEFTOVER = re.compile(r"\.(\d{10}-\d{10}\.(npy|json)|(meta|quarantine)\.json)\.\w+\.tmp")
 _EPOCH = re.compile(r"epoch_(\d{4,})")
@@ -273,11 +273,10 @@ class Trajectory:
         rows = range(self.num_samples) if rows is None else rows
         values_TN = np.empty((num_epochs, len(rows)), dtype=np.float32)
         for epoch in range(num_epochs):
-            for first, end, block_RM in self._read_blocks(epoch, (row,), rows):
-                of_both = slice(max(first, rows.start), min(end, rows.stop))
-                values_TN[epoch, of_both.start - rows.start : of_both.stop - rows.start] = block_RM[
-                    0
-                ][of_both.start - first : of_both.stop - first]
+            for first, end, (block_M,) in self._read_blocks(epoch, (row,), rows):
+                start, stop = max(first, rows.start), min(end, rows.stop)
+                into_M = values_TN[epoch, start - rows.start : stop - rows.start]
+                into_M[:] = block_M[start - first : stop - first]
         return values_TN
 
     def read_epoch(self, epoch: int) -> np.ndarray:
@@ -335,13 +334,8 @@ class Trajectory:
             meta = json.loads(path.read_text())
             found = meta["format"]
             if found == FORMAT:
-                sizes, texts = (
-                    (meta["num_samples"], meta["num_classes"]),
-                    (
-                        meta["dtype"],
-                        meta["labels_sha256"],
-                    ),
-                )
+                sizes = (meta["num_samples"], meta["num_classes"])
+                texts = (meta["dtype"], meta["labels_sha256"])
                 if not isinstance(meta["scalars"], list) or not all(
                     isinstance(size, int) and size > 0 for size in sizes
                 ):
@@ -477,11 +471,8 @@ def _epochs(directory: Path) -> list[tuple[int, Path]]:
 
 def _label_files(directory: Path) -> list[Path]:
     """List the blocks of labels and their sidecars."""
-    return [
-        path
-        for path in (directory / _LABELS).glob("*")
-        if _BLOCK.fullmatch(path.name) or _SIDECAR.fullmatch(path.name)
-    ]
+    files = (directory / _LABELS).glob("*")
+    return [path for path in files if _BLOCK_OR_SIDECAR.fullmatch(path.name)]
 
 
 def _holds_nothing(directory: Path) -> bool:
