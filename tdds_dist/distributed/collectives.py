@@ -115,11 +115,9 @@ class Consensus:
         """Give this rank's flags; return the agreed ones of the call before (zeros at first)."""
         agreed = self._read()
         flag_F = torch.tensor(flags, dtype=torch.int64)
-        work = (
-            None
-            if self._group is None
-            else dist.all_reduce(flag_F, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        )
+        work = None
+        if self._group is not None:
+            work = dist.all_reduce(flag_F, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (flag_F, work)
         return agreed
 

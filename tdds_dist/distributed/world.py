@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -314,19 +315,8 @@ def set_position(text: str) -> None:
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Say whether a collective failed because another rank is gone or silent."""
-    text = str(error).lower()
-    signs = (
-        "timed out",
-        "timeout",
-        "connection closed",
-        "connection reset",
-        "connection refused",
-        "broken pipe",
-        "gloo",
-        "nccl",
-        "socket",
-    )
-    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+    signs = r"time(d )?out|connection (closed|reset|refused)|broken pipe|gloo|nccl|socket"
+    return isinstance(error, dist.DistError) or bool(re.search(signs, str(error).lower()))
 
 
 def _roll_call(world: World, error: RuntimeError, timeout_seconds: float, hosts: list[str]) -> str:

@@ -282,9 +282,8 @@ class Checkpoints:
                 errors = [_one_line(caught)]
         if errors and self._world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        return collectives.gather_objects(errors[0] if errors else None, self._world, self._group)[
-            0
-        ]
+        told = collectives.gather_objects(errors[0] if errors else None, self._world, self._group)
+        return told[0]
 
     def _is_mine(self, name: str) -> bool:
         if match := re.match(r"__(\d+)_", name):

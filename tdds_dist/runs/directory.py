@@ -189,12 +189,8 @@ class RunDir:
             with np.load(path, allow_pickle=False) as arrays:
                 found = ValClasses(arrays["epoch"], arrays["loss"], arrays["recall"])
             loss_EC, rises = found.loss_EC, np.diff(found.epoch_E, prepend=-1) > 0
-            if (
-                found.epoch_E.dtype.kind != "i"
-                or rises.ndim != 1
-                or not rises.size
-                or not rises.all()
-            ):
+            is_ascending = rises.ndim == 1 and rises.size > 0 and rises.all()
+            if found.epoch_E.dtype.kind != "i" or not is_ascending:
                 raise ValueError("epoch must be whole numbers that rise, from 0")
             if loss_EC.ndim != 2 or len(loss_EC) != len(rises):
                 raise ValueError("loss must have a row per epoch and a column per class")

@@ -155,15 +155,8 @@ def find_runs(directory: Path) -> list[Path]:
 
 def _is_run(directory: Path) -> bool:
     run = RunDir(directory)
-    files = (
-        run.config_file,
-        run.env_file,
-        run.status_file,
-        run.metrics_file,
-        run.result_file,
-        directory / "run.lock",
-    )
-    return any(file.is_file() for file in files) or (
+    files = (run.config_file, run.env_file, run.status_file, run.metrics_file, run.result_file)
+    return any(file.is_file() for file in (*files, directory / "run.lock")) or (
         directory.name.startswith("seed") and _has_jobs(directory)
     )
 
@@ -265,8 +258,7 @@ def _planned_epochs(run: RunDir) -> int | None:
     if read_object(run.env_file).get("stage") == "retrain":
         return None  # strategy and coreset decide it
     try:
-        config = yaml.safe_load(run.config_file.read_text())
-        return int(config["train"]["epochs"])
+        return int(yaml.safe_load(run.config_file.read_text())["train"]["epochs"])
     except (
         OSError,
         ValueError,
