@@ -413,10 +413,8 @@ def _add_kept(
                 if index_M is not None:
                     kept, of_coreset = noise_kept(index_M, noisy_N)
                 else:
-                    kept, of_coreset = (
-                        num_kept(num_samples, rate) / num_samples,
-                        float(noisy_N.mean()),
-                    )
+                    kept = num_kept(num_samples, rate) / num_samples
+                    of_coreset = float(noisy_N.mean())
                 found.row(f"{word}_kept", kept, run.name, key, rate=rate, group=kind)
                 found.row(f"coreset_{word}", of_coreset, run.name, key, rate=rate, group=kind)
                 if kind == "":

@@ -96,10 +96,8 @@ def dataset_of(given: Source, beton: Path | None, found: Fingerprint) -> tuple[D
             return None, f"{given.path} does not lie in a run; give --beton FILE"
         beton = given.run.train_file()
         if not beton.is_file():
-            return (
-                None,
-                f"data.train={beton} of {given.run.path} does not exist here; give --beton FILE",
-            )
+            where = f"data.train={beton} of {given.run.path}"
+            return None, f"{where} does not exist here; give --beton FILE"
     run = given.run
     config = None if run is None else parse_config(run.read_config(), str(run.config_file))
     dataset = read_dataset(Path(beton), found.num_classes, config)

@@ -98,12 +98,8 @@ def import_scores(
     if source.suffix == ".npy":
         score_N = _read_official(source, None if data_mask is None else Path(data_mask), dataset)
         if match := _OFFICIAL_WINDOW.fullmatch(name):
-            settings = {
-                "score": "tdds",
-                "preset": "official",
-                "T": int(match[2]),
-                "K": int(match[1]),
-            }
+            K, T = map(int, match.groups())
+            settings = {"score": "tdds", "preset": "official", "T": T, "K": K}
     else:
         score_N, label_N, extra = _read_csv(source, column or key, column is not None, dataset)
     key = key or name
@@ -121,14 +117,10 @@ def import_scores(
         label_N, found = dataset.label_N, dataset.fingerprint
     else:
         label_N = np.full(len(score_N), UNKNOWN_LABEL) if label_N is None else label_N
-        found = fingerprint(
-            label_N, 0 if (label_N == UNKNOWN_LABEL).any() else int(label_N.max()) + 1
-        )
-    path = (
-        (source.parent if run is None else RunDir(run).scores) / f"{key}.npz"
-        if out is None
-        else Path(out)
-    )
+        num_classes = 0 if (label_N == UNKNOWN_LABEL).any() else int(label_N.max()) + 1
+        found = fingerprint(label_N, num_classes)
+    folder = source.parent if run is None else RunDir(run).scores
+    path = folder / f"{key}.npz" if out is None else Path(out)
     settings = {"score": key, "source": "imported", "file": source.name} | settings
     if path.exists():
         before = load_scores(path)

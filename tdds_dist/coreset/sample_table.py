@@ -124,12 +124,9 @@ def _flags(index_M: np.ndarray, num_samples: int) -> np.ndarray:
 def write_csv(columns: Columns, meta: dict[str, Any], file: IO[bytes]) -> None:
     """Write the table alone: CSV has no place for `meta`. A path that spreadsheets would take for a
     formula is written as `./path`, which is the same file."""
-    columns = {
-        name: [f"./{text}" if text[:1] in "=+-@" else text for text in values]
-        if name == "path"
-        else values
-        for name, values in columns.items()
-    }
+    if "path" in columns:
+        paths = [f"./{text}" if text[:1] in "=+-@" else text for text in columns["path"]]
+        columns = columns | {"path": paths}
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -91,12 +91,9 @@ def choose(
             " hard; score again with aum_keep=hardest"
         )
     if sampler == "ccs":
-        cutoff = (
-            samplers.default_hard_cutoff(pruning_rate)
-            if hard_cutoff_rate is None
-            else hard_cutoff_rate
-        )
-        pick = partial(samplers.ccs, num_strata=num_strata, hard_cutoff_rate=cutoff)
+        if hard_cutoff_rate is None:
+            hard_cutoff_rate = samplers.default_hard_cutoff(pruning_rate)
+        pick = partial(samplers.ccs, num_strata=num_strata, hard_cutoff_rate=hard_cutoff_rate)
     elif sampler == "beta":
         if "p_mean" not in scores.extra:
             raise InputError(
@@ -255,11 +252,8 @@ def plan_coreset(
             f" {pruning_rate:g} % is {pruning_rate / 100:g}"
         )
     samplers.num_kept(10**9, pruning_rate)  # the range, before any file is read
-    if (
-        (method := BUILT_IN_METHODS.get(score)) is not None
-        and method.score_key != score
-        and score != "ccs"
-    ):
+    method = BUILT_IN_METHODS.get(score)
+    if method is not None and score not in (method.score_key, "ccs"):
         raise InputError(
             f"--score {score} is a score and a way to choose by it; use --score {method.score_key}"
             f" --sampler {method.sampler}"

@@ -140,13 +140,10 @@ def _judge(run: RunDir, score: str) -> _Judgement:
     scores = _scores(run, score)
     beton = run.train_file()
     manifest = read_manifest(beton) if beton.is_file() else None
+    names, path = list(map(str, range(scores.fingerprint.num_classes))), list[str]()
     if manifest is not None:
         require_same_dataset(manifest.fingerprint, scores.fingerprint, str(beton))
-    names = (
-        list(map(str, range(scores.fingerprint.num_classes)))
-        if manifest is None
-        else manifest.class_names
-    )
+        names, path = manifest.class_names, manifest.path
     judged_N = np.zeros(len(scores.score_N), dtype=bool)
     judged_N[quarantine.eligible(scores)] = True
     guess: dict[str, np.ndarray] = {}
@@ -165,7 +162,6 @@ def _judge(run: RunDir, score: str) -> _Judgement:
             wrong_N = judged_N & (scores.score_N > cut)
     rank_N = np.zeros(len(judged_N))
     rank_N[judged_N] = ranks(scores.score_N[judged_N])
-    path = [] if manifest is None else manifest.path
     return _Judgement(
         run, scores.fingerprint, scores.label_N, names, path, judged_N, rank_N, wrong_N, guess
     )
