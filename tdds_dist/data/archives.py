@@ -65,10 +65,8 @@ def _find_files(spec: str, rest: str, suffix: str) -> tuple[list[Path], bool]:
     for name in named:
         if Path(name).is_dir():
             inside = sorted(Path(name).rglob(f"*{suffix}"))
-            hidden = [
-                any(part.startswith(".") for part in p.relative_to(name).parts) for p in inside
-            ]
-            files = [path for path, is_hidden in zip(inside, hidden, strict=True) if not is_hidden]
+            # none that is hidden, or lies in a hidden folder
+            files = [path for path in inside if "/." not in f"/{path.relative_to(name)}"]
         elif Path(name).is_file() or not glob.has_magic(name):
             files = [Path(name)]
         else:

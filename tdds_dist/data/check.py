@@ -54,11 +54,8 @@ class CheckResult:
         if self.has_crc:
             crc = f"{self.num_checked - count['crc']} with the CRC-32 of the manifest"
         else:
-            crc = (
-                "no CRC-32 to compare with ("
-                + ("no" if self.manifest is None else "older")
-                + " manifest)"
-            )
+            which = "no" if self.manifest is None else "older"
+            crc = f"no CRC-32 to compare with ({which} manifest)"
         return (
             f"{self.info.path}: {self.num_checked} of {self.info.num_samples} images checked in"
             f" {self.seconds:.1f} s ({self.num_checked / max(self.seconds, 1e-9):.0f} images/s):"
@@ -136,9 +133,8 @@ def quick_check(info: BetonInfo, manifest: Manifest | None, num: int = QUICK_IMA
     """Check labels and `num` evenly spaced images with the first and the last, of an inspected
     file. Raise InputError if bad.
     """
-    _check_images(
-        info, manifest, _some(info.num_samples, num), None, progress=False
-    ).require_sound()
+    index = _some(info.num_samples, num)
+    _check_images(info, manifest, index, None, progress=False).require_sound()
 
 
 def _some(num_samples: int, num: int) -> np.ndarray:
@@ -153,11 +149,8 @@ def _check_images(
     progress: bool,
 ) -> CheckResult:
     check_view(info, View(1))
-    check_labels(
-        info,
-        max(1, int(info.label_N.max()) + 1) if manifest is None else manifest.num_classes,
-        manifest,
-    )
+    num_classes = max(1, int(info.label_N.max()) + 1) if manifest is None else manifest.num_classes
+    check_labels(info, num_classes, manifest)
     crc32_N = None if manifest is None else manifest.crc32_N
     num_workers = num_workers or default_workers(1)
     started, faults = time.perf_counter(), dict[int, list[str]]()
@@ -188,12 +181,9 @@ class _Chunk:
             return []
         size_B = info.size_N[self.index_B]
         image_B = np.zeros(len(self.index_B), IMAGE)
-        for key, array_N in (
-            ("mode", info.mode_N),
-            ("width", info.width_N),
-            ("height", info.height_N),
-        ):
-            image_B[key] = array_N[self.index_B]
+        image_B["mode"] = info.mode_N[self.index_B]
+        image_B["width"] = info.width_N[self.index_B]
+        image_B["height"] = info.height_N[self.index_B]
         image_B["data_ptr"] = np.cumsum(size_B) - size_B
         data = np.frombuffer(b"".join(self.stored), np.uint8)
         return [int(i) for i in self.index_B[find_undecodable(data, image_B, size_B, num_workers)]]
@@ -234,12 +224,10 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             height, width = struct.unpack_from(">HH", data, at + 5)
             return height, width
-        alone = marker == 0x01 or 0xD0 <= marker <= 0xD9  # without a length
-        at += (
-            1
-            if marker == 0xFF
-            else 2
-            if alone
-            else 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
-        )
+        if marker == 0xFF:
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # without a length
+            at += 2
+        else:
+            at += 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
     return None

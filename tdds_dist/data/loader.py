@@ -206,9 +206,7 @@ class BetonLoader(ffcv.Loader):
         self._free_rings: list[_Ring] = []
         self._copies = _copy_stream(self.device) if self.device.type == "cuda" else None
         self._image_operation = _LoadImage(view, seed, self.memory_manager)
-        self.field_name_to_f_ix = {
-            name: position for position, name in enumerate(self.reader.handlers)
-        }
+        self.field_name_to_f_ix = {name: at for at, name in enumerate(self.reader.handlers)}
         self.pipeline_specs = {
             "image": PipelineSpec(info.image_field, decoder=self._image_operation),
             "label": PipelineSpec(info.label_field, decoder=_LoadLabel()),
@@ -411,10 +409,8 @@ class _LoadImage(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=bytes_type), memory
 
     def generate_code(self) -> Any:
-        view, crop = (
-            self.view,
-            {"center": decode.CENTER, "pad": decode.PAD, "resized": decode.RESIZED}[self.view.crop],
-        )
+        view = self.view
+        crop = {"center": decode.CENTER, "pad": decode.PAD, "resized": decode.RESIZED}[view.crop]
 
         def load(index_B: np.ndarray, memory: Any, metadata: np.ndarray, storage_state: Any) -> Any:
             image, failed = memory

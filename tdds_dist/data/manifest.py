@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -227,10 +227,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "columns": columns,
     }
 
-    def write(file: IO[bytes]) -> None:
-        file.write(json.dumps(record).encode())
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: file.write(json.dumps(record).encode()))
 
 
 def check_labels(

@@ -340,10 +340,8 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
                 bad = {}
                 for i in range(first, end):
                     if write_mode == "proportion":  # FFCV's own draw differs from run to run
-                        as_jpg = (
-                            np.random.default_rng([PROPORTION_SEED, i]).random() < JPG_PROPORTION
-                        )
-                        image_field.write_mode = "jpg" if as_jpg else "raw"
+                        draw = np.random.default_rng([PROPORTION_SEED, i]).random()
+                        image_field.write_mode = "jpg" if draw < JPG_PROPORTION else "raw"
                     reason = _encode_sample(
                         writer, allocator, source, metadata_N, i, max_resolution
                     )
