@@ -59,15 +59,13 @@ def versions(visit: Visit) -> Iterator[Finding]:
     )
     wanted = visit.config.run.device if visit.config else "auto"
     driver = _nvidia_smi("--query-gpu=driver_version")
-    unused = (
-        "run.device=cpu"
-        if wanted == "cpu"
-        else "CUDA_VISIBLE_DEVICES shows no GPU"
-        if gpus_are_hidden()
-        else ""
-        if torch.version.cuda
-        else f"torch {torch.__version__} is built without CUDA"
-    )
+    unused = ""
+    if wanted == "cpu":
+        unused = "run.device=cpu"
+    elif gpus_are_hidden():
+        unused = "CUDA_VISIBLE_DEVICES shows no GPU"
+    elif not torch.version.cuda:
+        unused = f"torch {torch.__version__} is built without CUDA"
     if unused:
         yield Finding("driver", "SKIP", f"{unused}; all is checked on the CPU")
     elif torch.cuda.is_available():
@@ -132,13 +130,11 @@ def contexts(visit: Visit) -> Iterator[Finding]:
         return
     several = [pid for pid, uuids in held.items() if pid in ours and len(uuids) > 1]
     foreign = sorted(held.keys() - ours)
-    problem = (
-        f"process {several[0]} on {len(held[several[0]])} GPUs"
-        if several
-        else f"processes of others: {', '.join(map(str, foreign[:4]))}"
-        if foreign
-        else ""
-    )
+    problem = ""
+    if several:
+        problem = f"process {several[0]} on {len(held[several[0]])} GPUs"
+    elif foreign:
+        problem = f"processes of others: {', '.join(map(str, foreign[:4]))}"
     yield Finding(
         "contexts",
         "WARN" if problem else "OK",
@@ -212,13 +208,8 @@ def compiler(visit: Visit) -> Iterator[Finding]:
         )
         works = done.returncode == 0 and built.is_file()
     said = " ".join(done.stderr.split())[:200] or f"exit code {done.returncode}"
-    yield Finding(
-        "C compiler",
-        "OK" if works else bad,
-        name if works else f"{name}: {said}",
-        wanted,
-        way_out,
-    )
+    found = name if works else f"{name}: {said}"
+    yield Finding("C compiler", "OK" if works else bad, found, wanted, way_out)
 
 
 def host_memory(visit: Visit) -> Iterator[Finding]:
@@ -262,9 +253,8 @@ def _nvidia_smi(query: str) -> list[str]:
         timeout=15,
         check=False,
     )
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] * (
-        done.returncode == 0
-    )
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return [line.strip() for line in lines if line.strip()]
 
 
 # ---- between the ranks

@@ -316,16 +316,11 @@ def _step(visit: Visit, B: int, scorer: ShardedScorer | None = None) -> Any:
     config, device = _config(visit), visit.device
     data, C = config.data, config.data.num_classes
     torch.set_float32_matmul_precision(config.train.matmul_precision)
-    model = (
-        build_model(
-            config.model.name,
-            C,
-            cifar_stem=config.model.cifar_stem,
-            channels_last=config.model.channels_last,
-        )
-        .to(device)
-        .train()
+    network = config.model
+    model = build_model(
+        network.name, C, cifar_stem=network.cifar_stem, channels_last=network.channels_last
     )
+    model = model.to(device).train()
     optimizer = build_optimizer(model, config)
     stage = InputStage(data.mean, data.std, config.model.channels_last).to(device)
     image = torch.zeros(B, 3, data.image_size, data.image_size, dtype=torch.uint8, device=device)

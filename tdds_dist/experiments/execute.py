@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -329,15 +329,8 @@ def _scores_of(run: RunDir, config: Config, method: Method, rate: float) -> Scor
         window, preset = window_of(config, method, rate), method.preset or config.score.preset
         path = run.scores / f"{window.key(preset, method.delta)}.npz"
         if not path.is_file():
-            (path,) = score(
-                run.path,
-                preset=preset,
-                T=window.T,
-                K=window.K,
-                beta=window.beta,
-                delta=method.delta,
-                out=path,
-            )
+            setting = asdict(window) | {"preset": preset, "delta": method.delta}
+            (path,) = score(run.path, **setting, out=path)
         return load_scores(path)
     options = parse_baselines(config.score.baselines, method.options)
     path = run.scores / f"{file_key(key, options)}.npz"  # the name carries every option

@@ -185,19 +185,14 @@ def merge(reports: Mapping[int, Sequence[Finding]], num_ranks: int) -> list[Row]
         rows += [Row(finding, tuple(ranks_of[finding]), num_checked) for finding in bad]
     silent = [rank for rank in range(num_ranks) if rank not in reports]
     if silent:
-        rows.append(
-            Row(
-                Finding(
-                    "ranks",
-                    "FAIL",
-                    f"{_ranks(silent)} did not report",
-                    f"a report of all {num_ranks}",
-                    "see what these ranks said last",
-                ),
-                tuple(silent),
-                len(silent),
-            )
+        missing = Finding(
+            "ranks",
+            "FAIL",
+            f"{_ranks(silent)} did not report",
+            f"a report of all {num_ranks}",
+            "see what these ranks said last",
         )
+        rows.append(Row(missing, tuple(silent), len(silent)))
     return rows
 
 
@@ -214,17 +209,9 @@ def as_table(rows: Sequence[Row], hosts: Sequence[str]) -> str:
             name: textwrap.wrap(cell, _WIDTHS[name], break_on_hyphens=False)
             for name, cell in cells.items()
         }
-        lines += [
-            list(cell)
-            for cell in zip_longest(
-                [finding.what],
-                parts["found"],
-                parts["wanted"],
-                [finding.state],
-                parts["way_out"],
-                fillvalue="",
-            )
-        ]
+        columns = [[finding.what], parts["found"], parts["wanted"]]
+        columns += [[finding.state], parts["way_out"]]
+        lines += map(list, zip_longest(*columns, fillvalue=""))
     return "\n".join(table(lines, num_heads=1))
 
 

@@ -227,21 +227,17 @@ def list_trainings(case: Case) -> list[Training]:
         InputError: a batch that cannot be dealt out evenly.
     """
     config, num_images = case.config, case.images.num_samples
-    train = config.train
-    if case.pruning is not None:
-        batch = case.rows * case.num_ranks * train.accumulation
-        seen = sum(map(case.pruning.most_images, range(train.epochs)))
+    train, pruning = config.train, case.pruning
+    batch = case.rows * case.num_ranks * train.accumulation
+    if pruning is not None:
+        seen = sum(map(pruning.most_images, range(train.epochs)))
         name = f"train, {config.prune.method}"
         return [Training(name, num_images, train.epochs, batch, pruned_to=seen)]
     stops_early = config.collect.stop_after == "last_window"
     epochs = max(window.T for window in config.windows()) if stops_early else train.epochs
-    found = [
-        Training("collect", num_images, epochs, case.rows * case.num_ranks * train.accumulation)
-    ]
-    has_methods, has_seeds = (
-        len(set(each)) > 1
-        for each in ([cell.method for cell in case.cells], [cell.seed for cell in case.cells])
-    )
+    found = [Training("collect", num_images, epochs, batch)]
+    has_methods = len({cell.method for cell in case.cells}) > 1
+    has_seeds = len({cell.seed for cell in case.cells}) > 1
     for cell in case.cells:
         rate = cell.pruning_rate
         factor = batch_size_factor(rate, config.retrain.batch_size_rule)
@@ -252,14 +248,8 @@ def list_trainings(case: Case) -> list[Training]:
             + (f" seed {cell.seed}" if has_seeds else "")
         )
         epochs = retrain_epochs(config.retrain.epochs or train.epochs, rate, cell.strategy)
-        found.append(
-            Training(
-                f"retrain {name}",
-                num_kept(num_images, rate),
-                epochs,
-                rows * case.num_ranks * train.accumulation,
-            )
-        )
+        batch = rows * case.num_ranks * train.accumulation
+        found.append(Training(f"retrain {name}", num_kept(num_images, rate), epochs, batch))
     return found
 
 

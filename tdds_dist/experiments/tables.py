@@ -267,11 +267,9 @@ def _csv(outcomes: Sequence[CellResult]) -> str:
             cell.pruning_rate,
             cell.seed,
             *(result.get(key, "") for key in CSV_COLUMNS[8:13]),
-            *("" if value is None else value for value in of_paper),
-            *(
-                "" if share is None else share
-                for share in (outcome.wrong_labels_kept, outcome.corrupted_kept)
-            ),
+            *of_paper,
+            outcome.wrong_labels_kept,
+            outcome.corrupted_kept,
         ]
         writer.writerow(values)
     return text.getvalue()
