@@ -163,15 +163,9 @@ def accuracy_chart(rows: list[dict[str, Any]], slots: dict[str, int]) -> dict[st
         return None
     references = [row["final_top1"] for row in rows if row["is_reference"]]
     full = references[0] if len(references) == 1 else None
-    alt = (
-        "Final top-1 against pruning rate. "
-        + "; ".join(
-            f"{line.label}: "
-            + ", ".join(f"{y:.2f} % at {x:g} %" for x, y in zip(line.x, line.y, strict=True))
-            for line in lines
-        )
-        + (f"; full data {full:.2f} %." if full is not None else ".")
-    )
+    numbers = charts.points_text(lines, "{:.2f} % at {:g} %")
+    numbers += f"; full data {full:.2f} %" if full is not None else ""
+    alt = f"Final top-1 against pruning rate. {numbers}."
     svg = charts.line_chart(lines, "final top-1 (%)", "images removed", alt, full, ticks="{:g} %")
     return {"svg": svg, "legend": lines, "full": full}
 
@@ -472,10 +466,7 @@ def images_chart(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         )
     if not lines:
         return None
-    alt = "Final top-1 against images seen. " + "; ".join(
-        f"{line.label}: "
-        + ", ".join(f"{y:.2f} % at {x:.0f} %" for x, y in zip(line.x, line.y, strict=True))
-        for line in lines
-    )
+    numbers = charts.points_text(lines, "{:.2f} % at {:.0f} %")
+    alt = f"Final top-1 against images seen. {numbers}."
     title = "images seen, of a full training (%)"
-    return {"svg": charts.line_chart(lines, "final top-1 (%)", title, alt + "."), "legend": lines}
+    return {"svg": charts.line_chart(lines, "final top-1 (%)", title, alt), "legend": lines}

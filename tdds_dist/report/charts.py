@@ -13,7 +13,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,15 @@ class Line:
     title: str = ""  # shown when the pointer rests on the line
     series: str = ""  # lines of one series are shown and hidden together (page.js)
     width: float = 1.5  # points
+
+
+def points_text(lines: Iterable[Line], form: str) -> str:
+    """Write the points of lines; `form` takes y and x of each: "{:.2f} at {:g}"."""
+    texts = []
+    for line in lines:
+        points = [form.format(y, x) for x, y in zip(line.x, line.y, strict=True)]
+        texts.append(f"{line.label}: {', '.join(points)}")
+    return "; ".join(texts)
 
 
 def line_chart(

@@ -60,13 +60,10 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
             for run in _runs(facts, slots, names, variant, label, say_run=len(pool) > 1)
         ]
     )
-    keys = {
-        series: f"c{number}"
-        for number, series in enumerate(dict.fromkeys(run.series for run in runs))
-    }
-    rates: list[float | None] = [*sorted({run.rate for run in runs if run.rate is not None})] or [
-        None
-    ]
+    series = dict.fromkeys(run.series for run in runs)
+    keys = {name: f"c{number}" for number, name in enumerate(series)}
+    pruned = sorted({run.rate for run in runs if run.rate is not None})
+    rates: list[float | None] = [*pruned] or [None]
     found, legend, has_seeds = [], dict[str, charts.Line](), False
     for key, title in (("val_top1", "validation top-1 (%)"), ("train_loss", "training loss")):
         values = [

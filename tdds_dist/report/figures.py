@@ -285,9 +285,8 @@ def _line(label: str, number: int, members: Sequence[_Trained], over: str) -> ch
     number."""
     points: dict[float, list[float]] = {}
     for one in members:
-        points.setdefault(100 * one.rate if over == "rate" else one.setting[over], []).append(
-            one.top1
-        )
+        place = 100 * one.rate if over == "rate" else one.setting[over]
+        points.setdefault(place, []).append(one.top1)
     x = sorted(points)
     mean, error = _spread([points[place] for place in x])
     return charts.Line(
@@ -338,11 +337,7 @@ def _figure(title: str, one: _Trained, told: Sequence[str], window: str = "") ->
 def _add(figure: dict[str, Any], lines: Sequence[charts.Line], title: str, over: str) -> None:
     """Add a chart to a figure."""
     form, x_title = ("{:g} %", "images removed") if over == "rate" else ("{:g}", f"{over} (epochs)")
-    numbers = "; ".join(
-        f"{line.label}: "
-        + ", ".join(f"{y:.2f} at {form.format(x)}" for x, y in zip(line.x, line.y, strict=True))
-        for line in lines
-    )
+    numbers = charts.points_text(lines, f"{{:.2f}} at {form}")
     alt = f"{figure['title']}, {title} by {x_title}. {numbers}."
     figure["charts"].append(charts.line_chart(lines, title, x_title, alt, ticks=form))
     known = {line.label for line in figure["legend"]}

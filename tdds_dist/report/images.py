@@ -104,10 +104,8 @@ def sheets(
             name: score_sheets(facts, name, origins, num_thumbnails)
             for name in _shown_scores(facts, main)
         }
-        wanted, sample = (
-            by_need(itertools.chain(*by_score.values())),
-            spread(facts.scores[main].score_N, info.label_N),
-        )
+        wanted = by_need(itertools.chain(*by_score.values()))
+        sample = spread(facts.scores[main].score_N, info.label_N)
         uris, num_bad = _thumbnails(info, wanted, sample, budget_bytes)
     except (InputError, OSError, ImportError) as error:
         facts.problems.append(f"{facts.run.path}: the page has no images: {error}")
@@ -162,14 +160,10 @@ def score_sheets(facts: Facts, name: str, origins: Origins, num: int) -> list[Sh
     }
     asked = {coreset.pruning_rate for coreset in facts.coresets.values()} - {0, *cuts}
     if asked and np.isfinite(score_N).all() and not _keeps_centre(facts, name):
-        kept_by_rate = {
-            rate: choose(scores, rate)
-            for rate in asked
-            if round(rate * len(score_N)) < len(score_N)
-        }
-        cuts |= {
-            rate: (float(score_N[index_M].min()), index_M) for rate, index_M in kept_by_rate.items()
-        }
+        for rate in asked:
+            if round(rate * len(score_N)) < len(score_N):
+                index_M = choose(scores, rate)
+                cuts[rate] = float(score_N[index_M].min()), index_M
     half = (num + 1) // 2
     for rate, (cut, index_M) in sorted(cuts.items(), reverse=True):
         if rate > 0:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -115,11 +115,8 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
         for problem in facts.problems:
             log.warning(problem)
 
-    def write(file: IO[bytes]) -> None:
-        # the names of files may hold bytes that are no UTF-8
-        file.write(text.encode("utf-8", "replace"))
-
-    write_atomically(Path(out), write)
+    # the names of files may hold bytes that are no UTF-8
+    write_atomically(Path(out), lambda file: file.write(text.encode("utf-8", "replace")))
     return Path(out)
 
 
@@ -235,17 +232,12 @@ def _section(
         progress.note(f"{run_name(facts)}: {part}", now=True)
         computed |= compute()
         progress.advance()
-    data, result = facts.config.get("data", {}), facts.result or {}
-    sizes = [
-        result.get("num_images"),
-        *(scores.fingerprint.num_samples for scores in facts.scores.values()),
-    ]
     return computed | {
         "name": run_name(facts),
         "is_pooled": is_pooled,
         "dataset": _dataset_of(facts),
-        "num_images": next((size for size in sizes if size is not None), None),
-        "num_classes": data.get("num_classes"),
+        "num_images": facts.num_images,
+        "num_classes": facts.config.get("data", {}).get("num_classes"),
         "model": facts.config.get("model", {}).get("name", "?"),
         "train": facts.config.get("train", {}),
         "seed": facts.config.get("run", {}).get("seed"),

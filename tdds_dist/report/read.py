@@ -81,6 +81,7 @@ class Facts:
     scores: dict[str, Scores]
     coresets: dict[str, Coreset]
     manifest: Any  # data.manifest.Manifest, or None when there is none
+    num_images: int | None  # of the collection
     images: Images | None  # of the paper
     names: dict[str, str]
     problems: list[str]
@@ -152,6 +153,7 @@ def read_facts(run: RunDir) -> Facts:
         scores,
         coresets,
         manifest,
+        num_images,
         images,
         _short_names([*scores], retrained),
         problems,
@@ -160,14 +162,8 @@ def read_facts(run: RunDir) -> Facts:
 
 def _retrained_order(sub: Retrained) -> tuple[Any, ...]:
     rate, importance = sub.setting.get("pruning_rate"), sub.setting.get("importance")
-    return (
-        rate != 0,
-        *score_order(sub.score),
-        str(sub.strategy),
-        str(importance),
-        rate or 0,
-        sub.name,
-    )
+    setting = (*score_order(sub.score), str(sub.strategy), str(importance))
+    return rate != 0, *setting, rate or 0, sub.name
 
 
 def score_names(pool: Sequence[Facts]) -> dict[str, str]:

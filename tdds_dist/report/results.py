@@ -381,14 +381,9 @@ def _published(facts: Facts, sub: Retrained | None = None) -> Printed | None:
 
 
 def _row_order(row: dict[str, Any]) -> tuple[Any, ...]:
-    setting = (
-        row["score"],
-        str(row["strategy"]),
-        str(row["importance"]),
-        row["epochs"] or 0,
-        row["variant"],
-    )
-    return row["pruning_rate"] or 0, *score_order(row["score"]), *setting
+    rate, order = row["pruning_rate"] or 0, score_order(row["score"])
+    setting = row["score"], str(row["strategy"]), str(row["importance"])
+    return rate, *order, *setting, row["epochs"] or 0, row["variant"]
 
 
 def _progress(metrics: list[dict[str, Any]], epochs: int | None) -> str:

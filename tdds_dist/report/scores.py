@@ -268,15 +268,8 @@ def _noise_chart(
         dashed=True,
     )
     title = f"{kind} kept (%)"
-    alt = (
-        f"{title} against pruning rate. "
-        + "; ".join(
-            f"{line.label}: "
-            + ", ".join(f"{y:.3g} % at {x:g} %" for x, y in zip(line.x, line.y, strict=True))
-            for line in [*lines, expected]
-        )
-        + "."
-    )
+    numbers = charts.points_text([*lines, expected], "{:.3g} % at {:g} %")
+    alt = f"{title} against pruning rate. {numbers}."
     return {
         "svg": charts.line_chart([expected, *lines], title, "images removed", alt, ticks="{:g} %"),
         "legend": [*lines, expected],
