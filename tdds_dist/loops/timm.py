@@ -233,7 +233,8 @@ class Score:
 
         @wraps(save)
         def checked(saver: Any, epoch: int, *arguments: Any, **options: Any) -> Any:
-            if self._model is not None and epoch + 1 != (scored := self._recorder_epoch):
+            scored = 0 if self._recorder is None else self._recorder.epoch
+            if self._model is not None and epoch + 1 != scored:
                 raise InputError(
                     f"the script saves its checkpoint as of epoch {epoch}, counted from 0, and"
                     f" {scored} epochs are scored; leave out --start-epoch"
@@ -241,10 +242,6 @@ class Score:
             return save(saver, epoch, *arguments, **options)
 
         timm.utils.CheckpointSaver.save_checkpoint = checked
-
-    @property
-    def _recorder_epoch(self) -> int:
-        return 0 if self._recorder is None else self._recorder.epoch
 
     def _finish_before_leaving(self) -> None:
         leave = torch.distributed.destroy_process_group
