@@ -87,6 +87,9 @@ for epoch in range(first, EPOCHS):
         loader.sampler.set_epoch(epoch)
     model.train()
     for step, (image, label) in enumerate(loader):
+        torch.manual_seed(
+            step
+        )  # of dropout; a loader that goes on draws other numbers than a new one
         with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in kind):
             logits = model(image)
             loss = nn.functional.cross_entropy(logits.float(), label)
