@@ -87,9 +87,8 @@ for epoch in range(first, EPOCHS):
         loader.sampler.set_epoch(epoch)
     model.train()
     for step, (image, label) in enumerate(loader):
-        torch.manual_seed(
-            step
-        )  # of dropout; a loader that goes on draws other numbers than a new one
+        # of dropout: a loader that goes on draws other numbers than a new one
+        torch.manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in kind):
             logits = model(image)
             loss = nn.functional.cross_entropy(logits.float(), label)

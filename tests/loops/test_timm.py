@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from tdds_dist.scoring.trajectory import Trajectory
 from tests.loops import plain
 
 pytestmark = pytest.mark.loops
@@ -27,7 +28,7 @@ def test_scores_are_those_of_a_plain_loop_also_over_a_resume(ranks, kind, tmp_pa
     states = {path.name for path in (tmp_path / "scored" / "scored" / "state").iterdir()}
     assert states == {"epoch_2", "epoch_3"}
     run(ranks, tmp_path / "scored", kind, 0, "resume")
-    plain.check(tmp_path / "scored", ranks)
+    plain.check(tmp_path / "scored", ranks, given=False)
     run(ranks, tmp_path / "unscored", kind, 0, scored=False)
     scored, unscored = (
         np.load(tmp_path / name / "result.npz")["weights"] for name in ("scored", "unscored")
@@ -37,8 +38,8 @@ def test_scores_are_those_of_a_plain_loop_also_over_a_resume(ranks, kind, tmp_pa
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """Run the text of a script, scored; `dataset` and `model` are there. What timm is given by
-    others goes back afterwards."""
+    """Run the text of a script, scored, in which MODEL, LOADER, IMAGES, CHECKPOINT and train are
+    known. What it changes in timm is as before afterwards."""
     from tdds_dist.loops.timm import main
 
     changed = [
@@ -53,7 +54,7 @@ def script(tmp_path, monkeypatch):
 
     def run_script(text, window="3 3 0.9", out="out"):
         (tmp_path / "train.py").write_text(f"""
-import torch, timm, timm.models, timm.utils
+import copy, torch, timm, timm.models, timm.utils
 from torch import distributed as dist
 from pathlib import Path
 from PIL import Image
@@ -115,14 +116,8 @@ train(epochs=0)
 for epoch in range(3):  # the last batch is not waited for
     for step, (image, label) in zip(range(2), LOADER): MODEL(image)
 
-torch.save(MODEL, "whole.pt"); assert torch.load("whole.pt", weights_only=False)(IMAGES).shape == (4, 2)
+torch.save(MODEL, "whole.pt"); copy.deepcopy(MODEL)(IMAGES)
 train(MODEL)
-
-class Twice(torch.nn.Module):  # one pass that trains, and others
-    def forward(self, image):
-        MODEL.eval(); MODEL(image); MODEL.train()
-        return MODEL(image) + MODEL(image)
-train(Twice())
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 train(); dist.destroy_process_group()
@@ -141,6 +136,18 @@ def test_a_script_that_is_scored(script, text):
     assert script(text) == ["tdds_official_T3_K3_beta0.9.npz"]
 
 
+def test_of_several_passes_the_first_that_trains_counts(script, tmp_path):
+    script("""
+class Passes(torch.nn.Module):
+    def forward(self, image):
+        MODEL.eval(); MODEL(0 * image); MODEL.train()
+        with torch.no_grad(): MODEL(0 * image)
+        return MODEL(image) + MODEL(0 * image)
+train(Passes())""")
+    p_label_N = Trajectory(tmp_path / "out" / "trajectory").read("p_label")[0]
+    assert len(np.unique(p_label_N)) == 6, "of images that are all alike there are two values"
+
+
 def test_what_ends_early_gives_no_scores(script, tmp_path, caplog):
     for code, text in [(3, "train(); exit(3)"), (None, "train(epochs=2)")]:
         with pytest.raises(SystemExit) if code else nullcontext() as leaving:
@@ -154,7 +161,7 @@ def test_an_error_of_the_script_is_the_one_that_is_seen(script):
     with pytest.raises(KeyError, match="mine"):
         script("""
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-try: train(); raise KeyError("mine")
+try: raise KeyError("mine")  # before anything can be scored
 finally: dist.destroy_process_group()""")
 
 
