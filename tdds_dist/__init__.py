@@ -1,7 +1,7 @@
 """Distributed dataset pruning: train once, get every pruning score of every sample, cut a coreset,
 retrain on it.
 
-What a program of yours may use stands in `__all__`. Names are loaded on first use, so that
+What a program of yours may use stands in `_MODULES`. Names are loaded on first use, so that
 importing the package is free; the scorer needs torch and NumPy only.
 """
 
@@ -9,36 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tdds_dist.config.scores import Window
-    from tdds_dist.coreset.select import choose, make_coreset
-    from tdds_dist.distributed.partition import EpochOrder, epoch_order
-    from tdds_dist.errors import InputError
-    from tdds_dist.pruning.plan import PruningPlan
-    from tdds_dist.pruning.schedule import PruningSchedule
-    from tdds_dist.runs.artifacts import Coreset, Scores, load_coreset, load_scores
-    from tdds_dist.runs.checkpoint import Checkpoints
-    from tdds_dist.scoring.offline import score_all
-    from tdds_dist.scoring.scorer import ShardedScorer
-    from tdds_dist.scoring.trajectory import Trajectory
+    from tdds_dist.config.scores import Window as Window
+    from tdds_dist.coreset.select import choose as choose
+    from tdds_dist.coreset.select import make_coreset as make_coreset
+    from tdds_dist.distributed.partition import EpochOrder as EpochOrder
+    from tdds_dist.distributed.partition import epoch_order as epoch_order
+    from tdds_dist.errors import InputError as InputError
+    from tdds_dist.pruning.plan import PruningPlan as PruningPlan
+    from tdds_dist.pruning.schedule import PruningSchedule as PruningSchedule
+    from tdds_dist.runs.artifacts import Coreset as Coreset
+    from tdds_dist.runs.artifacts import Scores as Scores
+    from tdds_dist.runs.artifacts import load_coreset as load_coreset
+    from tdds_dist.runs.artifacts import load_scores as load_scores
+    from tdds_dist.runs.checkpoint import Checkpoints as Checkpoints
+    from tdds_dist.scoring.offline import score_all as score_all
+    from tdds_dist.scoring.scorer import ShardedScorer as ShardedScorer
+    from tdds_dist.scoring.trajectory import Trajectory as Trajectory
 
-__all__ = [
-    "Checkpoints",
-    "Coreset",
-    "EpochOrder",
-    "InputError",
-    "PruningPlan",
-    "PruningSchedule",
-    "Scores",
-    "ShardedScorer",
-    "Trajectory",
-    "Window",
-    "choose",
-    "epoch_order",
-    "load_coreset",
-    "load_scores",
-    "make_coreset",
-    "score_all",
-]
 _MODULES = {
     "Checkpoints": "runs.checkpoint",
     "Coreset": "runs.artifacts",
@@ -57,6 +44,7 @@ _MODULES = {
     "make_coreset": "coreset.select",
     "score_all": "scoring.offline",
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> object:
