@@ -44,11 +44,11 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        self.result_file = self.path / "result.json"
         self.config_file = self.path / "config.yaml"
         self.env_file = self.path / "env.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.val_classes_file = self.path / "val_classes.npz"
-        self.result_file = self.path / "result.json"
         self.log_file = self.path / "log.txt"
         self.status_file = self.path / "status.json"
         self.tensorboard = self.path / "tb"
@@ -92,24 +92,8 @@ class RunDir:
     def set_aside(self) -> Path:
         """Move what a run of this directory wrote into a folder in it; coresets and retrainings
         stay. Return the folder."""
-        return move_aside(
-            self.result_file,
-            self.config_file,
-            self.env_file,
-            self.metrics_file,
-            self.val_classes_file,
-            self.log_file,
-            self.status_file,
-            self.report_file,
-            self.suspects,
-            self.checkpoints,
-            self.trajectory,
-            self.pruning,
-            self.scores,
-            self.models,
-            self.tensorboard,
-            self.trackers_file,
-        )
+        stay = (self.path, self.coresets, self.retrain)
+        return move_aside(*(path for path in vars(self).values() if path not in stay))
 
     def rewind(self, num_epochs: int) -> None:
         """Remove the metrics of later epochs, which will be recorded again."""
