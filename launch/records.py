@@ -12,7 +12,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,11 +113,10 @@ def append_job(log_dir: Path, job: JobRecord) -> None:
 
 def read_jobs(log_dir: Path) -> list[JobRecord]:
     """Read every job in the order of submission; lines that are damaged are left out."""
-    found = [_record(JobRecord, content) for content in read_objects(log_dir / JOBS_FILE)]
     return [
         replace(job, after=tuple(map(str, job.after)), log_dir=log_dir)
-        for job in found
-        if job and _ID.fullmatch(job.id)
+        for job in _records(JobRecord, log_dir / JOBS_FILE)
+        if _ID.fullmatch(job.id)
     ]
 
 
@@ -133,8 +133,8 @@ def append_end(log_dir: Path, job_id: str, end: EndRecord) -> None:
 def read_ends(log_dir: Path, job_id: str) -> list[EndRecord]:
     """Read how the ranks of a job ended, earliest first; lines that are damaged are left out."""
     files = files_of_ranks(log_dir, job_id, r"end\.jsonl")
-    ends = (_record(EndRecord, content) for _, file in files for content in read_objects(file))
-    return sorted((end for end in ends if end), key=lambda end: end.time)
+    ends = (end for _, file in files for end in _records(EndRecord, file))
+    return sorted(ends, key=lambda end: end.time)
 
 
 def first_cause(ends: Iterable[EndRecord]) -> EndRecord | None:
@@ -180,14 +180,12 @@ def _ends_whole(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def _record(kind: type[_Record], content: dict[str, Any]) -> _Record | None:
-    """Make a record from JSON; unknown keys are left out, a value of another type makes it
-    damaged."""
+def _records(kind: type[_Record], file: Path) -> Iterator[_Record]:
+    """Make records of the lines of a file; unknown keys are left out, a value of another type makes
+    a line damaged."""
     names = {field.name for field in fields(kind)} - {"log_dir"}
-    known: dict[str, Any] = {name: content[name] for name in names & content.keys()}
-    if not all(isinstance(value, _KINDS.get(name, str)) for name, value in known.items()):
-        return None
-    try:
-        return kind(**known)
-    except TypeError:  # without its id or kind
-        return None
+    for content in read_objects(file):
+        known: dict[str, Any] = {name: content[name] for name in names & content.keys()}
+        if all(isinstance(value, _KINDS.get(name, str)) for name, value in known.items()):
+            with suppress(TypeError):  # without its id or kind
+                yield kind(**known)
