@@ -58,32 +58,20 @@ def job_states(jobs: Iterable[JobRecord], timeout_seconds: float = 10.0) -> dict
     return states
 
 
-_WORDS = {
-    "PENDING": "pending",
-    "CONFIGURING": "pending",
-    "REQUEUE_HOLD": "pending",
-    "RESV_DEL_HOLD": "pending",
-    "REQUEUED": "requeued",
-    "REQUEUE_FED": "requeued",
-    "RUNNING": "running",
-    "COMPLETING": "running",
-    "RESIZING": "running",
-    "SIGNALING": "running",
-    "STAGE_OUT": "running",
-    "SUSPENDED": "suspended",
-    "STOPPED": "suspended",
-    "COMPLETED": "finished",
-    "CANCELLED": "cancelled",
-    "REVOKED": "cancelled",
-    "TIMEOUT": "timeout",
-    "DEADLINE": "timeout",
-    "FAILED": "failed",
-    "SPECIAL_EXIT": "failed",
-    "NODE_FAIL": "node_fail",
-    "BOOT_FAIL": "node_fail",
-    "OUT_OF_MEMORY": "out_of_memory",
-    "PREEMPTED": "preempted",
+_SLURM_STATES = {  # by our word for them
+    "pending": ("PENDING", "CONFIGURING", "REQUEUE_HOLD", "RESV_DEL_HOLD"),
+    "requeued": ("REQUEUED", "REQUEUE_FED"),
+    "running": ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT"),
+    "suspended": ("SUSPENDED", "STOPPED"),
+    "finished": ("COMPLETED",),
+    "cancelled": ("CANCELLED", "REVOKED"),
+    "timeout": ("TIMEOUT", "DEADLINE"),
+    "failed": ("FAILED", "SPECIAL_EXIT"),
+    "node_fail": ("NODE_FAIL", "BOOT_FAIL"),
+    "out_of_memory": ("OUT_OF_MEMORY",),
+    "preempted": ("PREEMPTED",),
 }
+_WORDS = {state: word for word, states in _SLURM_STATES.items() for state in states}
 _SQUEUE = [
     "squeue",
     "--noheader",
@@ -320,13 +308,11 @@ def _by_results(job: JobRecord) -> JobState | None:
     elapsed = _duration(max(times) - job.time) if times and job.time else ""
     if outcomes.count("success") >= job.num_ranks:
         return JobState("finished", "", _restarts(job), elapsed, job.host, 0)
-    last = [end for end in ends if end.restart == _restarts(job)]
-    kinds = {end.kind for end in last}
+    kinds = {end.kind for end in ends if end.restart == _restarts(job)}
     if "error" not in outcomes and not kinds & {*CAUSES, "resume"}:
         return None
-    exit_code = (
-        1 if "failed" in kinds else 2 if "refused" in kinds else 75 if "resume" in kinds else 1
-    )
+    codes = {"failed": 1, "refused": 2, "resume": 75}  # the first that fits
+    exit_code = next((code for kind, code in codes.items() if kind in kinds), 1)
     return JobState("failed", "", _restarts(job), elapsed, job.host, exit_code)
 
 
