@@ -85,21 +85,14 @@ def _partition(cluster: Cluster, path: Path) -> Finding:
     states = dict(re.findall(r"PartitionName=(\S+).*? State=(\S+)", text))
     default = re.findall(r"PartitionName=(\S+).*? Default=YES", text)
     names = cluster.partition.split(",") if cluster.partition else default
-    wanted = f"one of {', '.join(states) or text}"
-    if not names:
+    unknown = [name for name in names if name not in states]
+    if unknown or not names:
         return Finding(
             "partition",
             "FAIL",
-            f"{path}: empty, and SLURM has no default",
-            wanted,
-            "set partition in the cluster file",
-        )
-    if unknown := [name for name in names if name not in states]:
-        return Finding(
-            "partition",
-            "FAIL",
-            f"{path}: partition={unknown[0]} is none",
-            wanted,
+            f"{path}: "
+            + (f"partition={unknown[0]} is none" if names else "empty, and SLURM has no default"),
+            f"one of {', '.join(states) or text}",
             "set partition in the cluster file to one of these",
         )
     down = [name for name in names if states[name] != "UP"]
