@@ -175,33 +175,25 @@ class StageTask:
         if self.rank != 0:
             _exit(0)  # another code would let srun end rank 0 before it has queued the job again
         reasons = [*interruption.received, message]  # the message has what another rank was told
+        # Of SIGTERM alone. Where all have saved somebody asked for that. A single rank may have it
+        # from srun, because of another rank that died; had it come from scancel, the batch shell
+        # would be gone too, and nobody reads this.
+        code, kind = EXIT_RESUME, "lost" if NOT_SAVED in message else "resume"
         try:
             if any(reason in text for reason in ("SIGUSR2", TIME_LIMIT) for text in reasons):
                 signal.raise_signal(signal.SIGUSR2)  # submitit's handler leaves by SystemExit
             time.sleep(_SECOND_SIGNAL_SECONDS)  # it takes over as well should its signal come now
         except SystemExit as leaving:  # queued again
-            self._leave(
-                leaving.code if isinstance(leaving.code, int) else EXIT_RESUME, "requeued", message
-            )
+            code = leaving.code if isinstance(leaving.code, int) else EXIT_RESUME
+            kind = "requeued"
         except UncompletedJobError as error:  # too many time limits
-            self._leave(
-                EXIT_RESUME,
-                "resume",
-                f"{message}; not queued again ({' '.join(str(error).split())})",
-            )
+            kind = "resume"
+            message += f"; not queued again ({' '.join(str(error).split())})"
         # no scontrol in this container, or it failed: `requeue` asks for it from outside
         except Exception as error:
-            self._leave(
-                EXIT_RESUME,
-                "requeue",
-                f"{message}; to be queued again from outside ({' '.join(str(error).split())})",
-            )
-        # SIGTERM alone. Where all have saved somebody asked for that. A single rank may have it
-        # from srun, because of another rank that died; had it come from scancel, the batch shell
-        # would be gone too, and nobody reads this.
-        self._leave(
-            EXIT_RESUME, "lost" if NOT_SAVED in message else "resume", message or "asked to leave"
-        )
+            kind = "requeue"
+            message += f"; to be queued again from outside ({' '.join(str(error).split())})"
+        self._leave(code, kind, message)
 
     def _leave(self, code: int, kind: str, message: str, trace: str = "") -> NoReturn:
         if message:
