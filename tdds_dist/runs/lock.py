@@ -7,26 +7,18 @@ whether the file changes. Only changes count: no time stamp is ever compared wit
 """
 
 # How a lock changes hands. Neither of two newcomers may remove what the other has just put up, on
-# file systems whose locks
-# (flock) are missing or hold within one node only, as on many clusters. So nobody removes a dead
-# job's file. Every lock
-# has a token that never comes back, and whoever finds the lock T dead creates the file
-# `.run.lock.after-T`, which only one
-# can. The holder is the end of this chain: run.lock, the successor of its token, the successor of
-# that one.
+# file systems whose locks (flock) are missing or hold within one node only, as on many clusters. So
+# nobody removes a dead job's file. Every lock has a token that never comes back, and whoever finds
+# the lock T dead creates the file `.run.lock.after-T`, which only one can. The holder is the end of
+# this chain: run.lock, the successor of its token, the successor of that one.
 # * Who created a successor starts again from run.lock and has won only if the chain ends in it. If
-# it does, run.lock still
-# held T after the creation, so no earlier successor of T had been tidied away, and this is the
-# first. If not, the
-# newcomer was slow, its file is out of everyone's reach, and it removes that. (On NFS the creation
-# also makes the client
-#   look run.lock up anew.)
+#   it does, run.lock still held T after the creation, so no earlier successor of T had been tidied
+#   away, and this is the first. If not, the newcomer was slow, its file is out of everyone's reach,
+#   and it removes that. (On NFS the creation also makes the client look run.lock up anew.)
 # * The winner renames a copy of its lock over run.lock, and only then removes the links that led
-# there. Killed in between,
-#   it is the dead end of the chain and is succeeded in its turn.
+#   there. Killed in between, it is the dead end of the chain and is succeeded in its turn.
 # What no file can prevent: a holder that is frozen for 3 heartbeats between looking at its lock and
-# removing or renaming it
-# hits its successor's. The successor sees that (`lost`).
+# removing or renaming it hits its successor's. The successor sees that (`lost`).
 
 import contextlib
 import errno
@@ -447,8 +439,6 @@ def _is_running(holder: _Holder) -> bool:
         return state not in ("Z", "X") and holder.start_time in (start_time, 0)
     try:
         os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, which /proc may hide
-        return True
+    except OSError as error:  # not permitted: another user's, which /proc may hide
+        return not isinstance(error, ProcessLookupError)
     return True
