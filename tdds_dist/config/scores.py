@@ -175,9 +175,3 @@ def score_order(score_key: str) -> tuple[int, str]:
     variants of one together."""
     key = base_key(score_key)
     return (SCORE_KEYS.index(key) if key in SCORE_KEYS else len(SCORE_KEYS), key)
-
-
-def _bare(name: str) -> str:
-    """Reduce a name to letters and digits, so that ResNet-18 and resnet18, Swin-T and swin_t are
-    equal."""
-    return "".join(filter(str.isalnum, name)).lower()

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tdds_dist.config.scores import _bare, base_key, is_plain
+from tdds_dist.config.scores import base_key, is_plain
 from tdds_dist.text import percent, plus_minus
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def images_of(
     """
     noise = _noise(manifest)
     source, num_images = (manifest.source, manifest.num_samples) if manifest else ("", num_images)
-    name = _bare(f"{train} {source}")
+    name = "".join(filter(str.isalnum, f"{train} {source}")).lower()  # cifar10 of CIFAR-10
     for word, (dataset, size, classes) in DATASETS.items():
         if word in name and num_classes == classes and num_images in (None, size):
             return None if noise is None else Images(dataset, noise)
