@@ -20,7 +20,6 @@ import enum
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -44,12 +43,11 @@ from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import sync, sync_folder, write_atomically
-from tdds_dist.runs.directory import complete_steps
+from tdds_dist.runs.directory import complete_steps, link_or_copy
 
 FORMAT = "tdds-checkpoint-1"
 _RECORD = "checkpoint.json"
 _UNFINISHED = ".unfinished_"  # prefix of a folder that is being written, or was when its job died
-_BYTES_PER_READ = 1 << 24
 log = logging.getLogger("tdds")
 
 
@@ -146,10 +144,12 @@ class Checkpoints:
         try:
             with together(self._world):
                 if self._world.is_main:
-                    self._sweep()
+                    # of saves and deletions that were killed
+                    for left in self.directory.glob(f"{_UNFINISHED}*"):
+                        shutil.rmtree(left)
                     folder.mkdir(parents=True)
                     for name, file in (files or {}).items():
-                        _link(file, folder / name)
+                        link_or_copy(file, folder / name)
         except InputError as error:
             if self._world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -311,11 +311,6 @@ class Checkpoints:
         self._on_complete()
         for path in [*complete_steps(self.directory).values()][: -self._keep]:
             shutil.rmtree(_retire(path), ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Remove the left-overs of saves and deletions that were killed."""
-        for path in self.directory.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(path)
 
     # ---- finding and loading
 
@@ -562,21 +557,11 @@ def _retire(path: Path) -> Path:
     return path.rename(path.with_name(f"{_UNFINISHED}removal_of_{path.name}"))
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; later writes replace the first one and leave this one alone."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _describe(path: Path) -> dict[str, Any]:
     """Return size and SHA-256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while data := file.read(_BYTES_PER_READ):
-            digest.update(data)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -251,12 +251,8 @@ def copy_run(source: RunDir, target: RunDir, config: dict[str, Any]) -> None:
     left_out = shutil.ignore_patterns(*(path.name for path in inside), "before-*", "run.lock*")
 
     def copy(file: str, to: str) -> None:
-        try:
-            if Path(file).suffix not in (".npy", ".npz", ".pt"):
-                raise OSError
-            os.link(file, to)
-        except OSError:
-            shutil.copy2(file, to)
+        is_replaced = Path(file).suffix in (".npy", ".npz", ".pt")
+        (link_or_copy if is_replaced else shutil.copy2)(file, to)
 
     try:
         if part.exists():  # of a copy that was stopped
@@ -269,6 +265,15 @@ def copy_run(source: RunDir, target: RunDir, config: dict[str, Any]) -> None:
             f"cannot copy {source.path} to {target.path} ({error}); make room, or leave collections"
             " out"
         ) from error
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no such; later writes replace
+    the first one and leave this one alone."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def read_object(path: Path) -> dict[str, Any]:
