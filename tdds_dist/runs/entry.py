@@ -147,7 +147,7 @@ def entered(
         resume = checkpoints.latest(why_refused) if is_resumed else None
         with together(world):
             if world.is_main:
-                _prepare(run, config, setting, world, resume, is_resumed, log_file.lines)
+                _prepare(run, config, setting, world, resume, log_file.lines)
                 pulse.beat("starting")
         yield Start(checkpoints, guard, pulse, finish, resume)
         checkpoints.close()
@@ -271,7 +271,6 @@ def _prepare(
     setting: dict[str, Any],
     world: World,
     resume: Checkpoint | None,
-    is_resumed: bool,
     notes: list[str],
 ) -> None:
     for folder in (run.path, run.models, run.scores):

@@ -119,30 +119,18 @@ def differences(run: RunDir, config: Config, setting: dict[str, Any]) -> list[st
                 continue  # a run may go on without a trajectory, but not begin one half-way
             if was != now:
                 changed.append(f"{section}.{key} was {was!r}, now {now!r}")
-    return changed + _other_images(
-        env.get("data"), before["data"], setting.get("data"), to_dict(config)["data"]
-    )
-
-
-def _other_images(
-    was: dict[str, str] | None,
-    was_named: dict[str, Any],
-    now: dict[str, str] | None,
-    now_named: dict[str, Any],
-) -> list[str]:
-    """Compare the images by content, and by name where the content of either is not known."""
-    if was and now:
-        return [
-            f"it was started with other images than data.{key}={now_named[key]} holds now (the"
-            " fingerprint of the content differs)"
-            for key in was
-            if was[key] != now[key]
-        ]
-    return [
-        f"data.{key} was {was_named[key]!r}, now {now_named[key]!r}"
-        for key in ("train", "val")
-        if was_named[key] != now_named[key]
-    ]
+    # the images by content, and by name where the content of either is not known
+    images_before, images = env.get("data"), setting.get("data")
+    for key in ("train", "val"):
+        was, now = before["data"][key], getattr(config.data, key)
+        if not (images_before and images):
+            changed += [f"data.{key} was {was!r}, now {now!r}"] * (was != now)
+        elif images_before[key] != images[key]:
+            changed.append(
+                f"it was started with other images than data.{key}={now} holds now (the fingerprint"
+                " of the content differs)"
+            )
+    return changed
 
 
 def setting_of(config: dict[str, Any], stage: str = "collect") -> dict[str, str]:
