@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,35 +102,55 @@ def run(options: argparse.Namespace) -> Outcome:
         raise InputError(
             f"log_dir={log_dir}: SLURM takes % in paths of logs for its own; choose a path without"
         )
-    frozen, text = _frozen(config, options.part, log_dir)
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    frozen = log_dir / f"{options.part}-{digest}.yaml"  # the name that its content decides
     stages = plan(config, cluster, options, frozen)
+    waiting = [stage for stage in stages if stage.waiting]
     warnings = _warnings(config)
-    collects = any(stage.name == "collect" and stage.waiting for stage in stages)
+    collects = any(stage.name == "collect" for stage in waiting)
     needs = ""
     if collects and not warnings and (options.dry_run or cluster.gpu_memory):
         needs = _needs(config, cluster)
-    outcome = partial(_outcome, stages, config, log_dir, warnings)
+
+    def outcome(records: Sequence[job_list.JobRecord] = (), exit_code: int = 0) -> Outcome:
+        """Return the object for `--json`; the same has been printed for people already."""
+        data = {
+            "stage": "submit",
+            "stages": [
+                {"name": stage.name, "jobs": len(stage.waiting), "done": stage.num_done}
+                for stage in stages
+            ],
+            "jobs": [record.id for record in records],
+            "log_dir": str(log_dir),
+            "warnings": warnings,
+            "next": f"tdds status {config.run.directory}",
+            "exit_code": exit_code,
+        }
+        return Outcome(exit_code=exit_code, data=data)
+
     if options.dry_run:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         parts = [
             *([f"{needs}\n"] if needs else []),
             describe(stages, cluster, config.run.name),
-            *_file_texts(stages, cluster, config.run.name, log_dir),
+            *_file_texts(waiting, cluster, config.run.name, log_dir),
         ]
         return replace(outcome(), text="\n".join(parts), is_the_product=True)
-    if not any(stage.waiting for stage in stages):
-        print(f"everything is done: {', '.join(map(_count, stages))}{_page(stages, config)}")
+    if not waiting:
+        done = [f"{len(stage.steps)} x {stage.name}".removeprefix("1 x ") for stage in stages]
+        print(f"everything is done: {', '.join(done)}{_page(stages, config)}")
         return outcome()
     with _alone(config.run.directory):
         before = (job_list.log_dir_of(config.run.directory), usual)
-        _refuse_twice(stages, {log_dir, *(folder.absolute() for folder in before)})
+        _refuse_twice(waiting, {log_dir, *(folder.absolute() for folder in before)})
         _write(frozen, text, log_dir, config, cluster)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(describe(stages, cluster, config.run.name), flush=True)
         on_slurm = cluster.executor == "slurm"
-        records = _submit_all(stages, cluster, config, log_dir) if on_slurm else []
+        records = _submit_all(waiting, cluster, config, log_dir) if on_slurm else []
     if on_slurm:
         where = config.run.directory
         has_arrays = any("_" in record.id for record in records)
@@ -148,32 +167,6 @@ def run(options: argparse.Namespace) -> Outcome:
     if options.part == "doctor" and options.wait:
         _show_output(log_dir)
     return outcome(records, code)
-
-
-def _outcome(
-    stages: "list[Stage]",
-    config: Config,
-    log_dir: Path,
-    warnings: list[str],
-    records: Sequence[job_list.JobRecord] = (),
-    exit_code: int = 0,
-) -> Outcome:
-    """Return the object for `--json`; the same has been printed for people already."""
-    parts = [
-        {"name": stage.name, "jobs": len(stage.waiting), "done": stage.num_done} for stage in stages
-    ]
-    return Outcome(
-        exit_code=exit_code,
-        data={
-            "stage": "submit",
-            "stages": parts,
-            "jobs": [record.id for record in records],
-            "log_dir": str(log_dir),
-            "warnings": warnings,
-            "next": f"tdds status {config.run.directory}",
-            "exit_code": exit_code,
-        },
-    )
 
 
 # ---- before submission
@@ -208,9 +201,9 @@ def plan(
         stages = pipeline_stages(config, frozen)
     else:
         stages = [{"collect": collect_stage, "train": train_stage}[options.part](config, frozen)]
-    if config.run.device == "cuda" and not all(
-        cluster.for_stage(stage.name).gpus_per_node for stage in stages if stage.name in _TRAINS
-    ):
+    trains = {stage.name for stage in stages} & {*_TRAINS}
+    on_gpus = {name for name in trains if cluster.for_stage(name).gpus_per_node}
+    if config.run.device == "cuda" and on_gpus != trains:
         raise InputError(
             "run.device='cuda' but the cluster file asks for no GPU; set gpus_per_node or"
             " run.device=auto"
@@ -218,12 +211,7 @@ def plan(
     check_batch(config, cluster, stages)
     check_what_is_done(config, stages)
     if config.run.device == "auto":
-        stages = [
-            _on_gpus(stage)
-            if stage.name in _TRAINS and cluster.for_stage(stage.name).gpus_per_node
-            else stage
-            for stage in stages
-        ]
+        return [_on_gpus(stage) if stage.name in on_gpus else stage for stage in stages]
     return stages
 
 
@@ -307,12 +295,6 @@ def _warnings(config: Config) -> list[str]:
     missing = [f"data.{key}={file}" for key, file in files.items() if not Path(file).is_file()]
     said = f"{' and '.join(missing)} not found on this machine; the nodes must have it"
     return [said] if missing else []
-
-
-def _frozen(config: Config, part: str, log_dir: Path) -> tuple[Path, str]:
-    """Return file and text of the resolved config, under a name that its content decides."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    return log_dir / f"{part}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml", text
 
 
 def _write(frozen: Path, text: str, log_dir: Path, config: Config, cluster: Cluster) -> None:
@@ -400,15 +382,9 @@ def _page(stages: "list[Stage]", config: Config) -> str:
     )
 
 
-def _count(stage: "Stage") -> str:
-    return stage.name if len(stage.steps) == 1 else f"{len(stage.steps)} x {stage.name}"
-
-
 def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Path) -> list[str]:
     before, texts = "", list[str]()
     for stage in stages:
-        if not stage.waiting:
-            continue
         texts.append(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
         texts += [
             f"#      tdds {shlex.join(command)}"
@@ -433,15 +409,13 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
 def _submit_all(
     stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path
 ) -> list[job_list.JobRecord]:
-    """Queue every stage that waits; return the jobs, in order. When one is refused, those before
-    are cancelled."""
+    """Queue the stages; return the jobs, in order. When one is refused, those before are
+    cancelled."""
     records: list[job_list.JobRecord] = []
     after: list[str] = []
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         for stage in stages:
-            if not stage.waiting:
-                continue
             found = _queue(stage, stage.waiting, cluster, config, log_dir, submission, after)
             records += [record for _, record in found]
             after = list(dict.fromkeys(record.id.split("_")[0] for _, record in found))
