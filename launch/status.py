@@ -11,6 +11,7 @@ import io
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -335,16 +336,14 @@ def _count(number: int | None, noun: str) -> str:
 
 def _job_lines(status: Status) -> list[str]:
     """Put the jobs into a table, with the cause below a job that failed."""
-    shown, hidden = status.rows, dict[str, int]()
+    shown, hidden = status.rows, Counter[str]()
     if len(shown) > _MOST_JOBS:
         shown = [
             row
             for row in status.rows
             if row.state.state not in ("finished", "pending") or row.blamed
         ]
-        for row in status.rows:
-            if row not in shown:
-                hidden[row.state.state] = hidden.get(row.state.state, 0) + 1
+        hidden.update(row.state.state for row in status.rows if row not in shown)
     cells = [("id", "name", "title", "state", "restarts", "elapsed", "nodes")]
     cells += [
         (
