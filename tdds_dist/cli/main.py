@@ -12,8 +12,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from tdds_dist.cli.options import UsageError
 from tdds_dist.cli.outcome import EXIT_TERMINATED, Outcome
@@ -106,7 +106,10 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> tuple[int, str]:
     with speaking(quiet or not is_main) as warnings:
         for line in fill_in_caches():
             log.warning(line)
-        with _nothing_printed(quiet or as_json):
+        with (
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(nowhere if quiet or as_json else sys.stdout),
+        ):
             closing: Outcome = options.run(options) or Outcome()
         if is_main and as_json:
             print(json.dumps(closing.as_data(options.stage, warnings)), flush=True)
@@ -116,16 +119,6 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> tuple[int, str]:
     if not closing.failure or not is_main or as_json:
         return closing.exit_code, ""
     return closing.exit_code, f"tdds {options.stage}: error: {closing.failure}"
-
-
-@contextmanager
-def _nothing_printed(silent: bool) -> Iterator[None]:
-    """Keep everything off standard output inside, when `silent`."""
-    if not silent:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 def _after_interruption(stage: str, words: Sequence[str]) -> str:
