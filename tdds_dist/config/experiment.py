@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method, check_axes, options_of_sampler
 from tdds_dist.config.run import Config
-from tdds_dist.config.schema import PathText, Section, parse_tree, read_tree
+from tdds_dist.config.schema import NameText, PathText, Section, parse_tree, read_tree
 from tdds_dist.errors import InputError
 
 
@@ -16,10 +16,7 @@ class Variant(Section):
     """A way to retrain, such as another network or batch; the coresets stay those of the
     collection."""
 
-    name: str = Field(
-        description="Name of the variant in files and tables.",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-    )
+    name: NameText = Field(description="Name of the variant in files and tables.")
     overrides: tuple[str, ...] = Field(
         description="Changes to the config, e.g. model.name=vgg16_bn; [] for none."
     )
@@ -29,9 +26,7 @@ class Experiment(Section):
     """A table of retrainings: methods x pruning rates x strategies x seeds (x variants), one
     collection per seed."""
 
-    name: str = Field(
-        description="Name of the experiment.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
+    name: NameText = Field(description="Name of the experiment.")
     config: PathText = Field(description="Config of every run.")
     overrides: tuple[str, ...] = Field(
         (), description="Changes to that config, e.g. train.epochs=20."

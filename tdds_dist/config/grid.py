@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tdds_dist.config.schema import Section
+from tdds_dist.config.schema import NameText, Section
 from tdds_dist.config.scores import SAMPLER_OF_SCORE, SCORE_KEYS
 from tdds_dist.errors import InputError
 
@@ -24,9 +24,7 @@ class Method(Section):
     """One row of an experiment: a score, how samples are chosen by it, and how they are weighted in
     retraining."""
 
-    name: str = Field(
-        description="Name of the row, in files too.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
+    name: NameText = Field(description="Name of the row, in files too.")
     score: str = Field(
         "",
         description=(

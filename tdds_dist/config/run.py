@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from tdds_dist.config.grid import Pipeline
 from tdds_dist.config.prune import READS, Prune
 from tdds_dist.config.schema import (
+    NameText,
     PathText,
     Section,
     apply_override,
@@ -26,10 +27,7 @@ from tdds_dist.errors import InputError
 class Run(Section):
     """The name of the run, and the place where it happens."""
 
-    name: str = Field(
-        description="Name of the run, as in reports and queues.",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-    )
+    name: NameText = Field(description="Name of the run, as in reports and queues.")
     dir: PathText = Field("", description="Run directory; empty means runs/<name>.")
     seed: int = Field(0, ge=0, description="Seed of weights, visit order and augmentation.")
     device: Literal["auto", "cpu", "cuda"] = Field(

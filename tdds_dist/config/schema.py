@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tdds_dist.errors import InputError
 
@@ -49,6 +49,8 @@ def expand_path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expand_path)]  # of a key that holds a path
+# of a run, an experiment, a method: it becomes part of files' names
+NameText = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 def read_tree(
@@ -155,11 +157,7 @@ for _kind in ("int", "float"):
 
 
 def _read_yaml(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        tree = loader.get_single_data()
-    finally:
-        loader.dispose()
+    tree = yaml.load(text, _Loader)
     json.dumps(tree, default=str)  # an anchor that holds itself ends here
     return tree
 
