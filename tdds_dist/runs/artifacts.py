@@ -174,29 +174,15 @@ def sync_folder(folder: Path) -> None:
 def save_scores(path: Path, scores: Scores) -> None:
     """Write `score` float32 [N], `label` int64 [N], `extra_<name>` float32 [N] and `meta` (JSON) to
     an .npz file."""
-    meta = {
-        "kind": "scores",
-        "key": scores.key,
-        "fingerprint": asdict(scores.fingerprint),
-        "settings": scores.settings,
-        "extra": sorted(scores.extra),
-    }
-    extra = {
-        f"extra_{name}": values_N.astype(np.float32) for name, values_N in scores.extra.items()
-    }
-    _save(
-        path,
-        meta,
-        score=scores.score_N.astype(np.float32),
-        label=scores.label_N.astype(np.int64),
-        **extra,
-    )
+    arrays = {"score": scores.score_N.astype(np.float32), "label": scores.label_N.astype(np.int64)}
+    for name, values_N in scores.extra.items():
+        arrays[f"extra_{name}"] = values_N.astype(np.float32)
+    _save(path, "scores", scores, arrays, key=scores.key, extra=sorted(scores.extra))
 
 
 def load_scores(path: Path) -> Scores:
     """Read a score file; raise InputError when it is missing, damaged or something else."""
-    meta, arrays = _load(path, "scores", ("score", "label"))
-    found = Fingerprint(**meta["fingerprint"])
+    meta, found, arrays = _load(path, "scores", ("score", "label"))
     if wrong := {
         name: array.shape for name, array in arrays.items() if array.shape != (found.num_samples,)
     }:
@@ -215,25 +201,17 @@ def load_scores(path: Path) -> Scores:
 def save_coreset(path: Path, coreset: Coreset) -> None:
     """Write `index` int64 [M] sorted, `importance` float32 [M] and `meta` (JSON) to an .npz
     file."""
-    meta = {
-        "kind": "coreset",
-        "score_key": coreset.score_key,
-        "pruning_rate": coreset.pruning_rate,
-        "fingerprint": asdict(coreset.fingerprint),
-        "settings": coreset.settings,
+    arrays = {
+        "index": coreset.index_M.astype(np.int64),
+        "importance": coreset.importance_M.astype(np.float32),
     }
-    _save(
-        path,
-        meta,
-        index=coreset.index_M.astype(np.int64),
-        importance=coreset.importance_M.astype(np.float32),
-    )
+    of_score = {"score_key": coreset.score_key, "pruning_rate": coreset.pruning_rate}
+    _save(path, "coreset", coreset, arrays, **of_score)
 
 
 def load_coreset(path: Path) -> Coreset:
     """Read a coreset; raise InputError when it is missing, damaged or something else."""
-    meta, arrays = _load(path, "coreset", ("index", "importance"))
-    found = Fingerprint(**meta["fingerprint"])
+    meta, found, arrays = _load(path, "coreset", ("index", "importance"))
     index_M = arrays["index"]
     in_order = (
         index_M.dtype == np.int64
@@ -265,14 +243,18 @@ def load_coreset(path: Path) -> Coreset:
 _META_KEYS = {"scores": ("key", "settings"), "coreset": ("score_key", "pruning_rate", "settings")}
 
 
-def _save(path: Path, meta: dict[str, Any], **arrays: np.ndarray) -> None:
+def _save(
+    path: Path, kind: str, content: Scores | Coreset, arrays: dict[str, Any], **more: Any
+) -> None:
+    meta = {"kind": kind, "settings": content.settings, **more}
+    meta["fingerprint"] = asdict(content.fingerprint)
     text = np.array(json.dumps(meta, sort_keys=True))
-    write_atomically(Path(path), lambda file: np.savez(file, meta=text, **arrays))  # type: ignore[arg-type]
+    write_atomically(Path(path), lambda file: np.savez(file, meta=text, **arrays))
 
 
 def _load(
     path: Path, kind: str, names: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Any], Fingerprint, dict[str, np.ndarray]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(
@@ -284,9 +266,8 @@ def _load(
             pass
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
-            found = meta["kind"]
-            if found == kind:
-                Fingerprint(**meta["fingerprint"])
+            if (found := meta["kind"]) == kind:
+                dataset = Fingerprint(**meta["fingerprint"])
                 if missing := [key for key in _META_KEYS[kind] if key not in meta]:
                     raise KeyError(*missing)
                 arrays = {
@@ -308,4 +289,4 @@ def _load(
         ) from error
     if found != kind:
         raise InputError(f"{path} holds {found!r}, expected {kind!r}")
-    return meta, arrays
+    return meta, dataset, arrays
