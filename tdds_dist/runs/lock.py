@@ -103,16 +103,11 @@ class RunLock:
         self._heartbeat_seconds = float(heartbeat_seconds)
         self._host = socket.gethostname() if host is None else host
         self._held: _Holder | None = None
-        self._lost = False
+        # another job has taken the lock over, or someone removed it, since `acquire` (while this
+        # host was frozen)
+        self.lost = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @property
-    def lost(self) -> bool:
-        """Say whether another job has taken the lock over, or someone removed it, since `acquire`
-        (while this host was frozen).
-        """
-        return self._lost
 
     def acquire(self) -> str | None:
         """Take the lock; return a message when it was that of a dead job.
@@ -144,7 +139,7 @@ class RunLock:
             thread = threading.Thread(
                 target=self._beat, args=(me.token, stop), name="run-lock", daemon=True
             )
-            self._lost = False
+            self.lost = False
             thread.start()
             self._held, self._stop, self._thread = me, stop, thread
         except BaseException:
@@ -249,7 +244,7 @@ class RunLock:
             except OSError:
                 continue  # a server that does not answer: the next beat may pass
             if not stop.is_set():
-                self._lost = True
+                self.lost = True
             return
 
 
