@@ -79,9 +79,8 @@ def log_dir_of(run: Path) -> Path:
         told = (run / POINTER_FILE).read_text().strip()
     except (OSError, UnicodeDecodeError):
         told = ""
-    if "\0" in told:  # no path, of a disk that was full
-        told = ""
-    return run / told if told else run / "jobs"
+    is_path = told and "\0" not in told  # else of a disk that was full
+    return run / (told if is_path else "jobs")
 
 
 def jobs_of(directory: Path) -> tuple[Path | None, list[JobRecord], list[JobRecord]]:
@@ -165,19 +164,14 @@ def files_of_ranks(log_dir: Path, job_id: str, rest: str) -> list[tuple[int, Pat
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        if os.fstat(file).st_size and not _ends_whole(path):
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
             os.write(file, b"\n")  # of a writer that was killed: its line stays a line
         os.write(file, (json.dumps(content) + "\n").encode())
     finally:
         os.close(file)
-
-
-def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def _records(kind: type[_Record], file: Path) -> Iterator[_Record]:
