@@ -171,13 +171,6 @@ def _cause(job: JobRecord) -> EndRecord | None:
     return EndRecord("lost", -1, message=" ".join(after[-1]["what"].split())) if after else None
 
 
-def _cause_line(job: JobRecord, cause: EndRecord) -> str:
-    if cause.rank < 0:
-        return cause.message
-    where = f" on {cause.host}" if cause.host else ""
-    return f"rank {cause.rank}{where}: {' '.join(cause.message.split())}"
-
-
 def _status(options: argparse.Namespace) -> None:
     if options.watch is not None and not 1 <= options.watch <= 86400:
         raise InputError(
@@ -364,11 +357,12 @@ def _job_lines(status: Status) -> list[str]:
         lines.append(text)
         if row.blamed and row.cause and row.blamed.id not in told:
             told.add(row.blamed.id)
-            rank = f" --rank {row.cause.rank}" if row.cause.rank >= 0 else ""
-            lines += [
-                f"      {_cause_line(row.blamed, row.cause)}",
-                f"      more: tdds logs {status.directory} --job {row.blamed.id}{rank}",
-            ]
+            what, who, rank = " ".join(row.cause.message.split()), "", ""
+            if row.cause.rank >= 0:
+                host = f" on {row.cause.host}" if row.cause.host else ""
+                who, rank = f"rank {row.cause.rank}{host}: ", f" --rank {row.cause.rank}"
+            more = f"tdds logs {status.directory} --job {row.blamed.id}{rank}"
+            lines += [f"      {who}{what}", f"      more: {more}"]
     if hidden:
         counts = ", ".join(f"{count} {word}" for word, count in hidden.items())
         lines.append(f"  and {counts}")

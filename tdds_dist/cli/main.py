@@ -116,9 +116,8 @@ def _run_stage(options: argparse.Namespace, is_main: bool) -> tuple[int, str]:
         elif is_main and (not quiet or closing.is_the_product):
             text = closing.text if quiet else closing.as_text(sys.stdout, len(warnings))
             print(text + "\n" * bool(text), end="", flush=True)
-    if not closing.failure or not is_main or as_json:
-        return closing.exit_code, ""
-    return closing.exit_code, f"tdds {options.stage}: error: {closing.failure}"
+    is_told = closing.failure and is_main and not as_json
+    return closing.exit_code, f"tdds {options.stage}: error: {closing.failure}" if is_told else ""
 
 
 def _after_interruption(stage: str, words: Sequence[str]) -> str:
