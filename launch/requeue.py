@@ -1,6 +1,5 @@
-"""Decide what becomes of a SLURM job whose ranks have ended: `python -m
-tdds_dist.launch.requeue LOG_DIR CODE
-NUM_RANKS REQUEUE_FAILURES`, at the end of its sbatch file.
+"""Decide what becomes of a SLURM job whose ranks have ended: `python -m tdds_dist.launch.requeue
+LOG_DIR CODE NUM_RANKS REQUEUE_FAILURES`, at the end of its sbatch file.
 
 Reads how the ranks left. srun's exit code alone does not tell: it is 0 after some aborted steps,
 and another one when a node's slurmstepd was killed and all ranks finished all the same. A rank that

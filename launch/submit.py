@@ -409,8 +409,7 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
 def _submit_all(
     stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path
 ) -> list[job_list.JobRecord]:
-    """Queue the stages; return the jobs, in order. When one is refused, those before are
-    cancelled."""
+    """Queue the stages, and return their jobs; when one is refused, cancel those before."""
     records: list[job_list.JobRecord] = []
     after: list[str] = []
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -480,8 +479,7 @@ def _run_here(
     log_dir: Path,
     options: argparse.Namespace,
 ) -> int:
-    """Run the stages one after the other; a single stage without `--wait` goes on in the
-    background."""
+    """Run the stages in turn; a single one without `--wait` goes on in the background."""
     submission = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     waits = options.wait or options.part == "pipeline"
     for stage in stages:
@@ -514,8 +512,7 @@ def _run_here(
 
 
 def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
-    """Return 0 when every rank of a local job left its result, else the exit code, with the reason
-    printed."""
+    """Return 0 when all ranks of a local job left a result; else the exit code, and print why."""
     ends = job_list.read_ends(log_dir, record.id)
     if all(
         outcome_of(job.task(rank).paths.result_pickle) == "success" for rank in range(job.num_tasks)
@@ -535,8 +532,7 @@ def _outcome_here(job: Any, record: job_list.JobRecord, log_dir: Path) -> int:
 
 
 def _wait_for(records: list[job_list.JobRecord], log_dir: Path) -> int:
-    """Wait until all jobs are over; return the exit code, with the reason of the first failure
-    printed."""
+    """Wait until all jobs are over; print why the first failed, and return the exit code."""
     said: dict[str, str] = {}
     silent_since: float | None = None
     while True:

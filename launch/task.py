@@ -39,8 +39,7 @@ _FAILED, _BAD_INPUT, _LOST = 1, 2, 1
 
 
 class StageTask:
-    """Runs `tdds` with each of these lists of arguments, one after the other, as one rank of a
-    job."""
+    """Runs `tdds` with each of these lists of arguments in turn, as one rank of a job."""
 
     def __init__(
         self,
