@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .records import CAUSES, JobRecord, files_of_ranks, log_files, read_ends
+from .records import CAUSES, JobRecord, files_of_ranks, last_written, log_files, read_ends
 
 FORGOTTEN = "SLURM does not know it any more"
 ACTIVE = ("pending", "requeued", "running", "suspended")
@@ -304,8 +304,8 @@ def _by_results(job: JobRecord) -> JobState | None:
     files = dict(files_of_ranks(job.log_dir, job.id, r"result\.pkl"))
     outcomes = [outcome_of(file) for file in files.values()]
     ends = read_ends(job.log_dir, job.id)
-    times = [file.stat().st_mtime for file in files.values()] + [end.time for end in ends]
-    elapsed = _duration(max(times) - job.time) if times and job.time else ""
+    last = max([last_written(files.values()), *(end.time for end in ends)])
+    elapsed = _duration(last - job.time) if last and job.time else ""
     if outcomes.count("success") >= job.num_ranks:
         return JobState("finished", "", _restarts(job), elapsed, job.host, 0)
     kinds = {end.kind for end in ends if end.restart == _restarts(job)}

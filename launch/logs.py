@@ -14,7 +14,15 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.status import find_runs
 
 from .job_states import JobState, job_states
-from .records import JobRecord, first_cause, jobs_of, latest_submission, log_files, read_ends
+from .records import (
+    JobRecord,
+    first_cause,
+    jobs_of,
+    last_written,
+    latest_submission,
+    log_files,
+    read_ends,
+)
 
 _LOOK_SECONDS = 0.5  # between looks at a log that is followed
 _BLOCK_BYTES = 1 << 16
@@ -76,18 +84,9 @@ def _choose_job(
         )
     states = job_states(started)
     running = [job for job in started if states[job.id].state == "running"]
-    job = running[-1] if running else max(started, key=lambda job: _last_written(job, stream))
+    logs = {job.id: log_files(job.log_dir, job.id, stream).values() for job in started}
+    job = running[-1] if running else max(started, key=lambda job: last_written(logs[job.id]))
     return job, states[job.id]
-
-
-def _last_written(job: JobRecord, stream: str) -> float:
-    times = [0.0]
-    for file in log_files(job.log_dir, job.id, stream).values():
-        try:
-            times.append(file.stat().st_mtime)
-        except OSError:  # removed meanwhile
-            continue
-    return max(times)
 
 
 def _own_log(directory: Path, runs: list[Path], job_id: str | None, rank: int | None) -> Path:

@@ -162,6 +162,15 @@ def files_of_ranks(log_dir: Path, job_id: str, rest: str) -> list[tuple[int, Pat
     )
 
 
+def last_written(files: Iterable[Path]) -> float:
+    """Return when the newest file was written, in unix seconds; 0 when all are gone meanwhile."""
+    times = [0.0]
+    for file in files:
+        with suppress(OSError):
+            times.append(file.stat().st_mtime)
+    return max(times)
+
+
 def append_line(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)

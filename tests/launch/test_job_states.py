@@ -427,6 +427,14 @@ def test_what_the_ranks_left_tells_where_the_scheduler_does_not(slurm, tmp_path)
     assert (states["3"].exit_code, states["3"].elapsed) == (2, "00:01:00")
 
 
+def test_a_result_that_is_removed_meanwhile_is_no_error(tmp_path):
+    """A job that is started again removes the results of its start before."""
+    put_result(tmp_path, "99999999", 0)
+    (tmp_path / "99999999_1_result.pkl").symlink_to(tmp_path / "gone")
+    local = job("99999999", executor="local", num_ranks=1, log_dir=tmp_path)
+    assert job_states([local])["99999999"].state == "finished"
+
+
 class Trap:
     def __init__(self, path):
         self.path = path
