@@ -357,12 +357,13 @@ def _job_lines(status: Status) -> list[str]:
         lines.append(text)
         if row.blamed and row.cause and row.blamed.id not in told:
             told.add(row.blamed.id)
-            what, who, rank = " ".join(row.cause.message.split()), "", ""
+            words = ["logs", status.directory, "--job", row.blamed.id]
+            what, who = " ".join(row.cause.message.split()), ""
             if row.cause.rank >= 0:
                 host = f" on {row.cause.host}" if row.cause.host else ""
-                who, rank = f"rank {row.cause.rank}{host}: ", f" --rank {row.cause.rank}"
-            more = f"tdds logs {status.directory} --job {row.blamed.id}{rank}"
-            lines += [f"      {who}{what}", f"      more: {more}"]
+                who = f"rank {row.cause.rank}{host}: "
+                words += ["--rank", row.cause.rank]
+            lines += [f"      {who}{what}", f"      more: {command(*words)}"]
     if hidden:
         counts = ", ".join(f"{count} {word}" for word, count in hidden.items())
         lines.append(f"  and {counts}")
@@ -385,7 +386,7 @@ def next_step(status: Status) -> str:
     """Say in one line what a person would do now."""
     bad = [row for row in status.rows if row.state.is_bad]
     runs = [*status.runs, *status.retrainings]
-    logs = f"tdds logs {status.directory}"
+    logs = command("logs", status.directory)
     never = [
         row
         for row in status.rows
@@ -439,9 +440,8 @@ def next_step(status: Status) -> str:
         return _report_or_page(status.directory, runs)
     coresets = sorted((status.directory / "coresets").glob("*.npz"))
     if coresets:
-        return (
-            f"tdds retrain {status.directory / 'config.yaml'} --coreset {coresets[0]} --strategy E"
-        )
+        config = status.directory / "config.yaml"
+        return command("retrain", config, "--coreset", coresets[0], "--strategy", "E")
     return _select(status.directory)
 
 
@@ -476,7 +476,7 @@ def _select(directory: Path) -> str:
             parse_config(yaml.safe_load((directory / "config.yaml").read_text())), directory
         )
     except (OSError, ValueError, TypeError, RecursionError, InputError, yaml.YAMLError):
-        return f"`tdds select {directory} --pruning-rate P` makes a coreset"
+        return f"`{command('select', directory, '--pruning-rate', 'P')}` makes a coreset"
 
 
 # ---- logs

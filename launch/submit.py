@@ -12,7 +12,6 @@ import argparse
 import fcntl
 import hashlib
 import os
-import shlex
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from tdds_dist.cli.options import Parsers
 from tdds_dist.cli.outcome import Outcome
 from tdds_dist.config.run import Config, load_config, to_dict
 from tdds_dist.errors import InputError
+from tdds_dist.text import command
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch
 
 from . import records as job_list
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> Outcome:
             "jobs": [record.id for record in records],
             "log_dir": str(log_dir),
             "warnings": warnings,
-            "next": f"tdds status {config.run.directory}",
+            "next": command("status", config.run.directory),
             "exit_code": exit_code,
         }
         return Outcome(exit_code=exit_code, data=data)
@@ -156,8 +156,8 @@ def run(options: argparse.Namespace) -> Outcome:
         has_arrays = any("_" in record.id for record in records)
         tasks = f" ({len(records)} with the elements of arrays)" if has_arrays else ""
         print(
-            f"submitted jobs {_ids(records)}{tasks}\nwatch:  tdds status {where}\nlogs:   tdds logs"
-            f" {where}{' --out' * (options.part == 'doctor')}\nstop:   scancel"
+            f"submitted jobs {_ids(records)}{tasks}\nwatch:  {command('status', where)}\nlogs:  "
+            f" {command('logs', where)}{' --out' * (options.part == 'doctor')}\nstop:   scancel"
             f" {_ids(records).replace(',', '')}",
             flush=True,
         )
@@ -219,7 +219,7 @@ def _on_gpus(stage: "Stage") -> "Stage":
     """Return the stage with jobs that fail where torch cannot use the GPUs that they have, and do
     not train on the CPU beside them."""
     steps = tuple(
-        replace(step, commands=tuple((*command, "run.device=cuda") for command in step.commands))
+        replace(step, commands=tuple((*words, "run.device=cuda") for words in step.commands))
         for step in stage.steps
     )
     return replace(stage, steps=steps)
@@ -386,11 +386,7 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
     before, texts = "", list[str]()
     for stage in stages:
         texts.append(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
-        texts += [
-            f"#      tdds {shlex.join(command)}"
-            for step in stage.waiting
-            for command in step.commands
-        ]
+        texts += [f"#      {command(*words)}" for step in stage.waiting for words in step.commands]
         if cluster.executor == "slurm":
             after = [f"<id of {before}>"] if before else []
             part = cluster.for_stage(stage.name)

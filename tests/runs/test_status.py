@@ -238,6 +238,18 @@ def test_a_finished_run_says_what_comes_next(run):
     assert shown(run).endswith(f"next: tdds retrain {retrain}")
 
 
+def test_a_command_that_comes_next_can_be_typed_whatever_the_folder_is_called(tmp_path):
+    run = start(tmp_path / "my runs" / "tiny")
+    beat(run, "finished")
+    run.write_result(RESULT)
+    assert f"`tdds select '{run.path}' --pruning-rate P`" in shown(run)
+    run.coresets.mkdir()
+    (run.coresets / "a.npz").touch()
+    coreset = f"'{run.path}/coresets/a.npz'"
+    retrain = f"tdds retrain '{run.path}/config.yaml' --coreset {coreset} --strategy E"
+    assert shown(run).endswith(f"next: {retrain}")
+
+
 RECORDS = """status.json env.json result.json metrics.jsonl config.yaml run.lock log.txt jobs.path
     jobs/jobs.jsonl checkpoints/step_0000000007/checkpoint.json""".split()
 
