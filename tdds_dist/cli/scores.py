@@ -79,8 +79,8 @@ def add_score(parsers: Parsers) -> None:
 
 def score(options: argparse.Namespace) -> Outcome | None:
     many = options.all or options.score
-    of_tdds = [name for name in ("preset", "T", "K", "beta") if getattr(options, name) is not None]
-    of_tdds += ["delta"] * (options.delta != "kl")
+    tdds_only = ("preset", "T", "K", "beta", "delta")
+    of_tdds = [name for name in tdds_only if getattr(options, name) not in (None, "kl")]
     if options.all and options.score:
         raise InputError("--all and --score exclude each other; leave one out")
     if options.final_pass:

@@ -108,12 +108,9 @@ class Experiment(Section):
                     f" pruning_rates={list(self.pruning_rates)} lack; add them there, or leave them"
                     " out"
                 )
-            tdds_only = {key: getattr(method, key) for key in ("preset", "T", "K", "beta")} | {
-                "delta": None if method.delta == "kl" else method.delta
-            }
-            if method.score_key != "tdds" and (
-                given := [key for key, value in tdds_only.items() if value is not None]
-            ):
+            tdds_only = ("preset", "T", "K", "beta", "delta")
+            given = [key for key in tdds_only if getattr(method, key) not in (None, "kl")]
+            if method.score_key != "tdds" and given:
                 raise InputError(
                     f"methods: {method.name} has {given[0]}, which belongs to score tdds; set"
                     " score: tdds, or leave it out"

@@ -74,8 +74,7 @@ class Method(Section):
     @property
     def selector_options(self) -> dict[str, Any]:
         """Return the options of the sampler that were given."""
-        given = {key: getattr(self, key) for key in ("num_strata", "hard_cutoff_rate", "c_d")}
-        return {key: value for key, value in given.items() if value is not None}
+        return self.model_dump(include={"num_strata", "hard_cutoff_rate", "c_d"}, exclude_none=True)
 
     def is_at(self, pruning_rate: float) -> bool:
         """Say whether the row is trained at a pruning rate of its experiment."""

@@ -585,15 +585,10 @@ class Config(Section):
     def check_train(self) -> None:
         """Check the rules that matter to a pruned training only."""
         self._check_view()
-        default = Prune(method=self.prune.method)
-        unread = [
-            key
-            for key in sorted(Prune.model_fields.keys() - {*READS[self.prune.method]})
-            if getattr(self.prune, key) != getattr(default, key)
-        ]
-        if unread:
+        given = self.prune.model_dump(exclude_defaults=True, exclude={"method"})
+        if unread := sorted(given.keys() - {*READS[self.prune.method]}):
             raise InputError(
-                f"prune.{unread[0]}={json.dumps(getattr(self.prune, unread[0]))} means nothing with"
+                f"prune.{unread[0]}={json.dumps(given[unread[0]])} means nothing with"
                 f" prune.method={self.prune.method}; leave it out"
             )
         if self.score.on_nan == "quarantine":
