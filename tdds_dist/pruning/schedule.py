@@ -12,7 +12,6 @@ a run that goes on reads the set of its epoch back.
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -168,18 +167,17 @@ class PruningSchedule:
             score_N = scorer.gather_so_far(self._window).numpy()
             settings = window_settings(self._window, scorer.preset)
             return Scores("tdds", score_N, *of_data, settings)
-        options, extra, settings = self._baselines, list[str](), dict[str, Any]()
+        baseline, options, extra = BASELINES[plan.score], self._baselines, list[str]()
 
         def compute(values_TM: np.ndarray) -> np.ndarray:
-            score_M, extra_M, found = BASELINES[plan.score].compute(values_TM, options)
+            score_M, extra_M = baseline.compute(values_TM, options)
             extra.extend(extra_M)
-            settings.update({"score": plan.score, **found})
             return np.stack([score_M, *extra_M.values()], axis=1)
 
         looked_at = check_options(plan.score, options, (), num_epochs)
-        scalar = BASELINES[plan.score].scalar(options)
-        found_NX = scorer.gather_recorded(scalar, looked_at, compute).numpy()
+        found_NX = scorer.gather_recorded(baseline.scalar(options), looked_at, compute).numpy()
         columns = dict(zip(extra, found_NX[:, 1:].T, strict=True))
+        settings = {"score": plan.score} | baseline.settings(options)
         return Scores(plan.score, found_NX[:, 0].copy(), *of_data, settings, columns)
 
 

@@ -43,76 +43,74 @@ Recorded = Trajectory | TrajectoryTable | Dynamics
 MODEL_SCORES = ("entropy", "moderate")  # need the final model; see `final_pass`
 
 
-# scores [N], what samplers need [N], settings
-Computed = tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]
+# scores [N], and what samplers need [N]
+Computed = tuple[np.ndarray, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Baseline:
     """A score that is computed from one recorded scalar."""
 
-    scalar: Callable[[Baselines], str]
-    # from the scalar, [T, N]; of one that looks at classes, also from labels and val losses
-    compute: Callable[..., Computed]
+    recorded: str  # the scalar
     options: tuple[str, ...]  # keys of score.baselines that it reads
+    # from the scalar, [T, N], and options; of one that looks at classes, also from labels and val
+    # losses
+    compute: Callable[..., Computed]
     of_classes: bool = False
 
+    def scalar(self, options: Baselines) -> str:
+        """Return the name of the scalar; a margin may be of logits or of probabilities."""
+        is_of_p = "aum_of" in self.options and options.aum_of == "probability"
+        return "p_margin" if is_of_p else self.recorded
 
-def _of_all_epochs(scalar: str, score: Callable[[np.ndarray], np.ndarray]) -> Baseline:
-    return Baseline(lambda o: scalar, lambda v, o: (score(v), {}, {}), ("num_epochs",))
+    def settings(self, options: Baselines) -> dict[str, Any]:
+        """Return what score files say of the options; of the epochs they say T."""
+        names = [name for name in self.options if name != "num_epochs"]
+        return {_IN_SETTINGS.get(name, name): getattr(options, name) for name in names}
 
 
+_WINDOW, _EPOCHS = ("uncertainty_window", "num_epochs"), ("num_epochs",)
 BASELINES = {
     "forgetting": Baseline(
-        lambda o: "correct",
-        lambda v, o: (
-            baselines.forgetting(v, o.never_learned),
-            {},
-            {"never_learned": o.never_learned},
-        ),
+        "correct",
         ("never_learned", "num_epochs"),
+        lambda v, o: (baselines.forgetting(v, o.never_learned), {}),
     ),
-    "el2n": Baseline(
-        lambda o: "el2n",
-        lambda v, o: (baselines.el2n(v, o.el2n_epochs), {}, {"el2n_epochs": o.el2n_epochs}),
-        ("el2n_epochs",),
-    ),
+    "el2n": Baseline("el2n", ("el2n_epochs",), lambda v, o: (baselines.el2n(v, o.el2n_epochs), {})),
     "aum": Baseline(
-        lambda o: "logit_margin" if o.aum_of == "logit" else "p_margin",
-        lambda v, o: (baselines.aum(v, o.aum_keep), {}, {"aum_of": o.aum_of, "keep": o.aum_keep}),
+        "logit_margin",
         ("aum_of", "aum_keep", "num_epochs"),
+        lambda v, o: (baselines.aum(v, o.aum_keep), {}),
     ),
     "dyn_unc": Baseline(
-        lambda o: "p_label",
-        lambda v, o: (baselines.dyn_unc(v, o.uncertainty_window), {}, {"J": o.uncertainty_window}),
-        ("uncertainty_window", "num_epochs"),
+        "p_label", _WINDOW, lambda v, o: (baselines.dyn_unc(v, o.uncertainty_window), {})
     ),
     "dual": Baseline(
-        lambda o: "p_label",
+        "p_label",
+        _WINDOW,
         lambda v, o: (
             baselines.dual(v, o.uncertainty_window),
             {"p_mean": baselines.mean_probability(v)},
-            {"J": o.uncertainty_window},
         ),
-        ("uncertainty_window", "num_epochs"),
     ),
-    "csl": _of_all_epochs("p_label", baselines.csl),
-    "confidence": _of_all_epochs("p_label", baselines.confidence),
-    "variability": _of_all_epochs("p_label", baselines.variability),
-    "correctness": _of_all_epochs("correct", baselines.correctness),
-    "learning_time": _of_all_epochs("correct", baselines.learning_time),
+    "csl": Baseline("p_label", _EPOCHS, lambda v, o: (baselines.csl(v), {})),
+    "confidence": Baseline("p_label", _EPOCHS, lambda v, o: (baselines.confidence(v), {})),
+    "variability": Baseline("p_label", _EPOCHS, lambda v, o: (baselines.variability(v), {})),
+    "correctness": Baseline("correct", _EPOCHS, lambda v, o: (baselines.correctness(v), {})),
+    "learning_time": Baseline("correct", _EPOCHS, lambda v, o: (baselines.learning_time(v), {})),
     "cld": Baseline(
-        lambda o: "p_label",
-        lambda v, o, label_N, val_loss_EC: (baselines.cld(v, label_N, val_loss_EC), {}, {}),
-        ("num_epochs",),
+        "p_label",
+        _EPOCHS,
+        lambda v, o, label_N, val_loss_EC: (baselines.cld(v, label_N, val_loss_EC), {}),
         of_classes=True,
     ),
     "s2l": Baseline(
-        lambda o: "p_label",
-        lambda v, o: _by_cluster(loss_clusters(v, o.num_clusters), o.num_clusters),
+        "p_label",
         ("num_clusters", "num_epochs"),
+        lambda v, o: _by_cluster(loss_clusters(v, o.num_clusters)),
     ),
 }
+_IN_SETTINGS = {"aum_keep": "keep", "uncertainty_window": "J"}  # others as they are
 _IN_NAMES = {
     "never_learned": "never{}",
     "el2n_epochs": "T{}",
@@ -152,10 +150,10 @@ def loss_clusters(p_label_TN: np.ndarray, num_clusters: int) -> np.ndarray:
         return means.fit(loss_NT[drawn]).predict(loss_NT).astype(np.int64)
 
 
-def _by_cluster(cluster_N: np.ndarray, num_clusters: int) -> Computed:
+def _by_cluster(cluster_N: np.ndarray) -> Computed:
     """Rank samples of small clusters first."""
     size_N = np.bincount(cluster_N)[cluster_N]
-    return -size_N.astype(np.float32), {"cluster": cluster_N}, {"num_clusters": num_clusters}
+    return -size_N.astype(np.float32), {"cluster": cluster_N}
 
 
 def file_key(key: str, options: Baselines) -> str:
@@ -353,26 +351,19 @@ class _Origin:
     ) -> tuple[list[Window], str]:
         """Return the windows to score and their preset, checked against what was recorded."""
         live, live_preset = self._scored_live()
-        preset = preset or live_preset
-        windows: list[Window] = []
+        preset, num_epochs = preset or live_preset, self.recorded.num_epochs
+        given = {"T": T, "K": K, "beta": beta}
+        given = {name: value for name, value in given.items() if value is not None}
         if live and T is None and K is None:
-            windows = [window if beta is None else replace(window, beta=beta) for window in live]
-        if live and beta is None:
-            beta = self.config.score.beta if self.config else live[0].beta
-        agreed = {
-            name: values.pop()
-            for name in ("T", "K")
-            if len(values := {getattr(window, name) for window in live}) == 1
-        }
-        T, K = agreed.get("T") if T is None else T, agreed.get("K") if K is None else K
-        num_epochs = self.recorded.num_epochs
-        windows = windows or [
-            Window(
-                num_epochs if T is None else T,
-                10 if K is None else K,
-                0.9 if beta is None else beta,
-            )
-        ]
+            windows = [replace(window, **given) for window in live]
+        else:
+            usual: dict[str, Any] = {"T": num_epochs, "K": 10, "beta": 0.9}
+            for name in ("T", "K"):
+                if len(values := {getattr(window, name) for window in live}) == 1:
+                    usual[name] = values.pop()
+            if live:
+                usual["beta"] = self.config.score.beta if self.config else live[0].beta
+            windows = [Window(**usual | given)]
         for window in windows:
             check_window(window, preset, num_epochs)
         return list(dict.fromkeys(windows)), preset
@@ -534,15 +525,15 @@ def _score_one(origin: _Origin, key: str, options: Baselines, folder: Path) -> l
     quarantined = quarantine.noted_in(origin.settings)
     if key == "s2l" and quarantined:  # clusters are of what was recorded
         rest_n = quarantine.not_quarantined(len(origin.label_N), quarantined)
-        score_n, extra_n, settings = baseline.compute(values_TN[:, rest_n], options)
+        score_n, extra_n = baseline.compute(values_TN[:, rest_n], options)
         score_N, cluster_N = np.zeros((2, len(origin.label_N)), dtype=np.float32)
         score_N[rest_n], cluster_N[rest_n] = score_n, extra_n["cluster"]
         extra = {"cluster": cluster_N}
     else:
-        score_N, extra, settings = baseline.compute(values_TN, options, *classes)
+        score_N, extra = baseline.compute(values_TN, options, *classes)
+    setting = {"score": key, "T": num_epochs} | baseline.settings(options)
     if baseline.of_classes:
-        settings["validations"] = len(values_TN)
-    setting = {"score": key, "T": num_epochs} | settings
+        setting["validations"] = len(values_TN)
     return [origin.save(folder, file_key(key, options), origin.quarantine(score_N), setting, extra)]
 
 
