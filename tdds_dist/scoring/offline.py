@@ -352,8 +352,8 @@ class _Origin:
         """Return the windows to score and their preset, checked against what was recorded."""
         live, live_preset = self._scored_live()
         preset, num_epochs = preset or live_preset, self.recorded.num_epochs
-        given = {"T": T, "K": K, "beta": beta}
-        given = {name: value for name, value in given.items() if value is not None}
+        asked = {"T": T, "K": K, "beta": beta}
+        given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         if live and T is None and K is None:
             windows = [replace(window, **given) for window in live]
         else:
