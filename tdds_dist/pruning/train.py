@@ -2,12 +2,10 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tdds_dist.config.run import Config, parse_config
 from tdds_dist.config.scores import Window, check_window
 from tdds_dist.console import HEADING, log
-from tdds_dist.data.beton import content_of
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World
@@ -18,11 +16,10 @@ from tdds_dist.runs.checkpoint import Checkpoint
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.entry import entered
 from tdds_dist.text import table
-from tdds_dist.training.build import build_scorer, on_this_node, open_files, preflight
+from tdds_dist.training.build import build_scorer, checked_files, on_this_node
 from tdds_dist.training.collect import lacks_trajectory
 from tdds_dist.training.engine import fit
 from tdds_dist.training.job import Job
-from tdds_dist.training.schedule import per_rank_batch
 
 
 def train(
@@ -44,22 +41,16 @@ def train(
     """
     run = RunDir(config.run.directory)
     with together(world):
-        rows = per_rank_batch(
-            config.train.global_batch_size, world.world_size, config.train.accumulation
-        )
-        train_file, val_file, _ = open_files(config, decode_some=world.is_main)
-        preflight(config, train_file, val_file, rows, world.device.type)
-        plan = plan_of(config, train_file.num_samples)
+        files, _, data = checked_files(config, world)
+        plan = plan_of(config, files[0].num_samples)
         is_left_alone = run.read_result() is not None and not fresh
         twin_of = None if is_left_alone else _twin_of(config, plan)
-        setting: dict[str, Any] = {"stage": "train"}
-        if world.is_main:
-            setting["data"] = content_of((train_file, val_file))
+    setting = {"stage": "train"} | data
     refuse = partial(_lacks, run, config, plan)
     with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
         if start.result is not None:
             return run
-        train_file, val_file = on_this_node(config, (train_file, val_file), world, start.pulse)
+        train_file, val_file = on_this_node(config, files, world, start.pulse)
         window = window_of(config)
         scorer = build_scorer(
             config,
@@ -104,15 +95,10 @@ def train(
             ),
             # by epochs too where nothing is skipped: to the bit that of a plain training
             total_images=None if by_epochs else plan.total_images,
-            checkpoints=start.checkpoints,
-            resume=start.resume,
             interruption=interruption or Interruption(),
-            pulse=start.pulse,
-            guard=start.guard,
         )
-        start.finish(
-            setting | {"method": plan.method, "twin": plan.twin, "rate": plan.rate} | fit(job)
-        )
+        method = {"method": plan.method, "twin": plan.twin, "rate": plan.rate}
+        start.finish(setting | method | fit(job, start))
     return run
 
 

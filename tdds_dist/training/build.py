@@ -22,7 +22,13 @@ from tdds_dist.config.run import Config
 from tdds_dist.config.schema import expand_path
 from tdds_dist.config.scores import Window
 from tdds_dist.console import log
-from tdds_dist.data.beton import BetonInfo, dataset_fingerprint, inspect_split, local_copy
+from tdds_dist.data.beton import (
+    BetonInfo,
+    content_of,
+    dataset_fingerprint,
+    inspect_split,
+    local_copy,
+)
 from tdds_dist.data.check import quick_check
 from tdds_dist.data.loader import View, check_view
 from tdds_dist.data.manifest import Manifest, check_classes, num_shared, read_manifest
@@ -32,7 +38,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint
 from tdds_dist.runs.status import Pulse
 from tdds_dist.scoring.scorer import ShardedScorer
-from tdds_dist.training.schedule import training_sizes
+from tdds_dist.training.schedule import per_rank_batch, training_sizes
 from tdds_dist.training.trackers import check_trackers
 
 
@@ -144,6 +150,23 @@ def open_files(
         _warn_of_splits(config, files[0].label_N, names[0], *manifests)
     found = dataset_fingerprint(files[0], config.data.num_classes, names[0])
     return files[0], files[1], found
+
+
+def checked_files(
+    config: Config, world: World
+) -> tuple[tuple[BetonInfo, BetonInfo], Fingerprint, dict[str, Any]]:
+    """Do `open_files` and `preflight` for a stage on these ranks; return the files, the fingerprint
+    of the labels, and on the main rank what the files hold, as `data` for the setting of a run.
+
+    Raises:
+        InputError: as those, or the ranks cannot share the batch.
+    """
+    train = config.train
+    rows = per_rank_batch(train.global_batch_size, world.world_size, train.accumulation)
+    train_file, val_file, found = open_files(config, decode_some=world.is_main)
+    preflight(config, train_file, val_file, rows, world.device.type)
+    files = train_file, val_file
+    return files, found, {"data": content_of(files)} if world.is_main else {}
 
 
 def on_this_node(

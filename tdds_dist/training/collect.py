@@ -8,7 +8,6 @@ from typing import Any
 from tdds_dist.config.run import Config
 from tdds_dist.config.scores import differences_per_window, window_settings
 from tdds_dist.console import HEADING, log
-from tdds_dist.data.beton import content_of
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World
@@ -20,11 +19,10 @@ from tdds_dist.scoring import quarantine
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.trajectory import whole_epochs
 from tdds_dist.text import size_text
-from tdds_dist.training.build import build_scorer, on_this_node, open_files, preflight
+from tdds_dist.training.build import build_scorer, checked_files, on_this_node
 from tdds_dist.training.engine import fit
 from tdds_dist.training.final_pass import score_weights
 from tdds_dist.training.job import Job
-from tdds_dist.training.schedule import per_rank_batch
 
 
 def _warn(config: Config, num_samples: int) -> None:
@@ -64,19 +62,13 @@ def collect(
     run = RunDir(config.run.directory)
     with together(world):
         config.check_collect()
-        rows = per_rank_batch(
-            config.train.global_batch_size, world.world_size, config.train.accumulation
-        )
-        train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
-        preflight(config, train_file, val_file, rows, world.device.type)
-        setting: dict[str, Any] = {"stage": "collect"} | (settings or {})
-        if world.is_main:
-            setting["data"] = content_of((train_file, val_file))
+        files, fingerprint, data = checked_files(config, world)
+    setting = {"stage": "collect"} | (settings or {}) | data
     refuse = partial(lacks_trajectory, run) if config.score.trajectory else lambda found: ""
     with entered(run, config, setting, world, fresh=fresh, force=force, refuse=refuse) as start:
         if start.result is not None:
             return [run.scores / name for name in start.result["scores"]]
-        train_file, val_file = on_this_node(config, (train_file, val_file), world, start.pulse)
+        train_file, val_file = on_this_node(config, files, world, start.pulse)
         job = Job(
             config,
             world,
@@ -85,11 +77,7 @@ def collect(
             val_file,
             config.train.epochs,
             config.train.global_batch_size,
-            checkpoints=start.checkpoints,
-            resume=start.resume,
             interruption=interruption or Interruption(),
-            pulse=start.pulse,
-            guard=start.guard,
         )
         return _collect(job, fingerprint, start)
 
@@ -126,7 +114,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
             extra=HEADING,
         )
         _warn(config, train_file.num_samples)
-    result = fit(observed(job, scorer))
+    result = fit(observed(job, scorer), start)
 
     score_of_window = scorer.gather()
     label_N = scorer.gather_labels().numpy()

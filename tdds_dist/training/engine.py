@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -28,6 +29,7 @@ from tdds_dist.distributed.interruption import Preempted
 from tdds_dist.distributed.partition import EpochOrder, Visits
 from tdds_dist.errors import InputError
 from tdds_dist.runs.checkpoint import Checkpoint
+from tdds_dist.runs.entry import Start
 from tdds_dist.training import metrics, nonfinite, state
 from tdds_dist.training.build import (
     InputStage,
@@ -43,13 +45,22 @@ from tdds_dist.training.schedule import learning_rate, training_size, training_s
 from tdds_dist.training.trackers import Trackers
 
 
-def fit(job: Job) -> dict[str, Any]:
+def fit(job: Job, start: Start | None = None) -> dict[str, Any]:
     """Train, from the start or from `job.resume`; return the result record (final and best top-1
-    and top-5 in percent, images, seconds).
+    and top-5 in percent, images, seconds). `start`: of a stage in its run directory, which says
+    where to go on from, and is told how far the training is.
 
     Raises:
         Preempted: asked to leave; the state is saved, on every rank at the same step.
     """
+    if start is not None:
+        job = replace(
+            job,
+            checkpoints=start.checkpoints,
+            resume=start.resume,
+            pulse=start.pulse,
+            guard=start.guard,
+        )
     trainer = Trainer(job)
     try:
         with job.interruption.watched():

@@ -9,7 +9,6 @@ import numpy as np
 
 from tdds_dist.config.run import Config
 from tdds_dist.console import HEADING, log
-from tdds_dist.data.beton import content_of
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.interruption import Interruption
 from tdds_dist.distributed.world import World
@@ -17,7 +16,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Coreset, load_coreset, require_same_dataset
 from tdds_dist.runs.directory import RunDir, retrain_name
 from tdds_dist.runs.entry import entered
-from tdds_dist.training.build import on_this_node, open_files, preflight
+from tdds_dist.training.build import checked_files, on_this_node
 from tdds_dist.training.engine import fit
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
@@ -49,50 +48,35 @@ def retrain(
     importance = importance or config.retrain.importance
     with together(world):
         coreset = load_coreset(Path(coreset_file))
-        train_file, val_file, fingerprint = open_files(config, decode_some=world.is_main)
-        require_same_dataset(coreset.fingerprint, fingerprint, str(coreset_file))
         _check_importance(coreset, importance, coreset_file)
         run, resolved, setting = resolve(
             config, coreset, coreset_file, strategy, importance, name, world.world_size
         )
-        epochs, global_batch_size = resolved.train.epochs, resolved.train.global_batch_size
-        preflight(
-            config,
-            train_file,
-            val_file,
-            global_batch_size // world.world_size // config.train.accumulation,
-            world.device.type,
-        )
-        setting |= settings or {}
-        data = {}
-        if world.is_main:
-            data = {"data": content_of((train_file, val_file))}
+        files, fingerprint, data = checked_files(resolved, world)
+        require_same_dataset(coreset.fingerprint, fingerprint, str(coreset_file))
+    setting |= settings or {}
     with entered(run, resolved, setting | data, world, fresh=fresh, force=force) as start:
         if start.result is not None:
             return run
-        train_file, val_file = on_this_node(config, (train_file, val_file), world, start.pulse)
+        train_file, val_file = on_this_node(config, files, world, start.pulse)
         importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
         importance_N[coreset.index_M] = coreset.importance_M
-        if world.is_main:
-            _announce(config, run, coreset, strategy, importance, epochs, global_batch_size, world)
         job = Job(
             config,
             world,
             run,
             train_file,
             val_file,
-            epochs,
-            global_batch_size,
+            resolved.train.epochs,
+            resolved.train.global_batch_size,
             subset_M=coreset.index_M,
             importance_N=importance_N,
             importance=importance,
-            checkpoints=start.checkpoints,
-            resume=start.resume,
             interruption=interruption or Interruption(),
-            pulse=start.pulse,
-            guard=start.guard,
         )
-        start.finish(setting | fit(job))
+        if world.is_main:
+            _announce(job, coreset, strategy)
+        start.finish(setting | fit(job, start))
     return run
 
 
@@ -133,43 +117,30 @@ def resolve(
     return run, resolved, setting
 
 
-def _announce(
-    config: Config,
-    run: RunDir,
-    coreset: Coreset,
-    strategy: str,
-    importance: str,
-    epochs: int,
-    global_batch_size: int,
-    world: World,
-) -> None:
+def _announce(job: Job, coreset: Coreset, strategy: str) -> None:
     """Announce the training, and warn of what may surprise about it."""
-    base = (
-        f"retrain.epochs={config.retrain.epochs}"
-        if config.retrain.epochs
-        else f"train.epochs={config.train.epochs}"
-    )
+    config, num, num_all = job.config, job.num_samples, job.train_file.num_samples
+    base = f"train.epochs={config.train.epochs}"
+    if config.retrain.epochs:
+        base = f"retrain.epochs={config.retrain.epochs}"
+    is_full = config.retrain.schedule_of == "full"
     log.info(
-        f"retrain {run.path.name}: {len(coreset.index_M)} of {coreset.fingerprint.num_samples}"
-        f" images, {epochs} epochs (Strategy-{strategy} of {base}), batch {global_batch_size},"
-        f" importance {importance}, {world.world_size} rank(s)"
-        + (
-            f", learning rate as for all {coreset.fingerprint.num_samples} images"
-            if config.retrain.schedule_of == "full"
-            else ""
-        ),
+        f"retrain {job.run.path.name}: {num} of {num_all} images, {job.epochs} epochs"
+        f" (Strategy-{strategy} of {base}), batch {job.global_batch_size}, importance"
+        f" {job.importance}, {job.world.world_size} rank(s)"
+        + (f", learning rate as for all {num_all} images" if is_full else ""),
         extra=HEADING,
     )
     mean = float(coreset.importance_M.mean())
-    if importance != "none" and mean > 2.0:
+    if job.importance != "none" and mean > 2.0:
         log.warning(
             f"importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain"
             " with --importance none, or select by a score of preset official"
         )
-    if global_batch_size > len(coreset.index_M):
+    if job.global_batch_size > num:
         log.warning(
-            f"a batch of {global_batch_size} is larger than the {len(coreset.index_M)} images and"
-            " repeats some to fill up; lower train.global_batch_size"
+            f"a batch of {job.global_batch_size} is larger than the {num} images and repeats some"
+            " to fill up; lower train.global_batch_size"
         )
 
 
