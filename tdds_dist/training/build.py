@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models as zoo
 from torchvision.transforms import v2
 
@@ -64,16 +63,19 @@ def preflight(
     model = build_on_meta(name, config.data.num_classes, cifar_stem=config.model.cifar_stem)
     for size in training_sizes(config):
         key = "data.image_size" if size == config.data.image_size else "data.progressive"
-        with _Operations() as operations:
-            output = _try(model.train(), rows, size, f"model.name={name} cannot train on", key)
+        output = _try(model.train(), rows, size, f"model.name={name} cannot train on", key)
         if not isinstance(output, torch.Tensor):
             raise InputError(
                 f"model.name={name} gives several outputs in training; use a network with one"
             )
+        # Of the operations for which torch.use_deterministic_algorithms raises on CUDA, the only
+        # one in torchvision's classifiers of one output (AlexNet, VGG). Pooling to one pixel is a
+        # mean, another operation.
+        pools = [layer for layer in model.modules() if isinstance(layer, nn.AdaptiveAvgPool2d)]
         if (
             config.train.deterministic
             and device_type == "cuda"
-            and _WITHOUT_DETERMINISTIC_GRADIENT in operations.names
+            and any(pool.output_size not in (1, (1, 1)) for pool in pools)
         ):
             raise InputError(
                 f"train.deterministic=true: on CUDA, the gradient of the adaptive average pooling"
@@ -90,22 +92,7 @@ def preflight(
         )
 
 
-# Of the operations for which torch.use_deterministic_algorithms raises on CUDA, the only one that
-# torchvision's classifiers use (AlexNet, VGG). Pooling to one pixel is a mean, another operation.
-_WITHOUT_DETERMINISTIC_GRADIENT = "aten::_adaptive_avg_pool2d"
 _COPY_POLL_SECONDS = 1.0
-
-
-class _Operations(TorchDispatchMode):
-    """Note the names of torch's operations that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name().partition(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def _try(model: nn.Module, rows: int, size: int, what: str, key: str) -> Any:
