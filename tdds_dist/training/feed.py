@@ -45,8 +45,7 @@ class Feed:
 
     def start(self, which: Pass) -> None:
         """Let decoding begin; `take` gives the batches."""
-        order = self.order(which)
-        self._started[which] = order, self._batches(which, order)
+        self._started[which] = self._begin(which)
 
     def take(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Iterator[Batch]]:
         """Return the order of a whole pass, and its batches (from `first_step` on, of one that was
@@ -56,10 +55,7 @@ class Feed:
         """
         if self._taken is not None:
             self._taken.close()
-        found = self._started.pop(which, None)
-        if found is None:
-            order = self.order(which)
-            found = order, self._batches(which, order, first_step)
+        found = self._started.pop(which, None) or self._begin(which, first_step)
         self._taken = found[1]
         return found
 
@@ -88,10 +84,10 @@ class Feed:
             block_rows=block_rows(job.train_file) if by_blocks else None,
         )
 
-    def _batches(self, which: Pass, order: EpochOrder, first_step: int = 0) -> Batches:
-        job, (kind, epoch) = self._job, which
+    def _begin(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Batches]:
+        job, (kind, epoch), order = self._job, which, self.order(which)
         size = training_size(job.config, epoch, job.epochs) if kind == "train" else None
-        return self._loaders[kind].batches(
+        return order, self._loaders[kind].batches(
             order,
             rank=job.world.rank,
             world_size=job.world.world_size,

@@ -2,7 +2,6 @@
 
 # B rows of this rank and forward pass, C classes, k best guesses
 
-import os
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from tdds_dist.console import Progress
 from tdds_dist.distributed import collectives
+from tdds_dist.distributed.host_memory import resident_bytes
 from tdds_dist.text import duration
 
 # key of an epoch's record: the part of its seconds that the observer took
@@ -97,8 +97,7 @@ def memory_bytes(device: torch.device) -> int:
     """Return the peak device memory on CUDA, resident memory of this process on the CPU; bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes()
 
 
 def epoch_line(record: dict[str, Any], epochs: int, remaining_seconds: float) -> str:
