@@ -125,10 +125,10 @@ class Dynamics:
                     )
                     for _ in range(num_workers)
                 ]
-                if not all(worker.result() for worker in running):
+                if bad := sorted(place for worker in running for place in worker.result()):
                     raise InputError(
                         f"{self.directory / f'{epoch}_Output.npy'} holds NaN or infinite logits"
-                        f" (global indices {_nonfinite_rows(outputs, index_N, num_rows)})"
+                        f" (global indices {index_N[bad[:_NUM_NAMED]].tolist()})"
                     )
                 kept_NC, previous_NC = previous_NC, kept_NC
                 place_N[index_N] = np.arange(self.num_samples)
@@ -151,9 +151,10 @@ class Dynamics:
         before: tuple[Tensor, np.ndarray] | None,
         kept_NC: Tensor,
         values_FN: np.ndarray,
-    ) -> bool:
+    ) -> list[int]:
         """Do one worker's part of an epoch: fill `values_FN` and `kept_NC` at the rows it takes;
-        return False at NaN or infinity."""
+        return those with NaN or infinity."""
+        bad: list[int] = []
         # used again: fresh memory costs
         logits_RC, previous_RC = torch.empty(2, num_rows, self.num_classes)
         for first in firsts:
@@ -161,8 +162,9 @@ class Dynamics:
             logits_nC, kept_nC = logits_RC[: len(index_n)], kept_NC[first : first + num_rows]
             outputs.read(first, logits_nC.numpy())
             # One sum is cheaper than a look at each number, and misses none; it may only run over.
-            if not math.isfinite(logits_nC.sum()) and not logits_nC.isfinite().all():
-                return False
+            if not math.isfinite(logits_nC.sum()):
+                is_bad_n = ~logits_nC.isfinite().all(dim=1)
+                bad += (first + is_bad_n.nonzero()[:, 0]).tolist()
             previous_nC = None
             if before is not None:
                 previous_NC, place_N = before
@@ -181,7 +183,7 @@ class Dynamics:
                 )
                 value_Fn = _scalars(scalars, logits_nC, kept_nC, previous_nC, label_n)
             values_FN[:, index_n] = value_Fn.numpy()
-        return True
+        return bad
 
     def _read_epoch(self, epoch: int) -> tuple["_Outputs", np.ndarray]:
         """Return the logits of an epoch in visit order, [N, C] of any floating-point type, and
@@ -291,19 +293,6 @@ def _scalars(
     if previous_nC is None:
         return torch.full((1, len(logp_nC)), torch.nan)
     return loss_difference_paper(previous_nC, logp_nC)[None]
-
-
-def _nonfinite_rows(outputs: _Outputs, index_N: np.ndarray, num_rows: int) -> list[int]:
-    """Return the first few samples, in visit order, whose logits are NaN or infinite as float32."""
-    bad: list[int] = []
-    for first in range(0, len(index_N), num_rows):
-        index_n = index_N[first : first + num_rows]
-        logits_nC = np.empty((len(index_n), outputs.shape[1]), dtype=np.float32)
-        outputs.read(first, logits_nC)
-        bad += index_n[~np.isfinite(logits_nC).all(axis=1)].tolist()
-        if len(bad) >= _NUM_NAMED:
-            break
-    return bad[:_NUM_NAMED]
 
 
 @contextmanager
