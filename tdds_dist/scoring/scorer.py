@@ -578,13 +578,11 @@ class ShardedScorer:
                 " lower T"
             )
         score_NA = self._gathered(self._average_AM.T.contiguous())
-        scores = {window: score_NA[:, column].clone() for column, window in enumerate(self.windows)}
-        if out := sorted(self.quarantined()):
-            return {
-                window: torch.from_numpy(set_lowest(score_N.numpy(), out))
-                for window, score_N in scores.items()
-            }
-        return scores
+        out = sorted(self.quarantined())
+        return {
+            window: torch.from_numpy(set_lowest(score_N.numpy(), out))
+            for window, score_N in zip(self.windows, score_NA.unbind(1), strict=True)
+        }
 
     def quarantined(self) -> dict[int, int]:
         """Return the samples in quarantine: global index -> first epoch with NaN or infinite

@@ -82,16 +82,12 @@ def average_own_window(
         ],
         preset,
     )
-    weight_M: Tensor | float = window.beta
+    weight_M = torch.tensor(window.beta, dtype=torch.float64)
     if window.beta == SIMPLE_AVERAGE:
         weight_M = 1.0 / num_windows_M.clamp_min(1).double()
-    new_M = average_M * _float(1.0 - weight_M) + variability_M * _float(weight_M)
+    # rounded as torch rounds a weight that is a number
+    new_M = average_M * (1.0 - weight_M).float() + variability_M * weight_M.float()
     average_M.copy_(torch.where(is_visited_M & (num_windows_M >= 1), new_M, average_M))
-
-
-def _float(weight: Tensor | float) -> Tensor | float:
-    """Round a weight as torch rounds one that is a number."""
-    return weight.float() if isinstance(weight, Tensor) else weight
 
 
 def _score_own_visits(
