@@ -339,9 +339,13 @@ def counted(deliver: Callable[[Tensor], object] = lambda received: None) -> Iter
     the `messages`: ranks that get some. `deliver` is called with the tensor that rows arrive in,
     for a process group that moves nothing.
     """
+    from unittest.mock import patch
+
     counts: Counter[str] = Counter()
 
-    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(name: str) -> Callable[..., Any]:
+        real = getattr(dist, name)
+
         def call(*arguments: Any, **options: Any) -> Any:
             counts[name] += 1
             if name == "all_to_all_single" and len(arguments) > 2:
@@ -355,11 +359,5 @@ def counted(deliver: Callable[[Tensor], object] = lambda received: None) -> Iter
 
         return call
 
-    replaced = {name: getattr(dist, name) for name in COLLECTIVES}
-    for name, real in replaced.items():
-        setattr(dist, name, counting(name, real))
-    try:
+    with patch.multiple(dist, **{name: counting(name) for name in COLLECTIVES}):
         yield counts
-    finally:
-        for name, real in replaced.items():
-            setattr(dist, name, real)
