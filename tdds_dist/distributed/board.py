@@ -9,6 +9,7 @@ an answer. For programs that look for faults; training talks by `collectives`.
 import json
 import os
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -61,10 +62,6 @@ class Board:
         self.put(topic, value)
         return dict(sorted(({self.rank: value} | self.collect(topic, seconds)).items()))
 
-    def collect(self, topic: str, seconds: float) -> dict[int, Any]:
-        """Return what all ranks have put up, by rank; only what comes within `seconds`."""
-        return self._read(topic, list(range(self.world_size)), seconds)
-
     def put(self, topic: str, value: Any) -> None:
         """Put up this rank's value and wait for nobody."""
         try:
@@ -72,12 +69,13 @@ class Board:
         except (dist.DistError, RuntimeError):
             self._stay_alone()
 
-    def read(self, topic: str, rank: int, seconds: float) -> Any:
-        """Return what a rank has put up; None where nothing came within `seconds`."""
-        return self._read(topic, [rank], seconds).get(rank)
-
-    def _read(self, topic: str, ranks: list[int], seconds: float) -> dict[int, Any]:
-        started, found, waiting = time.monotonic(), dict[int, Any](), list(ranks)
+    def collect(
+        self, topic: str, seconds: float, ranks: Iterable[int] | None = None
+    ) -> dict[int, Any]:
+        """Return what these ranks, by default all, have put up, by rank; only what comes within
+        `seconds`."""
+        started, found = time.monotonic(), dict[int, Any]()
+        waiting = list(range(self.world_size) if ranks is None else ranks)
         while waiting:
             passed = time.monotonic() - started
             for rank in list(waiting):
