@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -43,7 +43,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.received: set[str] = set()
-        self.leave_at = _seconds_since_1970(os.environ.get("TDDS_LEAVE_AT", ""))
+        self.leave_at = math.inf
+        with suppress(ValueError):  # a launcher that is broken must not end runs
+            self.leave_at = float(os.environ.get("TDDS_LEAVE_AT", "inf"))
         self._first = ""
         self._is_watched = False
         self._before: dict[signal.Signals, Any] = {}
@@ -88,12 +90,3 @@ class Interruption:
             self._first, self._first_at = name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._first_at > _ONE_KEYSTROKE_SECONDS:
             raise KeyboardInterrupt
-
-
-def _seconds_since_1970(text: str) -> float:
-    """Read the time; infinity when it is not given, or not a number: a broken launcher must not end
-    runs."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.inf

@@ -57,7 +57,8 @@ def failures(
     for dtype, has_previous in itertools.product(dtypes, (False, True)):
         logits_1C = torch.zeros(1, shard.num_classes, dtype=dtype, device=device)
         arrived = Arrived(pack(padding_1, padding_1.clamp(0), logits_1C), dtype, 0)
-        name = f"{_name(dtype)} logits, {'a later' if has_previous else 'the first'} epoch"
+        when = "a later" if has_previous else "the first"
+        name = f"{str(dtype).removeprefix('torch.')} logits, {when} epoch"
         try:
             from tdds_dist.scoring import shard_triton  # loads Triton
 
@@ -173,7 +174,3 @@ def hard_rows(
         )
         for step, part in ((7, order[:4]), (8, order[4:4]), (9, order[4:]))
     ]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

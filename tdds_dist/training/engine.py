@@ -72,7 +72,7 @@ def fit(job: Job, start: Start | None = None) -> dict[str, Any]:
         raise
     finally:
         trainer.feed.close()
-        trainer.screen.close()
+        trainer.screen.progress.close()
     trainer.close()
     return result
 

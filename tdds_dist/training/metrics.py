@@ -88,10 +88,6 @@ class Screen:
         """Show the result of the evaluation, percent."""
         self._figures += f", val top-1 {top1:.2f} %"
 
-    def close(self) -> None:
-        """Take the bar away."""
-        self.progress.close()
-
 
 def memory_bytes(device: torch.device) -> int:
     """Return the peak device memory on CUDA, resident memory of this process on the CPU; bytes."""

@@ -98,7 +98,12 @@ def resolve(
         config.train.global_batch_size, world_size, config.train.accumulation, factor
     )
     epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
-    name = _checked(name or retrain_name(Path(coreset_file), strategy, importance, config.run.seed))
+    name = name or retrain_name(Path(coreset_file), strategy, importance, config.run.seed)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):  # leads nowhere else
+        raise InputError(
+            f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or"
+            " digit"
+        )
     run = RunDir(RunDir(config.run.directory).retrain / name)
     setting = {
         "stage": "retrain",
@@ -108,7 +113,10 @@ def resolve(
         "pruning_rate": rate,
         "coreset": str(coreset_file),
         "coreset_settings": coreset.settings,
-        "coreset_sha256": _sha256(coreset),
+        # of the parts that decide a retraining
+        "coreset_sha256": hashlib.sha256(
+            coreset.index_M.tobytes() + coreset.importance_M.tobytes()
+        ).hexdigest(),
         "method": coreset.method,
         "model": config.model.name,
     }
@@ -153,18 +161,3 @@ def _check_importance(coreset: Coreset, importance: str, path: Path) -> None:
             f"{path}: importance must be finite, not negative, and somewhere positive; "
             "retrain with --importance none or select again"
         )
-
-
-def _checked(name: str) -> str:
-    """Return the name; raise InputError unless it names a folder and leads nowhere else."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):
-        raise InputError(
-            f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or"
-            " digit"
-        )
-    return name
-
-
-def _sha256(coreset: Coreset) -> str:
-    """Hash the parts of a coreset that decide a retraining."""
-    return hashlib.sha256(coreset.index_M.tobytes() + coreset.importance_M.tobytes()).hexdigest()
