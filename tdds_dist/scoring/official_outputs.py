@@ -69,25 +69,22 @@ class Dynamics:
             )
         self.num_epochs = len(epochs)
         self.num_samples, self.num_classes = self._outputs(0).shape
+        if label_N is None:
+            label_N = np.full(self.num_samples, UNKNOWN_LABEL, dtype=np.int64)
         self._label_N = label_N
         self._cache: dict[str, np.ndarray] = {}
 
     def labels(self) -> np.ndarray:
         """Return the label by global index, int64 [N]; UNKNOWN_LABEL where none were given."""
-        return (
-            np.full(self.num_samples, UNKNOWN_LABEL, dtype=np.int64)
-            if self._label_N is None
-            else self._label_N
-        )
+        return self._label_N
 
     def prepare(self, scalars: tuple[str, ...], num_epochs: int) -> None:
         """Compute these scalars in one pass over the files; `read` is then a look-up.
 
         While it works, torch's operations in other threads of the program may run on one core each.
         """
-        if self._label_N is None and (
-            unknown := [name for name in scalars if name not in _NEED_NO_LABEL]
-        ):
+        unknown = [name for name in scalars if name not in _NEED_NO_LABEL]
+        if unknown and (self._label_N == UNKNOWN_LABEL).any():
             raise InputError(
                 f"{self.directory} holds no labels, which {', '.join(unknown)} needs; give the"
                 " dataset with --beton FILE"
@@ -178,9 +175,7 @@ class Dynamics:
                 value_Fn = _official_alone(logits_nC, previous_nC, kept_nC)
             else:
                 kept_nC.copy_(log_probabilities(logits_nC))
-                label_n = torch.from_numpy(
-                    np.zeros_like(index_n) if self._label_N is None else self._label_N[index_n]
-                )
+                label_n = torch.from_numpy(self._label_N[index_n].clip(0))  # some class or other
                 value_Fn = _scalars(scalars, logits_nC, kept_nC, previous_nC, label_n)
             values_FN[:, index_n] = value_Fn.numpy()
         return bad

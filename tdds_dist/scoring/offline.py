@@ -426,9 +426,7 @@ def open_recorded(source: Path, beton: Path | None) -> _Origin:
     if is_dynamics(source):
         dynamics = Dynamics(source)
         label_N, found = _labels(dynamics.labels(), dynamics.num_classes, beton)
-        return _Origin(
-            Dynamics(source, None if beton is None else label_N), None, label_N, found, source, {}
-        )
+        return _Origin(Dynamics(source, label_N), None, label_N, found, source, {})
     run = RunDir(source)
     is_run = run.config_file.is_file()
     trajectory = Trajectory(run.trajectory if is_run else source)
