@@ -21,6 +21,7 @@ from tdds_dist.runs.directory import RunDir, read_object
 
 PROJECT = "tdds"  # of W&B, and experiment of MLflow, where their own variables name no other
 CLOSING_SECONDS = 30.0  # that the end of a training waits for a tracker
+_ids = threading.Lock()  # trackers begin at the same time, each in its thread
 log = logging.getLogger("tdds")
 
 
@@ -126,16 +127,15 @@ class WandB:
     def __init__(self, config: Config, run: RunDir):
         import wandb
 
-        known = read_object(run.trackers_file)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=config.run.name,
-            id=known.get("wandb"),
+            id=read_object(run.trackers_file).get("wandb"),
             resume="allow",
             dir=str(run.path),
             config=to_dict(config),
         )
-        _remember(run, known | {"wandb": self._run.id})
+        _remember(run, "wandb", self._run.id)
         self.close = self._run.finish
 
     def write(self, epoch: int, numbers: dict[str, float]) -> None:
@@ -149,13 +149,13 @@ class MLflow:
     def __init__(self, config: Config, run: RunDir):
         import mlflow
 
-        self._client, known = mlflow.MlflowClient(), read_object(run.trackers_file)
-        if "mlflow" not in known:
+        self._client = mlflow.MlflowClient()
+        self._id = read_object(run.trackers_file).get("mlflow")
+        if self._id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             there = self._client.get_experiment_by_name(name)
             experiment = there.experiment_id if there else self._client.create_experiment(name)
-            made = self._client.create_run(experiment, run_name=config.run.name)
-            known |= {"mlflow": made.info.run_id}
+            self._id = self._client.create_run(experiment, run_name=config.run.name).info.run_id
             parameters = [
                 mlflow.entities.Param(f"{section}.{key}", str(value)[:500])
                 for section, values in to_dict(config).items()
@@ -163,9 +163,8 @@ class MLflow:
             ]
             for first in range(0, len(parameters), 100):  # at most 100 a call
                 part = parameters[first : first + 100]
-                self._client.log_batch(made.info.run_id, params=part)
-            _remember(run, known)
-        self._id = known["mlflow"]
+                self._client.log_batch(self._id, params=part)
+            _remember(run, "mlflow", self._id)
 
     def write(self, epoch: int, numbers: dict[str, float]) -> None:
         """Write the numbers of an epoch."""
@@ -180,6 +179,8 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-def _remember(run: RunDir, ids: dict[str, str]) -> None:
-    """Keep the ids that trackers gave this run, by their names, for a later start."""
-    write_atomically(run.trackers_file, lambda file: file.write(json.dumps(ids).encode()))
+def _remember(run: RunDir, name: str, given: str) -> None:
+    """Keep the id that a tracker gave this run, for a later start."""
+    with _ids:
+        text = json.dumps(read_object(run.trackers_file) | {name: given})
+        write_atomically(run.trackers_file, lambda file: file.write(text.encode()))

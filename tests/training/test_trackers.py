@@ -2,6 +2,7 @@
 
 import importlib.util
 import socket
+import threading
 import time
 
 import pytest
@@ -38,6 +39,26 @@ def test_epochs_of_a_resumed_run_are_one_run_of_mlflow(client, config_file, tmp_
     history = client.get_metric_history(found.info.run_id, "val_top1")
     assert [(each.step, each.value) for each in history] == [(0, 0.0), (1, 10.0), (2, 20.0)]
     assert len([*run.tensorboard.iterdir()]) == 2
+
+
+def test_ids_of_trackers_that_begin_together_are_all_kept(tmp_path, monkeypatch):
+    run, read = RunDir(tmp_path), trackers.read_object
+
+    def read_slowly(path):
+        found = read(path)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(trackers, "read_object", read_slowly)
+    begun = [
+        threading.Thread(target=trackers._remember, args=(run, name, f"{name}-1"))
+        for name in ("wandb", "mlflow")
+    ]
+    for thread in begun:
+        thread.start()
+    for thread in begun:
+        thread.join()
+    assert read(run.trackers_file) == {"wandb": "wandb-1", "mlflow": "mlflow-1"}
 
 
 def test_a_tracker_that_fails_ends_no_run(client, config_file, tmp_path, caplog, monkeypatch):
