@@ -236,7 +236,7 @@ def _join(
     if "RANK" not in os.environ:
         join(store=dist.HashStore(), rank=0, world_size=1)
         return [place]
-    has_met = False
+    where = " ".join(f"{key}={os.environ.get(key)}" for key in ("MASTER_ADDR", "MASTER_PORT"))
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun on one node; on several, nodes count restarts differently
@@ -249,47 +249,11 @@ def _join(
         # not a collective: without knowing that each has a GPU of its own there is no group
         store.set(f"tdds/place/{rank}", json.dumps(place))
         texts = store.multi_get([f"tdds/place/{other}" for other in range(world_size)])
-        places: list[dict[str, Any]] = [json.loads(text) for text in texts]
-        try:
-            check_gpus(places)
-        except InputError:
-            if rank == 0:
-                time.sleep(_HOST_STAYS_SECONDS)  # with plain env:// the store ends with it
-            raise
-        has_met = True
-        join(store=store, rank=rank, world_size=world_size)
-        return places
-    except InputError:
-        raise
     except (dist.DistError, RuntimeError, ValueError) as error:
-        if has_met and device is not None:  # NCCL starts here; its cause comes last
-            raise LostRankError(
-                f"rank {os.environ.get('RANK')}: NCCL could not start"
-                f" ({' '.join(str(error).split())[-300:]}); NCCL_DEBUG=INFO says more; run the same"
-                " command again to go on"
-            ) from error
-        where = (
-            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}"
-            f" MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        )
-        text = " ".join(str(error).split())[:200]
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             raise InputError(
                 f"{where} is in use by another program; set another MASTER_PORT, or start with"
                 " `torchrun --standalone`, which finds a free one"
-            ) from error
-        seconds = timeout.total_seconds()
-        if has_met:
-            everyone = _with_hosts(range(world_size), [each["host"] for each in places])
-            if "by peer" in text:
-                raise LostRankError(
-                    f"rank {rank}: one of the ranks {everyone} ended at the start ({text}); see"
-                    " what it said last, and run the same command again to go on"
-                ) from error
-            raise InputError(
-                f"the ranks {everyone} met at {where} and could not connect to each other ({text});"
-                " set GLOO_SOCKET_IFNAME on each host to the interface that leads to the others"
-                " (`ip address`)"
             ) from error
         try:
             socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)
@@ -299,9 +263,41 @@ def _join(
                 " address that all hosts know"
             ) from error
         raise InputError(
-            f"{os.environ.get('WORLD_SIZE')} ranks could not meet at {where} within {seconds:.0f} s"
-            f" ({text}); start all of them, on hosts that reach each other"
+            f"{os.environ.get('WORLD_SIZE')} ranks could not meet at {where} within"
+            f" {timeout.total_seconds():.0f} s ({' '.join(str(error).split())[:200]}); start all of"
+            " them, on hosts that reach each other"
         ) from error
+    places: list[dict[str, Any]] = [json.loads(text) for text in texts]
+    try:
+        check_gpus(places)
+    except InputError:
+        if rank == 0:
+            time.sleep(_HOST_STAYS_SECONDS)  # with plain env:// the store ends with it
+        raise
+    try:
+        join(store=store, rank=rank, world_size=world_size)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if device is not None:  # NCCL starts here; its cause comes last
+            raise LostRankError(
+                f"rank {rank}: NCCL could not start ({text[-300:]}); NCCL_DEBUG=INFO says more; run"
+                " the same command again to go on"
+            ) from error
+        text, everyone = (
+            text[:200],
+            _with_hosts(range(world_size), [each["host"] for each in places]),
+        )
+        if "by peer" in text:
+            raise LostRankError(
+                f"rank {rank}: one of the ranks {everyone} ended at the start ({text}); see what it"
+                " said last, and run the same command again to go on"
+            ) from error
+        raise InputError(
+            f"the ranks {everyone} met at {where} and could not connect to each other ({text}); set"
+            " GLOO_SOCKET_IFNAME on each host to the interface that leads to the others"
+            " (`ip address`)"
+        ) from error
+    return places
 
 
 # ---- who is missing

@@ -219,7 +219,7 @@ class Trainer:
                 self._visit(job.schedule.decide(self.epoch + 1))
                 if not is_evaluated:
                     self.feed.start(("train", self.epoch + 1))
-            record[metrics.OBSERVER_SHARE] = self.observer_seconds / record["epoch_seconds"]
+            record["scoring_share"] = self.observer_seconds / record["epoch_seconds"]
             val_2C = None
             if is_evaluated:
                 self.follows = next_epoch

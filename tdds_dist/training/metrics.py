@@ -13,9 +13,6 @@ from tdds_dist.distributed import collectives
 from tdds_dist.distributed.host_memory import resident_bytes
 from tdds_dist.text import duration
 
-# key of an epoch's record: the part of its seconds that the observer took
-OBSERVER_SHARE = "scoring_share"
-
 
 class Accuracy:
     """Loss and top-1 and top-5 accuracy, and loss and recall of each class; summed on the device

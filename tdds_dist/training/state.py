@@ -86,18 +86,13 @@ def restore(
     tensors |= {f"observer/{name}": value for name, value in observed.items()}
     num_ranks = checkpoint.record["world_size"]
     same_ranks = num_ranks == world.world_size
-    of_ranks = [
-        {
-            name: value.clone()
-            for name, value in _of_rank(rank, model, totals, world).items()
-            if name in kept
-        }
-        for rank in ([world.rank] if same_ranks else range(num_ranks))
-    ]
-    for part in of_ranks:
+    parts = []
+    for rank in [world.rank] if same_ranks else range(num_ranks):
+        own = _of_rank(rank, model, totals, world)
+        part = {name: value.clone() for name, value in own.items() if name in kept}
         tensors |= part
+        parts.append({name.partition("/")[2]: value for name, value in part.items()})
     checkpoints.load(checkpoint, tensors)
-    parts = [{name.partition("/")[2]: value for name, value in part.items()} for part in of_ranks]
     for name, buffer in model.module.named_buffers():
         buffer.copy_(_mean([part[f"buffer/{name}"] for part in parts]))
     if same_ranks:
