@@ -299,8 +299,8 @@ def score_all(
 
 
 def _fitting(settings: Baselines, options: Sequence[str], num_epochs: int) -> list[str]:
-    """Lower the options that are longer than what was recorded to what fits; return None where
-    nothing does."""
+    """Lower the options that are longer than what was recorded to what fits; return [] where none
+    does."""
     lowered = {
         name: num_epochs
         for name in ("el2n_epochs", "num_epochs")

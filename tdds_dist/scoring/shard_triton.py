@@ -47,20 +47,12 @@ def blocks(num_classes: int) -> tuple[int, int]:
     return block, max(1, block // _CLASSES_PER_WARP)
 
 
-def update(
-    shard: Shard,
-    arrived: Sequence[Arrived],
-    has_previous: bool,
-    quarantines: bool,
-    num_warps: int | None = None,
-) -> None:
+def update(shard: Shard, arrived: Sequence[Arrived], has_previous: bool, quarantines: bool) -> None:
     """Do as `shard.update`, for `DenseRows` and logits of `LOGIT_DTYPES` in `kernel_check`; one
-    launch per step that arrived. Another `num_warps` than that of `blocks` is for measurements; it
-    may change last bits.
-    """
+    launch per step that arrived."""
     assert isinstance(shard.previous, DenseRows)
     num_classes = shard.num_classes
-    block, usual_warps = blocks(num_classes)
+    block, num_warps = blocks(num_classes)
     for payload_RX, dtype, step in arrived:
         if not len(payload_RX):
             continue
@@ -84,7 +76,7 @@ def update(
                 PIECES=header_width(dtype) // 2,
                 HAS_PREVIOUS=has_previous,
                 QUARANTINES=quarantines,
-                num_warps=num_warps or usual_warps,
+                num_warps=num_warps,
             )
 
 
