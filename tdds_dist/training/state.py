@@ -127,17 +127,13 @@ def settle_buckets(model: Replicas, sample: Tensor, autocast: AbstractContextMan
     three ranks on; so that a resumed run sums as an uninterrupted one does, no run trains with
     unsorted buckets.
     """
-    random = torch.get_rng_state()
-    random_cuda = torch.cuda.get_rng_state() if sample.is_cuda else None
     kept = [buffer.clone() for buffer in model.module.buffers()]
     model.train()
-    for _ in range(1 + model.static_graph):  # which sorts them one pass later
-        with autocast:
-            logits_BC = model(sample)
-        (logits_BC.float().sum() * 0.0).backward()
-        model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng([sample.device] * sample.is_cuda):
+        for _ in range(1 + model.static_graph):  # which sorts them one pass later
+            with autocast:
+                logits_BC = model(sample)
+            (logits_BC.float().sum() * 0.0).backward()
+            model.zero_grad(set_to_none=True)
     for buffer, value in zip(model.module.buffers(), kept, strict=True):
         buffer.copy_(value)
-    torch.set_rng_state(random)
-    if random_cuda is not None:
-        torch.cuda.set_rng_state(random_cuda)
