@@ -212,7 +212,9 @@ class Trainer:
             if not is_evaluated and job.schedule is not None:
                 self.follows = None  # what that visits is not known yet
             record = self.train_epoch()
-            self._check_guard()
+            with collectives.together(job.world):
+                if job.world.is_main:
+                    job.guard()
             self._observe(lambda observer: observer.end_epoch(), timed=True)
             history["images"].append(self.num_images)
             if job.schedule is not None and not is_last:
@@ -257,11 +259,6 @@ class Trainer:
                 self.save_model("final")
             self._end_of_epoch(is_last)
         return self._result()
-
-    def _check_guard(self) -> None:
-        with collectives.together(self.job.world):
-            if self.job.world.is_main:
-                self.job.guard()
 
     def _result(self) -> dict[str, Any]:
         job, record, best = self.job, self.history["record"], self.history["best"]

@@ -188,11 +188,8 @@ def run_model(
     found_4N = torch.zeros(4, train_file.num_samples, device=world.device)
     caught: list[Tensor] = []
     layer = classifier_layer(model, num_classes)
-    hook = (
+    if layer is not None:
         layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        if layer is not None
-        else None
-    )
     batches = loader.batches(order, rank=world.rank, world_size=world.world_size, epoch=0)
     with Progress("final pass", train_file.num_samples, "images", world.is_main) as progress:
         for step, batch in enumerate(batches):
@@ -217,14 +214,13 @@ def run_model(
     entropy_N, *guess_3N = collectives.sum_over_ranks(found_4N).cpu().numpy()
     values = {"entropy": entropy_N}
     guess = dict(zip(("p_label", "other", "p_other"), guess_3N, strict=True))
-    if hook is None:
+    if layer is None:
         if world.is_main:
             log.warning(
                 f"{model_config.name} does not end in a linear layer, so there is no score"
                 " `moderate`"
             )
         return values, guess
-    hook.remove()
     distance_N = torch.zeros(train_file.num_samples)
     distance_N[torch.from_numpy(gatherer.index_M)] = torch.from_numpy(gatherer.distances())
     # one rank has each, others 0
