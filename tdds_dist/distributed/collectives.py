@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from tdds_dist.distributed.partition import rows_per_shard
 from tdds_dist.distributed.world import _CONTROL_SHARE, TIMEOUT_SECONDS, Group, World, current_world
-from tdds_dist.distributed.world import barrier as world_barrier
+from tdds_dist.distributed.world import barrier as barrier  # one of the collectives
 from tdds_dist.errors import InputError
 
 # ---- ranks that agree
@@ -108,8 +108,9 @@ class Consensus:
     get the same answers at the same call."""
 
     def __init__(self, num_flags: int, group: Group | None):
-        self._num_flags, self._group = num_flags, group
-        self._pending: tuple[Tensor, dist.Work | None] | None = None
+        self._group = group
+        self._nothing = torch.zeros(num_flags, dtype=torch.int64), None
+        self._pending: tuple[Tensor, dist.Work | None] = self._nothing
 
     def exchange(self, flags: list[int]) -> list[int]:
         """Give this rank's flags; return the agreed ones of the call before (zeros at first)."""
@@ -127,10 +128,7 @@ class Consensus:
         return [max(pair) for pair in zip(before, self._read(), strict=True)]
 
     def _read(self) -> list[int]:
-        if self._pending is None:
-            return [0] * self._num_flags
-        flag_F, work = self._pending
-        self._pending = None
+        (flag_F, work), self._pending = self._pending, self._nothing
         if work is not None:
             work.wait()
         return flag_F.tolist()
@@ -262,12 +260,6 @@ def average_buffers(model: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        world_barrier()
-
-
 def data_parallel(
     model: nn.Module,
     world: World,
@@ -359,5 +351,6 @@ def counted(deliver: Callable[[Tensor], object] = lambda received: None) -> Iter
 
         return call
 
-    with patch.multiple(dist, **{name: counting(name) for name in COLLECTIVES}):
+    replaced: dict[str, Any] = {name: counting(name) for name in COLLECTIVES}
+    with patch.multiple(dist, **replaced):
         yield counts

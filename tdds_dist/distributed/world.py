@@ -137,6 +137,8 @@ def barrier() -> None:
     for which it needs Python's lock, and whoever holds that while the group is destroyed waits for
     the thread.
     """
+    if not dist.is_initialized():
+        return
     if "cpu:" not in dist.get_backend_config():
         dist.barrier()
         return
