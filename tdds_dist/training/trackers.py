@@ -150,7 +150,7 @@ class MLflow:
         import mlflow
 
         self._client = mlflow.MlflowClient()
-        self._id = read_object(run.trackers_file).get("mlflow")
+        self._id: Any = read_object(run.trackers_file).get("mlflow")
         if self._id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             there = self._client.get_experiment_by_name(name)
