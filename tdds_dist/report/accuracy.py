@@ -6,6 +6,7 @@ A cell that is missing or unfinished stays visible.
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +14,7 @@ from tdds_dist.config.prune import READS, Prune
 from tdds_dist.config.scores import base_key, is_plain
 from tdds_dist.report import charts
 from tdds_dist.report.published import footnotes
-from tdds_dist.report.read import FULL_DATA, Facts
+from tdds_dist.report.read import FULL_DATA, Facts, grouped, with_several
 from tdds_dist.report.results import run_name, summary_rows
 from tdds_dist.runs.identity import DECIDES, kind_of, setting_of
 from tdds_dist.text import MISSING, count, mean_std, percent, plus_minus, signed, table
@@ -34,73 +35,58 @@ def matrix(rows: list[dict[str, Any]]) -> dict[str, Any]:
     network) and `num_unfinished`; `num_seeds`: the largest number of trainings behind a cell;
     `notes`: where the numbers of the paper are from.
     """
-    several = _several_epochs(rows)
-    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        if not row["pruning_rate"]:
-            continue
-        key, epochs = _setting(row), _told_epochs(row, several)
-        line = lines.setdefault(
-            (*key, epochs),
+    rows = _told_apart(rows)
+    pruned = [row for row in rows if row["pruning_rate"]]
+    rates = sorted({row["pruning_rate"] for row in pruned})
+    lines = []
+    for (name, *_), group in grouped(pruned, _setting).items():
+        at_rate = grouped(group, itemgetter("pruning_rate"))
+        lines.append(
             {
-                "score": row["score"],
-                "name": row["score_name"] if row["score"] != "?" else row["name"],
-                "detail": _detail(row, epochs),
-                "cells": {},
-            },
+                "score": group[0]["score"],
+                "name": name,
+                "detail": _detail(group[0]),
+                "cells": [_cell(at_rate.get(rate, [])) for rate in rates],
+            }
         )
-        line["cells"].setdefault(row["pruning_rate"], []).append(row)
-    rates = sorted({rate for line in lines.values() for rate in line["cells"]})
-    for line in lines.values():
-        line["cells"] = [_cell(line["cells"].get(rate, [])) for rate in rates]
-    for column in range(len(rates)):
-        _mark_best([line["cells"][column] for line in lines.values()])
+    columns = list(zip(*(line["cells"] for line in lines), strict=True))
+    for cells in columns:
+        _mark_best(cells)
     num_seeds = [
-        len(cell["values"])
-        for line in lines.values()
-        for cell in line["cells"]
-        if cell and not cell["is_open"]
+        len(cell["values"]) for cells in columns for cell in cells if cell and not cell["is_open"]
     ]
     return {
         "rates": rates,
         "full": [row for row in rows if row["pruning_rate"] == 0],
-        "lines": [*lines.values()],
+        "lines": lines,
         "unknown": [row for row in rows if row["pruning_rate"] is None],
         "num_seeds": max(num_seeds, default=0),
         "notes": footnotes(row["published"] for row in rows),
     }
 
 
-def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
-    name = row["score_name"] if row["score"] != "?" else row["name"]
-    return name, row["strategy"], row["importance"], row["variant"], row["runs"]
-
-
-def _several_epochs(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-    """Return the settings and rates that were retrained for different numbers of epochs, which get
-    lines of their own."""
-    found: dict[tuple[Any, ...], set[Any]] = {}
-    for row in rows:
-        if row["status"] == "finished":
-            found.setdefault((*_setting(row), row["pruning_rate"]), set()).add(row["epochs"])
-    return {key for key, epochs in found.items() if len(epochs) > 1}
-
-
-def _told_epochs(row: dict[str, Any], several: set[tuple[Any, ...]]) -> int | None:
-    """Return the epochs of a row where they distinguish it from another."""
-    return row["epochs"] if (*_setting(row), row["pruning_rate"]) in several else None
-
-
-def _detail(row: dict[str, Any], epochs: int | None) -> str:
-    """Describe a setting: E, batch, train.lr=0.02, 60 epochs, seed0 and seed1."""
-    parts = [
-        row["strategy"],
-        row["strategy"] and (row["importance"] or "none"),
-        row["variant"],
-        epochs and f"{epochs} epochs",
-        row["runs"],
+def _told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `told_epochs`: the epochs of a row where they alone distinguish it from another."""
+    setting = itemgetter("score_name", "strategy", "importance", "variant", "runs", "pruning_rate")
+    several = with_several(
+        (setting(row), row["epochs"]) for row in rows if row["status"] == "finished"
+    )
+    return [
+        row | {"told_epochs": row["epochs"] if setting(row) in several else None} for row in rows
     ]
-    return ", ".join(part for part in parts if part)
+
+
+def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the name of a row, and what is told with it."""
+    name = row["score_name"] if row["score"] != "?" else row["name"]
+    epochs = row["told_epochs"] and f"{row['told_epochs']} epochs"
+    return name, row["strategy"], row["importance"], row["variant"], epochs, row["runs"]
+
+
+def _detail(row: dict[str, Any]) -> str:
+    """Describe a setting: E, batch, train.lr=0.02, 60 epochs, seed0 and seed1."""
+    _, strategy, importance, *more = _setting(row)
+    return ", ".join(filter(None, [strategy, strategy and (importance or "none"), *more]))
 
 
 def _cell(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -112,15 +98,13 @@ def _cell(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return cell | {"is_best": False, "is_open": not done, "num_unfinished": len(rows) - len(done)}
 
 
-def _mark_best(cells: list[dict[str, Any] | None]) -> None:
+def _mark_best(cells: Sequence[dict[str, Any] | None]) -> None:
     """Mark the highest of each strategy and network, where there is a choice; cells that show the
     same number are marked too.
     """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for cell in cells:
-        if cell and not cell["is_open"]:
-            groups.setdefault((cell["strategy"], *cell["score"].split(" on ")[1:]), []).append(cell)
-    for group in groups.values():
+    closed = [cell for cell in cells if cell and not cell["is_open"]]
+    rivals = grouped(closed, lambda cell: (cell["strategy"], *cell["score"].split(" on ")[1:]))
+    for group in rivals.values():
         best = max(round(cell["final_top1"], 2) for cell in group)
         for cell in group:
             cell["is_best"] = len(group) > 1 and round(cell["final_top1"], 2) == best
@@ -129,22 +113,17 @@ def _mark_best(cells: list[dict[str, Any] | None]) -> None:
 def accuracy_chart(rows: list[dict[str, Any]], slots: dict[str, int]) -> dict[str, Any] | None:
     """Draw final top-1 against the pruning rate, one line per score, strategy, importance and
     whatever else they differ in."""
-    several = _several_epochs(rows)
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if (
-            row["score"] != FULL_DATA
-            and row["pruning_rate"] is not None
-            and row["final_top1"] is not None
-        ):
-            groups.setdefault(
-                (row["score_name"], *_setting(row), _told_epochs(row, several)), []
-            ).append(row)
+    drawn = [
+        row
+        for row in _told_apart(rows)
+        if row["score"] != FULL_DATA and None not in (row["pruning_rate"], row["final_top1"])
+    ]
     lines = list[charts.Line]()
-    for (score, _, strategy, importance, variant, runs, epochs), group in groups.items():
+    for (_, strategy, importance, *more, runs), group in grouped(drawn, _setting).items():
         group.sort(key=lambda row: row["pruning_rate"])
+        score = group[0]["score_name"]
         look = (slots[score], strategy == "P")
-        label = setting(score, strategy, importance, variant, epochs and f"{epochs} epochs")
+        label = setting(score, strategy, importance, *more)
         lines.append(
             charts.Line(
                 label + (f" in {runs}" if runs else ""),
@@ -203,7 +182,7 @@ def finding(rows: list[dict[str, Any]]) -> str | None:
     if not done:
         return None
     full = [row["final_top1"] for row in rows if row["is_reference"]]
-    parts = [_cost(row, _name_among(row, done)) for row in done]
+    parts = [_cost(row, _name_among(row, done)) for row in _told_apart(done)]
     if len(full) == 1:
         text = (
             f"The full data gives a top-1 of {full[0]:.2f} %. Removing {percent(rate)} of the"
@@ -241,7 +220,7 @@ def _name_among(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     strategy, importance = (
         len({other[key] for other in rows}) > 1 for key in ("strategy", "importance")
     )
-    epochs = _told_epochs(row, _several_epochs(rows))
+    *_, variant, epochs, runs = _setting(row)
     is_told = (
         row["importance"] not in (None, "none")
         or [other["score"] for other in rows].count(row["score"]) > 1
@@ -249,15 +228,11 @@ def _name_among(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     parts = [
         strategy and f"Strategy-{row['strategy'] or '?'}",
         importance and is_told and f"importance {row['importance'] or 'none'}",
-        row["variant"],
-        epochs and f"{epochs} epochs",
+        variant,
+        epochs,
     ]
     told = ", ".join(part for part in parts if part)
-    return (
-        row["score_name"]
-        + (f" ({told})" if told else "")
-        + (f" in {row['runs']}" if row["runs"] else "")
-    )
+    return row["score_name"] + (f" ({told})" if told else "") + (f" in {runs}" if runs else "")
 
 
 def _cost(row: dict[str, Any], name: str) -> str:
@@ -291,11 +266,10 @@ def training_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     `to_full` (difference of final top-1 to the random twin, and to the training on all images whose
     share is nearest, at most SAME_BUDGET away; None without one), `num_unfinished`.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[Facts]] = {}
-    for facts in pool:
-        if facts.is_pruned_training:
-            key = tuple(sorted(setting_of(facts.config, "train").items()))
-            groups.setdefault(key, []).append(facts)
+    groups = grouped(
+        (facts for facts in pool if facts.is_pruned_training),
+        lambda facts: tuple(sorted(setting_of(facts.config, "train").items())),
+    )
     if not groups:
         return []
     settings = [dict(key) for key in groups]
@@ -362,9 +336,15 @@ def _training_row(group: Sequence[Facts], rest: str) -> dict[str, Any]:
         if facts.result is not None and {"images_seen", "images_of_full"} <= {*facts.result}
     }
     seen = [result["images_seen"] for result in results.values()]
-    return _budget_row(
-        family, f"{name}: random twin" if is_twin else name, is_twin, epochs, [*results.values()]
-    ) | {
+    final, final_std = mean_std(result.get("final_top1") for result in results.values())
+    return {
+        "family": family,
+        "name": f"{name}: random twin" if is_twin else name,
+        "is_twin": is_twin,
+        "epochs": epochs,
+        "seeds": sorted(result["seed"] for result in results.values() if "seed" in result),
+        "final_top1": final,
+        "final_top1_std": final_std,
         "images": fmean(seen) if seen else None,
         "of_full": max((result["images_of_full"] for result in results.values()), default=0),
         "num_unfinished": sum(facts.result is None for facts in group),
@@ -407,21 +387,6 @@ def _retraining_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     return rows
 
 
-def _budget_row(
-    family: str, name: str, is_twin: bool, epochs: int, results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    final, final_std = mean_std(result.get("final_top1") for result in results)
-    return {
-        "family": family,
-        "name": name,
-        "is_twin": is_twin,
-        "epochs": epochs,
-        "seeds": sorted(result["seed"] for result in results if "seed" in result),
-        "final_top1": final,
-        "final_top1_std": final_std,
-    }
-
-
 def format_trainings(rows: list[dict[str, Any]]) -> str:
     """Write the rows of `training_rows` as an aligned plain-text table."""
     head = ["training", "epochs", "images seen", "of full", "seeds", "final top-1", "vs twin"]
@@ -433,8 +398,8 @@ def format_trainings(rows: list[dict[str, Any]]) -> str:
             MISSING if row["share"] is None else f"{row['share']:.1f} %",
             str(len(row["seeds"])),
             plus_minus(row["final_top1"], row["final_top1_std"]),
-            MISSING if row["to_twin"] is None else signed(row["to_twin"]),
-            MISSING if row["to_full"] is None else signed(row["to_full"]),
+            signed(row["to_twin"]),
+            signed(row["to_full"]),
         ]
         for row in rows
     ]
@@ -444,10 +409,8 @@ def format_trainings(rows: list[dict[str, Any]]) -> str:
 
 def images_chart(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Draw final top-1 against the images seen, a line per family, random twins dashed."""
-    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["final_top1"] is not None and row["share"] is not None:
-            groups.setdefault((row["family"], row["is_twin"]), []).append(row)
+    known = [row for row in rows if None not in (row["final_top1"], row["share"])]
+    groups = grouped(known, itemgetter("family", "is_twin"))
     slots = {family: number for number, family in enumerate(dict.fromkeys(f for f, _ in groups))}
     lines = []
     for (family, is_twin), group in groups.items():

@@ -17,7 +17,7 @@ import numpy as np
 
 from tdds_dist.config.scores import DELTA_KINDS, base_key
 from tdds_dist.report import charts
-from tdds_dist.report.read import Facts, Retrained
+from tdds_dist.report.read import Facts, Retrained, grouped, with_several
 from tdds_dist.report.results import by_setting, variants
 from tdds_dist.runs.artifacts import Coreset
 from tdds_dist.text import mean_std, percent
@@ -159,11 +159,11 @@ def _coreset(facts: Facts, sub: Retrained) -> tuple[dict[str, Any], Coreset | No
 
 def _families(members: Sequence[_Trained], free: Sequence[str]) -> list[list[_Trained]]:
     """Group those that agree in all settings but `free`."""
-    groups: dict[tuple[Any, ...], list[_Trained]] = {}
-    for one in members:
-        fixed = tuple(value for name, value in one.setting.items() if name not in free)
-        groups.setdefault((one.rest, fixed), []).append(one)
-    return [*groups.values()]
+
+    def fixed(one: _Trained) -> tuple[Any, ...]:
+        return one.rest, *(value for name, value in one.setting.items() if name not in free)
+
+    return [*grouped(members, fixed).values()]
 
 
 def _comparable(
@@ -179,14 +179,9 @@ def _comparable(
     def place(one: _Trained) -> tuple[Any, ...]:
         return (one.rate, *(one.window if free else ()))
 
-    values: dict[tuple[Any, ...], set[Any]] = {}
-    for one in family:
-        values.setdefault(place(one), set()).add(one.setting[axis])
-    kept = [one for one in family if len(values[place(one)]) > 1]
-    windows: dict[float, set[tuple[Any, ...]]] = {}
-    for one in kept:
-        windows.setdefault(one.rate, set()).add(place(one))
-    if all(len(found) == 1 for found in windows.values()):
+    compared = with_several((place(one), one.setting[axis]) for one in family)
+    kept = [one for one in family if place(one) in compared]
+    if not with_several((one.rate, place(one)) for one in kept):
         yield from [("", kept)] if kept else []
         return
     for window in sorted({one.window for one in kept}):
@@ -200,21 +195,18 @@ def _windows(family: Sequence[_Trained]) -> dict[str, Any] | None:
     """Draw top-1 over T, a line per K and a chart per pruning rate; over K, a line per T, where no
     K has several T. None where nothing has a line."""
     for over, per in (_WINDOW, _WINDOW[::-1]):
-        found: dict[float, dict[Any, list[_Trained]]] = {}
+        lines = with_several(((one.rate, one.setting[per]), one.setting[over]) for one in family)
+        drawn = sorted({rate for rate, _ in lines})
+        points: dict[tuple[float, Any], list[_Trained]] = {}
         for one in family:
-            found.setdefault(one.rate, {}).setdefault(one.setting[per], []).append(one)
-        drawn = {
-            rate: lines
-            for rate, lines in sorted(found.items())
-            if any(len({one.setting[over] for one in line}) > 1 for line in lines.values())
-        }
-        values = sorted({value for lines in drawn.values() for value in lines})
+            points.setdefault((one.rate, one.setting[per]), []).append(one)
+        values = sorted({value for rate, value in points if rate in drawn})
         figure = _figure("Trajectory length T and window K", family[0], _WINDOW)
-        for rate, lines in drawn.items():
+        for rate in drawn:
             made = [
-                _line(f"{per} = {value}", number, lines[value], over)
+                _line(f"{per} = {value}", number, points[rate, value], over)
                 for number, value in enumerate(values)
-                if value in lines
+                if (rate, value) in points
             ]
             _add(figure, made, f"{percent(rate)} removed: final top-1 (%)", over)
         if drawn:
@@ -267,17 +259,14 @@ def _overlap(reference: Sequence[_Trained], other: Sequence[_Trained]) -> dict[f
     """Return the percent of a coreset that is in that of the reference too, one for each
     collection, by pruning rate."""
     coreset = {(one.run, one.rate): one.coreset for one in reference}
-    found: dict[tuple[float, Path], float] = {}
+    shares: dict[float, dict[Path, float]] = {}
     for one in sorted(other, key=lambda one: one.rate):
         usual = coreset.get((one.run, one.rate))
-        if one.coreset is None or usual is None or (one.rate, one.run) in found:
-            continue
-        both = np.intersect1d(one.coreset.index_M, usual.index_M, assume_unique=True)
-        found[one.rate, one.run] = 100 * len(both) / len(one.coreset.index_M)
-    shares: dict[float, list[float]] = {}
-    for (rate, _), share in found.items():
-        shares.setdefault(rate, []).append(share)
-    return shares
+        if one.coreset is not None and usual is not None:
+            both = np.intersect1d(one.coreset.index_M, usual.index_M, assume_unique=True)
+            share = 100 * len(both) / len(one.coreset.index_M)
+            shares.setdefault(one.rate, {}).setdefault(one.run, share)
+    return {rate: [*of_run.values()] for rate, of_run in shares.items()}
 
 
 def _line(label: str, number: int, members: Sequence[_Trained], over: str) -> charts.Line:

@@ -4,11 +4,12 @@ Owns the reading, not the formats of what it reads. A damaged or foreign file be
 `Facts.problems` instead of an exception: reports are also made of unfinished runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tdds_dist.config.scores import base_key, is_plain, score_order
 from tdds_dist.coreset.agreement import in_order
@@ -23,6 +24,9 @@ from tdds_dist.runs.artifacts import (
     require_same_dataset,
 )
 from tdds_dist.runs.directory import RunDir, read_objects
+
+_T = TypeVar("_T")
+_K = TypeVar("_K", bound=Hashable)
 
 FULL_DATA = "full data"
 _SETTING_KEYS = (
@@ -183,16 +187,12 @@ def _short_names(keys: list[str], retrained: list[Retrained]) -> dict[str, str]:
     def family(key: str) -> str:
         return base_key(key) + ("_balanced" if key.endswith("_balanced") else "")
 
-    competing: dict[tuple[Any, ...], set[str]] = {}
-    for sub in retrained:
-        setting = (
-            family(sub.score),
-            sub.strategy,
-            sub.setting.get("importance"),
-            sub.setting.get("pruning_rate"),
-        )
-        competing.setdefault(setting, set()).add(sub.score)
-    ambiguous = {setting[0] for setting, scores in competing.items() if len(scores) > 1}
+    def setting(sub: Retrained) -> tuple[Any, ...]:
+        asked = (sub.setting.get(key) for key in ("importance", "pruning_rate"))
+        return family(sub.score), sub.strategy, *asked
+
+    competing = with_several((setting(sub), sub.score) for sub in retrained)
+    ambiguous = {score for score, *_ in competing}
 
     def name(key: str) -> str:
         told = is_plain(key.removesuffix("_balanced")) and family(key) not in ambiguous
@@ -282,3 +282,20 @@ def _read_manifest(beton: str | None, problems: list[str]) -> Any:
     except (InputError, OSError, ImportError) as error:
         problems.append(str(error))
         return None
+
+
+# ---- groups
+
+
+def grouped(items: Iterable[_T], key: Callable[[_T], _K]) -> dict[_K, list[_T]]:
+    """Group items by a key; groups and their members in the order of the items."""
+    found: dict[_K, list[_T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def with_several(pairs: Iterable[tuple[_K, Hashable]]) -> set[_K]:
+    """Return the keys that come with more than one value."""
+    num_values = Counter(key for key, _ in {*pairs})
+    return {key for key, num in num_values.items() if num > 1}

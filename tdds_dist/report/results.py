@@ -13,7 +13,7 @@ from typing import Any
 from tdds_dist.config.scores import score_order
 from tdds_dist.errors import InputError
 from tdds_dist.report.published import Printed, footnotes, lookup
-from tdds_dist.report.read import FULL_DATA, Facts, Retrained, score_names
+from tdds_dist.report.read import FULL_DATA, Facts, Retrained, grouped, score_names
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.runs.identity import setting_of
 from tdds_dist.text import MISSING, count, mean_std, percent, plus_minus, signed, table
@@ -58,14 +58,13 @@ def experiment_name(runs: Sequence[RunDir]) -> str | None:
 
 def pools(found: Sequence[Facts]) -> list[list[Facts]]:
     """Group runs that trained and evaluated on the same images, in the order of their first."""
-    groups: dict[str, list[Facts]] = {}
-    for facts in found:
+
+    def images(facts: Facts) -> str:
         data = facts.config.get("data", {})
         content = facts.env.get("data") or [data.get("train"), data.get("val")]
-        groups.setdefault(
-            json.dumps([content, data.get("num_classes")], sort_keys=True), []
-        ).append(facts)
-    return [*groups.values()]
+        return json.dumps([content, data.get("num_classes")], sort_keys=True)
+
+    return [*grouped(found, images).values()]
 
 
 def run_name(facts: Facts) -> str:
@@ -76,9 +75,7 @@ def run_name(facts: Facts) -> str:
 def by_setting(pool: Sequence[Facts]) -> list[tuple[str, list[Facts]]]:
     """Group runs that differ in nothing but their seed, each group with a label: their names, or ""
     where all are alike."""
-    groups: dict[tuple[tuple[str, str], ...], list[Facts]] = {}
-    for facts in pool:
-        groups.setdefault(tuple(sorted(setting_of(facts.config).items())), []).append(facts)
+    groups = grouped(pool, lambda facts: tuple(sorted(setting_of(facts.config).items())))
     if len(groups) == 1:
         return [("", [*pool])]
     are_told_apart = len({run_name(facts) for facts in pool}) == len(pool)
@@ -204,7 +201,7 @@ def _row_key(sub: Retrained) -> tuple[Any, ...]:
 
 
 def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[dict[str, Any]]:
-    collected, rows = _collect_rows(group), []
+    collected = _collect_rows(group)
     trained: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     unfinished = []
     variant = variants(group)
@@ -221,34 +218,27 @@ def _rows_of_one_setting(group: Sequence[Facts], names: dict[str, str]) -> list[
             if sub.result is not None:
                 trained.setdefault(key, []).append(value)
             else:
-                row = _row(names, sub.name, key, [value])
-                unfinished.append(
-                    row | {"status": _progress(sub.metrics, sub.setting.get("epochs"))}
-                )
+                status = _progress(sub.metrics, sub.setting.get("epochs"))
+                unfinished.append(_row(names, sub.name, key, [value], status))
     rows = sorted(
         (_row(names, "retrain", key, results) for key, results in trained.items()),
         key=_row_order,
     )
-    full = [
-        row
-        for row in [*rows, *collected]
-        if row["score"] == FULL_DATA
-        and row["final_top1"] is not None
-        and row["status"] == "finished"
-    ]
-    full.sort(
+    known = [row for row in [*rows, *collected] if row["final_top1"] is not None]
+    full = min(
+        (row for row in known if row["score"] == FULL_DATA and row["status"] == "finished"),
         key=lambda row: (
             row in collected,
             row["variant"] != "",
             row["importance"] not in (None, "none"),
-        )
+        ),
+        default=None,
     )
-    if full:
-        full[0]["is_reference"] = True
-    for row in [*collected, *rows]:
-        same_network = " on " not in row["score"]
-        if full and row is not full[0] and row["final_top1"] is not None and same_network:
-            row["difference"] = row["final_top1"] - full[0]["final_top1"]
+    if full is not None:
+        full["is_reference"] = True
+        for row in known:
+            if row is not full and " on " not in row["score"]:
+                row["difference"] = row["final_top1"] - full["final_top1"]
     return [*collected, *rows, *unfinished]
 
 
@@ -274,11 +264,8 @@ def _collect_rows(group: Sequence[Facts]) -> list[dict[str, Any]]:
             status = f"stopped after {epochs} of {planned} epochs"
         of_one = "" if status == "finished" else value["run"]
         by_status.setdefault((status, of_one), []).append(value)
-    rows = []
-    epochs = group[0].config.get("train", {}).get("epochs")
-    for (status, _), values in by_status.items():
-        row = _row({}, "collect", (FULL_DATA, None, None, 0.0, epochs, ""), values)
-        rows.append(row | {"status": status})
+    key = (FULL_DATA, None, None, 0.0, group[0].config.get("train", {}).get("epochs"), "")
+    rows = [_row({}, "collect", key, values, status) for (status, _), values in by_status.items()]
     return sorted(rows, key=lambda row: row["status"] != "finished")
 
 
@@ -334,6 +321,7 @@ def _row(
     name: str,
     key: tuple[Any, ...],
     results: list[dict[str, Any]],
+    status: str = "finished",
 ) -> dict[str, Any]:
     """Return one row of the table from the results of all seeds of one setting."""
     score, strategy, importance, rate, epochs, variant = key
@@ -356,9 +344,8 @@ def _row(
         "best_top1_std": best_std,
         "difference": None,
         "is_reference": False,
-        "status": "finished",
+        "status": status,
         "published": results[0]["published"],
-        "runs": "",
         "values": [{key: result.get(key) for key in _VALUE_KEYS} for result in results],
     }
 
