@@ -7,6 +7,8 @@ count from 0.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from tdds_dist.report import charts
 from tdds_dist.report.accuracy import free_marker
-from tdds_dist.report.read import FULL_DATA, Facts, Retrained, score_names
+from tdds_dist.report.read import FULL_DATA, Facts, Retrained, grouped, score_names, with_several
 from tdds_dist.report.results import by_setting, run_name, variants
 from tdds_dist.text import percent
 
@@ -65,11 +67,9 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
     pruned = sorted({run.rate for run in runs if run.rate is not None})
     rates: list[float | None] = [*pruned] or [None]
     found, legend, has_seeds = [], dict[str, charts.Line](), False
-    for key, title in (("val_top1", "validation top-1 (%)"), ("train_loss", "training loss")):
-        values = [
-            record[key] for run in runs for record in run.metrics if record.get(key) is not None
-        ]
-        for number, rate in enumerate(rates if values else []):
+    for rate in rates:
+        for key, title in (("val_top1", "validation top-1 (%)"), ("train_loss", "training loss")):
+            values = [value for run in runs for value in _by_epoch(run.metrics, key).values()]
             lines = _lines([run for run in runs if run.rate in (None, rate)], key, keys)
             if not lines:
                 continue
@@ -91,11 +91,11 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
                 may_be_log=key == "train_loss",
                 y_range=(min(values), max(values)),
             )
-            found.append((number, svg))
+            found.append(svg)
     if not found:
         return None
     return {
-        "charts": [svg for _, svg in sorted(found, key=lambda item: item[0])],
+        "charts": found,
         "has_seeds": has_seeds,
         "legend": sorted(legend.values(), key=lambda line: [*keys.values()].index(line.series)),
     }
@@ -104,13 +104,12 @@ def curve_charts(pool: Sequence[Facts], slots: dict[str, int]) -> dict[str, Any]
 def _told_apart(runs: list[_Run]) -> list[_Run]:
     """Add to the name of each series what distinguishes it from the others, its epochs too where
     these differ at a rate."""
-    found: dict[tuple[Any, ...], set[int | None]] = {}
-    for run in runs:
-        found.setdefault((run.series, run.more, run.where, run.rate), set()).add(run.epochs)
+    setting = attrgetter("series", "more", "where", "rate")
+    several = with_several((setting(run), run.epochs) for run in runs if run.epochs is not None)
 
     def named(run: _Run) -> _Run:
-        several = len(found[run.series, run.more, run.where, run.rate] - {None}) > 1
-        epochs = f", {run.epochs} epochs" if several and run.epochs is not None else ""
+        is_told = setting(run) in several and run.epochs is not None
+        epochs = f", {run.epochs} epochs" if is_told else ""
         told = (f", {run.more}" if run.more else "") + epochs
         series = f"{run.series[:-1]}{told})" if run.series.endswith(")") else run.series + told
         return replace(run, series=series + run.where, label=run.label + epochs)
@@ -135,13 +134,12 @@ def _runs(
         rate = sub.setting.get("pruning_rate")
         importance = sub.setting.get("importance") or "none"
         more = variant[facts.run.path, sub.name]
+        slot = FULL_RETRAINED_SLOT if rate == 0 else slots[names[sub.score]]
+        series = f"{names[sub.score]} ({sub.strategy}, {importance})"
         if rate == 0:
-            series, slot = f"{FULL_DATA}, retrained", FULL_RETRAINED_SLOT
-        elif sub.strategy is None or rate is None:
-            series, slot = sub.name, slots[names[sub.score]]
-        else:
-            series = f"{names[sub.score]} ({sub.strategy}, {importance})"
-            slot = slots[names[sub.score]]
+            series = f"{FULL_DATA}, retrained"
+        elif None in (sub.strategy, rate):
+            series = sub.name
         yield _Run(
             series,
             _run_label(sub, names, more) + name,
@@ -160,65 +158,58 @@ def _runs(
 
 def _lines(runs: list[_Run], key: str, keys: dict[str, str]) -> list[charts.Line]:
     """Make a line per series; of several trainings the mean, and each by itself as a thin line."""
-    by_series: dict[str, list[tuple[_Run, dict[int, float]]]] = {}
-    for run in runs:
-        value = {
-            record["epoch"] + 1: record[key]
-            for record in run.metrics
-            if record.get(key) is not None
-        }
-        if value:
-            by_series.setdefault(run.series, []).append((run, value))
+    known = [(run, value) for run in runs if (value := _by_epoch(run.metrics, key))]
+    by_series = grouped(known, lambda member: member[0].series)
     looks = [(members[0][0].slot, members[0][0].dashed) for members in by_series.values()]
     lines, markers = list[charts.Line](), dict[tuple[int, bool], list[str]]()
+
+    def line(run: _Run, value: dict[int, float], **look: Any) -> charts.Line:
+        return charts.Line(
+            run.series,
+            [*value],
+            [*value.values()],
+            run.slot,
+            dashed=run.dashed,
+            series=keys[run.series],
+            **look,
+        )
+
     for series, members in by_series.items():
         first = members[0][0]
         look = (first.slot, first.dashed)
-        marker = (
-            free_marker(first.importance, markers.setdefault(look, []))
-            if looks.count(look) > 1
-            else ""
-        )
-        markers.setdefault(look, []).append(marker)
-        finished = [value for run, value in members if run.is_finished]
-        mean = _mean(finished if len(members) > 1 else [members[0][1]])
-        for run, value in members if len(members) > 1 else []:
-            lines.append(
-                charts.Line(
-                    series,
-                    [*value],
-                    [*value.values()],
-                    run.slot,
-                    dashed=run.dashed,
-                    title=run.label,
-                    series=keys[series],
-                    width=_THIN if mean else first.width,
-                    opacity=0.35 if mean else 1.0,
-                )
-            )
+        taken = markers.setdefault(look, [])
+        marker = free_marker(first.importance, taken) if looks.count(look) > 1 else ""
+        taken.append(marker)
+        title, mean = first.label, members[0][1]
+        if len(members) > 1:
+            finished = [value for run, value in members if run.is_finished]
+            title, mean = f"{series}: mean of {len(finished)}", _mean(finished, of_all=True)
+            width, opacity = (_THIN, 0.35) if mean else (first.width, 1.0)
+            for run, value in members:
+                lines.append(line(run, value, title=run.label, width=width, opacity=opacity))
         if mean:
-            title = first.label if len(members) == 1 else f"{series}: mean of {len(finished)}"
-            lines.append(
-                charts.Line(
-                    series,
-                    [*mean],
-                    [*mean.values()],
-                    first.slot,
-                    dashed=first.dashed,
-                    marker=marker,
-                    title=title,
-                    series=keys[series],
-                    width=first.width,
-                )
-            )
+            lines.append(line(first, mean, marker=marker, title=title, width=first.width))
     # means lie on top
     return sorted(lines, key=lambda line: (line.width != _THIN, line.width != _WIDE))
 
 
-def _mean(values: list[dict[int, float]]) -> dict[int, float]:
-    """Average by epoch, over the epochs that all have."""
-    shared = set(values[0]).intersection(*values[1:]) if values else set()
-    return {epoch: float(np.mean([value[epoch] for value in values])) for epoch in sorted(shared)}
+def _by_epoch(metrics: list[dict[str, Any]], key: str) -> dict[int, float]:
+    """Return what is recorded under a key, by epoch."""
+    return {record["epoch"] + 1: record[key] for record in metrics if record.get(key) is not None}
+
+
+def _mean(values: list[dict[int, float]], of_all: bool = False) -> dict[int, float]:
+    """Average at each epoch over those that have a value there, or over the epochs that `of_all`
+    have one."""
+    by_epoch = {
+        epoch: [value[epoch] for value in values if epoch in value]
+        for epoch in sorted({epoch for value in values for epoch in value})
+    }
+    return {
+        epoch: float(np.mean(found))
+        for epoch, found in by_epoch.items()
+        if not of_all or len(found) == len(values)
+    }
 
 
 def _run_label(sub: Retrained, names: dict[str, str], more: str = "") -> str:
@@ -240,18 +231,14 @@ def _run_label(sub: Retrained, names: dict[str, str], more: str = "") -> str:
 def speed(facts: Facts) -> list[dict[str, Any]]:
     """Return medians over epochs, without the first one where there are others, which includes
     compilation and cold caches."""
-    runs: list[tuple[str, Facts | Retrained]] = [("collect", facts)]
     variant = variants([facts])
-    for sub in facts.retrained:
-        runs.append((_run_label(sub, facts.names, variant[facts.run.path, sub.name]), sub))
+    labels = [
+        _run_label(sub, facts.names, variant[facts.run.path, sub.name]) for sub in facts.retrained
+    ]
+    runs: list[Facts | Retrained] = [facts, *facts.retrained]
     rows = []
-    for name, run in runs:
-        warm = run.metrics[1:] or run.metrics
-
-        def median(key: str, warm: list[dict[str, Any]] = warm) -> float | None:
-            values = [record[key] for record in warm if record.get(key) is not None]
-            return float(np.median(values)) if values else None
-
+    for name, run in zip(["collect", *labels], runs, strict=True):
+        median = partial(_median, run.metrics[1:] or run.metrics)
         rows.append(
             {
                 "name": name,
@@ -266,6 +253,11 @@ def speed(facts: Facts) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _median(metrics: list[dict[str, Any]], key: str) -> float | None:
+    values = [*_by_epoch(metrics, key).values()]
+    return float(np.median(values)) if values else None
 
 
 def speed_charts(facts: Facts) -> dict[str, Any] | None:
@@ -295,7 +287,7 @@ def speed_charts(facts: Facts) -> dict[str, Any] | None:
         for number, (rate, members) in enumerate(groups.items()):
             if key == "scoring_share" and rate is not None:
                 continue
-            mean = _mean_by_epoch(members, key)
+            mean = _mean([_by_epoch(metrics, key) for metrics in members])
             if mean:
                 slot = charts.FULL_SLOT if rate is None else FULL_RETRAINED_SLOT
                 lines.append(
@@ -321,16 +313,6 @@ def speed_charts(facts: Facts) -> dict[str, Any] | None:
             )
             legend = {line.label: line for line in lines} | legend
     return {"charts": found, "legend": [*legend.values()], "resumes": resumes} if found else None
-
-
-def _mean_by_epoch(members: list[list[dict[str, Any]]], key: str) -> dict[int, float]:
-    """Average at each epoch over those that have a value there."""
-    values: dict[int, list[float]] = {}
-    for metrics in members:
-        for record in metrics:
-            if record.get(key) is not None:
-                values.setdefault(record["epoch"] + 1, []).append(record[key])
-    return {epoch: float(np.mean(found)) for epoch, found in sorted(values.items())}
 
 
 def _rate_label(rate: float | None, num_runs: int) -> str:
