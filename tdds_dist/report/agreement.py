@@ -19,7 +19,7 @@ from tdds_dist.coreset.samplers import num_kept
 from tdds_dist.errors import InputError
 from tdds_dist.report import charts
 from tdds_dist.report.charts import Bins, bins_of
-from tdds_dist.report.read import Facts
+from tdds_dist.report.read import Facts, grouped
 from tdds_dist.report.scores import known_noise
 from tdds_dist.runs.artifacts import Scores, require_same_dataset
 from tdds_dist.text import percent
@@ -143,12 +143,9 @@ def between_section(
     Overlaps are at the pruning rates that all these runs have. A number is (mean, smallest,
     largest) over the pairs of runs.
     """
-    groups: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
-    for name, section in runs:
-        if section is not None:
-            groups.setdefault(section["fingerprint"], []).append((name, section))
+    known = [(name, section) for name, section in runs if section is not None]
     found = []
-    for fingerprint, members in groups.items():
+    for fingerprint, members in grouped(known, lambda run: run[1]["fingerprint"]).items():
         rates = sorted(set.intersection(*({*section["rates"]} for _, section in members)))
         ranked = [
             {key: _at(each, section["rates"], rates) for key, each in section["ranked"].items()}
@@ -208,8 +205,9 @@ def _maps(
     names = agreement.short_names([*ranked])
     noisy_N, _ = known_noise(facts)
     found = []
-    for name in [name for name in ranked if name in mapped]:
-        if pairs := [other for other in others if other != name]:
+    for name in ranked:
+        pairs = [other for other in others if other != name]
+        if name in mapped and pairs:
             slot = slots[facts.names[name]]
             found.append(
                 {
@@ -242,25 +240,25 @@ def _map(
 ) -> dict[str, Any]:
     """Draw one map; `x` and `y` are file name and short name of a score."""
     x_N, y_N = (scores[name].score_N for name, _ in (x, y))
-    x_bins, y_bins = bins_of(x_N, NUM_CELLS), bins_of(y_N, NUM_CELLS)
+    x_bins, y_bins = (bins_of(score_N, NUM_CELLS) for score_N in (x_N, y_N))
     cell_N = y_bins.place(y_N) * len(x_bins) + x_bins.place(x_N)
     count_YX = np.bincount(cell_N, minlength=len(y_bins) * len(x_bins)).reshape(
         len(y_bins), len(x_bins)
     )
-    x_cuts, y_cuts = (_cuts(scores[name].score_N, ranked[name], rates) for name, _ in (x, y))
+    x_axis, y_axis = (
+        charts.Axis(
+            f"{short} score" + (" (log axis)" if bins.is_log else ""),
+            bins,
+            _cuts(scores[name].score_N, ranked[name], rates),
+        )
+        for (name, short), bins in ((x, x_bins), (y, y_bins))
+    )
     alt = (
         f"Map of {len(x_N):,} images by {x[0]} score and {y[0]} score; Spearman's rank correlation "
         f"{agreement.rank_correlation(ranked[x[0]].rank_N, ranked[y[0]].rank_N):.2f}."
     )
-    x_title, y_title = (
-        f"{short} score" + (" (log axis)" if bins.is_log else "")
-        for (_, short), bins in ((x, x_bins), (y, y_bins))
-    )
-    chart = charts.density_map(
-        count_YX, x_bins, y_bins, x_cuts, y_cuts, slot, x_title, y_title, alt
-    )
     return {
-        "chart": chart,
+        "chart": charts.density_map(count_YX, x_axis, y_axis, slot, alt),
         "x": x[1],
         "y": y[1],
         "most": int(count_YX.max()),
@@ -291,13 +289,9 @@ def _cartography(facts: Facts, scores: Mapping[str, Scores]) -> dict[str, Any] |
     )
     chart = charts.density_map(
         count_YX,
-        x_bins,
-        y_bins,
-        [],
-        [],
+        charts.Axis("variability (standard deviation of the label's probability)", x_bins),
+        charts.Axis("confidence (mean of the label's probability)", y_bins),
         RIGHT_SLOT,
-        "variability (standard deviation of the label's probability)",
-        "confidence (mean of the label's probability)",
         alt,
         (wrong_YX.clip(0, 1), WRONG_SLOT),
     )

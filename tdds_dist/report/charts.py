@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -344,25 +344,28 @@ def _draw_strips(axes: "Axes", edge: np.ndarray, strips: Sequence[Strip], slot: 
     axes.grid(visible=False)
 
 
+class Axis(NamedTuple):
+    """An axis of a map, with (label, score) cuts that are drawn as lines."""
+
+    title: str
+    bins: Bins
+    cuts: Sequence[tuple[str, float]] = ()
+
+
 def density_map(
     count_YX: np.ndarray,
-    x_bins: Bins,
-    y_bins: Bins,
-    x_cuts: Sequence[tuple[str, float]],
-    y_cuts: Sequence[tuple[str, float]],
+    x: Axis,
+    y: Axis,
     slot: int,
-    x_title: str,
-    y_title: str,
     alt: str,
     other: tuple[np.ndarray, int] | None = None,
 ) -> str:
-    """Draw the images per cell of two scores, dark where there are many (log scale), with (label,
-    score) cuts of each as lines.
+    """Draw the images per cell of two scores, dark where there are many (log scale).
 
     `other` is the share of each cell, in [0, 1], that is painted in another colour, and its slot.
     """
     x_edge, y_edge = (
-        np.log10(bins.edge) if bins.is_log else bins.edge for bins in (x_bins, y_bins)
+        np.log10(bins.edge) if bins.is_log else bins.edge for bins in (x.bins, y.bins)
     )
     opacity_YX = np.where(
         count_YX, 0.14 + 0.86 * np.log1p(count_YX) / math.log1p(max(1, count_YX.max())), 0
@@ -387,7 +390,7 @@ def density_map(
             )
         axes.set_xlim(x_edge[0], x_edge[-1])
         axes.set_ylim(y_edge[0], y_edge[-1])
-        for axis, bins, cuts in ((axes.xaxis, x_bins, x_cuts), (axes.yaxis, y_bins, y_cuts)):
+        for axis, (_, bins, cuts) in ((axes.xaxis, x), (axes.yaxis, y)):
             axis.set_major_locator(MaxNLocator(nbins=7, integer=bins.is_log or bins.is_whole))
             if bins.is_log:
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:g}"))
@@ -399,8 +402,8 @@ def density_map(
                 cuts = [(label, math.log10(max(cut, bins.edge[0]))) for label, cut in cuts]
             _draw_cuts(axes, axis is axes.xaxis, cuts)
         axes.grid(visible=False)
-        axes.set_title(y_title, pad=16 if x_cuts else 8)
-        axes.set_xlabel(x_title)
+        axes.set_title(y.title, pad=16 if x.cuts else 8)
+        axes.set_xlabel(x.title)
 
     return _in_slots(_render(draw, alt, [], height=3.4), [slot for _, slot in layers])
 

@@ -612,7 +612,11 @@ def test_texts_of_charts_are_escaped_and_odd_charts_drawn():
     assert "(log axis)" in svg
     two, one = Bins(np.array([0.0, 1.0, 2.0])), Bins(np.array([0.0, 1.0]))
     density = charts.density_map(
-        np.eye(2), two, two, [("<80 %>", 1.0)], [("50 %", 2)], 3, "x", "y", 'an "alt"'
+        np.eye(2),
+        charts.Axis("x", two, [("<80 %>", 1.0)]),
+        charts.Axis("y", two, [("50 %", 2)]),
+        3,
+        'an "alt"',
     )
     assert "&lt;80 %&gt;" in density
     assert 'aria-label="an &quot;alt&quot;"' in density

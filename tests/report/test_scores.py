@@ -123,7 +123,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Drawn]]:
         monkeypatch.setattr(charts, name, drawing)
 
     spy("histogram", "count_B bins strips slot x_title alt")
-    spy("density_map", "count_YX x_bins y_bins x_cuts y_cuts slot x_title y_title alt")
+    spy("density_map", "count_YX x y slot alt")
     return seen
 
 
@@ -398,16 +398,16 @@ def test_maps_count_every_image_and_cut_where_select_cuts(full, drawn):
     chart = drawn["density_map"][2]
     count_YX = np.zeros(chart["count_YX"].shape, int)
     for x, y in zip(x_N, y_N, strict=True):
-        column = chart["x_bins"].place(np.array([x]))[0]
-        count_YX[chart["y_bins"].place(np.array([y]))[0], column] += 1
+        column = chart["x"].bins.place(np.array([x]))[0]
+        count_YX[chart["y"].bins.place(np.array([y]))[0], column] += 1
     np.testing.assert_array_equal(chart["count_YX"], count_YX)
     assert count_YX.sum() == NUM_SAMPLES
-    assert len({*loop_count(y_N, chart["y_bins"])}) > 1
+    assert len({*loop_count(y_N, chart["y"].bins)}) > 1
     both = (scores_of(TDDS), scores_of("forgetting"))
     kept = {rate: [choose(scores, rate) for scores in both] for rate in (0.5, 0.8)}
-    assert chart["x_cuts"] == [(f"{100 * rate:g} %", x_N[kept[rate][0]].min()) for rate in kept]
+    assert chart["x"].cuts == [(f"{100 * rate:g} %", x_N[kept[rate][0]].min()) for rate in kept]
     y_cuts = sorted({y_N[kept[rate][1]].min() for rate in kept})
-    assert [cut for _, cut in chart["y_cuts"]] == y_cuts
+    assert [cut for _, cut in chart["y"].cuts] == y_cuts
     a, b = ({*index_M.tolist()} for index_M in kept[0.8])
     found = section["maps"][1]["maps"][0]["corners"]["corners"]
     corners = {place: num for place, _, num, _, _ in found}
