@@ -60,11 +60,6 @@ class Sheet:
     rate: float | None = None
     cut: float | None = None  # the lowest kept score
 
-    @property
-    def by_need(self) -> list[int]:
-        """Return the same images, the one nearest to the end or to the cut first."""
-        return self.index[::-1] if self.kind == "below" else self.index
-
     def text(self, num: int, keeps_centre: bool) -> dict[str, str]:
         """Return heading and note over the `num` images of this sheet that are in the page."""
         images = "1 image" if num == 1 else f"{num} images"
@@ -100,24 +95,31 @@ def sheets(
         }
     try:
         info = _open(facts, main)
+        # those that rank images, of the main score's
+        same = facts.scores[main].fingerprint
+        others = [
+            name
+            for name, scores in facts.scores.items()
+            if base_key(name) != "random" and scores.fingerprint == same
+        ]
         by_score = {
             name: score_sheets(facts, name, origins, num_thumbnails)
-            for name in _shown_scores(facts, main)
+            for name in dict.fromkeys([main, *others])
         }
         wanted = by_need(itertools.chain(*by_score.values()))
         sample = spread(facts.scores[main].score_N, info.label_N)
-        uris, num_bad = _thumbnails(info, wanted, sample, budget_bytes)
+        uris, bad = thumbnails(info, wanted, int(SHEETS_SHARE * budget_bytes), SIDES[:-1])
+        rest = budget_bytes - sum(map(len, uris.values()))
+        done = {*uris, *bad}
+        more, more_bad = thumbnails(info, (index for index in sample if index not in done), rest)
+        uris |= more
+        if not uris:
+            raise InputError(
+                f"none of those wanted can be decoded; `tdds check {info.path}` names the bad ones."
+            )
     except (InputError, OSError, ImportError) as error:
         facts.problems.append(f"{facts.run.path}: the page has no images: {error}")
         return {"sheets": [], "note": f"The images cannot be shown: {error}"}
-    if not uris:
-        return {
-            "sheets": [],
-            "note": (
-                "The images cannot be shown: none of those wanted can be decoded; "
-                f"`tdds check {info.path}` names the bad ones."
-            ),
-        }
     order = [number for number in dict.fromkeys([*sample, *uris]) if number in uris]
     pictures = _pictures(facts, info, order, list(by_score))
     static, in_html = _static_sheets(by_score[main], pictures, uris, _keeps_centre(facts, main))
@@ -138,7 +140,7 @@ def sheets(
         "store": store,
         "num_images": len(order),
         "num_samples": info.num_samples,
-        "num_bad": num_bad,
+        "num_bad": len(bad) + len(more_bad),
     }
 
 
@@ -167,18 +169,17 @@ def score_sheets(facts: Facts, name: str, origins: Origins, num: int) -> list[Sh
     half = (num + 1) // 2
     for rate, (cut, index_M) in sorted(cuts.items(), reverse=True):
         if rate > 0:
-            is_kept_N = np.zeros(len(score_N), dtype=bool)
-            is_kept_N[index_M] = True
-            kept = is_kept_N[order]
+            kept = np.isin(order, index_M)
             found.append(Sheet("below", order[~kept][-half:].tolist(), rate, cut))
             found.append(Sheet("above", order[kept][:half].tolist(), rate, cut))
     return found
 
 
 def by_need(found: Iterable[Sheet]) -> list[int]:
-    """Return the images of all sheets: the first of every sheet, then the second of every sheet,
-    and so on; each once."""
-    rounds = itertools.zip_longest(*(sheet.by_need for sheet in found))
+    """Return the images of all sheets: those nearest to the end or to the cut of every sheet, then
+    the next of every sheet, and so on; each once."""
+    nearest_first = (sheet.index[::-1] if sheet.kind == "below" else sheet.index for sheet in found)
+    rounds = itertools.zip_longest(*nearest_first)
     return list(
         dict.fromkeys(number for numbers in rounds for number in numbers if number is not None)
     )
@@ -218,18 +219,6 @@ def _open(facts: Facts, main: str) -> BetonInfo:
     found = dataset_fingerprint(info, scores.fingerprint.num_classes)
     require_same_dataset(scores.fingerprint, found, f"score {main!r}")
     return info
-
-
-def _shown_scores(facts: Facts, main: str) -> list[str]:
-    """List the score files that rank images (not `random`) and are of the main score's images; the
-    main score first."""
-    same = facts.scores[main].fingerprint
-    others = [
-        name
-        for name, scores in facts.scores.items()
-        if name != main and base_key(name) != "random" and scores.fingerprint == same
-    ]
-    return [main, *others]
 
 
 def _keeps_centre(facts: Facts, name: str) -> bool:
@@ -311,18 +300,6 @@ def _stored_score(
 # ---- thumbnails
 
 
-def _thumbnails(
-    info: BetonInfo, wanted: list[int], sample: list[int], budget_bytes: int
-) -> tuple[dict[int, str], int]:
-    """Return data URIs of the sheets' images and of the sample's, within the budget, and how many
-    could not be decoded."""
-    uris, bad = thumbnails(info, wanted, int(SHEETS_SHARE * budget_bytes), SIDES[:-1])
-    done = {*uris, *bad}
-    rest = budget_bytes - sum(map(len, uris.values()))
-    more, more_bad = thumbnails(info, (number for number in sample if number not in done), rest)
-    return uris | more, len(bad) + len(more_bad)
-
-
 def thumbnails(
     info: BetonInfo, index: Iterable[int], budget_bytes: int, sides: Sequence[int] = SIDES
 ) -> tuple[dict[int, str], list[int]]:
@@ -361,12 +338,11 @@ def data_uri(image: np.ndarray, side: int) -> str:
     from PIL import Image
 
     picture, file = Image.fromarray(image), io.BytesIO()
-    if max(image.shape[:2]) <= PIXELATED_UP_TO:
-        picture.save(file, "png", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    picture.thumbnail((side, side))
-    picture.save(file, "jpeg", quality=JPEG_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    kind = "png" if max(image.shape[:2]) <= PIXELATED_UP_TO else "jpeg"
+    if kind == "jpeg":
+        picture.thumbnail((side, side))
+    picture.save(file, kind, quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _side(info: BetonInfo, index: Sequence[int], budget_bytes: int, sides: Sequence[int]) -> int:
