@@ -101,7 +101,9 @@ def build_report(runs: list[RunDir], out: Path, num_thumbnails: int = 24) -> Pat
             "page.html.j2",
             ("style.css", "scores.css", "images.css"),
             ("page.js", "scores.js", "images.js"),
-            title=_title(runs, every),
+            title=run_name(every[0])
+            if len(runs) == 1
+            else experiment_name(runs) or f"{len(runs)} runs",
             num_runs=len(runs),
             trainings=trainings,
             sections=sections,
@@ -131,14 +133,8 @@ def render(template: str, styles: Sequence[str], scripts: Sequence[str], **conte
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    page.filters |= {
-        "count": count,
-        "percent": percent,
-        "decimal": decimal,
-        "signed": signed,
-        "plus_minus": plus_minus,
-        "duration": duration,
-    }
+    filters = (count, percent, decimal, signed, plus_minus, duration)
+    page.filters |= {each.__name__: each for each in filters}
     folder = files("tdds_dist.report") / "templates"
     style, script = (
         "".join((folder / name).read_text(encoding="utf-8") for name in names)
@@ -147,12 +143,6 @@ def render(template: str, styles: Sequence[str], scripts: Sequence[str], **conte
     return page.get_template(template).render(
         style=style, script=script, version=version("tdds-dist"), **context
     )
-
-
-def _title(runs: Sequence[RunDir], every: Sequence[Facts]) -> str:
-    if len(runs) == 1:
-        return run_name(every[0])
-    return experiment_name(runs) or f"{len(runs)} runs"
 
 
 def _trainings(pool: list[Facts]) -> dict[str, Any]:
@@ -178,14 +168,13 @@ def _pool(
     numbers = [
         number for number, facts in enumerate(found) if any(facts is other for other in pool)
     ]
-    with_images = [number for number in numbers if sections[number]["sheets"]["sheets"]]
     return {
         "dataset": sections[numbers[0]]["dataset"],
         "model": ", ".join(dict.fromkeys(sections[n]["model"] for n in numbers)),
         "runs": numbers,
         "seeds": list(dict.fromkeys(sections[number]["seed"] for number in numbers)),
         "differ": len(by_setting(pool)) > 1,
-        "images_of": with_images[0] if with_images else None,
+        "images_of": next((n for n in numbers if sections[n]["sheets"]["sheets"]), None),
         "rows": rows,
         "matrix": matrix(rows),
         "finding": finding(rows),
@@ -236,18 +225,15 @@ def _section(
         "name": run_name(facts),
         "is_pooled": is_pooled,
         "dataset": _dataset_of(facts),
-        "num_images": facts.num_images,
         "num_classes": facts.config.get("data", {}).get("num_classes"),
         "model": facts.config.get("model", {}).get("name", "?"),
         "train": facts.config.get("train", {}),
         "seed": facts.config.get("run", {}).get("seed"),
-        "env": facts.env,
-        "result": facts.result,
+        "facts": facts,
         "rows": rows,
         "matrix": matrix(rows),
         "finding": finding(rows),
         "published": [] if is_pooled else printed_tables(row["published"] for row in rows),
-        "problems": facts.problems,
         "main": main,
         "provenance": _provenance(facts),
     }
@@ -266,24 +252,22 @@ def _coreset(
 def _provenance(facts: Facts) -> dict[str, Any]:
     """Return how the run came about; `differences` are sentences about retrainings of another
     commit or other versions."""
-    env, versions = facts.env, facts.env.get("versions", {})
+    env = facts.env
     content = {
         f"Content of the {split} images, SHA-256": text[:16]
         for split, text in env.get("data", {}).items()
     }
-    known = (
-        {
-            "Run directory": str(facts.run.path),
-            "Commit": env.get("commit"),
-            "Processor": env.get("cpu"),
-            "CPUs": env.get("num_cpus"),
-            "Device": env.get("device"),
-            "Ranks": env.get("world_size"),
-            "Python": env.get("python"),
-        }
-        | versions
-        | content
-    )
+    known = {
+        "Run directory": str(facts.run.path),
+        "Commit": env.get("commit"),
+        "Processor": env.get("cpu"),
+        "CPUs": env.get("num_cpus"),
+        "Device": env.get("device"),
+        "Ranks": env.get("world_size"),
+        "Python": env.get("python"),
+        **env.get("versions", {}),
+        **content,
+    }
     differences = []
     for key, what in (
         ("commit", "at another commit"),

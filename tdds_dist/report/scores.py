@@ -17,7 +17,7 @@ from tdds_dist.coreset.select import default_sampler
 from tdds_dist.report import charts
 from tdds_dist.report.charts import bins_of
 from tdds_dist.report.read import Facts
-from tdds_dist.runs.artifacts import Coreset
+from tdds_dist.runs.artifacts import Coreset, Scores
 from tdds_dist.text import percent
 
 NUM_BINS = 80
@@ -157,12 +157,8 @@ def known_noise(facts: Facts) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Mark the images with a wrong label, and those that are corrupted, bool [N]; None where the
     manifest does not say, or is of other labels than those that were scored or chosen."""
     manifest = facts.manifest
-    if manifest is None:
-        return None, None
-    own = [each.fingerprint for each in facts.scores.values()] + [
-        each.fingerprint for each in facts.coresets.values()
-    ]
-    if any(each != manifest.fingerprint for each in own):
+    own: list[Scores | Coreset] = [*facts.scores.values(), *facts.coresets.values()]
+    if manifest is None or any(each.fingerprint != manifest.fingerprint for each in own):
         return None, None
     return manifest.noisy_N, manifest.corrupted_N
 
