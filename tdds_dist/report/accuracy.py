@@ -292,7 +292,7 @@ def training_rows(pool: Sequence[Facts]) -> list[dict[str, Any]]:
     full = max(row["of_full"] for row in rows.values())
     found = [*rows.values(), *_retraining_rows(pool)]
     for row in found:
-        row["share"] = row["images"] and full and 100 * row["images"] / full
+        row["share"] = 100 * row["images"] / full if row["images"] and full else None
     whole = [row for row in rows.values() if row["family"].startswith(_ALL_IMAGES)]
     for row in found:
         near = [

@@ -13,14 +13,20 @@ import numpy as np
 import pytest
 
 from tdds_dist.cli.main import main
-from tdds_dist.report.accuracy import accuracy_chart, finding, matrix
+from tdds_dist.report.accuracy import (
+    accuracy_chart,
+    finding,
+    images_chart,
+    matrix,
+    training_rows,
+)
 from tdds_dist.report.curves import curve_charts, speed_charts
 from tdds_dist.report.page import build_report
 from tdds_dist.report.read import read_facts
 from tdds_dist.report.results import find_runs, format_summary, pools, summary_rows, summary_tables
 from tdds_dist.runs.directory import RunDir
 from tests import make
-from tests.make import TDDS, Page, finish, log, refused, retraining, start
+from tests.make import NUM_IMAGES, TDDS, Page, finish, log, refused, retraining, start
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -303,6 +309,19 @@ def test_the_sentence_names_what_differs_alone():
         "it costs 4.00 points with tdds (Strategy-P, 60 epochs), down to 91.00 %",
         "it costs 10.00 points with tdds (Strategy-E, train.lr=0.02), down to 85.00 %.",
     ]
+
+
+def test_no_images_are_a_share_of_a_training_that_has_not_finished(tmp_path):
+    """Beside one that prunes inside; the images of a retraining are known already."""
+    run = start(tmp_path / "run")
+    log(run)
+    finish(run)
+    retraining(run, TDDS, 0.5, 0, 80.0)
+    training = start(tmp_path / "training", stage={"stage": "train"})
+    rows = training_rows([*map(read_facts, (run, training))])
+    assert [row["images"] for row in rows if row["final_top1"] == 80.0] == [4.5 * NUM_IMAGES]
+    assert [row["share"] for row in rows] == [None, None]
+    assert images_chart(rows) is None
 
 
 # ---- trainings that are no seeds of each other
