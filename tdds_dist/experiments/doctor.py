@@ -23,7 +23,6 @@ from tdds_dist.experiments.findings import (
     Check,
     Finding,
     Visit,
-    as_data,
     as_table,
     examine,
     merge,
@@ -106,7 +105,11 @@ def _report(
     failed = list(dict.fromkeys(row.finding.what for row in rows if row.finding.state == "FAIL"))
     board.put("verdict", failed)
     _leave(visit)
-    data = as_data(rows, visit.hosts) | {
+    data = {
+        "stage": "doctor",
+        "num_ranks": board.world_size,
+        "hosts": visit.hosts,
+        "checks": [asdict(row.finding) | {"ranks": list(row.ranks)} for row in rows],
         "failed": failed,
         "seconds": round(time.perf_counter() - started, 1),
         "exit_code": 2 if failed else 0,

@@ -20,7 +20,13 @@ import torch
 
 from tdds_dist.data.loader import default_workers, has_tbb, torch_threads
 from tdds_dist.distributed import collectives
-from tdds_dist.distributed.world import gpus_are_hidden, ranks_per_cpu, session
+from tdds_dist.distributed.world import (
+    World,
+    current_world,
+    gpus_are_hidden,
+    ranks_per_cpu,
+    session,
+)
 from tdds_dist.errors import InputError
 from tdds_dist.experiments.findings import Finding, State, Visit, words_of
 from tdds_dist.text import size_text
@@ -267,16 +273,14 @@ def interface(visit: Visit) -> Iterator[Finding]:
         told = os.environ.get(variable, "")
         if not told or (variable.startswith("NCCL") and visit.device.type != "cuda"):
             continue
-        names = [name.split(":")[0] for name in told.lstrip("=").split(",") if name]
         # NCCL takes names as beginnings of names, unless = stands before them; ^ excludes
+        listed = "" if told.startswith("^") else told.lstrip("=")
         is_prefix = variable.startswith("NCCL") and not told.startswith("=")
         missing = [
             name
-            for name in names
+            for name in (part.split(":")[0] for part in listed.split(",") if part)
             if not any(other.startswith(name) if is_prefix else other == name for other in here)
         ]
-        if told.startswith("^"):
-            missing = []
         yield Finding(
             "interface",
             "FAIL" if missing else "OK",
@@ -319,8 +323,7 @@ def meeting(visit: Visit) -> Iterator[Finding]:
 
 def exchanges(visit: Visit) -> Iterator[Finding]:
     """Check the collectives of a step: sums, and rows to their owners, uneven and to some none."""
-    world = visit.world
-    assert world is not None
+    world = current_world(visit.device)
     W, rank = world.world_size, world.rank
     total = collectives.sum_over_ranks(torch.full((1000,), rank + 1.0, device=world.device))
     if not bool((total == W * (W + 1) / 2).all()):
@@ -354,8 +357,7 @@ def _wrong(what: str, found: str, wanted: str) -> Finding:
 
 def links(visit: Visit) -> Iterator[Finding]:
     """Measure every pair of nodes (of ranks, on one node) by the exchange that a step makes."""
-    world = visit.world
-    assert world is not None
+    world = current_world(visit.device)
     firsts = [rank for rank, host in enumerate(visit.hosts) if host not in visit.hosts[:rank]]
     over_nodes = len(firsts) > 1
     ends = firsts if over_nodes else list(range(world.world_size))
@@ -365,7 +367,7 @@ def links(visit: Visit) -> Iterator[Finding]:
     speeds: dict[tuple[int, int], float] = {}
     deadline = time.monotonic() + _LINKS_SECONDS
     for pair in combinations(ends, 2):
-        speeds[pair] = _speed(visit, pair)
+        speeds[pair] = _speed(world, pair)
         # all leave at the same pair
         late = torch.tensor([float(time.monotonic() > deadline)], device=world.device)
         if collectives.sum_over_ranks(late).item():
@@ -389,10 +391,8 @@ def links(visit: Visit) -> Iterator[Finding]:
     )
 
 
-def _speed(visit: Visit, pair: tuple[int, int]) -> float:
+def _speed(world: World, pair: tuple[int, int]) -> float:
     """Return bytes per second each way between two ranks; the others take part with nothing."""
-    world = visit.world
-    assert world is not None
     other = {pair[0]: pair[1], pair[1]: pair[0]}.get(world.rank)
     num_rows = _LINK_BYTES // 4096
     splits = [num_rows * (rank == other) for rank in range(world.world_size)]
@@ -411,8 +411,7 @@ def _speed(visit: Visit, pair: tuple[int, int]) -> float:
 
 def time_limits(visit: Visit) -> Iterator[Finding]:
     """Check that a collective of gloo which a rank does not join ends by its time limit."""
-    world = visit.world
-    assert world is not None
+    world = current_world(visit.device)
     if world.world_size == 1:
         yield Finding("time limits", "SKIP", "one rank, nobody to wait for")
         return

@@ -47,17 +47,12 @@ _CPU_ROWS = 16  # most rows of a measured step on the CPU, where a whole batch m
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
-def _config(visit: Visit) -> Any:
-    assert visit.config is not None
-    return visit.config
-
-
 # ---- files
 
 
 def data_files(visit: Visit) -> Iterator[Finding]:
     """Open the files of the config as a collection does, and compare their content on all ranks."""
-    config, W = _config(visit), visit.board.world_size
+    config, W = visit.config, visit.board.world_size
     config.check_collect()
     rows = per_rank_batch(config.train.global_batch_size, W, config.train.accumulation)
     files: dict[str, list[Any]] = {}
@@ -89,7 +84,7 @@ def room(visit: Visit) -> Iterator[Finding]:
     """Compare what `tdds plan` says with the memory and the disk that there are."""
     if visit.rank != 0:
         return
-    config = _config(visit)
+    config = visit.config
     on_here = config.changed("run", device=visit.device.type)
     planned = plan(on_here, num_ranks=visit.board.world_size)
     rows, gradients = (line.value or 0.0 for line in planned.sections["network_per_rank"][1])
@@ -105,7 +100,7 @@ def room(visit: Visit) -> Iterator[Finding]:
 
 def run_directory(visit: Visit) -> Iterator[Finding]:
     """Do in the run directory what a run does there: rename, link, sync, on all ranks at once."""
-    wanted = _config(visit).run.directory.absolute()
+    wanted = visit.config.run.directory.absolute()
     there = next(path for path in (wanted, *wanted.parents) if path.is_dir())
     names = visit.board.share("scratch", f".tdds-doctor-{os.getpid()}", _ANSWER_SECONDS)
     folder = there / names.get(0, f".tdds-doctor-{os.getpid()}")
@@ -135,20 +130,17 @@ def _write(folder: Path, rank: int) -> dict[str, Any]:
     sync_folder(folder)
     seconds = time.perf_counter() - started
     ahead = path.stat().st_mtime - time.time()
+    won, kind = True, "link"
     try:
-        os.link(path, folder / "lock")
-        won, kind = True, "link"
-    except FileExistsError:
-        won, kind = False, "link"
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        kind = "exclusive file, no hard links here"
         try:
-            os.close(os.open(folder / "lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            won = True
-        except FileExistsError:
-            won = False
+            os.link(path, folder / "lock")
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            kind = "exclusive file, no hard links here"
+            (folder / "lock").touch(exist_ok=False)
+    except FileExistsError:
+        won = False
     renamed = path.read_text() == f"rank {rank}" and not aside.exists()
     return {"won": won, "kind": kind, "seconds": seconds, "ahead": ahead, "renamed": renamed}
 
@@ -265,7 +257,7 @@ def kernel(visit: Visit) -> Iterator[Finding]:
 
 def network_speed(visit: Visit) -> Iterator[Finding]:
     """Measure images/s of a training step of this rank alone, without loading them."""
-    config, device = _config(visit), visit.device
+    config, device = visit.config, visit.device
     rows = visit.left.get("rows") or per_rank_batch(
         config.train.global_batch_size, visit.board.world_size, config.train.accumulation
     )
@@ -313,7 +305,7 @@ def traffic(visit: Visit) -> Iterator[Finding]:
 
 def _step(visit: Visit, B: int, scorer: ShardedScorer | None = None) -> Any:
     """Return a training step on made-up images, shown to the scorer where there is one."""
-    config, device = _config(visit), visit.device
+    config, device = visit.config, visit.device
     data, C = config.data, config.data.num_classes
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     network = config.model
@@ -345,7 +337,7 @@ def waits(visit: Visit) -> Iterator[Finding]:
     if visit.device.type != "cuda":
         yield Finding("no wait in a step", "SKIP", "the CPU is not waited for")
         return
-    config, W = _config(visit), visit.board.world_size
+    config, W = visit.config, visit.board.world_size
     rows = per_rank_batch(config.train.global_batch_size, W, config.train.accumulation)
     num_steps = 4
     order = epoch_order(num_steps * rows * W, rows * W)
@@ -368,7 +360,7 @@ def waits(visit: Visit) -> Iterator[Finding]:
 
 def decoding(visit: Visit) -> Iterator[Finding]:
     """Measure images/s of decoding the config's own file, all ranks at once."""
-    config, W = _config(visit), visit.board.world_size
+    config, W = visit.config, visit.board.world_size
     if "train" not in visit.left:
         yield Finding("decoding", "SKIP", "no training file")
         return

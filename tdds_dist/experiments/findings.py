@@ -9,11 +9,10 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
-from tdds_dist.config.run import Config
 from tdds_dist.errors import InputError
 from tdds_dist.text import table
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from tdds_dist.distributed.world import World
 
 State = Literal["OK", "SKIP", "WARN", "FAIL"]
-_WIDTHS = {"found": 52, "wanted": 34, "way_out": 58}  # of columns, characters
+_WIDTHS = (40, 52, 34, 4, 58)  # of the columns, characters
 _ERROR_CHARACTERS = 400
 _LATE_SECONDS = 60.0  # that ranks wait for one that still does its own checks
 
@@ -44,11 +43,11 @@ class Finding:
 
 @dataclass
 class Visit:
-    """What a check knows: this rank, its device, the config (None: what needs none), and the
-    numbers that earlier checks left for it."""
+    """What a check knows: this rank, its device, the config, and the numbers that earlier checks
+    left for it."""
 
     board: "Board"
-    config: Config | None
+    config: Any  # a Config; None: only what needs none
     device: "torch.device"
     world: "World | None" = None  # once the ranks have met
     left: dict[str, Any] = field(default_factory=dict)
@@ -167,16 +166,12 @@ class Row:
 def merge(reports: Mapping[int, Sequence[Finding]], num_ranks: int) -> list[Row]:
     """Bring the findings of all ranks together, a line for each check: all that is wrong with it on
     different ranks, or else what is right, with the smallest number."""
-    names = list(
-        dict.fromkeys(finding.what for rank in sorted(reports) for finding in reports[rank])
-    )
+    by_name: dict[str, dict[Finding, list[int]]] = {}
+    for rank in sorted(reports):
+        for finding in reports[rank]:
+            by_name.setdefault(finding.what, {}).setdefault(finding, []).append(rank)
     rows = []
-    for name in names:
-        ranks_of: dict[Finding, list[int]] = {}
-        for rank in sorted(reports):
-            for finding in reports[rank]:
-                if finding.what == name:
-                    ranks_of.setdefault(finding, []).append(rank)
+    for ranks_of in by_name.values():
         bad = [finding for finding in ranks_of if finding.state in ("WARN", "FAIL")]
         if not bad:
             good = [finding for finding in ranks_of if finding.state == "OK"] or list(ranks_of)
@@ -204,21 +199,13 @@ def as_table(rows: Sequence[Row], hosts: Sequence[str]) -> str:
         found = finding.found
         if len(row.ranks) < row.num_checked:
             found = f"{_ranks(row.ranks)} on {hosts[row.ranks[0]]}: {found}"
-        cells = {"found": found, "wanted": finding.wanted, "way_out": finding.way_out}
-        parts = {
-            name: textwrap.wrap(cell, _WIDTHS[name], break_on_hyphens=False)
-            for name, cell in cells.items()
-        }
-        columns = [[finding.what], parts["found"], parts["wanted"]]
-        columns += [[finding.state], parts["way_out"]]
+        cells = (finding.what, found, finding.wanted, finding.state, finding.way_out)
+        columns = [
+            textwrap.wrap(cell, width, break_on_hyphens=False)
+            for cell, width in zip(cells, _WIDTHS, strict=True)
+        ]
         lines += map(list, zip_longest(*columns, fillvalue=""))
     return "\n".join(table(lines, num_heads=1))
-
-
-def as_data(rows: Sequence[Row], hosts: Sequence[str]) -> dict[str, Any]:
-    """Return the same for programs."""
-    checks = [asdict(row.finding) | {"ranks": list(row.ranks)} for row in rows]
-    return {"stage": "doctor", "num_ranks": len(hosts), "hosts": list(hosts), "checks": checks}
 
 
 def _ranks(ranks: Sequence[int]) -> str:
