@@ -37,18 +37,22 @@ from tdds_dist.experiments.needs import (
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training.schedule import batch_size_factor
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(|B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "kB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "TB": 1e12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
 _LEAST_WITHOUT_UNIT = 1e6  # bytes; a smaller number was probably meant in gigabytes
 
 Way = tuple[str, Case]  # an option as it is typed, and the case with it
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A limit in bytes."""
-
-    num_bytes: float
-    source: str  # where that is known from
 
 
 @dataclass(frozen=True)
@@ -82,32 +86,22 @@ class Plan:
         """Return tables for people."""
         rows = [self.title]
         for heading, lines in self.sections.values():
-            rows += [
-                "",
-                heading,
-                *(f"  {line.label:<40}{line.text:>12}   {line.note}".rstrip() for line in lines),
-            ]
+            rows += ["", heading]
+            rows += [f"  {line.label:<40}{line.text:>12}   {line.note}".rstrip() for line in lines]
         width = max(len(training.name) for training in self.trainings)
-        rows += [
-            "",
-            (
-                f"  {'':<{width}}{'images':>12}{'epochs':>8}{'batch':>8}{'images seen':>16}"
-                f"{'hours':>10}{self.unit + '-hours':>12}"
-            ),
-        ]
-        for training in self.trainings:
-            rows.append(
-                f"  {training.name:<{width}}{training.num_images:>12,}{training.epochs:>8}"
-                f"{training.global_batch_size:>8}{training.images_seen:>16,}{_hours(training.hours):>10}"
-                f"{_hours(self._rank_hours(training.hours)):>12}"
-            )
+
+        def row(name: str, sizes: str, seen: int, hours: float | None) -> str:
+            times = f"{_hours(hours):>10}{_hours(self._rank_hours(hours)):>12}"
+            return f"  {name:<{width}}{sizes:>28}{seen:>16,}{times}"
+
+        heads = f"{'images':>12}{'epochs':>8}{'batch':>8}{'images seen':>16}{'hours':>10}"
+        rows += ["", f"  {'':<{width}}{heads}{self.unit + '-hours':>12}"]
+        for one in self.trainings:
+            sizes = f"{one.num_images:>12,}{one.epochs:>8}{one.global_batch_size:>8}"
+            rows.append(row(one.name, sizes, one.images_seen, one.hours))
         seen = sum(training.images_seen for training in self.trainings)
         hours = [training.hours for training in self.trainings if training.hours is not None]
-        total = sum(hours) if hours else None
-        rows.append(
-            f"  {'all':<{width}}{'':>28}{seen:>16,}{_hours(total):>10}"
-            f"{_hours(self._rank_hours(total)):>12}"
-        )
+        rows.append(row("all", "", seen, sum(hours) if hours else None))
         return "\n".join([*rows, "", "assumed", *(f"  {text}" for text in self.assumed)])
 
     def _rank_hours(self, hours: float | None) -> float | None:
@@ -172,17 +166,12 @@ def plan(
         trainings = [
             replace(training, hours=training.images_seen / speed / 3600) for training in trainings
         ]
-    there_is = {
-        key: [Line("there is", limit.num_bytes, limit.source)] for key, limit in limits.items()
-    }
+    of_memory = [*memory_lines(case), *filter(None, [limits.get("memory")])]
     sections = {
         "run": ("run", run_lines(case)),
-        "memory_per_rank": (
-            f"memory per {case.unit}",
-            memory_lines(case) + there_is.get("memory", []),
-        ),
+        "memory_per_rank": (f"memory per {case.unit}", of_memory),
         "host_memory_per_rank": (f"host memory per {case.unit}", host_lines(case)),
-        "disk": (f"disk, in {config.run.directory}", disk_lines(case) + there_is.get("disk", [])),
+        "disk": (f"disk, in {config.run.directory}", [*disk_lines(case), limits["disk"]]),
         "network_per_rank": (f"network, sent by each {case.unit}", network_lines(case)),
         "time": ("time", [Line("images per second", speed, source, "")]),
     }
@@ -202,13 +191,7 @@ def parse_bytes(text: str | None, option: str) -> float | None:
     if text is None:
         return None
     match = _SIZE.fullmatch(text.strip())
-    num_bytes = 0.0
-    if match:
-        unit = match[2]
-        base = 1024 if "i" in unit else 1000
-        num_bytes = float(match[1]) * base ** (
-            " KMGT".index(unit[0].upper()) if unit not in ("", "B") else 0
-        )
+    num_bytes = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
     if match and not match[2] and 0 < num_bytes < _LEAST_WITHOUT_UNIT:
         raise InputError(f"{option}={text} has no unit; write {text}GB")
     if not num_bytes:
@@ -221,9 +204,9 @@ def parse_bytes(text: str | None, option: str) -> float | None:
 
 def find_limits(
     case: Case, gpu_memory_bytes: float | None, disk_bytes: float | None
-) -> dict[str, Limit]:
-    """Return memory per GPU and disk, as given, else as found on this machine; memory is missing
-    where there is no GPU."""
+) -> dict[str, Line]:
+    """Return memory per GPU and disk, as given, else as found on this machine, in bytes; memory is
+    missing where there is no GPU."""
     if case.is_cpu and gpu_memory_bytes is not None:
         raise InputError(
             f"--gpu-memory={gpu_memory_bytes:.0f} means nothing with run.device=cpu; leave it out,"
@@ -231,23 +214,21 @@ def find_limits(
         )
     limits = {}
     if gpu_memory_bytes is not None:
-        limits["memory"] = Limit(gpu_memory_bytes, "--gpu-memory")
+        limits["memory"] = Line("there is", gpu_memory_bytes, "--gpu-memory")
     elif not case.is_cpu:
         import torch
 
         if torch.cuda.is_available():
             device = torch.cuda.get_device_properties(0)
-            limits["memory"] = Limit(
-                device.total_memory, f"{device.name} here; --gpu-memory plans for another"
-            )
-    folder = case.config.run.directory.absolute()
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    limits["disk"] = (
-        Limit(shutil.disk_usage(there).free, f"free in {there}; --disk plans for another")
-        if disk_bytes is None
-        else Limit(disk_bytes, "--disk")
-    )
-    return limits
+            source = f"{device.name} here; --gpu-memory plans for another"
+            limits["memory"] = Line("there is", device.total_memory, source)
+    source = "--disk"
+    if disk_bytes is None:
+        folder = case.config.run.directory.absolute()
+        there = next(path for path in (folder, *folder.parents) if path.is_dir())
+        disk_bytes = shutil.disk_usage(there).free
+        source = f"free in {there}; --disk plans for another"
+    return limits | {"disk": Line("there is", disk_bytes, source)}
 
 
 def find_speed(
@@ -308,17 +289,16 @@ def _needs(case: Case, key: str) -> float:
     return _LINES[key](case)[-1].value or 0
 
 
-def _exceeded(case: Case, limits: dict[str, Limit]) -> list[str]:
-    return [key for key, limit in limits.items() if _needs(case, key) > limit.num_bytes]
+def _exceeded(case: Case, limits: dict[str, Line]) -> list[str]:
+    return [key for key, limit in limits.items() if _needs(case, key) > (limit.value or 0)]
 
 
-def _refusal(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> str:
+def _refusal(case: Case, limits: dict[str, Line], exceeded: list[str]) -> str:
     """Say in one line what is needed, what there is, and the options that make it fit, or with
     which less is needed."""
     where = {"memory": f"per {case.unit}", "disk": "of disk"}
     needed = " and ".join(
-        f"{size(_needs(case, key))} {where[key]}, more than {size(limits[key].num_bytes)} "
-        f"({limits[key].source})"
+        f"{size(_needs(case, key))} {where[key]}, more than {limits[key].text} ({limits[key].note})"
         for key in exceeded
     )
     start = (
@@ -351,7 +331,7 @@ def _refusal(case: Case, limits: dict[str, Limit], exceeded: list[str]) -> str:
     )
 
 
-def _mildest(settings: list[Way], limits: dict[str, Limit]) -> Way | None:
+def _mildest(settings: list[Way], limits: dict[str, Line]) -> Way | None:
     """Return of an option's settings, each of which takes less than the one before, the first with
     which everything fits, else the last with which the network can train; None where it can with
     none."""
@@ -410,10 +390,6 @@ def _deals_out(case: Case) -> bool:
     also looks for better ones."""
     train, parts = case.config.train, case.num_ranks * case.config.train.accumulation
     rule = case.config.retrain.batch_size_rule
-    batches = [
-        train.global_batch_size * batch_size_factor(rate, rule)
-        for rate in {cell.pruning_rate for cell in case.cells}
-    ]
-    return all(
-        batch >= parts and batch % parts == 0 for batch in (train.global_batch_size, *batches)
-    )
+    factors = {1.0, *(batch_size_factor(cell.pruning_rate, rule) for cell in case.cells)}
+    batches = [train.global_batch_size * factor for factor in factors]
+    return all(batch >= parts and batch % parts == 0 for batch in batches)

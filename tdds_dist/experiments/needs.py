@@ -431,10 +431,6 @@ def disk_lines(case: Case) -> list[Line]:
     )
     models = 2 * memory.model_file_bytes(network)
     coresets = sum(12 * training.num_images for training in trainings[1:])
-    num_sets = 0  # of epochs that skip images: two bits an image, and weights
-    if case.pruning is not None:
-        num_sets = sum(not case.pruning.is_full(epoch) for epoch in range(trainings[0].epochs))
-    bits = 2 + 32 * (case.pruning is not None and case.pruning.loss_weights != "none")
     first = [
         Line(
             "trajectory",
@@ -454,7 +450,10 @@ def disk_lines(case: Case) -> list[Line]:
         Line("models", models, "final.pt, best.pt"),
     ]
     kept = f"{keep + 1} x {size(checkpoint)}: checkpoint.keep={keep}, and one being written"
-    if case.pruning is not None:
+    if (pruning := case.pruning) is not None:
+        # of epochs that skip images: two bits an image, and weights
+        num_sets = sum(not pruning.is_full(epoch) for epoch in range(trainings[0].epochs))
+        bits = 2 + 32 * (pruning.loss_weights != "none")
         sets = num_sets * bits * num_images // 8
         first.append(Line("sets of epochs", sets, "uncompressed, at most"))
         during = [Line("checkpoints while training", (keep + 1) * checkpoint, kept)]
