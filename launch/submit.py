@@ -230,23 +230,23 @@ def _one_retraining(
 ) -> "Stage":
     from tdds_dist.experiments.grid import Stage, Task, retrain_step
     from tdds_dist.runs.artifacts import load_coreset
-    from tdds_dist.runs.directory import RunDir, retrain_name
+    from tdds_dist.training.retrain import resolve
 
     if missing := [f"--{key}" for key in ("coreset", "strategy") if key not in given]:
         raise InputError(f"--stage retrain needs {' and '.join(missing)}; see `tdds submit --help`")
     coreset = load_coreset(options.coreset)
     importance = options.importance or config.retrain.importance
-    name = options.name or retrain_name(
-        options.coreset, options.strategy, importance, config.run.seed
+    run, _, _ = resolve(
+        config, coreset, options.coreset, options.strategy, importance, options.name
     )
     task = Task(
-        name,
-        RunDir(config.run.directory).retrain / name,
+        run.path.name,
+        run.path,
         config,
         options.coreset.absolute(),
         options.strategy,
         importance,
-        name,
+        run.path.name,
         coreset.pruning_rate,
     )
     return Stage("retrain", (retrain_step(task, frozen),))

@@ -214,6 +214,7 @@ ranks_per_node: 8 -> {RETRAIN} -> retrain at pruning rate 0.8 on 8 ranks
 {ONE_RANK} -> --stage retrain --coreset no.npz --strategy E -> no.npz does not exist
 {ONE_RANK} -> --stage retrain --coreset {__file__} --strategy E -> {__file__}
 {ONE_RANK} -> --stage collect run.device=cuda -> no GPU; set gpus_per_node or run.device
+{ONE_RANK} -> {RETRAIN} --name ../other -> --name='../other' must be letters, digits and
 {ONE_RANK} -> {RETRAIN} train.accumulation=7 -> is not divisible by world_size=1 x train.accumulation=7
 {ONE_RANK} -> pipeline.pruning_rates=[0.7] -> pipeline.pruning_rates has 0.7, which no window of score.windows serves
 """)
