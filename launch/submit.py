@@ -181,9 +181,8 @@ def plan(
         Stage,
         Step,
         check_what_is_done,
-        collect_stage,
+        one_run,
         pipeline_stages,
-        train_stage,
     )
 
     of_retrain = ("coreset", "strategy", "importance", "name")
@@ -200,7 +199,7 @@ def plan(
     elif options.part == "pipeline":
         stages = pipeline_stages(config, frozen)
     else:
-        stages = [{"collect": collect_stage, "train": train_stage}[options.part](config, frozen)]
+        stages = [one_run(options.part, config, frozen)]
     trains = {stage.name for stage in stages} & {*_TRAINS}
     on_gpus = {name for name in trains if cluster.for_stage(name).gpus_per_node}
     if config.run.device == "cuda" and on_gpus != trains:
@@ -246,7 +245,6 @@ def _one_retraining(
         options.coreset.absolute(),
         options.strategy,
         importance,
-        run.path.name,
         coreset.pruning_rate,
     )
     return Stage("retrain", (retrain_step(task, frozen),))

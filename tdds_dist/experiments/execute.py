@@ -55,6 +55,9 @@ from tdds_dist.runs.lock import RunLock
 from tdds_dist.scoring.offline import BASELINES, MODEL_SCORES, file_key, score, score_all
 from tdds_dist.text import duration
 
+# runs tasks and returns those that failed, by directory, and why
+Execute = Callable[[list[Task]], dict[Path, str]]
+
 
 def experiment(
     plan: Experiment,
@@ -77,8 +80,12 @@ def experiment(
         InputError: an impossible plan, or runs of other settings in its directory; before anything
         runs.
     """
+    if jobs < 1:
+        raise InputError(f"--jobs={jobs} must be at least 1")
     world = world or current_world("cpu")
-    execute = _on_all_ranks(world, interruption) if world.world_size > 1 else _in_processes(jobs)
+    execute: Execute = partial(_in_processes, jobs=jobs)
+    if world.world_size > 1:
+        execute, jobs = partial(_on_all_ranks, world=world, interruption=interruption), 1
     with ExitStack() as locks:
         with together(world):
             collections, cells = check_plan(plan)
@@ -86,16 +93,14 @@ def experiment(
                 plan.directory.mkdir(parents=True, exist_ok=True)
                 for seed in plan.seeds:
                     locks.enter_context(_locked(plan, seed))
-        return _experiment(
-            plan, collections, cells, execute, world, 1 if world.world_size > 1 else jobs, force
-        )
+        return _experiment(plan, collections, cells, execute, world, jobs, force)
 
 
 def _experiment(
     plan: Experiment,
     collections: dict[int, Task],
     cells: list[Cell],
-    execute: Callable[[list[Task]], dict[Path, str]],
+    execute: Execute,
     world: World,
     jobs: int,
     force: bool,
@@ -357,69 +362,54 @@ def _run_task(task: Task, world: World, interruption: Interruption | None = None
             task.coreset_file,
             task.strategy,
             importance=task.importance,
-            name=task.name,
+            name=task.directory.name,
             settings=task.settings,
             interruption=interruption,
         )
 
 
 def _on_all_ranks(
-    world: World, interruption: Interruption | None
-) -> Callable[[list[Task]], dict[Path, str]]:
-    """Return a function that runs tasks one after the other on all ranks and returns those that
-    failed, by directory, and why.
-    """
-
-    def execute(tasks: list[Task]) -> dict[Path, str]:
-        failed = {}
-        for number, task in enumerate(tasks, start=1):
-            log.info(f"[{number}/{len(tasks)}] {task.title}")
-            try:
-                _run_task(task, world, interruption)
-            except InputError as error:
-                if not error.shared:
-                    raise
-                failed[task.directory] = f"{task.title}: {error}"
-                if world.is_main:
-                    log.error(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}")
-        return failed
-
-    return execute
+    tasks: list[Task], world: World, interruption: Interruption | None
+) -> dict[Path, str]:
+    """Run tasks one after the other on all ranks."""
+    failed = {}
+    for number, task in enumerate(tasks, start=1):
+        log.info(f"[{number}/{len(tasks)}] {task.title}")
+        try:
+            _run_task(task, world, interruption)
+        except InputError as error:
+            if not error.shared:
+                raise
+            failed[task.directory] = f"{task.title}: {error}"
+            if world.is_main:
+                log.error(f"[{number}/{len(tasks)}] {task.title}: FAILED: {error}")
+    return failed
 
 
-def _in_processes(jobs: int) -> Callable[[list[Task]], dict[Path, str]]:
-    """Return a function that runs tasks in `jobs` processes and returns those that failed, by
-    directory, and why."""
-    if jobs < 1:
-        raise InputError(f"--jobs={jobs} must be at least 1")
-
-    def execute(tasks: list[Task]) -> dict[Path, str]:
-        if not tasks:
-            return {}
-        failed: dict[Path, str] = {}
-        defects: list[Exception] = []
-        done, started = 0.0, time.perf_counter()
-        total = sum(task.cost or 1.0 for task in tasks)
-        with Progress("experiment", len(tasks), "runs", visible=True) as bar:
-            for number, (task, outcome) in enumerate(run_in_processes(tasks, _work, jobs), start=1):
-                done += task.cost or 1.0
-                left = duration((time.perf_counter() - started) * (total - done) / done)
-                if isinstance(outcome, InputError):
-                    failed[task.directory] = f"{task.title}: {outcome}"
-                elif isinstance(outcome, Exception):
-                    defects.append(outcome)
-                is_failed = isinstance(outcome, Exception)
-                text = f"FAILED: {outcome or type(outcome).__name__}" if is_failed else outcome
-                log.log(
-                    logging.ERROR if is_failed else logging.INFO,
-                    f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left",
-                )
-                bar.advance()
-        if defects:
-            raise defects[0]  # with the worker's traceback
-        return failed
-
-    return execute
+def _in_processes(tasks: list[Task], jobs: int) -> dict[Path, str]:
+    """Run tasks in `jobs` processes."""
+    if not tasks:
+        return {}
+    failed: dict[Path, str] = {}
+    defects: list[Exception] = []
+    done, started = 0.0, time.perf_counter()
+    total = sum(task.cost or 1.0 for task in tasks)
+    with Progress("experiment", len(tasks), "runs", visible=True) as bar:
+        for number, (task, outcome) in enumerate(run_in_processes(tasks, _work, jobs), start=1):
+            done += task.cost or 1.0
+            left = duration((time.perf_counter() - started) * (total - done) / done)
+            level, text = logging.INFO, outcome
+            if isinstance(outcome, Exception):
+                level, text = logging.ERROR, f"FAILED: {outcome or type(outcome).__name__}"
+            if isinstance(outcome, InputError):
+                failed[task.directory] = f"{task.title}: {outcome}"
+            elif isinstance(outcome, Exception):
+                defects.append(outcome)
+            log.log(level, f"[{number}/{len(tasks)}] {task.title}: {text}, {left} left")
+            bar.advance()
+    if defects:
+        raise defects[0]  # with the worker's traceback
+    return failed
 
 
 def _work(task: Task) -> str:

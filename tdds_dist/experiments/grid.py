@@ -70,7 +70,6 @@ class Task:
     coreset_file: Path | None = None  # None: a run of its own, of this stage
     strategy: str = "E"
     importance: str = "none"
-    name: str = ""
     pruning_rate: float = 0.0
     method: Method | None = None  # that chose the coreset, where it is known
     settings: dict[str, Any] | None = None
@@ -147,7 +146,6 @@ def retrain_task(cell: Cell, config: Config) -> Task:
         cell.coreset_file,
         cell.strategy,
         cell.importance,
-        cell.name,
         cell.pruning_rate,
         cell.method,
         settings,
@@ -272,7 +270,7 @@ def _resolved(task: Task) -> tuple[RunDir, Config, dict[str, Any]]:
         task.coreset_file,
         task.strategy,
         task.importance,
-        task.name,
+        task.directory.name,
     )
 
 
@@ -333,19 +331,13 @@ class Stage:
         return len(self.steps) - len(self.waiting)
 
 
-def collect_stage(config: Config, frozen: Path) -> Stage:
-    """Return the collection of a config; `frozen` is the file that the jobs read it from."""
-    config.check_collect()
-    return _one_run("collect", config, frozen)
-
-
-def train_stage(config: Config, frozen: Path) -> Stage:
-    """Return the pruned training of a config, as `collect_stage`."""
-    config.check_train()
-    return _one_run("train", config, frozen)
-
-
-def _one_run(stage: str, config: Config, frozen: Path) -> Stage:
+def one_run(stage: str, config: Config, frozen: Path) -> Stage:
+    """Return the stage `collect` or `train` of a config; `frozen` is the file that the jobs read it
+    from."""
+    if stage == "collect":
+        config.check_collect()
+    else:
+        config.check_train()
     task = Task(stage, config.run.directory, config, stage=stage)
     command = (stage, str(frozen))
     return Stage(stage, (Step(stage, (command,), str(task.directory), task.is_done, task),))
@@ -353,15 +345,16 @@ def _one_run(stage: str, config: Config, frozen: Path) -> Stage:
 
 def retrain_step(task: Task, frozen: Path, *overrides: str) -> Step:
     """Return the job of a retraining."""
+    name = task.directory.name
     words = ["retrain", str(frozen), "--coreset", str(task.coreset_file)]
-    words += ["--strategy", task.strategy, "--importance", task.importance, "--name", task.name]
-    return Step(task.name, ((*words, *overrides),), str(task.directory), task.is_done, task)
+    words += ["--strategy", task.strategy, "--importance", task.importance, "--name", name]
+    return Step(name, ((*words, *overrides),), str(task.directory), task.is_done, task)
 
 
 def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
     """List the stages: collection, selection, an array of retrainings, report; `config.pipeline`
     says of what."""
-    collect, cells = collect_stage(config, frozen), pipeline_cells(config)
+    collect, cells = one_run("collect", config, frozen), pipeline_cells(config)
     if not cells:
         raise InputError(
             "no window of score.windows serves a pruning rate; set pipeline.pruning_rates, e.g."

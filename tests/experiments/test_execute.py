@@ -478,7 +478,7 @@ def test_other_settings_are_refused(copied, no_workers):
 @pytest.fixture
 def no_runs(monkeypatch):
     """Runs nothing, and says that all went well."""
-    monkeypatch.setattr(experiment_module, "_in_processes", lambda _: lambda tasks: {})
+    monkeypatch.setattr(experiment_module, "_in_processes", lambda tasks, jobs: {})
 
 
 def test_a_damaged_coreset_is_made_again_and_its_retrainings_stay(copied, no_workers):
@@ -641,10 +641,10 @@ def test_a_cell_that_fails_stops_no_other(finished, betons, tmp_path, capsys):
 def failing_workers(monkeypatch):
     """Every run fails at once."""
 
-    def fail(tasks):
+    def fail(tasks, jobs):
         return {task.directory: f"{task.title}: no such file" for task in tasks}
 
-    monkeypatch.setattr(experiment_module, "_in_processes", lambda _: fail)
+    monkeypatch.setattr(experiment_module, "_in_processes", fail)
 
 
 def test_collections_that_fail_are_named(betons, tmp_path, capsys, failing_workers):

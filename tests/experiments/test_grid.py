@@ -17,7 +17,7 @@ from tdds_dist.cli import parser
 from tdds_dist.config.grid import BUILT_IN_METHODS
 from tdds_dist.config.run import load_config
 from tdds_dist.errors import InputError
-from tdds_dist.experiments.grid import Stage, Step, Task, collect_stage, pipeline_stages
+from tdds_dist.experiments.grid import Stage, Step, Task, one_run, pipeline_stages
 from tdds_dist.launch.cluster import Cluster
 from tdds_dist.launch.submit import check_batch
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, save_coreset
@@ -108,7 +108,7 @@ def test_the_plain_pipeline(run):
     assert [step.task.pruning_rate for step in retrain.steps] == rates
     words = f"retrain frozen.yaml --coreset {file} --strategy E --importance batch --name {name} run.seed=3"
     place, method = run / "retrain" / name, BUILT_IN_METHODS["tdds"]
-    how = (Path(file), "E", "batch", name, 0.5, method, {"row": "tdds"})
+    how = (Path(file), "E", "batch", 0.5, method, {"row": "tdds"})
     task = Task("tdds p=0.5 E, seed 3", place, config, *how)
     assert retrain.steps[1] == Step(name, ((*words.split(),),), str(place), task=task)
 
@@ -399,6 +399,6 @@ def test_every_stage_and_rate_must_be_able_to_share_its_batch(run):
     refused(collect, check, 5)
     refused("retrain at pruning rate 0.8 on 8 ranks: train.global_batch_size=24 x 0.5", check, 8)
     check(8, retrain=4)
-    check(8, stages=[collect_stage(config, FROZEN)])
+    check(8, stages=[one_run("collect", config, FROZEN)])
     refused(r"retrain at pruning rate 0\.3 on 10 ranks", check, 4, nodes=2, retrain=5)
     check(select=7, report=7)
