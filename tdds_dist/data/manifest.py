@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import Fingerprint, fingerprint, write_atomically
 
 MANIFEST_FORMAT = "tdds-manifest-1"
+_COLUMNS = ("path", "label_N", "true_label_N", "corruption", "crc32_N")  # of the samples
 
 _CONTROL_BYTES = bytes(range(32))
 
@@ -206,28 +207,12 @@ def not_utf8(paths: Sequence[str]) -> list[str]:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    columns: dict[str, list[Any]] = {"path": manifest.path, "label": manifest.label_N.tolist()}
-    if manifest.true_label_N is not None:
-        columns["true_label"] = manifest.true_label_N.tolist()
-    if manifest.corruption is not None:
-        columns["corruption"] = manifest.corruption
-    if manifest.crc32_N is not None:
-        columns["crc32"] = manifest.crc32_N.tolist()
-    record = {
-        "format": MANIFEST_FORMAT,
-        "source": manifest.source,
-        "split": manifest.split,
-        "num_samples": manifest.num_samples,
-        "num_classes": manifest.num_classes,
-        "class_names": manifest.class_names,
-        "beton_bytes": manifest.beton_bytes,
-        "labels_sha256": manifest.labels_sha256,
-        "settings": manifest.settings,
-        "image_size": manifest.image_size,
-        "columns": columns,
-    }
-
-    write_atomically(path, lambda file: file.write(json.dumps(record).encode()))
+    record = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    columns = {key.removesuffix("_N"): record.pop(key) for key in _COLUMNS}
+    columns = {name: values for name, values in columns.items() if values is not None}
+    record = {"format": MANIFEST_FORMAT, **record, "columns": columns}
+    text = json.dumps(record, default=np.ndarray.tolist)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_labels(
