@@ -126,22 +126,14 @@ def inspect_beton(path: Path, image_field: str = "", label_field: str = "") -> B
     image_N = metadata_N[f"f{image}"]
     size_N = _allocated_bytes(path, image_N["data_ptr"], table_A, data_start, table_ptr)
     _check_images(path, image_N, size_N)
-    width_N, height_N, mode_N, data_ptr_N = (
-        np.ascontiguousarray(image_N[key]) for key in ("width", "height", "mode", "data_ptr")
-    )
+    label_N = metadata_N[f"f{label}"].astype(np.int64)
+    stored = {
+        f"{key}_N": np.ascontiguousarray(image_N[key])
+        for key in ("width", "height", "mode", "data_ptr")
+    }
+    of_image, of_label = names[image], names[label]
     return BetonInfo(
-        path,
-        num_samples,
-        num_bytes,
-        names,
-        names[image],
-        names[label],
-        metadata_N[f"f{label}"].astype(np.int64),
-        width_N,
-        height_N,
-        mode_N,
-        data_ptr_N,
-        size_N,
+        path, num_samples, num_bytes, names, of_image, of_label, label_N, size_N=size_N, **stored
     )
 
 

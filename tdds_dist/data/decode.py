@@ -32,23 +32,11 @@ CENTER, PAD, RESIZED = 0, 1, 2  # ways to crop
 JPEG = 0  # FFCV's image mode; 1 is raw
 
 llvmlite.binding.load_library_permanently(ffcv.libffcv.lib._name)
-_pointer = types.uintp
+_pointer, _side = types.uintp, types.uint32
 _imdecode = types.ExternalFunction(
     "imdecode",
     types.int32(
-        _pointer,
-        types.uint64,
-        types.uint32,
-        types.uint32,
-        _pointer,
-        types.uint32,
-        types.uint32,
-        types.uint32,
-        types.uint32,
-        types.uint32,
-        types.uint32,
-        types.boolean,
-        types.boolean,
+        _pointer, types.uint64, _side, _side, _pointer, *[_side] * 6, types.boolean, types.boolean
     ),
 )
 _resize = types.ExternalFunction("resize", types.void(*[types.int64] * 11))
@@ -146,9 +134,8 @@ def load_batch(  # type: ignore[no-untyped-def]
         field = field_N[index]
         height, width = np.int64(field.height), np.int64(field.width)
         block = np.searchsorted(block_start, field.data_ptr)
-        failed_B[row] = 0
+        failed_B[row] = 1
         if block >= len(block_start) or block_start[block] != field.data_ptr:
-            failed_B[row] = 1
             image_BSS3[row] = 0
             continue
         start = np.int64(field.data_ptr)
@@ -157,7 +144,6 @@ def load_batch(  # type: ignore[no-untyped-def]
         if not (0 <= start <= start + size <= len(file_bytes)) or not (
             0 < height * width * 3 <= len(scratch)
         ):
-            failed_B[row] = 1
             image_BSS3[row] = 0
             continue
         source = file_bytes[start : start + size]
@@ -182,10 +168,10 @@ def load_batch(  # type: ignore[no-untyped-def]
             code = 0 if size == height * width * 3 else 1
             pixels = source
         if code != 0:
-            failed_B[row] = 1
             image_BSS3[row] = 0
             continue
 
+        failed_B[row] = 0
         key = sample_key(seed, epoch, index)
         target = image_BSS3[row]
         if crop == PAD:
