@@ -125,20 +125,18 @@ def check(
             f"num_workers={num_workers} must be at least 1; choose a number up to that of the CPUs"
         )
     info = inspect_beton(path, image_field, label_field)
-    index = _some(info.num_samples, QUICK_IMAGES) if quick else np.arange(info.num_samples)
+    index = np.arange(info.num_samples)
+    if quick:
+        index = evenly_spaced(info.num_samples, QUICK_IMAGES)
     return _check_images(info, read_manifest(path), index, num_workers, progress)
 
 
-def quick_check(info: BetonInfo, manifest: Manifest | None, num: int = QUICK_IMAGES) -> None:
-    """Check labels and `num` evenly spaced images with the first and the last, of an inspected
-    file. Raise InputError if bad.
+def quick_check(info: BetonInfo, manifest: Manifest | None) -> None:
+    """Check labels and some hundred images, evenly spaced, with the first and the last, of an
+    inspected file. Raise InputError if bad.
     """
-    index = _some(info.num_samples, num)
+    index = evenly_spaced(info.num_samples, QUICK_IMAGES)
     _check_images(info, manifest, index, None, progress=False).require_sound()
-
-
-def _some(num_samples: int, num: int) -> np.ndarray:
-    return np.union1d(evenly_spaced(num_samples, num), [0, num_samples - 1])
 
 
 def _check_images(

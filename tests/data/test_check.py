@@ -16,7 +16,7 @@ from tdds_dist.cli.main import main
 from tdds_dist.data import check as check_module
 from tdds_dist.data import decode
 from tdds_dist.data.beton import ALLOCATION, HEADER, BetonInfo, inspect_beton
-from tdds_dist.data.check import QUICK_IMAGES, check, jpeg_size, quick_check
+from tdds_dist.data.check import check, jpeg_size, quick_check
 from tdds_dist.data.loader import BetonLoader, View
 from tdds_dist.data.manifest import manifest_path, read_manifest, write_manifest
 from tdds_dist.data.sources import open_source
@@ -41,8 +41,8 @@ def copy_of(betons, tmp_path):
     return copy
 
 
-def quick(path: Path, num: int = QUICK_IMAGES) -> None:
-    quick_check(inspect_beton(path), read_manifest(path), num)
+def quick(path: Path) -> None:
+    quick_check(inspect_beton(path), read_manifest(path))
 
 
 def faults(info: BetonInfo) -> dict[int, list[str]]:
@@ -345,6 +345,7 @@ def test_random_damage_never_ends_in_anything_but_an_input_error(copy_of):
 
 
 def test_the_quick_check_takes_the_first_the_last_and_some_between(copy_of, monkeypatch, capsys):
+    monkeypatch.setattr(check_module, "QUICK_IMAGES", 2)
     for index in (0, 119):
         info = copy_of("train")
         spoil(info, [index])
@@ -352,13 +353,13 @@ def test_the_quick_check_takes_the_first_the_last_and_some_between(copy_of, monk
             InputError,
             match=rf"1 of 2 checked images are damaged, at global indices \[{index}\].*names all",
         ):
-            quick(info.path, num=1)
+            quick(info.path)
     info = copy_of("train")
     spoil(info, range(1, 119))
-    quick(info.path, num=2)
-    with pytest.raises(InputError, match=r"1 of 3 checked images .*\[59\]"):
-        quick(info.path, num=3)
+    quick(info.path)
     monkeypatch.setattr(check_module, "QUICK_IMAGES", 3)
+    with pytest.raises(InputError, match=r"1 of 3 checked images .*\[59\]"):
+        quick(info.path)
     assert main(["check", str(info.path), "--quick"]) == 2
     assert capsys.readouterr().out.startswith("59\t")
     monkeypatch.setattr(check_module, "QUICK_IMAGES", 2)
