@@ -16,7 +16,7 @@ import re
 import signal
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,34 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from tdds_dist.data.folders import split_role
-from tdds_dist.data.image_files import IMAGE_EXTENSIONS, some
+from tdds_dist.data.folders import ImageFiles, split_role
+from tdds_dist.data.image_files import KNOWN_EXTENSIONS, some
 from tdds_dist.errors import InputError
 from tdds_dist.text import printable
 
 MAX_FILES = 1_000_000  # that the braces of a spec may name
 # of a row group at a time, so that one of any size fits into memory
 ROWS_PER_READ, BYTES_PER_READ = 16, 1 << 20
-_SUFFIXES = {suffix.removeprefix(".") for suffix in IMAGE_EXTENSIONS}
-_SUFFIXES |= {"gif", "jfif", "jpe", "avif", "jp2", "pbm", "pnm"}
+_SUFFIXES = {suffix.removeprefix(".") for suffix in KNOWN_EXTENSIONS}
 # `-00000-of-00002`, `-000123`, `-00000-of-00001-b21c5bd4a1b8c3d0`
 _NUMBER = re.compile(r"(^|[-_.])\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16})?$")
-
-
-@dataclass(frozen=True, eq=False)
-class Archive:
-    """The images of one split, and what a person should know about them."""
-
-    split: str
-    splits: tuple[str, ...]  # those that the files hold
-    class_names: list[str]
-    path: list[str]  # [N], file#row or shard/key
-    label_N: np.ndarray  # int64
-    stored: Callable[[int], bytes]  # the file of an image, such as a whole JPEG
-    settings: dict[str, Any]
-    notes: list[str]
-    # int64, ascending to N: the parts that one process reads in order, faster than others beside it
-    part_end: np.ndarray | None = None
 
 
 # ---- which files, and which of them are a split
@@ -145,6 +128,7 @@ class _Splits:
     """The files of each split. `files` are those of the one that is read."""
 
     split: str
+    other: str | None  # the spec of the other split; None where there is none
     files_of: dict[str, list[Path]]
     folder: Path  # above all of them
     note: str
@@ -216,7 +200,8 @@ def _find_splits(spec: str, rest: str, suffix: str, split: str | None) -> _Split
             else "add it, or leave --split out"
         )
         raise InputError(f"{spec} has {some([*shown.values()])} but no {chosen} split; {way_out}")
-    return _Splits(chosen, files_of, folder, f"splits: {note}")
+    other = spec if len(files_of) > 1 else None
+    return _Splits(chosen, other, files_of, folder, f"splits: {note}")
 
 
 # ---- Parquet
@@ -224,7 +209,7 @@ def _find_splits(spec: str, rest: str, suffix: str, split: str | None) -> _Split
 
 def read_parquet(
     spec: str, rest: str, split: str | None, image_field: str = "", label_field: str = ""
-) -> Archive:
+) -> ImageFiles:
     """Find the images of Parquet files: DIR/data/train-*.parquet and the like, or files by name.
 
     The image is a column of bytes, or of bytes and path as in `datasets`; the label one of whole
@@ -270,16 +255,17 @@ def read_parquet(
             " of classes; write the file again"
         )
     groups = [size for file in files for size in file.group_rows]
-    return Archive(
+    return ImageFiles(
         splits.split,
         tuple(splits.files_of),
+        splits.other,
         names,
         path,
         label_N,
         _Rows(files),
         {"image_field": first.image, "label_field": first.label},
         [splits.note],
-        np.unique(np.cumsum(groups)),
+        part_end=np.unique(np.cumsum(groups)),
     )
 
 
@@ -474,7 +460,7 @@ class _Rows:
 
 def read_webdataset(
     spec: str, rest: str, split: str | None, image_field: str = "", label_field: str = ""
-) -> Archive:
+) -> ImageFiles:
     """Find the images of tar shards, whose members of one name but for the suffix are a sample.
 
     The image is the member with the suffix of one; the label is the whole number in `.cls`, or that
@@ -495,66 +481,56 @@ def read_webdataset(
         quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
         with ProcessPoolExecutor(num_workers, context, *quiet) as pool:
             shard_of = dict(zip(every, pool.map(look, every), strict=True))
-    shards = [shard_of[file] for file in splits.files]
-    label_N = np.array([label for shard in shards for label in shard.labels], dtype=np.int64)
-    if not len(label_N):
+    found = [(file, *sample) for file in splits.files for sample in shard_of[file][0]]
+    if not found:
         raise InputError(f"{spec}: {some([str(file) for file in splits.files])} hold no sample")
-    largest = max(max(shard.labels, default=0) for shard in shard_of.values())
+    largest = max(label for samples, _ in shard_of.values() for _, _, label in samples)
     notes = [splits.note]
-    unused: Counter[str] = sum((shard.unused for shard in shards), start=Counter())
+    unused = sum((shard_of[file][1] for file in splits.files), start=Counter[str]())
     if unused:
         kinds = some([f"{number:,} {printable(kind)}" for kind, number in unused.most_common()])
         notes.append(f"members that are neither image nor label: {kinds}")
     fields = {"image_field": image_field, "label_field": label_field}
-    place_N = [
-        (file, *place)
-        for file, shard in zip(splits.files, shards, strict=True)
-        for place in shard.places
-    ]
-    return Archive(
+
+    def stored(index: int) -> bytes:
+        file, _, place, _ = found[index]
+        return _bytes_at(file, *place)
+
+    return ImageFiles(
         splits.split,
         tuple(splits.files_of),
+        splits.other,
         _numbers_to(spec, largest),
-        [
-            f"{splits.named(file)}/{key}"
-            for file, shard in zip(splits.files, shards, strict=True)
-            for key in shard.keys
-        ],
-        label_N,
-        lambda i: _bytes_at(*place_N[i]),
+        [f"{splits.named(file)}/{key}" for file, key, _, _ in found],
+        np.array([label for *_, label in found], dtype=np.int64),
+        stored,
         {name: field for name, field in fields.items() if field},
         notes,
     )
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """The samples of one shard in the order of their first members."""
-
-    keys: list[str]
-    places: list[tuple[int, int]]  # of the image: offset and size, bytes
-    labels: list[int]
-    unused: Counter[str]  # members, by suffix
+_Place = tuple[int, int]  # of a member in its shard: offset and size, bytes
 
 
-def _index_shard(path: Path, image_field: str, label_field: str) -> _Shard:
-    """Read the headers of a shard, and its labels."""
-    keys, places, labels, unused = list[str](), list[tuple[int, int]](), list[int](), Counter[str]()
+def _index_shard(
+    path: Path, image_field: str, label_field: str
+) -> tuple[list[tuple[str, _Place, int]], Counter[str]]:
+    """Read the headers of a shard, and its labels: key, place of the image and label of each
+    sample, in the order of their first members; and how many other members there are, by suffix."""
+    found, unused = list[tuple[str, _Place, int]](), Counter[str]()
     for key, members in _samples(path, unused).items():
         where = f"{path}/{key}"
         image = _image_member(where, members, image_field)
         label, used = _label(path, where, members, label_field)
-        keys.append(key)
-        places.append(members[image])
-        labels.append(label)
+        found.append((key, members[image], label))
         unused.update(f".{suffix}" for suffix in members if suffix not in (image, used))
-    return _Shard(keys, places, labels, unused)
+    return found, unused
 
 
-def _samples(path: Path, unused: Counter[str]) -> dict[str, dict[str, tuple[int, int]]]:
+def _samples(path: Path, unused: Counter[str]) -> dict[str, dict[str, _Place]]:
     """Return offset and size of the members of each sample, by key and suffix: as in WebDataset the
     key ends at the first dot of the file's name. Counts in `unused` what is no file."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    samples: dict[str, dict[str, _Place]] = {}
     try:
         num_bytes = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
@@ -613,9 +589,7 @@ def _image_member(where: str, members: dict[str, Any], wanted: str) -> str:
     )
 
 
-def _label(
-    path: Path, where: str, members: dict[str, tuple[int, int]], wanted: str
-) -> tuple[int, str]:
+def _label(path: Path, where: str, members: dict[str, _Place], wanted: str) -> tuple[int, str]:
     """Return the label of a sample, and the suffix of the member that holds it."""
     suffix = (wanted or "cls").lower().removeprefix(".")
     if suffix in members:

@@ -8,8 +8,10 @@ files by name, subfolders included. `image_files` says which files are images.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,22 +36,26 @@ _SPLIT_NAMES = {
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFolder:
-    """The images of one split of a folder, and what a person should know about them."""
+class ImageFiles:
+    """The image files of one split of a source, and what a person should know about them."""
 
     split: str  # the one that was asked for, or that a flat folder is named after
-    splits: tuple[str, ...]  # those that the folder holds
+    splits: tuple[str, ...]  # those that the source holds
     other: str | None  # the spec of the other split, which may lie beside; None where there is none
     class_names: list[str]
-    path: list[str]  # [N], relative to the folder of the spec
+    path: list[str]  # [N], relative to the folder of the spec; in archives file#row or shard/key
     label_N: np.ndarray  # int64
+    stored: Callable[[int], Path | bytes]  # the file of an image, or its bytes in an archive
+    settings: dict[str, Any]
     notes: list[str]
-    num_left_out: int
+    num_left_out: int | None = None  # files of a folder
+    # int64, ascending to N: the parts that one process reads in order, faster than others beside it
+    part_end: np.ndarray | None = None
 
 
 def read_folder(
     spec: str, folder: Path, split: str | None, formats: str = "pillow", strict: bool = False
-) -> ImageFolder:
+) -> ImageFiles:
     """Find the images of `folder`: DIR/<split>/<class>/<image> where it has folders named after
     splits that hold class folders, else DIR/<class>/<image>.
 
@@ -75,7 +81,7 @@ def read_folder(
 
 def _read_folder(
     spec: str, folder: Path, split: str | None, formats: str, strict: bool
-) -> ImageFolder:
+) -> ImageFiles:
     layout = _find_layout(spec, folder)
     if split is None:
         layout.require_plain_names()
@@ -102,13 +108,15 @@ def _read_folder(
         )
     if layout.is_flat:
         (split,) = layout.roots
-    return ImageFolder(
+    return ImageFiles(
         split,
         tuple(layout.roots),
         layout.other(split),
         class_names,
         path,
         label_N.astype(np.int64),
+        lambda i: folder / path[i],
+        {} if formats == "pillow" else {"formats": formats},
         notes,
         scan.num_left_out,
     )

@@ -27,7 +27,7 @@ FORMATS = ("pillow", "torchvision")
 # torchvision's list
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # taken by their name as well; of all other files the header is looked at
-_KNOWN_EXTENSIONS = (
+KNOWN_EXTENSIONS = (
     *IMAGE_EXTENSIONS,
     *(".gif", ".jfif", ".jpe", ".avif", ".jp2", ".pbm", ".pnm"),
 )
@@ -104,7 +104,7 @@ def has_image(folder: Path, max_looks: int | None = None, deep: bool = True) -> 
         for entry in entries:
             if _is(entry.is_dir) or _is_hidden(entry.name):
                 continue
-            if entry.name.lower().endswith(_KNOWN_EXTENSIONS):
+            if entry.name.lower().endswith(KNOWN_EXTENSIONS):
                 return True
             unknown.append(entry.path)
     return any(_look(path) == "image" for path in unknown[:max_looks]) or (
@@ -166,7 +166,7 @@ class Scan:
     def __init__(self, spec: str, folder: Path, roots: list[Path], by_suffix: bool):
         self._spec, self._by_suffix = spec, by_suffix
         self._prefix = "" if folder == Path() else os.path.join(folder, "")
-        self._known = IMAGE_EXTENSIONS if by_suffix else _KNOWN_EXTENSIONS
+        self._known = IMAGE_EXTENSIONS if by_suffix else KNOWN_EXTENSIONS
         self._roots = [os.path.join(os.path.realpath(root), "") for root in roots]
         self._left_out: dict[str, list[str]] = {}  # by kind
         self._by_content: list[str] = []
@@ -283,7 +283,7 @@ class Scan:
                         self._leave_out("hidden", entry.path)
                     elif entry.is_symlink() and _id(entry.stat()) in _ids_above(str(root)):
                         self._leave_out("link to a folder above it", entry.path)
-                elif not _is_hidden(entry.name) and entry.name.lower().endswith(_KNOWN_EXTENSIONS):
+                elif not _is_hidden(entry.name) and entry.name.lower().endswith(KNOWN_EXTENSIONS):
                     self._leave_out("outside of the class folders", entry.path)
 
     def _walk(self, folder: str, above: set[tuple[int, int]], found: list[_Folder]) -> None:

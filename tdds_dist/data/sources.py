@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tdds_dist.data.archives import read_parquet, read_webdataset
 from tdds_dist.data.corruptions import KINDS, corrupt
-from tdds_dist.data.folders import SPLITS, read_folder
+from tdds_dist.data.folders import SPLITS, ImageFiles, read_folder
 from tdds_dist.data.image_files import some
 from tdds_dist.data.pixels import PixelRules, read_rgb
 from tdds_dist.errors import InputError
@@ -121,11 +121,13 @@ def open_source(
     # the whole of its only split; one that has two is refused
     part = "train" if holdout else split
     if kind == "imagefolder" and rest:
-        source = _imagefolder(spec, Path(rest), part, formats, strict, pixels or PixelRules())
+        found = read_folder(spec, Path(rest), part, formats, strict)
+        source = _of_files(spec, found, pixels or PixelRules())
     elif kind in _ARCHIVES and rest:
         # of one that has no split of this kind, all of it
         part = None if holdout else split
-        source = _archive(spec, part, pixels or PixelRules(), image_field, label_field)
+        found = _ARCHIVES[kind](spec, rest, part, image_field, label_field)
+        source = _of_files(spec, found, pixels or PixelRules())
     elif kind in ("cifar10", "cifar100") and rest:
         source = _cifar(spec, kind, rest, part or "train")
     elif kind == "idx" and rest:
@@ -177,11 +179,7 @@ def _hold_out(source: Source, share: float, seed: int, split: str) -> Source:
         raise InputError(
             f"holdout={share} must be a share between 0 and 1; use 0.1 for a tenth of the images"
         )
-    if not 0 <= seed < 2**32:
-        raise InputError(
-            f"seed={seed} of holdout must be between 0 and {2**32 - 1}; choose a number in that"
-            " range"
-        )
+    _check_seed(seed, "holdout")
     if len(source.splits) > 1:
         way_out = "leave --holdout out"
         if source.name.startswith("imagefolder:"):
@@ -216,6 +214,15 @@ def _hold_out(source: Source, share: float, seed: int, split: str) -> Source:
         other=source.name,
         notes=[*source.notes, note],
     )
+
+
+def _check_seed(seed: int, name: str) -> None:
+    # a larger one takes two words of NumPy's seed, which another (seed, index) may have
+    if not 0 <= seed < 2**32:
+        raise InputError(
+            f"seed={seed} of {name} must be between 0 and {2**32 - 1}; choose a number in that"
+            " range"
+        )
 
 
 def _take_subset(source: Source, subset: int) -> Source:
@@ -398,12 +405,7 @@ def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
         raise InputError(
             f"{name}={rate} must be a share in [0, 1); use 0.2 for a fifth of the samples"
         )
-    # a larger one takes two words of NumPy's seed, which another (seed, index) may have
-    if not 0 <= seed < 2**32:
-        raise InputError(
-            f"seed={seed} of {name} must be between 0 and {2**32 - 1}; choose a number in that"
-            " range"
-        )
+    _check_seed(seed, name)
     if name in source.settings:
         raise InputError(
             f"{name}={rate} comes on top of {name}={source.settings[name]}, but a source takes it"
@@ -416,44 +418,18 @@ def _check_noise(source: Source, name: str, rate: float, seed: int) -> None:
         )
 
 
-# --- folders ---
+# --- image files ---
 
 
-def _imagefolder(
-    spec: str, folder: Path, split: str | None, formats: str, strict: bool, pixels: PixelRules
-) -> Source:
-    """Read DIR/<split>/<class>/<image>, or DIR/<class>/<image> (see `folders`)."""
-    found = read_folder(spec, folder, split, formats, strict)
-    tally: Counter[str] = Counter()
-    return Source(
-        spec,
-        found.split,
-        found.class_names,
-        found.path,
-        found.label_N,
-        lambda i: read_rgb(folder / found.path[i], pixels, tally),
-        settings=pixels.settings | ({} if formats == "pillow" else {"formats": formats}),
-        splits=found.splits,
-        other=found.other,
-        notes=found.notes,
-        num_left_out=found.num_left_out,
-        tally=tally,
-    )
-
-
-# --- archives ---
-
-
-def _archive(
-    spec: str, split: str | None, pixels: PixelRules, image_field: str, label_field: str
-) -> Source:
-    """Read the image files that lie in Parquet files or tar shards (see `archives`)."""
-    kind, _, rest = spec.partition(":")
-    found = _ARCHIVES[kind](spec, rest, split, image_field, label_field)
+def _of_files(spec: str, found: ImageFiles, pixels: PixelRules) -> Source:
+    """Read the image files that lie in folders (see `folders`), or in Parquet files or tar shards
+    (see `archives`)."""
     tally: Counter[str] = Counter()
 
     def read(index: int) -> np.ndarray:
         stored = found.stored(index)
+        if isinstance(stored, Path):
+            return read_rgb(stored, pixels, tally)
         try:
             return read_rgb(io.BytesIO(stored), pixels, tally)
         except UnidentifiedImageError:
@@ -468,8 +444,9 @@ def _archive(
         read,
         settings=pixels.settings | found.settings,
         splits=found.splits,
-        other=spec if len(found.splits) > 1 else None,
+        other=found.other,
         notes=found.notes,
+        num_left_out=found.num_left_out,
         tally=tally,
         part_end=found.part_end,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tdds_dist.data.folders import ImageFolder, read_folder, split_role
+from tdds_dist.data.folders import ImageFiles, read_folder, split_role
 from tdds_dist.errors import InputError
 
 _FORMATS = {".png": "PNG", ".gif": "GIF", ".avif": "AVIF", ".tga": "TGA", ".bin": "TGA"}
@@ -33,7 +33,7 @@ def make(root: Path, *names: str) -> None:
             Image.new("RGB", (4, 3)).save(path, format_)
 
 
-def read(root: Path, split: str | None = "train", **options) -> ImageFolder:
+def read(root: Path, split: str | None = "train", **options) -> ImageFiles:
     return read_folder(f"imagefolder:{root}", root, split, **options)
 
 
