@@ -328,38 +328,34 @@ def _work(writer: Any, allocator: Any, source: Source, next_sample: Any, sender:
     image_field.max_resolution = None  # FFCV shrinks slivers to no pixel
     try:
         with allocator:
-            first = last = 0
-            while True:
-                if first == last:
-                    with next_sample.get_lock():
-                        first = next_sample.value
-                        next_sample.value = last = _claim_end(source, first)
-                    if first == last:
-                        break
-                end = min(first + SAMPLES_PER_CLAIM, last)
-                bad = {}
-                for i in range(first, end):
-                    if write_mode == "proportion":  # FFCV's own draw differs from run to run
-                        draw = np.random.default_rng([PROPORTION_SEED, i]).random()
-                        image_field.write_mode = "jpg" if draw < JPG_PROPORTION else "raw"
-                    reason = _encode_sample(
-                        writer, allocator, source, metadata_N, i, max_resolution
-                    )
-                    if reason is not None:
-                        bad[i] = reason
-                sender.send((end - first, bad))
-                first = end
+            while claimed := _claim(source, next_sample):
+                for first in claimed[::SAMPLES_PER_CLAIM]:
+                    part, bad = range(first, min(first + SAMPLES_PER_CLAIM, claimed.stop)), {}
+                    for i in part:
+                        if write_mode == "proportion":  # FFCV's own draw differs from run to run
+                            draw = np.random.default_rng([PROPORTION_SEED, i]).random()
+                            image_field.write_mode = "jpg" if draw < JPG_PROPORTION else "raw"
+                        reason = _encode_sample(
+                            writer, allocator, source, metadata_N, i, max_resolution
+                        )
+                        if reason is not None:
+                            bad[i] = reason
+                    sender.send((len(part), bad))
         sender.send((allocator.allocations, source.tally))
     except OSError as error:  # of the output: the disk is full
         sender.send(error)
 
 
-def _claim_end(source: Source, first: int) -> int:
-    """Return where the samples end that a process takes from `first` on: with its part of the
-    source, where it has parts."""
-    if source.part_end is None or first == len(source):
-        return min(first + SAMPLES_PER_CLAIM, len(source))
-    return int(source.part_end[np.searchsorted(source.part_end, first, side="right")])
+def _claim(source: Source, next_sample: Any) -> range:
+    """Take the next samples for this process: its part of the source, where it has parts."""
+    with next_sample.get_lock():
+        first = last = next_sample.value
+        if source.part_end is None:
+            last = min(first + SAMPLES_PER_CLAIM, len(source))
+        elif first < len(source):
+            last = int(source.part_end[np.searchsorted(source.part_end, first, side="right")])
+        next_sample.value = last
+    return range(first, last)
 
 
 def _encode_sample(
