@@ -77,30 +77,16 @@ def rank(scores: Scores, rates: Sequence[float]) -> Ranked:
 
 
 def in_order(found: Mapping[str, _T], config: dict[str, Any]) -> dict[str, _T]:
-    """Return the scores of a run by name: its main window first, the others in the order of
-    `score_order`."""
-    main = _main_window(config, [*found]) if found else None
-    return dict(
-        sorted(found.items(), key=lambda item: (item[0] != main, *score_order(item[0]), item[0]))
-    )
-
-
-def _main_window(config: dict[str, Any], keys: Sequence[str]) -> str:
-    """Return the first TDDS window of the config that has been scored; else the first TDDS score,
-    else the first score."""
+    """Return the scores of a run by name: the first TDDS window of the config that has been scored,
+    then the others in the order of `score_order`."""
     try:
         parsed = parse_config(config)
         configured = [window.key(parsed.score.preset) for window in parsed.windows()]
     except InputError:  # the config of another version; its scores can still be compared
         configured = []
-    return min(
-        keys,
-        key=lambda key: (
-            configured.index(key) if key in configured else len(configured),
-            score_order(key),
-            key,
-        ),
-    )
+    main = [key for key in configured if key in found][:1]
+    others = sorted(found, key=lambda key: (score_order(key), key))
+    return {key: found[key] for key in dict.fromkeys([*main, *others])}
 
 
 def within_run(ranked: Mapping[str, Ranked]) -> dict[tuple[str, str], list[float]]:

@@ -12,9 +12,11 @@ becomes a sentence at the end of the text instead of an exception.
 import csv
 import io
 import itertools
+import string
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +92,20 @@ def compare(
     for rate in rates:
         num_kept(10**9, rate)  # the range, before any file is read
     found = _Findings(rates)
+    letters = [*string.ascii_uppercase, *(f"R{number}" for number in range(27, len(runs) + 1))]
     read = [
         _read_run(run, name, letter, found)
-        for run, name, letter in zip(runs, _names(runs), _letters(), strict=False)
+        for run, name, letter in zip(runs, _names(runs), letters, strict=False)
     ]
     for other in read[1:]:
         require_same_dataset(other.fingerprint, read[0].fingerprint, f"run {other.run.path}")
     found.short = short_names([key for run in read for key in run.ranked])
     label_N = next((run.label_N for run in read if run.fingerprint.labels_sha256), read[0].label_N)
-    known: dict[Path, Manifest | None] = {}
+    manifest_of = cache(read_manifest)
     for run in read:
         _add_agreement(run, found)
         _add_classes(run, label_N, found)
-        _add_noise(run, known, found)
+        _add_noise(run, manifest_of, found)
     _add_between(read, found)
     path = runs[0] / "compare.csv" if out is None else Path(out)
     _write_csv(path, found.rows)
@@ -124,11 +127,6 @@ class _Run:
     ranked: dict[str, Ranked]
     fingerprint: Fingerprint
     label_N: np.ndarray
-
-    @property
-    def main(self) -> str:
-        """Return the score that the others are compared with in the text."""
-        return next(iter(self.ranked))
 
 
 class _Findings:
@@ -220,7 +218,7 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
     for (a, b), values in within_run(run.ranked).items():
         correlation[a, b] = correlation[b, a] = values[0]
         found.agreement(values, run.name, a, run.name, b)
-        if a == run.main:
+        if a == keys[0]:
             common[b] = values[1:]
     numbered = [
         f"{position:>{len(str(len(keys)))}} {found.short[key]}"
@@ -239,7 +237,7 @@ def _add_agreement(run: _Run, found: _Findings) -> None:
     )
     num_samples = run.fingerprint.num_samples
     found.part(
-        f"{run.letter}: percent of the coreset in common with {found.short[run.main]}, by pruning"
+        f"{run.letter}: percent of the coreset in common with {found.short[keys[0]]}, by pruning"
         " rate",
         [*(found.short[key] for key in common), AT_RANDOM],
         [
@@ -362,11 +360,10 @@ def _add_classes(run: _Run, label_N: np.ndarray, found: _Findings) -> None:
     )
 
 
-def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) -> None:
+def _add_noise(run: _Run, manifest_of: Callable[[Path], Manifest | None], found: _Findings) -> None:
     """Add the share of wrong labels and of corrupted images that each score keeps, where the
     manifest knows them."""
-    beton = (run.config.get("data") or {}).get("train")
-    if not beton:
+    if not (run.config.get("data") or {}).get("train"):
         return
     try:
         path = run.run.train_file()
@@ -375,12 +372,8 @@ def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) 
                 f"run {run.run.path}: {path} is no longer there, so whether labels are noisy is not"
                 " known"
             )
-        if path not in known:
-            known[path] = None  # so that it is read, and a fault said, once
-            known[path] = read_manifest(path)
-        if (manifest := known[path]) is None or (
-            manifest.noisy_N is None and manifest.corruption is None
-        ):
+        manifest = manifest_of(path)
+        if manifest is None or (manifest.noisy_N is None and manifest.corruption is None):
             return
         require_same_dataset(manifest.fingerprint, run.fingerprint, str(manifest_path(path)))
     except InputError as error:
@@ -389,13 +382,8 @@ def _add_noise(run: _Run, known: dict[Path, Manifest | None], found: _Findings) 
     if manifest.noisy_N is not None:
         _add_kept("noisy", "samples with a wrong label", run, {"": manifest.noisy_N}, found)
     if manifest.corrupted_N is not None:
-        _add_kept(
-            "corrupted",
-            "corrupted images",
-            run,
-            {"": manifest.corrupted_N} | manifest.corruption_kinds,
-            found,
-        )
+        kinds = {"": manifest.corrupted_N} | manifest.corruption_kinds
+        _add_kept("corrupted", "corrupted images", run, kinds, found)
 
 
 def _add_kept(
@@ -494,13 +482,6 @@ def _names(runs: list[Path]) -> list[str]:
     return [
         str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)
     ]
-
-
-def _letters() -> itertools.chain[str]:
-    """Name runs A, B, ... Z, then R27, R28, ..."""
-    return itertools.chain(
-        map(chr, range(ord("A"), ord("Z") + 1)), (f"R{number}" for number in itertools.count(27))
-    )
 
 
 def _percent(share: float) -> str:

@@ -143,10 +143,9 @@ def choose(
             member_m, quota, int(np.random.SeedSequence([seed, label]).generate_state(1)[0])
         )
 
-    if sampler == "drop":
+    if sampler == "drop" or is_balanced(scores, class_balanced):
+        recall_C = recall_C if sampler == "drop" else None
         return rest_n[samplers.per_class(pick_of_class, label_n, num, recall_C)]
-    if is_balanced(scores, class_balanced):
-        return rest_n[samplers.per_class(pick_of_class, label_n, num)]
     return rest_n[pick_among(np.arange(len(rest_n)), num, seed)]
 
 
