@@ -82,6 +82,12 @@ class View:
     ratio: float = 1.0
     scale: tuple[float, float] = (0.08, 1.0)
 
+    @property
+    def choices(self) -> tuple[int, bool, int, float, float, float]:
+        """Return crop, flip, padding, ratio and scale as `decode.load_batch` takes them."""
+        crop = {"center": decode.CENTER, "pad": decode.PAD, "resized": decode.RESIZED}[self.crop]
+        return (crop, self.flip, self.padding, self.ratio, *self.scale)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -142,23 +148,10 @@ def find_undecodable(
     numba.set_num_threads(num_threads)
     try:
         # The crop that costs least: one pixel of each image is kept.
+        stored = (record_B["f0"], data, image_B["data_ptr"].copy(), size_B)
+        choices = View(1, "pad", padding=0).choices
         decode.load_batch(
-            np.arange(num),
-            corner_BSS3,
-            scratch_WX,
-            failed_B,
-            record_B["f0"],
-            data,
-            image_B["data_ptr"].copy(),
-            size_B,
-            decode.PAD,
-            False,
-            0,
-            1.0,
-            0.08,
-            1.0,
-            0,
-            0,
+            np.arange(num), corner_BSS3, scratch_WX, failed_B, *stored, *choices, 0, 0
         )
     finally:
         numba.set_num_threads(before)
@@ -409,30 +402,13 @@ class _LoadImage(Operation):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=bytes_type), memory
 
     def generate_code(self) -> Any:
-        view = self.view
-        crop = {"center": decode.CENTER, "pad": decode.PAD, "resized": decode.RESIZED}[view.crop]
+        choices = self.view.choices
 
         def load(index_B: np.ndarray, memory: Any, metadata: np.ndarray, storage_state: Any) -> Any:
             image, failed = memory
             file_bytes, block_start, block_size, scratch, epoch = storage_state
-            decode.load_batch(
-                index_B,
-                image,
-                scratch,
-                failed,
-                metadata,
-                np.asarray(file_bytes),
-                block_start,
-                block_size,
-                crop,
-                view.flip,
-                view.padding,
-                view.ratio,
-                view.scale[0],
-                view.scale[1],
-                self.seed,
-                epoch,
-            )
+            stored = (metadata, np.asarray(file_bytes), block_start, block_size)
+            decode.load_batch(index_B, image, scratch, failed, *stored, *choices, self.seed, epoch)
             return image, failed
 
         return load
