@@ -302,8 +302,8 @@ def without_driver(watch):
     torch.backends.cudnn.enabled = False  # batch norm is one operation with cuDNN, and without
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda: True
-    torch.cuda.get_rng_state = lambda: torch.zeros(16, dtype=torch.uint8)
-    torch.cuda.set_rng_state = lambda state: None
+    torch.cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
+    torch.cuda.set_rng_state = lambda state, device="cuda": None
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     torch.distributions.Distribution.set_default_validate_args(False)  # it looks at values
     torch.cuda.device_of = lambda tensor: nullcontext()
