@@ -89,7 +89,16 @@ def _again(
     """Queue the job again if it came further since the last failures."""
     progress = _progress(log_dir, job_id)
     file = log_dir / f"{job_id}_failures.jsonl"
-    append_line(file, {"time": time.time(), "restart": restart, "progress": progress, "what": what})
+    failure = {"time": time.time(), "restart": restart, "progress": progress, "what": what}
+    try:
+        append_line(file, failure)
+    except OSError as error:
+        _tell(
+            job_id,
+            f"{what}; it is not queued again, because {file}, where its failures are counted,"
+            f" cannot be written ({error}); see to that, and submit again to go on",
+        )
+        return code
     in_a_row = 0
     for record in reversed(read_objects(file)):
         if record.get("progress") != progress:

@@ -253,6 +253,17 @@ def test_failures_in_a_row_without_a_new_checkpoint_are_counted(tmp_path, listed
     assert progress == ["", "", "", *["step_0000000005"] * 3, *["step_0000000010"] * 4]
 
 
+def test_a_job_whose_failures_cannot_be_counted_is_not_queued_again(tmp_path, listed, capsys):
+    (tmp_path / "12_failures.jsonl").mkdir()
+    assert ended(tmp_path, 137) == 137
+    error = capsys.readouterr().err
+    assert error.startswith("tdds: job 12 ranks ended without a word (srun: 137); it is not queued")
+    assert error.endswith(
+        "cannot be written ([Errno 21] Is a directory: "
+        f"'{tmp_path}/12_failures.jsonl'); see to that, and submit again to go on\n"
+    )
+
+
 def test_what_is_no_checkpoint_is_no_progress(tmp_path, listed):
     """And how many failures are forgiven is the cluster file's to say."""
     assert ended(tmp_path, 3, 0) == 3
