@@ -15,34 +15,47 @@ command -v pkg-config >/dev/null || missing+=(pkg-config)
 pkg-config --exists opencv4 2>/dev/null || missing+=(libopencv-dev)
 pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
 [[ $(/sbin/ldconfig -p 2>/dev/null) == *libtbb.so.12* ]] || [ -e "${CONDA_PREFIX:-/nowhere}/lib/libtbb.so.12" ] || missing+=(libtbb12)
-if ! command -v "$python" >/dev/null; then missing+=(python3 python3-venv python3-dev)
+missing_python=()
+if ! command -v "$python" >/dev/null; then missing_python=(python3 python3-venv python3-dev)
 elif ! "$python" -c 'import sys, ensurepip, sysconfig, os; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null
-then missing+=(python3-venv python3-dev); fi
+then missing_python=(python3-venv python3-dev); fi
 
-if ((${#missing[@]})); then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "installing system packages: ${missing[*]}"
-        scripts/apt_install.sh "${missing[@]}"
-    else
-        cat >&2 <<TXT
-These system packages are missing: ${missing[*]}
+all=("${missing[@]}" "${missing_python[@]}")
+if ((${#all[@]})) && { [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; }; then
+    cat >&2 <<TXT
+These system packages are missing: ${all[*]}
 Get them, then run this again:
-  Debian, Ubuntu:  sudo apt-get install ${missing[*]}
+  Debian, Ubuntu:  sudo apt-get install ${all[*]}
   conda:           conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo tbb python=3.11
 TXT
-        exit 1
-    fi
+    exit 1
 fi
-
+if ((${#missing_python[@]})); then
+    say "installing system packages: ${missing_python[*]}"
+    scripts/apt_install.sh "${missing_python[@]}"
+fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "$python is $("$python" -V); Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 
+system=
+if ((${#missing[@]})); then  # beside torch: both take minutes, and only FFCV needs both
+    say "installing system packages: ${missing[*]}"
+    scripts/apt_install.sh "${missing[@]}" 9>&- &
+    system=$!
+fi
 stamp=.venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
-[ -e "$stamp" ] && exit 0
-say "installing Python packages into .venv (torch is the large one, about 5 GB with CUDA libraries; minutes)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' |
-    { grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' || true; } | cut -c1-110 >&2
-rm -f .venv/.installed-*
-touch "$stamp"
-say "ready: .venv/bin/tdds --help"
+if [ ! -e "$stamp" ]; then
+    say "installing Python packages into .venv (torch is the large one, about 5 GB with CUDA libraries; minutes)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    install() {
+        .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$@" |
+            { grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' || true; } | cut -c1-110 >&2
+    }
+    install torch torchvision
+    wait $system
+    install -e '.[dev]'
+    rm -f .venv/.installed-*
+    touch "$stamp"
+    say "ready: .venv/bin/tdds --help"
+fi
+wait $system
