@@ -305,8 +305,8 @@ def _lose_lock_after_training(rank):
 
     fit = collect.fit
 
-    def fit_and_lose(job):
-        result = fit(job)
+    def fit_and_lose(job, start):
+        result = fit(job, start)
         RunLock.lost = property(lambda lock: True)
         return result
 

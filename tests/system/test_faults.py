@@ -408,7 +408,7 @@ def test_kill_at_the_worst_moments(run, nobody_touched, chain):
 
 SIGNALS = {
     "start-up, evaluation, last step": [
-        ("during start-up", at_call("tdds_dist.training.collect:open_files", 1, TERM, [0])),
+        ("during start-up", at_call("tdds_dist.training.build:open_files", 1, TERM, [0])),
         ("during start-up", at_call("tdds_dist.runs.directory:RunDir.write_start", 1, TERM, [0])),
         ("during start-up", at_call("tdds_dist.training.state:settle_buckets", 1, TERM, [0])),
         ("to all ranks", at_step(3, TERM)),
@@ -857,7 +857,7 @@ def test_defects_nan_and_a_rank_that_hangs(run, nobody_touched, tmp_path):
     defect = jobs.fail(RuntimeError("a defect"))
     for inject, lost, fault, resumes in (
         # before the first collective
-        (at_call("tdds_dist.training.collect:open_files", 1, defect, [1]), 1, None, 0),
+        (at_call("tdds_dist.training.build:open_files", 1, defect, [1]), 1, None, 0),
         (at_step(9, defect, [0]), 0, "defect on one rank", 5),
     ):
         run.ends([1, 1], SYNC, inject=inject, deadline=60, fault=fault, resumes=resumes)
