@@ -48,12 +48,13 @@ if [ ! -e "$stamp" ]; then
     say "installing Python packages into .venv (torch is the large one, about 5 GB with CUDA libraries; minutes)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     install() {
-        .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$@" |
+        .venv/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt "$@" |
             { grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' || true; } | cut -c1-110 >&2
     }
     install torch torchvision
     wait $system
     install -e '.[dev]'
+    .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # on all cores, as pip does not; templates are no Python
     rm -f .venv/.installed-*
     touch "$stamp"
     say "ready: .venv/bin/tdds --help"
