@@ -4,6 +4,7 @@ import fcntl
 import gc
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 # started in the background: programs under test would inherit that
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# torchvision has a small network more, here and in the programs that tests start
+SITE = Path(__file__).parent / "site"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
+if not any(finder.__module__ == "sitecustomize" for finder in sys.meta_path):
+    runpy.run_path(str(SITE / "sitecustomize.py"), run_name="sitecustomize")
 
 
 # What takes longest of `make test-slow`, longest first. Whoever is done takes the next file: one of
@@ -79,13 +87,14 @@ def write_config(
     epochs: int = 3,
     second: str = "T: 2, K: 2",
     more: str = "",
+    network: str = "shufflenet_v2_x0_5",
 ) -> Path:
     path = folder / "config.yaml"
     path.write_text(f"""
 run: {{name: tiny, dir: {folder / "run"}, device: cpu}}
 data: {{train: {betons["train"]}, val: {betons["val"]}, num_classes: 10, image_size: 32, crop: pad, padding: 2, flip: false,
        mean: [78.0, 78.0, 78.0], std: [90.0, 90.0, 90.0]}}
-model: {{name: shufflenet_v2_x0_5}}
+model: {{name: {network}}}
 train: {{epochs: {epochs}, global_batch_size: 24, lr: 0.05}}
 score: {{windows: [{{T: 3, K: 2, pruning_rates: [0.0, 0.5]}}, {{{second}, pruning_rates: [0.8]}}]}}
 {more}
@@ -126,7 +135,12 @@ def finished_run(betons: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
                     _finish(
                         folder,
                         write_config(
-                            betons, folder, 5, "T: 4, K: 3", "collect: {stop_after: last_window}"
+                            betons,
+                            folder,
+                            5,
+                            "T: 4, K: 3",
+                            "collect: {stop_after: last_window}",
+                            "tiny_network",
                         ),
                     )
                 )

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.golden.make_runs_of_0_1_0 import tiny_network  # noqa: F401 - now torchvision has it
 from tests.ranks import forkserver
 
 Inject = Callable[[int], None]

@@ -183,7 +183,7 @@ def write_plan(
 run: {{name: base, device: cpu}}
 data: {{train: {betons["train"]}, val: {betons["val"]}, num_classes: 10, image_size: 32, crop: pad, padding: 2, flip: false,
        mean: [78.0, 78.0, 78.0], std: [90.0, 90.0, 90.0]}}
-model: {{name: shufflenet_v2_x0_5}}
+model: {{name: tiny_network}}
 train: {{epochs: 5, global_batch_size: 24, lr: 0.05, eval_every: 3}}
 score: {{windows: [{{T: 3, K: 3, pruning_rates: [0.5]}}, {{T: 3, K: 2, pruning_rates: [0.8, 0.95]}}]}}
 """)

@@ -1,7 +1,7 @@
 """Make runs_of_0_1_0.tar.xz: run directories of version 0.1.0, for tests/test_older_runs.py. Was
 run with commit b33b127:
 
-    cd $(mktemp -d) && PYTHONPATH=CHECKOUT OMP_NUM_THREADS=1 python THIS_FILE, and keep
+    cd $(mktemp -d) && PYTHONPATH=CHECKOUT:tests/site OMP_NUM_THREADS=1 python THIS_FILE, and keep
     runs_of_0_1_0.tar.xz from there.
 
 data/, config.yaml, table.yaml   40 and 20 digits, a config, an experiment of three methods
@@ -25,8 +25,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
-from torchvision.models._api import register_model
 
 CORESET = "runs/finished/coresets/tdds_official_T4_K3_beta0.9_p0.5.npz"
 CONFIG = """
@@ -41,24 +39,6 @@ checkpoint: {asynchronous: false}
 TABLE = (
     "{name: table, config: config.yaml, methods: [tdds, moderate, random], pruning_rates: [0.5]}\n"
 )
-
-
-def tiny_network(*, weights: None = None, num_classes: int = 10) -> nn.Module:
-    """Build a network of 314 parameters, so that checkpoints are small."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3, stride=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, num_classes),
-    )
-
-
-tiny_network.__module__ = "torchvision.models.tiny"  # as far as `list_models` knows
-register_model()(tiny_network)
 
 
 def in_this_process(
