@@ -87,7 +87,7 @@ def write_config(
     epochs: int = 3,
     second: str = "T: 2, K: 2",
     more: str = "",
-    network: str = "shufflenet_v2_x0_5",
+    network: str = "tiny_network",
 ) -> Path:
     path = folder / "config.yaml"
     path.write_text(f"""
@@ -135,12 +135,7 @@ def finished_run(betons: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
                     _finish(
                         folder,
                         write_config(
-                            betons,
-                            folder,
-                            5,
-                            "T: 4, K: 3",
-                            "collect: {stop_after: last_window}",
-                            "tiny_network",
+                            betons, folder, 5, "T: 4, K: 3", "collect: {stop_after: last_window}"
                         ),
                     )
                 )

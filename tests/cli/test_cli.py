@@ -235,7 +235,7 @@ def test_every_reader_takes_the_fields_that_the_config_names(config_file, tmp_pa
     collect CONFIG data.train=BIG data.val=BIG data.num_classes=5 -> data.crop=resized
     collect CONFIG model.name=alexnet -> cannot train on 24 images of 32x32
     collect CONFIG model.name=googlenet -> several outputs
-    collect CONFIG train.global_batch_size=1 -> cannot train on 1 images
+    collect CONFIG train.global_batch_size=1 model.name=shufflenet_v2_x0_5 -> cannot train on 1 images
     score FOLDER/none -> not a directory
     score FOLDER -> no meta.json
     select FOLDER --pruning-rate 1.0 -> [0, 1)

@@ -262,7 +262,7 @@ def test_the_speed_is_that_of_the_eager_network_with_its_precision(config_file, 
     finally:
         torch.set_float32_matmul_precision(usual)
     assert speed.state == "WARN"
-    assert "shufflenet_v2_x0_5, eager" in speed.found
+    assert "tiny_network, eager" in speed.found
 
 
 # ---- ranks that are late, or do not come

@@ -52,8 +52,9 @@ CPU, GPU = ["run.device=cpu"], ["run.device=cuda"]
 
 @pytest.fixture
 def tiny(config_file):
-    """The config of `conftest`, with overrides."""
-    return lambda *overrides: load_config(config_file, overrides)
+    """The config of `conftest` with a network of torchvision, and overrides."""
+    network = "model.name=shufflenet_v2_x0_5"
+    return lambda *overrides: load_config(config_file, (network, *overrides))
 
 
 def imagenet(*overrides, network="resnet34"):
