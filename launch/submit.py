@@ -229,18 +229,18 @@ def _one_retraining(
 ) -> "Stage":
     from tdds_dist.experiments.grid import Stage, Task, retrain_step
     from tdds_dist.runs.artifacts import load_coreset
-    from tdds_dist.training.retrain import resolve
+    from tdds_dist.runs.directory import RunDir, retrain_name
 
     if missing := [f"--{key}" for key in ("coreset", "strategy") if key not in given]:
         raise InputError(f"--stage retrain needs {' and '.join(missing)}; see `tdds submit --help`")
     coreset = load_coreset(options.coreset)
     importance = options.importance or config.retrain.importance
-    run, _, _ = resolve(
-        config, coreset, options.coreset, options.strategy, importance, options.name
+    name = options.name or retrain_name(
+        options.coreset, options.strategy, importance, config.run.seed
     )
     task = Task(
-        run.path.name,
-        run.path,
+        name,
+        RunDir(config.run.directory).retrain_run(name).path,
         config,
         options.coreset.absolute(),
         options.strategy,

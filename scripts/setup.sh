@@ -43,6 +43,7 @@ if ((${#missing[@]})); then  # beside torch: both take minutes, and only FFCV ne
     scripts/apt_install.sh "${missing[@]}" 9>&- &
     system=$!
 fi
+need_system() { wait $system || { echo "the system packages could not be installed, see above: ${missing[*]}" >&2; exit 1; }; }
 stamp=.venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 if [ ! -e "$stamp" ]; then
     say "installing Python packages into .venv (torch is the large one, about 5 GB with CUDA libraries; minutes)"
@@ -52,11 +53,11 @@ if [ ! -e "$stamp" ]; then
             { grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' || true; } | cut -c1-110 >&2
     }
     install torch torchvision
-    wait $system
+    need_system
     install -e '.[dev]'
     .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # on all cores, as pip does not; templates are no Python
     rm -f .venv/.installed-*
     touch "$stamp"
     say "ready: .venv/bin/tdds --help"
 fi
-wait $system
+need_system

@@ -491,11 +491,7 @@ def read_webdataset(
         kinds = some([f"{number:,} {printable(kind)}" for kind, number in unused.most_common()])
         notes.append(f"members that are neither image nor label: {kinds}")
     fields = {"image_field": image_field, "label_field": label_field}
-
-    def stored(index: int) -> bytes:
-        file, _, place, _ = found[index]
-        return _bytes_at(file, *place)
-
+    place_N = [(file, *place) for file, _, place, _ in found]
     return ImageFiles(
         splits.split,
         tuple(splits.files_of),
@@ -503,7 +499,7 @@ def read_webdataset(
         _numbers_to(spec, largest),
         [f"{splits.named(file)}/{key}" for file, key, _, _ in found],
         np.array([label for *_, label in found], dtype=np.int64),
-        stored,
+        lambda i: _bytes_at(*place_N[i]),
         {name: field for name, field in fields.items() if field},
         notes,
     )

@@ -194,7 +194,7 @@ def parse_bytes(text: str | None, option: str) -> float | None:
     num_bytes = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
     if match and not match[2] and 0 < num_bytes < _LEAST_WITHOUT_UNIT:
         raise InputError(f"{option}={text} has no unit; write {text}GB")
-    if not num_bytes:
+    if not num_bytes > 0:
         raise InputError(
             f"{option}={text!r} is not a size; write it like 80GB (10^9 bytes), 79.6GiB (2^30),"
             " 80000MB or 80000000000"

@@ -261,11 +261,11 @@ def _overlap(reference: Sequence[_Trained], other: Sequence[_Trained]) -> dict[f
     coreset = {(one.run, one.rate): one.coreset for one in reference}
     shares: dict[float, dict[Path, float]] = {}
     for one in sorted(other, key=lambda one: one.rate):
-        usual = coreset.get((one.run, one.rate))
-        if one.coreset is not None and usual is not None:
+        usual, of_run = coreset.get((one.run, one.rate)), shares.get(one.rate, {})
+        if one.coreset is not None and usual is not None and one.run not in of_run:
             both = np.intersect1d(one.coreset.index_M, usual.index_M, assume_unique=True)
             share = 100 * len(both) / len(one.coreset.index_M)
-            shares.setdefault(one.rate, {}).setdefault(one.run, share)
+            shares[one.rate] = of_run | {one.run: share}
     return {rate: [*of_run.values()] for rate, of_run in shares.items()}
 
 

@@ -89,6 +89,15 @@ class RunDir:
         """Write the record of how the run was started."""
         self._write_json(self.env_file, env)
 
+    def retrain_run(self, name: str) -> "RunDir":
+        """Return the directory of a retraining; raise InputError when the name leads elsewhere."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):
+            raise InputError(
+                f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter"
+                " or digit"
+            )
+        return RunDir(self.retrain / name)
+
     def set_aside(self) -> Path:
         """Move what a run of this directory wrote into a folder in it; coresets and retrainings
         stay. Return the folder."""

@@ -125,7 +125,7 @@ def differences(run: RunDir, config: Config, setting: dict[str, Any]) -> list[st
         was, now = before["data"][key], getattr(config.data, key)
         if not (images_before and images):
             changed += [f"data.{key} was {was!r}, now {now!r}"] * (was != now)
-        elif images_before[key] != images[key]:
+        elif key in images_before and images_before[key] != images[key]:
             changed.append(
                 f"it was started with other images than data.{key}={now} holds now (the fingerprint"
                 " of the content differs)"

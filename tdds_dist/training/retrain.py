@@ -1,7 +1,6 @@
 """Stage `retrain`: train on a coreset, weighted by importance, for as long as the strategy says."""
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,7 @@ def resolve(
     )
     epochs = retrain_epochs(config.retrain.epochs or config.train.epochs, rate, strategy)
     name = name or retrain_name(Path(coreset_file), strategy, importance, config.run.seed)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]*", name):  # leads nowhere else
-        raise InputError(
-            f"--name={name!r} must be letters, digits and ._+=,@- only, and start with a letter or"
-            " digit"
-        )
-    run = RunDir(RunDir(config.run.directory).retrain / name)
+    run = RunDir(config.run.directory).retrain_run(name)
     setting = {
         "stage": "retrain",
         "strategy": strategy,
