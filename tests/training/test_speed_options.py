@@ -529,7 +529,7 @@ def test_compile_failure_is_said(config_file, tmp_path):
     """One line instead of the compiler's pages."""
     kind, text = run_ranks(1, _no_compiler, config_file, tmp_path / "run")[0]
     assert kind == "InputError"
-    assert "model.compile=true: torch.compile fails on model.name=shufflenet_v2_x0_5" in text
+    assert "model.compile=true: torch.compile fails on model.name=tiny_network" in text
     assert "set model.compile=false" in text
     assert "\n" not in text
 
