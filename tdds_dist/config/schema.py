@@ -157,7 +157,7 @@ for _kind in ("int", "float"):
 
 
 def _read_yaml(text: str) -> Any:
-    tree = yaml.load(text, _Loader)
+    tree = yaml.load(text, _Loader)  # a SafeLoader
     json.dumps(tree, default=str)  # an anchor that holds itself ends here
     return tree
 

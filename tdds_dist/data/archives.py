@@ -128,7 +128,6 @@ class _Splits:
     """The files of each split. `files` are those of the one that is read."""
 
     split: str
-    other: str | None  # the spec of the other split; None where there is none
     files_of: dict[str, list[Path]]
     folder: Path  # above all of them
     note: str
@@ -200,8 +199,7 @@ def _find_splits(spec: str, rest: str, suffix: str, split: str | None) -> _Split
             else "add it, or leave --split out"
         )
         raise InputError(f"{spec} has {some([*shown.values()])} but no {chosen} split; {way_out}")
-    other = spec if len(files_of) > 1 else None
-    return _Splits(chosen, other, files_of, folder, f"splits: {note}")
+    return _Splits(chosen, files_of, folder, f"splits: {note}")
 
 
 # ---- Parquet
@@ -258,7 +256,7 @@ def read_parquet(
     return ImageFiles(
         splits.split,
         tuple(splits.files_of),
-        splits.other,
+        None,  # the same spec
         names,
         path,
         label_N,
@@ -495,7 +493,7 @@ def read_webdataset(
     return ImageFiles(
         splits.split,
         tuple(splits.files_of),
-        splits.other,
+        None,  # the same spec
         _numbers_to(spec, largest),
         [f"{splits.named(file)}/{key}" for file, key, _, _ in found],
         np.array([label for *_, label in found], dtype=np.int64),

@@ -41,7 +41,7 @@ class ImageFiles:
 
     split: str  # the one that was asked for, or that a flat folder is named after
     splits: tuple[str, ...]  # those that the source holds
-    other: str | None  # the spec of the other split, which may lie beside; None where there is none
+    other: str | None  # the spec of the other split where it is another one; it may lie beside
     class_names: list[str]
     path: list[str]  # [N], relative to the folder of the spec; in archives file#row or shard/key
     label_N: np.ndarray  # int64

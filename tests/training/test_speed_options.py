@@ -1,8 +1,10 @@
 """What makes training faster and must not make it another: compiled networks, fused optimizers,
 images that grow, and decoding ahead of need."""
 
+import copy
 import json
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +22,7 @@ from tdds_dist.distributed.interruption import Preempted
 from tdds_dist.errors import InputError
 from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.runs.directory import RunDir
-from tdds_dist.training import engine
+from tdds_dist.training import engine, state
 from tdds_dist.training.build import (
     InputStage,
     build_optimizer,
@@ -625,6 +627,24 @@ def _storages_of_gradients(rank):
         replicas(torch.randn(2, 3, 8, 8)).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     return len({gradient.untyped_storage().data_ptr() for gradient in gradients}), len(gradients)
+
+
+@pytest.mark.distributed
+def test_the_pass_that_settles_buckets_has_no_other_effect():
+    assert run_ranks(1, _what_settling_keeps)[0] == [True, True, True]
+
+
+def _what_settling_keeps(rank):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
+    replicas = collectives.data_parallel(model, distributed.current_world("cpu"))
+    random, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    state.settle_buckets(replicas, torch.randn(3, 4, generator=torch.Generator()), nullcontext())
+    after = model.state_dict().items()
+    return [
+        torch.equal(torch.get_rng_state(), random),
+        all(torch.equal(value, before[name]) for name, value in after),
+        all(parameter.grad is None for parameter in model.parameters()),
+    ]
 
 
 def test_cudnn_looks_for_the_fastest_unless_bits_matter():
