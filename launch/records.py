@@ -23,7 +23,8 @@ from tdds_dist.runs.directory import read_objects
 JOBS_FILE = "jobs.jsonl"
 # in the run directory: one line, the log folder, where that is not jobs/
 POINTER_FILE = "jobs.path"
-CAUSES = ("failed", "refused", "lost")  # kinds of ends that are a failure, the most telling first
+# kinds of ends that are a failure, the most telling first
+CAUSES = ("failed", "refused", "gave up", "lost")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class JobRecord:
 class EndRecord:
     """The end of one rank."""
 
-    # refused | failed | lost; resume: saved, not queued again; requeued; requeue: to be queued
-    # again
+    # refused | failed | lost; gave up: the job, not queued again after so many that were lost;
+    # resume: saved, not queued again; requeued; requeue: to be queued again
     kind: str
     rank: int = 0
     time: float = 0.0  # unix seconds
@@ -138,8 +139,8 @@ def read_ends(log_dir: Path, job_id: str) -> list[EndRecord]:
 
 def first_cause(ends: Iterable[EndRecord]) -> EndRecord | None:
     """Return what explains a failure: of the last restart, a rank that failed before one that
-    refused its input before one that lost another, and of those the earliest. None when nobody
-    failed."""
+    refused its input, before the job that gave up, before one that lost another; of those the
+    earliest. None when nobody failed."""
     ends = list(ends)
     last = max((end.restart for end in ends), default=0)
     found = [end for end in ends if end.restart == last and end.kind in CAUSES]

@@ -38,6 +38,18 @@ EVIL_CLASS, EVIL_PATH = (
 ENVIRONMENT = cache(environment)
 
 
+# ---- programs
+
+
+def hook(folder: Path, text: str) -> str:
+    """Make a folder from which Python runs this text when it starts, after tests/site; return the line
+    of bash that puts it before all others."""
+    folder.mkdir()
+    site = Path(__file__).parent / "site" / "sitecustomize.py"
+    (folder / "sitecustomize.py").write_text(f"{site.read_text()}\n\n{text}")
+    return f"export PYTHONPATH={folder}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
 # ---- coresets
 
 

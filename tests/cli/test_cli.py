@@ -920,7 +920,7 @@ def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path)
         done("write", "digits", tmp_path / f"{split}.beton", "--split", split, "--quiet")
     config = CLUSTER.parents[1] / "digits.yaml"
     data = [f"data.{split}={tmp_path}/{split}.beton" for split in ("train", "val")]
-    settings = "run.device=cpu model.name=shufflenet_v2_x0_5 train.epochs=6 train.eval_every=6"
+    settings = "run.device=cpu model.name=tiny_network train.epochs=6 train.eval_every=6"
     score = {}
     for ranks, seed in [(1, 0), (2, 0), (2, 1)]:
         run = RunDir(tmp_path / f"run{ranks}{seed}")
@@ -933,4 +933,4 @@ def test_the_number_of_ranks_changes_scores_no_more_than_the_seed_does(tmp_path)
     seeds_differ = spearmanr(score[2, 0], score[2, 1])[0]
     print(f"rank correlation: 1 and 2 ranks {ranks_differ:.3f}, two seeds {seeds_differ:.3f}")
     assert ranks_differ >= seeds_differ
-    assert ranks_differ > 0.15
+    assert ranks_differ > 0.5

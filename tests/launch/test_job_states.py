@@ -172,6 +172,7 @@ def test_ends_of_all_ranks_of_one_job_only(tmp_path):
         ),
         ([("lost", 0, 1.0, 0), ("refused", 1, 2.0, 0)], 1),
         ([("lost", 0, 2.0, 0), ("lost", 1, 1.0, 0)], 1),
+        ([("lost", 0, 1.0, 0), ("gave up", 1, 2.0, 0), ("lost", 2, 3.0, 0)], 1),
         # what happened before the restart explains nothing
         ([("failed", 0, 1.0, 0), ("lost", 1, 2.0, 1)], 1),
         ([("failed", 0, 1.0, 0), ("resume", 1, 2.0, 1)], None),

@@ -244,7 +244,7 @@ def test_failures_in_a_row_without_a_new_checkpoint_are_counted(tmp_path, listed
         " row without a new checkpoint (requeue_failures=3); submit again to go on\n"
     )
     (found,) = read_ends(tmp_path, "12")
-    assert (found.kind, found.restart) == ("lost", 0)
+    assert (found.kind, found.restart) == ("gave up", 0)
     assert found.message.startswith("gave up: ranks ended without a word")
     progress = [
         json.loads(line)["progress"]

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.experiments.test_doctor import AHEAD_SECONDS, clock_ahead
+from tests.make import hook
 from tests.system.slurm.test_pipeline import CPU_TEST, cluster_file, folder, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -50,14 +51,15 @@ def test_a_job_that_is_well_and_one_that_is_not(slurm, folder, clock_ahead):
     assert "FAIL" not in done.stdout
     for words in ("2 ranks met", "each way between", "all ranks see it", "images/s"):
         assert words in done.stdout
-    hook = folder / "hook_clock"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('SLURM_PROCID') == '1' and 'LD_PRELOAD' not in"
-        f" os.environ:\n    os.environ['LD_PRELOAD'] = {clock_ahead!r}\n   "
-        " os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])\n"
-    )
-    cluster = cluster_file(folder, interface="no_such0", setup=[f"export PYTHONPATH={hook}"])
+    text = f"""
+import os, sys
+
+if os.environ.get("SLURM_PROCID") == "1" and "LD_PRELOAD" not in os.environ:
+    os.environ["LD_PRELOAD"] = {clock_ahead!r}
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+"""
+    setup = [hook(folder / "hook_clock", text)]
+    cluster = cluster_file(folder, interface="no_such0", setup=setup)
     done = submit(slurm, folder, folder / "ill", "--stage", "doctor", "--wait", cluster=cluster)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "rank 0 on " in done.stderr

@@ -21,6 +21,7 @@ import pytest
 from tdds_dist.launch.records import read_ends
 from tdds_dist.runs.directory import RunDir
 from tests.jobs import differences, state_of
+from tests.make import hook
 from tests.system import hosts as network
 from tests.system.slurm.cluster import SlurmCluster, missing_programs
 from tests.system.slurm.test_cluster import until
@@ -52,7 +53,7 @@ def folder(tmp_path_factory):
 run: {{name: hurt, device: cpu, timeout_seconds: 60}}
 data: {{train: {folder}/train.beton, val: {folder}/val.beton, num_classes: 10, image_size: 32, crop: pad, padding: 2,
        flip: false, mean: [78.0, 78.0, 78.0], std: [90.0, 90.0, 90.0]}}
-model: {{name: shufflenet_v2_x0_5}}
+model: {{name: slow_network}}
 train: {{epochs: {EPOCHS}, global_batch_size: 20, lr: 0.05, deterministic: true}}
 score: {{windows: [{{T: 10, K: 5, pruning_rates: [0.5]}}, {{T: 5, K: 3, pruning_rates: [0.3]}}]}}
 """)
@@ -93,18 +94,20 @@ def submit(slurm, folder, run, *arguments, cluster=CPU_TEST, config="config.yaml
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
+@pytest.fixture(scope="module")
 def slow_first_start(folder):
     """Setup lines that make the first start of a job take its time, as training does that SLURM has
     time to watch."""
-    hook = folder / "slow"
-    hook.mkdir(exist_ok=True)
-    (hook / "sitecustomize.py").write_text(
-        "import os, sys, time\nif 'submitit.core._submit' in ' '.join(sys.orig_argv) and"
-        " 'SLURM_RESTART_COUNT' not in os.environ:\n    from tdds_dist.training import engine\n   "
-        " update = engine.Trainer._update\n    engine.Trainer._update = lambda self:"
-        " (time.sleep(0.2 if self.step > 40 else 0), update(self))[1]\n"
-    )
-    return [f"export PYTHONPATH={hook}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    text = """
+import os, sys, time
+
+if "submitit.core._submit" in " ".join(sys.orig_argv) and "SLURM_RESTART_COUNT" not in os.environ:
+    from tdds_dist.training import engine
+
+    update = engine.Trainer._update
+    engine.Trainer._update = lambda self: (time.sleep(0.2 if self.step > 40 else 0), update(self))[1]
+"""
+    return [hook(folder / "slow", text)]
 
 
 def cluster_file(folder, **changes):
@@ -287,17 +290,17 @@ def preempt_with_sigterm_alone(slurm, job_id, run):
         ([send_usr2_in_a_container], {"container": "/usr/bin/env PATH=/nowhere"}),
         ([preempt, preempt_with_sigterm_alone], {"partition": "scavenger"}),
         # what SLURM notices late
-        ([kill_stepd_of_the_second_node], {"setup": slow_first_start}),
-        ([kill_slurmd], {"setup": slow_first_start}),
-        ([lose_a_node], {"setup": slow_first_start}),
+        ([kill_stepd_of_the_second_node], {"setup": "slow_first_start"}),
+        ([kill_slurmd], {"setup": "slow_first_start"}),
+        ([lose_a_node], {"setup": "slow_first_start"}),
     ],
     ids=lambda value: "+".join(hurt.__name__ for hurt in value) if isinstance(value, list) else "",
 )
-def test_a_collection_that_is_hurt_goes_on(slurm, folder, undisturbed, hurts, changes):
+def test_a_collection_that_is_hurt_goes_on(slurm, folder, undisturbed, hurts, changes, request):
     """One hurt every three epochs."""
     run = folder / hurts[0].__name__
     if "setup" in changes:
-        changes = {"setup": changes["setup"](folder)}
+        changes = {"setup": request.getfixturevalue(changes["setup"])}
     if "container" in changes:
         changes = changes | {"venv": str(Path(sys.executable).parents[1])}
     cluster = cluster_file(folder, **{"partition": "main", "setup": ["set -e"]} | changes)
@@ -328,7 +331,7 @@ def test_a_run_leaves_before_its_time_limit_and_is_queued_again(slurm, folder, u
         folder,
         time_minutes=4,
         grace_seconds=30,
-        setup=['[ -n "$SLURM_RESTART_COUNT" ] || export TDDS_JOB_STARTED=$(($(date +%s) - 187))'],
+        setup=['[ -n "$SLURM_RESTART_COUNT" ] || export TDDS_JOB_STARTED=$(($(date +%s) - 200))'],
     )
     assert submit(slurm, folder, run, "--stage", "collect", cluster=cluster).returncode == 0
     (job_id,) = job_ids(run)["collect"]
@@ -416,13 +419,13 @@ def test_sbatch_example_with_srun_and_torchrun(slurm, folder, undisturbed):
 
 @pytest.mark.skipif(bool(missing_programs()), reason="tests/system/slurm/install.sh installs them")
 @pytest.mark.skipif(bool(no_hosts), reason=f"no hosts here: {no_hosts}")
-def test_hosts_that_cannot_reach_each_other(folder, undisturbed, tmp_path):
+def test_hosts_that_cannot_reach_each_other(folder, undisturbed, slow_first_start, tmp_path):
     """The ranks are on two hosts. First these lose each other, while both reach the controller on a
     third (what srun never hears of, its job does not wait for); then one of them loses everybody
     for ever, and a fourth takes its place."""
     run = folder / "hosts"
     sooner = "sleep() { command sleep $(($1 / 10)); }"  # in the sbatch file, which waits for srun
-    more = {"extra": {"exclude": "host1"}, "setup": [*slow_first_start(folder), sooner]}
+    more = {"extra": {"exclude": "host1"}, "setup": [*slow_first_start, sooner]}
 
     def cut(*pairs):
         for pair in pairs:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.make import hook
 from tests.system.slurm.test_pipeline import cluster_file, folder, job_ids, log_text, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -16,14 +17,16 @@ __all__ = ["folder"]  # a fixture
 
 def hurt_rank(folder, name, rank, fail):
     """Setup lines that put the function `fail` in the place of the optimizer step on one rank."""
-    hook = folder / f"hook_{name}"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        f"import os, sys\nif os.environ.get('SLURM_PROCID') == '{rank}' and 'submitit.core._submit'"
-        f" in ' '.join(sys.orig_argv):\n    from tdds_dist.training import engine\n    {fail}\n   "
-        " engine.Trainer._update = fail\n"
-    )
-    return [f"export PYTHONPATH={hook}"]
+    text = f"""
+import os, sys
+
+if os.environ.get("SLURM_PROCID") == "{rank}" and "submitit.core._submit" in " ".join(sys.orig_argv):
+    from tdds_dist.training import engine
+
+    {fail}
+    engine.Trainer._update = fail
+"""
+    return [hook(folder / f"hook_{name}", text)]
 
 
 def status(slurm, run, *arguments):
@@ -120,4 +123,5 @@ def test_a_job_that_dies_at_the_same_place_again_and_again_is_given_up(slurm, fo
     assert done.returncode == 1
     assert (slurm.state(job_id), slurm.restarts(job_id)) == ("FAILED", 1)
     assert "gave up: " in log_text(run)
-    assert "failure 2 in a row without a new checkpoint (requeue_failures=1)" in status(slurm, run)
+    shown = status(slurm, run)
+    assert "failure 2 in a row without a new checkpoint (requeue_failures=1)" in shown, shown
