@@ -19,11 +19,10 @@ from tdds_dist.coreset.agreement import (
 from tdds_dist.coreset.compare import AT_RANDOM, COLUMNS, compare
 from tdds_dist.coreset.select import choose
 from tdds_dist.data.manifest import manifest_path
-from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import UNKNOWN_LABEL, Scores
 from tdds_dist.runs.directory import RunDir
 from tests import make
-from tests.make import NUM_CLASSES, csv_rows, save, write_header
+from tests.make import NUM_CLASSES, csv_rows, refused, save, write_header
 
 NUM_SAMPLES = 90
 LABEL_N = np.repeat([0, 1, 2, 3], [60, 20, 9, 1])  # imbalanced; class 3 has one sample
@@ -114,8 +113,7 @@ def test_keep_rates_by_hand():
     )
     np.testing.assert_array_equal(keep_rates(np.array([4]), label_N, 4), [0, 1, np.nan, 0])
     np.testing.assert_array_equal(keep_rates(np.arange(8), label_N, 4), [1, 1, np.nan, 1])
-    with pytest.raises(InputError, match=r"label 3 is outside \[0, 3\)"):
-        keep_rates(np.array([0]), label_N, 3)
+    refused(r"label 3 is outside \[0, 3\)", keep_rates, np.array([0]), label_N, 3)
 
 
 def test_noise_kept_by_hand():
@@ -558,8 +556,7 @@ def test_refused(tmp_path, run):
         ([broken], {}, r"no score that can be used \(.*el2n.npz is not a scores file"),
         ([run, other], {}, r"run .*other belongs to another dataset"),
     ):
-        with pytest.raises(InputError, match=message):
-            compare([each.path for each in runs], **options)
+        refused(message, compare, [each.path for each in runs], **options)
     assert not (run.path / "compare.csv").exists()
 
 

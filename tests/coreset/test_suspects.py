@@ -8,11 +8,11 @@ import pytest
 
 from tdds_dist.coreset.suspects import COLUMNS, find_suspects, ranks
 from tdds_dist.data.sources import THRESHOLD_CLASS
-from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import fingerprint
 from tdds_dist.scoring.sample_stats import SCALARS
 from tdds_dist.scoring.trajectory import TrajectoryWriter
 from tests import make
+from tests.make import refused
 
 LABELS = np.arange(12) % 3
 
@@ -126,15 +126,13 @@ def test_without_a_manifest_classes_are_numbers(tmp_path):
 def test_refused(tmp_path, score, change, words):
     change = {"margin_N": np.arange(12)} | change
     paths = [run(tmp_path, "a", np.arange(12)), run(tmp_path, "b", **change)]
-    with pytest.raises(InputError, match=words):
-        find_suspects(paths, score)
+    refused(words, find_suspects, paths, score)
 
 
 def test_an_unfinished_collection_is_refused(tmp_path):
     path = run(tmp_path, "a", np.arange(12))
     (path / "result.json").unlink()
-    with pytest.raises(InputError, match="its collection has not finished; start it again"):
-        find_suspects([path])
+    refused("its collection has not finished; start it again", find_suspects, [path])
 
 
 def test_options_of_the_run_do_not_turn_suspicion_round(tmp_path):

@@ -56,7 +56,7 @@ from tdds_dist.data.writer import _check_size, write_beton
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import fingerprint
-from tests.make import write_several_fields
+from tests.make import refused, write_several_fields
 
 METADATA = np.dtype([("", IMAGE), ("", "<i8")], align=True)
 METADATA_START = HEADER.itemsize + 2 * DESCRIPTOR.itemsize
@@ -273,8 +273,7 @@ def test_ffcvs_own_writer_and_all_its_fields_are_understood(tmp_path):
 def test_one_of_several_fields_is_named(tmp_path, fields, said):
     path = write_several_fields(tmp_path / "x.beton", 10)
     if said:
-        with pytest.raises(InputError, match=said):
-            inspect_beton(path, *fields)
+        refused(said, inspect_beton, path, *fields)
         return
     info = inspect_beton(path, *fields)
     assert info.label_N.tolist() == [0, 1] * 5
@@ -475,8 +474,7 @@ def refused_writing(
 ) -> None:
     """Writing is refused in these words, and leaves nothing behind."""
     before = left_behind(folder)
-    with pytest.raises(InputError, match=match):
-        write(source, folder / name, **settings)
+    refused(match, write, source, folder / name, **settings)
     assert left_behind(folder) == before
 
 
@@ -632,14 +630,12 @@ SHORTENED = (0, 1, 23, 24, 500, METADATA_START + 100, 1 << 20, (2 << 20) + 50)
 )
 def test_a_file_that_is_not_whole_is_refused(copy, damage):
     copy.write_bytes(damage(copy.read_bytes()))
-    with pytest.raises(InputError, match=NOT_WHOLE):
-        inspect_beton(copy)
+    refused(NOT_WHOLE, inspect_beton, copy)
 
 
 @pytest.mark.parametrize("name", ["", "missing.beton"])
 def test_what_is_no_file_is_refused(tmp_path, name):
-    with pytest.raises(InputError, match="does not exist or is not a file"):
-        inspect_beton(tmp_path / name)
+    refused("does not exist or is not a file", inspect_beton, tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -674,25 +670,21 @@ def test_what_is_no_file_is_refused(tmp_path, name):
 def test_a_corrupted_number_is_refused(copy, part, column, row, value, message):
     with edited(copy, part) as table:
         (table["f0"] if part == "metadata" else table)[column][row] = value
-    with pytest.raises(InputError, match=message):
-        inspect_beton(copy)
+    refused(message, inspect_beton, copy)
 
 
 def test_two_samples_with_one_image_are_refused(copy):
     with edited(copy, "metadata") as metadata:
         metadata["f0"][9] = metadata["f0"][8]
-    with pytest.raises(InputError, match="two samples share"):
-        inspect_beton(copy)
+    refused("two samples share", inspect_beton, copy)
 
 
 def test_a_damaged_image_is_named_when_it_is_read(copy):
     info = inspect_beton(copy)
     zero_image(info, 11)
     assert len(read_images(copy, [10, 12], info)) == 2
-    with pytest.raises(InputError, match="image 11 cannot be decoded"):
-        read_images(copy, [11])
-    with pytest.raises(InputError, match=r"index 120 is outside \[0, 120\)"):
-        read_images(copy, [120])
+    refused("image 11 cannot be decoded", read_images, copy, [11])
+    refused(r"index 120 is outside \[0, 120\)", read_images, copy, [120])
 
 
 def write_imagenet_sized(path: Path) -> int:
@@ -857,8 +849,7 @@ DAMAGED_KEYS = {  # and columns
 def test_a_damaged_entry_of_a_manifest_is_refused(copy, record_of, key, value):
     column = record_of.columns[key]
     record_of(**{key: [*column[:2], value, *column[3:]]})
-    with pytest.raises(InputError, match=NOT_WHOLE_MANIFEST):
-        read_manifest(copy)
+    refused(NOT_WHOLE_MANIFEST, read_manifest, copy)
 
 
 @pytest.mark.parametrize(
@@ -879,8 +870,7 @@ def test_a_damaged_entry_of_a_manifest_is_refused(copy, record_of, key, value):
 )
 def test_a_damaged_key_or_column_of_a_manifest_is_refused(copy, record_of, key, value):
     record_of(**{key: value})
-    with pytest.raises(InputError, match=NOT_WHOLE_MANIFEST):
-        read_manifest(copy)
+    refused(NOT_WHOLE_MANIFEST, read_manifest, copy)
 
 
 @pytest.mark.parametrize(
@@ -888,17 +878,14 @@ def test_a_damaged_key_or_column_of_a_manifest_is_refused(copy, record_of, key, 
 )
 def test_a_manifest_that_is_no_record_is_refused(copy, text):
     manifest_path(copy).write_bytes(text)
-    with pytest.raises(InputError, match=NOT_WHOLE_MANIFEST):
-        read_manifest(copy)
+    refused(NOT_WHOLE_MANIFEST, read_manifest, copy)
 
 
 def test_a_manifest_of_another_file_is_refused(copy, record_of):
     record_of(beton_bytes=5)
-    with pytest.raises(InputError, match="describes 120 samples in 5 bytes, but"):
-        read_manifest(copy)
+    refused("describes 120 samples in 5 bytes, but", read_manifest, copy)
     copy.unlink()
-    with pytest.raises(InputError, match="does not exist"):
-        read_manifest(copy)
+    refused("does not exist", read_manifest, copy)
 
 
 GOOD_PATHS = ["a/b.jpg", "a..b/c:d.jpg", "ü/ß 日本.jpg", "a/...jpg", "ab:c", "\x7f"]
@@ -1010,8 +997,7 @@ def test_a_copy_goes_on_behind_what_is_whole(pieces, monkeypatch, damaged, again
         return pread(file, size, start)
 
     monkeypatch.setattr(os, "pread", full)
-    with pytest.raises(InputError, match=r"data\.cache=.*No space left on device; give a folder"):
-        local_copy(info, folder)
+    refused(r"data\.cache=.*No space left on device; give a folder", local_copy, info, folder)
     monkeypatch.setattr(os, "pread", pread)
     (partial,) = folder.glob("*.partial")
     if damaged is not None:
@@ -1027,13 +1013,11 @@ def test_a_disk_that_is_too_small_or_lies_and_a_file_that_changes_are_refused(pi
     info, folder, written = pieces
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=349))
-        with pytest.raises(InputError, match=r"takes .*B more, and .*cache has 349 B free"):
-            local_copy(info, folder)
+        refused(r"takes .*B more, and .*cache has 349 B free", local_copy, info, folder)
     assert written == []
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", lambda file, size, start: b"\0" * size)
-        with pytest.raises(InputError, match="does not hold what was written"):
-            local_copy(info, folder)
+        refused("does not hold what was written", local_copy, info, folder)
     copy_pieces = beton._copy_pieces
 
     def while_it_changes(path, *names):
@@ -1041,6 +1025,5 @@ def test_a_disk_that_is_too_small_or_lies_and_a_file_that_changes_are_refused(pi
         path.touch()
 
     monkeypatch.setattr(beton, "_copy_pieces", while_it_changes)
-    with pytest.raises(InputError, match="changed while it was copied"):
-        local_copy(info, folder)
+    refused("changed while it was copied", local_copy, info, folder)
     assert not list(folder.glob("*.beton"))

@@ -31,6 +31,7 @@ from tdds_dist.data.sources import open_source
 from tdds_dist.data.writer import write_beton
 from tdds_dist.distributed.partition import PADDING, epoch_order
 from tdds_dist.errors import InputError
+from tests.make import refused
 from tests.ranks import run_ranks
 
 
@@ -520,8 +521,7 @@ def test_a_corrupt_image_is_named_by_its_index(betons, tmp_path):
     start, size = int(info.data_ptr_N[17]), int(info.size_N[17])
     content[start : start + size] = bytes(size)
     damaged.write_bytes(content)
-    with pytest.raises(InputError, match=r"global indices \[17\] cannot be decoded"):
-        read_epoch(damaged, VIEWS["resized"])
+    refused(r"global indices \[17\] cannot be decoded", read_epoch, damaged, VIEWS["resized"])
 
 
 def test_an_exception_in_the_loading_thread_reaches_the_consumer_at_once(betons, monkeypatch):

@@ -22,6 +22,7 @@ from tdds_dist.data.sources import (
     with_threshold_samples,
 )
 from tdds_dist.errors import InputError
+from tests.make import refused
 
 
 def save(
@@ -94,8 +95,7 @@ def test_what_is_no_source_is_refused(tmp_path, files, spec, options, match):
             (tmp_path / name).mkdir()
         else:
             save(tmp_path / name)
-    with pytest.raises(InputError, match=match):
-        open_source(spec.replace("DIR", str(tmp_path)), **options)
+    refused(match, open_source, spec.replace("DIR", str(tmp_path)), **options)
 
 
 # --- digits ---
@@ -184,8 +184,7 @@ def test_cifar_keeps_the_order_of_the_archive(tmp_path, monkeypatch):
     assert train.class_names == ["plane", "car", "bird"]
     np.testing.assert_array_equal(val.read(1), pixels[5].transpose(1, 2, 0))
     (folder / "test_batch").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="missing or damaged"):
-        open_source(f"cifar10:{tmp_path}")
+    refused("missing or damaged", open_source, f"cifar10:{tmp_path}")
 
 
 # --- IDX ---
@@ -302,16 +301,13 @@ def test_idx_files_that_are_not_whole_are_refused(tmp_path, name, content, split
         (tmp_path / name).unlink()
     elif name is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=match):
-        open_source(f"idx:{tmp_path}", split)
+    refused(match, open_source, f"idx:{tmp_path}", split)
 
 
 def test_the_folder_of_idx_files_is_named_where_another_is_given(tmp_path):
     save_idx(tmp_path / "MNIST/raw", labels=[0, 1, 1, 0])
-    with pytest.raises(InputError, match=f"; give idx:{tmp_path}/MNIST/raw$"):
-        open_source(f"idx:{tmp_path}/MNIST")
-    with pytest.raises(InputError, match="is not a directory; give the folder"):
-        open_source(f"idx:{tmp_path}/nowhere/kmnist")
+    refused(f"; give idx:{tmp_path}/MNIST/raw$", open_source, f"idx:{tmp_path}/MNIST")
+    refused("is not a directory; give the folder", open_source, f"idx:{tmp_path}/nowhere/kmnist")
     assert len(open_source(f"idx:{tmp_path}/MNIST/raw", "val", holdout=0.25)) == 1
 
 
@@ -653,5 +649,4 @@ def test_threshold_samples_have_a_class_of_their_own():
         (one, 1, "has a class 'threshold samples' already"),
         (open_source("digits", "train", 3), 1, "takes 1 in 11 images, and digits has 3"),
     ):
-        with pytest.raises(InputError, match=words):
-            with_threshold_samples(source, part, 0)
+        refused(words, with_threshold_samples, source, part, 0)

@@ -602,8 +602,7 @@ def test_resume_frees_samples_quarantined_in_lost_epochs(folder, next_epoch, lef
 
 def test_a_quarantine_alone_is_a_part_of_a_trajectory(tmp_path):
     TrajectoryWriter(tmp_path, NAMES, 10, 4, 0, 10, True).write_quarantine({3: 0})
-    with pytest.raises(InputError, match="already holds a trajectory"):
-        require_no_trajectory(tmp_path)
+    refused("already holds a trajectory", require_no_trajectory, tmp_path)
     assert whole_epochs(tmp_path)[0] == 0
     resume(tmp_path, 0)
     require_no_trajectory(tmp_path)
@@ -696,8 +695,7 @@ OTHER_LABELS = r"labels of another dataset; .* to 0123456789ab; resume with the 
 def test_resume_of_another_run_is_refused_and_removes_nothing(folder, changes, message):
     before = files_of(folder)
     for next_epoch in (2,) if "labels_sha256" in changes else (0, 2):
-        with pytest.raises(InputError, match=rf"{folder} holds .*{message}"):
-            resume(folder, next_epoch, **changes)
+        refused(rf"{folder} holds .*{message}", resume, folder, next_epoch, **changes)
     assert files_of(folder) == before
 
 

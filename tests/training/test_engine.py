@@ -31,6 +31,7 @@ from tdds_dist.training.collect import collect, observed
 from tdds_dist.training.engine import fit
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import learning_rate
+from tests.make import refused
 from tests.ranks import catch, run_ranks
 
 
@@ -314,10 +315,8 @@ def test_networks_by_name():
         num = sum(9 * a * b + 3 * b for a, b in zip(inputs, widths, strict=True)) + 513 * 10
         assert sum(parameter.numel() for parameter in model.parameters()) == num
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    with pytest.raises(InputError, match="cifar_stem"):
-        build_model("swin_t", 10, cifar_stem=True)
-    with pytest.raises(InputError, match="not a torchvision classifier"):
-        build_model("resnet19", 10)
+    refused("cifar_stem", build_model, "swin_t", 10, cifar_stem=True)
+    refused("not a torchvision classifier", build_model, "resnet19", 10)
 
 
 def test_splits_of_two_datasets_are_named_as_that(tmp_path, config_file, betons):
@@ -380,17 +379,11 @@ def test_a_class_may_be_in_one_split_only_and_no_message_leads_back(tmp_path, co
         open_files(config, decode_some=True)
 
     manifest_path(files["val"]).unlink()
-    with pytest.raises(
-        InputError, match=r"label 3, but the other split has 3 classes .*write this"
-    ):
-        opened(3)
-    with pytest.raises(InputError, match=r"has 3 classes; set data.num_classes=3"):
-        opened(4)
+    refused(r"label 3, but the other split has 3 classes .*write this", opened, 3)
+    refused(r"has 3 classes; set data.num_classes=3", opened, 4)
     manifest_path(files["train"]).unlink()
-    with pytest.raises(InputError, match=r"label 3, outside \[0, 3\).*; set data.num_classes"):
-        opened(3)
-    with pytest.raises(InputError, match=r"has 4 classes; set data.num_classes=4"):
-        opened(5)
+    refused(r"label 3, outside \[0, 3\).*; set data.num_classes", opened, 3)
+    refused(r"has 4 classes; set data.num_classes=4", opened, 5)
     opened(4)
     (warning,) = caplog.messages
     assert "has no image of 1 of 4 classes (3); no network learns them" in warning
