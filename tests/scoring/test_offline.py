@@ -28,11 +28,11 @@ from tdds_dist.scoring.official_outputs import Dynamics
 from tdds_dist.scoring.offline import BASELINES, loss_clusters, score, score_all
 from tdds_dist.scoring.sample_stats import SCALARS, log_probabilities, sample_scalars
 from tdds_dist.scoring.trajectory import TrajectoryWriter
-from tests import oracles
+from tests import make, oracles
 from tests.make import refused, select
+from tests.scoring.test_scorer import GOLDEN, golden_scores
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tdds_official_digits.npz"
-GOLDEN_SETTINGS = [(30, 10, 0.9), (20, 10, 0.9), (10, 5, 0.9), (30, 20, 0.85), (12, 10, 0.95)]
+AUTHORS = golden_scores()
 
 
 @pytest.fixture(scope="module")
@@ -81,26 +81,16 @@ def trajectory(golden, tmp_path_factory) -> Path:
     return folder
 
 
-CONFIG = {
-    "run": {"name": "golden"},
-    "data": {
-        "train": "a.beton",
-        "val": "b.beton",
-        "num_classes": 10,
-        "image_size": 32,
-        "crop": "pad",
-        "mean": [1.0, 1.0, 1.0],
-        "std": [1.0, 1.0, 1.0],
-    },
-    "model": {"name": "resnet18"},
-    "train": {"epochs": 30, "global_batch_size": 64, "lr": 0.1},
-    "score": {
+CONFIG = make.config(
+    data={"num_classes": 10},
+    train={"epochs": 30},
+    score={
         "windows": [
             {"T": 30, "K": 10, "pruning_rates": [0.3]},
             {"T": 10, "K": 5, "pruning_rates": [0.9, 0.97]},
         ]
     },
-}
+)
 
 
 @pytest.fixture
@@ -112,11 +102,8 @@ def run(trajectory, tmp_path) -> Path:
     return folder
 
 
-def golden_score(golden: dict[str, np.ndarray], T: int, K: int, beta: float) -> np.ndarray:
-    return golden[f"score_T{T}_K{K}_beta{beta:g}"]
-
-
-def assert_golden(path: Path, want_N: np.ndarray) -> None:
+def assert_authors(path: Path, window: Window) -> None:
+    want_N = AUTHORS[window]
     np.testing.assert_allclose(
         load_scores(path).score_N, want_N, rtol=0, atol=1e-5 * float(np.abs(want_N).mean())
     )
@@ -125,14 +112,14 @@ def assert_golden(path: Path, want_N: np.ndarray) -> None:
 # ---- score: a dynamics folder of the authors' code
 
 
-@pytest.mark.parametrize(("T", "K", "beta"), GOLDEN_SETTINGS)
+@pytest.mark.parametrize("window", AUTHORS, ids=str)
 @pytest.mark.parametrize("source", ["dynamics", "trajectory"])
-def test_recorded_outputs_meet_the_authors_scores(request, golden, tmp_path, source, T, K, beta):
-    out = tmp_path / "score.npz"
+def test_recorded_outputs_meet_the_authors_scores(request, golden, tmp_path, source, window):
+    out, T, K, beta = tmp_path / "score.npz", window.T, window.K, window.beta
     assert score(request.getfixturevalue(source), T=T, K=K, beta=beta, out=out) == [out]
-    assert_golden(out, golden_score(golden, T, K, beta))
+    assert_authors(out, window)
     found = load_scores(out)
-    assert found.key == Window(T, K, beta).key("official")
+    assert found.key == window.key("official")
     own = {"score": "tdds", "preset": "official", "T": T, "K": K, "beta": beta}
     assert (own | {"source": "recorded"}).items() <= found.settings.items()
     if source == "trajectory":
@@ -148,6 +135,10 @@ def copied(dynamics: Path, tmp_path: Path, num_epochs: int) -> Path:
         for name in ("Output", "Index"):
             shutil.copy(dynamics / f"{epoch}_{name}.npy", folder)
     return folder
+
+
+def change_array(path: Path, change) -> None:
+    np.save(path, change(np.load(path)))
 
 
 def test_defaults_for_a_dynamics_folder(dynamics, tmp_path):
@@ -187,32 +178,24 @@ def beton(tmp_path, monkeypatch):
     return holding
 
 
-def test_labels_from_a_beton(golden, dynamics, tmp_path, beton):
-    (path,) = score(dynamics, T=3, K=2, beton=beton(golden["labels"]), out=tmp_path / "score.npz")
-    found = load_scores(path)
+@pytest.mark.parametrize(
+    ("source", "change", "said"),
+    [
+        ("dynamics", lambda label_N: label_N[:599], "holds 599 samples, the recorded outputs 600"),
+        ("dynamics", lambda label_N: label_N + 1, r"sample \d+ has label 10, outside \[0, 10\)"),
+        # scores must not get the fingerprint of a dataset that they were not computed from
+        ("trajectory", lambda label_N: label_N[::-1].copy(), "has other labels than those"),
+    ],
+)
+def test_labels_of_another_dataset(request, golden, tmp_path, beton, source, change, said):
+    options = {"T": 3, "K": 2, "out": tmp_path / "score.npz"}
+    source, other = request.getfixturevalue(source), beton(change(golden["labels"]))
+    refused(rf"train\.beton:? {said}", score, source, beton=other, **options)
+    assert not (tmp_path / "score.npz").exists()
+    score(source, beton=beton(golden["labels"]), **options)
+    found = load_scores(tmp_path / "score.npz")
     np.testing.assert_array_equal(found.label_N, golden["labels"])
     assert found.fingerprint == fingerprint(golden["labels"], 10)
-
-
-def test_beton_of_another_size(golden, dynamics, tmp_path, beton):
-    with pytest.raises(
-        InputError, match=r"train\.beton holds 599 samples, the recorded outputs 600"
-    ):
-        score(dynamics, T=3, K=2, beton=beton(golden["labels"][:599]), out=tmp_path / "score.npz")
-    assert not (tmp_path / "score.npz").exists()
-
-
-def test_beton_with_labels_that_the_outputs_have_no_class_for(golden, dynamics, tmp_path, beton):
-    with pytest.raises(InputError, match=r"train\.beton.*10"):
-        score(dynamics, T=3, K=2, beton=beton(golden["labels"] + 1), out=tmp_path / "score.npz")
-
-
-def test_beton_with_other_labels_than_recorded(golden, trajectory, tmp_path, beton):
-    """Scores must not get the fingerprint of a dataset that they were not computed from."""
-    out = tmp_path / "score.npz"
-    assert score(trajectory, T=3, K=2, beton=beton(golden["labels"]), out=out) == [out]
-    with pytest.raises(InputError, match=r"train\.beton"):
-        score(trajectory, T=3, K=2, beton=beton(golden["labels"][::-1].copy()), out=out)
 
 
 def test_index_may_be_a_column_of_any_integer_or_float(golden, dynamics, tmp_path):
@@ -226,127 +209,81 @@ def test_index_may_be_a_column_of_any_integer_or_float(golden, dynamics, tmp_pat
     np.testing.assert_array_equal(load_scores(a).score_N, load_scores(b).score_N)
 
 
-def test_trajectory_longer_than_the_folder(dynamics, tmp_path):
-    with pytest.raises(InputError, match=r"T=31 is longer than the 30 epochs there are"):
-        score(dynamics, T=31, out=tmp_path / "score.npz")
-    refused(r"K=10 must lie in \[2, 5\] for T=5", score, dynamics, T=5, out=tmp_path / "score.npz")
-
-
-@pytest.mark.parametrize("name", ["Output", "Index"])
-def test_missing_epoch(dynamics, tmp_path, name):
-    folder = copied(dynamics, tmp_path, 6)
-    (folder / f"3_{name}.npy").unlink()
-    refused(rf"T=6 is longer than the 3 epochs|copy.*3_{name}\.npy", score, folder, T=6, K=2)
-    assert not list(folder.glob("*.npz"))
-
-
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_gap_in_the_epochs_is_not_taken_for_the_end(dynamics, tmp_path, epoch):
-    """Without T, all epochs are asked for: a missing one must not quietly shorten the
-    trajectory."""
-    folder = copied(dynamics, tmp_path, 6)
-    (folder / f"{epoch}_Output.npy").unlink()
-    refused(rf"{epoch}_Output\.npy|epoch {epoch}\b", score, folder, K=2)
-
-
-def damage_output(folder: Path, epoch: int, change) -> Path:
-    path = folder / f"{epoch}_Output.npy"
-    np.save(path, change(np.load(path)))
-    return folder
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite(golden, dynamics, tmp_path, value):
-    def spoil(logits_NC: np.ndarray) -> np.ndarray:
-        logits_NC[5, 3] = value
-        return logits_NC
-
-    folder = damage_output(copied(dynamics, tmp_path, 4), 2, spoil)
-    sample = golden["index"][2, 5]
-    with pytest.raises(
-        InputError,
-        match=rf"2_Output\.npy holds NaN or infinite logits \(global ind.* \[{sample}\]\)",
-    ):
-        score(folder, K=2)
-    assert not list(folder.glob("*.npz"))
-
-
-def test_only_the_first_samples_that_are_not_finite_are_named(
-    golden, dynamics, tmp_path, monkeypatch
-):
-    def spoil(logits_NC: np.ndarray) -> np.ndarray:
-        logits_NC[20:320:15] = np.nan
-        return logits_NC
-
-    folder = damage_output(copied(dynamics, tmp_path, 4), 3, spoil)
-    monkeypatch.setattr(dynamics_module, "_BLOCK", 10 * 10)
-    named = golden["index"][3, 20:320:15][:8].tolist()
-    with pytest.raises(
-        InputError,
-        match=re.escape(f"3_Output.npy holds NaN or infinite logits (global indices {named})"),
-    ):
-        score(folder, K=2)
+KINDS = ("Output", "Index")
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "T", "said"),
     [
-        lambda index_N: np.where(index_N == 7, 8, index_N),
-        lambda index_N: index_N + 1,
-        lambda index_N: index_N[:-1],
-        lambda index_N: np.where(index_N == 7, -1, index_N),
-        lambda index_N: np.append(index_N, 7),
+        *(
+            (f"3_{kind}", 6, rf"T=6 is longer than the 3 epochs|copy.*3_{kind}\.npy")
+            for kind in KINDS
+        ),
+        *((f"{epoch}_Output", None, rf"{epoch}_Output\.npy|epoch {epoch}\b") for epoch in (0, 3)),
     ],
-    ids=["duplicate", "from 1", "short", "negative", "long"],
 )
-def test_index_that_does_not_hold_every_sample_once(dynamics, tmp_path, change):
-    folder = copied(dynamics, tmp_path, 4)
-    path = folder / "2_Index.npy"
-    np.save(path, change(np.load(path)))
-    refused(r"2_Index\.npy does not hold every index 0\.\.599 once", score, folder, K=2)
+def test_missing_file(dynamics, tmp_path, name, T, said):
+    """Also without T, where all epochs are asked for: a gap is not taken for the end."""
+    folder = copied(dynamics, tmp_path, 6)
+    (folder / f"{name}.npy").unlink()
+    refused(said, score, folder, T=T, K=2)
+    assert not list(folder.glob("*.npz"))
 
 
 @pytest.mark.parametrize(
-    "change",
-    [lambda x: x[:, 0], lambda x: x[None], lambda x: x.argmax(axis=1), lambda x: x > 0],
-    ids=["1-d", "3-d", "classes", "bool"],
+    ("epoch", "rows", "value"),
+    [*((2, [5], value) for value in (np.nan, np.inf, -np.inf)), (3, range(20, 320, 15), np.nan)],
 )
-def test_outputs_that_are_no_logits(dynamics, tmp_path, change):
-    folder = damage_output(copied(dynamics, tmp_path, 4), 2, change)
-    refused(r"2_Output\.npy is .*expected floating-point logits \[N, C\]", score, folder, K=2)
-
-
-def test_folder_that_mixes_runs(dynamics, tmp_path):
-    folder = damage_output(copied(dynamics, tmp_path, 4), 2, lambda logits_NC: logits_NC[:, :9])
-    refused(r"epoch 2 has outputs \(600, 9\), the one before \(600, 10\)", score, folder, K=2)
-
-
-@pytest.mark.parametrize("name", ["Output", "Index"])
-def test_damaged_or_pickled_dynamics(dynamics, tmp_path, name):
+def test_logits_that_are_not_finite(golden, dynamics, tmp_path, monkeypatch, epoch, rows, value):
+    """The first eight of such samples are named, whatever the blocks."""
+    monkeypatch.setattr(dynamics_module, "_BLOCK", 10 * 10)
     folder = copied(dynamics, tmp_path, 4)
-    path = folder / f"2_{name}.npy"
-    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
-    refused(rf"2_{name}\.npy cannot be read", score, folder, K=2)
-    path.write_bytes(b"")
-    refused(rf"2_{name}\.npy cannot be read", score, folder, K=2)
+    logits_NC = np.load(folder / f"{epoch}_Output.npy")
+    logits_NC[rows, 3] = value
+    np.save(folder / f"{epoch}_Output.npy", logits_NC)
+    named = golden["index"][epoch, rows][:8].tolist()
+    said = f"{epoch}_Output.npy holds NaN or infinite logits (global indices {named})"
+    refused(re.escape(said), score, folder, K=2)
+    assert not list(folder.glob("*.npz"))
+
+
+NOT_ONCE = r"2_Index\.npy does not hold every index 0\.\.599 once"
+NO_LOGITS = r"2_Output\.npy is .*expected floating-point logits \[N, C\]"
+ANOTHER_RUN = r"epoch 2 has outputs \(600, 9\), the one before \(600, 10\)"
+PICKLED = np.array([{}], dtype=object)
+DAMAGE = {  # what becomes of an array of epoch 2: its kind, what is said
+    "a sample twice": (lambda index_N: np.where(index_N == 7, 8, index_N), "Index", NOT_ONCE),
+    "from 1": (lambda index_N: index_N + 1, "Index", NOT_ONCE),
+    "short": (lambda index_N: index_N[:-1], "Index", NOT_ONCE),
+    "negative": (lambda index_N: np.where(index_N == 7, -1, index_N), "Index", NOT_ONCE),
+    "long": (lambda index_N: np.append(index_N, 7), "Index", NOT_ONCE),
+    "1-d": (lambda logits_NC: logits_NC[:, 0], "Output", NO_LOGITS),
+    "3-d": (lambda logits_NC: logits_NC[None], "Output", NO_LOGITS),
+    "classes": (lambda logits_NC: logits_NC.argmax(axis=1), "Output", NO_LOGITS),
+    "bool": (lambda logits_NC: logits_NC > 0, "Output", NO_LOGITS),
+    "another run": (lambda logits_NC: logits_NC[:, :9], "Output", ANOTHER_RUN),
+    "pickled index": (lambda _: PICKLED, "Index", r"2_Index\.npy cannot be read"),
+    "pickled logits": (lambda _: PICKLED, "Output", r"2_Output\.npy cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_dynamics(dynamics, tmp_path, damage):
+    change, kind, said = DAMAGE[damage]
+    folder = copied(dynamics, tmp_path, 4)
+    change_array(folder / f"2_{kind}.npy", change)
+    refused(said, score, folder, K=2)
+    (folder / f"2_{kind}.npy").write_bytes(b"")
+    refused(rf"2_{kind}\.npy cannot be read", score, folder, K=2)
 
 
 # ---- score: a trajectory, a run
 
 
-def test_run_is_scored_in_every_window_of_its_config(golden, run):
-    paths = score(run)
-    assert paths == [
-        run / "scores" / f"tdds_official_T{T}_K{K}_beta0.9.npz" for T, K in ((30, 10), (10, 5))
-    ]
-    for path, setting in zip(paths, ((30, 10, 0.9), (10, 5, 0.9)), strict=True):
-        assert_golden(path, golden_score(golden, *setting))
-
-
-def test_options_go_before_the_config(golden, run):
+def test_options_go_before_the_config(run):
     (path,) = score(run, T=30, K=20, beta=0.85)
     assert path == run / "scores" / "tdds_official_T30_K20_beta0.85.npz"
-    assert_golden(path, golden_score(golden, 30, 20, 0.85))
+    assert_authors(path, Window(30, 20, 0.85))
     assert [path.name for path in score(run, preset="paper")] == [
         "tdds_paper_T30_K10_beta0.9.npz",
         "tdds_paper_T10_K5_beta0.9.npz",
@@ -380,6 +317,8 @@ def test_run_that_stopped_early(run):
         ({"beta": 1.5, "T": 10, "K": 5}, r"beta=1\.5 must lie in \[0, 1\]"),
         ({"K": 31}, r"K=31 must lie in \[2, 30\] for T=30"),
         ({"T": 0, "K": 2}, r"T=0 is too short for a window; use at least 2 epochs"),
+        ({"T": 31}, r"T=31 is longer than the 30 epochs there are"),
+        ({"T": 5}, r"K=10 must lie in \[2, 5\] for T=5"),
         ({"K": 30, "preset": "paper"}, r"K=30 must lie in \[1, 29\] for T=30"),
         ({"delta": "kl_abs", "T": 10, "K": 5}, "delta='kl_abs' is unknown; use one of kl, kl_s"),
     ],
@@ -473,17 +412,18 @@ DEFAULT_SETTINGS = {
 EXTRA = {"dual": ["p_mean"], "s2l": ["cluster"]}  # what samplers need besides the score
 
 
+LONG, EARLY = Window(30, 10, 0.9), Window(10, 5, 0.9)  # those of CONFIG
+
+
 def assert_every_score(
     golden, by_hand, folder: Path, windows, origin: dict, draw_seed: int
 ) -> None:
     """The folder holds all that can be recorded of the golden run, and nothing else."""
     assert sorted(path.stem for path in folder.glob("*.npz")) == sorted(
-        [*DEFAULT_SETTINGS, *(Window(*window).key("official") for window in windows)]
+        [*DEFAULT_SETTINGS, *(window.key("official") for window in windows)]
     )
     for window in windows:
-        assert_golden(
-            folder / f"{Window(*window).key('official')}.npz", golden_score(golden, *window)
-        )
+        assert_authors(folder / f"{window.key('official')}.npz", window)
     for key, oracle in ORACLES.items():
         assert_oracle(folder / f"{key}.npz", oracle, by_hand)
     np.testing.assert_array_equal(
@@ -524,14 +464,8 @@ def test_every_score_of_a_run(golden, run, by_hand):
     paths, skipped = score_all(run)
     assert sorted(paths) == sorted((run / "scores").iterdir())
     assert skipped == NOT_RECORDED + MODEL_SCORES_MISSING
-    assert_every_score(
-        golden,
-        by_hand,
-        run / "scores",
-        [(30, 10, 0.9), (10, 5, 0.9)],
-        {"epochs": 30, "seed": 3, "world_size": 2},
-        3,
-    )
+    origin = {"epochs": 30, "seed": 3, "world_size": 2}
+    assert_every_score(golden, by_hand, run / "scores", [LONG, EARLY], origin, 3)
 
 
 def test_cld_is_of_the_epochs_with_validation(run, by_hand, golden):
@@ -574,96 +508,74 @@ def test_clusters_hold_like_trajectories_and_are_the_same_every_time():
 
 
 def test_scores_of_the_final_model_are_not_missed_where_they_are(golden, run):
-    save_scores(
-        run / "scores" / "entropy.npz",
-        Scores(
-            "entropy",
-            np.zeros(600, dtype=np.float32),
-            golden["labels"],
-            fingerprint(golden["labels"], 10),
-            {},
-        ),
-    )
+    make.save(run / "scores", make.scores("entropy", np.zeros(600), golden["labels"], 10))
     assert score_all(run)[1] == NOT_RECORDED + MODEL_SCORES_MISSING[1:]
 
 
-def test_every_score_of_a_foreign_trajectory_into_another_folder(
-    golden, trajectory, tmp_path, by_hand
-):
-    before = sorted(trajectory.iterdir())
-    paths, skipped = score_all(trajectory, out=tmp_path / "other")
-    assert {path.parent for path in paths} == {tmp_path / "other"}
-    assert skipped == NOT_RECORDED + MODEL_SCORES_MISSING
-    assert sorted(trajectory.iterdir()) == before
-    assert_every_score(golden, by_hand, tmp_path / "other", [(30, 10, 0.9)], {"epochs": 30}, 0)
-
-
-def test_every_score_of_a_dynamics_folder_with_labels(
+def test_every_score_of_a_dynamics_folder_is_that_of_a_foreign_trajectory(
     golden, dynamics, trajectory, tmp_path, beton, by_hand, monkeypatch
 ):
-    read = []
+    """The folder with labels; both into another folder."""
+    read, before = [], sorted(trajectory.iterdir())
     monkeypatch.setattr(
         Dynamics,
         "_read_epoch",
         lambda self, epoch, real=Dynamics._read_epoch: read.append(epoch) or real(self, epoch),
     )
-    paths, skipped = score_all(dynamics, beton=beton(golden["labels"]), out=tmp_path / "a")
-    assert skipped == NOT_RECORDED + MODEL_SCORES_MISSING
+    labels = beton(golden["labels"])
+    for folder, source, options, origin in (
+        (tmp_path / "a", dynamics, {"beton": labels}, {}),
+        (tmp_path / "b", trajectory, {}, {"epochs": 30}),
+    ):
+        paths, skipped = score_all(source, **options, out=folder)
+        assert {path.parent for path in paths} == {folder}
+        assert skipped == NOT_RECORDED + MODEL_SCORES_MISSING
+        assert_every_score(golden, by_hand, folder, [LONG], origin, 0)
     assert [read.count(epoch) for epoch in range(1, 30)] == [1] * 29, (
         "each file is read once for all scores"
     )
-    assert_every_score(golden, by_hand, tmp_path / "a", [(30, 10, 0.9)], {}, 0)
-    score_all(trajectory, out=tmp_path / "b")
-    for path in paths:
-        same = load_scores(tmp_path / "b" / path.name)
-        np.testing.assert_array_equal(load_scores(path).score_N, same.score_N, path.name)
-    np.testing.assert_array_equal(
-        load_scores(tmp_path / "a" / "dual.npz").extra["p_mean"],
-        load_scores(tmp_path / "b" / "dual.npz").extra["p_mean"],
-    )
+    assert sorted(trajectory.iterdir()) == before
+    assert_same_arrays(tmp_path / "a", tmp_path / "b")
 
 
-def test_scores_in_blocks_of_samples(trajectory, tmp_path, monkeypatch):
-    """600 samples in blocks of 7, the last of 5: the same bits in every score."""
-    whole = [
-        *score_all(trajectory, out=tmp_path / "whole")[0],
-        *score(trajectory, preset="paper", out=tmp_path / "whole" / "paper.npz"),
-    ]
-    monkeypatch.setattr(tdds_module, "_COLUMNS", 7)
-    monkeypatch.setattr(baselines, "_COLUMNS", 7)
-    score_all(trajectory, out=tmp_path / "blocks")
-    score(trajectory, preset="paper", out=tmp_path / "blocks" / "paper.npz")
-    for path in whole:
-        assert (
-            load_scores(path).score_N.tobytes()
-            == load_scores(tmp_path / "blocks" / path.name).score_N.tobytes()
-        ), path.name
+def assert_same_arrays(one: Path, other: Path) -> None:
+    """The folders hold the same score files, in every bit but for their settings."""
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    for name in names:
+        a, b = load_scores(one / name), load_scores(other / name)
+        assert a.score_N.tobytes() == b.score_N.tobytes(), name
+        for key, values in a.extra.items():
+            assert values.tobytes() == b.extra[key].tobytes(), (name, key)
 
 
-def test_dynamics_folder_in_blocks_of_rows(golden, dynamics, tmp_path, beton, monkeypatch):
-    """600 rows in blocks of 7, the last of 5: a row is the same whichever share a block, and
-    whoever computes it."""
+def every_score(source: Path, folder: Path, beton: Path | None = None) -> Path:
+    """A folder with all scores, and TDDS in the other preset as well."""
+    score_all(source, beton=beton, out=folder)
+    score(source, preset="paper", beton=beton, out=folder / "paper.npz")
+    return folder
+
+
+def test_scores_in_blocks(golden, trajectory, dynamics, tmp_path, beton, monkeypatch):
+    """600 samples, or rows of a file, in blocks of 7, the last of 5: the same bits in every score,
+    and whoever computes them."""
+    whole = every_score(trajectory, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(tdds_module, "_COLUMNS", 7)
+        patch.setattr(baselines, "_COLUMNS", 7)
+        assert_same_arrays(whole, every_score(trajectory, tmp_path / "blocks"))
     labels = beton(golden["labels"])
-    whole = [
-        *score_all(dynamics, beton=labels, out=tmp_path / "whole")[0],
-        *score(dynamics, preset="paper", out=tmp_path / "whole" / "paper.npz"),
-    ]
+    whole = every_score(dynamics, tmp_path / "rows", labels)
     monkeypatch.setattr(dynamics_module, "_BLOCK", 7 * 10 + 3)
     num_threads = torch.get_num_threads()
     for workers in (1, 3):
         torch.set_num_threads(workers)
-        folder = tmp_path / f"blocks{workers}"
         try:
-            score_all(dynamics, beton=labels, out=folder)
-            score(dynamics, preset="paper", out=folder / "paper.npz")
+            blocks = every_score(dynamics, tmp_path / f"blocks{workers}", labels)
             assert torch.get_num_threads() == workers, "as before"
         finally:
             torch.set_num_threads(num_threads)
-        for path in whole:
-            assert (
-                load_scores(path).score_N.tobytes()
-                == load_scores(folder / path.name).score_N.tobytes()
-            ), path.name
+        assert_same_arrays(whole, blocks)
 
 
 @pytest.mark.parametrize(
@@ -726,15 +638,15 @@ def test_outputs_of_other_layouts(dynamics, tmp_path, change):
     folder = copied(dynamics, tmp_path, 6)
     (want,) = score(folder, K=3, out=tmp_path / "a.npz")
     for epoch in range(6):
-        damage_output(folder, epoch, change)
+        change_array(folder / f"{epoch}_Output.npy", change)
     (found,) = score(folder, K=3, out=tmp_path / "b.npz")
     assert load_scores(found).score_N.tobytes() == load_scores(want).score_N.tobytes()
 
 
-def test_dynamics_folder_without_labels_gives_what_needs_none(golden, dynamics, tmp_path):
+def test_dynamics_folder_without_labels_gives_what_needs_none(dynamics, tmp_path):
     paths, skipped = score_all(dynamics, out=tmp_path)
     assert [path.name for path in paths] == ["tdds_official_T30_K10_beta0.9.npz", "random.npz"]
-    assert_golden(paths[0], golden_score(golden, 30, 10, 0.9))
+    assert_authors(paths[0], LONG)
     assert [reason.split(":")[0] for reason in skipped] == [*BASELINES, "entropy", "moderate"]
     assert all("holds no labels" in reason and "--beton FILE" in reason for reason in skipped[:-2])
     with pytest.raises(
@@ -969,19 +881,20 @@ def test_ablations_of_a_dynamics_folder(golden, dynamics, trajectory, tmp_path, 
 
 
 def test_selects_with_the_window_that_serves_the_rate(golden, run):
-    score(run)
-    for rate, setting in ((0.3, (30, 10, 0.9)), (0.9, (10, 5, 0.9))):
+    keys = [window.key("official") for window in (LONG, EARLY)]
+    assert score(run) == [run / "scores" / f"{key}.npz" for key in keys]
+    for key, rate, window in zip(keys, (0.3, 0.9), (LONG, EARLY), strict=True):
         path, warnings = select(run, rate)
         assert warnings == []
-        assert path == run / "coresets" / f"{Window(*setting).key('official')}_p{rate:g}.npz"
-        coreset = load_coreset(path)
-        want_N = golden_score(golden, *setting)
+        assert path == run / "coresets" / f"{key}_p{rate:g}.npz"
+        coreset, want_N = load_coreset(path), AUTHORS[window]
+        assert_authors(run / "scores" / f"{key}.npz", window)
         kept = num_kept(600, rate)
         highest = np.sort(np.argsort(-want_N, kind="stable")[:kept])
         assert len(np.intersect1d(coreset.index_M, highest)) >= kept - 1, (
             "up to the accuracy of float32"
         )
-        assert (coreset.score_key, coreset.pruning_rate) == (Window(*setting).key("official"), rate)
+        assert (coreset.score_key, coreset.pruning_rate) == (key, rate)
         assert coreset.fingerprint == fingerprint(golden["labels"], 10)
     refused(
         r"no window of score\.windows serves pruning_rate=0\.5 \(served: \[0\.3, ", select, run, 0.5
@@ -1030,8 +943,8 @@ def test_random_coreset_is_uniform_seeded_and_of_the_dataset(golden, run):
 def lopsided(path: Path) -> Path:
     """100 samples of four classes; the scores put class 2 last, and class 3 has one sample."""
     label_N = np.repeat([0, 1, 2, 3], [40, 39, 20, 1])
-    score_N = np.where(label_N == 2, 0.0, 1.0 + np.arange(100)).astype(np.float32)
-    save_scores(path, Scores("mine", score_N, label_N, fingerprint(label_N, 4), {"score": "tdds"}))
+    score_N = np.where(label_N == 2, 0.0, 1.0 + np.arange(100))
+    save_scores(path, make.scores("mine", score_N, label_N, settings={"score": "tdds"}))
     return path
 
 
@@ -1066,9 +979,8 @@ def test_pruning_rate_that_keeps_nothing(tmp_path):
 
 
 def test_scores_that_are_not_finite(tmp_path):
-    label_N = np.zeros(4, dtype=np.int64)
-    score_N = np.array([1, np.nan, 2, np.inf], dtype=np.float32)
-    save_scores(tmp_path / "bad.npz", Scores("bad", score_N, label_N, fingerprint(label_N, 2), {}))
+    score_N = np.array([1, np.nan, 2, np.inf])
+    make.save(tmp_path, make.scores("bad", score_N, np.zeros(4, dtype=np.int64)))
     refused(r"score 'bad' holds 2 values that are not finite", select, tmp_path / "bad.npz", 0.5)
 
 
@@ -1099,17 +1011,6 @@ def test_naming_a_score_of_a_file_that_holds_another(tmp_path):
     refused(r"mine\.npz.*el2n|el2n.*mine", select, source, 0.5, score="el2n")
 
 
-def test_files_of_both_stages_hold_no_pickle(run):
-    score(run)
-    select(run, 0.3)
-    files = [*(run / "scores").iterdir(), *(run / "coresets").iterdir()]
-    assert len(files) == 3
-    for path in files:
-        with np.load(path, allow_pickle=False) as file:
-            assert json.loads(str(file["meta"]))["settings"]["score"] == "tdds"
-            assert all(file[name].dtype != object for name in file)
-
-
 # ---- select: samplers, importance, names
 
 
@@ -1126,17 +1027,8 @@ def scored(golden, trajectory, tmp_path_factory) -> Path:
     score(folder, preset="paper", T=30, K=10)
     score(folder, delta="ce", T=30, K=10)
     score_all(folder, ["aum"], options=["aum_keep=easiest"])
-    score_N = np.random.default_rng(0).gamma(2.0, size=600).astype(np.float32)
-    save_scores(
-        folder / "scores" / "moderate.npz",
-        Scores(
-            "moderate",
-            score_N,
-            golden["labels"],
-            fingerprint(golden["labels"], 10),
-            {"score": "moderate"},
-        ),
-    )
+    score_N = np.random.default_rng(0).gamma(2.0, size=600)
+    make.save(folder / "scores", make.scores("moderate", score_N, golden["labels"], 10))
     return folder
 
 

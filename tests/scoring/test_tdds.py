@@ -5,11 +5,8 @@ Values, not ranks: at beta = 0.9 the last two windows decide the ranking almost 
 would hide a wrong EMA.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,19 +19,12 @@ from tdds_dist.config.scores import (
     window_settings,
 )
 from tdds_dist.errors import InputError
-from tdds_dist.scoring.sample_stats import DELTAS, SCALARS, log_probabilities, sample_scalars
+from tdds_dist.scoring.sample_stats import DELTAS
 from tdds_dist.scoring.tdds import score_trajectory
 from tests import oracles
+from tests.scoring.test_scorer import GOLDEN, golden_scores
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
-GOLDEN = Path(__file__).parents[1] / "golden" / "tdds_official_digits.npz"
-GOLDEN_SETTINGS = [
-    Window(30, 10, 0.9),
-    Window(20, 10, 0.9),
-    Window(10, 5, 0.9),
-    Window(30, 20, 0.85),
-    Window(12, 10, 0.95),
-]
 BETAS = [0.0, 0.5, 0.85, 0.9, 1.0]
 
 
@@ -46,18 +36,6 @@ def cases(draw):
     low, high = (2, T) if preset == "official" else (1, T - 1)
     K = draw(st.one_of(st.sampled_from([low, high, min(2, high)]), st.integers(low, high)))
     return preset, Window(T, K, draw(st.sampled_from(BETAS)))
-
-
-def deltas(logits: np.ndarray, preset: str) -> np.ndarray:
-    """delta_TM of one preset by way of `sample_stats`; logits by global index."""
-    rows, previous = [], None
-    label_N = torch.zeros(logits.shape[1], dtype=torch.int64)
-    for logits_NC in torch.from_numpy(logits):
-        logp_NC = log_probabilities(logits_NC)
-        found = sample_scalars(logits_NC, logp_NC, previous, label_N)
-        rows.append(found[SCALARS.index(DELTA_OF_PRESET[preset])].numpy())
-        previous = logp_NC
-    return np.stack(rows)
 
 
 @PROPERTY
@@ -113,39 +91,16 @@ def test_a_window_of_one_difference_has_no_variability_and_inputs_stay():
 # ---- the authors' code
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
+def test_the_oracle_gives_the_authors_numbers():
+    """Otherwise the package, which meets them in test_offline.py, and the oracle could share a
+    misreading."""
     with np.load(GOLDEN, allow_pickle=False) as file:
-        return {name: file[name] for name in file}
-
-
-@pytest.fixture(scope="module")
-def golden_delta_TN(golden) -> np.ndarray:
-    epochs = zip(golden["logits"], golden["index"], strict=True)
-    return deltas(
-        np.stack([logits_NC[np.argsort(index_N)] for logits_NC, index_N in epochs]), "official"
-    )
-
-
-@pytest.mark.parametrize("window", GOLDEN_SETTINGS, ids=str)
-def test_golden_vectors_of_the_authors_code(golden, golden_delta_TN, window):
-    """The package, and on a few samples the oracle: otherwise both could share a misreading."""
-    want = golden[f"score_T{window.T}_K{window.K}_beta{window.beta:g}"]
-    close = 1e-5 * float(np.abs(want).mean())
-    np.testing.assert_allclose(
-        score_trajectory(golden_delta_TN, window, "official"), want, rtol=0, atol=close
-    )
-    order = np.argsort(golden["index"], axis=1)
-    for n in (0, 17, 599):
-        logits = [golden["logits"][t, order[t, n]].tolist() for t in range(window.T)]
-        assert oracles.tdds(logits, window.T, window.K, window.beta, "official") == pytest.approx(
-            want[n], abs=close
-        )
-
-
-def test_golden_file_holds_no_other_setting(golden):
-    names = {f"score_T{window.T}_K{window.K}_beta{window.beta:g}" for window in GOLDEN_SETTINGS}
-    assert {name for name in golden if name.startswith("score_")} == names
+        logits_TNC, order_TN = file["logits"], np.argsort(file["index"], axis=1)
+    for window, want_N in golden_scores().items():
+        for n in (0, 17, 599):
+            logits = [logits_TNC[t, order_TN[t, n]].tolist() for t in range(window.T)]
+            found = oracles.tdds(logits, window.T, window.K, window.beta, "official")
+            assert found == pytest.approx(want_N[n], abs=1e-5 * float(np.abs(want_N).mean()))
 
 
 # ---- settings that cannot be computed
