@@ -17,11 +17,10 @@ from tdds_dist.data.writer import write_beton
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.world import World
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import Scores, fingerprint, load_scores, save_scores
-from tdds_dist.runs.directory import RunDir
+from tdds_dist.runs.artifacts import fingerprint, load_scores
 from tdds_dist.training import final_pass
 from tdds_dist.training.build import build_model, classifier_layer
-from tests import oracles
+from tests import make, oracles
 from tests.ranks import WORLDS, catch, run_ranks
 
 CLASS_SIZES = [9, 17, 1, 8, 9]
@@ -38,36 +37,18 @@ def make_run(folder, class_sizes, model="shufflenet_v2_x0_5", batch=12):
     num_classes = len(class_sizes)
     label_N = np.random.default_rng(0).permutation(np.repeat(np.arange(num_classes), class_sizes))
     names, beton = [f"c{label}" for label in range(num_classes)], folder / "train.beton"
-    write_beton(
-        Source(
-            "random", "train", names, [f"{i}" for i in range(len(label_N))], label_N, random_image
-        ),
+    paths = [f"{i}" for i in range(len(label_N))]
+    source = Source("random", "train", names, paths, label_N, random_image)
+    write_beton(source, beton, write_mode="raw", num_workers=1, progress=False)
+    run = make.start(
+        folder / "run",
         beton,
-        write_mode="raw",
-        num_workers=1,
-        progress=False,
-    )
-    run = RunDir(folder / "run")
-    run.start(
-        {
-            "run": {"name": "tiny", "dir": str(run.path), "seed": 4},
-            "model": {"name": model},
-            "score": {"windows": [{"T": 2, "K": 2}]},
-            "train": {"epochs": NUM_EPOCHS, "global_batch_size": batch, "lr": 0.1},
-            "data": {
-                "train": str(beton),
-                "val": str(beton),
-                "num_classes": num_classes,
-                "image_size": 32,
-                "crop": "pad",
-                "padding": 2,
-                "mean": [78.0] * 3,
-                "std": [90.0] * 3,
-            },
-        },
-        {"stage": "collect"},
-        1,
-        "cpu",
+        num_classes,
+        run={"seed": 4},
+        model={"name": model},
+        score={"windows": [{"T": 2, "K": 2}]},
+        train={"epochs": NUM_EPOCHS, "global_batch_size": batch},
+        data={"val": str(beton), "padding": 2, "mean": [78.0] * 3, "std": [90.0] * 3},
     )
     for epoch in range(NUM_EPOCHS):
         run.append_metrics({"epoch": epoch})
@@ -100,11 +81,9 @@ def by_hand(run_dir, num_samples, num_classes, model="shufflenet_v2_x0_5"):
         network.fc.register_forward_hook(
             lambda module, inputs, output: features.append(inputs[0][0].numpy())
         )
+    images = normalised(run_dir.parent / "train.beton", num_samples)
     with torch.no_grad():
-        logits = [
-            network(image[None])[0].tolist()
-            for image in normalised(run_dir.parent / "train.beton", num_samples)
-        ]
+        logits = [network(image[None])[0].tolist() for image in images]
     return logits, np.array(features, dtype=np.float64)
 
 
@@ -261,11 +240,8 @@ def test_network_without_a_linear_classifier_has_an_entropy_only(tmp_path):
     assert (paths, others) == (["entropy.npz"], (["entropy.npz"], "")), "one rank speaks"
     assert [path.name for path in (folder / "scores").iterdir()] == ["entropy.npz"]
     logits, _ = by_hand(folder, 14, 2, model="squeezenet1_1")
-    np.testing.assert_allclose(
-        load_scores(folder / "scores" / "entropy.npz").score_N,
-        [oracles.entropy(row) for row in logits],
-        rtol=2e-5,
-    )
+    found_N = load_scores(folder / "scores" / "entropy.npz").score_N
+    np.testing.assert_allclose(found_N, [oracles.entropy(row) for row in logits], rtol=2e-5)
 
 
 def pass_and_words(rank, folder):
@@ -329,11 +305,8 @@ def test_weights_that_do_not_serve_fail_on_every_rank(run_dir, tmp_path):
         elif content is not None:
             torch.save(content, path)
     (tmp_path / "no run" / "config.yaml").unlink()
-    other = fingerprint(np.zeros(44, dtype=np.int64), 5)  # of the scores that the run has
-    save_scores(
-        tmp_path / "other labels" / "scores" / "el2n.npz",
-        Scores("el2n", np.zeros(44), np.zeros(44), other),
-    )
+    zeros_N = np.zeros(44, dtype=np.int64)  # of the scores that the run has
+    make.save(tmp_path / "other labels" / "scores", make.scores("el2n", zeros_N, zeros_N, 5))
     by_rank = run_ranks(2, failing_passes, tmp_path, list(cases))
     for name, (_, words) in cases.items():
         for outcomes in by_rank:

@@ -14,12 +14,11 @@ import torch._inductor.config
 from torch import nn
 
 from tdds_dist import ShardedScorer
-from tdds_dist.config.run import load_config, to_dict
+from tdds_dist.config.run import load_config
 from tdds_dist.data.loader import THREAD_NAME, BetonLoader
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.interruption import Preempted
-from tdds_dist.errors import InputError
 from tdds_dist.runs.checkpoint import Checkpoints
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training import engine, state
@@ -34,6 +33,7 @@ from tdds_dist.training.collect import observed
 from tdds_dist.training.engine import Trainer, fit
 from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import training_size, training_sizes
+from tests.make import refused
 from tests.ranks import catch, run_ranks
 
 # Without it every process that compiles starts helpers, and tries all instruction sets of the CPU in
@@ -57,11 +57,8 @@ class Small(nn.Module):
     def __init__(self, seen):
         super().__init__()
         # A bias before batch norm has no gradient but rounding, which Adam would make steps of.
-        self.conv, self.norm, self.head = (
-            nn.Conv2d(3, 8, 3, bias=False),
-            nn.BatchNorm2d(8),
-            nn.Linear(8, 10),
-        )
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 10)
         self.seen = seen
 
     def forward(self, image):
@@ -148,30 +145,16 @@ def train(
             fit(again)
     checkpoints.close()
     threads += loading_threads()
-    weights = {}
-    if error is None:
-        weights = {
-            name: value.numpy()
-            for name, value in torch.load(run.models / "final.pt", weights_only=True).items()
-        }
-    metrics = [
-        {
-            key: record[key]
-            for key in ("train_loss", "train_top1", "val_loss", "val_top1")
-            if key in record
-        }
-        for record in run.read_metrics()
-    ]
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    precision = torch.get_float32_matmul_precision()
+    final = {} if error else torch.load(run.models / "final.pt", weights_only=True)
+    keys = ("train_loss", "train_top1", "val_loss", "val_top1")
     return {
         "outcome": outcome,
         "seen": list(seen),
-        "weights": weights,
-        "metrics": metrics,
+        "weights": {name: value.numpy() for name, value in final.items()},
+        "metrics": [{key: found.get(key) for key in keys} for found in run.read_metrics()],
         "threads": threads,
-        "graphs": graphs,
-        "precision": precision,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "precision": torch.get_float32_matmul_precision(),
     }
 
 
@@ -223,19 +206,17 @@ def literal_size(epoch, start, final, first, last):
     return int(np.round(np.interp([epoch], [first, last], [start, final])[0] / 32)) * 32
 
 
+def growing(config_file, start, final, first, last, epochs):
+    growth = f"data.progressive={{start_size: {start}, from_epoch: {first}, to_epoch: {last}}}"
+    sizes = ["data.crop=resized", f"data.image_size={final}", growth]
+    return load_config(config_file, [*sizes, f"train.epochs={epochs}"])
+
+
 @pytest.mark.parametrize(
     ("start", "final", "first", "last"), [(160, 192, 35, 39), (96, 224, 0, 80), (128, 320, 2, 9)]
 )
 def test_sizes_are_those_of_the_recipe(config_file, start, final, first, last):
-    config = load_config(
-        config_file,
-        [
-            "data.crop=resized",
-            f"data.image_size={final}",
-            "train.epochs=90",
-            f"data.progressive={{start_size: {start}, from_epoch: {first}, to_epoch: {last}}}",
-        ],
-    )
+    config = growing(config_file, start, final, first, last, 90)
     sizes = [training_size(config, epoch, 90) for epoch in range(90)]
     assert sizes == [literal_size(epoch, start, final, first, last) for epoch in range(90)]
     assert set(sizes) <= set(training_sizes(config))
@@ -243,32 +224,18 @@ def test_sizes_are_those_of_the_recipe(config_file, start, final, first, last):
 
 
 def test_sizes_in_between_stay_between_the_ends(config_file):
-    config = load_config(
-        config_file,
-        [
-            "data.crop=resized",
-            "data.image_size=70",
-            "train.epochs=40",
-            "data.progressive={start_size: 50, from_epoch: 1, to_epoch: 39}",
-        ],
-    )
+    config = growing(config_file, 50, 70, 1, 39, 40)
     sizes = [training_size(config, epoch, 40) for epoch in range(40)]
     # rounding alone would give 96 and 32 as well
     assert sorted(set(sizes)) == [50, 64, 70] == training_sizes(config)
     assert sizes == sorted(sizes)
+    config = load_config(config_file)
+    assert (training_size(config, 0, 9), training_sizes(config)) == (32, [32]), "without growth"
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 7, 60, 400])
 def test_a_training_of_other_length_goes_through_the_same_sizes(config_file, epochs):
-    config = load_config(
-        config_file,
-        [
-            "data.crop=resized",
-            "data.image_size=224",
-            "train.epochs=60",
-            "data.progressive={start_size: 96, from_epoch: 10, to_epoch: 50}",
-        ],
-    )
+    config = growing(config_file, 96, 224, 10, 50, 60)
     sizes = [training_size(config, epoch, epochs) for epoch in range(epochs)]
     assert sizes[-1] == 224
     assert sizes[0] == (96 if epochs > 1 else 224)
@@ -276,11 +243,6 @@ def test_a_training_of_other_length_goes_through_the_same_sizes(config_file, epo
     assert set(sizes) <= set(training_sizes(config))
     for epoch, size in enumerate(sizes[:-1]):  # at the same share of the way
         assert size == training_size(config, round(epoch / (epochs - 1) * 5900), 5901)
-
-
-def test_without_growth_there_is_one_size(config_file):
-    config = load_config(config_file)
-    assert (training_size(config, 0, 9), training_sizes(config)) == (32, [32])
 
 
 @pytest.mark.distributed
@@ -320,18 +282,13 @@ def test_preflight_tries_every_size(config_file):
 
     check()
     check("data.progressive={start_size: 64, from_epoch: 0, to_epoch: 2}", "data.eval_size=128")
-    with pytest.raises(
-        InputError, match=r"cannot train on 4 images of 16x16 .*use another data\.progressive"
+    small_first = "data.progressive={start_size: 16, from_epoch: 0, to_epoch: 2}"
+    for overrides, said in (
+        ([small_first], r"train on 4 images of 16x16 .*use another data\.progressive"),
+        (["data.eval_size=16"], r"evaluate 4 images of 16x16 .*use another data\.eval_size"),
+        (["data.image_size=24", "data.eval_size=96"], r"train on .* 24x24 .* data\.image_size"),
     ):
-        check("data.progressive={start_size: 16, from_epoch: 0, to_epoch: 2}")
-    with pytest.raises(
-        InputError, match=r"cannot evaluate 4 images of 16x16 .*use another data\.eval_size"
-    ):
-        check("data.eval_size=16")
-    with pytest.raises(
-        InputError, match=r"cannot train on 4 images of 24x24 .*use another data\.image_size"
-    ):
-        check("data.image_size=24", "data.eval_size=96")
+        refused(f"cannot {said}", check, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -566,14 +523,8 @@ def test_what_follows_is_started_before_it_is_needed(config_file, tmp_path):
         what if isinstance(what[0], str) else "t" if what[0] else "v" for what in ahead["seen"]
     ]
     opened = {what: events.index(what) for what in events if not isinstance(what, str)}
-    assert list(opened) == [
-        ("train", 0),
-        ("train", 1),
-        ("val", 1),
-        ("train", 2),
-        ("train", 3),
-        ("val", 3),
-    ]
+    of_training, of_val = [("train", epoch) for epoch in range(4)], [("val", 1), ("val", 3)]
+    assert list(opened) == [*of_training[:2], of_val[0], *of_training[2:], of_val[1]]
     num_val = -(-50 // 24)
     # but for that of the start
     steps = [sum(event == "t" for event in events[:place]) - 1 for place in opened.values()]
@@ -657,17 +608,6 @@ def test_cudnn_looks_for_the_fastest_unless_bits_matter():
     finally:
         set_deterministic(False)
         torch.backends.cudnn.benchmark = before
-
-
-def test_new_options_stand_in_the_record_of_a_run(config_file):
-    config = load_config(config_file, [*GROWING, "data.progressive.multiple=4"])
-    assert to_dict(config)["data"]["progressive"] == {
-        "start_size": 16,
-        "from_epoch": 0,
-        "to_epoch": 3,
-        "multiple": 4,
-    }
-    assert to_dict(load_config(config_file))["data"]["progressive"] is None
 
 
 # ---- on a GPU
