@@ -185,15 +185,8 @@ def test_text_says_what_the_csv_says(run, tmp_path):
     full = {"tdds_T3": T3, "tdds_T2": T2}
 
     matrix = table(text, "A: Spearman")
-    assert [*matrix] == [
-        "1 tdds_T3",
-        "2 tdds_T2",
-        "3 random",
-        "4 forgetting",
-        "5 moderate",
-        "6 my_own",
-    ]
-    names = [name.split()[1] for name in matrix]
+    names = ["tdds_T3", "tdds_T2", "random", "forgetting", "moderate", "my_own"]
+    assert [*matrix] == [f"{number} {name}" for number, name in enumerate(names, 1)]
     for i, j in combinations(range(6), 2):
         pair = {"score_a": full.get(names[i], names[i]), "score_b": full.get(names[j], names[j])}
         cells = [[*matrix.values()][i][j], [*matrix.values()][j][i]]
@@ -247,24 +240,12 @@ def test_a_class_that_keeps_nothing_is_counted(tmp_path):
     text = compare([run.path], pruning_rates=(0.001, 0.003, 0.5))
     # of 1000 the last 1, 3 and 500 are removed: 996 3 0, 996 1 0 and 500 0 0 are left of 996 3 1;
     # class 3 does not exist
-    assert table(text, "A: percent of a class")["el2n"] == [
-        "0",
-        "100",
-        "100",
-        "1",
-        "0",
-        "33",
-        "100",
-        "1",
-        "0",
-        "0",
-        "50",
-        "2",
-    ]
+    cells = table(text, "A: percent of a class")["el2n"]
+    assert cells == "0 100 100 1 0 33 100 1 0 0 50 2".split()
     save(run.scores, scores_of("el2n", 0, np.arange(1000.0), label_N))  # keeps the last
-    assert table(compare([run.path], pruning_rates=(0.001, 0.993)), "A: percent of a class")[
-        "el2n"
-    ] == [">99", "100", "100", "0", "<1", "100", "100", "0"]
+    text = compare([run.path], pruning_rates=(0.001, 0.993))
+    cells = table(text, "A: percent of a class")["el2n"]
+    assert cells == ">99 100 100 0 <1 100 100 0".split()
 
 
 def test_scores_that_rank_alike_are_named_and_those_on_their_own(tmp_path):
@@ -311,17 +292,8 @@ def test_rows_fit_the_terminal_and_align(tmp_path):
         for T in (30, 60, 90)
         for ablation in ("", "_entropy", "_el2n")
     ]
-    others = [
-        "random",
-        "entropy",
-        "forgetting",
-        "el2n",
-        "aum",
-        "moderate",
-        "dyn_unc",
-        "dual",
-        *(f"own{i}" for i in range(9)),
-    ]
+    others = "random entropy forgetting el2n aum moderate dyn_unc dual".split()
+    others += [f"own{i}" for i in range(9)]
     runs = [
         add(start(tmp_path / f"cifar100_resnet18_seed{seed}"), *keys, *others, seed=seed).path
         for seed in range(2)
@@ -361,14 +333,8 @@ def test_between_three_runs_each_pair_and_the_mean(tmp_path):
     assert "B  b  resnet18, seed 1," in text
     lines = text[text.index("Between runs") :].split("\n\n")[0].splitlines()[4:]
     shown = ["A-B", "A-C", "B-C"]
-    assert [line.split()[0] for line in lines] == [
-        "tdds",
-        *shown,
-        "forgetting",
-        *shown,
-        "el2n",
-        "B-C",
-    ]
+    starts = ["tdds", *shown, "forgetting", *shown, "el2n", "B-C"]
+    assert [line.split()[0] for line in lines] == starts
     numbers = np.array([line.split()[1:] for line in lines], dtype=float)
     for first, key in ((0, T3), (4, "forgetting")):
         found = []
@@ -447,11 +413,8 @@ def noisy(tmp_path: Path) -> RunDir:
 
 def test_noise_by_hand(noisy):
     text = compare([noisy.path], pruning_rates=(0.5, 0.7))
-    wrong = table(
-        text,
-        "A: samples with a wrong label (4 of 10); kept: percent of them; share: percent of the"
-        " coreset",
-    )
+    shares = "kept: percent of them; share: percent of the coreset"
+    wrong = table(text, f"A: samples with a wrong label (4 of 10); {shares}")
     assert wrong == {
         "el2n": ["75.0", "60.0", "50.0", "66.7"],  # keeps 5-9, then 7-9
         "aum": ["25.0", "20.0", "25.0", "33.3"],  # keeps 0-4, then 0-2

@@ -7,42 +7,30 @@ from tdds_dist.cli.main import main
 from tdds_dist.data.corruptions import KINDS, corrupt
 from tdds_dist.data.manifest import read_manifest
 from tdds_dist.data.sources import open_source, with_corruption, with_label_noise
-from tdds_dist.errors import InputError
+from tests.make import refused
 
 
 def draws(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng([99, seed])
 
 
+PATTERNS = {  # that some blur, some coarser grid or some colour could leave as they are
+    "upper half": lambda row, column: row < row.max() / 2,
+    "left half": lambda row, column: column < column.max() / 2,
+    "rows": lambda row, column: row % 2,
+    "columns": lambda row, column: column % 2,
+    "checkerboard": lambda row, column: (row + column) % 2,
+    "diagonals": lambda row, column: (row + column) % 3 == 0,
+    "other diagonals": lambda row, column: (row - column) % 3 == 0,
+    "pixels of 4": lambda row, column: (row // 4 + column // 4) % 2,
+    "a dot": lambda row, column: (row == 5) & (column == 2),
+}
+
+
 def pattern(name: str, height: int, width: int, contrast: int) -> np.ndarray:
-    """A uint8 [H, W, 3] image that some blur, some coarser grid or some colour could leave as it
-    is."""
-    row, column = np.indices((height, width))
-    mask_HW = {
-        "upper half": row < height // 2,
-        "left half": column < width // 2,
-        "rows": row % 2,
-        "columns": column % 2,
-        "checkerboard": (row + column) % 2,
-        "diagonals": (row + column) % 3 == 0,
-        "other diagonals": (row - column) % 3 == 0,
-        "pixels of 4": (row // 4 + column // 4) % 2,
-        "a dot": (row == 5) & (column == 2),
-    }[name]
+    """A uint8 [H, W, 3] image of one of PATTERNS."""
+    mask_HW = PATTERNS[name](*np.indices((height, width)))
     return np.repeat((100 + contrast * mask_HW).astype(np.uint8)[:, :, None], 3, axis=2)
-
-
-PATTERNS = (
-    "upper half",
-    "left half",
-    "rows",
-    "columns",
-    "checkerboard",
-    "diagonals",
-    "other diagonals",
-    "pixels of 4",
-    "a dot",
-)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,10 +72,8 @@ def test_noise_and_occlusion_show_on_a_plain_image(level):
 
 
 def test_noise_has_its_strength_and_no_offset():
-    change = (
-        corrupt(np.full((100, 100, 3), 128, np.uint8), "gaussian_noise", draws()).astype(float)
-        - 128
-    )
+    grey = np.full((100, 100, 3), 128, np.uint8)
+    change = corrupt(grey, "gaussian_noise", draws()).astype(float) - 128
     assert abs(change.mean()) < 1
     assert 38 < change.std() < 42
 
@@ -146,13 +132,10 @@ def test_a_motion_blur_draws_a_dot_out_into_a_line(side):
 
 def test_what_cannot_be_corrupted_is_refused():
     image = np.zeros((20, 20, 3), np.uint8)
-    with pytest.raises(
-        InputError,
-        match=r"'rain' is unknown; use one of gaussian_noise, occlusion, .*fog, motion_blur",
-    ):
-        corrupt(image, "rain", draws())
-    with pytest.raises(InputError, match=r"7 x 20 pixels is too small .*at least 8, remove it"):
-        corrupt(image[:, :7], "fog", draws())
+    unknown = r"'rain' is unknown; use one of gaussian_noise, occlusion, .*fog, motion_blur"
+    refused(unknown, corrupt, image, "rain", draws())
+    small = r"7 x 20 pixels is too small .*at least 8, remove it"
+    refused(small, corrupt, image[:, :7], "fog", draws())
 
 
 # --- tdds write ---
@@ -184,35 +167,16 @@ def test_the_command_adds_noise_and_says_how_much(
 ):
     """Noise on images for evaluation is warned of; without noise nothing is said of it."""
     out = tmp_path / "x.beton"
-    assert (
-        main(
-            [
-                "write",
-                "synthetic:100,4,16",
-                str(out),
-                "--subset",
-                "60",
-                "--num-workers",
-                "1",
-                *options.split(),
-            ]
-        )
-        == 0
-    )
+    words = f"write synthetic:100,4,16 {out} --subset 60 --num-workers 1 {options}".split()
+    assert main(words) == 0
     shown = capsys.readouterr()
-    assert [line for line in shown.out.splitlines() if line.startswith("noise")] == [note] * bool(
-        note
-    )
-    assert (
-        ("warning: images for evaluation should stay clean" in shown.err)
-        == ("warning" in shown.err)
-        == warned
-    )
+    said = [line for line in shown.out.splitlines() if line.startswith("noise")]
+    assert said == [note] * bool(note)
+    assert ("warning: images for evaluation should stay clean" in shown.err) == warned
+    assert ("warning" in shown.err) == warned
     manifest, split = read_manifest(out), "val" if "val" in options else "train"
-    assert (
-        manifest.settings
-        == {"write_mode": "jpg", "quality": 90, "max_resolution": None, "subset": 60} | settings
-    )
+    plain = {"write_mode": "jpg", "quality": 90, "max_resolution": None, "subset": 60}
+    assert manifest.settings == plain | settings
     expected = open_source("synthetic:100,4,16", split, subset=60)
     expected = with_label_noise(expected, settings.get("label_noise", 0), 3)
     expected = with_corruption(expected, settings.get("corrupt", 0), settings.get("noise_seed", 0))

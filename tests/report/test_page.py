@@ -126,15 +126,8 @@ def test_numbers_come_from_results(page):
     assert page.row("full data retrained", 1)[1:5] == ["0 %", "91.50", "reference", "92.00"]
     # mean of 80, 81, 85 is 82; sample standard deviation sqrt((4 + 1 + 9) / 2) = 2.6458
     assert page.row("tdds E, batch")[1:] == ["82.00 ± 2.65 −9.50", "1 of 3 epochs"]  # the matrix
-    assert page.row("tdds E, batch", 1)[1:] == [
-        "50 %",
-        "82.00 ± 2.65",
-        "−9.50",
-        "82.50 ± 2.65",
-        "30",
-        "3",
-        "0, 1, 2",
-    ]
+    cells = ["50 %", "82.00 ± 2.65", "−9.50", "82.50 ± 2.65", "30", "3", "0, 1, 2"]
+    assert page.row("tdds E, batch", 1)[1:] == cells
     assert page.row("random E, none")[1:] == ["77.25 −14.25 1 seed", "–"]
     assert page.row("random E, none", 1)[1:5] == ["50 %", "77.25", "−14.25", "77.75"]
     assert [page.row("tdds E, batch", number)[1:5] for number in (3, 4, 5)] == [  # each by itself
@@ -290,15 +283,9 @@ def test_only_known_noise_of_the_same_labels_is_said(label_noise, corrupt, shift
     add_scores(run, TDDS, (manifest.label_N + shift) % NUM_CLASSES, (0.5,))
     page = page_of(tmp_path, run)
     assert known_noise(page) == said
-    assert [
-        words in page.text
-        for words in (
-            "What the manifest knows",
-            "what the manifest knows",
-            ", really ",
-            ", corrupted (",
-        )
-    ] == [bool(said), bool(said), bool(said and label_noise), bool(said and corrupt)]
+    assert page.text.lower().count("what the manifest knows") == 2 * bool(said)
+    assert (", really " in page.text) == bool(said and label_noise)
+    assert (", corrupted (" in page.text) == bool(said and corrupt)
 
 
 # ---- what is damaged, missing or of other images
@@ -357,11 +344,9 @@ def test_records_may_be_missing_or_damaged(content, run, beton, tmp_path):
     page = page_of(tmp_path, run)
     assert page.row(f"{TDDS}_p0.5")
     is_damaged = content in (b"[1]", b"\xff{")
-    said = {
-        name: f"{name} is damaged" in page.text
-        for name in ("env.json", "metrics.jsonl", "result.json")
-    }
-    assert said == {"env.json": is_damaged, "metrics.jsonl": False, "result.json": is_damaged}
+    for name in ("env.json", "result.json"):
+        assert (f"{name} is damaged" in page.text) == is_damaged
+    assert "metrics.jsonl is damaged" not in page.text
     assert ("train.manifest.json is not a whole" in page.text) == (content is not None)
     assert "Undefined" not in page.text
 
@@ -424,18 +409,12 @@ def test_a_run_that_only_started(tmp_path):
     page = page_of(tmp_path, run)
     assert page.row("full data collection")[1] == "unfinished, 0 of 3 epochs"
     assert page.row("full data collection run")[2] == "unfinished, 0 of 3 epochs"
-    for sentence in (
-        "No epoch has finished yet",
-        "No scores have been written yet",
-        "No scores yet",
-    ):
-        assert sentence in page.text
+    for missing in ("epoch has finished yet", "scores have been written yet", "scores yet"):
+        assert f"No {missing}" in page.text
     log(run, val=False)  # epochs without validation
-    page = page_of(tmp_path, run)
-    assert (
-        "training loss by epoch" in page.text,
-        "validation top-1 (%) by epoch" in page.text,
-    ) == (True, False)
+    text = page_of(tmp_path, run).text
+    assert "training loss by epoch" in text
+    assert "validation top-1 (%) by epoch" not in text
 
 
 def test_errors_name_the_way_out(tmp_path):
@@ -446,40 +425,16 @@ def test_errors_name_the_way_out(tmp_path):
 
 def test_summary_table_text(demo):
     rows = summary_rows([read_facts(demo)])
-    assert [row["score_name"] for row in rows] == [
-        "full data",
-        "full data",
-        "tdds",
-        "random",
-        "tdds",
-        "el2n",
-    ]
-    assert [row["score"] for row in rows] == [
-        "full data",
-        "full data",
-        TDDS,
-        "random",
-        TDDS,
-        "el2n",
-    ]
+    names = ["full data", "full data", "tdds", "random", "tdds", "el2n"]
+    assert [row["score_name"] for row in rows] == names
+    full_names = [TDDS if name == "tdds" else name for name in names]
+    assert [row["score"] for row in rows] == full_names
     assert [row["is_reference"] for row in rows] == [False, True, False, False, False, False]
     lines = format_summary(rows).splitlines()
     assert len(lines) == 2 + len(rows)
     assert "published" not in lines[0]
-    assert re.split(r"  +", lines[4]) == [
-        "retrain",
-        "tdds",
-        "E",
-        "batch",
-        "50 %",
-        "30",
-        "3",
-        "3",
-        "82.00 ± 2.65",
-        "82.50 ± 2.65",
-        "-9.50",
-        "finished",
-    ]
+    cells = "retrain, tdds, E, batch, 50 %, 30, 3, 3, 82.00 ± 2.65, 82.50 ± 2.65, -9.50, finished"
+    assert re.split(r"  +", lines[4]) == cells.split(", ")
     right = {line.index("%") for line in lines[2:]}
     assert len(right) == 1  # aligned
     json.dumps(rows)  # plain values
@@ -499,11 +454,8 @@ def test_collection_run_is_the_reference_without_a_full_retraining(tmp_path):
     rows = summary_rows([read_facts(run)])
     assert rows[0]["status"] == "stopped after 3 of 200 epochs"
     assert not any(row["is_reference"] for row in rows)
-    assert page_of(tmp_path, run).row("full data", 1)[2:5] == [
-        "95.00",
-        "stopped after 3 of 200 epochs",
-        "96.00",
-    ]
+    cells = page_of(tmp_path, run).row("full data", 1)
+    assert cells[2:5] == ["95.00", "stopped after 3 of 200 epochs", "96.00"]
 
 
 def test_settings_that_compete_keep_their_full_names(tmp_path):
@@ -514,12 +466,9 @@ def test_settings_that_compete_keep_their_full_names(tmp_path):
     assert [row["score_name"] for row in summary_rows([read_facts(run)])[1:]] == ["tdds", "tdds"]
     # no second seed of the first
     retraining(run, TDDS, 0.5, 0, 82.0, name="balanced", class_balanced=True)
-    assert [row["score_name"] for row in summary_rows([read_facts(run)])[1:]] == [
-        "tdds",
-        "tdds_balanced",
-        "tdds",
-    ]
-    assert [row["final_top1"] for row in summary_rows([read_facts(run)])[1:]] == [80.0, 82.0, 70.0]
+    rows = summary_rows([read_facts(run)])[1:]
+    assert [row["score_name"] for row in rows] == ["tdds", "tdds_balanced", "tdds"]
+    assert [row["final_top1"] for row in rows] == [80.0, 82.0, 70.0]
     retraining(run, TDDS.replace("official", "paper"), 0.5, 0, 81.0)
     names = [row["score_name"] for row in summary_rows([read_facts(run)])[1:]]
     assert names == [TDDS, "tdds_balanced", TDDS.replace("official", "paper"), make.SHORT]
