@@ -38,6 +38,15 @@ def loader_of(path, *arguments, **options):
     return BetonLoader(inspect_beton(path), *arguments, **options)
 
 
+def begin(loader, order, epoch=0, **options):
+    """A pass on a rank that is alone."""
+    return loader.batches(order, rank=0, world_size=1, epoch=epoch, **options)
+
+
+def images_of(batches):
+    return [batch.image.clone() for batch in batches]
+
+
 def read_epoch(
     path,
     view,
@@ -102,9 +111,8 @@ def _indices_of_rank(rank, world_size, path):
     from tdds_dist.distributed import collectives, world
 
     cases = []
-    for num in sorted(
-        {1, max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 97}
-    ):
+    sizes = {1, max(1, world_size - 1), world_size, world_size + 1, 5 * world_size - 1, 97}
+    for num in sorted(sizes):
         for per_rank in (1, 10):
             order = epoch_order(num, per_rank * world_size, epoch=4, subset=np.arange(num))
             loader = loader_of(path, per_rank, View(32))
@@ -115,14 +123,8 @@ def _indices_of_rank(rank, world_size, path):
             gathered = collectives.gather_objects(
                 torch.cat(batches).tolist(), world.current_world("cpu")
             )
-            cases.append(
-                (
-                    num,
-                    per_rank,
-                    len(batches),
-                    [index for part in gathered for index in part if index >= 0],
-                )
-            )
+            found = [index for part in gathered for index in part if index >= 0]
+            cases.append((num, per_rank, len(batches), found))
     return cases
 
 
@@ -308,10 +310,7 @@ assert (read_epoch(path, View(32), workers=2)[2] == 1).all()
 
 
 def test_batches_are_channels_last_and_the_last_one_is_full(betons):
-    order = epoch_order(97, 20)
-    batches = list(
-        loader_of(betons["raw"], 20, View(32)).batches(order, rank=0, world_size=1, epoch=0)
-    )
+    batches = list(begin(loader_of(betons["raw"], 20, View(32)), epoch_order(97, 20)))
     assert len(batches) == 5
     for batch in batches:
         assert batch.image.shape == (20, 3, 32, 32)
@@ -385,10 +384,7 @@ def test_of_a_large_file_no_page_brings_others(betons, monkeypatch):
     monkeypatch.setattr("tdds_dist.data.loader.available_bytes", lambda: 0)
     monkeypatch.setattr("tdds_dist.data.loader.BATCHES_AHEAD", 1)
     loader = loader_of(betons["raw"], 10, VIEWS["pad"])
-    first, second = (
-        loader.batches(epoch_order(97, 10, epoch=epoch), rank=0, world_size=1, epoch=epoch)
-        for epoch in (0, 1)
-    )
+    first, second = (begin(loader, epoch_order(97, 10, epoch=epoch), epoch) for epoch in (0, 1))
     next(second)
     assert is_random()
     list(first)
@@ -402,7 +398,7 @@ def test_of_a_large_file_no_page_brings_others(betons, monkeypatch):
 
 
 def _copies(loader, order, **options):
-    for batch in loader.batches(order, rank=0, world_size=1, epoch=3, **options):
+    for batch in begin(loader, order, 3, **options):
         yield replace(batch, image=batch.image.clone(), index=batch.index.clone())
 
 
@@ -411,20 +407,15 @@ def test_a_size_of_its_own_is_that_of_a_loader_made_for_it(betons, view):
     """Buffers follow, back as well, and also while another pass of the same loader is under way."""
     order = epoch_order(61, 10, epoch=1)
     loader = loader_of(betons["big"], 10, view)
-    under_way = loader.batches(order, rank=0, world_size=1, epoch=1)
+    under_way = begin(loader, order, 1)
     first = next(under_way).image.clone()
     for size in (40, 9, None):
         same = loader_of(betons["big"], 10, replace(view, size=size or 24))
-        whole = [
-            batch.image.clone() for batch in same.batches(order, rank=0, world_size=1, epoch=1)
-        ]
-        found = [
-            batch.image.clone()
-            for batch in loader.batches(order, rank=0, world_size=1, epoch=1, size=size)
-        ]
+        whole = images_of(begin(same, order, 1))
+        found = images_of(begin(loader, order, 1, size=size))
         assert found[0].shape == (10, 3, size or 24, size or 24)
         assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
-    rest = [first] + [batch.image.clone() for batch in under_way]
+    rest = [first, *images_of(under_way)]
     assert all(torch.equal(a, b) for a, b in zip(whole, rest, strict=True))
 
 
@@ -432,14 +423,8 @@ def test_two_epochs_of_one_loader_at_once(betons):
     """The next epoch is started before this one is over: each keeps its own augmentation."""
     loader = loader_of(betons["raw"], 10, VIEWS["pad"])
     orders = [epoch_order(97, 10, epoch=epoch) for epoch in (0, 1)]
-    alone = [
-        [b.image.clone() for b in loader.batches(order, rank=0, world_size=1, epoch=epoch)]
-        for epoch, order in enumerate(orders)
-    ]
-    both = [
-        loader.batches(order, rank=0, world_size=1, epoch=epoch)
-        for epoch, order in enumerate(orders)
-    ]
+    alone = [images_of(begin(loader, order, epoch)) for epoch, order in enumerate(orders)]
+    both = [begin(loader, order, epoch) for epoch, order in enumerate(orders)]
     for expected in zip(*alone, strict=True):
         for image, batches in zip(expected, both, strict=True):
             assert torch.equal(image, next(batches).image)
@@ -452,9 +437,7 @@ def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch
     monkeypatch.setattr(
         decode, "load_batch", lambda *arguments: (started.append(1), load_batch(*arguments))
     )
-    batches = loader_of(betons["raw"], 10, View(32)).batches(
-        epoch_order(97, 10), rank=0, world_size=1, epoch=0
-    )
+    batches = begin(loader_of(betons["raw"], 10, View(32)), epoch_order(97, 10))
     _wait_for(lambda: len(started) == BATCHES_AHEAD + 1)
     time.sleep(0.3)
     assert len(started) == BATCHES_AHEAD + 1
@@ -464,9 +447,7 @@ def test_decoding_starts_before_the_first_batch_is_asked_for(betons, monkeypatch
 
 
 def test_what_is_closed_has_no_more_batches(betons):
-    batches = loader_of(betons["raw"], 10, View(32)).batches(
-        epoch_order(97, 10), rank=0, world_size=1, epoch=0
-    )
+    batches = begin(loader_of(betons["raw"], 10, View(32)), epoch_order(97, 10))
     first = next(batches).index.clone()
     assert (first >= 0).all()
     before = _decoding_threads()
@@ -482,19 +463,16 @@ def test_buffers_are_kept_from_pass_to_pass_and_never_shared(betons):
     batch lies in the buffers."""
     loader = loader_of(betons["raw"], 10, View(32))
 
-    def begin(epoch):
-        order = epoch_order(40, 10, seed=1, epoch=epoch)
-        return loader.batches(order, rank=0, world_size=1, epoch=epoch)
-
-    first = begin(0)
+    orders = [epoch_order(40, 10, seed=1, epoch=epoch) for epoch in range(3)]
+    first = begin(loader, orders[0])
     used = [next(first).image.data_ptr() for _ in range(3)]
     last = next(first).image
     before = last.clone()
     _wait_for(lambda: not _decoding_threads())
-    images = [batch.image.data_ptr() for batch in begin(1)]
+    images = [batch.image.data_ptr() for batch in begin(loader, orders[1], 1)]
     assert torch.equal(last, before)
     assert next(first, None) is None
-    again = [batch.image.data_ptr() for batch in begin(2)]
+    again = [batch.image.data_ptr() for batch in begin(loader, orders[2], 2)]
     assert not set(images) & {*used, last.data_ptr()}
     assert again == [*used, last.data_ptr()]
 
@@ -545,7 +523,7 @@ def test_leaving_early_ends_the_thread(betons):
     before = threading.active_count()
     loader = loader_of(betons["raw"], 2, View(32))
     for _ in range(3):
-        for batch in loader.batches(epoch_order(97, 2), rank=0, world_size=1, epoch=0):
+        for batch in begin(loader, epoch_order(97, 2)):
             assert batch.image.shape[0] == 2
             break
     _wait_for(lambda: threading.active_count() == before)
@@ -586,7 +564,7 @@ def test_on_cuda_nobody_waits_and_nothing_is_overwritten(betons):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in itertools.chain.from_iterable(
-            loader.batches(order, rank=0, world_size=1, epoch=0)
+            begin(loader, order)
             for _ in range(2)  # the second pass fills the buffers of the first
         ):
             for _ in range(20):
@@ -626,9 +604,7 @@ def test_on_cuda_batches_are_on_the_device_as_the_network_wants_them(betons):
 
 @cuda_tests
 def test_on_cuda_buffers_are_pinned(betons):
-    batches = loader_of(betons["raw"], 10, View(32), device="cuda").batches(
-        epoch_order(97, 10), rank=0, world_size=1, epoch=0
-    )
+    batches = begin(loader_of(betons["raw"], 10, View(32), device="cuda"), epoch_order(97, 10))
     next(batches)
     ring = batches._underway._ring
     for buffer in [ring.index_slots, *itertools.chain(*ring._memory.values())]:

@@ -13,8 +13,9 @@ from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import ALL, epoch_order
 from tdds_dist.pruning.plan import BY_RUN, PruningPlan
 from tdds_dist.pruning.schedule import PruningSchedule, record_problem
-from tdds_dist.runs.artifacts import Scores, fingerprint, load_scores
+from tdds_dist.runs.artifacts import load_scores
 from tdds_dist.scoring import offline
+from tests import make
 from tests.ranks import catch, run_ranks
 from tests.scoring.test_scorer import random_stream
 
@@ -169,13 +170,9 @@ def test_static_keeps_what_select_would_of_a_collection(tmp_path):
         scorer.record(torch.arange(N), logits_NC, run.label_N)
         scorer.end_epoch()
     label_N = run.label_N.numpy()
-    scores = Scores(
-        "tdds",
-        scorer.gather()[Window(3, 3, 0.9)].numpy(),
-        label_N,
-        fingerprint(label_N, CLASSES),
-        {"score": "tdds", "preset": "official"},
-    )
+    settings = {"score": "tdds", "preset": "official"}
+    score_N = scorer.gather()[Window(3, 3, 0.9)].numpy()
+    scores = make.scores("tdds", score_N, label_N, CLASSES, settings)
     coreset, _ = make_coreset(scores, 0.4, seed=4)
     for epoch in (3, 4, 5, 6):
         assert kept_in(run, epoch).tolist() == coreset.index_M.tolist()
@@ -248,22 +245,6 @@ def test_the_twin_has_as_many_and_others(method, tmp_path, alone):
                 assert sorted(np.frombuffer(weight, "f4")) == sorted(
                     np.frombuffer(twin_weight, "f4")
                 )
-
-
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [
-        ("static", {"rate": 0.0, "importance": "none"}),
-        ("refresh", {"rate": 0.0}),
-        ("infobatch", {"rate": 0.0}),
-        ("hard_first", {"threshold": 1.1}),
-        ("progressive", {"rate": 0.0, "drawn": 1.0}),
-    ],
-)
-def test_what_prunes_nothing_visits_all(method, more, tmp_path):
-    run = Run(method, tmp_path, **more).go()
-    assert run.seen == [(epoch, ALL, b"", b"") for epoch in range(EPOCHS)]
-    assert not list(tmp_path.glob("sets/*"))
 
 
 @pytest.mark.parametrize("method", ["static", "infobatch", "progressive"])

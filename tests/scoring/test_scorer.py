@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tdds_dist import ShardedScorer, Window
 from tdds_dist.config.scores import DELTA_OF_PRESET, PRESETS
 from tdds_dist.distributed import collectives
-from tdds_dist.distributed import world as distributed
 from tdds_dist.distributed.partition import epoch_order
 from tdds_dist.scoring.sample_stats import SCALARS
 from tdds_dist.scoring.tdds import score_trajectory
@@ -568,8 +567,3 @@ def test_shapes_are_checked_at_once():
     assert "needs 3 epochs, 0 are recorded" in text
     scorer.expect(epoch_order(5, 4))
     assert "does not follow the order" in catch(scorer.record, *good)[1]
-
-
-def test_world_of_a_process_without_group():
-    world = distributed.current_world("cpu")
-    assert (world.rank, world.world_size, world.is_main) == (0, 1, True)

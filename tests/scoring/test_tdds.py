@@ -11,15 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdds_dist.config.scores import (
-    DELTA_OF_PRESET,
     PRESETS,
     Window,
     check_window,
     differences_per_window,
-    window_settings,
 )
 from tdds_dist.errors import InputError
-from tdds_dist.scoring.sample_stats import DELTAS
 from tdds_dist.scoring.tdds import score_trajectory
 from tests import oracles
 from tests.scoring.test_scorer import GOLDEN, golden_scores
@@ -143,18 +140,3 @@ def test_windows_that_cannot_be_are_refused(window, preset, num_epochs, words):
         check_window(window, preset, num_epochs + 1)
         with pytest.raises(InputError, match=words):
             score_trajectory(np.zeros((num_epochs, 3), dtype=np.float32), window, preset)
-
-
-def test_names_and_settings_of_a_window():
-    window = Window(30, 10, 0.85)
-    assert window.key("official") == "tdds_official_T30_K10_beta0.85"
-    assert Window(30, 10, 1.0).key("paper") == "tdds_paper_T30_K10_beta1"
-    assert window_settings(window, "paper") == {
-        "score": "tdds",
-        "preset": "paper",
-        "T": 30,
-        "K": 10,
-        "beta": 0.85,
-    }
-    assert set(DELTA_OF_PRESET) == set(PRESETS)
-    assert set(DELTA_OF_PRESET.values()) <= set(DELTAS)
