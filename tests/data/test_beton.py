@@ -219,21 +219,22 @@ def test_ffcvs_own_writer_and_all_its_fields_are_understood(tmp_path):
             return (
                 0.5,
                 {"a": i},
+                # an empty one lies at the address of the image that follows
+                np.arange(i % 3, dtype=np.uint8),
                 np.full((16 + i, 20, 3), 4 * i, np.uint8),
                 np.zeros(3, np.float32),
                 i,
                 7 * i,
-                np.arange(i % 3, dtype=np.uint8),  # where none, it lies where the next image does
             )
 
     fields = {
         "weight": FloatField(),
         "note": JSONField(),
+        "blob": BytesField(),
         "picture": RGBImageField("jpg"),
         "box": NDArrayField(np.dtype("float32"), (3,)),
         "label": IntField(),
         "row": IntField(),
-        "blob": BytesField(),
     }
     DatasetWriter(str(tmp_path / "x.beton"), fields, num_workers=1).from_indexed_dataset(
         Samples(), chunksize=10
@@ -396,9 +397,15 @@ def test_the_number_of_workers_changes_no_image_and_noise_survives(tmp_path, cap
     monkeypatch.setenv("TDDS_PROGRESS_SECONDS", "0")
     clean = open_source("synthetic:200,4,16", subset=130)
     source = noisy(clean, 0.2, 7)
+
+    def read(index: int) -> np.ndarray:
+        time.sleep(0.5 if index == 0 else 0)  # one of several workers must not write all
+        return source.read(index)
+
+    slow = replace(source, reader=read)
     for name, num_workers in (("one", 1), ("again", 1), ("three", 3)):
         write(
-            source,
+            slow if name == "three" else source,
             tmp_path / f"{name}.beton",
             num_workers=num_workers,
             write_mode="proportion",

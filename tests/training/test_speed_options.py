@@ -14,7 +14,7 @@ import torch._inductor.config
 from torch import nn
 
 from tdds_dist import ShardedScorer
-from tdds_dist.config.run import load_config
+from tdds_dist.config.run import load_config, parse_config, to_dict
 from tdds_dist.data.loader import THREAD_NAME, BetonLoader
 from tdds_dist.distributed import collectives
 from tdds_dist.distributed import world as distributed
@@ -229,6 +229,7 @@ def test_sizes_in_between_stay_between_the_ends(config_file):
     # rounding alone would give 96 and 32 as well
     assert sorted(set(sizes)) == [50, 64, 70] == training_sizes(config)
     assert sizes == sorted(sizes)
+    assert parse_config(to_dict(config)) == config, "as a run records it"
     config = load_config(config_file)
     assert (training_size(config, 0, 9), training_sizes(config)) == (32, [32]), "without growth"
 
