@@ -909,7 +909,7 @@ def test_the_whole_pipeline_here_and_what_is_missing_again(submit, tmp_path, qui
 
 LONG = "train.deterministic=true train.epochs=6 score.final_pass=false data.num_workers=1".split()
 # with a network that is slow enough to be stopped
-LONG += ["score.windows=[{T: 6, K: 3}]", "model.name=shufflenet_v2_x0_5"]
+LONG += ["score.windows=[{T: 6, K: 3}]", "model.name=slow_network"]
 
 
 def status_of(run):

@@ -50,7 +50,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
             f"data.val={data}/digits_val.beton",
             "train.epochs=4",
             "train.warmup_epochs=1",
-            "model.name=shufflenet_v2_x0_5",
+            "model.name=tiny_network",
             f"score.windows={WINDOWS}",
             "score.baselines.el2n_epochs=3",
             "score.baselines.uncertainty_window=3",
