@@ -10,24 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_acceptance import (
-    BROKEN,
-    ENDED,
-    FAILED,
-    LINES,
-    MISSING,
-    PARTS,
-    PASSED,
-    ROOT,
-    UNTRIED,
-    Part,
-    as_markdown,
-    environment,
-    main,
-    read_lines,
-    result_of,
-    run_parts,
-)
+from benchmarks import gpu_acceptance as gpu
+from benchmarks.gpu_acceptance import PARTS, PASSED, Part, as_markdown, main, read_lines, result_of
 from benchmarks.gpu_findings import TOY, Findings, Sizes
 
 ME = "tests.benchmarks.test_gpu_acceptance"
@@ -68,38 +52,37 @@ def test_parts_that_fail_hang_or_find_no_time_have_their_lines(tmp_path: Path) -
         Part("hangs", "Hangs", f"{ME}:hangs", 4.0, 1),
         Part("wrong", "Wrong", f"{ME}:is_wrong", 30.0),
     ]
-    run_parts(parts, tmp_path, work, True, 300.0)
+    gpu.run_parts(parts, tmp_path, work, True, 300.0)
     lines = {line["part"]: line for line in read_lines(tmp_path)}
     outcomes = {name: line["outcome"] for name, line in lines.items()}
-    assert outcomes == {"breaks": BROKEN, "hangs": ENDED, "wrong": FAILED}
+    assert outcomes == {"breaks": gpu.BROKEN, "hangs": gpu.ENDED, "wrong": gpu.FAILED}
     assert lines["breaks"]["rows"][0]["found"] == TOY.num_samples
     assert "as planned" in lines["breaks"]["error"]
     assert not is_alive(lines["hangs"]["rows"][0]["found"]), "its child was left behind"
-    run_parts([PARTS[0]], tmp_path, work, True, 1.0)
+    gpu.run_parts([PARTS[0]], tmp_path, work, True, 1.0)
     page = as_markdown(result_of(read_lines(tmp_path)))
-    assert f"| {PARTS[0].title} | {UNTRIED}" in " ".join(page.split())
-    assert f"| {PARTS[1].title} | {MISSING}" in " ".join(page.split())
+    words = " ".join(page.split())
+    assert f"| {PARTS[0].title} | {gpu.UNTRIED}" in words
+    assert f"| {PARTS[1].title} | {gpu.MISSING}" in words
     assert "    ValueError: as planned | here" in page
-    assert "| sky | green | blue | NO |" in " ".join(page.split())
+    assert "| sky | green | blue | NO |" in words
 
 
 @pytest.mark.slow
-def test_two_parts_run_and_a_page_comes_of_what_there_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_parts_run_and_a_page_comes_of_what_there_is(tmp_path, capsys):
     words = ["--toy", "--out", str(tmp_path)]
     assert main([*words, "--only", "versions", "overflow"]) == 0
-    lines = (tmp_path / LINES).read_text().splitlines()
+    lines = (tmp_path / gpu.LINES).read_text().splitlines()
     assert [json.loads(line)["outcome"] for line in lines] == [PASSED, PASSED]
     result = json.loads((tmp_path / "gpu_acceptance_toy.json").read_text())
     assert {"commit", "cpu", "versions"} <= result["provenance"].keys()
     assert result["metrics"] == {}, "of a toy run there is nothing to compare"
-    (tmp_path / LINES).write_text(lines[0] + "\n" + lines[1][:40])  # cut off in the middle
+    (tmp_path / gpu.LINES).write_text(lines[0] + "\n" + lines[1][:40])  # cut off in the middle
     capsys.readouterr()
     assert main(["--page-only", "--out", str(tmp_path)]) == 0
     page = " ".join(capsys.readouterr().out.split())
     assert f"| {PARTS[0].title} | {PASSED} |" in page
-    assert f"| {PARTS[2].title} | {MISSING} |" in page
+    assert f"| {PARTS[2].title} | {gpu.MISSING} |" in page
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,10 +128,9 @@ def test_parts_run_at_toy_size(tmp_path: Path) -> None:
         for part in PARTS
         if part.name not in elsewhere and "_32" not in part.name and "swin_t" not in part.name
     ]
-    words = [sys.executable, "-c", EVERY_PART, str(tmp_path), *chosen]
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment(tmp_path, True), capture_output=True, text=True
-    )
+    words, env = [sys.executable, "-c", EVERY_PART, str(tmp_path)], gpu.environment(tmp_path, True)
+    told = {"cwd": gpu.ROOT, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run([*words, *chosen], **told)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in chosen:
         rows = json.loads((tmp_path / name / "found.json").read_text())["rows"]

@@ -11,10 +11,10 @@ import pytest
 from benchmarks import report
 from benchmarks.report import KEYS, RATES, main, open_page, write_images, write_run
 from tdds_dist.data.beton import dataset_fingerprint, inspect_beton, read_images
-from tdds_dist.data.manifest import read_manifest
 from tdds_dist.report.page import build_report
 from tdds_dist.report.read import read_facts
 from tdds_dist.report.scores import origin
+from tests.make import manifest_of
 from tests.system.browser.chromium import find
 
 pytestmark = pytest.mark.slow
@@ -39,15 +39,10 @@ def test_the_run_has_what_the_report_reads(tmp_path: Path) -> None:
     facts = read_facts(write_run(tmp_path, 400, 8, 16, 3))
     assert facts.problems == []
     assert set(facts.scores) == set(KEYS)
-    info, manifest = (
-        inspect_beton(tmp_path / "train.beton"),
-        read_manifest(tmp_path / "train.beton"),
-    )
-    assert (
-        {scores.fingerprint for scores in facts.scores.values()}
-        == {dataset_fingerprint(info, 8)}
-        == {manifest.fingerprint}
-    )
+    path = tmp_path / "train.beton"
+    of_file, manifest = dataset_fingerprint(inspect_beton(path), 8), manifest_of(path)
+    found = {scores.fingerprint for scores in facts.scores.values()}
+    assert found == {of_file} == {manifest.fingerprint}
     assert manifest.noisy_N.any()
     cuts = [(*origin(facts, coreset), coreset) for coreset in facts.coresets.values()]
     assert len(cuts) == len(KEYS) * len(RATES)
@@ -56,14 +51,9 @@ def test_the_run_has_what_the_report_reads(tmp_path: Path) -> None:
     assert all(sub.result["final_top1"] for sub in facts.retrained)
 
 
-def test_benchmark_measures_the_command_and_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        report,
-        "open_page",
-        lambda page, repetitions: [{"load": 0.5, "sheets": 0.75, "filter": 0.125}],
-    )
+def test_benchmark_measures_the_command_and_the_page(tmp_path, monkeypatch):
+    times = {"load": 0.5, "sheets": 0.75, "filter": 0.125}
+    monkeypatch.setattr(report, "open_page", lambda page, repetitions: [times])
     assert main([*SMALL, "1", "--out", str(tmp_path), "--name", "small"]) == 0
     result = json.loads((tmp_path / "report_small.json").read_text())
     metrics, held = result["metrics"], result["held"]

@@ -13,24 +13,18 @@ from tdds_dist.scoring.scorer import steps_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 RANKS = [1, 2, 3, 4]
-TINY = [
-    "--ranks",
-    *map(str, RANKS),
-    *"--num-classes 10 33 --rows 24 --steps 5 --repetitions 1 --orders 5000 20000 --order-ranks 4".split(),
-]
+TINY = "--ranks 1 2 3 4 --num-classes 10 33 --rows 24 --steps 5 --repetitions 1 --orders 5000 20000 --order-ranks 4"
 GIVEN = Assumptions(24, 4, 4, 8, 450.0, 50.0, 130.0, 3.6, 10.0, 35.0)
 
 
 @pytest.fixture(scope="module")
 def result(forked_ranks: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("scaling")
-    assert main([*TINY, "--out", str(folder), "--name", "tiny"]) == 0
+    assert main([*TINY.split(), "--out", str(folder), "--name", "tiny"]) == 0
     page = (folder / "scaling_tiny.md").read_text()
-    assert (
-        page.index("## Measured: routing")
-        < page.index("## Measured: the order")
-        < page.index("## Modelled, not measured")
-    )
+    headings = ("Measured: routing", "Measured: the order", "Modelled, not measured")
+    places = [page.index(f"## {heading}") for heading in headings]
+    assert places == sorted(places)
     for said in ("130 us", "3.6 us", "450 GB/s", "50 GB/s", "35 ms", "gloo", "no source"):
         assert said in page, said
     return json.loads((folder / "scaling_tiny.json").read_text())
@@ -40,11 +34,8 @@ def leaving(world_size: int) -> tuple[float, float]:
     """Rows that leave a rank per step, and messages, by a loop over the last epoch: means over
     ranks and steps."""
     num_samples, steps = world_size * 24 * 5 - 1, 5
-    order, shard = (
-        epoch_order(num_samples, world_size * 24, epoch=1),
-        rows_per_shard(num_samples, world_size),
-    )
-    rows = messages = 0
+    order = epoch_order(num_samples, world_size * 24, epoch=1)
+    shard, rows, messages = rows_per_shard(num_samples, world_size), 0, 0
     for rank in range(world_size):
         for index_B in order.of_rank(rank, world_size)[1]:
             owners = [int(index) // shard for index in index_B if index != PADDING]
@@ -58,17 +49,12 @@ def test_a_step_moves_what_the_formula_and_the_model_say(result: dict[str, Any])
     assert cases == [
         (W, C, dtype) for W in RANKS for C in (10, 33) for dtype in ("float32", "float16")
     ]
+    others = "all_reduce all_gather_into_tensor all_gather_object barrier".split()
     for row in result["rows"]:
         W, logit_bytes = row["world_size"], DTYPES[row["logits"]].itemsize
         row_bytes = row["num_classes"] * logit_bytes + 16
         assert row["bytes_per_step"] == row["formula_bytes"] == 24 * row_bytes
-        assert row["calls_per_step"] == {
-            "all_to_all_single": 1.0,
-            "all_reduce": 0.0,
-            "all_gather_into_tensor": 0.0,
-            "all_gather_object": 0.0,
-            "barrier": 0.0,
-        }
+        assert row["calls_per_step"] == {"all_to_all_single": 1.0} | dict.fromkeys(others, 0.0)
         assert row["calls_at_epoch_end"]["all_to_all_single"] == 0
         assert row["calls_at_epoch_end"]["all_reduce"] >= 2, "values and coverage are agreed upon"
         rows, messages = leaving(W)
@@ -84,11 +70,7 @@ def test_a_step_moves_what_the_formula_and_the_model_say(result: dict[str, Any])
         )
         assert case["messages"] == pytest.approx(row["messages"], rel=0.01)
         one_row_more = 1.0 + 2.0 / (24 * 5)  # the scorer's tables have a row for padding
-        assert (
-            row["modelled_state_bytes"]
-            <= row["state_bytes"]
-            <= one_row_more * row["modelled_state_bytes"]
-        )
+        assert 1.0 <= row["state_bytes"] / row["modelled_state_bytes"] <= one_row_more
 
 
 def test_model_by_hand() -> None:
@@ -115,11 +97,8 @@ def test_model_by_hand() -> None:
     seconds = (130e-6 + is_sent * (7 * 3.6e-6 + 8 * 10e-6)) / 4 + 7 * 84.0 / 450e9 + 8 * 84.0 / 50e9
     assert together["step_seconds"] == pytest.approx(seconds)
     lone = model(1, 1000, 10, GIVEN)
-    assert (lone["sent_bytes"], lone["messages"], lone["step_seconds"]) == (
-        0.0,
-        0.0,
-        pytest.approx(130e-6),
-    )
+    assert (lone["sent_bytes"], lone["messages"]) == (0.0, 0.0)
+    assert lone["step_seconds"] == pytest.approx(130e-6)
 
 
 @pytest.mark.parametrize("world_size", [8, 16, 64, 256, 512, 1024])

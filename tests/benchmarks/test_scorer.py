@@ -3,8 +3,10 @@ judged."""
 
 import json
 import re
+import shlex
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,71 +18,36 @@ from tdds_dist.distributed.partition import epoch_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("forked_ranks")]
 STORED = ["float32", "float16", "topk:3", "topk:1/float16", "topk:9/float32"]
-TINY = [
-    "--num-samples",
-    "300",
-    "--num-classes",
-    "7",
-    "--stored",
-    "float16",
-    "--batch",
-    "32",
-    "--passes",
-    "2",
-    "--threads",
-    "1",
-    "--wide-samples",
-    "1000",
-    "--wide-classes",
-    "40",
-    "--wide-shards",
-    "4",
-    "--wide-rows",
-    "64",
-    "--wide-stored",
-    "topk:5",
-    "--ranks",
-    "2",
-    "--ranks-samples",
-    "100",
-    "--ranks-classes",
-    "7",
-    "--pairs",
-    "2",
-    "--block",
-    "1",
-]
+TINY = (
+    "--num-samples 300 --num-classes 7 --stored float16 --batch 32 --passes 2 --threads 1"
+    " --wide-samples 1000 --wide-classes 40 --wide-shards 4 --wide-rows 64 --wide-stored topk:5"
+    " --ranks 2 --ranks-samples 100 --ranks-classes 7 --pairs 2 --block 1"
+)
+
+
+def run(benchmark: Any, words: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """Run a benchmark with these options; its result and its page."""
+    assert benchmark.main([*shlex.split(words), "--out", str(folder), "--name", "tiny"]) == 0
+    path = folder / f"{benchmark.__name__.rpartition('.')[2]}_tiny.json"
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
 
 # ---- scorer
 
 
 def test_every_part_writes_numbers_with_provenance(tmp_path: Path) -> None:
-    assert (
-        scorer.main(
-            [*TINY, *f"--only imagenet wide ranks step --out {tmp_path} --name tiny".split()]
-        )
-        == 0
-    )
-    result = json.loads((tmp_path / "scorer_tiny.json").read_text())
-    assert {"commit", "cpu", "num_cpus", "versions", "threads", "load_average"} <= result[
-        "provenance"
-    ].keys()
+    result, page = run(scorer, f"{TINY} --only imagenet wide ranks step", tmp_path)
+    provenance = {"commit", "cpu", "num_cpus", "versions", "threads", "load_average"}
+    assert provenance <= result["provenance"].keys()
     (alone,), (shard,), (routed,), (step,) = result["parts"].values()
     assert (alone["rows_per_pass"], shard["rows_per_pass"], shard["num_samples"]) == (300, 64, 250)
     for row in (alone, shard):
         assert row["state_bytes"] == row["formula_bytes"]
-        assert (
-            row["peak_resident_bytes"] - row["net_resident_bytes"]
-            == row["resident_before_bytes"]
-            > 1e8
-        )
-        for taken, share in zip(
-            row["record_us_per_sample"], row["share_of_copy_bandwidth"], strict=True
-        ):
-            assert share == pytest.approx(
-                row["moved_bytes_per_sample"] / (taken * 1e-6) / row["copy_bandwidth"]
-            )
+        before_bytes = row["peak_resident_bytes"] - row["net_resident_bytes"]
+        assert before_bytes == row["resident_before_bytes"] > 1e8
+        most = row["moved_bytes_per_sample"] / row["copy_bandwidth"]
+        shares = [most / (taken * 1e-6) for taken in row["record_us_per_sample"]]
+        assert row["share_of_copy_bandwidth"] == pytest.approx(shares)
     assert alone["moved_bytes_per_sample"] == 16 + 7 * 4 + 2 * 7 * 2 + 9 * 4 + 8 + 16
     assert shard["moved_bytes_per_sample"] == 16 + 40 * 4 + 2 * (7 * 4 + 6 * 2) + 9 * 4 + 8 + 16
     # 100 samples in steps of 2 x 32: two steps of 32 rows from each rank
@@ -98,25 +65,16 @@ def test_every_part_writes_numbers_with_provenance(tmp_path: Path) -> None:
         "ranks W=2 N=100 C=7 float16: sent per step and rank",
         "step N=100 C=7 float16: with record over without",
     } <= metrics.keys()
-    page = (tmp_path / "scorer_tiny.md").read_text()
     assert "the process stayed under 4 GB of RSS" in page
     assert "The part `cuda` was not run" in page
     for path in tmp_path.iterdir():
         assert not re.search(rf"[ \"]{re.escape(socket.gethostname())}[ \"]", path.read_text())
 
 
-def test_a_shard_that_does_not_fit_is_left_out_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_does_not_fit_is_left_out_and_said(tmp_path, monkeypatch):
     monkeypatch.setattr(scorer, "available_bytes", lambda: 10**9)
-    assert (
-        scorer.main(
-            [*TINY, *f"--only wide --wide-stored float32 --out {tmp_path} --name tiny".split()]
-        )
-        == 0
-    )
-    assert json.loads((tmp_path / "scorer_tiny.json").read_text())["metrics"] == {}
-    page = (tmp_path / "scorer_tiny.md").read_text()
+    result, page = run(scorer, f"{TINY} --only wide --wide-stored float32", tmp_path)
+    assert result["metrics"] == {}
     assert "Left out: stored as float32 (needs 1.5 GB, 1.0 GB are available)." in page
 
 
@@ -127,9 +85,7 @@ def test_the_formula_is_what_the_scorer_takes(name: str, num_classes: int) -> No
     assert setting.scorer().state_bytes() == setting.formula_bytes()
 
 
-def test_the_copy_bandwidth_counts_what_is_read_and_written(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_copy_bandwidth_counts_what_is_read_and_written(monkeypatch):
     """A clock by which every copy takes 4 seconds."""
     monkeypatch.setitem(recording.COPY_BYTES, "cpu", 4000)
     marks = iter(np.arange(0.0, 1000.0, 4.0))
@@ -157,28 +113,16 @@ def test_a_scorer_is_measured_in_the_middle_of_training() -> None:
 def test_the_update_alone_is_measured_on_any_device() -> None:
     setting = Setting(200, 30, 64, Stored("float16"))
     (row,) = recording.measure_update(setting, "cpu", 3)
-    assert (row["path"], len(row["update_us"]), row["state_bytes"]) == (
-        "plain",
-        3,
-        setting.formula_bytes(),
-    )
+    assert (row["path"], len(row["update_us"])) == ("plain", 3)
+    assert row["state_bytes"] == setting.formula_bytes()
     assert row["launches_per_step"] > 1
     # what the page of a GPU says, from the figures of this device
-    parts = {"cuda": [scorer._row(setting, row)]}
+    parts, label = {"cuda": [scorer._row(setting, row)]}, "cuda N=200 C=30 float16 B=64 plain"
     metrics = scorer.metrics_of(parts)
-    assert metrics["cuda N=200 C=30 float16 B=64 plain: update"]["repetitions"] == 3
-    assert (
-        metrics["cuda N=200 C=30 float16 B=64 plain: launches per step"]["value"]
-        == row["launches_per_step"]
-    )
-    page = scorer.as_markdown(
-        {
-            "parts": parts,
-            "settings": {"only": ["cuda"], "cuda_steps": 3},
-            "repetitions": 3,
-            "provenance": files.provenance(),
-        }
-    )
+    assert metrics[f"{label}: update"]["repetitions"] == 3
+    assert metrics[f"{label}: launches per step"]["value"] == row["launches_per_step"]
+    result = {"parts": parts, "settings": {"only": ["cuda"], "cuda_steps": 3}, "repetitions": 3}
+    page = scorer.as_markdown(result | {"provenance": files.provenance()})
     assert "| float16, 64, plain" in page
 
 
@@ -197,25 +141,16 @@ def test_the_kernel_and_plain_torch_take_turns_on_a_gpu() -> None:
 # ---- precision
 
 
-def recorded(stored: list[str], **sizes: int) -> dict[str, precision.Scalars]:
-    stream = precision.Synthetic(
-        **({"num_samples": 60, "num_classes": 200, "num_epochs": 6} | sizes)
-    )
-    return stream.record([precision.REFERENCE, *stored])
-
-
-def rows_of(
-    found: dict[str, precision.Scalars], num_classes: int = 200
-) -> dict[tuple[str, str], dict]:
-    return {
-        (row["stored"], row["preset"]): row for row in precision.compare_storage(found, num_classes)
-    }
+def rows_of(found: dict[str, precision.Scalars]) -> dict[tuple[str, str], dict]:
+    rows = precision.compare_storage(found, num_classes=200)
+    return {(row["stored"], row["preset"]): row for row in rows}
 
 
 def test_float16_stays_within_what_rounding_can_do() -> None:
     """A stored log-probability is off by its 2^-11 at most, so an Eq. 10 difference by the
     cross-entropy x 2^-11."""
-    found = recorded(["float16"])
+    stream = precision.Synthetic(num_samples=60, num_classes=200, num_epochs=6)
+    found = stream.record([precision.REFERENCE, "float16"])
     exact, rounded = found["float32"], found["float16"]
     error_TN = np.abs(rounded["delta_paper"] - exact["delta_paper"])[1:]
     bound_TN = (exact["entropy"] + exact["delta_paper"])[1:] * 2.0**-11 + 1e-6
@@ -229,16 +164,10 @@ def test_float16_stays_within_what_rounding_can_do() -> None:
 
 @pytest.mark.parametrize(
     ("right", "stored", "absolute", "relative"),
-    [
-        # the last one counts against the floor
-        (2.0, 2.5, 0.5, 0.25),
-        (-2.0, -1.5, 0.5, 0.25),
-        (1e-5, 3e-3 + 1e-5, 3e-3, 3.0),
-    ],
+    # the last one counts against the floor
+    [(2.0, 2.5, 0.5, 0.25), (-2.0, -1.5, 0.5, 0.25), (1e-5, 3e-3 + 1e-5, 3e-3, 3.0)],
 )
-def test_errors_are_counted_as_stated(
-    right: float, stored: float, absolute: float, relative: float
-) -> None:
+def test_errors_are_counted_as_stated(right, stored, absolute, relative):
     """One wrong difference among many right ones; what is said of the first epoch, where there is
     none, does not count."""
     exact_TN = np.ones((5, 10), np.float32)
@@ -246,14 +175,9 @@ def test_errors_are_counted_as_stated(
     other_TN = exact_TN.copy()
     other_TN[2, 3] = stored
     other_TN[0] = np.nan
-    reference = {
-        "delta_paper": exact_TN,
-        "delta_official": exact_TN,
-        "entropy": np.full_like(exact_TN, 3.0),
-    }
-    rows = rows_of(
-        {"float32": reference, "float16": {"delta_paper": other_TN, "delta_official": exact_TN}}
-    )
+    right_one = {"delta_official": exact_TN}
+    reference = right_one | {"delta_paper": exact_TN, "entropy": np.full_like(exact_TN, 3.0)}
+    rows = rows_of({"float32": reference, "float16": right_one | {"delta_paper": other_TN}})
     row = rows["float16", "paper"]
     assert row["max_absolute"] == pytest.approx(absolute, rel=1e-4)
     assert row["max_relative"] == pytest.approx(relative, rel=1e-4)
@@ -262,45 +186,18 @@ def test_errors_are_counted_as_stated(
     assert rows["float16", "official"]["max_absolute"] == 0.0
 
 
-SMALL = [
-    "--num-samples",
-    "40",
-    "--num-classes",
-    "50",
-    "--imagenet-stored",
-    "float16",
-    "topk:5",
-    "--wide-samples",
-    "20",
-    "--wide-classes",
-    "90",
-    "--wide-stored",
-    "topk:9/float16",
-    "--epochs",
-    "5",
-    "--threads",
-    "1",
-    "--digits-stored",
-    "topk:2",
-    "--digits-override",
-    "train.epochs=4",
-    "score.windows=[{T: 4, K: 3}]",
-    "model.name=shufflenet_v2_x0_5",
-    "train.global_batch_size=120",
-]
+SMALL = (
+    "--num-samples 40 --num-classes 50 --imagenet-stored float16 topk:5 --wide-samples 20"
+    " --wide-classes 90 --wide-stored topk:9/float16 --epochs 5 --threads 1 --digits-stored topk:2"
+    " --digits-override train.epochs=4 'score.windows=[{T: 4, K: 3}]'"
+    " model.name=shufflenet_v2_x0_5 train.global_batch_size=120"
+)
 
 
 def test_precision_of_made_up_outputs(tmp_path: Path) -> None:
-    assert (
-        precision.main(
-            [*SMALL, "--only", "imagenet", "wide", "--out", str(tmp_path), "--name", "tiny"]
-        )
-        == 0
-    )
-    result = json.loads((tmp_path / "precision_tiny.json").read_text())
-    assert [row["stored"] for row in result["parts"]["imagenet"]["rows"]] == ["float16"] * 2 + [
-        "topk:5"
-    ] * 2
+    result, page = run(precision, f"{SMALL} --only imagenet wide", tmp_path)
+    stored = [row["stored"] for row in result["parts"]["imagenet"]["rows"]]
+    assert stored == ["float16", "float16", "topk:5", "topk:5"]
     metrics = result["metrics"]
     assert metrics["imagenet N=40 C=50 float16: bytes per sample"]["value"] == 100
     assert metrics["wide N=20 C=90 topk:9/float16: bytes per sample"]["value"] == 11 * 2 + 10 * 2
@@ -309,25 +206,13 @@ def test_precision_of_made_up_outputs(tmp_path: Path) -> None:
         "imagenet N=40 C=50 float16 paper: Spearman",
         "wide N=20 C=90 topk:9/float16 paper: kept in common at 0.9",
     } <= metrics.keys()
-    assert "* topk:5 changes a loss difference by" in (tmp_path / "precision_tiny.md").read_text()
+    assert "* topk:5 changes a loss difference by" in page
 
 
 def test_precision_of_a_training_run(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    assert (
-        precision.main(
-            [
-                *SMALL,
-                *f"--only digits --digits-stored topk:9 topk:2 --out {tmp_path} --name tiny".split(),
-            ]
-        )
-        == 0
-    )
-    digits = json.loads((tmp_path / "precision_tiny.json").read_text())["parts"]["digits"]
+    result, _ = run(precision, f"{SMALL} --only digits --digits-stored topk:9 topk:2", tmp_path)
+    digits = result["parts"]["digits"]
     assert (digits["stream"]["num_samples"], digits["stream"]["num_epochs"]) == (1437, 4)
     assert digits["stream"]["top1_percent"][-1] > digits["stream"]["top1_percent"][0]
-    all_but_one, two = (
-        next(row for row in digits["rows"] if row["stored"] == name)
-        for name in ("topk:9", "topk:2")
-    )
-    assert all_but_one["max_absolute"] < 1e-4 < two["max_absolute"]
+    errors = {(row["stored"], row["preset"]): row["max_absolute"] for row in digits["rows"]}
+    assert errors["topk:9", "official"] < 1e-4 < errors["topk:2", "official"]

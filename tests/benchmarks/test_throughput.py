@@ -30,32 +30,24 @@ def measure_watched(evidence, setting, folder, run):
     def look(bench, variant):
         models = [bench.trainer.model, *(loop._model for loop in bare)]
         closures = [bench.blocks[name].__closure__ for name in ("tdds", "all")]
-        scorers = [
-            next(
-                cell.cell_contents.scorer for cell in cells if hasattr(cell.cell_contents, "scorer")
-            )
-            for cells in closures
-        ]
+        held = [[cell.cell_contents for cell in cells] for cells in closures]
+        scorers = [next(item.scorer for item in of if hasattr(item, "scorer")) for of in held]
+
+        def weights_of(model):
+            return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
         def state():
-            return (
-                [
-                    torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-                    for model in models
-                ],
-                [scorer.epoch for scorer in scorers],
-                len(list((run / "trajectory").glob("epoch_*"))),
-            )
+            num_files = len(list((run / "trajectory").glob("epoch_*")))
+            return [*map(weights_of, models)], [scorer.epoch for scorer in scorers], num_files
 
         weights, epochs, num_files = state()
         block = timed(bench, variant)
         weights_after, epochs_after, num_files_after = state()
+        stayed = map(torch.equal, weights, weights_after)
         notes.append(
             {
                 "variant": variant,
-                "trained": [
-                    not torch.equal(a, b) for a, b in zip(weights, weights_after, strict=True)
-                ],
+                "trained": [not same for same in stayed],
                 "finite": all(bool(torch.isfinite(weight).all()) for weight in weights_after),
                 "recorded": [b - a for a, b in zip(epochs, epochs_after, strict=True)],
                 "files": num_files_after - num_files,
@@ -68,36 +60,30 @@ def measure_watched(evidence, setting, folder, run):
     os.environ["TDDS_CPUS_PER_RANK"] = "1"
     BareLoop.__init__, Bench.timed = remember, look
     found = measure_rank(setting, folder, run)
-    (Path(evidence) / f"{setting.num_ranks}_{os.environ['RANK']}.json").write_text(
-        json.dumps(notes)
-    )
+    file = Path(evidence) / f"{setting.num_ranks}_{os.environ['RANK']}.json"
+    file.write_text(json.dumps(notes))
     return found
+
+
+def numbers_and_page(folder, words):
+    """Run the benchmark with these options."""
+    assert throughput.main([*words.split(), "--out", str(folder), "--name", "tiny"]) == 0
+    path = folder / "throughput_tiny.json"
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
 
 @pytest.fixture(scope="module")
 def result(forked_ranks, tmp_path_factory):
     """(numbers, page, notes by ranks and rank) of one run on one rank and one on two."""
     folder = tmp_path_factory.mktemp("throughput")
+    watched = functools.partial(measure_watched, str(folder))
+    functools.update_wrapper(watched, measure_watched)
+    words = f"--setting {NETWORK},32,4,20,{NUM_IMAGES} --ranks 1 2 --rounds {ROUNDS} --device cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            throughput,
-            "measure_rank",
-            functools.update_wrapper(
-                functools.partial(measure_watched, str(folder)), measure_watched
-            ),
-        )
-        assert (
-            throughput.main(
-                f"--setting {NETWORK},32,4,20,{NUM_IMAGES} --ranks 1 2 --rounds {ROUNDS} --device cpu --out {folder} --name tiny".split()
-            )
-            == 0
-        )
+        patch.setattr(throughput, "measure_rank", watched)
+        numbers, page = numbers_and_page(folder, words)
     notes = {path.stem: json.loads(path.read_text()) for path in folder.glob("?_?.json")}
-    return (
-        json.loads((folder / "throughput_tiny.json").read_text()),
-        (folder / "throughput_tiny.md").read_text(),
-        notes,
-    )
+    return numbers, page, notes
 
 
 def test_all_variants_see_the_same_images_in_the_same_rounds(result):
@@ -105,9 +91,8 @@ def test_all_variants_see_the_same_images_in_the_same_rounds(result):
     assert [row["num_ranks"] for row in numbers["rows"]] == [1, 2]
     for row in numbers["rows"]:
         assert row["images"] == dict.fromkeys(VARIANTS, NUM_IMAGES)
-        assert {variant: len(rates) for variant, rates in row["rates"].items()} == {
-            variant: ROUNDS if variant in PAIRED else 1 for variant in VARIANTS
-        }
+        num_rounds = {variant: ROUNDS if variant in PAIRED else 1 for variant in VARIANTS}
+        assert {variant: len(rates) for variant, rates in row["rates"].items()} == num_rounds
         assert min(min(rates) for rates in row["rates"].values()) > 0
         assert row["peak_bytes"] > 2e8, "Python, torch and FFCV alone"
         assert 0.2 < row["peak_bytes"] / row["planned_bytes"] < 5
@@ -122,11 +107,8 @@ def test_every_block_does_what_its_name_says(result):
         assert {note["variant"] for note in of_rank} == set(VARIANTS)
         for note in of_rank:
             variant = note["variant"]
-            assert note["trained"] == [
-                variant in LOOPS,
-                variant == "minimal",
-                variant == "folder",
-            ], variant
+            is_of_loop = [variant in LOOPS, variant == "minimal", variant == "folder"]
+            assert note["trained"] == is_of_loop, variant
             assert note["recorded"] == [variant == "tdds", variant in ("all", "scorer")], variant
             assert (note["files"] > 0) == (variant in ("all", "scorer")), variant
             assert note["waited"] == (variant in LOOPS), variant
@@ -140,15 +122,11 @@ def test_metrics_and_page(result):
     for row in numbers["rows"]:
         label, metrics = row["label"], numbers["metrics"]
         off = metrics[f"{label}: our loop, scoring off, images/s"]
-        assert (off["value"], off["better"], off["relative"]) == (
-            statistics.median(row["rates"]["off"]),
-            "higher",
-            False,
-        )
+        assert off["value"] == statistics.median(row["rates"]["off"])
+        assert (off["better"], off["relative"]) == ("higher", False)
         ratio = metrics[f"{label}: TDDS and trajectory / scoring off"]
-        assert (ratio["min"], ratio["max"]) == (
-            *sorted(row["ratios"]["TDDS and trajectory / scoring off"]),
-        )
+        ratios = sorted(row["ratios"]["TDDS and trajectory / scoring off"])
+        assert [ratio["min"], ratio["max"]] == ratios
         assert metrics[f"{label}: peak memory"]["value"] == row["peak_bytes"]
         section = page[page.index(f"## {label}") :]
         assert f"**the {row['limit']} is the limit**" in section
@@ -162,31 +140,16 @@ def test_metrics_and_page(result):
 
 
 SETTING = Setting("resnet18", 32, 4, 5, 8, num_ranks=2, rounds=2)
-SECONDS = {
-    "off": 2.0,
-    "off again": 2.0,
-    "tdds": 2.1,
-    "all": 2.5,
-    "minimal": 1.9,
-    "model": 1.0,
-    "folder": 4.0,
-    "loader": 1.5,
-    "ffcv": 1.4,
-    "scorer": 0.4,
-}
+SECONDS = {"off": 2.0, "off again": 2.0, "tdds": 2.1, "all": 2.5, "minimal": 1.9, "model": 1.0}
+SECONDS |= {"folder": 4.0, "loader": 1.5, "ffcv": 1.4, "scorer": 0.4}
 
 
 def blocks(seconds, images=4):
+    alike = {"images": images, "wait_seconds": 0.5}
     return [
-        {
-            "variant": variant,
-            "round": number,
-            "seconds": seconds[variant] * (1 + number),
-            "images": images,
-            "wait_seconds": 0.5,
-        }
+        alike | {"variant": name, "round": number, "seconds": seconds[name] * (1 + number)}
         for number in range(2)
-        for variant in order_of(number)
+        for name in order_of(number)
     ]
 
 
@@ -198,15 +161,13 @@ def ranks_with(first, second, **options):
 
 
 def test_a_block_takes_as_long_as_its_slowest_rank():
-    row = throughput.summarise(
-        SETTING, ranks_with(SECONDS, SECONDS | {"off": 1.0, "all": 3.0}), 200.0
-    )
+    ranks = ranks_with(SECONDS, SECONDS | {"off": 1.0, "all": 3.0})
+    row = throughput.summarise(SETTING, ranks, 200.0)
     assert row["rates"]["off"] == [8 / 2.0, 8 / 4.0]
     assert row["ratios"]["TDDS and trajectory / scoring off"] == pytest.approx([2 / 3, 2 / 3])
     # blocks of round 1 took twice as long, and the model was in round 0 only
-    assert row["shares"] == pytest.approx(
-        {"model": 1 / 4.5, "loading": 2 / 4.5, "scoring": 1.5 / 4.5}
-    )
+    shares = {"model": 1 / 4.5, "loading": 2 / 4.5, "scoring": 1.5 / 4.5}
+    assert row["shares"] == pytest.approx(shares)
     assert (row["peak_bytes"], row["planned_bytes"]) == (300, 200.0)
     assert row["waiting"] == pytest.approx((0.5 / 2 + 0.5 / 4) / 2)
 
@@ -244,17 +205,12 @@ def test_every_round_has_the_pairs_and_they_take_turns():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path):
-    assert (
-        throughput.main(
-            f"--setting resnet18,96,8,10,64 --ranks 1 --rounds 2 --out {tmp_path} --name gpu".split()
-        )
-        == 0
-    )
-    row = json.loads((tmp_path / "throughput_gpu.json").read_text())["rows"][0]
+    words = "--setting resnet18,96,8,10,64 --ranks 1 --rounds 2"
+    numbers, page = numbers_and_page(tmp_path, words)
+    (row,) = numbers["rows"]
     assert row["device"] == "cuda"
     assert row["images"] == dict.fromkeys(paired_loops.VARIANTS, 64)
     assert [target["wanted"] for target in row["targets"]] == [0.995, 0.995, 0.98]
     assert 1e7 < row["peak_bytes"] < 4 * row["planned_bytes"]
-    page = (tmp_path / "throughput_gpu.md").read_text()
     assert "max_memory_allocated" in page
     assert "waiting for a batch" not in page
