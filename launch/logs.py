@@ -47,7 +47,7 @@ def choose_log(
         cause = None if state.is_active else first_cause(read_ends(job.log_dir, job.id))
         if cause is not None and cause.rank in files:
             words = {"refused": "refused its input"} | dict.fromkeys(
-                ("gave up", "lost"), "lost another"
+                ("gave_up", "lost"), "lost another"
             )
             rank, how = cause.rank, words.get(cause.kind, cause.kind)
             said.append(f"rank {rank} {how} first: {' '.join(cause.message.split())}")

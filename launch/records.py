@@ -24,7 +24,7 @@ JOBS_FILE = "jobs.jsonl"
 # in the run directory: one line, the log folder, where that is not jobs/
 POINTER_FILE = "jobs.path"
 # kinds of ends that are a failure, the most telling first
-CAUSES = ("failed", "refused", "gave up", "lost")
+CAUSES = ("failed", "refused", "gave_up", "lost")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class JobRecord:
 class EndRecord:
     """The end of one rank."""
 
-    # refused | failed | lost; gave up: the job, not queued again after so many that were lost;
+    # refused | failed | lost; gave_up: the job, not queued again after so many that were lost;
     # resume: saved, not queued again; requeued; requeue: to be queued again
     kind: str
     rank: int = 0

@@ -110,7 +110,7 @@ def _again(
             f"(requeue_failures={requeue_failures}); submit again to go on"
         )
         _tell(job_id, message)
-        end = EndRecord("gave up", time=time.time(), restart=restart, message=message)
+        end = EndRecord("gave_up", time=time.time(), restart=restart, message=message)
         append_end(log_dir, job_id, end)
         return code
     _tell(job_id, f"queued again: {what}")

@@ -4,7 +4,6 @@ The outputs are those of SLURM 22.05, taken from a real cluster; squeue and sacc
 stand-ins that print them.
 """
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -32,6 +31,7 @@ from tdds_dist.launch.records import (
     read_ends,
     read_jobs,
 )
+from tests.make import table
 
 SUBMITTED = datetime.fromisoformat("2026-11-21T15:18:41").timestamp()
 
@@ -41,9 +41,8 @@ def job(job_id, **values):
 
 
 def end(kind, **values):
-    return EndRecord(
-        **{"kind": kind, "host": "n2", "message": "ZeroDivisionError: division by zero", **values}
-    )
+    told = {"host": "n2", "message": "ZeroDivisionError: division by zero"}
+    return EndRecord(kind, **told | values)
 
 
 @pytest.fixture
@@ -51,20 +50,15 @@ def slurm(tmp_path, monkeypatch):
     """Puts commands on PATH that print what they are given; None leaves one out."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setenv(
-        "PATH", f"{folder}:/usr/bin:/bin" if not Path("/usr/bin/squeue").exists() else str(folder)
-    )
+    monkeypatch.setenv("PATH", str(folder))
 
     def put(squeue="", sacct="", *, script=""):
         for name, text in (("squeue", squeue), ("sacct", sacct)):
             if text is not None:
                 (folder / f"{name}.txt").write_text(text)
-                lines = [
-                    "#!/bin/sh",
-                    f'echo "$0 $@" >> {folder}/calls',
-                    script or f"exec /bin/cat {folder}/{name}.txt",
-                ]
-                (folder / name).write_text("\n".join(lines) + "\n")
+                body = script or f"exec /bin/cat {folder}/{name}.txt"
+                call = f'echo "$0 $@" >> {folder}/calls'
+                (folder / name).write_text(f"#!/bin/sh\n{call}\n{body}\n")
                 (folder / name).chmod(0o755)
 
     return put
@@ -75,53 +69,34 @@ def queue_line(job_id, state, *, restarts=0, elapsed="0:00", code=0, nodes="", r
     return f"{job_id:<64}|{state:<24}|{restarts:<12}|{elapsed:<24}|{code:<12}|{nodes:<256}|{reason:<256}\n"
 
 
-def account_line(
-    job_id,
-    state,
-    *,
-    submit="2026-11-21T15:18:41",
-    elapsed="00:00:00",
-    code="0:0",
-    nodes="None assigned",
-):
-    return f"{job_id}|{state}|{submit}|{elapsed}|{code}|{nodes}\n"
+def account_line(job_id, state, *, submit="15:18:41", elapsed="00:00:00", code="0:0", nodes=""):
+    """As sacct prints it; `submit` is a time of that day, or one with its date."""
+    submit = submit if "T" in submit else f"2026-11-21T{submit}"
+    return f"{job_id}|{state}|{submit}|{elapsed}|{code}|{nodes or 'None assigned'}\n"
 
 
 # ---- files
 
 
 def test_jobs_come_back_as_they_were_appended(tmp_path):
-    first = {
-        "time": 1.5,
-        "submission": "20261121-150102",
-        "id": "123_0",
-        "executor": "slurm",
-        "stage": "retrain",
-        "name": "retrain-tiny",
-        "title": "tdds_p0.5",
-        "after": ["122"],
-        "num_ranks": 2,
-        "directory": "/runs/x",
-    }
-    append_job(tmp_path / "jobs", JobRecord(**first))
-    append_job(tmp_path / "jobs", JobRecord(id="124", submission="later"))
-    found = read_jobs(tmp_path / "jobs")
+    log_dir, first = tmp_path / "jobs", {"id": "123_0", "submission": "20261121-150102"}
+    first |= {"time": 1.5, "executor": "slurm", "stage": "retrain", "name": "retrain-tiny"}
+    first |= {"title": "tdds_p0.5", "after": ["122"], "num_ranks": 2, "directory": "/runs/x"}
+    append_job(log_dir, JobRecord(**first))
+    append_job(log_dir, JobRecord(id="124", submission="later"))
+    found = read_jobs(log_dir)
     assert found[0] == JobRecord(**first | {"after": ("122",), "host": found[0].host})
     assert found[0].host
-    assert found[0].log_dir == tmp_path / "jobs"
+    assert found[0].log_dir == log_dir
     assert [job.id for job in latest_submission(found)] == ["124"]
-    assert "log_dir" not in json.loads(
-        (tmp_path / "jobs" / "jobs.jsonl").read_text().splitlines()[0]
-    )
+    assert "log_dir" not in (log_dir / "jobs.jsonl").read_text()
 
 
 def test_damaged_lines_are_left_out_and_do_not_take_the_next_one_along(tmp_path):
     append_job(tmp_path, JobRecord("1"))
+    damaged = '[]\nnull\n{"time": 3}\n{"id": 7}\n{"id": ""}\n{"id": "1,\\u0000"}\n{"id": "8", "after": "7"}\n'
     with (tmp_path / "jobs.jsonl").open("a") as file:
-        file.write(
-            '[]\nnull\n{"time": 3}\n{"id": 7}\n{"id": ""}\n{"id": "1,\\u0000"}\n{"id": "8",'
-            ' "after": "7"}\n{"id": "9", "new": 1}\n{"id": "10", "ti'
-        )
+        file.write(damaged + '{"id": "9", "new": 1}\n{"id": "10", "ti')
     append_job(tmp_path, JobRecord("2"))
     assert [job.id for job in read_jobs(tmp_path)] == ["1", "9", "2"]
     assert read_jobs(tmp_path / "none") == []
@@ -148,55 +123,40 @@ def test_ends_of_all_ranks_of_one_job_only(tmp_path):
     append_end(tmp_path, "12", end("failed", time=2.0, rank=5))
     append_end(tmp_path, "12_3", end("refused", time=1.0))
     (tmp_path / "12_6_end.jsonl").write_text('{"kind": "fai')
-    assert [(found.rank, found.kind) for found in read_ends(tmp_path, "12")] == [
-        (5, "failed"),
-        (10, "lost"),
-    ]
+    found = [(each.rank, each.kind) for each in read_ends(tmp_path, "12")]
+    assert found == [(5, "failed"), (10, "lost")]
     assert [found.kind for found in read_ends(tmp_path, "12_3")] == ["refused"]
     assert read_ends(tmp_path / "none", "12") == []
 
 
 @pytest.mark.parametrize(
-    ("ends", "cause"),
+    ("ends", "cause"),  # when, of which start, what, on which rank
     [
-        ([], None),
-        ([("resume", 0, 1.0, 0), ("requeued", 1, 2.0, 0)], None),
-        (
-            [
-                ("lost", 0, 1.0, 0),
-                ("refused", 1, 2.0, 0),
-                ("failed", 2, 3.0, 0),
-                ("failed", 3, 2.5, 0),
-            ],
-            3,
-        ),
-        ([("lost", 0, 1.0, 0), ("refused", 1, 2.0, 0)], 1),
-        ([("lost", 0, 2.0, 0), ("lost", 1, 1.0, 0)], 1),
-        ([("lost", 0, 1.0, 0), ("gave up", 1, 2.0, 0), ("lost", 2, 3.0, 0)], 1),
+        ("", None),
+        ("1.0 0 resume 0, 2.0 0 requeued 1", None),
+        ("1.0 0 lost 0, 2.0 0 refused 1, 3.0 0 failed 2, 2.5 0 failed 3", 3),
+        ("1.0 0 lost 0, 2.0 0 refused 1", 1),
+        ("2.0 0 lost 0, 1.0 0 lost 1", 1),
+        ("1.0 0 lost 0, 2.0 0 gave_up 1, 3.0 0 lost 2", 1),
         # what happened before the restart explains nothing
-        ([("failed", 0, 1.0, 0), ("lost", 1, 2.0, 1)], 1),
-        ([("failed", 0, 1.0, 0), ("resume", 1, 2.0, 1)], None),
+        ("1.0 0 failed 0, 2.0 1 lost 1", 1),
+        ("1.0 0 failed 0, 2.0 1 resume 1", None),
     ],
 )
 def test_first_cause(ends, cause):
-    found = first_cause(EndRecord(kind, rank, at, restart) for kind, rank, at, restart in ends)
+    parts = [part.split() for part in ends.split(",") if part]
+    found = first_cause(
+        EndRecord(kind, int(rank), float(when), int(restart)) for when, restart, kind, rank in parts
+    )
     assert (found.rank if found else None) == cause
 
 
 def test_log_files_by_rank_also_of_arrays(tmp_path):
-    for name in (
-        "12_0_log.err",
-        "12_10_log.err",
-        "12_0_log.out",
-        "12_3_0_log.err",
-        "112_7_log.err",
-        "12_0_log.err.old",
-    ):
-        (tmp_path / name).touch()
-    assert log_files(tmp_path, "12", "err") == {
-        0: tmp_path / "12_0_log.err",
-        10: tmp_path / "12_10_log.err",
-    }
+    others = ("12_0_log.out", "12_3_0_log.err", "112_7_log.err", "12_0_log.err.old")
+    logs = {rank: tmp_path / f"12_{rank}_log.err" for rank in (0, 10)}
+    for path in (*logs.values(), *map(tmp_path.joinpath, others)):
+        path.touch()
+    assert log_files(tmp_path, "12", "err") == logs
     assert list(log_files(tmp_path, "12_3", "err")) == [0]
     assert list(log_files(tmp_path, "12", "out")) == [0]
 
@@ -210,15 +170,15 @@ def test_log_folder_is_where_the_pointer_says(tmp_path):
 
 
 def test_jobs_of_a_retraining_are_found_with_its_run(tmp_path):
-    retraining = tmp_path / "exp" / "seed0" / "retrain" / "a"
+    experiment, run = tmp_path / "exp", tmp_path / "exp" / "seed0"
+    retraining = run / "retrain" / "a"
     retraining.mkdir(parents=True)
-    append_job(tmp_path / "exp" / "jobs", JobRecord("1", directory=str(tmp_path / "exp" / "seed0")))
-    append_job(tmp_path / "exp" / "jobs", JobRecord("2", directory=str(retraining)))
-    append_job(tmp_path / "exp" / "jobs", JobRecord("3", directory=""))
-    assert [job.id for job in jobs_of(tmp_path / "exp")[1]] == ["1", "2", "3"]
-    assert [job.id for job in jobs_of(tmp_path / "exp" / "seed0")[1]] == ["1", "2"]
+    for job_id, directory in (("1", run), ("2", retraining), ("3", "")):
+        append_job(experiment / "jobs", JobRecord(job_id, directory=str(directory)))
+    assert [job.id for job in jobs_of(experiment)[1]] == ["1", "2", "3"]
+    assert [job.id for job in jobs_of(run)[1]] == ["1", "2"]
     log_dir, own, listed = jobs_of(retraining)
-    assert (log_dir, [job.id for job in own], len(listed)) == (tmp_path / "exp" / "jobs", ["2"], 3)
+    assert (log_dir, [job.id for job in own], len(listed)) == (experiment / "jobs", ["2"], 3)
     assert jobs_of(tmp_path) == (None, [], [])
 
 
@@ -247,20 +207,9 @@ def test_states_of_a_real_cluster(slurm):
 @pytest.mark.parametrize(
     ("queue", "account", "expected"),
     [
-        *(
-            (code, None, expected)
-            for code, expected in ((0, 0), (512, 2), (19200, 75), (9, 137), (4021, 181))
-        ),
-        *(
-            (None, code, expected)
-            for code, expected in (
-                ("2:0", 2),
-                ("75:0", 75),
-                ("0:9", 137),
-                ("0:53", 181),
-                ("", None),
-            )
-        ),
+        *((0, None, 0), (512, None, 2), (19200, None, 75), (9, None, 137), (4021, None, 181)),
+        *((None, "2:0", 2), (None, "75:0", 75), (None, "0:9", 137), (None, "0:53", 181)),
+        (None, "", None),
     ],
 )
 def test_either_alone_knows_exit_codes(slurm, queue, account, expected):
@@ -303,64 +252,40 @@ def test_array_ids_in_one_line(slurm, shown, tasks):
 
 def test_a_requeued_job_counts_its_restarts_and_shows_the_last_one(slurm):
     before = account_line("13", "REQUEUED", elapsed="00:00:06", nodes="n2")
-    again = account_line(
-        "13", "NODE_FAIL", submit="2026-11-21T15:18:47", elapsed="00:01:00", nodes="n1"
-    )
-    last = account_line(
-        "13", "COMPLETED", submit="2026-11-21T15:20:00", elapsed="00:02:00", nodes="n3"
-    )
+    again = account_line("13", "NODE_FAIL", submit="15:18:47", elapsed="00:01:00", nodes="n1")
+    last = account_line("13", "COMPLETED", submit="15:20:00", elapsed="00:02:00", nodes="n3")
     slurm("", before + last + again)  # in whatever order
     assert job_states([job("13")])["13"] == JobState("finished", "", 2, "00:02:00", "n3", 0)
-    slurm(
-        queue_line("13", "PENDING", restarts=1, reason="BeginTime"),
-        before + account_line("13", "PENDING", submit="2026-11-21T15:18:47"),
-    )
+    waits = account_line("13", "PENDING", submit="15:18:47")
+    slurm(queue_line("13", "PENDING", restarts=1, reason="BeginTime"), before + waits)
     state = job_states([job("13")])["13"]
     assert state == JobState("requeued", "BeginTime", 1)
-    assert (
-        explain(job("13"), [job("13")], {"13": state})[0]
-        == "requeued, waiting for its start time (BeginTime)"
-    )
+    said, _ = explain(job("13"), [job("13")], {"13": state})
+    assert said == "requeued, waiting for its start time (BeginTime)"
 
 
 def test_restarts_that_accounting_does_not_list_count_too(slurm):
     slurm(queue_line("13", "COMPLETED", restarts=2), account_line("13", "COMPLETED"))
     assert job_states([job("13")])["13"].restarts == 2
-    slurm(
-        "",
-        account_line("13", "FAILED", submit="2021-01-01T00:00:00", code="1:0")
-        + account_line("13", "COMPLETED"),
-    )
     # a job of years ago with the same number is another
+    another = account_line("13", "FAILED", submit="2021-01-01T00:00:00", code="1:0")
+    slurm("", another + account_line("13", "COMPLETED"))
     assert job_states([job("13")])["13"].restarts == 0
 
 
+GARBAGE = ["\n\n", "garbage", "|||||||||\n", "13|\n", "13|RUNNING|x|y|z|\n", "\x00\xff" * 5000]
 UNREACHABLE = "error: Unable to contact slurm controller"
+FAILS = f"echo slurm: warning >&2; echo '{UNREACHABLE}' >&2; exit 1"
 
 
 @pytest.mark.parametrize(
     ("queue", "account", "script", "reason"),
     [
-        *(
-            (text, text, "", None)
-            for text in (
-                "\n\n",
-                "garbage",
-                "|||||||||\n",
-                "13|\n",
-                "13|RUNNING|x|y|z|\n",
-                "\x00\xff" * 5000,
-            )
-        ),
+        *((text, text, "", None) for text in GARBAGE),
         (queue_line("13", "EXPEDITING"), "", "", "EXPEDITING"),  # of a later SLURM
         ("", "", "", "SLURM does not know it any more"),
         (None, None, "", "squeue is not here; sacct is not here"),
-        (
-            "",
-            "",
-            f"echo slurm: warning >&2; echo '{UNREACHABLE}' >&2; exit 1",
-            f"squeue failed: {UNREACHABLE}; sacct failed: {UNREACHABLE}",
-        ),
+        ("", "", FAILS, f"squeue failed: {UNREACHABLE}; sacct failed: {UNREACHABLE}"),
     ],
 )
 def test_what_slurm_does_not_tell_is_unknown(slurm, queue, account, script, reason):
@@ -393,10 +318,8 @@ def test_slurm_that_hangs_costs_the_time_out_once_and_leaves_no_process(slurm, t
     assert state.reason == "squeue did not answer within 1 s; sacct did not answer within 1 s"
     deadline = time.monotonic() + 10
     for pid in (tmp_path / "pids").read_text().split():
-        while (
-            Path(f"/proc/{pid}").exists()
-            and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-        ):
+        file = Path(f"/proc/{pid}/status")
+        while file.exists() and "\nState:\tZ" not in file.read_text():
             assert time.monotonic() < deadline, f"{pid} lives"
             time.sleep(0.05)
 
@@ -466,10 +389,8 @@ def test_local_job_runs_as_long_as_its_process(tmp_path):
         assert job_states([waiting])[local.id] == JobState("pending", "Dependency")
         (tmp_path / f"{local.id}_0_log.err").touch()
         assert job_states([waiting])[local.id].state == "running"
-        elsewhere = replace(local, host="another")
-        assert job_states([elsewhere])[local.id] == JobState(
-            "unknown", "its process is on another; ask there"
-        )
+        elsewhere = job_states([replace(local, host="another")])[local.id]
+        assert elsewhere == JobState("unknown", "its process is on another; ask there")
         process.kill()
         deadline = time.monotonic() + 10
         # a zombie until its parent asks: it does not run
@@ -506,48 +427,37 @@ def test_local_job_that_ended(tmp_path, results, kinds, state, code):
 
 
 @pytest.mark.parametrize(
-    ("state", "text"),
-    [
-        (JobState("pending"), "waiting"),
-        (JobState("pending", "Priority"), "waiting for its turn (Priority)"),
-        (JobState("pending", "Resources"), "waiting for free nodes (Resources)"),
-        (JobState("pending", "BeginTime"), "waiting for its start time (BeginTime)"),
-        (JobState("pending", "QOSMaxJobsPerUserLimit"), "waiting (QOSMaxJobsPerUserLimit)"),
-        (JobState("pending", "JobHeldUser"), "held, `scontrol release` frees it (JobHeldUser)"),
-        (JobState("pending", "Dependency"), "waiting for others"),
-        (
-            JobState("pending", "DependencyNeverSatisfied"),
-            "never starts because a job that it waits for failed (DependencyNeverSatisfied)",
-        ),
-        (JobState("requeued"), "requeued, waiting"),
-        (JobState("running"), "running"),
-        (JobState("suspended"), "suspended"),
-        (JobState("finished", exit_code=0), "finished"),
-        (JobState("failed", exit_code=1), "failed (exit code 1)"),
-        (JobState("failed", exit_code=2), "refused its input (exit code 2)"),
-        (
-            JobState("failed", exit_code=75),
-            "left when it was asked to, its state is saved (exit code 75)",
-        ),
-        (JobState("failed", exit_code=137), "failed (signal 9)"),
-        (
-            JobState("failed", exit_code=181),
-            "failed (signal 53): its log files could not be written where it ran",
-        ),
-        (
-            JobState("failed", "its process is gone and left no result"),
-            "failed, its process is gone and left no result",
-        ),
-        (JobState("cancelled", "by 1000"), "cancelled by user 1000"),
-        (JobState("cancelled"), "cancelled"),
-        (JobState("timeout"), "met its time limit"),
-        (JobState("node_fail"), "lost a node"),
-        (JobState("out_of_memory"), "ran out of memory"),
-        (JobState("preempted"), "was preempted"),
-        (JobState("unknown", "sacct is not here"), "unknown (sacct is not here)"),
-    ],
+    ("state", "reason", "exit_code", "text"),
+    table("""
+    pending -> -> -> waiting
+    pending -> Priority -> -> waiting for its turn (Priority)
+    pending -> Resources -> -> waiting for free nodes (Resources)
+    pending -> BeginTime -> -> waiting for its start time (BeginTime)
+    pending -> QOSMaxJobsPerUserLimit -> -> waiting (QOSMaxJobsPerUserLimit)
+    pending -> JobHeldUser -> -> held, `scontrol release` frees it (JobHeldUser)
+    pending -> Dependency -> -> waiting for others
+    pending -> DependencyNeverSatisfied -> -> never starts because a job that it waits for failed (DependencyNeverSatisfied)
+    requeued -> -> -> requeued, waiting
+    running -> -> -> running
+    suspended -> -> -> suspended
+    finished -> -> 0 -> finished
+    failed -> -> 1 -> failed (exit code 1)
+    failed -> -> 2 -> refused its input (exit code 2)
+    failed -> -> 75 -> left when it was asked to, its state is saved (exit code 75)
+    failed -> -> 137 -> failed (signal 9)
+    failed -> -> 181 -> failed (signal 53): its log files could not be written where it ran
+    failed -> its process is gone and left no result -> -> failed, its process is gone and left no result
+    cancelled -> by 1000 -> -> cancelled by user 1000
+    cancelled -> -> -> cancelled
+    timeout -> -> -> met its time limit
+    node_fail -> -> -> lost a node
+    out_of_memory -> -> -> ran out of memory
+    preempted -> -> -> was preempted
+    unknown -> sacct is not here -> -> unknown (sacct is not here)
+    """),
 )
-def test_every_state_in_words(tmp_path, state, text):
+def test_every_state_in_words(tmp_path, state, reason, exit_code, text):
+    state = JobState(state, reason, exit_code=int(exit_code) if exit_code else None)
     found = job("1", log_dir=tmp_path)
     said, blamed = explain(found, [found], {"1": state})
     assert said == text
@@ -555,23 +465,12 @@ def test_every_state_in_words(tmp_path, state, text):
 
 
 def test_dependants_name_the_job_that_failed_first(tmp_path):
-    jobs = [
-        job("1", log_dir=tmp_path),
-        job("2", after=("1",)),
-        job("3_0", after=("2",)),
-        job("3_1", after=("2",)),
-        job("4", after=("3",)),
-        job("5", after=("4",)),
-    ]
-    cancelled = JobState("cancelled", "by 0")
-    states = {
-        "1": JobState("failed", exit_code=1),
-        "2": cancelled,
-        "3_0": cancelled,
-        "3_1": cancelled,
-        "4": cancelled,
-        "5": JobState("pending", "DependencyNeverSatisfied"),
-    }
+    waits_for = {"2": "1", "3_0": "2", "3_1": "2", "4": "3", "5": "4"}
+    jobs = [job("1", log_dir=tmp_path)]
+    jobs += [job(job_id, after=(before,)) for job_id, before in waits_for.items()]
+    states = dict.fromkeys(("2", "3_0", "3_1", "4"), JobState("cancelled", "by 0"))
+    states["1"] = JobState("failed", exit_code=1)
+    states["5"] = JobState("pending", "DependencyNeverSatisfied")
     for found in jobs[1:5]:
         assert explain(found, jobs, states) == ("cancelled because job 1 (name1) failed", jobs[0])
     assert explain(jobs[5], jobs, states) == ("never starts because job 1 (name1) failed", jobs[0])
@@ -593,13 +492,8 @@ def test_a_parent_that_failed_explains_more_than_one_that_was_cancelled():
 
 def test_dependants_that_wait_name_what_still_runs():
     jobs = [job("1"), job("2"), job("3_0"), job("3_1"), job("4", after=("1", "2", "3"))]
-    states = {
-        "1": JobState("finished"),
-        "2": JobState("running"),
-        "3_0": JobState("pending"),
-        "3_1": JobState("running"),
-        "4": JobState("pending", "Dependency"),
-    }
+    states = {"1": JobState("finished"), "2": JobState("running"), "3_0": JobState("pending")}
+    states |= {"3_1": JobState("running"), "4": JobState("pending", "Dependency")}
     assert explain(jobs[4], jobs, states)[0] == "waiting for 2 (name2), 3 (name3_0)"
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,42 +22,24 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError, cloudpic
 
 from tdds_dist.launch import rendezvous, requeue, task
 from tdds_dist.launch.cluster import Cluster
-from tdds_dist.launch.records import (
-    EndRecord,
-    JobRecord,
-    append_end,
-    append_job,
-    read_ends,
-)
+from tdds_dist.launch.records import EndRecord, JobRecord, append_end, append_job, read_ends
 from tdds_dist.launch.scheduler import REQUEUE, sbatch_text
 from tdds_dist.launch.task import StageTask
 from tdds_dist.runs.lock import IN_USE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PLACE = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Job 12 of SLURM, and whatever is set afterwards goes again."""
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("SLURM_", "SUBMITIT_", "TDDS_"))
-    }
-    for key in (
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "GLOO_SOCKET_IFNAME",
-        "NCCL_SOCKET_IFNAME",
-    ):
-        kept.pop(key, None)
     before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(kept | {"SLURM_JOB_ID": "12"})
+    for key in before:
+        if key in (*PLACE, *INTERFACES) or key.startswith(("SLURM_", "SUBMITIT_", "TDDS_")):
+            del os.environ[key]
+    os.environ["SLURM_JOB_ID"] = "12"
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -77,6 +60,12 @@ def ended(folder, code=1, requeue_failures=3, num_ranks=4):
     return requeue.main([str(folder), str(code), str(num_ranks), str(requeue_failures)])
 
 
+def failures_in(folder):
+    """Those of job 12 that were counted."""
+    lines = [path.read_text().splitlines() for path in folder.glob("12_failures.jsonl")]
+    return [json.loads(line) for line in chain(*lines)]
+
+
 class Naps(list):
     """Seconds that passed at once; `then` is called after each nap."""
 
@@ -91,9 +80,8 @@ def naps(monkeypatch):
         naps.append(seconds)
         naps.then()
 
-    monkeypatch.setattr(
-        requeue, "time", SimpleNamespace(time=time.time, monotonic=lambda: sum(naps), sleep=sleep)
-    )
+    clock = {"time": time.time, "monotonic": lambda: sum(naps), "sleep": sleep}
+    monkeypatch.setattr(requeue, "time", SimpleNamespace(**clock))
     return naps
 
 
@@ -161,26 +149,18 @@ def test_what_becomes_of_a_job_by_what_its_ranks_said(tmp_path, capsys, kinds, l
         end(tmp_path, word[:-1], rank=int(word[-1]))
     for code in (1, 2, 137):
         assert ended(tmp_path, code) == (left or code)
-        assert capsys.readouterr().err == (
-            f"tdds: job 12 {told.format(code=code)}\n" if told else ""
-        )
-    failures = [path.read_text().splitlines() for path in tmp_path.glob("12_failures.jsonl")]
-    assert bool(failures) == told.startswith("queued again")
-    if failures:
-        assert json.loads(failures[0][-1])["what"] == told.format(code=137).removeprefix(
-            "queued again: "
-        )
+        said = told.format(code=code)
+        assert capsys.readouterr().err == (f"tdds: job 12 {said}\n" if said else "")
+    counted = [failure["what"] for failure in failures_in(tmp_path)]
+    assert bool(counted) == told.startswith("queued again: ")
+    if counted:
+        assert counted[-1] == said.removeprefix("queued again: ")
 
 
 def test_the_traceback_is_printed_once(tmp_path, capsys):
     for rank in (2, 0, 1):
-        end(
-            tmp_path,
-            "failed",
-            rank=rank,
-            message=f"ZeroDivisionError: {rank}",
-            traceback=f"Traceback\n  of rank {rank}\n",
-        )
+        error, traceback = f"ZeroDivisionError: {rank}", f"Traceback\n  of rank {rank}\n"
+        end(tmp_path, "failed", rank=rank, message=error, traceback=traceback)
     assert ended(tmp_path) == 1
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1
@@ -205,10 +185,8 @@ def test_tasks_of_an_array_do_not_read_each_other(tmp_path, capsys, monkeypatch)
     for other in ("12", "12_0", "12_11", "15", "1"):
         end(tmp_path, "refused", job=other)
     assert ended(tmp_path) == REQUEUE
-    assert (
-        capsys.readouterr().err
-        == "tdds: job 12_1 queued again: ranks ended without a word (srun: 1)\n"
-    )
+    again = "queued again: ranks ended without a word (srun: 1)"
+    assert capsys.readouterr().err == f"tdds: job 12_1 {again}\n"
     assert [path.name for path in tmp_path.glob("*_failures.jsonl")] == ["12_1_failures.jsonl"]
     end(tmp_path, "failed", job="12_1", rank=12)
     assert ended(tmp_path) == 1
@@ -237,19 +215,12 @@ def test_failures_in_a_row_without_a_new_checkpoint_are_counted(tmp_path, listed
         assert [ended(tmp_path) for _ in range(3)] == [REQUEUE] * 3
     assert "gave up" not in capsys.readouterr().err
     assert ended(tmp_path, 137) == 137
-    error = capsys.readouterr().err
-    assert (
-        error
-        == "tdds: job 12 gave up: ranks ended without a word (srun: 137). That is failure 4 in a"
-        " row without a new checkpoint (requeue_failures=3); submit again to go on\n"
-    )
+    why = "gave up: ranks ended without a word (srun: 137). That is failure 4 in a row without a"
+    why += " new checkpoint (requeue_failures=3); submit again to go on"
+    assert capsys.readouterr().err == f"tdds: job 12 {why}\n"
     (found,) = read_ends(tmp_path, "12")
-    assert (found.kind, found.restart) == ("gave up", 0)
-    assert found.message.startswith("gave up: ranks ended without a word")
-    progress = [
-        json.loads(line)["progress"]
-        for line in (tmp_path / "12_failures.jsonl").read_text().splitlines()
-    ]
+    assert (found.kind, found.restart, found.message) == ("gave_up", 0, why)
+    progress = [failure["progress"] for failure in failures_in(tmp_path)]
     assert progress == ["", "", "", *["step_0000000005"] * 3, *["step_0000000010"] * 4]
 
 
@@ -258,23 +229,15 @@ def test_a_job_whose_failures_cannot_be_counted_is_not_queued_again(tmp_path, li
     assert ended(tmp_path, 137) == 137
     error = capsys.readouterr().err
     assert error.startswith("tdds: job 12 ranks ended without a word (srun: 137); it is not queued")
-    assert error.endswith(
-        "cannot be written ([Errno 21] Is a directory: "
-        f"'{tmp_path}/12_failures.jsonl'); see to that, and submit again to go on\n"
-    )
+    cause = f"cannot be written ([Errno 21] Is a directory: '{tmp_path}/12_failures.jsonl')"
+    assert error.endswith(f"{cause}; see to that, and submit again to go on\n")
 
 
 def test_what_is_no_checkpoint_is_no_progress(tmp_path, listed):
     """And how many failures are forgiven is the cluster file's to say."""
     assert ended(tmp_path, 3, 0) == 3
     assert ended(tmp_path, 3, 2) == REQUEUE
-    for name in (
-        "step_0000000005.damaged",
-        "step_0000000007.abandoned",
-        "step_x",
-        "step_",
-        "other",
-    ):
+    for name in "step_0000000005.damaged step_0000000007.abandoned step_x step_ other".split():
         (listed / "checkpoints" / name).mkdir(parents=True)
     checkpoint(listed.parent / "other", 5)
     assert ended(tmp_path, 3, 2) == 3
@@ -285,9 +248,7 @@ def test_a_job_that_is_not_listed_has_no_progress(tmp_path, monkeypatch):
     checkpoint(tmp_path, 5)
     monkeypatch.chdir(tmp_path)
     assert [ended(tmp_path, 1, 1) for _ in range(2)] == [REQUEUE, 1]
-    assert (
-        json.loads((tmp_path / "12_failures.jsonl").read_text().splitlines()[0])["progress"] == ""
-    )
+    assert failures_in(tmp_path)[0]["progress"] == ""
 
 
 def test_damaged_lines_of_ranks_and_jobs_are_passed_over(tmp_path, listed, capsys):
@@ -301,7 +262,7 @@ def test_damaged_lines_of_ranks_and_jobs_are_passed_over(tmp_path, listed, capsy
     checkpoint(listed, 5)
     assert ended(tmp_path) == REQUEUE
     assert "without a word" in capsys.readouterr().err
-    assert json.loads((tmp_path / "12_failures.jsonl").read_text())["progress"] == "step_0000000005"
+    assert [failure["progress"] for failure in failures_in(tmp_path)] == ["step_0000000005"]
     # the writer that was killed had no end of line
     end(tmp_path, "failed", rank=0, message="whole")
     assert ended(tmp_path) == 1
@@ -336,22 +297,15 @@ def run_sbatch_file(folder, code, *, shown="", after=None, variables=(), more=""
     }.items():
         (bin_ / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin_ / name).chmod(0o755)
-    cluster = Cluster(
-        executor="slurm", time_minutes=5, venv=None if after is None else str(folder), **cluster
-    )
+    venv = None if after is None else str(folder)
+    cluster = Cluster(executor="slurm", time_minutes=5, venv=venv, **cluster)
     script = folder / "job.sh"
     script.write_text(sbatch_text(cluster, "name", log_dir, 1))
     if code == 0:
         done(log_dir, *range(cluster.num_ranks))
-    environment = os.environ | dict(variables) | {"PATH": f"{bin_}:{os.environ['PATH']}"}
-    left = subprocess.run(
-        ["bash", str(script)],
-        env=environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    env = os.environ | dict(variables) | {"PATH": f"{bin_}:{os.environ['PATH']}"}
+    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 120}
+    left = subprocess.run(["bash", str(script)], env=env, **options)
     return left, told.read_text() if told.exists() else ""
 
 
@@ -388,11 +342,8 @@ def test_a_job_that_left_because_it_was_preempted_in_this_start_is_queued_again(
 
 def test_the_sbatch_file_queues_itself_again(tmp_path):
     """A task of an array by its own number: that of the array would be all of it."""
-    left, told = run_sbatch_file(
-        tmp_path,
-        137,
-        variables={"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"},
-    )
+    array = {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    left, told = run_sbatch_file(tmp_path, 137, variables=array)
     assert told == "requeue 15\n"
     assert left.returncode == REQUEUE
     assert "job 12_3 queued again" in left.stderr
@@ -414,22 +365,15 @@ def test_an_srun_that_never_hears_of_a_rank_is_ended(tmp_path):
 
 def test_ports_of_neighbours_and_restarts_differ_and_stay_below_those_of_the_system():
     numbers = [*range(1, 400), 12767, 12768, 12769, 67_043_328, 2**32 - 1]
-    ports = {
-        (job, restart): rendezvous.rendezvous_port(job, restart)
-        for job in numbers
-        for restart in range(40)
-    }
+    ports = {key: rendezvous.rendezvous_port(*key) for key in product(numbers, range(40))}
     assert all(20000 <= port < 32768 for port in ports.values())
     for job in numbers:
         assert len({ports[job, restart] for restart in range(40)}) == 40
     for job in range(1, 350):  # jobs that may share a node, started again a few times
         near = [(other, restart) for other in range(job, job + 50) for restart in range(4)]
         assert len({ports[key] for key in near}) == len(near)
-    first = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    assert (
-        max(ports.values()) < int(first.read_text().split()[0])
-        or int(first.read_text().split()[0]) != 32768
-    )
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports.values()) < first or first != 32768
 
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1", "0.0.0.0"])
@@ -480,11 +424,9 @@ def test_an_unknown_host_is_asked_for_again_and_then_given_up(monkeypatch):
             super().connect(("127.0.0.1", 9))
 
     monkeypatch.setattr(rendezvous.socket, "socket", Asking)
-    clock = [0.0]
-    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(
-        rendezvous.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-    )
+    naps = []
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: sum(naps))
+    monkeypatch.setattr(rendezvous.time, "sleep", naps.append)
     wanted = 1000
     assert rendezvous.interface_to("node7") is None
     assert set(asked) == {"node7"}
@@ -503,34 +445,21 @@ def a_task(folder, commands=(("collect", "x.yaml"),), **options):
 
 def test_a_task_is_pickled_and_back_without_torch(tmp_path):
     """It is unpickled by submitit before anything else runs; only `__call__` may take its time."""
-    path = tmp_path / "task.pkl"
-    path.write_bytes(
-        cloudpickle.dumps(
-            a_task(tmp_path, (("collect", "a"), ("report", "b")), cpus_per_rank=4, interface="ib0")
-        )
-    )
+    path, commands = tmp_path / "task.pkl", (("collect", "a"), ("report", "b"))
+    kept = a_task(tmp_path, commands, cpus_per_rank=4, interface="ib0")
+    path.write_bytes(cloudpickle.dumps(kept))
     program = (
         "import pickle, sys; task = pickle.load(open(sys.argv[1], 'rb')); import tdds_dist.launch.submit,"
         " tdds_dist.launch.requeue; print(task.__dict__ | {'heavy': sorted({'torch', 'ffcv', 'torchvision'} &"
         " sys.modules.keys())})"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        timeout=60,
-    )
+    command = [sys.executable, "-c", program, str(path)]
+    options = {"capture_output": True, "text": True, "cwd": REPOSITORY, "timeout": 60}
+    said = subprocess.run(command, **options)
     assert said.returncode == 0, said.stderr
-    assert eval(said.stdout) == {
-        "commands": [["collect", "a"], ["report", "b"]],
-        "log_dir": str(tmp_path),
-        "time_minutes": 60,
-        "grace_seconds": 90,
-        "cpus_per_rank": 4,
-        "interface": "ib0",
-        "heavy": [],
-    }
+    expected = {"commands": [*map(list, commands)], "log_dir": str(tmp_path), "time_minutes": 60}
+    expected |= {"grace_seconds": 90, "cpus_per_rank": 4, "interface": "ib0", "heavy": []}
+    assert eval(said.stdout) == expected
     assert len(path.read_bytes()) < 2000  # by reference
 
 
@@ -577,28 +506,9 @@ def test_a_rank_knows_its_place(described):
     # of another shell
     os.environ |= {"RANK": "9", "WORLD_SIZE": "9", "MASTER_PORT": "1", "MASTER_ADDR": "elsewhere"}
     stage = described(3, variables={"SLURM_RESTART_COUNT": "2"})
-    assert {
-        key: os.environ[key]
-        for key in (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "TDDS_JOB",
-            "TDDS_LOCK_WAIT_SECONDS",
-        )
-    } == {
-        "RANK": "3",
-        "WORLD_SIZE": "4",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "node1",
-        "MASTER_PORT": str(rendezvous.rendezvous_port(12, 2)),
-        "TDDS_JOB": "12",
-        "TDDS_LOCK_WAIT_SECONDS": "180",
-    }
+    port = str(rendezvous.rendezvous_port(12, 2))
+    assert [os.environ[key] for key in PLACE] == ["3", "4", "1", "2", "node1", port]
+    assert (os.environ["TDDS_JOB"], os.environ["TDDS_LOCK_WAIT_SECONDS"]) == ("12", "180")
     assert (stage.job_id, stage.rank, stage.restart, stage.is_slurm) == ("12", 3, 2, True)
     # all of the node's
     assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] != "1"
@@ -608,27 +518,12 @@ def test_a_rank_knows_its_place(described):
 
 
 def test_all_ranks_meet_at_one_port_and_the_next_start_at_another(described):
-    places = []
-    for restart in ("0", "1", "2"):
-        for rank in range(4):
-            described(rank, variables={"SLURM_RESTART_COUNT": restart})
-            places.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
-    assert places == [
-        ("node1", str(rendezvous.rendezvous_port(12, restart)))
-        for restart in range(3)
-        for _ in range(4)
-    ]
-    stage = described(
-        1,
-        4,
-        2,
-        "15",
-        variables={
-            "SLURM_ARRAY_JOB_ID": "12",
-            "SLURM_ARRAY_TASK_ID": "3",
-            "SLURM_RESTART_COUNT": "0",
-        },
-    )
+    for restart, rank in product(range(3), range(4)):
+        described(rank, variables={"SLURM_RESTART_COUNT": str(restart)})
+        assert os.environ["MASTER_ADDR"] == "node1"
+        assert os.environ["MASTER_PORT"] == str(rendezvous.rendezvous_port(12, restart))
+    array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "0"}
+    stage = described(1, 4, 2, "15", variables=array)
     assert stage.job_id == os.environ["TDDS_JOB"] == "12_3"
     # a port of its own for a task of an array
     assert os.environ["MASTER_PORT"] == str(rendezvous.rendezvous_port(15, 0))
@@ -646,9 +541,6 @@ def test_a_rank_leaves_before_its_time_limit(described):
         assert abs(float(os.environ["TDDS_LEAVE_AT"]) - (time.time() + 560)) < 20
 
 
-VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
-
 @pytest.mark.parametrize(
     ("rank", "interface", "before", "told", "asked"),
     [
@@ -656,7 +548,7 @@ VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         (1, None, {}, ("eth7", "=eth7"), ["node2"]),
         (2, None, {}, ("eth7", "=eth7"), ["node1"]),  # other nodes ask for the way to the first
         (1, None, {"NCCL_SOCKET_IFNAME": "ib"}, ("eth7", "ib"), ["node2"]),
-        (1, None, dict.fromkeys(VARIABLES, "x"), ("x", "x"), ["node2"]),
+        (1, None, dict.fromkeys(INTERFACES, "x"), ("x", "x"), ["node2"]),
         (1, "ib0", {}, ("ib0", "=ib0"), []),
         (1, "ib0", {"GLOO_SOCKET_IFNAME": "x", "NCCL_SOCKET_IFNAME": "ib"}, ("ib0", "=ib0"), []),
     ],
@@ -665,22 +557,22 @@ def test_what_is_set_stays_unless_the_cluster_file_says_otherwise(
     described, rank, interface, before, told, asked
 ):
     described(rank, variables=before, interface=interface)
-    assert tuple(os.environ[key] for key in VARIABLES) == told
+    assert tuple(os.environ[key] for key in INTERFACES) == told
     assert described.asked == asked
 
 
 def test_no_interface_is_chosen_where_none_is_known_or_needed(described, monkeypatch):
     described(0, 1, 1)
-    assert not set(VARIABLES) & os.environ.keys()
+    assert not set(INTERFACES) & os.environ.keys()
     assert described.asked == []
     described(1, 2, 1)  # one node needs no name service
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
     assert described.asked == ["127.0.0.1"]
     monkeypatch.setattr(task, "interface_to", lambda host: None)
-    for key in VARIABLES:
+    for key in INTERFACES:
         os.environ.pop(key, None)
     described(1)
-    assert not set(VARIABLES) & os.environ.keys()
+    assert not set(INTERFACES) & os.environ.keys()
 
 
 class Left(BaseException):
@@ -714,20 +606,13 @@ def test_rank_0_says_so_when_the_port_is_taken(described, leaving, tmp_path, cap
 
 
 def test_what_a_kill_left_of_a_save_is_cleared_by_rank_0(described, tmp_path):
-    for name in (
-        "12_submitted.pkl.save_tmp",
-        "12_0_result.pkl.save_tmp",
-        "123_submitted.pkl.save_tmp",
-        "12_submitted.pkl",
-    ):
+    kept = ["123_submitted.pkl.save_tmp", "12_submitted.pkl"]
+    for name in (*kept, "12_submitted.pkl.save_tmp", "12_0_result.pkl.save_tmp"):
         (tmp_path / name).touch()
     described(1)
     assert len(list(tmp_path.iterdir())) == 4
     described(0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "123_submitted.pkl.save_tmp",
-        "12_submitted.pkl",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_checkpoint_is_the_same_task_and_asks_nobody(tmp_path, monkeypatch):
@@ -737,37 +622,19 @@ def test_checkpoint_is_the_same_task_and_asks_nobody(tmp_path, monkeypatch):
     def collective(*_, **__):
         raise AssertionError("a collective in a signal handler")
 
-    for name in (
-        "barrier",
-        "all_reduce",
-        "all_gather",
-        "all_gather_object",
-        "broadcast",
-        "gather_object",
-        "all_to_all_single",
-    ):
+    names = "barrier all_reduce all_gather all_gather_object broadcast gather_object"
+    for name in (*names.split(), "all_to_all_single"):
         monkeypatch.setattr(dist, name, collective)
     slurm_rank(0, 1, 1)
-    before = a_task(
-        tmp_path,
-        (("collect", "a", "train.lr=1"), ("report", "b")),
-        interface="ib0",
-        cpus_per_rank=2,
-    )
+    commands = (("collect", "a", "train.lr=1"), ("report", "b"))
+    before = a_task(tmp_path, commands, interface="ib0", cpus_per_rank=2)
     before._describe_rank()
     again = before.checkpoint()
     assert isinstance(again, DelayedSubmission)
     assert (again.args, again.kwargs) == ((), {})
     after_ = pickle.loads(cloudpickle.dumps(again)).function
     assert isinstance(after_, StageTask)
-    for key in (
-        "commands",
-        "log_dir",
-        "time_minutes",
-        "grace_seconds",
-        "cpus_per_rank",
-        "interface",
-    ):
+    for key in "commands log_dir time_minutes grace_seconds cpus_per_rank interface".split():
         assert getattr(after_, key) == getattr(before, key)
 
 
@@ -807,11 +674,8 @@ def test_commands_run_one_after_the_other(outcomes, leaving, tmp_path):
     [
         ((2, "tdds collect: error: bad"), 2, "refused"),
         ((1, "tdds collect: error: lost"), 1, "lost"),
-        (
-            (2, f"tdds collect: error: runs/a {IN_USE} pid 3 on node7"),
-            2,
-            "lost",
-        ),  # which ends some day
+        # which ends some day
+        ((2, f"tdds collect: error: runs/a {IN_USE} pid 3 on node7"), 2, "lost"),
         ((130, "tdds collect: interrupted"), 130, "failed"),
         (ZeroDivisionError("x"), 1, "failed"),
         ((2, ""), 2, None),  # rank 0 says it for all
@@ -931,15 +795,13 @@ def test_rank_0_has_the_job_queued_again_unless_it_was_cancelled(
     with pytest.raises(Left) as found:
         a_task(tmp_path)()
     assert found.value.args == (left,)
-    assert handler.asked == (
-        [] if kind == "resume" and signal.SIGUSR2 not in here else [signal.SIGUSR2]
-    )
+    is_asked = kind != "resume" or signal.SIGUSR2 in here
+    assert handler.asked == [signal.SIGUSR2] * is_asked
     (record,) = read_ends(tmp_path, "12")
     assert record.kind == kind
     assert "saved" in record.message
-    assert ("not queued again (timed-out too many times)" in record.message) == isinstance(
-        result, UncompletedJobError
-    )
+    gave_up = "not queued again (timed-out too many times)" in record.message
+    assert gave_up == isinstance(result, UncompletedJobError)
 
 
 def test_a_second_signal_while_rank_0_waits_for_it(
