@@ -29,31 +29,12 @@ from tdds_dist.runs.status import Pulse
 from tdds_dist.training import engine
 from tests import jobs
 
-KEYS = {
-    "stage",
-    "state",
-    "epoch",
-    "epochs",
-    "step",
-    "steps",
-    "images_per_second",
-    "eta_seconds",
-    "updated",
-    "host",
-    "pid",
-    "world_size",
-    "job",
-    "message",
-}
+KEYS = {*"stage state epoch epochs step steps images_per_second eta_seconds updated".split()}
+KEYS |= {"host", "pid", "world_size", "job", "message"}
 SETTING = {"stage": "collect", "data": {"train": "a", "val": "b"}}
-BASE = (
-    "model.name=tiny_network",
-    "train.deterministic=true",
-    "train.epochs=4",
-    "score.windows=[{T: 4, K: 3}]",
-    "score.final_pass=false",
-)
-SHORT = (*BASE, "train.epochs=2", "score.windows=[{T: 2, K: 2}]")
+BASE = ("train.deterministic=true", "train.epochs=4", "score.windows=[{T: 4, K: 3}]")
+BASE += ("score.final_pass=false",)
+SHORT = ("train.epochs=2", "score.windows=[{T: 2, K: 2}]")
 STEPS = 5  # per epoch: 120 images, 24 at a time
 
 
@@ -85,37 +66,19 @@ def test_a_beat_is_the_whole_file(tmp_path, monkeypatch):
     pulse = Pulse(tmp_path / "status.json", "retrain", 4, True)
     pulse.beat("starting")
     first = status(tmp_path)
-    assert first == {
-        "stage": "retrain",
-        "state": "starting",
-        "epoch": 0,
-        "epochs": 0,
-        "step": 0,
-        "steps": 0,
-        "images_per_second": None,
-        "eta_seconds": None,
-        "updated": first["updated"],
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "world_size": 4,
-        "job": "12_3",
-        "message": "",
-    }
+    expected = {"stage": "retrain", "state": "starting", "job": "12_3", "message": ""}
+    expected |= {"world_size": 4, "host": socket.gethostname(), "pid": os.getpid()}
+    expected |= {"images_per_second": None, "eta_seconds": None, "updated": first["updated"]}
+    assert first == dict.fromkeys(("epoch", "epochs", "step", "steps"), 0) | expected
     assert abs(first["updated"] - time.time()) < 60
-    pulse.beat(
-        "training", epoch=2, epochs=9, step=11, steps=45, images_per_second=10.5, eta_seconds=60.0
-    )
+    known = {"epoch": 2, "epochs": 9, "step": 11, "steps": 45}
+    known |= {"images_per_second": 10.5, "eta_seconds": 60.0}
+    pulse.beat("training", **known)
     pulse.beat("stopped", message="why")
     last = status(tmp_path)
-    assert last.keys() == KEYS
     assert last["updated"] >= first["updated"]
-    # what was known
-    assert (last["state"], last["message"], last["epoch"], last["eta_seconds"]) == (
-        "stopped",
-        "why",
-        2,
-        60.0,
-    )
+    told = {"state": "stopped", "message": "why", "updated": last["updated"]}
+    assert last == first | known | told
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -142,17 +105,16 @@ def test_a_beat_is_due_every_few_seconds(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("trouble", ["no folder", "a folder", "full"])
 def test_a_file_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, trouble):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
     path = tmp_path / "folder" / "status.json"
     if trouble == "a folder":
         (path / "x").mkdir(parents=True)
     elif trouble == "full":
         path.parent.mkdir()
         path.write_text("before")
-        monkeypatch.setattr(
-            Path,
-            "write_text",
-            lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-        )
+        monkeypatch.setattr(Path, "write_text", fail)
     beating = Pulse(path, "collect", 1, True)
     beating.beat("training")
     beating.beat("finished")
@@ -183,11 +145,7 @@ def test_a_stage_says_starting_and_then_how_it_ended(run, config):
         (InputError("NaN at step 3"), "failed", "NaN at step 3"),
         (ZeroDivisionError("division"), "failed", "ZeroDivisionError: division"),
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
-        (
-            RuntimeError("[gloo] Connection closed"),
-            "failed",
-            "RuntimeError: [gloo] Connection closed",
-        ),
+        (RuntimeError("[gloo] closed"), "failed", "RuntimeError: [gloo] closed"),
     ],
 )
 def test_a_stage_that_does_not_finish_says_why(run, config, error, state, message):
@@ -200,13 +158,8 @@ def test_a_stage_that_does_not_finish_says_why(run, config, error, state, messag
 
     with pytest.raises(type(error)):
         train()
-    left = status(run.path)
-    assert (left["state"], left["message"], left["epoch"], left["eta_seconds"]) == (
-        state,
-        message,
-        2,
-        None,
-    )
+    told = {"state": state, "message": message, "epoch": 2, "eta_seconds": None}
+    assert status(run.path).items() >= told.items()
 
 
 def test_a_stage_that_is_not_let_in_leaves_the_file_of_the_other(run, config):
@@ -256,21 +209,19 @@ def test_a_time_that_is_none_is_never(monkeypatch, text):
 
 def test_the_time_to_leave(monkeypatch):
     assert Interruption().leave_at == math.inf
-    clock = [1000.0]
-    monkeypatch.setattr(
-        interruption, "time", SimpleNamespace(time=lambda: clock[0], monotonic=time.monotonic)
-    )
+    clock = SimpleNamespace(monotonic=time.monotonic)
+    monkeypatch.setattr(interruption, "time", clock)
     monkeypatch.setenv("TDDS_LEAVE_AT", "1060.5")
     asked = Interruption()
-    for now, requested in (
-        (1000.0, ""),
-        (1060.4, ""),
-        (1060.5, TIME_LIMIT),
-        (1059.0, ""),
-        (5000.0, TIME_LIMIT),
+    for now, is_time in (
+        (1000, False),
+        (1060.4, False),
+        (1060.5, True),
+        (1059, False),
+        (5000, True),
     ):
-        clock[0] = now
-        assert asked.requested == requested
+        clock.time = lambda now=now: now
+        assert asked.requested == (TIME_LIMIT if is_time else "")
     with asked, asked.watched():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGUSR2)
@@ -393,43 +344,18 @@ def test_a_collection_says_where_it_is(config_file, tmp_path):
         jobs.at_step(STEPS + 3, partial(_keep, folder / "status.json", kept), [0]),
     )
     before = time.time()
-    codes, text = jobs.run(
-        ["collect", config_file, *SHORT, f"run.dir={folder}"], 1, tmp_path / "out", inject
-    )
+    command = ["collect", config_file, *BASE, *SHORT, f"run.dir={folder}"]
+    codes, text = jobs.run(command, 1, tmp_path / "out", inject)
     assert codes == [0], text
     middle, left = json.loads(kept.read_text()), status(folder)
     assert middle.keys() == left.keys() == KEYS
-    assert [middle[key] for key in ("state", "epoch", "epochs", "step", "steps")] == [
-        "training",
-        1,
-        2,
-        STEPS + 2,
-        2 * STEPS,
-    ]
+    always = {"stage": "collect", "epochs": 2, "steps": 2 * STEPS, "world_size": 1, "job": "77"}
+    then = always | {"state": "training", "epoch": 1, "step": STEPS + 2}
+    assert middle.items() >= then.items()
     assert middle["images_per_second"] > 0
     assert 0 < middle["eta_seconds"] < 600
-    keys = (
-        "stage",
-        "state",
-        "epoch",
-        "epochs",
-        "step",
-        "steps",
-        "eta_seconds",
-        "world_size",
-        "job",
-    )
-    assert [left[key] for key in keys] == [
-        "collect",
-        "finished",
-        2,
-        2,
-        2 * STEPS,
-        2 * STEPS,
-        None,
-        1,
-        "77",
-    ]
+    now = always | {"state": "finished", "epoch": 2, "step": 2 * STEPS, "eta_seconds": None}
+    assert left.items() >= now.items()
     assert before < middle["updated"] <= left["updated"] <= time.time()
     assert middle["pid"] == left["pid"] != os.getpid()
     assert left["host"] == socket.gethostname()
@@ -438,59 +364,10 @@ def test_a_collection_says_where_it_is(config_file, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_collection_that_is_stopped_says_so_and_goes_on(config_file, tmp_path):
-    folder = tmp_path / "run"
-    command = ["collect", config_file, *SHORT, f"run.dir={folder}"]
-    stop = jobs.at_step(3, jobs.signal_self(signal.SIGTERM), [1])
-    codes, text = jobs.run(command, 2, tmp_path / "a", stop)
-    assert codes == [75, 75], text
-    left = status(folder)
-    assert (left["state"], left["epoch"], left["world_size"], left["eta_seconds"]) == (
-        "stopped",
-        0,
-        2,
-        None,
-    )
-    assert left["message"].startswith("SIGTERM: saved at epoch 1, step ")
-    codes, text = jobs.run(command, 1, tmp_path / "b")
-    assert codes == [0], text
-    left = status(folder)
-    assert (left["state"], left["epoch"], left["step"], left["world_size"], left["message"]) == (
-        "finished",
-        2,
-        10,
-        1,
-        "",
-    )
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_collection_that_fails_says_so(config_file, tmp_path, rank):
-    folder = tmp_path / "run"
-    inject = jobs.all_of(
-        jobs.quick, jobs.at_step(3, jobs.fail(ZeroDivisionError("the cause")), [rank])
-    )
-    codes, text = jobs.run(
-        ["collect", config_file, *BASE, f"run.dir={folder}"], 2, tmp_path / "out", inject
-    )
-    assert codes == [1, 1], text
-    left = status(folder)
-    assert left["state"] == "failed"
-    if rank == 0:
-        assert left["message"] == "ZeroDivisionError: the cause"
-    else:
-        assert left["message"]  # what rank 0 saw of it
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_a_collection_that_finds_another_leaves_its_file_alone_or_waits_for_it(
+def test_a_collection_that_waits_for_another_leaves_its_file_alone_and_goes_on(
     config_file, tmp_path
 ):
-    """The first naps in a step; the second is refused; the third waits, until the first is killed,
-    and goes on."""
+    """The first naps in a step; the second waits, until the first is killed."""
     folder, flag = tmp_path / "run", tmp_path / "napping"
     command = ["collect", config_file, *BASE, f"run.dir={folder}"]
     first = jobs.Job(command, 1, tmp_path / "a", jobs.at_step(STEPS + 3, jobs.nap(flag, 80.0)))
@@ -500,22 +377,17 @@ def test_a_collection_that_finds_another_leaves_its_file_alone_or_waits_for_it(
             assert time.monotonic() < deadline, first.text
             time.sleep(0.05)
         before = (folder / "status.json").read_bytes()
-        codes, text = jobs.run(command, 1, tmp_path / "b")
-        assert codes == [2]
-        assert "is in use by pid" in text
-        assert (folder / "status.json").read_bytes() == before
-        third = jobs.Job(
-            command, 1, tmp_path / "c", partial(_tell, {"TDDS_LOCK_WAIT_SECONDS": "60"})
-        )
-        third.until("waiting, because")
+        patient = partial(_tell, {"TDDS_LOCK_WAIT_SECONDS": "60"})
+        second = jobs.Job(command, 1, tmp_path / "b", patient)
+        second.until("waiting, because")
         assert (folder / "status.json").read_bytes() == before
     finally:
         first.kill(0)
         first.wait()
-    assert third.wait() == [0], third.text
+    assert second.wait() == [0], second.text
     left = status(folder)
     assert (left["state"], left["epoch"]) == ("finished", 4)
-    assert left["pid"] == third.processes[0].pid
+    assert left["pid"] == second.processes[0].pid
     assert len(RunDir(folder).read_env()["resumes"]) == 1
 
 
@@ -535,13 +407,15 @@ def test_a_run_leaves_before_its_time_limit_and_goes_on_bitwise(config_file, tmp
         epoch = at // STEPS + 1
         assert text.count(f"tdds collect: time limit: saved at epoch {epoch}, step ") == 1  # rank 0
         left = status(folder)
-        assert left["state"] == "stopped"
+        assert (left["state"], left["epoch"], left["eta_seconds"]) == ("stopped", epoch - 1, None)
         assert left["message"].startswith(f"time limit: saved at epoch {epoch}")
         step = int(left["message"].split("step ")[1].split(";")[0])
         assert at <= step <= at + 2  # soon: the ranks agree a step later
         assert (folder / "checkpoints" / f"step_{step:010}").is_dir()
     codes, text = jobs.run(command, 2, tmp_path / "b", limit)
     assert codes == [0, 0], text
+    now = {"state": "finished", "epoch": 4, "step": 4 * STEPS, "world_size": 2, "message": ""}
+    assert status(folder).items() >= now.items()
     assert jobs.differences(jobs.state_of(straight), jobs.state_of(folder)) == []
 
 
@@ -562,12 +436,9 @@ def test_what_would_not_fit_before_the_time_limit_is_saved_before_it(
         partial(_epochs_take, epoch_seconds),
         jobs.at_step(2 * STEPS + 4, jobs.signal_self(signal.SIGKILL)),
     )
-    never = (
-        "checkpoint.every_epochs=0 checkpoint.every_seconds=0 checkpoint.asynchronous=false".split()
-    )
-    codes, text = jobs.run(
-        ["collect", config_file, *BASE, *never, f"run.dir={folder}"], 2, tmp_path / "out", inject
-    )
+    never = "checkpoint.every_epochs=0 checkpoint.every_seconds=0 checkpoint.asynchronous=false"
+    command = ["collect", config_file, *BASE, *never.split(), f"run.dir={folder}"]
+    codes, text = jobs.run(command, 2, tmp_path / "out", inject)
     assert codes == [-9, -9], text
     saved = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     assert saved == ([f"step_{STEPS:010}", f"step_{2 * STEPS:010}"] if saves else [])
