@@ -25,30 +25,22 @@ from tdds_dist.runs.artifacts import (
     save_scores,
     write_atomically,
 )
+from tests.make import refused
 
 LABEL_N = np.array([0, 2, 1, 1, 0, 2, 0])
-SETTINGS = {
-    "score": "tdds",
-    "T": 30,
-    "K": 10,
-    "beta": 0.9,
-    "rates": [0.3, 0.5],
-    "nested": {"note": 'µ "q"\n'},
-}
+FINGERPRINT = fingerprint(LABEL_N, 3)
+SETTINGS = {"score": "tdds", "T": 30, "K": 10, "beta": 0.9, "rates": [0.3, 0.5]}
+SETTINGS |= {"nested": {"note": 'µ "q"\n'}}
 
 
 def some_scores() -> Scores:
     score_N = np.array([0.5, -1.25, 3e-30, 7, 0, 1e30, 0.1], dtype=np.float32)
-    return Scores(
-        "tdds_official_T30_K10_beta0.9", score_N, LABEL_N, fingerprint(LABEL_N, 3), SETTINGS
-    )
+    return Scores("tdds_official_T30_K10_beta0.9", score_N, LABEL_N, FINGERPRINT, SETTINGS)
 
 
 def some_coreset() -> Coreset:
     importance_M = np.array([0.0, 0.25, 1.0], dtype=np.float32)
-    return Coreset(
-        np.array([0, 3, 6]), importance_M, "random", 0.6, fingerprint(LABEL_N, 3), SETTINGS
-    )
+    return Coreset(np.array([0, 3, 6]), importance_M, "random", 0.6, FINGERPRINT, SETTINGS)
 
 
 def save(path: Path, value: Scores | Coreset) -> Path:
@@ -82,9 +74,8 @@ def test_dtypes_on_disk_are_fixed(tmp_path):
     scores = replace(some_scores(), score_N=np.arange(7.0), label_N=LABEL_N.astype(np.int16))
     found = load_scores(save(tmp_path / "scores.npz", scores))
     assert (found.score_N.dtype, found.label_N.dtype) == (np.float32, np.int64)
-    coreset = replace(
-        some_coreset(), index_M=np.array([1, 2], dtype=np.int32), importance_M=np.ones(2)
-    )
+    index_M = np.array([1, 2], dtype=np.int32)
+    coreset = replace(some_coreset(), index_M=index_M, importance_M=np.ones(2))
     found = load_coreset(save(tmp_path / "coreset.npz", coreset))
     assert (found.index_M.dtype, found.importance_M.dtype) == (np.int64, np.float32)
 
@@ -106,46 +97,23 @@ def test_everything_is_readable_without_pickle(tmp_path, make, load):
 @each_kind
 def test_missing_file_names_the_stage_that_writes_it(tmp_path, make, load):
     stage = "select" if load is load_coreset else "score"
-    with pytest.raises(InputError, match=rf"absent\.npz does not exist; `tdds {stage}`"):
-        load(tmp_path / "absent.npz")
-    with pytest.raises(InputError, match="does not exist"):
-        load(tmp_path)  # a folder
+    refused(rf"absent\.npz does not exist; `tdds {stage}`", load, tmp_path / "absent.npz")
+    refused("does not exist", load, tmp_path)  # a folder
 
 
 def test_one_kind_is_not_taken_for_the_other(tmp_path):
-    scores, coreset = (
-        save(tmp_path / "s.npz", some_scores()),
-        save(tmp_path / "c.npz", some_coreset()),
-    )
-    with pytest.raises(InputError, match=r"s\.npz holds 'scores', expected 'coreset'"):
-        load_coreset(scores)
-    with pytest.raises(InputError, match=r"c\.npz holds 'coreset', expected 'scores'"):
-        load_scores(coreset)
+    scores = save(tmp_path / "s.npz", some_scores())
+    coreset = save(tmp_path / "c.npz", some_coreset())
+    refused(r"s\.npz holds 'scores', expected 'coreset'", load_coreset, scores)
+    refused(r"c\.npz holds 'coreset', expected 'scores'", load_scores, coreset)
 
 
 ARRAYS = {"score": np.zeros(7), "label": LABEL_N, "index": np.arange(7), "importance": np.ones(7)}
+META = ["[]", "3", "null", "{}", '{"kind": "scores"}', '{"kind": "coreset"}', '{"kind": ']
 # bytes of no such file; an array, as the authors' `score_*.npy` are; archives that lack something
-OTHER_FILES = [
-    b"",
-    b"PK",
-    b"not a zip file at all",
-    b"\x80\x04K\x01.",
-    os.urandom(500),
-    np.zeros(7, dtype=np.float32),
-    {"other": np.zeros(3)},
-    *(
-        ARRAYS | {"meta": np.array(meta)}
-        for meta in (
-            "[]",
-            "3",
-            "null",
-            "{}",
-            '{"kind": "scores"}',
-            '{"kind": "coreset"}',
-            '{"kind": ',
-        )
-    ),
-]
+OTHER_FILES = [b"", b"PK", b"not a zip file at all", b"\x80\x04K\x01.", os.urandom(500)]
+OTHER_FILES += [np.zeros(7, dtype=np.float32), {"other": np.zeros(3)}]
+OTHER_FILES += [ARRAYS | {"meta": np.array(meta)} for meta in META]
 
 
 @each_kind
@@ -159,11 +127,8 @@ def test_other_files_are_refused(tmp_path, make, load):
                 np.savez(file, **content)
             else:
                 np.save(file, content)
-        words = (
-            r"file\.npz is not a .* file of tdds" if isinstance(content, bytes) else r"file\.npz"
-        )
-        with pytest.raises(InputError, match=words):
-            load(path)
+        more = " is not a .* file of tdds" if isinstance(content, bytes) else ""
+        refused(rf"file\.npz{more}", load, path)
 
 
 class Trap:
@@ -183,8 +148,7 @@ def test_pickled_objects_are_refused_and_not_executed(tmp_path, make, load):
         arrays = {name: file[name] for name in file}
     for name in arrays:
         np.savez(path, **arrays | {name: np.array([Trap(sprung)], dtype=object)})
-        with pytest.raises(InputError, match=r"file\.npz"):
-            load(path)
+        refused(r"file\.npz", load, path)
         assert not sprung.exists()
 
 
@@ -193,8 +157,7 @@ def test_truncated_files_are_refused(tmp_path, make, load):
     path = save(tmp_path / "file.npz", make())
     for length in reversed(range(0, path.stat().st_size, 7)):
         os.truncate(path, length)
-        with pytest.raises(InputError, match=r"file\.npz"):
-            load(path)
+        refused(r"file\.npz", load, path)
 
 
 @each_kind
@@ -222,31 +185,22 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path, make, load):
 def test_a_flipped_bit_in_an_array_is_refused(tmp_path):
     """Everywhere in its data; arrays of several reads each."""
     noise_N = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
-    scores = Scores(
-        "dual",
-        noise_N,
-        np.arange(200_000) % 7,
-        Fingerprint(200_000, 7, ""),
-        {},
-        {"p_mean": noise_N + 1},
-    )
+    label_N, found = np.arange(200_000) % 7, Fingerprint(200_000, 7, "")
+    scores = Scores("dual", noise_N, label_N, found, {}, {"p_mean": noise_N + 1})
     path = save(tmp_path / "file.npz", scores)
     whole = path.read_bytes()
     with np.load(path) as file:
         arrays = {name: file[name].tobytes() for name in file}
     assert len(arrays) == 4
     for name, data in arrays.items():
-        start = whole.index(data)
-        for bit, offset in enumerate(
-            [0, 1, len(data) // 3, len(data) // 2, 2**18, 2**18 + 1, len(data) - 2, len(data) - 1]
-        ):
+        start, size = whole.index(data), len(data)
+        offsets = (0, 1, size // 3, size // 2, 2**18, 2**18 + 1, size - 2, size - 1)
+        for bit, offset in enumerate(offsets):
             hurt = bytearray(whole)
-            hurt[start + offset % len(data)] ^= 1 << bit
+            hurt[start + offset % size] ^= 1 << bit
             path.write_bytes(hurt)
-            with pytest.raises(
-                InputError, match=rf"file\.npz is not a scores file .*CRC-32 for file '{name}\.npy'"
-            ):
-                load_scores(path)
+            damage = rf"file\.npz is not a scores file .*CRC-32 for file '{name}\.npy'"
+            refused(damage, load_scores, path)
 
 
 WRONG_SCORES = [
@@ -256,46 +210,32 @@ WRONG_SCORES = [
     {"fingerprint": Fingerprint(8, 3, "")},
 ]
 WRONG_INDEX = [[3, 0, 6], [0, 3, 3], [0, 3, 7], [-1, 3, 6], [6, 3, 0], []]
-WRONG = [  # what is written, and how it is refused
-    *[
-        (replace(some_scores(), **wrong), r"file\.npz: .* must all be \[[78]\].*tdds score")
-        for wrong in WRONG_SCORES
-    ],
-    *[
-        (
-            replace(
-                some_coreset(),
-                index_M=np.array(index, np.int64),
-                importance_M=np.ones(len(index), np.float32),
-            ),
-            r"file\.npz: index .* strictly increasing within \[0, 7\).*tdds select",
-        )
-        for index in WRONG_INDEX
-    ],
-    (
-        replace(some_coreset(), importance_M=np.ones(4, dtype=np.float32)),
-        r"file\.npz: .*as long as importance",
-    ),
+WRONG_CORESETS = [
+    {"index_M": np.array(index, np.int64), "importance_M": np.ones(len(index), np.float32)}
+    for index in WRONG_INDEX
 ]
+SIZES = r"file\.npz: .* must all be \[[78]\].*tdds score"
+ORDER = r"file\.npz: index .* strictly increasing within \[0, 7\).*tdds select"
+WRONG = [(load_scores, replace(some_scores(), **wrong), SIZES) for wrong in WRONG_SCORES]
+WRONG += [(load_coreset, replace(some_coreset(), **wrong), ORDER) for wrong in WRONG_CORESETS]
+longer = replace(some_coreset(), importance_M=np.ones(4, dtype=np.float32))
+WRONG.append((load_coreset, longer, r"file\.npz: .*as long as importance"))
 
 
-@pytest.mark.parametrize(("value", "words"), WRONG, ids=range(len(WRONG)))
-def test_lengths_and_indices_that_do_not_fit_are_refused(tmp_path, value, words):
-    path = save(tmp_path / "file.npz", value)
-    with pytest.raises(InputError, match=words):
-        (load_scores if isinstance(value, Scores) else load_coreset)(path)
+@pytest.mark.parametrize(("load", "value", "words"), WRONG, ids=range(len(WRONG)))
+def test_lengths_and_indices_that_do_not_fit_are_refused(tmp_path, load, value, words):
+    refused(words, load, save(tmp_path / "file.npz", value))
 
 
 # ---- which dataset
 
 
 def test_fingerprint_depends_on_every_label():
-    found = fingerprint(LABEL_N, 3)
+    found = FINGERPRINT
     assert (found.num_samples, found.num_classes) == (7, 3)
     assert found == fingerprint(LABEL_N.astype(np.int32), 3)
-    assert found == fingerprint(np.stack([LABEL_N, LABEL_N], axis=1)[:, 0], 3), (
-        "also when not contiguous"
-    )
+    apart = np.stack([LABEL_N, LABEL_N], axis=1)[:, 0]
+    assert found == fingerprint(apart, 3), "also when not contiguous"
     for n in range(7):
         other = LABEL_N.copy()
         other[n] = (other[n] + 1) % 3
@@ -304,30 +244,26 @@ def test_fingerprint_depends_on_every_label():
 
 
 def test_another_dataset_is_refused():
-    mine = fingerprint(LABEL_N, 3)
+    mine = FINGERPRINT
     require_same_dataset(mine, fingerprint(LABEL_N.copy(), 3), "a.npz")
     for other, what in (
         (fingerprint(LABEL_N[:6], 3), "num_samples 7 instead of 6"),
         (fingerprint(LABEL_N, 4), "num_classes 3 instead of 4"),
         (fingerprint(LABEL_N[::-1], 3), f"labels_sha256 '{mine.labels_sha256[:12]}' instead of"),
     ):
-        with pytest.raises(
-            InputError, match=rf"a\.npz belongs to another dataset \(.*{what}.*\); use"
-        ):
-            require_same_dataset(mine, other, "a.npz")
+        another = rf"a\.npz belongs to another dataset \(.*{what}.*\); use"
+        refused(another, require_same_dataset, mine, other, "a.npz")
 
 
 def test_other_class_names_are_refused_where_both_are_known():
-    known, swapped, unknown = (
-        fingerprint(LABEL_N, 3, names) for names in (("a", "b", "c"), ("a", "c", "b"), ())
-    )
-    require_same_dataset(known, unknown, "a.npz")
-    with pytest.raises(InputError, match=r"a\.npz belongs to another .*other class names"):
-        require_same_dataset(known, swapped, "a.npz")
+    known, swapped = (fingerprint(LABEL_N, 3, tuple(names)) for names in ("abc", "acb"))
+    require_same_dataset(known, FINGERPRINT, "a.npz")
+    another = r"a\.npz belongs to another .*other class names"
+    refused(another, require_same_dataset, known, swapped, "a.npz")
 
 
 def test_unknown_labels_are_compared_by_size():
-    mine = fingerprint(LABEL_N, 3)
+    mine = FINGERPRINT
     for unknown_N in (np.full(7, UNKNOWN_LABEL), np.array([0, 2, 1, 1, 0, 2, UNKNOWN_LABEL])):
         unknown = fingerprint(unknown_N, 10)
         assert unknown.labels_sha256 == ""
@@ -336,8 +272,7 @@ def test_unknown_labels_are_compared_by_size():
         require_same_dataset(unknown, unknown, "a.npz")
     shorter = fingerprint(np.full(6, UNKNOWN_LABEL), 3)
     for have, need in ((shorter, mine), (mine, shorter)):
-        with pytest.raises(InputError, match="num_samples"):
-            require_same_dataset(have, need, "a.npz")
+        refused("num_samples", require_same_dataset, have, need, "a.npz")
 
 
 # ---- atomic writing
@@ -398,24 +333,17 @@ def test_permissions_are_those_that_the_umask_leaves(tmp_path, umask, mode):
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
-@pytest.mark.parametrize(
-    ("number", "is_written"),
-    [
-        (errno.EINVAL, True),
-        (errno.EPERM, True),
-        (errno.ENOTSUP, True),
-        (errno.EIO, False),
-        (errno.ENOSPC, False),
-    ],
-)
+@pytest.mark.parametrize("name", ["EINVAL", "EPERM", "ENOTSUP", "EIO", "ENOSPC"])
 def test_a_file_system_without_fsync_or_chmod_is_written_to_and_a_failed_write_is_said(
-    tmp_path, monkeypatch, number, is_written
+    tmp_path, monkeypatch, name
 ):
+    number, is_written = getattr(errno, name), name not in ("EIO", "ENOSPC")
+
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    for name in ("fsync", "chmod", "fchmod"):
-        monkeypatch.setattr(os, name, refuse)
+    for call in ("fsync", "chmod", "fchmod"):
+        monkeypatch.setattr(os, call, refuse)
     with nullcontext() if is_written else pytest.raises(OSError, match=os.strerror(number)):
         write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"] * is_written

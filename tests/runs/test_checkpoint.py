@@ -38,16 +38,17 @@ REPLICATED = ("weight", "half", "image", "count", "mask", "bytes", "empty")
 SHARDED = {"logp": 0, "label": 0, "visits": 0, "rough": 1, "flags": 0}  # name: sample axis
 
 
+def random_bytes(generator, *shape):
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+
 def whole(seed, num_samples=N):
     """Every tensor as it is in all, filled from `seed`; the bits are arbitrary where that is
     possible."""
     generator = torch.Generator().manual_seed(seed)
 
     def bits(dtype, *shape):
-        size = torch.empty(0, dtype=dtype).element_size()
-        return torch.randint(
-            256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8
-        ).view(dtype)
+        return random_bytes(generator, *shape[:-1], shape[-1] * dtype.itemsize).view(dtype)
 
     return {
         "weight": bits(torch.float32, 3, 4, 5),
@@ -68,11 +69,7 @@ def whole(seed, num_samples=N):
 def of_rank(seed, rank):
     """The tensors of one rank alone, of a size of its own."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return {
-        f"rank{rank:05d}/random": torch.randint(
-            256, (5 + rank,), generator=generator, dtype=torch.uint8
-        )
-    }
+    return {f"rank{rank:05d}/random": random_bytes(generator, 5 + rank)}
 
 
 def share(tensors, world, num_samples=N):
@@ -83,9 +80,8 @@ def share(tensors, world, num_samples=N):
         if (dim := SHARDED.get(name)) is None:
             mine[name] = tensor.clone()
         else:
-            block = tensor.narrow(dim, first, end - first).clone(
-                memory_format=torch.contiguous_format
-            )
+            block = tensor.narrow(dim, first, end - first)
+            block = block.clone(memory_format=torch.contiguous_format)
             mine[name] = as_shard(block, num_samples, world, dim=dim)
     return mine
 
@@ -126,12 +122,8 @@ def save_steps(directory, steps, world=LONE, **options):
         if world.is_main:
             best.unlink(missing_ok=True)
             best.write_bytes(b"best of %d" % step * 20)
-        checkpoints.save(
-            step,
-            state(step, world),
-            {"step": step},
-            files={"best.pt": best} if world.is_main else {},
-        )
+        files = {"best.pt": best} if world.is_main else {}
+        checkpoints.save(step, state(step, world), {"step": step}, files=files)
     checkpoints.close()
     return directory
 
@@ -227,44 +219,35 @@ def test_every_bit_comes_back_on_any_number_of_ranks(tmp_path, world_sizes):
 def _save_sizes(rank, folder):
     world = LONE if rank is None else distributed.current_world("cpu")
     for num_samples in SIZES:
-        saved_by = 0 if rank is None else world.world_size
-        checkpoints = Checkpoints(
-            folder / f"{saved_by}_{num_samples}", world, asynchronous=num_samples == 3
-        )
-        checkpoints.save(
-            5, state(5, world, num_samples), {"n": num_samples} if world.is_main else {}
-        )
+        place = folder / f"{0 if rank is None else world.world_size}_{num_samples}"
+        checkpoints = Checkpoints(place, world, asynchronous=num_samples == 3)
+        record = {"n": num_samples} if world.is_main else {}
+        checkpoints.save(5, state(5, world, num_samples), record)
         checkpoints.close()
 
 
 def _load_sizes(rank, folder, saved_by_each):
     world = LONE if rank is None else distributed.current_world("cpu")
     wrong = []
-    for saved_by in saved_by_each:
-        for num_samples in SIZES:
-            checkpoints = Checkpoints(folder / f"{saved_by}_{num_samples}", world)
-            found = checkpoints.latest()
-            assert found.record == {"n": num_samples}
-            ranks = range(max(1, saved_by))
-            tensors = blank(world, 5, num_samples, ranks)
-            described = checkpoints.describe(found)
-            assert described.keys() == tensors.keys()
-            assert all(
-                (described[name].shape, described[name].dtype) == (tensor.shape, tensor.dtype)
-                for name, tensor in tensors.items()
-            )
-            assert all(tensor.is_meta for tensor in described.values())
-            before = {name: own_rows(tensor).data_ptr() for name, tensor in tensors.items()}
-            checkpoints.load(found, tensors)
-            assert before == {
-                name: own_rows(tensor).data_ptr() for name, tensor in tensors.items()
-            }, "not in place"
-            assert tensors["image"].is_contiguous(memory_format=torch.channels_last)
-            wrong += [
-                (saved_by, num_samples, name)
-                for name in differing(tensors, 5, world, num_samples, ranks)
-            ]
-            checkpoints.close()
+    for saved_by, num_samples in itertools.product(saved_by_each, SIZES):
+        checkpoints = Checkpoints(folder / f"{saved_by}_{num_samples}", world)
+        found = checkpoints.latest()
+        assert found.record == {"n": num_samples}
+        ranks = range(max(1, saved_by))
+        tensors = blank(world, 5, num_samples, ranks)
+        described = checkpoints.describe(found)
+        assert described.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert (described[name].shape, described[name].dtype) == (tensor.shape, tensor.dtype)
+            assert described[name].is_meta
+        before = [own_rows(tensor).data_ptr() for tensor in tensors.values()]
+        checkpoints.load(found, tensors)
+        after = [own_rows(tensor).data_ptr() for tensor in tensors.values()]
+        assert before == after, "not in place"
+        assert tensors["image"].is_contiguous(memory_format=torch.channels_last)
+        differ = differing(tensors, 5, world, num_samples, ranks)
+        wrong += [(saved_by, num_samples, name) for name in differ]
+        checkpoints.close()
     return wrong
 
 
@@ -278,10 +261,8 @@ def test_replicated_tensors_are_written_once_and_shards_by_their_owners(two):
     for name in REPLICATED:
         assert len(places[name]) == 1, name
     for name in SHARDED:
-        assert sorted(path.split("_")[2] for path in places[name]) == ["0", "1", "2"], (
-            name,
-            places[name],
-        )
+        owners = sorted(path.split("_")[2] for path in places[name])
+        assert owners == ["0", "1", "2"], (name, places[name])
 
 
 @pytest.mark.distributed
@@ -294,9 +275,8 @@ def test_what_is_not_there_is_refused_on_every_rank(two):
             assert error == "InputError", (name, error, text)
             assert repr(name) in text
             assert "resume with the config" in text
-        assert (
-            "torch.float32 (3, 4, 5), not torch.float64 (3, 4, 5)" in outcomes["dtype", "weight"][1]
-        )
+        said = outcomes["dtype", "weight"][1]
+        assert "torch.float32 (3, 4, 5), not torch.float64 (3, 4, 5)" in said
 
 
 def _refused_rank(rank, directory):
@@ -309,25 +289,22 @@ def _refused(world, directory):
     tensors = share(whole(1), world)
     outcomes = {}
     first, end = shard_bounds(N, world.world_size, world.rank)
+    halves = as_shard(torch.zeros(end - first, 3, dtype=torch.float16), N, world)
+    longer_N = torch.zeros(end - first + 1, dtype=torch.int64)
+    before = [bits_of(tensor) for tensor in tensors.values()]
     for kind, name, other in (
         ("missing", "other", torch.zeros(3)),
         ("shape", "weight", torch.zeros(3, 4, 6)),
         ("transposed", "weight", torch.zeros(4, 3, 5)),
         ("dtype", "weight", torch.zeros(3, 4, 5, dtype=torch.float64)),
-        ("dtype", "logp", as_shard(torch.zeros(end - first, 3, dtype=torch.float16), N, world)),
-        (
-            "size",
-            "label",
-            as_shard(torch.zeros(end - first + 1, dtype=torch.int64), N + world.world_size, world),
-        ),
+        ("dtype", "logp", halves),
+        ("size", "label", as_shard(longer_N, N + world.world_size, world)),
         ("one rank", "other", torch.zeros(3) if world.rank == world.world_size - 1 else None),
     ):
-        before = {name: bits_of(tensor) for name, tensor in tensors.items()}
         wanted = tensors if other is None else tensors | {name: other}
         outcomes[kind, name] = catch(checkpoints.load, found, wanted)
-        assert before == {name: bits_of(tensor) for name, tensor in tensors.items()}, (
-            "nothing is read before all is checked"
-        )
+        after = [bits_of(tensor) for tensor in tensors.values()]
+        assert after == before, "nothing is read before all is checked"
     checkpoints.load(found, tensors)
     outcomes["afterwards"] = differing(tensors, 20, world)
     checkpoints.close()
@@ -391,11 +368,7 @@ DAMAGE = [  # (file, its content afterwards, words of the message)
     (RECORD, edit(lambda content: content["files"][BEST].update(sha256="0" * 64)), RECORD),
     (RECORD, edit(lambda content: content["files"].pop(DATA)), RECORD),
     (RECORD, edit(lambda content: content["files"].pop(META), True), META),
-    (
-        RECORD,
-        edit(lambda content: content.update(format="tdds-checkpoint-9"), True),
-        "tdds-checkpoint-9",
-    ),
+    (RECORD, edit(lambda content: content.update(format="format-9"), True), "format-9"),
 ]
 
 
@@ -464,10 +437,9 @@ def test_every_rank_looks_at_its_share_of_the_files_and_all_hear_of_it(two):
     """Damage of any single file, saved on 3 ranks; and when all checkpoints are damaged all are
     named, and nothing changes."""
     directory = two(3)
-    files = sorted(path.name for path in (directory / NEWEST).iterdir())
-    assert (
-        files == ".metadata __0_0.distcp __1_0.distcp __2_0.distcp best.pt checkpoint.json".split()
-    )
+    files = folders(directory / NEWEST)
+    data = [f"__{rank}_0.distcp" for rank in range(3)]
+    assert files == [".metadata", *data, "best.pt", "checkpoint.json"]
     copies = []
     for number, file in enumerate(files):
         copies.append(two(3, f"copy{number}"))
@@ -509,9 +481,8 @@ def test_a_checkpoint_that_the_caller_refuses_is_passed_over(two, caplog):
     ]
     directory = two(name="again")
     before = tree(directory)
-    with pytest.raises(
-        InputError, match=r"none of the 2 checkpoints .*step_0000000020: no; step_0000000010: no"
-    ):
+    none = r"none of the 2 checkpoints .*step_0000000020: no; step_0000000010: no"
+    with pytest.raises(InputError, match=none):
         Checkpoints(directory).latest(lambda found: "no")
     assert tree(directory) == before
 
@@ -692,15 +663,10 @@ def _killed_rank(rank, directory, point, victim, asynchronous):
         *((point, 0, 1, False) for point in OF_THE_FIRST),
         ("before the data", 1, 2, True),
         ("told", 1, 2, True),
+        *(pytest.param(point, 0, 2, True, marks=pytest.mark.slow) for point in OF_THE_FIRST),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                *((point, 0, 2, True) for point in OF_THE_FIRST),
-                *(
-                    (point, 1, 2, number % 2 == 0)
-                    for number, point in enumerate(OF_ALL + OF_OTHERS)
-                ),
-            )
+            pytest.param(point, 1, 2, number % 2 == 0, marks=pytest.mark.slow)
+            for number, point in enumerate(OF_ALL + OF_OTHERS)
         ),
     ],
 )
@@ -708,9 +674,8 @@ def test_killed_while_saving_there_is_a_whole_checkpoint(
     two, point, victim, world_size, asynchronous
 ):
     directory = two(world_size)
-    codes = exit_codes(
-        world_size, _killed_rank, directory, point, victim, asynchronous, patience=0.5
-    )
+    case = (directory, point, victim, asynchronous)
+    codes = exit_codes(world_size, _killed_rank, *case, patience=0.5)
     assert codes[victim] == -signal.SIGKILL, codes
     listed = folders(directory)
     step, wrong, said = find(directory, num_ranks=1)
@@ -775,29 +740,25 @@ def _full_disk_ranks(rank, folder, ranks):
     ("world_size", "ranks"),
     [
         (2, [1]),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((1, [0]), (3, [0]), (3, [0, 1, 2]))
-        ),
+        *(pytest.param(W, [0], marks=pytest.mark.slow) for W in (1, 3)),
+        pytest.param(3, [0, 1, 2], marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path, world_size, ranks):
     for rank, found in enumerate(run_ranks(world_size, _full_disk_ranks, tmp_path, ranks)):
         for (wait, stop), (outcomes, said) in found.items():
             if stop:
-                assert [error for error, _ in outcomes] == (
-                    ["InputError"] if wait else ["", "InputError"]
-                )
+                errors = [error for error, _ in outcomes]
+                assert errors == (["InputError"] if wait else ["", "InputError"])
                 assert said == []
                 assert "checkpoint at step 20 failed (rank" in outcomes[-1][1]
                 assert "disk is full" in outcomes[-1][1]
             else:
                 assert all(outcome == ("", "") for outcome in outcomes)
                 assert len(said) == (rank == 0)
-                assert all(
-                    "checkpoint at step 20 failed (rank" in text and "the run goes on" in text
-                    for text in said
-                )
+                for text in said:
+                    assert "checkpoint at step 20 failed (rank" in text
+                    assert "the run goes on" in text
 
 
 def _cannot_publish_ranks(rank, folder):
@@ -814,12 +775,8 @@ def _cannot_publish_rank(rank, directory, name, wait):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner, where = {
-        "write_atomically": (checkpoint, 0),
-        "rename": (Path, 0),
-        "mkdir": (Path, 0),
-        "_describe": (checkpoint, 1),
-    }[name]
+    owner = Path if name in ("rename", "mkdir") else checkpoint
+    where = 1 if name == "_describe" else 0
     checkpoints = Checkpoints(directory, world)
     checkpoints.save(10, state(10, world), {"step": 10}, wait=True)
     real = getattr(owner, name)
@@ -1014,15 +971,9 @@ def test_a_hostile_metadata_is_refused_before_it_runs(two, tmp_path, kind):
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"\x80\x04",
-        pickle.dumps([1, 2]),
-        pickle.dumps(7),
-        pickle.dumps(None),
-        b"garbage",
-        pickle.dumps(dcp.metadata.Metadata(None)),
-        pickle.dumps({"a": 1}),
-        pickle.dumps(dcp.metadata.Metadata({"weight": 3})),
+        *(b"", b"\x80\x04", b"garbage"),
+        *map(pickle.dumps, ([1, 2], 7, None, {"a": 1})),
+        *(pickle.dumps(dcp.metadata.Metadata(tensors)) for tensors in (None, {"weight": 3})),
     ],
 )
 def test_a_metadata_that_is_none_is_an_input_error(two, content):
@@ -1061,9 +1012,8 @@ def test_the_planner_does_not_unpickle_either(two, tmp_path, monkeypatch):
     module = "torch.distributed.checkpoint.metadata"
     names = (*checkpoint._IN_METADATA[module], "BytesStorageMetadata")
     monkeypatch.setitem(checkpoint._IN_METADATA, module, names)
-    monkeypatch.setattr(
-        Checkpoints, "describe", lambda *_: {"extra": torch.zeros(3, device="meta")}
-    )
+    described = {"extra": torch.zeros(3, device="meta")}
+    monkeypatch.setattr(Checkpoints, "describe", lambda *_: described)
     refused(directory, {"extra": torch.zeros(3)})
     assert not mark.exists()
 

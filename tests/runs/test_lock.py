@@ -52,14 +52,9 @@ class Holder:
 
     def __init__(self, directory: Path, before: str = "", **options: Any):
         command = [sys.executable, "-c", HOLDER, str(directory), json.dumps(options), before]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=REPO,
-            env=os.environ | {"PYTHONPATH": str(REPO)},
-        )
+        piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        env = os.environ | {"PYTHONPATH": str(REPO)}
+        self.process = subprocess.Popen(command, cwd=REPO, env=env, **piped)
         self.pid = self.process.pid
 
     def answer(self) -> Any:
@@ -202,13 +197,9 @@ def test_directory_that_cannot_be_one(tmp_path):
     (tmp_path / "file").touch()
     for name in ("dangling", "run.lock"):
         (tmp_path / name).symlink_to(tmp_path / "nowhere")
-    for directory, words in (
-        (tmp_path / "file", "file"),
-        (tmp_path / "dangling", "dangling"),
-        (tmp_path, r"run\.lock"),
-    ):
+    for name, words in (("file", "file"), ("dangling", "dangling"), ("", r"run\.lock")):
         with pytest.raises(OSError, match=words):
-            RunLock(directory).acquire()
+            RunLock(tmp_path / name).acquire()
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), 1e9])
@@ -231,15 +222,13 @@ def test_live_holder_is_named(tmp_path, hold, monkeypatch):
     start = time.monotonic()
     message = refused(tmp_path)
     assert time.monotonic() - start < 1
-    assert message.startswith(
-        f"{tmp_path} is in use by pid {holder.pid} on {record['host']} since {record['since']} (-c "
-    )
+    held = f"pid {holder.pid} on {record['host']} since {record['since']}"
+    assert message.startswith(f"{tmp_path} is in use by {held} (-c ")
     assert message.endswith("...); wait for it, stop it, or choose another run.dir")
     with monkeypatch.context() as patch:
         patch.setattr(lock_module, "_process", lambda pid: None)
-        assert refused(tmp_path).endswith(
-            f"if that job is certainly dead, remove {tmp_path}/run.lock"
-        )
+        way_out = f"if that job is certainly dead, remove {tmp_path}/run.lock"
+        assert refused(tmp_path).endswith(way_out)
     assert files(tmp_path) == ["run.lock"]
     holder.process.send_signal(signal.SIGCONT)
     assert holder.ask("release") is False
@@ -259,11 +248,8 @@ def test_killed_holder_is_succeeded_at_once(tmp_path, hold, monkeypatch, is_hidd
     start = time.monotonic()
     with RunLock(tmp_path) as message:
         assert time.monotonic() - start < 1
-        assert (
-            message
-            == f"took over the lock of a job that died (pid {holder.pid} on {record['host']}, "
-            f"since {record['since']})"
-        )
+        dead = f"pid {holder.pid} on {record['host']}, since {record['since']}"
+        assert message == f"took over the lock of a job that died ({dead})"
         assert files(tmp_path) == ["run.lock"]
         assert content(tmp_path)["pid"] == os.getpid()
     assert files(tmp_path) == []
@@ -413,16 +399,10 @@ def test_lock_that_is_removed_or_replaced(tmp_path, dead_lock):
 @pytest.mark.parametrize(
     "damage",
     [
-        "",
-        "half",
-        "\0\u07ff",
-        "[]",
-        {"token": None},
-        {"token": "../../" + "a" * 26},
-        {"pid": "1"},
-        {"pid": -1},
-        {"heartbeat_seconds": 1e99},
-        {"heartbeat_seconds": float("nan")},
+        *("", "half", "\0\u07ff", "[]"),
+        *({"token": token} for token in (None, "../../" + "a" * 26)),
+        *({"pid": pid} for pid in ("1", -1)),
+        *({"heartbeat_seconds": seconds} for seconds in (1e99, float("nan"))),
     ],
     ids=str,
 )
@@ -478,10 +458,9 @@ def race(
     """Per directory, what this newcomer gets: ("won", message, whether the file is its own) or
     ("refused", message)."""
     outcomes: list[tuple[Any, ...]] = []
+    own = {"host": f"node{number}"} if "host" in options else {}
     for directory in directories:
-        lock = RunLock(
-            directory, **options | ({"host": f"node{number}"} if "host" in options else {})
-        )
+        lock = RunLock(directory, **options | own)
         barrier.wait(30)
         try:
             message = lock.acquire()
@@ -499,10 +478,9 @@ def race_results(
 ) -> list[list[tuple[Any, ...]]]:
     """By directory, the outcomes of all newcomers."""
     results, barrier = _context.Queue(), _context.Barrier(newcomers)
+    told = (directories, options, barrier, results)
     processes = [
-        _context.Process(
-            target=race, args=(number, directories, options, barrier, results), daemon=True
-        )
+        _context.Process(target=race, args=(number, *told), daemon=True)
         for number in range(newcomers)
     ]
     for process in processes:
