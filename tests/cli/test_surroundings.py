@@ -95,22 +95,15 @@ def test_the_work_is_done_without_standard_streams(tmp_path, streams):
 
 
 def test_a_full_disk_below_standard_output_is_said():
+    command = [sys.executable, "-m", "tdds_dist", "--help"]
     with open("/dev/full", "w") as full:
-        left = subprocess.run(
-            [sys.executable, "-m", "tdds_dist", "--help"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-        )
-    assert left.returncode == 2
-    assert left.stderr == (
-        "tdds: error: cannot write to stdout (No space left on device); free space there, or send"
-        " it elsewhere\n"
-    )
+        left = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    cause = "cannot write to stdout (No space left on device)"
+    said = f"tdds: error: {cause}; free space there, or send it elsewhere\n"
+    assert (left.returncode, left.stderr) == (2, said)
 
 
-def test_a_program_without_standard_streams_can_use_the_package():
+def test_a_program_without_standard_streams_can_use_the_package(tmp_path):
     code = (
         "import sys\n"
         "from tdds_dist.__main__ import main\n"
@@ -119,14 +112,7 @@ def test_a_program_without_standard_streams_can_use_the_package():
         "sys.stdout = sys.__stdout__\n"
         "print(*codes)\n"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": os.getcwd()}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+    command, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": os.getcwd()}
+    options = {"capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, cwd=tmp_path, env=env, **options)
     assert (done.stdout, done.stderr) == ("2 0\n", "")
