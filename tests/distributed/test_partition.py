@@ -22,6 +22,7 @@ from tdds_dist.distributed.partition import (
 )
 from tdds_dist.errors import InputError
 from tdds_dist.training.schedule import per_rank_batch
+from tests.make import refused
 
 WORLD_SIZES = range(1, 9)
 PER_RANK_BATCHES = (1, 2, 3, 7)
@@ -282,9 +283,8 @@ def test_a_billion_samples_need_no_memory_and_no_time():
 
 @pytest.mark.parametrize(("num_samples", "global_batch_size"), [(0, 4), (-1, 4), (4, 0)])
 def test_nothing_to_order(num_samples, global_batch_size):
-    with pytest.raises(
-        ValueError, match=f"num_samples={num_samples} and global_batch_size={global_batch_size}"
-    ):
+    said = f"num_samples={num_samples} and global_batch_size={global_batch_size}"
+    with pytest.raises(ValueError, match=said):
         epoch_order(num_samples, global_batch_size)
 
 
@@ -296,23 +296,16 @@ def test_shards_tile_the_dataset(world_size):
     for N in [*sizes(world_size), 1000]:
         bounds = [shard_bounds(N, world_size, rank) for rank in range(world_size)]
         assert [0, *(end for _, end in bounds)] == [*(first for first, _ in bounds), N]
-        assert all(0 <= end - first <= rows_per_shard(N, world_size) for first, end in bounds)
-        assert all(
-            owner_of(index, N, world_size) == index // rows_per_shard(N, world_size)
-            for index in range(N)
-        )
+        rows = rows_per_shard(N, world_size)
+        assert all(0 <= end - first <= rows for first, end in bounds)
+        assert all(owner_of(index, N, world_size) == index // rows for index in range(N))
 
 
 @pytest.mark.parametrize("W", WORLD_SIZES)
 def test_classes_are_dealt_evenly(W):
     generator = np.random.default_rng(W)
-    for size_C in (
-        [1],
-        [100, 1, 1, 1],
-        [7] * 10,
-        [0, 5, 0, 3, 9],
-        *(generator.geometric(0.02, 12) for _ in range(20)),
-    ):
+    drawn = (generator.geometric(0.02, 12) for _ in range(20))
+    for size_C in ([1], [100, 1, 1, 1], [7] * 10, [0, 5, 0, 3, 9], *drawn):
         label_N = generator.permutation(np.repeat(np.arange(len(size_C)), size_C))
         owner_C = class_owners(label_N, W)
         assert (owner_C.shape, owner_C.dtype) == ((len(size_C),), np.int64)
@@ -320,9 +313,8 @@ def test_classes_are_dealt_evenly(W):
         assert len(load_W) == W
         assert load_W.sum() == len(label_N)
         assert max(load_W) - min(load_W) <= max(size_C), "within the largest class"
-        np.testing.assert_array_equal(
-            class_owners(label_N[::-1], W), owner_C, "every rank computes the same"
-        )
+        # every rank computes the same
+        np.testing.assert_array_equal(class_owners(label_N[::-1], W), owner_C)
 
 
 # ---- what is sent where
@@ -335,13 +327,9 @@ def counted_by_hand(order: EpochOrder, W: int, N: int, owner_N: np.ndarray | Non
     for source in range(W):
         for step, index_B in enumerate(order.of_rank(source, W)[1]):
             for index in index_B.tolist():
-                owner = (
-                    source
-                    if index == PADDING
-                    else owner_of(index, N, W)
-                    if owner_N is None
-                    else owner_N[index]
-                )
+                owner = source
+                if index != PADDING:
+                    owner = owner_of(index, N, W) if owner_N is None else owner_N[index]
                 sent_SWW[step, source, owner] += 1
     return sent_SWW
 
@@ -379,9 +367,8 @@ def test_split_sizes_of_groups_are_sums_over_their_steps(group, monkeypatch):
     while step < order.num_steps:
         end = min(step + (1 if step == 4 else group), order.num_steps)
         found = sizes_of.take(step, end, end + group)
-        assert found == tuple(
-            count_SW[step:end].sum(axis=0).tolist() for count_SW in (sends_SW, receives_SW)
-        )
+        sums = [counts[step:end].sum(axis=0).tolist() for counts in (sends_SW, receives_SW)]
+        assert [*found] == sums
         step = end
 
 
@@ -410,23 +397,18 @@ def test_uneven_batch_names_the_nearest_even_ones(world_size, accumulation):
         assert f"world_size={world_size}" in message
         assert ("accumulation" in message) == (accumulation > 1)
         batches, _, ranks = message.split("; use ")[1].partition(", or start ")
-        numbers = [
-            [int(number) for number in re.findall(r"\d+", part)] for part in (batches, ranks)
-        ]
         below = batch - batch % parts
-        assert numbers[0] == [number for number in (below, below + parts) if number]
-        assert numbers[1] == [
-            size for size in range(1, 2 * world_size + 1) if batch % (size * accumulation) == 0
-        ]
+        fitting = [number for number in (below, below + parts) if number]
+        assert [int(number) for number in re.findall(r"\d+", batches)] == fitting
+        sizes = range(1, 2 * world_size + 1)
+        fitting = [size for size in sizes if batch % (size * accumulation) == 0]
+        assert [int(number) for number in re.findall(r"\d+", ranks)] == fitting
 
 
 def test_a_scaled_batch_names_values_of_the_key_itself():
     """At p = 0.9 a quarter of the batch must still be dealt out evenly."""
     assert per_rank_batch(128, 8, factor=0.25) == 4
-    with pytest.raises(
-        InputError,
-        match=r"batch_size=40 x 0\.25 \(retrain\.batch_size_rule\) .* world_size=8; use 32 or 64, "
-        r"or start 1 or 2 or 5 or 10 ranks \(a run that goes on keeps its batch\)$",
-    ):
-        per_rank_batch(40, 8, factor=0.25)
+    rule = r"batch_size=40 x 0\.25 \(retrain\.batch_size_rule\) .* world_size=8"
+    ranks = r"or start 1 or 2 or 5 or 10 ranks \(a run that goes on keeps its batch\)$"
+    refused(f"{rule}; use 32 or 64, {ranks}", per_rank_batch, 40, 8, factor=0.25)
     assert per_rank_batch(32, 8, factor=0.25) == 1

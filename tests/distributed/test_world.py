@@ -18,15 +18,14 @@ from tdds_dist.errors import InputError, LostRankError
 from tests import ranks
 from tests.jobs import free_port
 
+TIMED_OUT = pytest.raises(LostRankError, match="Timed out")
+
 
 @pytest.mark.parametrize(
     ("said", "outcome"),
     [
         ("[pair.cc:547] Connection closed by peer [127.0.0.1]:62114", nullcontext()),
-        (
-            "[unbound_buffer.cc:81] Timed out waiting 60000ms",
-            pytest.raises(LostRankError, match="Timed out"),
-        ),
+        ("[unbound_buffer.cc:81] Timed out waiting 60000ms", TIMED_OUT),
     ],
 )
 def test_ranks_that_leave_first_are_no_failure_of_the_last(monkeypatch, said, outcome):
@@ -151,36 +150,27 @@ def test_cpus_are_divided_only_among_ranks_that_share_them(is_bound):
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
+    cpus_W = [cpus[rank::2] if is_bound else cpus for rank in range(2)]
     results, port = ranks.forkserver.Queue(), free_port()
+    told = [(rank, own, port, results) for rank, own in enumerate(cpus_W)]
     processes = [
-        ranks.forkserver.Process(
-            target=_count_cpus,
-            args=(rank, cpus[rank::2] if is_bound else cpus, port, results),
-            daemon=True,
-        )
-        for rank in range(2)
+        ranks.forkserver.Process(target=_count_cpus, args=each, daemon=True) for each in told
     ]
     for process in processes:
         process.start()
     found = dict(results.get(timeout=60) for _ in processes)
     for process in processes:
         process.join(10)
-    expected = [(1, len(cpus[rank::2])) if is_bound else (2, len(cpus) // 2) for rank in range(2)]
+    expected = [(1, len(own)) if is_bound else (2, len(own) // 2) for own in cpus_W]
     assert [found[rank] for rank in range(2)] == expected
 
 
 def _count_cpus(rank, cpus, port, results):
     os.sched_setaffinity(0, cpus)
     os.environ.pop("TDDS_CPUS_PER_RANK", None)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     with session("cpu", 30.0) as found:
         results.put((rank, (found.ranks_per_cpu, default_workers(found.ranks_per_cpu))))
 

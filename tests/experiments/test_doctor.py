@@ -78,30 +78,25 @@ echo planted >&2; exit 1
     return path
 
 
+def place(rank, world_size, port):
+    """Variables by which a rank finds the others."""
+    where = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    return {name: str(value) for name, value in (where | {"MASTER_PORT": port}).items()}
+
+
 def doctor(num_ranks, *words, of_rank=None, **variables):
     """Exit codes of `tdds doctor --json` by rank, and what rank 0 found, by check; `of_rank`:
     variables of one rank."""
     processes, port = [], free_port()
+    command = [sys.executable, "-m", "tdds_dist", "doctor", *map(str, words), "--json"]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for rank in range(num_ranks):
-        where = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": num_ranks,
-            "LOCAL_WORLD_SIZE": num_ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        told = {"GLOO_SOCKET_IFNAME": "lo"} | (where if num_ranks > 1 else {}) | variables
-        told |= (of_rank or {}).get(rank, {})
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tdds_dist", "doctor", *map(str, words), "--json"],
-                env=os.environ | {name: str(value) for name, value in told.items()},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        told = {"GLOO_SOCKET_IFNAME": "lo"} | variables | (of_rank or {}).get(rank, {})
+        if num_ranks > 1:
+            told |= place(rank, num_ranks, port)
+            told |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}
+        env = os.environ | {name: str(value) for name, value in told.items()}
+        processes.append(subprocess.Popen(command, env=env, **piped))
     said = [process.communicate(timeout=240) for process in processes]
     codes = [process.returncode for process in processes]
     assert "Traceback" not in "".join(err for _, err in said)
@@ -122,9 +117,8 @@ def test_one_rank_that_is_well(config_file, tmp_path):
     codes, checks = doctor(1, config_file)
     assert codes == [0]
     assert states(checks, "FAIL") == [], checks
-    assert {"process group", "collectives", "kernel", "run directory", "data.train", "room"} <= set(
-        states(checks, "OK")
-    )
+    well = {"process group", "collectives", "kernel", "run directory", "data.train", "room"}
+    assert well <= set(states(checks, "OK"))
     for name in ("training", "decoding"):
         assert checks[name]["number"] > 0
     assert not (tmp_path / "run").exists(), "it leaves nothing"
@@ -147,14 +141,9 @@ def test_a_clock_that_is_ahead_on_one_rank(clock_ahead):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_an_interface_a_file_system_and_a_compiler(config_file, read_only, broken_ptxas):
-    codes, checks = doctor(
-        2,
-        config_file,
-        f"run.dir={read_only / 'run'}",
-        GLOO_SOCKET_IFNAME="no_such0",
-        TRITON_PTXAS_PATH=broken_ptxas,
-        CC=shutil.which("false"),
-    )
+    faults = {"TRITON_PTXAS_PATH": broken_ptxas, "CC": shutil.which("false")}
+    faults |= {"GLOO_SOCKET_IFNAME": "no_such0"}
+    codes, checks = doctor(2, config_file, f"run.dir={read_only / 'run'}", **faults)
     assert codes == [2, 2]
     assert states(checks, "FAIL") == ["interface", "process group", "run directory"]
     assert "no_such0" in checks["interface"]["found"]
@@ -187,14 +176,14 @@ def fine(visit):
     return [Finding("fine", "OK", "all")]
 
 
+def in_short(found):
+    return [f"{finding.what} {finding.state}" for finding in found]
+
+
 def test_a_check_that_raises_or_hangs_is_a_finding_and_the_next_one_runs():
     checks = [Check("raises", fails), Check("hangs", hangs, 0.2), Check("fine", fine)]
     found = examine(alone(), checks)
-    assert [(finding.what, finding.state) for finding in found] == [
-        ("raises", "FAIL"),
-        ("hangs", "FAIL"),
-        ("fine", "OK"),
-    ]
+    assert in_short(found) == ["raises FAIL", "hangs FAIL", "fine OK"]
     assert found[0].found == "OSError: [Errno 5] Input/output error"
     assert "no end after 0 s" in found[1].found
 
@@ -268,15 +257,6 @@ def test_the_speed_is_that_of_the_eager_network_with_its_precision(config_file, 
 # ---- ranks that are late, or do not come
 
 
-def place(rank, world_size, port):
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 def silent_rank(rank, port):
     """Rank 1 does not come to the check; what rank 0 finds."""
     os.environ |= place(rank, 2, port)
@@ -305,10 +285,7 @@ def lost_store(rank, port):
 @pytest.mark.parametrize(("function", "rank"), [(silent_rank, 0), (lost_store, 1)])
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_told(function, rank):
     found = run_ranks(2, function, free_port())[rank]
-    assert [(finding.what, finding.state) for finding in found] == [
-        ("together", "SKIP"),
-        ("fine", "OK"),
-    ]
+    assert in_short(found) == ["together SKIP", "fine OK"]
     assert found[0].found == f"not tried: rank {1 - rank} did not come"
 
 
@@ -361,12 +338,9 @@ def test_ranks_that_never_come_are_named_by_rank_0(monkeypatch):
 def test_the_table_has_a_line_per_check_and_names_the_ranks_that_differ():
     def of_rank(rank):
         speed = Finding("links", "OK", f"{9 - rank} GB/s", number=9.0 - rank)
+        good = Finding("CPUs", "OK", "2 for 2 ranks")
         bad = Finding("CPUs", "WARN", "1 for 2 ranks", "2", "give more")
-        return [
-            Finding("versions", "OK", "torch 2"),
-            speed,
-            bad if rank == 1 else Finding("CPUs", "OK", "2 for 2 ranks"),
-        ]
+        return [Finding("versions", "OK", "torch 2"), speed, bad if rank == 1 else good]
 
     rows = merge({0: of_rank(0), 1: of_rank(1)}, 3)
     lines = [line.split("  ") for line in as_table(rows, ["a", "b", "c"]).splitlines()]

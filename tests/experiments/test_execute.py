@@ -44,6 +44,7 @@ from tests.make import csv_rows, select, table
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "experiments").glob("*.yaml"))
+assert SHIPPED
 SEEDS, RATES = (0, 1), (0.5, 0.8)
 
 SMALL = "{name: small, config: base.yaml, methods: [tdds, random], pruning_rates: [0.5]}"
@@ -138,10 +139,6 @@ def test_the_command_line_overrides_and_refuses(plan_file, capsys):
 
 
 # ---- shipped experiments
-
-
-def test_there_are_experiments():
-    assert SHIPPED
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -443,9 +440,8 @@ def test_collections_of_another_experiment_are_taken_over(finished, betons, tmp_
 def test_collections_of_other_settings_are_refused(finished, betons, tmp_path, no_workers):
     path = write_plan(tmp_path, betons, "other", collections=str(finished[1]))
     message = expect_refusal(path, "train.lr=0.06")
-    assert message.startswith(
-        f"collections={finished[1]}: {finished[1]}/seed0 holds a run of other"
-    )
+    other = f"{finished[1]}/seed0 holds a run of other"
+    assert message.startswith(f"collections={finished[1]}: {other}")
     changed = "(train.lr was 0.05, now 0.06)"
     assert message.endswith(f"{changed}; keep those settings, or leave collections out")
     assert not (tmp_path / "other/seed0").exists()

@@ -591,6 +591,7 @@ def test_without_a_speed_it_says_how_to_give_one(tiny):
 ALEXNET = "model.name=alexnet data.image_size=16"
 INCEPTION = "model.name=inception_v3 data.image_size=299"
 BATCH, PER_STEP = "train.global_batch_size", "per rank and step"
+ALONE, NOTHING = "1 images of 32x32", "means nothing with"
 BAD_INPUT = [
     (ALEXNET, {}, f"alexnet cannot train on 24 images of 16x16 {PER_STEP}"),
     (f"{INCEPTION} train.global_batch_size=2", {"num_samples": 10}, "several outputs"),
@@ -604,16 +605,8 @@ BAD_INPUT = [
     ("", {"num_ranks": 5}, f"{BATCH}=24 is not divisible by world_size=5; use 20 or 25"),
     # that of p = 0.8 is 12
     ("", {"num_ranks": 8}, r"x 0.5 \(retrain.batch_size_rule\) is not divisible by world_size=8"),
-    (
-        "",
-        {"num_ranks": 12},
-        rf"cannot train on 1 images of 32x32 {PER_STEP} \(Expected more than 1 value",
-    ),
-    (
-        "run.device=cpu",
-        {"gpu_memory_bytes": 8e9},
-        r"--gpu-memory=\d+ means nothing with run.device=cpu",
-    ),
+    ("", {"num_ranks": 12}, rf"cannot train on {ALONE} {PER_STEP} \(Expected more than 1 value"),
+    ("run.device=cpu", {"gpu_memory_bytes": 8e9}, rf"--gpu-memory=\d+ {NOTHING} run.device=cpu"),
     ("run.device=cpu", {"disk_bytes": 1e4}, r"of disk, more than 10 kB \(--disk\)"),
     ("", {"measured_in": Path("nowhere")}, "nowhere does not exist"),
 ]

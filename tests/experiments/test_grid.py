@@ -118,11 +118,10 @@ def test_scores_rates_strategies_and_seeds_multiply(run):
     stages = plan(run, *(f"pipeline.{word}" for word in words))
     names = [step.title for step in stages["retrain"].steps]
     assert len(names) == len(set(names)) == 24
+    importance = {"tdds": "batch", "random": "none", "ccs": "none"}
     assert set(names) == {
-        f"{score}_p{rate}_{strategy}_{'batch' if score == 'tdds' else 'none'}_seed{seed}"
-        for score, rate, strategy, seed in product(
-            ("tdds", "random", "ccs"), (0.5, 0.8), "EP", (0, 7)
-        )
+        f"{score}_p{rate}_{strategy}_{importance[score]}_seed{seed}"
+        for score, rate, strategy, seed in product(importance, (0.5, 0.8), "EP", (0, 7))
     }
     assert stages["select"].steps[0].title == "6 coresets"
     commands = [command for step in stages["retrain"].steps for command in step.commands]
@@ -149,19 +148,17 @@ def test_scores_that_look_at_classes_need_a_collection_that_recorded_them(run):
     refused("cld correlates .*, and 2 in 4 epochs are too few; lower", plan, run, *short)
     finish(plan(run)["collect"].steps[0])
     RunDir(run).val_classes_file.unlink()
+    missing = "which the collection in .*run has not recorded; leave it out"
     for name in ("cld", "drop"):
-        what = (
-            f"pipeline.scores: {name} looks at validation by class, which the collection in .*run"
-        )
-        refused(f"{what} has not recorded; leave it out", plan, run, f"pipeline.scores=[{name}]")
+        what = f"pipeline.scores: {name} looks at validation by class, {missing}"
+        refused(what, plan, run, f"pipeline.scores=[{name}]")
 
 
 def test_every_score_is_computed_once_and_only_where_it_is_not_there(run):
     """tdds comes with the collection, random from a seed, entropy and moderate with the final
     pass."""
-    stages = plan(
-        run, f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]", "pipeline.pruning_rates=[0.5, 0.8]"
-    )
+    rates = "pipeline.pruning_rates=[0.5, 0.8]"
+    stages = plan(run, f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]", rates)
     (select,) = stages["select"].steps
     scores = [command for command in select.commands if command[0] == "score"]
     assert [command[3] for command in scores] == [*BASELINES]
@@ -309,9 +306,8 @@ def test_what_is_done_is_skipped(run, has_result, has_coresets, retrained, repor
     assert ("collect" in left) == (not has_result)
     # with every retraining done nobody needs the coresets; while the collection is to run, they are
     # of something else
-    assert ("select" in left) == (
-        not has_result or not (has_coresets == "all" or retrained == "all")
-    )
+    is_chosen = has_result and "all" in (has_coresets, retrained)
+    assert ("select" in left) == (not is_chosen)
     assert left.get("retrain", 0) == 3 - len(RETRAININGS[retrained])
     everything = has_result and retrained == "all"
     assert ("report" in left) == (not (everything and report == "new"))

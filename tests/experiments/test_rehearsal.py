@@ -31,14 +31,9 @@ SIGMAS = 5  # owners are drawn: the order has a fixed seed, and should not have 
 
 
 def overrides(world_size):
-    return [
-        "run.device=cuda",
-        "model.name=resnet18",
-        "data.image_size=32",
-        f"data.num_classes={C}",
-        f"train.global_batch_size={B * world_size}",
-        "score.windows=[{T: 30, K: 10}]",  # those of the model on paper
-    ]
+    words = f"run.device=cuda model.name=resnet18 data.image_size=32 data.num_classes={C}"
+    batch, windows = f"train.global_batch_size={B * world_size}", "score.windows=[{T: 30, K: 10}]"
+    return [*words.split(), batch, windows]  # windows: those of the model on paper
 
 
 def case_of(world_size, num_samples):
@@ -190,12 +185,9 @@ def test_three_ranks_write_all_of_a_checkpoint():
     network, config = case.network, case.config
     own = network.buffers + memory._RANDOM_STATE_BYTES + 3 * 8  # sums of the metrics
     small = 2 * 8 + 4 * 8  # where the scorer is, and its one window
-    assert sum(numbers["checkpoint_bytes"] for numbers in found.by_rank.values()) == (
-        memory._replicated_bytes(config, network)
-        + num_samples * row_bytes(C, 4, Window(30, 10))
-        + 3 * own
-        + small
-    )
+    rows = num_samples * row_bytes(C, 4, Window(30, 10))
+    written = sum(numbers["checkpoint_bytes"] for numbers in found.by_rank.values())
+    assert written == memory._replicated_bytes(config, network) + rows + 3 * own + small
 
 
 def test_state_that_does_not_fit_names_ranks_with_which_it_does(monkeypatch):
@@ -245,12 +237,8 @@ def test_the_command(capsys):
 def test_an_order_of_blocks_is_that_of_the_file(config_file, monkeypatch):
     """Other ranks visit the samples, so each sends other rows."""
     monkeypatch.setattr("tdds_dist.data.loader.BLOCK_BYTES", 1)  # an image is a block
-    random, blocks = (
-        rehearse(load_config(config_file, [f"data.order={order}"]), 4)
-        for order in ("random", "blocks")
-    )
-    sent = [
-        [numbers["sent_bytes_per_pass"] for numbers in each.by_rank.values()]
-        for each in (random, blocks)
-    ]
-    assert sent[0] != sent[1]
+    sent = {}
+    for order in ("random", "blocks"):
+        found = rehearse(load_config(config_file, [f"data.order={order}"]), 4)
+        sent[order] = [numbers["sent_bytes_per_pass"] for numbers in found.by_rank.values()]
+    assert sent["random"] != sent["blocks"]

@@ -328,19 +328,13 @@ def test_noise_that_coresets_keep_is_a_table_of_its_own(tmp_path):
     plan = make_plan(tmp_path, variants=(vgg16,))
     outcomes = outcomes_of(plan, {})
     assert "Wrong labels" not in write_tables(plan, outcomes, collections_of(plan, [None] * 3))
-    shares = {
-        ("tdds", 0.3): [0.5, 0.6, 0.7],
-        ("tdds", 0.5): [0.25, 0.25, 0.25],
-        ("random", 0.3): [0.7, None, None],
-        ("random", 0.5): [None] * 3,
-    }
-    shares_of = [
-        shares[outcome.cell.method.name, outcome.cell.pruning_rate] for outcome in outcomes
-    ]
-    outcomes = [
-        replace(outcome, wrong_labels_kept=by_seed[outcome.cell.seed])
-        for outcome, by_seed in zip(outcomes, shares_of, strict=True)
-    ]
+    shares = {("tdds", 0.3): [0.5, 0.6, 0.7], ("tdds", 0.5): [0.25] * 3}
+    shares |= {("random", 0.3): [0.7, None, None], ("random", 0.5): [None] * 3}
+
+    def share(cell):
+        return shares[cell.method.name, cell.pruning_rate][cell.seed]
+
+    outcomes = [replace(each, wrong_labels_kept=share(each.cell)) for each in outcomes]
     other = [
         replace(outcome, cell=replace(outcome.cell, variant=vgg16), wrong_labels_kept=0.99)
         for outcome in outcomes
