@@ -77,7 +77,7 @@ def compare(
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Why times of the two cannot be compared."""
+    """Return why times of the two cannot be compared."""
     was, now = old["provenance"], new["provenance"]
     remarks = [
         f"{key} was {was.get(key)}, is {now.get(key)}"
@@ -100,7 +100,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _verdict(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> str:
-    """Whether a figure moved by more than the tolerance, and beyond the range of its
+    """Say whether a figure moved by more than the tolerance, and beyond the range of its
     repetitions."""
     if new["unit"] != old["unit"] or new["better"] != old["better"]:
         return "not judged"

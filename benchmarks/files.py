@@ -21,6 +21,7 @@ import torch
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import write_atomically
 from tdds_dist.runs.directory import environment
+from tdds_dist.text import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -90,24 +91,7 @@ def default_name(result: dict[str, Any]) -> str:
     return hardware or "gpu" if "gpu" in where else f"{hardware or 'cpu'}_{where['threads']}threads"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table (first row: titles), padded so that it reads well on a terminal; the first
-    column is left-bound."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join(
-        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":"
-        for column, width in enumerate(widths)
-    )
-    return "\n".join([lines[0], rule + "|", *lines[1:]])
+table = markdown_table
 
 
 def save(folder: Path, name: str, result: dict[str, Any], text: str) -> None:

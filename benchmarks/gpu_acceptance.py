@@ -133,7 +133,7 @@ class Running:
     limit: float
 
     def is_over(self) -> bool:
-        """Whether it has ended; a part beyond its limit is killed, with all that it started."""
+        """Say whether it has ended; a part beyond its limit is killed, with all that it started."""
         if self.process.poll() is not None:
             return True
         if time.monotonic() < self.started + self.limit:
@@ -148,7 +148,7 @@ class Running:
         self.process.wait()
 
     def line(self) -> dict[str, Any]:
-        """What it has found, and how it ended."""
+        """Return what it has found, and how it ended."""
         seconds = time.monotonic() - self.started
         found = json.loads(self._text(self.found)) if self.found.exists() else {"rows": []}
         code, error = self.process.returncode, ""

@@ -38,7 +38,7 @@ LEAVE_SECONDS = 60.0  # until a run that was asked to leave has done so
 
 
 def doctor(sizes: Sizes, work: Path, found: Findings) -> None:
-    """What `tdds doctor` says of this machine."""
+    """Return what `tdds doctor` says of this machine."""
     command = [sys.executable, "-m", "tdds_dist", "doctor", "--json"]
     # its kernel is compiled, or run, never interpreted
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -98,7 +98,7 @@ class Started:
     run: Path
 
     def text(self) -> str:
-        """What it has said so far."""
+        """Return what it has said so far."""
         return self.output.read_text(errors="replace")
 
     def code(self, seconds: float) -> int | str:

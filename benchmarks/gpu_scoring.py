@@ -171,7 +171,7 @@ def _repeated(sizes: Sizes, module: ModuleType, num_classes: int, dtype: torch.d
 
 
 def _load(sizes: Sizes) -> Callable[[], None]:
-    """What puts a matrix product and a copy on another stream of the GPU."""
+    """Return what puts a matrix product and a copy on another stream of the GPU."""
     if not sizes.on_gpu:
         return lambda: None
     stream, side = torch.cuda.Stream(), SECOND_STREAM_SIDE

@@ -151,7 +151,8 @@ def _score(side: str, folder: Path, size: Size) -> np.ndarray:
 
 
 def _delivered_bytes() -> int:
-    """What storage has delivered for this process so far; 0 where the system does not say."""
+    """Return what storage has delivered for this process so far; 0 where the system does not
+    say."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:

@@ -28,7 +28,7 @@ from tdds_dist.distributed.world import World
 from tdds_dist.runs.directory import RunDir
 from tdds_dist.training.engine import Trainer
 from tdds_dist.training.feed import Feed, Pass
-from tdds_dist.training.job import Job
+from tdds_dist.training.training import Training
 
 VARIANTS = {
     "off": "our loop, scoring off",
@@ -133,10 +133,12 @@ class Tap(Feed):
     """Feeds the loop: counts what goes there and how long that waits, or serves it one resident
     batch of images instead."""
 
-    def __init__(self, job: Job):
-        super().__init__(job)
-        self.world = job.world
-        self._label_N = torch.from_numpy(job.train_file.label_N).to(job.world.device, torch.int64)
+    def __init__(self, training: Training):
+        super().__init__(training)
+        self.world = training.world
+        self._label_N = torch.from_numpy(training.train_file.label_N).to(
+            training.world.device, torch.int64
+        )
         self._image = torch.zeros(0)
         self.is_resident = False
         self.num_images, self.wait_seconds = 0, 0.0
@@ -223,11 +225,11 @@ class Bench:
         beton, small = folder / "images.beton", folder / "val.beton"
         config = setting.config(beton, small, run)
         train_file, val_file = inspect_beton(beton), inspect_beton(small)
-        job = Job(
+        training = Training(
             config, world, RunDir(run), train_file, val_file, EPOCHS, config.train.global_batch_size
         )
-        self.tap = Tap(job)
-        self.trainer = Trainer(job, self.tap)
+        self.tap = Tap(training)
+        self.trainer = Trainer(training, self.tap)
         self.threads = torch.get_num_threads()
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -246,7 +248,7 @@ class Bench:
         } | self._bare_loops(folder)
 
     def recipe(self) -> bare_loops.Recipe:
-        """What loops without our code are given."""
+        """Return what loops without our code are given."""
         setting, world = self.setting, self.world
         return bare_loops.Recipe(
             setting.network,
@@ -279,7 +281,7 @@ class Bench:
         """One epoch of our loop, as `Trainer.run` goes through it; returns the images of this
         rank."""
         trainer = self.trainer
-        trainer.job = replace(trainer.job, observer=scorer)
+        trainer.training = replace(trainer.training, observer=scorer)
         self.tap.is_resident = variant in self.resident
         trainer.train_epoch()
         if scorer is not None:

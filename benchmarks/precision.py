@@ -58,7 +58,7 @@ from tdds_dist.scoring.tdds import score_trajectory
 from tdds_dist.scoring.trajectory import Trajectory
 from tdds_dist.training.build import open_files
 from tdds_dist.training.engine import fit
-from tdds_dist.training.job import Job
+from tdds_dist.training.training import Training
 
 PARTS = ("digits", "imagenet", "wide")
 REFERENCE = "float32"
@@ -121,7 +121,8 @@ class SideBySide:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
     def read(self) -> dict[str, Scalars]:
-        """What each way of storing led to; of the reference also what describes the stream."""
+        """Return what each way of storing led to; of the reference also what describes the
+        stream."""
         found: dict[str, Scalars] = {}
         for name, folder in self.folders.items():
             trajectory = Trajectory(folder)
@@ -158,7 +159,7 @@ def train_on_digits(
         epochs, num_classes = config.train.epochs, config.data.num_classes
         watching = SideBySide(stored, train_file.num_samples, num_classes, epochs, folder)
         fit(
-            Job(
+            Training(
                 config,
                 world,
                 run,
@@ -305,7 +306,7 @@ def compare_storage(found: dict[str, Scalars], num_classes: int) -> list[dict[st
 
 
 def describe(found: dict[str, Scalars], num_classes: int) -> dict[str, Any]:
-    """What the stream looks like, epoch by epoch, over all samples."""
+    """Return what the stream looks like, epoch by epoch, over all samples."""
     reference = found[REFERENCE]
     num_epochs, num_samples = reference["entropy"].shape
     return {
@@ -458,7 +459,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def metrics_of(parts: dict[str, Any]) -> dict[str, Any]:
-    """What `benchmarks.compare` reads; none depends on the machine but by rounding."""
+    """Return what `benchmarks.compare` reads; none depends on the machine but by rounding."""
     found: dict[str, Any] = {}
     for part, content in parts.items():
         sizes = f"{part} N={content['stream']['num_samples']} C={content['stream']['num_classes']}"
@@ -566,7 +567,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _meaning(rows: list[dict[str, Any]]) -> list[str]:
-    """What the table says, in words."""
+    """Return what the table says, in words."""
     said = []
     for name in dict.fromkeys(row["stored"] for row in rows):
         both = [row for row in rows if row["stored"] == name]

@@ -13,9 +13,9 @@ from typing import Any
 def run_on_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, threads: int = 1
 ) -> list[Any]:
-    """What `function(*arguments)` returns on each rank, by rank. The function joins the process
-    group itself (`distributed.world.session`). Also with one rank it runs in a process of its own,
-    so that memory peaks are its own.
+    """Return what `function(*arguments)` returns on each rank, by rank. The function joins the
+    process group itself (`distributed.world.session`). Also with one rank it runs in a process of
+    its own, so that memory peaks are its own.
 
     `function` must be importable, arguments and results must pickle. RuntimeError when a rank fails
     or dies.

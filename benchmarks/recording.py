@@ -135,8 +135,8 @@ class Setting:
         return (self.num_samples + 1) * per_step + self.num_samples * (4 * (K - 1) + 4 + 4)
 
     def moved_bytes(self) -> int:
-        """What the update of one sample reads and writes at least: header, logits, both rows,
-        scalars, label, two counters."""
+        """Return what the update of one sample reads and writes at least: header, logits, both
+        rows, scalars, label, two counters."""
         rows = 2 * self.stored.row_bytes(self.num_classes)
         return (
             HEADER_BYTES

@@ -318,7 +318,7 @@ def open_page(page: Path, repetitions: int) -> list[dict[str, float]]:
 
 
 def count_images(page: Path) -> dict[str, int]:
-    """How many images the page holds, and the bytes of their thumbnails."""
+    """Return how many images the page holds, and the bytes of their thumbnails."""
     text = page.read_text()
     store = json.loads(text.split('class="image-store">', 1)[1].split("</script>", 1)[0])
     return {

@@ -82,7 +82,7 @@ class Setting:
 
 
 def payload_bytes(rows: int, num_classes: int, logit_bytes: int) -> int:
-    """What a rank hands to a step's all-to-all: index, label and logits of its rows, its own
+    """Return what a rank hands to a step's all-to-all: index, label and logits of its rows, its own
     shard's among them."""
     return rows * (num_classes * logit_bytes + HEADER_BYTES)
 

@@ -337,8 +337,8 @@ def available_bytes() -> int:
 
 
 def metrics_of(parts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What `benchmarks.compare` reads. Sizes and shares within a run hold on other machines as
-    well."""
+    """Return what `benchmarks.compare` reads. Sizes and shares within a run hold on other machines
+    as well."""
     found: dict[str, Any] = {}
     for part in ("imagenet", "wide"):
         for row in parts.get(part, []):

@@ -117,8 +117,8 @@ def _write_jpeg(spec: str, tree: Path, index: int) -> None:
 
 
 def planned_bytes(setting: Setting) -> float:
-    """What `tdds plan` says a rank takes, without what does not happen or is not counted here
-    (NOT_HERE)."""
+    """Return what `tdds plan` says a rank takes, without what does not happen or is not counted
+    here (NOT_HERE)."""
     nowhere = Path()
     images = needs.Images(setting.num_images, "written for this", setting.side**2)
     case = needs.Case(setting.config(nowhere, nowhere, nowhere), images, setting.num_ranks)
@@ -283,7 +283,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 def _how(result: dict[str, Any], on_gpu: bool) -> list[str]:
-    """What the figures mean."""
+    """Return what the figures mean."""
     what = "torch.cuda.max_memory_allocated" if on_gpu else "resident memory of the process"
     less = (
         "its margin and CUDA's own memory"
@@ -417,7 +417,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
-    """What is to be measured; InputError for what cannot be."""
+    """Return what is to be measured; InputError for what cannot be."""
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -45,7 +45,7 @@ _HAVE_KEYS = (
 )
 _OF_THE_WHOLE = ("executor", "log_dir", "stages")  # the same for every stage
 
-Stage = Literal["collect", "select", "retrain", "report", "train", "doctor"]
+StageName = Literal["collect", "select", "retrain", "report", "train", "doctor"]
 
 
 class Cluster(Section):
@@ -169,7 +169,7 @@ class Cluster(Section):
             " run directory. All nodes must see it."
         ),
     )
-    stages: dict[Stage, dict[str, Any]] = Field(
+    stages: dict[StageName, dict[str, Any]] = Field(
         {},
         description=(
             "Other values of these keys for a stage, e.g. {retrain: {nodes: 1}}. select and report"

@@ -1,5 +1,5 @@
-"""Why a job waits, and how it ended, in words: from its state, from those of the jobs that it waits
-for, and from what its ranks wrote."""
+"""The reasons that a job waits or has ended, in words: from its state, from those of the jobs that
+it waits for, and from what its ranks wrote."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

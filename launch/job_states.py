@@ -286,7 +286,7 @@ def _seconds(text: str) -> float | None:
 
 def _local_state(job: JobRecord) -> JobState:
     """Find the state of a local job from its process, its results and how its ranks ended."""
-    elapsed = _duration(time.time() - job.time)
+    elapsed = _slurm_time(time.time() - job.time)
     if job.host and job.host != socket.gethostname():
         return _by_results(job) or JobState("unknown", f"its process is on {job.host}; ask there")
     if not job.id.isdigit() or not _is_alive(int(job.id), job.time):
@@ -305,7 +305,7 @@ def _by_results(job: JobRecord) -> JobState | None:
     outcomes = [outcome_of(file) for file in files.values()]
     ends = read_ends(job.log_dir, job.id)
     last = max([last_written(files.values()), *(end.time for end in ends)])
-    elapsed = _duration(last - job.time) if last and job.time else ""
+    elapsed = _slurm_time(last - job.time) if last and job.time else ""
     if outcomes.count("success") >= job.num_ranks:
         return JobState("finished", "", _restarts(job), elapsed, job.host, 0)
     kinds = {end.kind for end in ends if end.restart == _restarts(job)}
@@ -353,7 +353,7 @@ def _is_alive(pid: int, submitted: float) -> bool:
     return state not in ("Z", "X") and started <= submitted + 10.0
 
 
-def _duration(seconds: float) -> str:
+def _slurm_time(seconds: float) -> str:
     """Write a duration as SLURM does: [days-]hours:minutes:seconds."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)

@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     code = code or _NOT_DONE
     broken = [rank for rank in range(num_ranks) if _outcome(log_dir, job_id, rank) == "error"]
-    ends = [end for end in read_ends(log_dir, job_id) if end.restart == restart]
+    of_ranks = [end for end in read_ends(log_dir, job_id) if end.kind != "gave_up"]
+    ends = [end for end in of_ranks if end.restart == restart]
     cause = first_cause(ends)
     if any(end.kind == "requeued" for end in ends):
         return code  # by rank 0, through submitit

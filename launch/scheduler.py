@@ -1,8 +1,8 @@
 """Jobs by submitit: the parameters of a job, its sbatch file, and its submission. The only user of
 submitit's executors.
 
-A job is one or several steps; several go as one array. Its sbatch file runs the ranks by srun and
-then `requeue`, which queues the job again when a rank was lost, or says what ended it.
+A stage is one or several jobs; several go as one array. Their sbatch file runs the ranks by srun
+and then `requeue`, which queues a job again when a rank was lost, or says what ended it.
 """
 
 import os

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tdds_dist.errors import InputError
-from tdds_dist.runs.directory import read_objects
+from tdds_dist.runs.directory import RunDir, read_objects
 from tdds_dist.runs.status import RunStatus, find_runs, read_status
 from tdds_dist.text import command, duration, table
 
@@ -438,7 +438,7 @@ def next_step(status: Status) -> str:
         return _report_or_page(status.directory.parent.parent, runs)
     if status.retrainings:
         return _report_or_page(status.directory, runs)
-    coresets = sorted((status.directory / "coresets").glob("*.npz"))
+    coresets = sorted(RunDir(status.directory).coresets.glob("*.npz"))
     if coresets:
         config = status.directory / "config.yaml"
         return command("retrain", config, "--coreset", coresets[0], "--strategy", "E")
@@ -472,9 +472,7 @@ def _select(directory: Path) -> str:
     from tdds_dist.config.run import parse_config
 
     try:
-        return select_command(
-            parse_config(yaml.safe_load((directory / "config.yaml").read_text())), directory
-        )
+        return select_command(parse_config(RunDir(directory).read_config()), directory)
     except (OSError, ValueError, TypeError, RecursionError, InputError, yaml.YAMLError):
         return f"`{command('select', directory, '--pruning-rate', 'P')}` makes a coreset"
 

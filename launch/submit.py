@@ -37,7 +37,7 @@ from .job_states import FORGOTTEN, job_states, outcome_of
 from .task import StageTask
 
 if TYPE_CHECKING:
-    from tdds_dist.experiments.grid import Stage, Step
+    from tdds_dist.experiments.grid import PlannedJob, PlannedStage
 
 _TRAINS = ("doctor", "collect", "retrain", "train")  # stages on the ranks of a training
 _POLL_SECONDS = 5.0
@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> Outcome:
         ]
         return replace(outcome(), text="\n".join(parts), is_the_product=True)
     if not waiting:
-        done = [f"{len(stage.steps)} x {stage.name}".removeprefix("1 x ") for stage in stages]
+        done = [f"{len(stage.jobs)} x {stage.name}".removeprefix("1 x ") for stage in stages]
         print(f"everything is done: {', '.join(done)}{_page(stages, config)}")
         return outcome()
     with _alone(config.run.directory):
@@ -174,12 +174,12 @@ def run(options: argparse.Namespace) -> Outcome:
 
 def plan(
     config: Config, cluster: Cluster, options: argparse.Namespace, frozen: Path
-) -> "list[Stage]":
+) -> "list[PlannedStage]":
     """Return the stages; raise InputError for what would otherwise fail only after jobs have waited
     in the queue."""
     from tdds_dist.experiments.grid import (
-        Stage,
-        Step,
+        PlannedJob,
+        PlannedStage,
         check_what_is_done,
         one_run,
         pipeline_stages,
@@ -195,7 +195,9 @@ def plan(
         stages = [_one_retraining(config, options, frozen, given)]
     elif options.part == "doctor":
         where = str(config.run.directory)
-        stages = [Stage("doctor", (Step("doctor", (("doctor", str(frozen)),), where),))]
+        stages = [
+            PlannedStage("doctor", (PlannedJob("doctor", (("doctor", str(frozen)),), where),))
+        ]
     elif options.part == "pipeline":
         stages = pipeline_stages(config, frozen)
     else:
@@ -214,20 +216,20 @@ def plan(
     return stages
 
 
-def _on_gpus(stage: "Stage") -> "Stage":
+def _on_gpus(stage: "PlannedStage") -> "PlannedStage":
     """Return the stage with jobs that fail where torch cannot use the GPUs that they have, and do
     not train on the CPU beside them."""
-    steps = tuple(
-        replace(step, commands=tuple((*words, "run.device=cuda") for words in step.commands))
-        for step in stage.steps
+    jobs = tuple(
+        replace(job, commands=tuple((*words, "run.device=cuda") for words in job.commands))
+        for job in stage.jobs
     )
-    return replace(stage, steps=steps)
+    return replace(stage, jobs=jobs)
 
 
 def _one_retraining(
     config: Config, options: argparse.Namespace, frozen: Path, given: list[str]
-) -> "Stage":
-    from tdds_dist.experiments.grid import Stage, Task, retrain_step
+) -> "PlannedStage":
+    from tdds_dist.experiments.grid import PlannedStage, Task, retrain_job
     from tdds_dist.runs.artifacts import load_coreset
     from tdds_dist.runs.directory import RunDir, retrain_name
 
@@ -247,7 +249,7 @@ def _one_retraining(
         importance,
         coreset.pruning_rate,
     )
-    return Stage("retrain", (retrain_step(task, frozen),))
+    return PlannedStage("retrain", (retrain_job(task, frozen),))
 
 
 def _needs(config: Config, cluster: Cluster) -> str:
@@ -267,13 +269,13 @@ def _needs(config: Config, cluster: Cluster) -> str:
     ).as_text()
 
 
-def check_batch(config: Config, cluster: Cluster, stages: "Sequence[Stage]") -> None:
+def check_batch(config: Config, cluster: Cluster, stages: "Sequence[PlannedStage]") -> None:
     """Raise InputError when the ranks of a stage cannot share its batch evenly."""
     for stage in stages:
         if stage.name not in _TRAINS:
             continue
         num_ranks = cluster.for_stage(stage.name).num_ranks
-        rates = {step.task.pruning_rate for step in stage.steps if step.task is not None}
+        rates = {job.task.pruning_rate for job in stage.jobs if job.task is not None}
         for rate in sorted(rates):
             factor, at = 1.0, ""
             if stage.name == "retrain":
@@ -327,10 +329,10 @@ def _alone(run: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
+def _refuse_twice(stages: "list[PlannedStage]", log_dirs: set[Path]) -> None:
     """Raise InputError when jobs of an earlier submission are to do the same."""
     wanted = {
-        (stage.name, os.path.abspath(step.directory)) for stage in stages for step in stage.waiting
+        (stage.name, os.path.abspath(job.directory)) for stage in stages for job in stage.waiting
     }
     before = [
         job
@@ -360,7 +362,7 @@ def _refuse_twice(stages: "list[Stage]", log_dirs: set[Path]) -> None:
 # ---- what it will be
 
 
-def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
+def describe(stages: "list[PlannedStage]", cluster: Cluster, name: str) -> str:
     """Return the plan as a table."""
     lines = [f"{'stage':9} {'jobs':>5} {'done':>5}  each"]
     for stage in stages:
@@ -374,17 +376,19 @@ def describe(stages: "list[Stage]", cluster: Cluster, name: str) -> str:
     return "\n".join([f"{name}:", *lines])
 
 
-def _page(stages: "list[Stage]", config: Config) -> str:
+def _page(stages: "list[PlannedStage]", config: Config) -> str:
     return (
         f"; the page: {config.run.directory / 'report.html'}" if stages[-1].name == "report" else ""
     )
 
 
-def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Path) -> list[str]:
+def _file_texts(
+    stages: "list[PlannedStage]", cluster: Cluster, name: str, log_dir: Path
+) -> list[str]:
     before, texts = "", list[str]()
     for stage in stages:
-        texts.append(f"\n# ---- {stage.name}: {', '.join(step.title for step in stage.waiting)}")
-        texts += [f"#      {command(*words)}" for step in stage.waiting for words in step.commands]
+        texts.append(f"\n# ---- {stage.name}: {', '.join(job.title for job in stage.waiting)}")
+        texts += [f"#      {command(*words)}" for job in stage.waiting for words in job.commands]
         if cluster.executor == "slurm":
             after = [f"<id of {before}>"] if before else []
             part = cluster.for_stage(stage.name)
@@ -401,7 +405,7 @@ def _file_texts(stages: "list[Stage]", cluster: Cluster, name: str, log_dir: Pat
 
 
 def _submit_all(
-    stages: "list[Stage]", cluster: Cluster, config: Config, log_dir: Path
+    stages: "list[PlannedStage]", cluster: Cluster, config: Config, log_dir: Path
 ) -> list[job_list.JobRecord]:
     """Queue the stages, and return their jobs; when one is refused, cancel those before."""
     records: list[job_list.JobRecord] = []
@@ -426,26 +430,26 @@ def _submit_all(
 
 
 def _queue(
-    stage: "Stage",
-    steps: "Sequence[Step]",
+    stage: "PlannedStage",
+    planned: "Sequence[PlannedJob]",
     cluster: Cluster,
     config: Config,
     log_dir: Path,
     submission: str,
     after: Sequence[str] = (),
 ) -> list[tuple[Any, job_list.JobRecord]]:
-    """Hand steps of a stage to the scheduler; return the job of each, with its record."""
+    """Hand jobs of a stage to the scheduler; return submitit's job of each, with its record."""
     part, name = cluster.for_stage(stage.name), f"{stage.name}-{config.run.name}"
     tasks = [
         StageTask(
-            step.commands,
+            each.commands,
             log_dir,
             time_minutes=part.time_minutes,
             grace_seconds=part.grace_seconds,
             cpus_per_rank=part.cpus_per_rank if part.executor == "slurm" else 0,
             interface=part.interface,
         )
-        for step in steps
+        for each in planned
     ]
     jobs = scheduler.submit(tasks, part, name, log_dir, after)
     records = [
@@ -456,18 +460,18 @@ def _queue(
             executor=part.executor,
             stage=stage.name,
             name=name,
-            title=step.title,
+            title=each.title,
             after=tuple(after),
             num_ranks=part.num_ranks,
-            directory=os.path.abspath(step.directory),
+            directory=os.path.abspath(each.directory),
         )
-        for step, job in zip(steps, jobs, strict=True)
+        for each, job in zip(planned, jobs, strict=True)
     ]
     return list(zip(jobs, records, strict=True))
 
 
 def _run_here(
-    stages: "list[Stage]",
+    stages: "list[PlannedStage]",
     cluster: Cluster,
     config: Config,
     log_dir: Path,

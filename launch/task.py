@@ -1,4 +1,4 @@
-"""The work of a job on each of its ranks: the commands of one step, through the command line that a
+"""The work of a job on each of its ranks: its commands, through the command line that a
 person uses.
 
 It is pickled at submission and unpickled on the nodes, also after a requeue: it holds what to do

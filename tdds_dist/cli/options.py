@@ -1,4 +1,4 @@
-"""What the commands share: the parser that takes their options, and CONFIG.yaml, which many of them
+"""Shared by the commands: the parser that takes their options, and CONFIG.yaml, which many of them
 take."""
 
 import argparse

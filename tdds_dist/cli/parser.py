@@ -1,4 +1,4 @@
-"""Which commands there are, and what `tdds --help` says of them."""
+"""The commands, and what `tdds --help` says of them."""
 
 import argparse
 from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@ from typing import Any
 from tdds_dist.cli.options import Parsers
 from tdds_dist.cli.outcome import Outcome
 from tdds_dist.cli.scores import USUAL_RATE
-from tdds_dist.config.scores import DEFAULT_SUSPICION, SUSPICIONS
+from tdds_dist.config.scores import DEFAULT_RATES, DEFAULT_SUSPICION, SUSPICIONS
 from tdds_dist.console import log
 from tdds_dist.errors import InputError
 from tdds_dist.text import command
@@ -29,9 +29,9 @@ def add_compare(parsers: Parsers) -> None:
     stage.takes(
         "--pruning-rates P",
         float,
-        "of the coresets that are compared (default: 0.3 0.5 0.7 0.8 0.9)",
+        f"of the coresets that are compared (default: {' '.join(map(str, DEFAULT_RATES))})",
         nargs="+",
-        default=[0.3, 0.5, 0.7, 0.8, 0.9],
+        default=[*DEFAULT_RATES],
     )
     stage.takes("--out FILE.csv", Path, "default: compare.csv of the first run")
     stage.set_defaults(run=compare)
@@ -139,8 +139,7 @@ def add_suspects(parsers: Parsers) -> None:
 def suspects(options: argparse.Namespace) -> Outcome:
     from tdds_dist.coreset.suspects import COLUMNS, find_suspects
     from tdds_dist.report.review import write_review
-    from tdds_dist.runs.artifacts import write_atomically
-    from tdds_dist.runs.directory import RunDir
+    from tdds_dist.runs.directory import RunDir, write_keeping
 
     if options.num < 1:
         raise InputError(f"--num={options.num} must be at least 1: it is the images in the page")
@@ -152,8 +151,9 @@ def suspects(options: argparse.Namespace) -> Outcome:
     found = find_suspects(options.runs, options.score)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(table, lambda file: file.write(found.table().encode("utf-8", "replace")))
-        said = write_review(found, run, page, options.num, options.score)
+        text = found.table().encode("utf-8", "replace")
+        said = write_keeping(table, lambda file: file.write(text))
+        said += write_review(found, run, page, options.num, options.score)
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error}); choose a folder by --out") from error
     for note in said:

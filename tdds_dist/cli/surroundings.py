@@ -1,4 +1,4 @@
-"""What a program finds around it: open standard streams, a user's name, and folders where libraries
+"""The surroundings of a program: open standard streams, a user's name, and folders where libraries
 keep compiled code. Containers and services leave some of it out, and libraries then end in a
 traceback; what is missing is filled in here, before they are imported.
 """

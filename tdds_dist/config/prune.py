@@ -33,7 +33,7 @@ READS: dict[str, tuple[str, ...]] = {
 
 
 class Prune(Section):
-    """What a training skips while it runs (`tdds train`). Epochs are counted from 0."""
+    """Samples that a training skips while it runs (`tdds train`). Epochs are counted from 0."""
 
     method: MethodName = Field(
         "none",

@@ -380,7 +380,7 @@ class Score(Section):
 
 
 class Collect(Section):
-    """When collection ends."""
+    """The end of collection."""
 
     stop_after: Literal["schedule", "last_window"] = Field(
         "schedule",

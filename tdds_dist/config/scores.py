@@ -33,6 +33,9 @@ def parse_storage(storage: str, num_classes: int) -> int | None:
 
 PRESETS = ("official", "paper")
 
+# pruning rates that are shown where neither a run nor an option says which
+DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)
+
 DELTA_OF_PRESET = {"official": "delta_official", "paper": "delta_paper"}
 
 # What stands in the place of the loss difference in the ablations of section 5.4: scalar of the

@@ -1,4 +1,4 @@
-"""How much scores agree, and what their coresets are made of, as numbers: for `compare` and the
+"""Agreement of scores, and the make-up of their coresets, as numbers: for `compare` and the
 report, which show them.
 
 Owns ranks, the coresets at a few pruning rates, pairs within a run and between runs, shares of

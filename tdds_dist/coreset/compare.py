@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tdds_dist.config.scores import base_key
+from tdds_dist.config.scores import DEFAULT_RATES, base_key
 from tdds_dist.coreset.agreement import (
     Ranked,
     between_runs,
@@ -56,7 +56,7 @@ MAX_PAIRS = 6  # of runs that the text lists; of more it gives the extremes
 def compare(
     runs: Sequence[Path],
     *,
-    pruning_rates: Sequence[float] = (0.3, 0.5, 0.7, 0.8, 0.9),
+    pruning_rates: Sequence[float] = DEFAULT_RATES,
     out: Path | None = None,
 ) -> str:
     """Run the stage; return the text to print and write every number as CSV (default: compare.csv

@@ -37,7 +37,7 @@ from tdds_dist.runs.artifacts import (
     load_coreset,
     require_same_dataset,
 )
-from tdds_dist.runs.directory import RunDir, write_keeping
+from tdds_dist.runs.directory import RunDir, coreset_name, write_keeping
 from tdds_dist.scoring.official_outputs import is_dynamics
 from tdds_dist.scoring.offline import open_recorded
 from tdds_dist.scoring.trajectory import Trajectory
@@ -63,7 +63,7 @@ def export(
     `source` is a run directory, a score file or a coreset, for `trajectory` a run or a trajectory
     directory; `kind` one of FORMATS. Files go to RUN/export, or beside the file; `out` is the file
     to write (a folder: the file in it), for `official`, `card` and `trajectory` the folder.
-    `pruning_rates` default to those of the run's config, else to DEFAULT_RATES of `export_source`.
+    `pruning_rates` default to those of the run's config, else to DEFAULT_RATES of `config.scores`.
     Without `ranks` tables lack them: they follow from the scores, and pack badly. Paths and labels
     come from `beton`, else from the run's data.train.
 
@@ -148,7 +148,8 @@ def _one_coreset(
         )
     coreset, warnings = make_coreset(scores, rates[0])
     notes += warnings
-    return coreset, f"{name if given.path.is_dir() else given.path.stem}_p{rates[0]:g}"
+    method = name if given.path.is_dir() else given.path.stem
+    return coreset, Path(coreset_name(method, rates[0])).stem
 
 
 def _paths(given: Source, beton: Path | None, found: Fingerprint) -> list[str]:
@@ -188,7 +189,8 @@ def _export_card(
         else:
             name, scores = _one_scores(given, "card")
             for rate in rates or configured_rates(given.run):
-                coresets[f"{name}_p{rate:g}"], warnings = make_coreset(scores, rate)
+                title = Path(coreset_name(name, rate)).stem
+                coresets[title], warnings = make_coreset(scores, rate)
                 notes += warnings
     for name, coreset in coresets.items():
         require_same_dataset(coreset.fingerprint, found, name)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tdds_dist.config.run import parse_config
+from tdds_dist.config.scores import DEFAULT_RATES
 from tdds_dist.data.manifest import Dataset, manifest_path, not_utf8, read_dataset
 from tdds_dist.errors import InputError
 from tdds_dist.runs.artifacts import (
@@ -21,8 +22,6 @@ from tdds_dist.runs.artifacts import (
     require_same_dataset,
 )
 from tdds_dist.runs.directory import RunDir
-
-DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of the keep flags, where no run says which
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Suspects:
 
 @dataclass(frozen=True, eq=False)
 class _Judgement:
-    """What one run says; arrays by global index."""
+    """The judgement of one run; arrays by global index."""
 
     run: RunDir
     fingerprint: Fingerprint

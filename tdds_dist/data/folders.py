@@ -134,7 +134,7 @@ def split_role(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the splits of a folder lie. `roots`: the folder with the class folders of each split; a
+    """Places of the splits of a folder. `roots`: the folder with the class folders of each split; a
     flat folder is its own only split, val where it is named so, else train."""
 
     spec: str

@@ -287,7 +287,7 @@ class Batches(Iterator[Batch]):
 
 
 class _Blocks(OSCacheManager):
-    """Where the file's data blocks lie: two sorted arrays, and the file as a memory map."""
+    """Places of the file's data blocks: two sorted arrays, and the file as a memory map."""
 
     def __init__(self, reader: Reader):
         # an empty entry of another field lies where the next image begins
@@ -299,8 +299,8 @@ class _Blocks(OSCacheManager):
 
 
 class _ReadAhead:
-    """What comes next of an order, in the system's cache of the file: a thread asks for it before
-    it is needed.
+    """A thread that asks the system for what comes next of an order, before it is
+    needed.
 
     Of an order in blocks these are pools; where the file is larger than half of the free memory
     they are given back after. Of another order these are the images of the next steps, and only of

@@ -48,7 +48,7 @@ COUNTED = (TURNED, NOT_TURNED, COMPOSITED, DROPPED, SCALED, DARK, FIRST_FRAME)
 
 @dataclass(frozen=True)
 class PixelRules:
-    """What is done to images. exif: "turn" them upright as EXIF says, or "ignore" it. background:
+    """Rules for images. exif: "turn" them upright as EXIF says, or "ignore" it. background:
     the colour under transparent pixels; None drops transparency, and what is stored under it shows.
     grey_range: the values of greys of more than 8 bits that become 0 and 255."""
 

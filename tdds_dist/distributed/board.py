@@ -21,7 +21,7 @@ _ROUNDS = 8  # of messages to and fro, of which the fastest tells the difference
 
 
 class Board:
-    """What every rank has said, by topic. Without a launcher: a board of one rank.
+    """A board with what every rank has said, by topic. Without a launcher: a board of one rank.
 
     Where the ranks do not find each other within `seconds`, `problem` says why, and the others are
     silent. So they are where the store is lost later on, with the host that has it.

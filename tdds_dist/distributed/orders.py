@@ -1,4 +1,4 @@
-"""Which sample is at a position of an epoch: three ways to shuffle. Pure index arithmetic in NumPy.
+"""Three ways to shuffle: the sample at each position of an epoch. Pure index arithmetic in NumPy.
 
 Up to 16.8 million samples `shuffled` is NumPy's permutation, kept whole in at most 64 MiB; beyond,
 a bijection gives the sample at each position by itself, and nothing is kept. `Blocks` shuffles

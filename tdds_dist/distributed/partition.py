@@ -1,5 +1,5 @@
-"""Which rank visits which sample at which step, and which rank owns it. Pure index arithmetic in
-NumPy.
+"""Samples and ranks: which one visits a sample at which step, and which one owns it. Pure index
+arithmetic in NumPy.
 
 The order of an epoch is a function of (seed, epoch) alone, cut into global batches; the world size
 only decides how each global batch is dealt to ranks. Hence the same samples meet in the same step

@@ -41,7 +41,7 @@ from tdds_dist.errors import InputError
 from tdds_dist.experiments.grid import (
     Cell,
     Task,
-    check_plan,
+    check_experiment,
     config_of,
     in_the_way,
     retrain_task,
@@ -60,7 +60,7 @@ Execute = Callable[[list[Task]], dict[Path, str]]
 
 
 def experiment(
-    plan: Experiment,
+    experiment: Experiment,
     *,
     jobs: int = 1,
     force: bool = False,
@@ -77,7 +77,7 @@ def experiment(
     aside. A run that fails stops only those that need it.
 
     Raises:
-        InputError: an impossible plan, or runs of other settings in its directory; before anything
+        InputError: what cannot be done, or runs of other settings in its directory; before anything
         runs.
     """
     if jobs < 1:
@@ -88,16 +88,16 @@ def experiment(
         execute, jobs = partial(_on_all_ranks, world=world, interruption=interruption), 1
     with ExitStack() as locks:
         with together(world):
-            collections, cells = check_plan(plan)
+            collections, cells = check_experiment(experiment)
             if world.is_main:
-                plan.directory.mkdir(parents=True, exist_ok=True)
-                for seed in plan.seeds:
-                    locks.enter_context(_locked(plan, seed))
-        return _experiment(plan, collections, cells, execute, world, jobs, force)
+                experiment.directory.mkdir(parents=True, exist_ok=True)
+                for seed in experiment.seeds:
+                    locks.enter_context(_locked(experiment, seed))
+        return _experiment(experiment, collections, cells, execute, world, jobs, force)
 
 
 def _experiment(
-    plan: Experiment,
+    experiment: Experiment,
     collections: dict[int, Task],
     cells: list[Cell],
     execute: Execute,
@@ -107,19 +107,20 @@ def _experiment(
 ) -> tuple[Path, list[str]]:
     """Run an experiment. All ranks decide alike without messages: they see the same files and the
     same failures."""
-    finish = partial(_finish, plan, collections, cells, time.perf_counter())
+    finish = partial(_finish, experiment, collections, cells, time.perf_counter())
     with together(world):
         if world.is_main:
             _clear_the_way([*collections.values()], force)
-            _take_over(plan, [*collections.values()])
+            _take_over(experiment, [*collections.values()])
             begun = [cell for cell in cells if cell.run.path.exists()]
             begun = [cell for cell in begun if _is_readable(cell.coreset_file)]
-            _clear_the_way([_task(plan, cell) for cell in begun], force)
+            _clear_the_way([_task(experiment, cell) for cell in begun], force)
     with together(world):
         waiting = [task for task in collections.values() if not task.is_done]
         log.info(
-            f"experiment {plan.name}: {len(plan.seeds)} collections"
-            f" ({len(plan.seeds) - len(waiting)} done), {len(cells)} retrainings, {jobs} at a time",
+            f"experiment {experiment.name}: {len(experiment.seeds)} collections"
+            f" ({len(experiment.seeds) - len(waiting)} done), {len(cells)} retrainings,"
+            f" {jobs} at a time",
             extra=HEADING,
         )
     with _tables_if_interrupted(finish, [], world):  # what cells hold is not checked yet
@@ -133,7 +134,7 @@ def _experiment(
         coresets = dict.fromkeys(cell.coreset_file for cell in cells_left)
         failed += [f"coreset {file}: {reasons[file]}" for file in coresets if file in reasons]
         cells_left = [cell for cell in cells_left if cell.coreset_file not in reasons]
-        tasks = [_task(plan, cell) for cell in cells_left]
+        tasks = [_task(experiment, cell) for cell in cells_left]
         if world.is_main:
             _clear_the_way(tasks, force)
     with together(world):
@@ -145,11 +146,11 @@ def _experiment(
     with together(world):
         if world.is_main:
             finish(cells_left)
-    return plan.directory / "table.md", failed
+    return experiment.directory / "table.md", failed
 
 
-def _task(plan: Experiment, cell: Cell) -> Task:
-    return retrain_task(cell, config_of(plan, cell.seed, cell.variant))
+def _task(experiment: Experiment, cell: Cell) -> Task:
+    return retrain_task(cell, config_of(experiment, cell.seed, cell.variant))
 
 
 def _clear_the_way(tasks: list[Task], force: bool) -> None:
@@ -167,7 +168,7 @@ def _clear_the_way(tasks: list[Task], force: bool) -> None:
         log.warning(f"{what}; it is moved aside to {move_aside(directory)}")
 
 
-def _take_over(plan: Experiment, tasks: list[Task]) -> None:
+def _take_over(experiment: Experiment, tasks: list[Task]) -> None:
     """Copy the finished collections of another experiment to where this one has none.
 
     Raises:
@@ -175,15 +176,15 @@ def _take_over(plan: Experiment, tasks: list[Task]) -> None:
     """
     images: dict[Any, Any] = {}
     for task in tasks:
-        source = replace(task, directory=Path(plan.collections) / task.directory.name)
-        if not plan.collections or task.directory.exists():
+        source = replace(task, directory=Path(experiment.collections) / task.directory.name)
+        if not experiment.collections or task.directory.exists():
             continue
         if not source.is_done:
             log.info(f"{source.directory} is no finished collection; {task.title} is run here")
             continue
         if problem := in_the_way(source, images):
             raise InputError(
-                f"collections={plan.collections}: {problem[0]}; keep those settings, or leave"
+                f"collections={experiment.collections}: {problem[0]}; keep those settings, or leave"
                 " collections out"
             )
         copy_run(RunDir(source.directory), RunDir(task.directory), to_dict(task.config))
@@ -213,7 +214,7 @@ def _tables_if_interrupted(
 
 
 def _finish(
-    plan: Experiment,
+    experiment: Experiment,
     collections: dict[int, Task],
     cells: list[Cell],
     started: float,
@@ -222,20 +223,20 @@ def _finish(
     """Write the tables, and the record of this start. Results of cells that are not `valid` do not
     count."""
     paths = {cell.run.path for cell in valid}
-    manifest = manifest_of(load_config(plan.config, plan.overrides))
+    manifest = manifest_of(load_config(experiment.config, experiment.overrides))
     outcomes = [
         _outcome(cell, cell.run.read_result() if cell.run.path in paths else None, manifest)
         for cell in cells
     ]
-    _record_time(plan, time.perf_counter() - started)
+    _record_time(experiment, time.perf_counter() - started)
     runs = {seed: RunDir(task.directory) for seed, task in collections.items()}
-    write_tables(plan, outcomes, runs)
+    write_tables(experiment, outcomes, runs)
     retrained = [run for collection in runs.values() for run in collection.retrain_runs()]
     finished = {run.path for run in retrained if run.result_file.is_file()}
     if others := finished - {cell.run.path for cell in cells}:
         log.info(
-            f"{len(others)} finished retrainings in {plan.directory} are of other methods, rates or"
-            " variants, and are not in the table"
+            f"{len(others)} finished retrainings in {experiment.directory} are of other methods,"
+            " rates or variants, and are not in the table"
         )
 
 
@@ -254,16 +255,16 @@ def _outcome(cell: Cell, result: dict[str, Any] | None, manifest: Manifest | Non
 
 
 @contextmanager
-def _locked(plan: Experiment, seed: int) -> Iterator[None]:
+def _locked(experiment: Experiment, seed: int) -> Iterator[None]:
     """Keep other processes from this seed's runs, which they would take for left-overs, until this
     process ends."""
-    with (plan.directory / f".seed{seed}.lock").open("w") as file:
+    with (experiment.directory / f".seed{seed}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"another `tdds experiment` is at work on seed {seed} in {plan.directory}; wait for"
-                " it, or choose another name or dir"
+                f"another `tdds experiment` is at work on seed {seed} in {experiment.directory};"
+                " wait for it, or choose another name or dir"
             ) from error
         except OSError:
             pass  # a file system without locks
@@ -277,8 +278,8 @@ def _make_coresets(cells: list[Cell], collections: dict[int, Task], force: bool)
     """Write the coreset files of the cells; return those that cannot be made, and why.
 
     One that is right already stays, another one is moved aside; refused without `force` where it
-    was trained on. The configs are those of the plan: what a collection was run with may have had
-    other rates and options.
+    was trained on. The configs are those of the experiment: what a collection was run with may have
+    had other rates and options.
     """
     scores: dict[tuple[Path, str, float], Scores] = {}
     reasons: dict[Path, str] = {}
@@ -423,9 +424,9 @@ def _work(task: Task) -> str:
     return f"{result['final_top1']:.2f} % in {time.perf_counter() - started:.0f} s"
 
 
-def _record_time(plan: Experiment, seconds: float) -> None:
+def _record_time(experiment: Experiment, seconds: float) -> None:
     """Add this invocation to times.jsonl, for the provenance of the table."""
-    file = plan.directory / "times.jsonl"
+    file = experiment.directory / "times.jsonl"
     line = json.dumps({"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": seconds}) + "\n"
     before = file.read_bytes() if file.is_file() else b""
     write_atomically(file, lambda handle: handle.write(before + line.encode()))

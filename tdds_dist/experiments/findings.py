@@ -1,4 +1,4 @@
-"""What checks find on every rank, and the one table of it.
+"""Findings of checks on every rank, and the one table of them.
 
 A check is a function of a `Visit`. It may raise, which is a finding, or hang, which is one as well
 when its time is up; the checks after it still run. Ranks tell each other what they found by a
@@ -43,8 +43,8 @@ class Finding:
 
 @dataclass
 class Visit:
-    """What a check knows: this rank, its device, the config, and the numbers that earlier checks
-    left for it."""
+    """The knowledge of a check: this rank, its device, the config, and the numbers that earlier
+    checks left for it."""
 
     board: "Board"
     config: Any  # a Config; None: only what needs none

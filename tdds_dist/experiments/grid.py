@@ -155,29 +155,29 @@ def retrain_task(cell: Cell, config: Config) -> Task:
 # ---- experiments
 
 
-def check_plan(plan: Experiment) -> tuple[dict[int, Task], list[Cell]]:
+def check_experiment(experiment: Experiment) -> tuple[dict[int, Task], list[Cell]]:
     """Return the collections by seed, and every retraining. Reads configs, but neither images nor
     results.
 
     Raises:
         InputError: what can be known to fail in any of them.
     """
-    collections = {seed: _collection_task(plan, seed) for seed in plan.seeds}
+    collections = {seed: _collection_task(experiment, seed) for seed in experiment.seeds}
     cells = []
     for seed, task in collections.items():
-        for rate, method in product(plan.pruning_rates, plan.methods):
+        for rate, method in product(experiment.pruning_rates, experiment.methods):
             if method.is_at(rate):
                 check_method(task.config, method, rate)
-        for variant in plan.variants:
-            config_of(plan, seed, variant)  # says so when its overrides do not fit
+        for variant in experiment.variants:
+            config_of(experiment, seed, variant)  # says so when its overrides do not fit
         cells += list_cells(
             task.config,
             RunDir(task.directory),
-            plan.methods,
-            plan.pruning_rates,
-            plan.strategies,
+            experiment.methods,
+            experiment.pruning_rates,
+            experiment.strategies,
             (seed,),
-            plan.variants or (None,),
+            experiment.variants or (None,),
         )
     return collections, cells
 
@@ -236,18 +236,18 @@ def check_method(config: Config, method: Method, rate: float) -> None:
         raise InputError(f"methods: {method.name}: {error}") from error
 
 
-def config_of(plan: Experiment, seed: int, variant: Variant | None = None) -> Config:
+def config_of(experiment: Experiment, seed: int, variant: Variant | None = None) -> Config:
     """Return the config of a run of the experiment."""
-    directory = json.dumps(str(plan.directory / f"seed{seed}"))
-    overrides = [*plan.overrides, *(variant.overrides if variant else ()), f"run.seed={seed}"]
-    overrides += [f"run.name={plan.name}_seed{seed}", f"run.dir={directory}"]
-    return load_config(plan.config, overrides)
+    directory = json.dumps(str(experiment.directory / f"seed{seed}"))
+    overrides = [*experiment.overrides, *(variant.overrides if variant else ()), f"run.seed={seed}"]
+    overrides += [f"run.name={experiment.name}_seed{seed}", f"run.dir={directory}"]
+    return load_config(experiment.config, overrides)
 
 
-def _collection_task(plan: Experiment, seed: int) -> Task:
-    config = config_of(plan, seed)
+def _collection_task(experiment: Experiment, seed: int) -> Task:
+    config = config_of(experiment, seed)
     config.check_collect()
-    needed = {method.score_key for method in plan.methods}
+    needed = {method.score_key for method in experiment.methods}
     if needed & set(MODEL_SCORES) and not config.score.final_pass:
         raise InputError(
             f"methods {sorted(needed & set(MODEL_SCORES))} need score.final_pass=true; switch it on"
@@ -303,8 +303,8 @@ def window_of(config: Config, method: Method, rate: float) -> Window:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One job."""
+class PlannedJob:
+    """A job to be submitted."""
 
     title: str
     commands: tuple[tuple[str, ...], ...]
@@ -314,24 +314,24 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Jobs that may run at the same time."""
+class PlannedStage:
+    """The jobs of one stage; they may run at the same time."""
 
     name: str  # collect, select, retrain, report, train or doctor
-    steps: tuple[Step, ...]
+    jobs: tuple[PlannedJob, ...]
 
     @property
-    def waiting(self) -> tuple[Step, ...]:
-        """List the steps that are not done."""
-        return tuple(step for step in self.steps if not step.is_done)
+    def waiting(self) -> tuple[PlannedJob, ...]:
+        """List the jobs that are not done."""
+        return tuple(job for job in self.jobs if not job.is_done)
 
     @property
     def num_done(self) -> int:
-        """Return the number of steps that are done."""
-        return len(self.steps) - len(self.waiting)
+        """Return the number of jobs that are done."""
+        return len(self.jobs) - len(self.waiting)
 
 
-def one_run(stage: str, config: Config, frozen: Path) -> Stage:
+def one_run(stage: str, config: Config, frozen: Path) -> PlannedStage:
     """Return the stage `collect` or `train` of a config; `frozen` is the file that the jobs read it
     from."""
     if stage == "collect":
@@ -340,18 +340,20 @@ def one_run(stage: str, config: Config, frozen: Path) -> Stage:
         config.check_train()
     task = Task(stage, config.run.directory, config, stage=stage)
     command = (stage, str(frozen))
-    return Stage(stage, (Step(stage, (command,), str(task.directory), task.is_done, task),))
+    return PlannedStage(
+        stage, (PlannedJob(stage, (command,), str(task.directory), task.is_done, task),)
+    )
 
 
-def retrain_step(task: Task, frozen: Path, *overrides: str) -> Step:
+def retrain_job(task: Task, frozen: Path, *overrides: str) -> PlannedJob:
     """Return the job of a retraining."""
     name = task.directory.name
     words = ["retrain", str(frozen), "--coreset", str(task.coreset_file)]
     words += ["--strategy", task.strategy, "--importance", task.importance, "--name", name]
-    return Step(name, ((*words, *overrides),), str(task.directory), task.is_done, task)
+    return PlannedJob(name, ((*words, *overrides),), str(task.directory), task.is_done, task)
 
 
-def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
+def pipeline_stages(config: Config, frozen: Path) -> list[PlannedStage]:
     """List the stages: collection, selection, an array of retrainings, report; `config.pipeline`
     says of what."""
     collect, cells = one_run("collect", config, frozen), pipeline_cells(config)
@@ -363,10 +365,10 @@ def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
     coresets = list({cell.coreset_file: cell for cell in cells}.values())
     for cell in coresets:
         _check_coreset(config, cell.method, cell.pruning_rate)
-    retrain = Stage(
+    retrain = PlannedStage(
         "retrain",
         tuple(
-            retrain_step(
+            retrain_job(
                 retrain_task(cell, config.changed("run", seed=cell.seed)),
                 frozen,
                 f"run.seed={cell.seed}",
@@ -381,11 +383,14 @@ def pipeline_stages(config: Config, frozen: Path) -> list[Stage]:
         not any(stage.waiting for stage in stages)
         and (run / "report.html").is_file()
         and not any(
-            _is_older(run / "report.html", Path(step.directory) / "result.json")
-            for step in (*collect.steps, *retrain.steps)
+            _is_older(run / "report.html", Path(job.directory) / "result.json")
+            for job in (*collect.jobs, *retrain.jobs)
         )
     )
-    return [*stages, Stage("report", (Step("report", (("report", str(run)),), str(run), is_done),))]
+    return [
+        *stages,
+        PlannedStage("report", (PlannedJob("report", (("report", str(run)),), str(run), is_done),)),
+    ]
 
 
 def _check_coreset(config: Config, method: Method, rate: float) -> None:
@@ -452,7 +457,7 @@ def _other_options(config: Config, method: Method, coreset: Path) -> list[str]:
 
 def _select_stage(
     config: Config, coresets: Sequence[Cell], is_collected: bool, has_coresets: bool
-) -> Stage:
+) -> PlannedStage:
     """Make one job for all coresets: each takes a second, and every score is computed once.
 
     A coreset that is there and of another collection or other options is moved aside (`--force`).
@@ -481,17 +486,16 @@ def _select_stage(
             words.append("--force")
         commands[*words, "--out", str(file)] = None
     title = f"{len(coresets)} coreset{'s' if len(coresets) > 1 else ''}"
-    return Stage("select", (Step(title, tuple(commands), run, is_collected and has_coresets),))
+    return PlannedStage(
+        "select", (PlannedJob(title, tuple(commands), run, is_collected and has_coresets),)
+    )
 
 
-def check_what_is_done(config: Config, stages: Iterable[Stage]) -> None:
+def check_what_is_done(config: Config, stages: Iterable[PlannedStage]) -> None:
     """Raise InputError when a finished run was asked for something else than now, so that it cannot
     be skipped."""
     done = [
-        step.task
-        for stage in stages
-        for step in stage.steps
-        if step.task is not None and step.is_done
+        job.task for stage in stages for job in stage.jobs if job.task is not None and job.is_done
     ]
     data = content_here(config) if done else {}
     for task in done:

@@ -73,7 +73,7 @@ _NOTE = (
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was counted: numbers by rank, and those that the plan has for rank 0."""
+    """Counts of a rehearsal: numbers by rank, and those that the plan has for rank 0."""
 
     title: str
     num_ranks: int

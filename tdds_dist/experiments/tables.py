@@ -68,29 +68,29 @@ class CellResult:
 
 
 def write_tables(
-    plan: Experiment, outcomes: Sequence[CellResult], collections: dict[int, RunDir]
+    experiment: Experiment, outcomes: Sequence[CellResult], collections: dict[int, RunDir]
 ) -> str:
     """Write table.md and cells.csv into the experiment's directory; return the Markdown.
     `collections` is by seed."""
-    config = load_config(plan.config, plan.overrides)
-    outcomes, printed = _beside(plan, config, outcomes)
+    config = load_config(experiment.config, experiment.overrides)
+    outcomes, printed = _beside(experiment, config, outcomes)
     full = {seed: run.read_result() for seed, run in collections.items()}
-    parts = [_heading(plan, config, outcomes, collections), _full_data(full, printed)]
+    parts = [_heading(experiment, config, outcomes, collections), _full_data(full, printed)]
     for variant in dict.fromkeys(outcome.cell.variant_name for outcome in outcomes):
-        for strategy in plan.strategies:
+        for strategy in experiment.strategies:
             group = [
                 outcome
                 for outcome in outcomes
                 if (outcome.cell.variant_name, outcome.cell.strategy) == (variant, strategy)
             ]
             where = f"Strategy-{strategy}" + (f", retrained with {variant}" if variant else "")
-            parts.append(f"## {where}\n\n{_table(plan, group)}")
+            parts.append(f"## {where}\n\n{_table(experiment, group)}")
     parts.append("\n".join(footnotes([printed, *(outcome.printed for outcome in outcomes)])))
-    parts += [_noise_table(plan, outcomes, key) for key in NOISE]
+    parts += [_noise_table(experiment, outcomes, key) for key in NOISE]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    write_atomically(plan.directory / "table.md", lambda file: file.write(text.encode()))
+    write_atomically(experiment.directory / "table.md", lambda file: file.write(text.encode()))
     rows = _csv(outcomes)
-    write_atomically(plan.directory / "cells.csv", lambda file: file.write(rows.encode()))
+    write_atomically(experiment.directory / "cells.csv", lambda file: file.write(rows.encode()))
     return text
 
 
@@ -103,14 +103,14 @@ def manifest_of(config: Config) -> Manifest | None:
 
 
 def _beside(
-    plan: Experiment, config: Config, outcomes: Sequence[CellResult]
+    experiment: Experiment, config: Config, outcomes: Sequence[CellResult]
 ) -> tuple[list[CellResult], Printed | None]:
     """Return the outcomes with what the paper prints for each, and its number of the full data."""
     data, model = config.data, config.model.model_dump()
     images = images_of(data.train, data.num_classes, manifest_of(config))
     variants = {"": config} | {
-        variant.name: load_config(plan.config, [*plan.overrides, *variant.overrides])
-        for variant in plan.variants
+        variant.name: load_config(experiment.config, [*experiment.overrides, *variant.overrides])
+        for variant in experiment.variants
     }
 
     def printed(outcome: CellResult) -> Printed | None:
@@ -146,12 +146,12 @@ def _cell(outcomes: Sequence[CellResult]) -> str:
     return text if len(done) in (0, len(outcomes)) else f"{text} ({len(done)} of {len(outcomes)})"
 
 
-def _table(plan: Experiment, outcomes: Sequence[CellResult]) -> str:
+def _table(experiment: Experiment, outcomes: Sequence[CellResult]) -> str:
     """Write methods in rows and pruning rates in columns; below a method what the paper prints,
     where it does."""
-    lines = [["final top-1 (%), images removed", *map(percent, plan.pruning_rates)]]
-    for method in plan.methods:
-        mine = [_at(outcomes, method, rate) for rate in plan.pruning_rates]
+    lines = [["final top-1 (%), images removed", *map(percent, experiment.pruning_rates)]]
+    for method in experiment.methods:
+        mine = [_at(outcomes, method, rate) for rate in experiment.pruning_rates]
         importance = next(outcome.cell.importance for found in mine for outcome in found)
         label = method.name + (f", importance {importance}" if importance != "none" else "")
         lines.append([label, *map(_cell, mine)])
@@ -162,7 +162,7 @@ def _table(plan: Experiment, outcomes: Sequence[CellResult]) -> str:
     return markdown_table(lines)
 
 
-def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> str:
+def _noise_table(experiment: Experiment, outcomes: Sequence[CellResult], key: str) -> str:
     """Write the share kept in percent over seeds, methods in rows and rates in columns; empty where
     nothing is known."""
     first = [
@@ -173,15 +173,15 @@ def _noise_table(plan: Experiment, outcomes: Sequence[CellResult], key: str) -> 
     ]
     if all(getattr(outcome, key) is None for outcome in first):
         return ""
-    lines = [["percent of them kept, images removed", *map(percent, plan.pruning_rates)]]
-    for method in plan.methods:
+    lines = [["percent of them kept, images removed", *map(percent, experiment.pruning_rates)]]
+    for method in experiment.methods:
         kept = [
             [
                 100 * share
                 for outcome in _at(first, method, rate)
                 if (share := getattr(outcome, key)) is not None
             ]
-            for rate in plan.pruning_rates
+            for rate in experiment.pruning_rates
         ]
         lines.append([method.name, *(plus_minus(*mean_std(shares), digits=1) for shares in kept)])
     return f"## {NOISE[key]}\n\n{markdown_table(lines)}"
@@ -208,7 +208,10 @@ def _full_data(full: dict[int, dict[str, Any] | None], printed: Printed | None) 
 
 
 def _heading(
-    plan: Experiment, config: Config, outcomes: Sequence[CellResult], collections: dict[int, RunDir]
+    experiment: Experiment,
+    config: Config,
+    outcomes: Sequence[CellResult],
+    collections: dict[int, RunDir],
 ) -> str:
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
     envs = [run.read_env() for run in collections.values()]
@@ -220,18 +223,20 @@ def _heading(
     ]
     env = next(filter(None, envs), {})
     training = sum(result["train_seconds"] for result in [*results, *collected])
-    seconds = sum(record["seconds"] for record in read_objects(plan.directory / "times.jsonl"))
+    seconds = sum(
+        record["seconds"] for record in read_objects(experiment.directory / "times.jsonl")
+    )
     versions = env.get("versions", {})
     retrained = f" (retrainings {epochs})" if (epochs := config.retrain.epochs) else ""
     lines = [
-        f"# {plan.name}",
+        f"# {experiment.name}",
         "",
         (
             f"{config.model.name}, {config.train.epochs} epochs{retrained}, batch"
             f" {config.train.global_batch_size}, {config.data.train}; seeds"
-            f" {', '.join(map(str, plan.seeds))}; {len(results)} of {len(outcomes)} retrainings"
-            " done. Mean ± standard deviation over seeds: each seed is a collection of its own,"
-            " and the retraining from it."
+            f" {', '.join(map(str, experiment.seeds))}; {len(results)} of {len(outcomes)}"
+            " retrainings done. Mean ± standard deviation over seeds: each seed is a collection of"
+            " its own, and the retraining from it."
             + "".join(
                 f" {copies.count(source)} of the collections are copied from {source}."
                 for source in dict.fromkeys(copies)

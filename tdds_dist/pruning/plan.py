@@ -1,5 +1,5 @@
-"""What is pruned when: the settings of a method for one training, and what is known of its epochs
-in advance."""
+"""The plan of a pruned training: the settings of a method for one training, and what is known of
+its epochs in advance."""
 
 # N samples
 
@@ -137,7 +137,7 @@ class PruningPlan:
 
     @property
     def loss_weights(self) -> str:
-        """Return the kind of importance that the training weighs its loss by (`training.job`)."""
+        """Return the kind of importance that the training weighs its loss by."""
         if self.method == "infobatch":
             return "sample"
         return self.importance if self.method in BY_SCORE else "none"

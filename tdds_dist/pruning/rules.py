@@ -1,4 +1,4 @@
-"""Which samples an epoch visits, and the weight of each in the loss: one function per method. Pure
+"""Samples that an epoch visits, and the weight of each in the loss: one function per method. Pure
 NumPy.
 
 Each returns (kept bool [N], weight float32 [N]) from numbers of each sample's last visit. Draws

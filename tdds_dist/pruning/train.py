@@ -19,7 +19,7 @@ from tdds_dist.text import table
 from tdds_dist.training.build import build_scorer, checked_files, on_this_node
 from tdds_dist.training.collect import lacks_trajectory
 from tdds_dist.training.engine import fit
-from tdds_dist.training.job import Job
+from tdds_dist.training.training import Training
 
 
 def train(
@@ -74,7 +74,7 @@ def train(
             config.prune.schedule_by == "epochs"
             or plan.total_images == plan.epochs * plan.num_samples
         )
-        job = Job(
+        training = Training(
             config,
             world,
             run,
@@ -98,7 +98,7 @@ def train(
             interruption=interruption or Interruption(),
         )
         method = {"method": plan.method, "twin": plan.twin, "rate": plan.rate}
-        start.finish(setting | method | fit(job, start))
+        start.finish(setting | method | fit(training, start))
     return run
 
 

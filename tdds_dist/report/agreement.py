@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tdds_dist.config.scores import base_key, is_plain
+from tdds_dist.config.scores import DEFAULT_RATES, base_key, is_plain
 from tdds_dist.coreset import agreement
 from tdds_dist.coreset.agreement import Ranked
 from tdds_dist.coreset.samplers import num_kept
@@ -24,7 +24,6 @@ from tdds_dist.report.scores import known_noise
 from tdds_dist.runs.artifacts import Scores, require_same_dataset
 from tdds_dist.text import percent
 
-DEFAULT_RATES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of a run without coresets
 NUM_CELLS = 60  # of a map in either direction
 RIGHT_SLOT, WRONG_SLOT = 0, 1  # colours of images that are right in all epochs, and in none
 MAX_MAPPED = 6  # TDDS windows that get maps

@@ -23,7 +23,6 @@ from tdds_dist.text import percent
 FULL_RETRAINED_SLOT = 98  # colour of a retraining on the full data, a grey
 # line widths: one of the trainings behind a mean; what lies below a line that may be the same
 _THIN, _WIDE = 0.6, 3.5
-GIB = 1024**3
 _UNKNOWN = 2.0  # in place of a pruning rate that no file says
 
 
@@ -280,7 +279,7 @@ def speed_charts(facts: Facts) -> dict[str, Any] | None:
     found, legend = [], dict[str, charts.Line]()
     for key, title, scale in (
         ("images_per_second", "images per second", 1.0),
-        ("memory_bytes", "memory (GiB)", GIB),
+        ("memory_bytes", "memory (GB)", 1e9),
         ("scoring_share", "scoring share of the collection (%)", 0.01),
     ):
         lines = []

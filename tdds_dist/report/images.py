@@ -33,7 +33,7 @@ from tdds_dist.data.beton import (
 )
 from tdds_dist.errors import InputError
 from tdds_dist.report.read import Facts
-from tdds_dist.report.scores import Origins, class_name, known_noise, printable
+from tdds_dist.report.scores import Origins, class_name, known_noise, valid_utf8
 from tdds_dist.runs.artifacts import require_same_dataset
 from tdds_dist.text import percent
 
@@ -256,7 +256,7 @@ def _pictures(
             "alt": (
                 f"Image {number}, {caption}" + (f", corrupted ({corruption})" if corruption else "")
             ),
-            "path": printable(paths[number]) if paths else f"image {number}",
+            "path": valid_utf8(paths[number]) if paths else f"image {number}",
             "scores": [f"{score_N[number]:.4g}" for score_N in scores],
         }
 

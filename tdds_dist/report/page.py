@@ -47,8 +47,8 @@ from tdds_dist.report.scores import (
     noise,
     noise_table,
     origin,
-    printable,
     score_facts,
+    valid_utf8,
 )
 from tdds_dist.runs.artifacts import Coreset, write_atomically
 from tdds_dist.runs.directory import RunDir
@@ -307,7 +307,7 @@ def _dataset_of(facts: Facts) -> str:
     source = str(getattr(facts.manifest, "source", ""))
     beton = str(facts.config.get("data", {}).get("train", "?"))
     kind, _, folder = source.partition(":")
-    return printable(
+    return valid_utf8(
         f"{kind}: {Path(folder).name}" if "/" in folder else source or Path(beton).name
     )
 

@@ -18,7 +18,7 @@ from tdds_dist.data.beton import dataset_fingerprint, inspect_beton
 from tdds_dist.errors import InputError
 from tdds_dist.report.images import BUDGET_BYTES, PIXELATED_UP_TO, thumbnails
 from tdds_dist.report.page import render
-from tdds_dist.report.scores import printable
+from tdds_dist.report.scores import valid_utf8
 from tdds_dist.runs.artifacts import require_same_dataset, write_atomically
 from tdds_dist.runs.directory import RunDir
 
@@ -54,13 +54,13 @@ def write_review(suspects: Suspects, run: RunDir, out: Path, num: int, score: st
             )
     except (InputError, OSError) as error:
         notes.append(f"the page has no pictures: {error}")
-    names = list(map(printable, suspects.class_names))
+    names = list(map(valid_utf8, suspects.class_names))
     cards = [_card(suspects, rank, pictures) for rank in range(len(shown))]
     text = render(
         "review.html.j2",
         ("style.css", "review.css"),
         ("review.js",),
-        run=printable(run.path.name),
+        run=valid_utf8(run.path.name),
         score=score,
         cards=cards,
         num_judged=len(suspects.order),
@@ -91,9 +91,9 @@ def _card(suspects: Suspects, rank: int, pictures: dict[int, str]) -> dict[str, 
     return {
         "rank": rank + 1,
         "index": int(row["index"]),
-        "path": printable(row["path"]),
-        "label": printable(row["label"]),
-        "other": printable(row.get("other", "")),
+        "path": valid_utf8(row["path"]),
+        "label": valid_utf8(row["label"]),
+        "other": valid_utf8(row.get("other", "")),
         "p_label": row.get("p_label", ""),
         "p_other": row.get("p_other", ""),
         "wrong": row.get("wrong", "") == "yes",

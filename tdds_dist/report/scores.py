@@ -369,9 +369,9 @@ def coreset_labels(facts: Facts) -> dict[str, str]:
 
 def class_name(facts: Facts, label: int) -> str:
     names = getattr(facts.manifest, "class_names", None) or ()
-    return printable(str(names[label])) if 0 <= label < len(names) else f"class {label}"
+    return valid_utf8(str(names[label])) if 0 <= label < len(names) else f"class {label}"
 
 
-def printable(name: str) -> str:
-    """Return a file's or folder's name as text: it may hold bytes that are no UTF-8."""
+def valid_utf8(name: str) -> str:
+    """Return a file's or folder's name with "?" for bytes that are no UTF-8."""
     return name.encode("utf-8", "replace").decode()

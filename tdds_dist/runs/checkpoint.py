@@ -123,7 +123,7 @@ class Checkpoints:
         files: Mapping[str, Path] | None = None,
         wait: bool = False,
     ) -> None:
-        """Save `tensors` (replicated, sharded by `distributed.as_shard`, or of this rank alone
+        """Save `tensors` (replicated, sharded by `collectives.as_shard`, or of this rank alone
         under a name of its own).
 
         `record` is JSON of the main rank. `files` are files that go along (linked where the file

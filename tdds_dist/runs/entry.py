@@ -83,7 +83,7 @@ def entered(
 
     def mark_complete() -> None:
         """Record that the run has had a checkpoint: it then never starts over because none is left
-        (`_look`)."""
+        (`why_not`)."""
         if not (env := run.read_env()).get("has_checkpoints"):
             run.write_env(env | {"has_checkpoints": True})
 

@@ -258,7 +258,7 @@ def _planned_epochs(run: RunDir) -> int | None:
     if read_object(run.env_file).get("stage") == "retrain":
         return None  # strategy and coreset decide it
     try:
-        return int(yaml.safe_load(run.config_file.read_text())["train"]["epochs"])
+        return int(run.read_config()["train"]["epochs"])
     except (
         OSError,
         ValueError,

@@ -1,4 +1,4 @@
-"""Whether the kernel of `shard_triton` works on a device: each variant of it runs, and gives what
+"""A check of the kernel of `shard_triton` on a device: each variant of it runs, and gives what
 the plain `shard.update` gives. Triton is loaded only where a function needs it.
 """
 

@@ -12,9 +12,9 @@ __all__ = [
     "engine",
     "feed",
     "final_pass",
-    "job",
     "metrics",
     "retrain",
     "schedule",
     "state",
+    "training",
 ]  # that other rooms may import

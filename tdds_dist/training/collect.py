@@ -22,7 +22,7 @@ from tdds_dist.text import size_text
 from tdds_dist.training.build import build_scorer, checked_files, on_this_node
 from tdds_dist.training.engine import fit
 from tdds_dist.training.final_pass import score_weights
-from tdds_dist.training.job import Job
+from tdds_dist.training.training import Training
 
 
 def _warn(config: Config, num_samples: int) -> None:
@@ -69,7 +69,7 @@ def collect(
         if start.result is not None:
             return [run.scores / name for name in start.result["scores"]]
         train_file, val_file = on_this_node(config, files, world, start.pulse)
-        job = Job(
+        training = Training(
             config,
             world,
             run,
@@ -79,15 +79,15 @@ def collect(
             config.train.global_batch_size,
             interruption=interruption or Interruption(),
         )
-        return _collect(job, fingerprint, start)
+        return _collect(training, fingerprint, start)
 
 
-def observed(job: Job, scorer: ShardedScorer) -> Job:
-    """Return the job with a scorer as its observer, as the config asks for it."""
-    config = job.config
+def observed(training: Training, scorer: ShardedScorer) -> Training:
+    """Return the training with a scorer as its observer, as the config asks for it."""
+    config = training.config
     stops_early = config.collect.stop_after == "last_window"
     return replace(
-        job,
+        training,
         observer=scorer,
         clean_view=config.score.view == "clean",
         tolerates_nonfinite=config.score.on_nan == "quarantine",
@@ -95,9 +95,14 @@ def observed(job: Job, scorer: ShardedScorer) -> Job:
     )
 
 
-def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
+def _collect(training: Training, fingerprint: Fingerprint, start: Start) -> list[Path]:
     """Train and score, with the run directory locked."""
-    config, world, run, train_file = job.config, job.world, job.run, job.train_file
+    config, world, run, train_file = (
+        training.config,
+        training.world,
+        training.run,
+        training.train_file,
+    )
     scorer = build_scorer(
         config,
         train_file.num_samples,
@@ -114,7 +119,7 @@ def _collect(job: Job, fingerprint: Fingerprint, start: Start) -> list[Path]:
             extra=HEADING,
         )
         _warn(config, train_file.num_samples)
-    result = fit(observed(job, scorer), start)
+    result = fit(observed(training, scorer), start)
 
     score_of_window = scorer.gather()
     label_N = scorer.gather_labels().numpy()

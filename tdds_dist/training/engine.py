@@ -40,30 +40,30 @@ from tdds_dist.training.build import (
     set_deterministic,
 )
 from tdds_dist.training.feed import Feed, Pass
-from tdds_dist.training.job import Job, Observer
 from tdds_dist.training.schedule import learning_rate, training_size, training_sizes
 from tdds_dist.training.trackers import Trackers
+from tdds_dist.training.training import Observer, Training
 
 
-def fit(job: Job, start: Start | None = None) -> dict[str, Any]:
-    """Train, from the start or from `job.resume`; return the result record (final and best top-1
-    and top-5 in percent, images, seconds). `start`: of a stage in its run directory, which says
-    where to go on from, and is told how far the training is.
+def fit(training: Training, start: Start | None = None) -> dict[str, Any]:
+    """Train, from the start or from `training.resume`; return the result record (final and best
+    top-1 and top-5 in percent, images, seconds). `start`: of a stage in its run directory, which
+    says where to go on from, and is told how far the training is.
 
     Raises:
         Preempted: asked to leave; the state is saved, on every rank at the same step.
     """
     if start is not None:
-        job = replace(
-            job,
+        training = replace(
+            training,
             checkpoints=start.checkpoints,
             resume=start.resume,
             pulse=start.pulse,
             guard=start.guard,
         )
-    trainer = Trainer(job)
+    trainer = Trainer(training)
     try:
-        with job.interruption.watched():
+        with training.interruption.watched():
             result = trainer.run()
     except (Preempted, InputError) as error:
         # all ranks are here; after any other error no rank waits for another
@@ -78,13 +78,13 @@ def fit(job: Job, start: Start | None = None) -> dict[str, Any]:
 
 
 class Trainer:
-    """Model, optimizer and loaders of a job, and its state between two steps. `feed`: where batches
-    come from."""
+    """Model, optimizer and loaders of a training, and its state between two steps. `feed`: where
+    batches come from."""
 
-    def __init__(self, job: Job, feed: Feed | None = None):
-        config, world = job.config, job.world
-        self.job = job
-        self.rows = job.rows
+    def __init__(self, training: Training, feed: Feed | None = None):
+        config, world = training.config, training.world
+        self.training = training
+        self.rows = training.rows
         self.micro_batch = self.rows * world.world_size
         self.step = 0  # optimizer steps done
         self.epoch = 0
@@ -141,20 +141,20 @@ class Trainer:
         self.mix = build_mix(config)
         needs_scaling = world.device.type == "cuda" and config.train.amp == "fp16"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=needs_scaling)
-        self.feed = feed or Feed(job)
-        self._visit(Visits(job.subset_M, job.importance_N))
+        self.feed = feed or Feed(training)
+        self._visit(Visits(training.subset_M, training.importance_N))
         self.follows: Pass | None = None  # what is read after the pass that is under way
-        self.trackers = Trackers(config, job.run)
+        self.trackers = Trackers(config, training.run)
         self.group = collectives.control_group(config.run.timeout_seconds)
         self.consensus = collectives.Consensus(3, self.group)
         self._settle()
-        if job.resume is not None:
-            self._resume(job.resume)
-        elif job.schedule is not None:
-            self._visit(job.schedule.decide(0))
-        self.good_buffers = nonfinite.GoodBuffers(model) if job.tolerates_nonfinite else None
+        if training.resume is not None:
+            self._resume(training.resume)
+        elif training.schedule is not None:
+            self._visit(training.schedule.decide(0))
+        self.good_buffers = nonfinite.GoodBuffers(model) if training.tolerates_nonfinite else None
         self.screen = metrics.Screen(
-            job.epochs,
+            training.epochs,
             self.epoch,
             sum(self.history["images"]) + sum(self._images_ahead()),
             world.is_main,
@@ -163,16 +163,16 @@ class Trainer:
 
     def _visit(self, visits: Visits) -> None:
         """Let the epoch that comes next, or goes on, have these samples and weights."""
-        job, subset_M = self.job, visits.subset_M
+        training, subset_M = self.training, visits.subset_M
         self.visits = self.feed.visits = visits
-        self.num_images = job.train_file.num_samples if subset_M is None else len(subset_M)
+        self.num_images = training.train_file.num_samples if subset_M is None else len(subset_M)
         self.importance_N = None
-        if job.importance == "sample" and visits.weight_N is not None:
-            self.importance_N = torch.from_numpy(visits.weight_N).to(job.world.device)
+        if training.importance == "sample" and visits.weight_N is not None:
+            self.importance_N = torch.from_numpy(visits.weight_N).to(training.world.device)
 
     def _images_ahead(self) -> list[int]:
         """Return the images of this epoch and the most of each one after it."""
-        epoch, end, schedule = self.epoch, self.job.epochs_run, self.job.schedule
+        epoch, end, schedule = self.epoch, self.training.epochs_run, self.training.schedule
         if schedule is None or epoch >= end:
             return [self.num_images] * (end - epoch)
         return [self.num_images, *map(schedule.most_images, range(epoch + 1, end))]
@@ -180,10 +180,12 @@ class Trainer:
     def _settle(self) -> None:
         """Make one pass without effect; compile, where asked to, for the images of the first
         step."""
-        config, job = self.job.config, self.job
-        size = training_size(config, job.resume.record["epoch"] if job.resume else 0, job.epochs)
+        config, training = self.training.config, self.training
+        size = training_size(
+            config, training.resume.record["epoch"] if training.resume else 0, training.epochs
+        )
         rows = max(2, self.rows) if config.model.compile else 2
-        image = torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=job.world.device)
+        image = torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=training.world.device)
         image = image.permute(0, 3, 1, 2)  # as the loader's lie in memory
         try:
             state.settle_buckets(self.model, self.input_stage(image), self._autocast())
@@ -195,30 +197,30 @@ class Trainer:
             ) from error
 
     def _rank_seed(self, *more: int) -> int:
-        entropy = [self.job.config.run.seed, self.job.world.rank, *more]
+        entropy = [self.training.config.run.seed, self.training.world.rank, *more]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     # ---- the run
 
     def run(self) -> dict[str, Any]:
         """Train all epochs that are left; return the result."""
-        job, history = self.job, self.history
-        while self.epoch < job.epochs_run:
+        training, history = self.training, self.history
+        while self.epoch < training.epochs_run:
             epoch_started = time.perf_counter()
-            is_last = self.epoch + 1 == job.epochs_run
+            is_last = self.epoch + 1 == training.epochs_run
             next_epoch: Pass | None = None if is_last else ("train", self.epoch + 1)
-            is_evaluated = is_last or (self.epoch + 1) % job.config.train.eval_every == 0
+            is_evaluated = is_last or (self.epoch + 1) % training.config.train.eval_every == 0
             self.follows = ("val", self.epoch) if is_evaluated else next_epoch
-            if not is_evaluated and job.schedule is not None:
+            if not is_evaluated and training.schedule is not None:
                 self.follows = None  # what that visits is not known yet
             record = self.train_epoch()
-            with collectives.together(job.world):
-                if job.world.is_main:
-                    job.guard()
+            with collectives.together(training.world):
+                if training.world.is_main:
+                    training.guard()
             self._observe(lambda observer: observer.end_epoch(), timed=True)
             history["images"].append(self.num_images)
-            if job.schedule is not None and not is_last:
-                self._visit(job.schedule.decide(self.epoch + 1))
+            if training.schedule is not None and not is_last:
+                self._visit(training.schedule.decide(self.epoch + 1))
                 if not is_evaluated:
                     self.feed.start(("train", self.epoch + 1))
             record["scoring_share"] = self.observer_seconds / record["epoch_seconds"]
@@ -237,19 +239,19 @@ class Trainer:
             history["wall_seconds"].append(time.perf_counter() - epoch_started)
             history["stopped"] = is_last
             remaining_seconds = self._image_seconds() * sum(self._images_ahead()[1:])
-            with collectives.together(job.world):
-                if job.world.is_main:
+            with collectives.together(training.world):
+                if training.world.is_main:
                     if val_2C is not None:
-                        job.run.append_val_classes(self.epoch, *val_2C.cpu().numpy())
-                    job.run.append_metrics(record)
+                        training.run.append_val_classes(self.epoch, *val_2C.cpu().numpy())
+                    training.run.append_metrics(record)
                     self.trackers.write(record)
                     line = metrics.epoch_line(
-                        record, job.epochs, 0.0 if is_last else remaining_seconds
+                        record, training.epochs, 0.0 if is_last else remaining_seconds
                     )
                     self.screen.progress.tell(line, always=is_last)
             self.epoch, self.micro = self.epoch + 1, 0
-            if job.pulse is not None:
-                job.pulse.beat(
+            if training.pulse is not None:
+                training.pulse.beat(
                     "training",
                     **self._progress(),
                     images_per_second=record["images_per_second"],
@@ -261,17 +263,17 @@ class Trainer:
         return self._result()
 
     def _result(self) -> dict[str, Any]:
-        job, record, best = self.job, self.history["record"], self.history["best"]
+        training, record, best = self.training, self.history["record"], self.history["best"]
         pruned = {
             "images_seen": sum(self.history["images"]),
-            "images_of_full": self.epoch * job.num_samples,
+            "images_of_full": self.epoch * training.num_samples,
         }
         return {
-            "num_images": job.num_samples,
+            "num_images": training.num_samples,
             "epochs": self.epoch,
-            "epochs_planned": job.epochs,
-            "seed": job.config.run.seed,
-            "global_batch_size": job.global_batch_size,
+            "epochs_planned": training.epochs,
+            "seed": training.config.run.seed,
+            "global_batch_size": training.global_batch_size,
             "steps": record["step"],
             "final_top1": record["val_top1"],
             "final_top5": record["val_top5"],
@@ -283,7 +285,7 @@ class Trainer:
             "median_images_per_second": float(
                 np.median(np.divide(self.history["images"], self.history["epoch_seconds"]))
             ),
-        } | (pruned if job.schedule is not None else {})
+        } | (pruned if training.schedule is not None else {})
 
     def _train_seconds(self) -> float:
         return self.history["train_seconds"] + time.perf_counter() - self.started
@@ -293,7 +295,7 @@ class Trainer:
     def train_epoch(self) -> dict[str, Any]:
         """Train on the rest of this epoch's samples; return the record of its metrics (over all
         ranks)."""
-        job, train, epoch = self.job, self.job.config.train, self.epoch
+        training, train, epoch = self.training, self.training.config.train, self.epoch
         order, batches = self.feed.take(("train", epoch), self.micro)
         self.model.train()
         seconds_before, self.observer_seconds = self.history["partial"]
@@ -309,7 +311,7 @@ class Trainer:
             is_last = self.micro + 1 == order.num_steps
             is_update = (self.micro + 1) % train.accumulation == 0 or is_last
             if self.micro % train.accumulation == 0:
-                weight = step_weight(job, order, self.micro, self.visits.weight_N)
+                weight = step_weight(training, order, self.micro, self.visits.weight_N)
             num_rows = order.num_real(self.micro)
             with nullcontext() if is_update else self.model.no_sync():
                 self._forward_backward(batch, weight, num_rows)
@@ -323,11 +325,11 @@ class Trainer:
                     seconds_before + time.perf_counter() - started,
                     self.observer_seconds,
                 ]
-                if job.pulse is not None and job.pulse.is_due:
+                if training.pulse is not None and training.pulse.is_due:
                     self._beat(self.micro / order.num_steps)
                 if not is_last:
                     self._between_steps()
-        if job.world.device.type == "cuda":
+        if training.world.device.type == "cuda":
             torch.cuda.synchronize()
         epoch_seconds = seconds_before + time.perf_counter() - started
         self.history["partial"] = [0.0, 0.0]
@@ -341,8 +343,8 @@ class Trainer:
             "train_top1": top1,
             "epoch_seconds": epoch_seconds,
             "images_per_second": self.num_images / epoch_seconds,
-            "memory_bytes": metrics.memory_bytes(job.world.device),
-        } | ({"images": self.num_images} if job.schedule is not None else {})
+            "memory_bytes": metrics.memory_bytes(training.world.device),
+        } | ({"images": self.num_images} if training.schedule is not None else {})
 
     def _look_ahead(self, num_left: int) -> None:
         """Start what follows when this pass has no more to decode than is on its way, with
@@ -356,10 +358,12 @@ class Trainer:
 
         `weight`: see `step_weight`; `num_rows`: of all ranks, without padding.
         """
-        job, train = self.job, self.job.config.train
+        training, train = self.training, self.training.config.train
         image, target = self.input_stage(batch.image), batch.label
         clean_BC = (
-            self._observe(lambda _: self._clean_view(image), timed=True) if job.clean_view else None
+            self._observe(lambda _: self._clean_view(image), timed=True)
+            if training.clean_view
+            else None
         )
         if self.mix is not None:
             image, target = self.mix(image, batch.label)
@@ -371,7 +375,7 @@ class Trainer:
         )
         # Only the last step of an epoch has padding; the others need no mask.
         real_B = None if num_rows == self.micro_batch else batch.index >= 0
-        if job.tolerates_nonfinite:
+        if training.tolerates_nonfinite:
             finite_B = torch.isfinite(logits_BC).all(dim=1)
             real_B = (batch.index >= 0) & finite_B
             logits_BC = torch.where(finite_B[:, None], logits_BC, 0.0)
@@ -394,10 +398,10 @@ class Trainer:
     def _observe(self, call: Callable[[Observer], Any], timed: bool = False) -> Any:
         """Return what the observer answers, None where there is none; count the host seconds that
         it takes of an epoch when `timed`."""
-        if self.job.observer is None:
+        if self.training.observer is None:
             return None
         started = time.perf_counter()
-        answer = call(self.job.observer)
+        answer = call(self.training.observer)
         self.observer_seconds += (time.perf_counter() - started) * timed
         return answer
 
@@ -414,11 +418,11 @@ class Trainer:
 
     def _update(self) -> float:
         """Make one optimizer step; return its learning rate."""
-        train = self.job.config.train
-        steps_per_epoch = self.job.schedule_steps_per_epoch
+        train = self.training.config.train
+        steps_per_epoch = self.training.schedule_steps_per_epoch
         lr = learning_rate(
             self._position(steps_per_epoch),
-            self.job.epochs * steps_per_epoch,
+            self.training.epochs * steps_per_epoch,
             train.lr,
             final=train.final_lr,
             warmup_steps=round(train.warmup_epochs * steps_per_epoch),
@@ -444,14 +448,14 @@ class Trainer:
         By epochs: each epoch spans as much of the schedule, however many steps it has. Without a
         skipped sample this is the number of steps done, exactly.
         """
-        job = self.job
-        if job.schedule is None:
+        training = self.training
+        if training.schedule is None:
             return self.step
-        first_pass = (self.micro - 1) // job.config.train.accumulation
-        if job.total_images is not None:
-            seen = sum(self.history["images"]) + first_pass * job.global_batch_size
-            return job.epochs * steps_per_epoch * seen / job.total_images
-        num_steps = math.ceil(self.num_images / job.global_batch_size)
+        first_pass = (self.micro - 1) // training.config.train.accumulation
+        if training.total_images is not None:
+            seen = sum(self.history["images"]) + first_pass * training.global_batch_size
+            return training.epochs * steps_per_epoch * seen / training.total_images
+        num_steps = math.ceil(self.num_images / training.global_batch_size)
         return self.epoch * steps_per_epoch + first_pass * steps_per_epoch / num_steps
 
     def _read_totals(self, epoch: int, started: float) -> tuple[float, float]:
@@ -462,7 +466,7 @@ class Trainer:
             self._observe(lambda observer: observer.check())
             raise InputError(
                 f"epoch {epoch + 1}, up to step {self.step}: the training loss is not finite; lower"
-                f" train.lr={self.job.config.train.lr} or add train.warmup_epochs",
+                f" train.lr={self.training.config.train.lr} or add train.warmup_epochs",
                 shared=True,
             )
         self.screen.figures(
@@ -473,18 +477,18 @@ class Trainer:
     # ---- how far we are
 
     def _progress(self) -> dict[str, int]:
-        batch = self.job.global_batch_size
+        batch = self.training.global_batch_size
         ahead = sum(math.ceil(images / batch) for images in self._images_ahead())
         return {
             "epoch": self.epoch,
-            "epochs": self.job.epochs_run,
+            "epochs": self.training.epochs_run,
             "step": self.step,
             "steps": self.step - self._steps_of_epoch() + ahead,
         }
 
     def _steps_of_epoch(self) -> int:
         """Return the optimizer steps done in this epoch."""
-        return -(-self.micro // self.job.config.train.accumulation)
+        return -(-self.micro // self.training.config.train.accumulation)
 
     def _epoch_seconds(self) -> float:
         """Return the seconds of an epoch, evaluation and scoring included: the median so far (0
@@ -501,10 +505,10 @@ class Trainer:
 
     def _beat(self, share: float) -> None:
         """Update status.json when this share of the epoch is done."""
-        job, seconds = self.job, self.history["partial"][0]
-        assert job.pulse is not None
+        training, seconds = self.training, self.history["partial"][0]
+        assert training.pulse is not None
         done = share * self.num_images
-        job.pulse.beat(
+        training.pulse.beat(
             "training",
             **self._progress(),
             images_per_second=done / seconds,
@@ -518,10 +522,10 @@ class Trainer:
         """Save when it is time, or leave when any rank was asked to; all ranks do so at the same
         step, one after the request.
         """
-        checkpoints = self.job.checkpoints
+        checkpoints = self.training.checkpoints
         is_writing = checkpoints is not None and checkpoints.is_writing
         asked, due, writing = self.consensus.exchange(
-            [bool(self.job.interruption.requested), self._is_time(), is_writing]
+            [bool(self.training.interruption.requested), self._is_time(), is_writing]
         )
         self.steps_since_save += 1
         if asked:
@@ -533,9 +537,11 @@ class Trainer:
             checkpoints.finish()  # a save that failed is said now, on all ranks
 
     def _end_of_epoch(self, is_last: bool) -> None:
-        every = self.job.config.checkpoint.every_epochs
+        every = self.training.config.checkpoint.every_epochs
         self.steps_since_save = 0  # what `exchange` says next is not of this epoch
-        asked, _, _ = self.consensus.settle([bool(self.job.interruption.requested), False, False])
+        asked, _, _ = self.consensus.settle(
+            [bool(self.training.interruption.requested), False, False]
+        )
         is_due = self._is_time() or self._is_short_of_time()
         # that of before the last save does not count
         _, due, _ = self.consensus.settle([False, is_due, False])
@@ -547,25 +553,29 @@ class Trainer:
     def _is_time(self) -> bool:
         """Say whether a checkpoint is due by time, by the main rank's clock, which never goes
         back."""
-        seconds = self.job.config.checkpoint.every_seconds
+        seconds = self.training.config.checkpoint.every_seconds
         return bool(
-            self.job.world.is_main and seconds and time.perf_counter() - self.last_save >= seconds
+            self.training.world.is_main
+            and seconds
+            and time.perf_counter() - self.last_save >= seconds
         )
 
     def _is_short_of_time(self) -> bool:
         """Say whether the next epoch does not fit before the time limit, so that the state is saved
         early."""
         return bool(
-            self.job.world.is_main
-            and time.time() + self._epoch_seconds() >= self.job.interruption.leave_at
+            self.training.world.is_main
+            and time.time() + self._epoch_seconds() >= self.training.interruption.leave_at
         )
 
     def _leave(self) -> NoReturn:
         """Save the state and raise Preempted, on every rank."""
-        asked = collectives.gather_objects(self.job.interruption.requested, self.job.world)
+        asked = collectives.gather_objects(
+            self.training.interruption.requested, self.training.world
+        )
         name = next(filter(None, asked), "a signal")
-        where = f"epoch {min(self.epoch + 1, self.job.epochs)}, step {self.step}"
-        checkpoints = self.job.checkpoints
+        where = f"epoch {min(self.epoch + 1, self.training.epochs)}, step {self.step}"
+        checkpoints = self.training.checkpoints
         if checkpoints is None:
             raise Preempted(
                 f"{name} at {where}; there are no checkpoints, so the run starts over next time",
@@ -582,8 +592,8 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint, made on this number of ranks or another."""
-        record, config = checkpoint.record, self.job.config
-        assert self.job.checkpoints is not None
+        record, config = checkpoint.record, self.training.config
+        assert self.training.checkpoints is not None
         self.epoch, self.step = record["epoch"], record["step"]
         self.micro = record["steps_of_epoch"] * config.train.accumulation
         self.history = record["history"] | {"resumes": record["history"]["resumes"] + 1}
@@ -592,17 +602,17 @@ class Trainer:
         for name in ("epoch_seconds", "wall_seconds", "images"):
             # older versions could write those of the next epoch too
             self.history[name] = self.history[name][: self.epoch]
-        if self.job.schedule is not None and self.epoch < self.job.epochs_run:
-            self._visit(self.job.schedule.recall(self.epoch, record["visits"]))
+        if self.training.schedule is not None and self.epoch < self.training.epochs_run:
+            self._visit(self.training.schedule.recall(self.epoch, record["visits"]))
         observed = self._observer_state()
         state.restore(
-            self.job.checkpoints,
+            self.training.checkpoints,
             checkpoint,
             self.model,
             self.optimizer,
             observed,
             self.totals_3,
-            self.job.world,
+            self.training.world,
             self._rank_seed(self.step),
         )
         self._observe(lambda observer: observer.load_state_dict(observed))
@@ -610,7 +620,7 @@ class Trainer:
             self.scaler.load_state_dict(record["scaler"])
 
     def _save_checkpoint(self, wait: bool = False) -> None:
-        if self.job.checkpoints is None:
+        if self.training.checkpoints is None:
             return
         self._require_finite()
         self.steps_since_save = 0
@@ -620,16 +630,16 @@ class Trainer:
             "step": self.step,
             "steps_of_epoch": self._steps_of_epoch(),
             "visits": self.visits.digest,
-            "world_size": self.job.world.world_size,
+            "world_size": self.training.world.world_size,
             "scaler": self.scaler.state_dict(),
             "history": self.history | {"train_seconds": train_seconds},
         }
-        best = self.job.run.models / "best.pt"
-        files = {"best.pt": best} if self.job.world.is_main and best.is_file() else {}
+        best = self.training.run.models / "best.pt"
+        files = {"best.pt": best} if self.training.world.is_main and best.is_file() else {}
         tensors = state.tensors_of(
-            self.model, self.optimizer, self._observer_state(), self.totals_3, self.job.world
+            self.model, self.optimizer, self._observer_state(), self.totals_3, self.training.world
         )
-        self.job.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
+        self.training.checkpoints.save(self.step, tensors, record, files=files, wait=wait)
         self.last_save = time.perf_counter()
 
     def _observer_state(self) -> dict[str, Tensor]:
@@ -648,9 +658,9 @@ class Trainer:
         if not collectives.min_over_ranks(is_finite.int()).item():
             self._observe(lambda observer: observer.check())
             raise InputError(
-                f"epoch {min(self.epoch + 1, self.job.epochs)}, step {self.step}: the weights are"
-                " not finite, and are not saved; checkpoints before are good. Lower"
-                f" train.lr={self.job.config.train.lr} in a new run, or add train.warmup_epochs",
+                f"epoch {min(self.epoch + 1, self.training.epochs)}, step {self.step}: the weights"
+                " are not finite, and are not saved; checkpoints before are good. Lower train.lr="
+                f"{self.training.config.train.lr} in a new run, or add train.warmup_epochs",
                 shared=True,
             )
 
@@ -662,7 +672,9 @@ class Trainer:
         counted once; and loss and recall of each class, float64 [2, C]."""
         order, batches = self.feed.take(("val", epoch))
         module = self.model.module.eval()
-        accuracy = metrics.Accuracy(self.job.config.data.num_classes, self.job.world.device)
+        accuracy = metrics.Accuracy(
+            self.training.config.data.num_classes, self.training.world.device
+        )
         for step, batch in enumerate(batches):
             self._look_ahead(order.num_steps - step)
             with self._autocast():
@@ -672,9 +684,9 @@ class Trainer:
 
     def save_model(self, name: str) -> None:
         """Save the weights as models/<name>.pt."""
-        with collectives.together(self.job.world):
-            if self.job.world.is_main:
-                state.save_weights(self.model.module, self.job.run.models / f"{name}.pt")
+        with collectives.together(self.training.world):
+            if self.training.world.is_main:
+                state.save_weights(self.model.module, self.training.run.models / f"{name}.pt")
 
     def close(self) -> None:
         """Finish reading and writing, and free the process group. A collective."""
@@ -684,21 +696,23 @@ class Trainer:
         collectives.release_group(self.group)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.job.config, self.job.world.device)
+        return autocast(self.training.config, self.training.world.device)
 
 
-def step_weight(job: Job, order: EpochOrder, micro: int, importance_N: np.ndarray | None) -> float:
+def step_weight(
+    training: Training, order: EpochOrder, micro: int, importance_N: np.ndarray | None
+) -> float:
     """Return the factor on the sum of losses in the forward passes of the optimizer step that pass
     `micro` of this epoch belongs to: W / rows of the step, times the batch importance.
 
     DDP averages gradients over ranks, hence the W.
     """
-    accumulation = job.config.train.accumulation
+    accumulation = training.config.train.accumulation
     first = micro - micro % accumulation
     end = min(first + accumulation, order.num_steps)
     rows = sum(order.num_real(number) for number in range(first, end))
-    factor = job.world.world_size / rows
-    if job.importance == "batch" and importance_N is not None:
+    factor = training.world.world_size / rows
+    if training.importance == "batch" and importance_N is not None:
         index_SG = order.of_rank(0, 1, first, end)[1]
         importance_SG = np.where(index_SG >= 0, importance_N[index_SG], 0.0)
         total = np.bincount(np.zeros(end - first, int), weights=importance_SG.sum(axis=1))[0]

@@ -12,34 +12,34 @@ from typing import Literal
 from tdds_dist.data.loader import Batch, Batches, BetonLoader, block_rows, default_workers
 from tdds_dist.distributed.partition import EpochOrder, Visits, epoch_order
 from tdds_dist.training.build import build_views
-from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import training_size
+from tdds_dist.training.training import Training
 
 # through the images of training or evaluation, in an epoch
 Pass = tuple[Literal["train", "val"], int]
 
 
 class Feed:
-    """Give this rank the batches of a job. `visits`: the samples of the training pass that is asked
-    for next."""
+    """Give this rank the batches of a training. `visits`: the samples of the pass over the training
+    images that is asked for next."""
 
-    def __init__(self, job: Job):
-        data, world = job.config.data, job.world
+    def __init__(self, training: Training):
+        data, world = training.config.data, training.world
         workers = data.num_workers or default_workers(world.ranks_per_cpu)
-        files = {"train": job.train_file, "val": job.val_file}
+        files = {"train": training.train_file, "val": training.val_file}
         self._loaders = {
             kind: BetonLoader(
                 file,
-                job.rows,
+                training.rows,
                 view,
                 device=world.device,
                 num_workers=workers,
-                seed=job.config.run.seed,
+                seed=training.config.run.seed,
             )
-            for (kind, file), view in zip(files.items(), build_views(job.config), strict=True)
+            for (kind, file), view in zip(files.items(), build_views(training.config), strict=True)
         }
-        self._job, self._global_rows = job, job.rows * world.world_size
-        self.visits = Visits(job.subset_M)
+        self._training, self._global_rows = training, training.rows * world.world_size
+        self.visits = Visits(training.subset_M)
         self._started: dict[Pass, tuple[EpochOrder, Batches]] = {}
         self._taken: Batches | None = None
 
@@ -70,27 +70,27 @@ class Feed:
 
     def order(self, which: Pass) -> EpochOrder:
         """Return the order of a whole pass, all ranks together."""
-        job, (kind, epoch) = self._job, which
-        by_blocks = job.config.data.order == "blocks"
+        training, (kind, epoch) = self._training, which
+        by_blocks = training.config.data.order == "blocks"
         if kind == "val":
-            return epoch_order(job.val_file.num_samples, self._global_rows, shuffle=False)
+            return epoch_order(training.val_file.num_samples, self._global_rows, shuffle=False)
         subset_M = self.visits.subset_M
         return epoch_order(
-            job.train_file.num_samples if subset_M is None else len(subset_M),
+            training.train_file.num_samples if subset_M is None else len(subset_M),
             self._global_rows,
-            seed=job.config.run.seed,
+            seed=training.config.run.seed,
             epoch=epoch,
             subset=subset_M,
-            block_rows=block_rows(job.train_file) if by_blocks else None,
+            block_rows=block_rows(training.train_file) if by_blocks else None,
         )
 
     def _begin(self, which: Pass, first_step: int = 0) -> tuple[EpochOrder, Batches]:
-        job, (kind, epoch), order = self._job, which, self.order(which)
-        size = training_size(job.config, epoch, job.epochs) if kind == "train" else None
+        training, (kind, epoch), order = self._training, which, self.order(which)
+        size = training_size(training.config, epoch, training.epochs) if kind == "train" else None
         return order, self._loaders[kind].batches(
             order,
-            rank=job.world.rank,
-            world_size=job.world.world_size,
+            rank=training.world.rank,
+            world_size=training.world.world_size,
             epoch=epoch,
             first_step=first_step,
             size=size,

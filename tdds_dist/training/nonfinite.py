@@ -1,4 +1,4 @@
-"""What training leaves out where values are not finite (`score.on_nan=quarantine`): gradients of a
+"""Values that are not finite, which training leaves out (`score.on_nan=quarantine`): gradients of a
 step, and batch-norm statistics.
 
 Nothing is read from the device, and the number of operations does not grow with that of the layers.

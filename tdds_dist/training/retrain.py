@@ -17,8 +17,8 @@ from tdds_dist.runs.directory import RunDir, retrain_name
 from tdds_dist.runs.entry import entered
 from tdds_dist.training.build import checked_files, on_this_node
 from tdds_dist.training.engine import fit
-from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import batch_size_factor, per_rank_batch, retrain_epochs
+from tdds_dist.training.training import Training
 
 
 def retrain(
@@ -60,7 +60,7 @@ def retrain(
         train_file, val_file = on_this_node(config, files, world, start.pulse)
         importance_N = np.zeros(train_file.num_samples, dtype=np.float32)
         importance_N[coreset.index_M] = coreset.importance_M
-        job = Job(
+        training = Training(
             config,
             world,
             run,
@@ -74,8 +74,8 @@ def retrain(
             interruption=interruption or Interruption(),
         )
         if world.is_main:
-            _announce(job, coreset, strategy)
-        start.finish(setting | fit(job, start))
+            _announce(training, coreset, strategy)
+        start.finish(setting | fit(training, start))
     return run
 
 
@@ -119,30 +119,30 @@ def resolve(
     return run, resolved, setting
 
 
-def _announce(job: Job, coreset: Coreset, strategy: str) -> None:
+def _announce(training: Training, coreset: Coreset, strategy: str) -> None:
     """Announce the training, and warn of what may surprise about it."""
-    config, num, num_all = job.config, job.num_samples, job.train_file.num_samples
+    config, num, num_all = training.config, training.num_samples, training.train_file.num_samples
     base = f"train.epochs={config.train.epochs}"
     if config.retrain.epochs:
         base = f"retrain.epochs={config.retrain.epochs}"
     is_full = config.retrain.schedule_of == "full"
     log.info(
-        f"retrain {job.run.path.name}: {num} of {num_all} images, {job.epochs} epochs"
-        f" (Strategy-{strategy} of {base}), batch {job.global_batch_size}, importance"
-        f" {job.importance}, {job.world.world_size} rank(s)"
+        f"retrain {training.run.path.name}: {num} of {num_all} images, {training.epochs} epochs"
+        f" (Strategy-{strategy} of {base}), batch {training.global_batch_size}, importance"
+        f" {training.importance}, {training.world.world_size} rank(s)"
         + (f", learning rate as for all {num_all} images" if is_full else ""),
         extra=HEADING,
     )
     mean = float(coreset.importance_M.mean())
-    if job.importance != "none" and mean > 2.0:
+    if training.importance != "none" and mean > 2.0:
         log.warning(
             f"importances average {mean:.1f}, and the loss grows with them; lower train.lr, retrain"
             " with --importance none, or select by a score of preset official"
         )
-    if job.global_batch_size > num:
+    if training.global_batch_size > num:
         log.warning(
-            f"a batch of {job.global_batch_size} is larger than the {num} images and repeats some"
-            " to fill up; lower train.global_batch_size"
+            f"a batch of {training.global_batch_size} is larger than the {num} images and repeats"
+            " some to fill up; lower train.global_batch_size"
         )
 
 

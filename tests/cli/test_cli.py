@@ -687,6 +687,19 @@ def test_a_page_of_somebody_else_is_not_overwritten(finished, tmp_path, capsys, 
 
 
 @pytest.mark.distributed
+def test_an_edited_table_of_suspects_is_moved_aside(finished, tmp_path, capsys):
+    words, table = ["suspects", str(finished[0]), "--out", str(tmp_path)], tmp_path / "suspects.csv"
+    assert main(words) == 0
+    edited = table.read_text() + "mine\n"
+    table.write_text(edited)
+    assert main(words) == 0
+    assert "suspects.csv held something else, which is moved aside" in capsys.readouterr().err
+    (aside,) = tmp_path.glob("before-*/suspects.csv")
+    assert aside.read_text() == edited
+    assert "mine" not in table.read_text()
+
+
+@pytest.mark.distributed
 def test_several_rates_in_one_go(finished, capsys, tmp_path):
     folder, _, _ = finished
     done("select", folder, *"--pruning-rate 0.5 0.8 0.5 --score moderate".split())

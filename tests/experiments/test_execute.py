@@ -29,7 +29,7 @@ from tdds_dist.distributed.world import session
 from tdds_dist.errors import InputError
 from tdds_dist.experiments import execute as experiment_module
 from tdds_dist.experiments.execute import experiment
-from tdds_dist.experiments.grid import check_plan
+from tdds_dist.experiments.grid import check_experiment
 from tdds_dist.runs.artifacts import (
     fingerprint,
     load_coreset,
@@ -148,7 +148,7 @@ def test_shipped_experiment(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert path.read_text().startswith("# ")
     plan = load_experiment(path)
-    collections, cells = check_plan(plan)
+    collections, cells = check_experiment(plan)
     assert list(collections) == list(plan.seeds)
     num = sum(method.is_at(rate) for method in plan.methods for rate in plan.pruning_rates)
     num *= len(plan.strategies) * len(plan.seeds) * max(1, len(plan.variants))
@@ -353,7 +353,7 @@ def test_settings_that_change_no_result_keep_the_epochs_of_a_stopped_collection(
 
     path = write_plan(tmp_path, betons, methods=["random"], pruning_rates=[0.95], seeds=[0])
     run = RunDir(tmp_path / "tiny/seed0")
-    config = check_plan(load_experiment(path))[0][0].config
+    config = check_experiment(load_experiment(path))[0][0].config
     with session("cpu") as world, pytest.raises(Preempted):
         collect(config, world, interruption=AfterTwoEpochs())
     recorded = run.metrics_file.read_bytes()
@@ -523,7 +523,7 @@ def test_noise_of_another_file_is_not_said_of_these_coresets(copied, betons, tmp
     plan = load_experiment(path)
     noisy = with_label_noise(open_source("digits", "train", 120), 0.3, 0)
     write_beton(noisy, tmp_path / "noisy.beton", num_workers=1, progress=False)
-    _, cells = check_plan(plan)
+    _, cells = check_experiment(plan)
     manifest = read_manifest(tmp_path / "noisy.beton")
     outcome = experiment_module._outcome(cells[0], None, manifest)
     assert (outcome.wrong_labels_kept, outcome.corrupted_kept) == (None, None)

@@ -17,7 +17,7 @@ from tdds_dist.cli import parser
 from tdds_dist.config.grid import BUILT_IN_METHODS
 from tdds_dist.config.run import load_config
 from tdds_dist.errors import InputError
-from tdds_dist.experiments.grid import Stage, Step, Task, one_run, pipeline_stages
+from tdds_dist.experiments.grid import PlannedJob, PlannedStage, Task, one_run, pipeline_stages
 from tdds_dist.launch.cluster import Cluster
 from tdds_dist.launch.submit import check_batch
 from tdds_dist.runs.artifacts import Coreset, Fingerprint, save_coreset
@@ -51,16 +51,16 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def finish(step):
+def finish(job):
     """What a run that is done leaves in its directory."""
-    Path(step.directory).mkdir(parents=True, exist_ok=True)
-    (Path(step.directory) / "result.json").write_text(json.dumps({"epochs": 12}))
-    RunDir(step.directory).append_val_classes(11, np.ones(2), np.ones(2))
+    Path(job.directory).mkdir(parents=True, exist_ok=True)
+    (Path(job.directory) / "result.json").write_text(json.dumps({"epochs": 12}))
+    RunDir(job.directory).append_val_classes(11, np.ones(2), np.ones(2))
 
 
 def coresets(select):
     """Files that a select stage writes."""
-    commands = [command for command in select.steps[0].commands if command[0] == "select"]
+    commands = [command for command in select.jobs[0].commands if command[0] == "select"]
     return [Path(command[command.index("--out") + 1]) for command in commands]
 
 
@@ -72,11 +72,11 @@ def make_coresets(select):
 
 
 def finish_all(stages):
-    finish(stages["collect"].steps[0])
+    finish(stages["collect"].jobs[0])
     make_coresets(stages["select"])
-    for step in stages["retrain"].steps:
-        finish(step)
-    (Path(stages["report"].steps[0].directory) / "report.html").touch()
+    for job in stages["retrain"].jobs:
+        finish(job)
+    (Path(stages["report"].jobs[0].directory) / "report.html").touch()
 
 
 def waiting(stages):
@@ -91,10 +91,10 @@ def test_the_plain_pipeline(run):
     stages, config = plan(run), config_of(run)
     assert list(stages) == ["collect", "select", "retrain", "report"]
     command = ("collect", "frozen.yaml")
-    collect = Step("collect", (command,), str(run), task=Task("collect", run, config))
-    assert stages["collect"].steps == (collect,)
-    assert stages["report"].steps == (Step("report", (("report", str(run)),), str(run)),)
-    (select,) = stages["select"].steps
+    collect = PlannedJob("collect", (command,), str(run), task=Task("collect", run, config))
+    assert stages["collect"].jobs == (collect,)
+    assert stages["report"].jobs == (PlannedJob("report", (("report", str(run)),), str(run)),)
+    (select,) = stages["select"].jobs
     assert (select.title, select.directory) == ("3 coresets", str(run))
     first, second = "tdds_official_T12_K3_beta0.9", "tdds_official_T6_K2_beta0.9"
     file, name = f"{run}/coresets/tdds_p0.5.npz", "tdds_p0.5_E_batch_seed3"
@@ -102,34 +102,32 @@ def test_the_plain_pipeline(run):
     assert select.commands[1] == (*words.split(),)
     assert [command[5] for command in select.commands] == [second, first, second]
     retrain, rates = stages["retrain"], [0.3, 0.5, 0.8]
-    assert [step.title for step in retrain.steps] == [
-        f"tdds_p{rate}_E_batch_seed3" for rate in rates
-    ]
-    assert [step.task.pruning_rate for step in retrain.steps] == rates
+    assert [job.title for job in retrain.jobs] == [f"tdds_p{rate}_E_batch_seed3" for rate in rates]
+    assert [job.task.pruning_rate for job in retrain.jobs] == rates
     words = f"retrain frozen.yaml --coreset {file} --strategy E --importance batch --name {name} run.seed=3"
     place, method = run / "retrain" / name, BUILT_IN_METHODS["tdds"]
     how = (Path(file), "E", "batch", 0.5, method, {"row": "tdds"})
     task = Task("tdds p=0.5 E, seed 3", place, config, *how)
-    assert retrain.steps[1] == Step(name, ((*words.split(),),), str(place), task=task)
+    assert retrain.jobs[1] == PlannedJob(name, ((*words.split(),),), str(place), task=task)
 
 
 def test_scores_rates_strategies_and_seeds_multiply(run):
     words = "scores=[tdds,random,ccs] pruning_rates=[0.5,0.8] strategies=[E,P] seeds=[0,7]".split()
     stages = plan(run, *(f"pipeline.{word}" for word in words))
-    names = [step.title for step in stages["retrain"].steps]
+    names = [job.title for job in stages["retrain"].jobs]
     assert len(names) == len(set(names)) == 24
     importance = {"tdds": "batch", "random": "none", "ccs": "none"}
     assert set(names) == {
         f"{score}_p{rate}_{strategy}_{importance[score]}_seed{seed}"
         for score, rate, strategy, seed in product(importance, (0.5, 0.8), "EP", (0, 7))
     }
-    assert stages["select"].steps[0].title == "6 coresets"
-    commands = [command for step in stages["retrain"].steps for command in step.commands]
+    assert stages["select"].jobs[0].title == "6 coresets"
+    commands = [command for job in stages["retrain"].jobs for command in job.commands]
     used = {command[command.index("--coreset") + 1] for command in commands}
     assert used == {str(path) for path in coresets(stages["select"])}
-    for step in stages["retrain"].steps:
-        assert step.commands[0][-1] == f"run.seed={step.title[-1]}"
-        assert step.directory == f"{run}/retrain/{step.title}"
+    for job in stages["retrain"].jobs:
+        assert job.commands[0][-1] == f"run.seed={job.title[-1]}"
+        assert job.directory == f"{run}/retrain/{job.title}"
 
 
 @pytest.mark.parametrize("importance", ["none", "batch", "sample"])
@@ -137,8 +135,8 @@ def test_importance_is_for_tdds_alone(run, importance):
     words = f"pipeline.scores=[tdds,el2n,random,ccs] pipeline.pruning_rates=[0.5] retrain.importance={importance}"
     stages = plan(run, *words.split())
     said = {
-        step.title.split("_")[0]: step.commands[0][step.commands[0].index("--importance") + 1]
-        for step in stages["retrain"].steps
+        job.title.split("_")[0]: job.commands[0][job.commands[0].index("--importance") + 1]
+        for job in stages["retrain"].jobs
     }
     assert said == {"tdds": importance, "el2n": "none", "random": "none", "ccs": "none"}
 
@@ -146,7 +144,7 @@ def test_importance_is_for_tdds_alone(run, importance):
 def test_scores_that_look_at_classes_need_a_collection_that_recorded_them(run):
     short = ("pipeline.scores=[cld]", "score.baselines.num_epochs=4", "train.eval_every=2")
     refused("cld correlates .*, and 2 in 4 epochs are too few; lower", plan, run, *short)
-    finish(plan(run)["collect"].steps[0])
+    finish(plan(run)["collect"].jobs[0])
     RunDir(run).val_classes_file.unlink()
     missing = "which the collection in .*run has not recorded; leave it out"
     for name in ("cld", "drop"):
@@ -159,14 +157,14 @@ def test_every_score_is_computed_once_and_only_where_it_is_not_there(run):
     pass."""
     rates = "pipeline.pruning_rates=[0.5, 0.8]"
     stages = plan(run, f"pipeline.scores=[{', '.join(BUILT_IN_METHODS)}]", rates)
-    (select,) = stages["select"].steps
+    (select,) = stages["select"].jobs
     scores = [command for command in select.commands if command[0] == "score"]
     assert [command[3] for command in scores] == [*BASELINES]
     assert scores[1][2:] == ("--score", "el2n", "el2n_epochs=10")
     assert len(select.commands) == len(scores) + 2 * len(BUILT_IN_METHODS)
     ccs = next(command for command in select.commands if "ccs_p0.5" in command[-1])
     assert ccs[ccs.index("--score") : ccs.index("--seed")] == ("--score", "aum", "--sampler", "ccs")
-    (select,) = plan(run, "pipeline.scores=[tdds, random, moderate]")["select"].steps
+    (select,) = plan(run, "pipeline.scores=[tdds, random, moderate]")["select"].jobs
     assert "score" not in [command[0] for command in select.commands]
 
 
@@ -184,43 +182,43 @@ SETTINGS = [
 @pytest.mark.parametrize("overrides", SETTINGS)
 def test_every_command_parses(run, overrides):
     for stage in plan(run, *overrides).values():
-        for step in stage.steps:
-            for command in step.commands:
+        for job in stage.jobs:
+            for command in job.commands:
                 options = parser.parse(command)
                 assert options.stage == command[0]
                 assert options.stage in ("collect", "score", "select", "retrain", "report")
                 if options.stage == "retrain":
                     assert options.overrides == [command[-1]]
                     name = f"{options.config.parent / options.name}"
-                    assert name.endswith(Path(step.directory).name)
+                    assert name.endswith(Path(job.directory).name)
                 if options.stage == "select":
-                    assert options.out in coresets(Stage("select", (step,)))
+                    assert options.out in coresets(PlannedStage("select", (job,)))
                     assert 0 < options.pruning_rate[0] < 1
 
 
 def test_options_of_scores_are_those_of_this_config_and_not_of_the_collection(run):
     settings = ["pipeline.scores=[aum, ccs]", "pipeline.pruning_rates=[0.5]"]
     stages = plan(run, *settings)
-    finish(stages["collect"].steps[0])
+    finish(stages["collect"].jobs[0])
     make_coresets(stages["select"])
     assert waiting(plan(run, *settings)) == {"retrain": 2, "report": 1}
     other = plan(run, *settings, "score.baselines.aum_of=probability")
     assert waiting(other) == {"select": 1, "retrain": 2, "report": 1}
-    commands = other["select"].steps[0].commands
+    commands = other["select"].jobs[0].commands
     assert commands[0][2:5] == ("--score", "aum", "aum_of=probability")
     scores = [command[command.index("--score") + 1] for command in commands[1:]]
     assert scores == ["aum_probability"] * 2
     # those that are there are of other options
     assert all("--force" in command for command in commands[1:])
     coresets(stages["select"])[0].unlink()
-    again = plan(run, *settings)["select"].steps[0].commands[1:]
+    again = plan(run, *settings)["select"].jobs[0].commands[1:]
     # one is missing, the other is what is asked for
     assert not any("--force" in command for command in again)
 
 
 def test_a_rate_that_no_window_serves_is_for_other_scores(run):
     stages = plan(run, "pipeline.scores=[random]", "pipeline.pruning_rates=[0.6]")
-    assert len(stages["retrain"].steps) == 1
+    assert len(stages["retrain"].jobs) == 1
 
 
 @pytest.mark.parametrize(
@@ -273,9 +271,9 @@ def test_a_damaged_result_is_none(run, content):
     finish_all(stages)
     (run / "result.json").write_text(content)
     assert "collect" in waiting(plan(run))
-    finish(stages["collect"].steps[0])
+    finish(stages["collect"].jobs[0])
     make_coresets(stages["select"])  # older ones are of another collection
-    (Path(stages["retrain"].steps[0].directory) / "result.json").write_text(content)
+    (Path(stages["retrain"].jobs[0].directory) / "result.json").write_text(content)
     assert waiting(plan(run)) == {"retrain": 1, "report": 1}
 
 
@@ -291,13 +289,13 @@ def test_what_is_done_is_skipped(run, has_result, has_coresets, retrained, repor
     stages = plan(run)
     run.mkdir()
     if has_result:
-        finish(stages["collect"].steps[0])
+        finish(stages["collect"].jobs[0])
     if has_coresets != "none":
         make_coresets(stages["select"])
     if has_coresets == "some":
         coresets(stages["select"])[1].unlink()
     for number in RETRAININGS[retrained]:
-        finish(stages["retrain"].steps[number])
+        finish(stages["retrain"].jobs[number])
     if report != "none":
         (run / "report.html").touch()
         when = 1e9 if report == "old" else 4e9
@@ -317,8 +315,8 @@ def test_a_report_is_made_anew_when_any_result_is_newer(run):
     stages = plan(run)
     finish_all(stages)
     assert waiting(plan(run)) == {}
-    for step in (*stages["collect"].steps, *stages["retrain"].steps):
-        result = Path(step.directory) / "result.json"
+    for job in (*stages["collect"].jobs, *stages["retrain"].jobs):
+        result = Path(job.directory) / "result.json"
         before = result.stat()
         os.utime(result, (4e9, 4e9))
         assert waiting(plan(run)) == {"report": 1}
@@ -329,7 +327,7 @@ def test_a_report_is_made_anew_when_any_result_is_newer(run):
 def test_more_seeds_later_run_only_those(run):
     finish_all(plan(run))
     later = plan(run, "pipeline.seeds=[3, 4]")
-    assert [step.title for step in later["retrain"].waiting] == [
+    assert [job.title for job in later["retrain"].waiting] == [
         f"tdds_p{rate}_E_batch_seed4" for rate in (0.3, 0.5, 0.8)
     ]
     assert waiting(later) == {"retrain": 3, "report": 1}
@@ -357,18 +355,18 @@ def test_planning_again_plans_what_is_missing_and_after_that_nothing(overrides, 
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         stages = plan(run, *overrides)
-        directories = [step.directory for step in stages["retrain"].steps]
+        directories = [job.directory for job in stages["retrain"].jobs]
         assert len(set(directories)) == len(directories)
-        finish(stages["collect"].steps[0])
+        finish(stages["collect"].jobs[0])
         make_coresets(stages["select"])
         done = data.draw(st.sets(st.integers(0, len(directories) - 1)))
         for number in done:
-            finish(stages["retrain"].steps[number])
+            finish(stages["retrain"].jobs[number])
         again = plan(run, *overrides)
         left = [directories[number] for number in range(len(directories)) if number not in done]
-        assert [step.directory for step in again["retrain"].waiting] == left
-        commands = [step.commands for step in stages["retrain"].steps]
-        assert [step.commands for step in again["retrain"].steps] == commands
+        assert [job.directory for job in again["retrain"].waiting] == left
+        commands = [job.commands for job in stages["retrain"].jobs]
+        assert [job.commands for job in again["retrain"].jobs] == commands
         assert again["report"].waiting
         assert not again["collect"].waiting
         assert not again["select"].waiting

@@ -12,7 +12,7 @@ import yaml
 
 from tdds_dist.config.experiment import Experiment, Variant
 from tdds_dist.config.grid import BUILT_IN_METHODS, Method
-from tdds_dist.experiments.grid import Cell, check_plan
+from tdds_dist.experiments.grid import Cell, check_experiment
 from tdds_dist.experiments.tables import CSV_COLUMNS, CellResult, write_tables
 from tdds_dist.report import published
 from tdds_dist.runs.directory import RunDir
@@ -143,7 +143,7 @@ def test_a_method_with_rates_of_its_own_is_in_the_grid_at_those(tmp_path):
     methods.append(Method(name="el2n", pruning_rates=(0.5,)))
     windows = "score.windows=[{T: 30, K: 10, pruning_rates: [0.3]}]"
     plan = make_plan(tmp_path, methods=tuple(methods), overrides=(windows,))
-    _, cells = check_plan(plan)
+    _, cells = check_experiment(plan)
     found = {(cell.method.name, cell.pruning_rate) for cell in cells}
     assert found == {("tdds", 0.3), ("random", 0.3), ("random", 0.5), ("el2n", 0.5)}
     outcomes = [

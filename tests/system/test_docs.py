@@ -334,7 +334,7 @@ def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch
     from tdds_dist.cli.parser import parse
     from tdds_dist.config.experiment import Experiment, load_experiment
     from tdds_dist.config.run import load_config
-    from tdds_dist.experiments.grid import check_plan
+    from tdds_dist.experiments.grid import check_experiment
 
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs/configs.md").read_text()
@@ -362,7 +362,7 @@ def test_the_examples_in_the_reference_of_config_keys_load(tmp_path, monkeypatch
         plans.append(load_experiment(file))
     assert len(plans) == 4
     for plan in plans:
-        check_plan(plan)
+        check_experiment(plan)
     added, replaced = plans[1], plans[2]
     file_has = load_experiment("configs/experiments/digits_table1.yaml").overrides
     assert added.overrides == (*file_has, "retrain.epochs=20", "train.warmup_epochs=1")

@@ -52,7 +52,7 @@ from tdds_dist.runs.directory import RunDir
 from tdds_dist.training import final_pass, state
 from tdds_dist.training.collect import observed
 from tdds_dist.training.engine import Trainer
-from tdds_dist.training.job import Job
+from tdds_dist.training.training import Training
 from tests import make
 from tests.ranks import catch, run_ranks
 
@@ -330,21 +330,23 @@ def without_driver(watch):
 class Feed:
     """Give empty batches on the device; note the operations between one and the next."""
 
-    def __init__(self, job, watch):
-        self._job, self._watch, self.operations_S = job, watch, []
+    def __init__(self, training, watch):
+        self._training, self._watch, self.operations_S = training, watch, []
 
     def start(self, which):
         pass
 
     def take(self, which, first_step=0):
-        job, (kind, epoch) = self._job, which
-        num_samples, subset_M = (job.num_samples, job.subset_M) if kind == "train" else (N, None)
-        order = epoch_order(num_samples, 2 * job.rows, epoch=epoch, subset=subset_M)
+        training, (kind, epoch) = self._training, which
+        num_samples, subset_M = (
+            (training.num_samples, training.subset_M) if kind == "train" else (N, None)
+        )
+        order = epoch_order(num_samples, 2 * training.rows, epoch=epoch, subset=subset_M)
         self.operations_S = []
         return order, self._batches(order.num_steps)
 
     def _batches(self, num_steps):
-        rows, watch = self._job.rows, self._watch
+        rows, watch = self._training.rows, self._watch
         image = torch.zeros(rows, 32, 32, 3, dtype=torch.uint8, device=CUDA).permute(0, 3, 1, 2)
         for watch.step in range(num_steps):
             label_B, index_B = torch.zeros(2, rows, dtype=torch.int64, device=CUDA)
@@ -355,7 +357,7 @@ class Feed:
         watch.answer, watch.step = 1, None
 
 
-def job_of(folder, changes, **options):
+def training_of(folder, changes, **options):
     changes = {
         "data": {"num_classes": C},
         "model": {"cifar_stem": True} | changes.get("model", {}),
@@ -365,13 +367,13 @@ def job_of(folder, changes, **options):
     zeros_N = np.zeros(N, np.int64)
     file = BetonInfo(Path("not read"), N, 0, [], "", "", zeros_N, *[zeros_N] * 5)
     config, world = parse_config(make.config(**changes)), current_world(CUDA)
-    return Job(config, world, RunDir(folder), file, file, 3, BATCH, **options)
+    return Training(config, world, RunDir(folder), file, file, 3, BATCH, **options)
 
 
-def scorer_of(job):
-    score = job.config.score
+def scorer_of(training):
+    score = training.config.score
     options = {"device": CUDA, "storage": score.storage, "on_nan": score.on_nan}
-    return ShardedScorer(N, C, job.config.windows(), **options)
+    return ShardedScorer(N, C, training.config.windows(), **options)
 
 
 def train(watch, folder, name):
@@ -382,20 +384,20 @@ def train(watch, folder, name):
     shard_triton._update_row.works = name != "no kernel"
     if name.startswith("retrain"):
         options = {"importance": "sample", "importance_N": np.ones(N, np.float32)}
-        job = job_of(folder, {}, subset_M=np.arange(200), **options)
+        training = training_of(folder, {}, subset_M=np.arange(200), **options)
     else:
-        job = job_of(folder, SETTINGS[name])
-        job = observed(job, scorer_of(job))
-        assert job.observer._is_fused == has_kernel
-    feed = Feed(job, watch)
-    trainer = Trainer(job, feed)
+        training = training_of(folder, SETTINGS[name])
+        training = observed(training, scorer_of(training))
+        assert training.observer._is_fused == has_kernel
+    feed = Feed(training, watch)
+    trainer = Trainer(training, feed)
     for trainer.epoch in range(1 if has_kernel else 2):  # the plain update does more in the second
         trainer.micro = 0
         trainer.train_epoch()
         operations_S = feed.operations_S
         watch.answer = 0
         trainer._observe(lambda observer: observer.end_epoch())
-    per_step = job.config.train.accumulation
+    per_step = training.config.train.accumulation
     found = {"step": operations_S[per_step : 2 * per_step], "last step": operations_S[-per_step:]}
     if name == "bf16":
         trainer.evaluate(0)
@@ -408,28 +410,30 @@ def train(watch, folder, name):
 
 def score_weights(watch, folder):
     """Make the final pass; return the operations of its second step."""
-    job = job_of(folder, {"train": {"amp": "bf16"}})
-    feed = Feed(job, watch)
+    training = training_of(folder, {"train": {"amp": "bf16"}})
+    feed = Feed(training, watch)
     weights = final_pass.build_model("resnet18", C, cifar_stem=True).state_dict()
     batches = SimpleNamespace(batches=lambda order, **_: feed.take(("val", 0))[1])
     final_pass._read_weights = lambda run: weights
     final_pass.BetonLoader = lambda *arguments, **options: batches
-    values, _ = final_pass.run_model(job.config, job.world, job.train_file, job.run)
+    values, _ = final_pass.run_model(
+        training.config, training.world, training.train_file, training.run
+    )
     assert {name: len(value) for name, value in values.items()} == {"entropy": N, "moderate": N}
     return {"step": feed.operations_S[1]}
 
 
 def stage(watch, folder):
     """Copy the state of a training with scores to host memory, twice; return the waits of each."""
-    job = job_of(folder, {})
-    scorer = scorer_of(job)
-    trainer = Trainer(observed(job, scorer), Feed(job, watch))
+    training = training_of(folder, {})
+    scorer = scorer_of(training)
+    trainer = Trainer(observed(training, scorer), Feed(training, watch))
     trainer.train_epoch()
     watch.answer = 0
     scorer.end_epoch()
-    observer, checkpoints = scorer.state_dict(), Checkpoints(folder, job.world)
+    observer, checkpoints = scorer.state_dict(), Checkpoints(folder, training.world)
     wanted = state.tensors_of(
-        trainer.model, trainer.optimizer, observer, trainer.totals_3, job.world
+        trainer.model, trainer.optimizer, observer, trainer.totals_3, training.world
     )
     assert {"optimizer/conv1.weight/momentum_buffer", "observer/logp"} <= {*wanted}
     waits = [watch.waits]

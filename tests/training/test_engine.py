@@ -28,8 +28,8 @@ from tdds_dist.training import engine
 from tdds_dist.training.build import build_model, on_this_node, open_files
 from tdds_dist.training.collect import collect, observed
 from tdds_dist.training.engine import fit
-from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import learning_rate
+from tdds_dist.training.training import Training
 from tests.make import refused
 from tests.ranks import catch, run_ranks
 
@@ -61,7 +61,7 @@ def train_once(config_file, overrides, run_dir, *, model=tiny_model, score=False
     run = RunDir(run_dir)
     run.path.mkdir(parents=True, exist_ok=True)
     train_file, val_file, _ = open_files(config)
-    job = Job(
+    training = Training(
         config,
         world,
         run,
@@ -72,9 +72,11 @@ def train_once(config_file, overrides, run_dir, *, model=tiny_model, score=False
         **job_options,
     )
     result = fit(
-        observed(job, ShardedScorer(train_file.num_samples, 10, config.windows(), device="cpu"))
+        observed(
+            training, ShardedScorer(train_file.num_samples, 10, config.windows(), device="cpu")
+        )
         if score
-        else job
+        else training
     )
     if not world.is_main:
         return {}, result, []

@@ -31,8 +31,8 @@ from tdds_dist.training.build import (
 )
 from tdds_dist.training.collect import observed
 from tdds_dist.training.engine import Trainer, fit
-from tdds_dist.training.job import Job
 from tdds_dist.training.schedule import training_size, training_sizes
+from tdds_dist.training.training import Training
 from tests.make import refused
 from tests.ranks import catch, run_ranks
 
@@ -119,7 +119,7 @@ def train(
     run.path.mkdir(exist_ok=True)
     train_file, val_file, _ = open_files(config)
     checkpoints = Checkpoints(run.checkpoints, world, asynchronous=False)
-    job = Job(
+    training = Training(
         config,
         world,
         run,
@@ -130,17 +130,21 @@ def train(
         checkpoints=checkpoints,
     )
     if score:
-        job = observed(job, ShardedScorer(120, 10, config.windows(), device=device))
+        training = observed(training, ShardedScorer(120, 10, config.windows(), device=device))
     outcome, threads = "done", []
     try:
-        fit(replace(job, observer=Leaves(job.interruption, leave_at, error)) if leave_at else job)
+        fit(
+            replace(training, observer=Leaves(training.interruption, leave_at, error))
+            if leave_at
+            else training
+        )
     except (Preempted, RuntimeError) as left:
         outcome = type(left).__name__
         # here: once the exception is gone, those of its frames end by themselves
         threads = loading_threads()
         found = checkpoints.latest()
         if error is None:
-            again = replace(job, resume=found, interruption=type(job.interruption)())
+            again = replace(training, resume=found, interruption=type(training.interruption)())
             assert found.record["steps_of_epoch"] > 0, "left in the middle of an epoch"
             fit(again)
     checkpoints.close()

@@ -1,4 +1,4 @@
-"""The task of the training loop (`Job`), and the interface of what watches it (`Observer`); between
+"""One training run (`Training`), and the interface of what watches it (`Observer`); between
 `engine` and the stages."""
 
 # B rows of this rank and forward pass, C classes, G rows of a forward pass over all ranks, N
@@ -62,7 +62,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class Training:
     """One training run.
 
     `subset_M` int64 restricts it to these global indices. `importance_N` float32 by global index
