@@ -23,8 +23,8 @@ demo: setup  ## real images -> scores -> coresets -> retrained accuracy -> runs/
 paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn's digits; under two hours, goes on where it was
 	@scripts/paper_on_digits.sh
 
-test: setup  ## the tests, about 5 minutes on 2 cores
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "not slow and $(HERE)"
+test: setup  ## the tests, about 5 minutes on 2 cores; `make test SLOW=1` has those of test-slow as well
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "$(if $(SLOW),,not slow and )$(HERE)"
 
 test-slow: setup  ## the tests that take minutes each
 	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and $(HERE)"
@@ -39,7 +39,7 @@ test-browser: setup  ## the demo, and its report in a headless Chromium (needs r
 
 test-loops: setup  ## the examples for timm, Lightning, Hugging Face and cleanlab, and mlcroissant, in an environment with these
 	@tests/system/loops/install.sh
-	@.venv/loops/bin/python -m pytest -m loops $(call files,loops)
+	@.venv/loops/bin/python -m pytest $(SIDE_BY_SIDE) -m loops $(call files,loops)
 
 lint: setup  ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check -q .

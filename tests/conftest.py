@@ -29,7 +29,7 @@ if not any(finder.__module__ == "sitecustomize" for finder in sys.meta_path):
     runpy.run_path(str(SITE / "sitecustomize.py"), run_name="sitecustomize")
 
 
-# What takes longest of `make test-slow`, longest first. Whoever is done takes the next file: one of
+# What takes longest of the slow tests, longest first. Whoever is done takes the next file: one of
 # these as the last would be waited for.
 LONG_FILES = "faults hosts speed_options submit throughput execute gpu_acceptance front_door cli resume scorer".split()
 
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr.startswith("slow"):
+    if "not slow and" not in config.option.markexpr:
         place = {f"test_{name}": number for number, name in enumerate(LONG_FILES)}
         items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 

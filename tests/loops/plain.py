@@ -1,8 +1,9 @@
 """What the tests of all loops share: running a program that keeps what it saw, and a plain loop over
 that."""
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,32 +12,51 @@ import torch
 
 from tdds_dist import ShardedScorer, Window, load_scores
 from tdds_dist.scoring.trajectory import Trajectory
+from tests.jobs import free_port
+from tests.ranks import forkserver
 
-ROOT, FOLDER = Path(__file__).parents[2], Path(__file__).parent
+LIBRARIES = ("lightning", "transformers", "timm")
+FOLDER = Path(__file__).parent
 N, C, BATCH, EPOCHS = 43, 5, 4, 4
 WINDOWS = [Window(T=4, K=3, beta=0.9), Window(T=3, K=3, beta=0.5)]
 
 
 def run(program, ranks, folder, *words, code=0, wrapper=()):
+    """Run a program of this folder on ranks that find all libraries loaded: to load them takes longer
+    than the rest."""
     folder.mkdir(exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launcher * (ranks > 1),
-            *map(str, wrapper),
-            str(FOLDER / program),
-            str(folder),
-            *map(str, words),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == (code and (1 if ranks > 1 else code)), done.stderr
-    return done
+    forkserver.set_forkserver_preload([*LIBRARIES, "torch._dynamo", "tdds_dist.runs.checkpoint"])
+    command = [*map(str, wrapper), str(FOLDER / program), str(folder), *map(str, words)]
+    launched = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    launched |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    said, processes = [folder / f"said{rank}.txt" for rank in range(ranks)], []
+    for rank in range(ranks):
+        place = launched | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+        environment = {name: str(value) for name, value in place.items()}
+        process = forkserver.Process(target=_begin, args=(command, said[rank], environment))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(240)
+        process.kill()
+    codes = [process.exitcode for process in processes]
+    assert codes == [code] * ranks, [path.read_text() for path in said]
+
+
+def _begin(command, said, environment):
+    """Be `python` with this command."""
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of workers, as where nobody says otherwise
+    os.environ |= environment
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    is_module = command[0] == "-m"
+    sys.argv = command[is_module:]
+    start = runpy.run_module if is_module else runpy.run_path
+    start(sys.argv[0], run_name="__main__")
 
 
 def plain(folder, ranks):
