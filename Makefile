@@ -39,7 +39,7 @@ test-browser: setup  ## the demo, and its report in a headless Chromium (needs r
 
 test-loops: setup  ## the examples for timm, Lightning, Hugging Face and cleanlab, and mlcroissant, in an environment with these
 	@tests/system/loops/install.sh
-	@.venv/loops/bin/python -m pytest $(SIDE_BY_SIDE) -m loops $(call files,loops)
+	@.venv/loops/bin/python -m pytest -m loops $(call files,loops)
 
 lint: setup  ## style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check -q .
