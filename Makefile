@@ -24,7 +24,7 @@ paper-digits: setup  ## the paper's tables and figures in small, on scikit-learn
 	@scripts/paper_on_digits.sh
 
 test: setup  ## the tests, about 5 minutes on 2 cores; `make test SLOW=1` has those of test-slow as well
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "$(if $(SLOW),,not slow and )$(HERE)"
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m "$(if $(filter 1,$(SLOW)),,not slow and )$(HERE)"
 
 test-slow: setup  ## the tests that take minutes each
 	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "slow and $(HERE)"

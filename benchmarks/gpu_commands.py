@@ -38,7 +38,7 @@ LEAVE_SECONDS = 60.0  # until a run that was asked to leave has done so
 
 
 def doctor(sizes: Sizes, work: Path, found: Findings) -> None:
-    """Return what `tdds doctor` says of this machine."""
+    """Record what `tdds doctor` says of this machine."""
     command = [sys.executable, "-m", "tdds_dist", "doctor", "--json"]
     # its kernel is compiled, or run, never interpreted
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

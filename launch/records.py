@@ -51,7 +51,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class EndRecord:
-    """The end of one rank."""
+    """The end of one rank, or of a job by the rank that ended it."""
 
     # refused | failed | lost; gave_up: the job, not queued again after so many that were lost;
     # resume: saved, not queued again; requeued; requeue: to be queued again

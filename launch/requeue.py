@@ -60,12 +60,7 @@ def main(arguments: Sequence[str]) -> int:
             " logs`",
         )
         return code
-    what = (
-        f"rank {cause.rank} ({cause.host}): {cause.message}"
-        if cause
-        else f"ranks ended without a word (srun: {code})"
-    )
-    return _again(log_dir, job_id, restart, requeue_failures, what, code)
+    return _again(log_dir, job_id, restart, requeue_failures, cause, code)
 
 
 def _all_done(log_dir: Path, job_id: str, num_ranks: int, patience: float) -> bool:
@@ -85,9 +80,21 @@ def _outcome(log_dir: Path, job_id: str, rank: int) -> str:
 
 
 def _again(
-    log_dir: Path, job_id: str, restart: int, requeue_failures: int, what: str, code: int
+    log_dir: Path,
+    job_id: str,
+    restart: int,
+    requeue_failures: int,
+    cause: EndRecord | None,
+    code: int,
 ) -> int:
     """Queue the job again if it came further since the last failures."""
+    what, rank, host = f"ranks ended without a word (srun: {code})", 0, ""
+    if cause is not None:
+        what, rank, host = (
+            f"rank {cause.rank} ({cause.host}): {cause.message}",
+            cause.rank,
+            cause.host,
+        )
     progress = _progress(log_dir, job_id)
     file = log_dir / f"{job_id}_failures.jsonl"
     failure = {"time": time.time(), "restart": restart, "progress": progress, "what": what}
@@ -111,7 +118,7 @@ def _again(
             f"(requeue_failures={requeue_failures}); submit again to go on"
         )
         _tell(job_id, message)
-        end = EndRecord("gave_up", time=time.time(), restart=restart, message=message)
+        end = EndRecord("gave_up", rank, time.time(), restart, host, message)
         append_end(log_dir, job_id, end)
         return code
     _tell(job_id, f"queued again: {what}")

@@ -152,8 +152,9 @@ def suspects(options: argparse.Namespace) -> Outcome:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = found.table().encode("utf-8", "replace")
-        said = write_keeping(table, lambda file: file.write(text))
-        said += write_review(found, run, page, options.num, options.score)
+        for note in write_keeping(table, lambda file: file.write(text)):
+            log.warning(note)
+        said = write_review(found, run, page, options.num, options.score)
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error}); choose a folder by --out") from error
     for note in said:

@@ -20,9 +20,8 @@ from tdds_dist.console import log
 from tdds_dist.distributed.collectives import together
 from tdds_dist.distributed.world import current_world
 from tdds_dist.errors import InputError
-from tdds_dist.runs.artifacts import Scores, fingerprint
+from tdds_dist.runs.artifacts import Scores, fingerprint, save_scores
 from tdds_dist.runs.checkpoint import Checkpoints
-from tdds_dist.runs.directory import put_scores
 from tdds_dist.scoring.scorer import ShardedScorer
 from tdds_dist.scoring.trajectory import require_no_trajectory
 
@@ -176,7 +175,7 @@ class Recorder:
             key = window.key(self.preset)
             path = self.out / "scores" / f"{key}.npz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            put_scores(path, Scores(key, score_N.numpy(), label_N, about, settings))
+            save_scores(path, Scores(key, score_N.numpy(), label_N, about, settings))
 
     def _begin(self, num_classes: int, device: torch.device, resume: bool = False) -> ShardedScorer:
         return ShardedScorer(

@@ -22,7 +22,14 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError, cloudpic
 
 from tdds_dist.launch import rendezvous, requeue, task
 from tdds_dist.launch.cluster import Cluster
-from tdds_dist.launch.records import EndRecord, JobRecord, append_end, append_job, read_ends
+from tdds_dist.launch.records import (
+    EndRecord,
+    JobRecord,
+    append_end,
+    append_job,
+    first_cause,
+    read_ends,
+)
 from tdds_dist.launch.scheduler import REQUEUE, sbatch_text
 from tdds_dist.launch.task import StageTask
 from tdds_dist.runs.lock import IN_USE
@@ -222,6 +229,15 @@ def test_failures_in_a_row_without_a_new_checkpoint_are_counted(tmp_path, listed
     assert (found.kind, found.restart, found.message) == ("gave_up", 0, why)
     progress = [failure["progress"] for failure in failures_in(tmp_path)]
     assert progress == ["", "", "", *["step_0000000005"] * 3, *["step_0000000010"] * 4]
+
+
+def test_a_job_that_gives_up_does_so_by_the_rank_that_was_lost_first(tmp_path, listed):
+    for rank, when in ((0, 3.0), (2, 2.0)):
+        append_end(tmp_path, "12", EndRecord("lost", rank, when, host=f"n{rank}", message="gone"))
+    assert ended(tmp_path, 1, 0) == 1
+    found = first_cause(read_ends(tmp_path, "12"))
+    assert (found.kind, found.rank, found.host) == ("gave_up", 2, "n2")
+    assert found.message.startswith("gave up: rank 2 (n2): gone. That is failure 1 in a row")
 
 
 def test_a_job_whose_failures_cannot_be_counted_is_not_queued_again(tmp_path, listed, capsys):
