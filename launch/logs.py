@@ -46,9 +46,8 @@ def choose_log(
     if rank is None:
         cause = None if state.is_active else first_cause(read_ends(job.log_dir, job.id))
         if cause is not None and cause.rank in files:
-            words = {"refused": "refused its input"} | dict.fromkeys(
-                ("gave_up", "lost"), "lost another"
-            )
+            lost = "lost another"
+            words = {"refused": "refused its input", "gave_up": lost, "lost": lost}
             rank, how = cause.rank, words.get(cause.kind, cause.kind)
             said.append(f"rank {rank} {how} first: {' '.join(cause.message.split())}")
         else:

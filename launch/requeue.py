@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     code = code or _NOT_DONE
     broken = [rank for rank in range(num_ranks) if _outcome(log_dir, job_id, rank) == "error"]
-    of_ranks = [end for end in read_ends(log_dir, job_id) if end.kind != "gave_up"]
-    ends = [end for end in of_ranks if end.restart == restart]
+    found = read_ends(log_dir, job_id)
+    ends = [end for end in found if end.restart == restart and end.kind != "gave_up"]
     cause = first_cause(ends)
     if any(end.kind == "requeued" for end in ends):
         return code  # by rank 0, through submitit
@@ -88,13 +88,9 @@ def _again(
     code: int,
 ) -> int:
     """Queue the job again if it came further since the last failures."""
-    what, rank, host = f"ranks ended without a word (srun: {code})", 0, ""
+    what = f"ranks ended without a word (srun: {code})"
     if cause is not None:
-        what, rank, host = (
-            f"rank {cause.rank} ({cause.host}): {cause.message}",
-            cause.rank,
-            cause.host,
-        )
+        what = f"rank {cause.rank} ({cause.host}): {cause.message}"
     progress = _progress(log_dir, job_id)
     file = log_dir / f"{job_id}_failures.jsonl"
     failure = {"time": time.time(), "restart": restart, "progress": progress, "what": what}
@@ -118,7 +114,8 @@ def _again(
             f"(requeue_failures={requeue_failures}); submit again to go on"
         )
         _tell(job_id, message)
-        end = EndRecord("gave_up", rank, time.time(), restart, host, message)
+        by = (cause.rank, cause.host) if cause else (0, "")
+        end = EndRecord("gave_up", by[0], time.time(), restart, by[1], message)
         append_end(log_dir, job_id, end)
         return code
     _tell(job_id, f"queued again: {what}")

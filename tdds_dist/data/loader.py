@@ -299,8 +299,7 @@ class _Blocks(OSCacheManager):
 
 
 class _ReadAhead:
-    """A thread that asks the system for what comes next of an order, before it is
-    needed.
+    """A thread that asks the system for what comes next of an order, before it is needed.
 
     Of an order in blocks these are pools; where the file is larger than half of the free memory
     they are given back after. Of another order these are the images of the next steps, and only of

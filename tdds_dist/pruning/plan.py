@@ -137,7 +137,7 @@ class PruningPlan:
 
     @property
     def loss_weights(self) -> str:
-        """Return the kind of importance that the training weighs its loss by."""
+        """Return how the training uses importance in its loss: sample, batch or none."""
         if self.method == "infobatch":
             return "sample"
         return self.importance if self.method in BY_SCORE else "none"

@@ -60,9 +60,7 @@ def run(program, ranks, folder, *words, code=0, wrapper=()):
 
 def _begin(command, said, environment):
     """Be `python` with this command."""
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # of workers, as where nobody says otherwise
+    multiprocessing.set_start_method("fork", force=True)  # Python's own, for workers
     os.environ |= environment
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)

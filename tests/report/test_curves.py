@@ -462,6 +462,16 @@ def test_settings_that_look_alike_get_markers(tmp_path):
 # ---- throughput and provenance
 
 
+def test_memory_is_in_powers_of_1000_in_table_and_chart(table, tmp_path):
+    run = find_runs([table])[0]
+    charts = "".join(speed_charts(read_facts(run))["charts"])
+    assert "memory (GB) by epoch. Medians: collection 1.001," in charts
+    page = make.page_of([run], tmp_path / "report.html")
+    (head,) = [row for row in page.rows if "Memory, GB" in row]
+    at = page.rows.index(head) + 1
+    assert page.rows[at][head.index("Memory, GB")] == "1.00"
+
+
 def test_throughput_by_epoch_with_resumes_marked(tmp_path):
     run = start(tmp_path / "run", "train.beton")
     log(run)
