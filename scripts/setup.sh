@@ -50,12 +50,27 @@ if [ ! -e "$stamp" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     install() {
         .venv/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt "$@" |
-            { grep --line-buffered -E '^(Collecting|  Downloading|Building|Installing|Successfully)' || true; } | cut -c1-110 >&2
+            sed -unE '/^(Collecting|  Downloading|Building|Installing|Successfully)/{s/^(.{110}).*/\1/;p}' >&2
     }
-    install torch torchvision
+    # pip works on one package after the other: torch, Triton and CUDA's libraries come beside what needs none of them. Should one
+    # of the two fail, the last step gets what is missing, or fails.
+    mapfile -t rest < <(.venv/bin/python - <<'PYTHON'
+import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+needed = project["dependencies"] + project["optional-dependencies"]["dev"]
+print(*[line for line in needed if not line.startswith(("torch", "ffcv"))], sep="\n")
+PYTHON
+    )
+    set -m; install "${rest[@]}" 9>&- & beside=$!; set +m
+    trap 'kill -- -$beside 2>/dev/null || true' EXIT
+    libraries=()
+    [[ $(env; .venv/bin/python -m pip config list) == *whl/cpu* ]] || mapfile -t libraries < <(grep -oE '^(triton|nvidia-\S+)' constraints.txt)
+    install --no-deps torch torchvision "${libraries[@]}" || true
+    wait $beside || true
     need_system
     install -e '.[dev]'
-    .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # on all cores, as pip does not; templates are no Python
+    # What most commands load, so that not each of them compiles it where Python is told to keep nothing.
+    PYTHONDONTWRITEBYTECODE= .venv/bin/python -c 'import tdds_dist.__main__, tdds_dist.training.collect, torch.distributed.run' || true
     rm -f .venv/.installed-*
     touch "$stamp"
     say "ready: .venv/bin/tdds --help"

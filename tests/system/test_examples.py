@@ -118,8 +118,9 @@ def test_a_loop_is_short(name):
 
 
 @pytest.mark.loops
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
-@pytest.mark.parametrize(("package", "num_samples"), [("timm", 1796), ("lightning", 1797)])
+@pytest.mark.parametrize(
+    ("package", "num_samples", "launcher"), [("timm", 1796, TORCHRUN), ("lightning", 1797, [])]
+)
 def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, launcher, tmp_path):
     pytest.importorskip(package)
     done = subprocess.run(
@@ -139,9 +140,9 @@ def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, lau
 
 
 @pytest.mark.loops
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
 @pytest.mark.parametrize(
-    ("package", "seen"), [("timm", "6292 of 10782"), ("lightning", "11686 of 21564")]
+    ("package", "seen", "launcher"),
+    [("timm", "6292 of 10782", []), ("lightning", "11686 of 21564", TORCHRUN)],
 )
 def test_the_loop_of_a_library_skips_images(package, seen, launcher, tmp_path):
     """All in the first epoch, 899 of 1,797 in each other; `end_epoch` counts them."""
