@@ -640,7 +640,7 @@ def block_rows(info: BetonInfo) -> int:
 def usable_threads(num_workers: int) -> int:
     """Return how many threads decode: at most `num_workers`, the CPUs this process may use, and
     numba's own limit, which the user may set with NUMBA_NUM_THREADS."""
-    limit: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    limit: int = numba.config.NUMBA_NUM_THREADS
     return max(1, min(num_workers, len(os.sched_getaffinity(0)), limit))
 
 

@@ -8,6 +8,6 @@ stamp=$here/.installed-$(cat constraints.txt tests/system/loops/install.sh | sha
 [ -x $here/bin/python ] || .venv/bin/python -m venv --without-pip $here
 packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "import site; site.addsitedir('$packages')" >"$(echo $here/lib/python*/site-packages)/above.pth"
-.venv/bin/python -m pip --python $here/bin/python install --disable-pip-version-check -q -c constraints.txt timm lightning datasets transformers accelerate cleanlab mlcroissant
+.venv/bin/python -m pip --python $here/bin/python install --disable-pip-version-check --no-compile -q -c constraints.txt timm lightning datasets transformers accelerate cleanlab mlcroissant
 rm -f $here/.installed-*
 touch "$stamp"
