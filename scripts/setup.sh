@@ -63,6 +63,7 @@ PYTHON
     )
     set -m; install "${rest[@]}" 9>&- & beside=$!; set +m
     trap 'kill -- -$beside 2>/dev/null || true' EXIT
+    trap 'exit 130' INT  # pip ends with an ordinary failure
     libraries=()
     [[ $(env; .venv/bin/python -m pip config list) == *whl/cpu* ]] || mapfile -t libraries < <(grep -oE '^(triton|nvidia-\S+)' constraints.txt)
     install --no-deps torch torchvision "${libraries[@]}" || true
