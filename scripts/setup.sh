@@ -61,17 +61,18 @@ needed = project["dependencies"] + project["optional-dependencies"]["dev"]
 print(*[line for line in needed if not line.startswith(("torch", "ffcv"))], sep="\n")
 PYTHON
     )
-    set -m; install "${rest[@]}" 9>&- & beside=$!; set +m
+    set -m; PIP_NO_INPUT=1 install "${rest[@]}" </dev/null & beside=$!; set +m
     trap 'kill -- -$beside 2>/dev/null || true' EXIT
     trap 'exit 130' INT  # pip ends with an ordinary failure
     libraries=()
-    [[ $(env; .venv/bin/python -m pip config list) == *whl/cpu* ]] || mapfile -t libraries < <(grep -oE '^(triton|nvidia-\S+)' constraints.txt)
+    [[ $(env; .venv/bin/python -m pip config list) == */whl/* ]] || mapfile -t libraries < <(grep -oE '^(triton|nvidia-\S+)' constraints.txt)
     install --no-deps torch torchvision "${libraries[@]}" || true
     wait $beside || true
+    trap - EXIT INT
     need_system
     install -e '.[dev]'
     # What most commands load, so that not each of them compiles it where Python is told to keep nothing.
-    PYTHONDONTWRITEBYTECODE= .venv/bin/python -c 'import tdds_dist.__main__, tdds_dist.training.collect, torch.distributed.run' || true
+    PYTHONDONTWRITEBYTECODE= .venv/bin/python -c 'import tdds_dist.__main__, tdds_dist.training.collect, torch.distributed.run, torch.utils.tensorboard, matplotlib.pyplot, jinja2, pyarrow.parquet, sklearn.cluster' || true
     rm -f .venv/.installed-*
     touch "$stamp"
     say "ready: .venv/bin/tdds --help"

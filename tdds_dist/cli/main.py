@@ -49,7 +49,7 @@ def outcome(
     came."""
     # libraries make 800,000 objects that stay: to look through them as often as Python does takes a
     # tenth of the CPU time of a short run
-    gc.set_threshold(10_000, 20, 100)
+    gc.set_threshold(10_000, 10, 10)
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_main = os.environ.get("RANK", "0") == "0"
     as_json = "--json" in words and is_main

@@ -103,8 +103,6 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
     world = replace(current_world(own), ranks_per_cpu=ranks_per_cpu(place, places))
     hosts = [each["host"] for each in places]
     preempted = None
-    # what libraries loaded is no garbage: to look through it takes 0.2 s, for which all ranks wait
-    gc.freeze()
     try:
         yield world
     except Preempted as leaving:
@@ -120,7 +118,6 @@ def session(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> I
             raise LostRankError(_roll_call(world, error, timeout_seconds, hosts)) from error
         raise
     gc.collect()
-    gc.unfreeze()
     try:
         barrier()
     # a rank that is through it may have left before this one hears of it

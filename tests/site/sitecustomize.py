@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-gc.set_threshold(10_000, 20, 100)
+gc.set_threshold(10_000, 10, 10)
 atexit.register(gc.freeze)
 
 

@@ -118,13 +118,11 @@ def test_a_loop_is_short(name):
 
 
 @pytest.mark.loops
-@pytest.mark.parametrize(
-    ("package", "num_samples", "launcher"), [("timm", 1796, TORCHRUN), ("lightning", 1797, [])]
-)
-def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, launcher, tmp_path):
+@pytest.mark.parametrize(("package", "num_samples"), [("timm", 1796), ("lightning", 1797)])
+def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, tmp_path):
     pytest.importorskip(package)
     done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / f"{package}_loop.py")],
+        [sys.executable, *TORCHRUN, str(EXAMPLES / f"{package}_loop.py")],
         capture_output=True,
         text=True,
         timeout=240,
@@ -141,13 +139,12 @@ def test_the_loop_of_a_library_scores_every_image_once(package, num_samples, lau
 
 @pytest.mark.loops
 @pytest.mark.parametrize(
-    ("package", "seen", "launcher"),
-    [("timm", "6292 of 10782", []), ("lightning", "11686 of 21564", TORCHRUN)],
+    ("package", "seen"), [("timm", "6292 of 10782"), ("lightning", "11686 of 21564")]
 )
-def test_the_loop_of_a_library_skips_images(package, seen, launcher, tmp_path):
+def test_the_loop_of_a_library_skips_images(package, seen, tmp_path):
     """All in the first epoch, 899 of 1,797 in each other; `end_epoch` counts them."""
     pytest.importorskip(package)
-    command = [sys.executable, *launcher, str(EXAMPLES / f"pruning_{package}.py")]
+    command = [sys.executable, *TORCHRUN, str(EXAMPLES / f"pruning_{package}.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"saw {seen} images" in done.stdout
